@@ -1,0 +1,52 @@
+"""Gradient transformations for problems with more than one level.
+
+A method is an optax gradient transformation: gradients go in, better gradients come out, memory
+lives in the state. A *response* takes the gradients of the outer loss at the inner solution and
+gives the hypergradient; behind it stands any optax chain.
+
+>>> import jax, jax.numpy as jnp, jaxbo, optax
+>>> def inner_loss(x, y, batch):                        # ridge regression, x = log regularisation
+...   return jnp.mean((batch["a"] @ y - batch["b"]) ** 2) + jnp.exp(x) * jnp.sum(y**2)
+>>> def outer_loss(x, y, batch):
+...   return jnp.mean((batch["a"] @ y - batch["b"]) ** 2)
+>>> inner = jaxbo.inner_solver(inner_loss, optax.sgd(0.1), num_steps=50)
+>>> outer = optax.chain(jaxbo.add_implicit_response(inner, jaxbo.conjugate_gradient(5)),
+...                     optax.adam(0.1))
+>>> init, step = jaxbo.bilevel(outer_loss, inner, outer)
+
+**The inner problem**: :func:`inner_solver`, :class:`InnerSolver`, :class:`InnerSolution`.
+
+**Responses**: :func:`add_unrolled_response` (ITD), :func:`add_implicit_response` (AID) with
+:func:`conjugate_gradient`, :func:`neumann` and :func:`fixed_point`, :func:`add_es_response` (ESJ),
+:func:`drop_response` (first order).
+
+**Whole methods**: :func:`esj`, :func:`itd`, :func:`aid`, :func:`stocbio`, and the loop
+:func:`bilevel`.
+"""
+
+from jaxbo.bilevel.driver import BilevelInfo, BilevelState, bilevel
+from jaxbo.bilevel.es import EsInfo, EsResponseState, add_es_response, esj
+from jaxbo.bilevel.implicit import (
+  ImplicitInfo,
+  ImplicitResponseState,
+  add_implicit_response,
+  aid,
+  stocbio,
+)
+from jaxbo.bilevel.inner import InnerInfo, InnerSolution, InnerSolver, Through, inner_solver
+from jaxbo.bilevel.linear_solvers import (
+  LinearInfo,
+  LinearSolver,
+  conjugate_gradient,
+  fixed_point,
+  neumann,
+)
+from jaxbo.bilevel.response import DropInfo, DropResponseState, drop_response
+from jaxbo.bilevel.unrolled import (
+  UnrolledInfo,
+  UnrolledResponseState,
+  add_unrolled_response,
+  itd,
+)
+
+__version__ = "0.1.0"

@@ -1,0 +1,81 @@
+"""Checks of what users pass in; every message names the argument, the value and what is allowed."""
+
+import inspect
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def positive_int(name: str, value: Any) -> int:
+  """Returns ``value`` as an int; raises if it is no Python integer or is below 1."""
+  try:
+    if isinstance(value, bool):
+      raise TypeError
+    number = operator.index(value)
+  except TypeError:
+    raise TypeError(f"{name} must be a positive Python int, got {value!r}") from None
+  if number < 1:
+    raise ValueError(f"{name} must be at least 1, got {number}")
+  return number
+
+
+def positive(name: str, value: Any) -> Any:
+  """Returns ``value``; raises if it is a known number that is not finite and above 0."""
+  if not isinstance(value, jax.core.Tracer) and not 0 < value < float("inf"):
+    raise ValueError(f"{name} must be positive and finite, got {value}")
+  return value
+
+
+def non_negative(name: str, value: Any) -> Any:
+  """Returns ``value``; raises if it is a known number that is not finite and at least 0."""
+  if not isinstance(value, jax.core.Tracer) and not 0 <= value < float("inf"):
+    raise ValueError(f"{name} must be non-negative and finite, got {value}")
+  return value
+
+
+def takes_arguments(name: str, function: Callable[..., Any], *arguments: str) -> None:
+  """Raises ``TypeError`` unless ``function`` can be called with so many positional arguments."""
+  expected = f"{name} must be a function {name}({', '.join(arguments)})"
+  if not callable(function):
+    raise TypeError(f"{expected}, got {function!r}")
+  try:
+    signature = inspect.signature(function)
+  except (TypeError, ValueError):  # Some builtins have none: the trace will tell.
+    return
+  try:
+    signature.bind(*arguments)
+  except TypeError:
+    raise TypeError(f"{expected}, got one with the signature {signature}") from None
+
+
+def scalar_loss(name: str, value: Any) -> None:
+  """Raises unless ``value``, what a loss returned, is one floating-point number."""
+  if isinstance(value, tuple):
+    raise TypeError(f"{name} must return a scalar, got a tuple; for (loss, aux) set has_aux=True")
+  shape = jnp.shape(value)
+  if shape != ():
+    raise ValueError(f"{name} must return a scalar, got shape {shape}; reduce it, say by its mean")
+  if not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+    raise TypeError(f"{name} must return a real float, got dtype {jnp.result_type(value)}")
+
+
+def floating(name: str, tree: Any) -> None:
+  """Raises ``TypeError`` if a leaf of ``tree`` is not a floating-point array."""
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    dtype = jnp.result_type(leaf)
+    if not jnp.issubdtype(dtype, jnp.floating):
+      raise TypeError(
+        f"{name} must be real floats, got dtype {dtype} at {name}{jax.tree_util.keystr(path)}"
+      )
+
+
+def same_structure(name: str, tree: Any, like_name: str, like: Any) -> None:
+  """Raises ``ValueError`` unless both trees have the same structure and leaf shapes."""
+  shapes, like_shapes = jax.tree.map(jnp.shape, tree), jax.tree.map(jnp.shape, like)
+  if jax.tree.structure(tree) != jax.tree.structure(like) or shapes != like_shapes:
+    raise ValueError(
+      f"{name} must have the structure and shapes of {like_name}, got {shapes} against {like_shapes}"
+    )

@@ -1,0 +1,32 @@
+"""Base keys that live in a state: raw key data, copied, and the name of their generator."""
+
+import numbers
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def key_impl(name: str, key: Any) -> Any:
+  """Returns the generator of ``key`` (``None``: the default one); raises ``TypeError`` if no key.
+
+  A key is an int (a traced one too), a raw key array or a typed key.
+  """
+  if isinstance(key, numbers.Integral) and not isinstance(key, bool):
+    return None
+  if isinstance(key, jax.Array):
+    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.ndim == 0:
+      return jax.random.key_impl(key)
+    if jnp.issubdtype(key.dtype, jnp.integer) and key.ndim == 0:
+      return None
+    if key.dtype == jnp.uint32 and key.ndim == 1:
+      return None
+  raise TypeError(f"{name} must be an int, a raw key array or a typed key (one key), got {key!r}")
+
+
+def key_data(key: Any) -> jax.Array:
+  """The raw data of a key that :func:`key_impl` accepted, in a buffer of its own."""
+  if isinstance(key, numbers.Integral) or key.ndim == 0:
+    is_key = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    key = jax.random.key_data(key if is_key else jax.random.key(key))
+  return jnp.array(key, copy=True)

@@ -1,0 +1,84 @@
+"""The few pytree operations that ``optax.tree`` lacks."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+def vdot(a: optax.Params, b: optax.Params) -> jax.Array:
+  """Inner product over all leaves, accumulated in float32 at least.
+
+  Written as ``sum(x * y)``: ``jnp.vdot`` flattens, which fails under explicit sharding.
+  """
+  products = jax.tree.map(
+    lambda x, y: jnp.sum(_at_least_float32(x) * _at_least_float32(y)), a, b
+  )
+  return sum(jax.tree.leaves(products), start=jnp.float32(0))
+
+
+def norm(tree: optax.Params) -> jax.Array:
+  """Euclidean norm over all leaves, accumulated in float32 at least."""
+  return jnp.sqrt(vdot(tree, tree))
+
+
+def all_finite(tree: optax.Params) -> jax.Array:
+  """True if no leaf holds a NaN or an infinity."""
+  leaves = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
+  return jnp.all(jnp.stack(leaves)) if leaves else jnp.bool_(True)
+
+
+def at_least_float32(tree: optax.Params) -> optax.Params:
+  """Casts float16 and bfloat16 leaves to float32 and leaves every other leaf as it is."""
+  return jax.tree.map(_at_least_float32, tree)
+
+
+def zeros_at_least_float32(tree: optax.Params) -> optax.Params:
+  """Zeros shaped and sharded like ``tree``, arrays or ``ShapeDtypeStruct``, as float32 at least."""
+  return jax.tree.map(
+    lambda x: jnp.zeros(
+      x.shape, _at_least_float32_dtype(x), device=getattr(x, "sharding", None)
+    ),
+    tree,
+  )
+
+
+def has_low_precision(tree: optax.Params) -> bool:
+  """True if some leaf is a float narrower than float32."""
+  return any(_at_least_float32_dtype(leaf) != leaf.dtype for leaf in jax.tree.leaves(tree))
+
+
+def copy(tree: optax.Params) -> optax.Params:
+  """Copies every leaf into a buffer of its own, without weak types.
+
+  What is kept in a state must neither share a buffer with the parameters (both may be donated)
+  nor be weakly typed (it would be traced again after the first update).
+  """
+  return jax.tree.map(lambda x: jnp.array(x, dtype=jnp.result_type(x), copy=True), tree)
+
+
+def add_scaled(a: optax.Params, scale: Any, b: optax.Params) -> optax.Params:
+  """Returns ``a + scale * b`` in the dtypes of ``a``."""
+  return jax.tree.map(lambda x, y: x + jnp.asarray(scale, x.dtype) * y, a, b)
+
+
+def where(condition: jax.Array, a: Any, b: Any) -> Any:
+  """Selects all of ``a`` or all of ``b`` by one boolean."""
+  return jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)
+
+
+def cast_like(tree: optax.Params, target: optax.Params) -> optax.Params:
+  """Casts every leaf to the dtype of the same leaf of ``target``."""
+  return jax.tree.map(lambda x, t: x.astype(t.dtype), tree, target)
+
+
+def _at_least_float32(x: jax.Array) -> jax.Array:
+  x = jnp.asarray(x)
+  return x.astype(_at_least_float32_dtype(x))
+
+
+def _at_least_float32_dtype(x: jax.Array):
+  if jnp.issubdtype(x.dtype, jnp.floating):
+    return jnp.promote_types(x.dtype, jnp.float32)
+  return x.dtype

@@ -1,0 +1,1 @@
+"""Bilevel optimization: the inner problem, and the responses that turn gradients into hypergradients."""

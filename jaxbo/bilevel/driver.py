@@ -1,0 +1,128 @@
+"""The loop of a bilevel method as a jittable pair ``(init, step)``."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxbo import _check, _tree
+from jaxbo.bilevel.inner import InnerSolution, InnerSolver
+
+
+class BilevelState(NamedTuple):
+  """State of the loop that :func:`bilevel` makes.
+
+  Attributes:
+    x: the outer parameters.
+    solution: the inner solution.
+    outer_state: the state of the outer transformation.
+  """
+
+  x: optax.Params
+  solution: InnerSolution
+  outer_state: optax.OptState
+
+
+class BilevelInfo(NamedTuple):
+  """Diagnostics of one step of :func:`bilevel`.
+
+  Attributes:
+    outer_loss: the outer loss before the update of ``x``.
+    hypergradient_norm: norm of the hypergradient; NaN if the outer transformation does not say.
+    inner_losses: the inner loss before each inner step, ``[num_steps]``.
+    linear_residual: relative residual of the linear system of :func:`jaxbo.add_implicit_response`;
+      NaN for other responses.
+    aux: what the outer loss returned beside its value; ``None`` without ``has_aux``.
+  """
+
+  outer_loss: jax.Array
+  hypergradient_norm: jax.Array
+  inner_losses: jax.Array
+  linear_residual: jax.Array
+  aux: Any = None
+
+
+def bilevel(
+  outer_loss: Callable[..., Any],
+  inner: InnerSolver,
+  outer: optax.GradientTransformation,
+  *,
+  has_aux: bool = False,
+) -> tuple[Callable[..., BilevelState], Callable[..., tuple[BilevelState, BilevelInfo]]]:
+  r"""The loop of a bilevel method: solve, differentiate the outer loss, respond, update.
+
+  .. math:: \min_x F(x) = f(x, y^*(x)), \qquad y^*(x) \in \arg\min_y g(x, y)
+
+  Args:
+    outer_loss: the outer loss :math:`f`, ``outer_loss(x, y, batch) -> scalar``.
+    inner: the inner solver.
+    outer: an optax chain that begins with a response (:func:`jaxbo.add_es_response`,
+      :func:`jaxbo.add_unrolled_response`, :func:`jaxbo.add_implicit_response`,
+      :func:`jaxbo.drop_response`), or an alias such as :func:`jaxbo.aid`.
+    has_aux: whether the outer loss returns ``(scalar, aux)``.
+
+  Returns:
+    ``(init, step)``, both pure. ``init(x, y0) -> BilevelState``; it copies what it is given, so
+    that the state may be donated, and strips weak types. An inner loss with auxiliary outputs
+    needs ``init(x, y0, train)``. ``step(state, train, val) -> (BilevelState, BilevelInfo)``; wrap
+    it in ``jax.jit`` or scan over it.
+
+  Raises:
+    TypeError: if ``outer_loss`` does not take ``(x, y, batch)``, or parameters are no floats.
+    ValueError: if the outer loss is no scalar, or ``outer`` does not begin with a response.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, jaxbo, optax
+    >>> inner = jaxbo.inner_solver(lambda x, y, batch: (y - x) ** 2, optax.sgd(0.25), 20)
+    >>> outer = optax.chain(jaxbo.add_unrolled_response(inner), optax.adam(0.1))
+    >>> init, step = jaxbo.bilevel(lambda x, y, batch: x * y - 2 * x + 1, inner, outer)
+    >>> state = init(jnp.float32(0.0), jnp.float32(0.0))
+    >>> for _ in range(200):
+    ...   state, info = jax.jit(step)(state, None, None)
+    >>> print(state.x.round(2))                                     # F(x) = (x - 1) ** 2
+    1.0
+  """
+  _check.takes_arguments("outer_loss", outer_loss, "x", "y", "batch")
+  outer_tx = optax.with_extra_args_support(outer)
+
+  def loss_and_aux(x, y, batch):
+    value, aux = outer_loss(x, y, batch), None
+    if has_aux:
+      if not isinstance(value, tuple) or len(value) != 2:
+        raise TypeError(f"outer_loss must return (scalar, aux) with has_aux=True, got {value!r}")
+      value, aux = value
+    _check.scalar_loss("outer_loss", value)
+    return value, aux
+
+  def init(x, y0, train=None):
+    _check.floating("x", x)
+    x = _tree.copy(x)
+    return BilevelState(x, inner.init(y0, x, train), _tree.copy(outer_tx.init(x)))
+
+  def step(state, train, val):
+    x = state.x
+    solution = inner.solve(x, state.solution, train)
+    (loss, aux), grads = jax.value_and_grad(loss_and_aux, argnums=(0, 1), has_aux=True)(
+      x, solution.params, val
+    )
+    updates, outer_state = outer_tx.update(
+      grads, state.outer_state, x, solution=solution, batch=train
+    )
+    _check.same_structure(
+      "what outer returns (does it begin with a response such as add_implicit_response?)",
+      updates,
+      "x",
+      x,
+    )
+    info = BilevelInfo(
+      outer_loss=loss,
+      hypergradient_norm=optax.tree.get(outer_state, "hypergradient_norm", jnp.float32(jnp.nan)),
+      inner_losses=solution.info.losses,
+      linear_residual=optax.tree.get(outer_state, "linear_residual", jnp.float32(jnp.nan)),
+      aux=aux,
+    )
+    return BilevelState(optax.apply_updates(x, updates), solution, outer_state), info
+
+  return init, step

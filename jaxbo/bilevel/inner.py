@@ -1,0 +1,282 @@
+"""The inner problem: an optimizer run for a fixed number of steps, as a pure function."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxbo import _check, _tree
+
+
+class InnerInfo(NamedTuple):
+  """Diagnostics of an inner run.
+
+  Attributes:
+    losses: the inner loss *before* each step, ``[num_steps]``, float32 at least.
+    aux: what the loss returned beside its value, each leaf ``[num_steps, ...]``; ``None`` without
+      ``has_aux``.
+  """
+
+  losses: jax.Array
+  aux: Any = None
+
+
+class InnerSolution(NamedTuple):
+  """Where an inner run ended, and where it began.
+
+  Attributes:
+    params: the inner parameters after the last step, :math:`y^N`.
+    opt_state: the state of the inner optimizer after the last step.
+    start: ``(params, opt_state)`` before the first step. Responses run the inner problem again
+      from here, so that every run shares everything but ``x``.
+    info: the :class:`InnerInfo` of the run.
+  """
+
+  params: optax.Params
+  opt_state: optax.OptState
+  start: tuple[optax.Params, optax.OptState]
+  info: InnerInfo
+
+
+class Path(Protocol):
+  """The type of :attr:`InnerSolver.path`."""
+
+  def __call__(
+    self,
+    x: optax.Params,
+    start: tuple[optax.Params, optax.OptState],
+    batch: Any,
+    *,
+    last: int | None = None,
+  ) -> optax.Params:
+    """Returns :math:`y^N(x)`; with ``last``, ``x`` counts as constant before the last steps."""
+    ...
+
+
+class Through(NamedTuple):
+  """An inner problem that sees ``x`` only through ``z = features(x, batch)``.
+
+  Attributes:
+    features: maps ``(x, batch)`` to ``z``; with per-step batches every leaf of ``z`` has the
+      leading axis ``num_steps``.
+    path: maps ``(z, start, batch)`` to the inner parameters after the last step.
+  """
+
+  features: Callable[[optax.Params, Any], Any]
+  path: Path
+
+
+class InnerSolver(NamedTuple):
+  """A solver of the inner problem, made by :func:`inner_solver`.
+
+  Attributes:
+    init: ``init(y0) -> InnerSolution``, the state before the first solve. If the loss has
+      auxiliary outputs it is ``init(y0, x, batch)``, where shapes are enough.
+    solve: ``solve(x, solution, batch) -> InnerSolution``, ``num_steps`` steps of the optimizer.
+    path: ``path(x, start, batch, *, last=None) -> y``, the same run as a pure map from ``x`` to
+      the final inner parameters: what responses differentiate. With ``last=k`` the gradient
+      flows through the last ``k`` steps only.
+    loss: ``loss(x, y, batch) -> scalar``, the inner loss on the batch of *one* step.
+    num_steps: the number of steps of a run.
+    per_step_batches: whether ``batch`` has a leading axis ``num_steps``.
+    through: the factors of the inner problem if it was built with ``through=``, else ``None``.
+  """
+
+  init: Callable[..., InnerSolution]
+  solve: Callable[[optax.Params, InnerSolution, Any], InnerSolution]
+  path: Path
+  loss: Callable[[optax.Params, optax.Params, Any], jax.Array]
+  num_steps: int
+  per_step_batches: bool
+  through: Through | None
+
+
+def inner_solver(
+  loss: Callable[..., Any],
+  optimizer: optax.GradientTransformation,
+  num_steps: int,
+  *,
+  per_step_batches: bool = False,
+  has_aux: bool = False,
+  warm_start: bool = True,
+  remat: bool | int = False,
+  through: Callable[[optax.Params, Any], Any] | None = None,
+) -> InnerSolver:
+  r"""Builds a solver of the inner problem from a loss and any optax optimizer.
+
+  .. math:: y^{n+1} = y^n + \mathrm{optimizer}(\nabla_y g(x, y^n, \xi_n)), \qquad n = 0, \dots, N-1
+
+  The whole run is one ``lax.scan``. The optimizer's state is part of the solution, and optimizers
+  that want the loss (``optax.lbfgs``, line searches) get ``value``, ``grad`` and ``value_fn``.
+
+  Args:
+    loss: the inner loss :math:`g`, ``loss(x, y, batch) -> scalar``, where ``x`` and ``y`` are
+      pytrees of floats. Regularisation is part of it.
+    optimizer: any optax optimizer for ``y``. If the run is to be differentiated (ITD), its update
+      must be differentiable: for Adam set ``eps_root > 0``, since the derivative of its square
+      root is infinite at a gradient of exactly zero.
+    num_steps: the number :math:`N \ge 1` of steps.
+    per_step_batches: ``False``: every step sees the whole ``batch``. ``True``: every leaf of
+      ``batch`` has a leading axis ``num_steps`` and step ``n`` sees slice ``n``. All runs of one
+      update (base, perturbed, unrolled) see the same slices.
+    has_aux: whether the loss returns ``(scalar, aux)``.
+    warm_start: whether a solve continues from the last solution, its optimizer state included;
+      else every solve begins at ``y0``.
+    remat: what :attr:`InnerSolver.path` stores for reverse-mode differentiation. ``False``: every
+      step, memory :math:`O(N)`. ``True``: the start of each of about :math:`\sqrt N` segments,
+      which are run again in the backward pass: memory :math:`O(\sqrt N)` for one more forward
+      run. An int is the length of a segment.
+    through: ``features(x, batch) -> z``, when the inner loss sees ``x`` only through ``z`` (a
+      backbone under a head). The loss is then ``loss(z, y, batch)``, ``z`` is computed once a
+      solve, and zeroth-order responses perturb ``z`` instead of ``x``. With per-step batches the
+      features of all steps are computed at once, by ``vmap``.
+
+  Returns:
+    An :class:`InnerSolver`.
+
+  Raises:
+    ValueError: if ``num_steps`` or ``remat`` is below 1; when a batch's leading axis is not
+      ``num_steps``; when the loss is no scalar.
+    TypeError: if ``loss`` or ``through`` does not take its arguments; if a parameter is no float.
+
+  Example:
+    >>> import jax.numpy as jnp, jaxbo, optax
+    >>> def inner_loss(x, y, batch):
+    ...   return 0.5 * jnp.sum((y - x * batch) ** 2)
+    >>> inner = jaxbo.inner_solver(inner_loss, optax.sgd(0.5), num_steps=20)
+    >>> y = inner.init(jnp.zeros(2))
+    >>> y = inner.solve(jnp.float32(3.0), y, jnp.array([1.0, 2.0]))
+    >>> bool(jnp.allclose(y.params, jnp.array([3.0, 6.0])))
+    True
+    >>> y.info.losses.shape
+    (20,)
+  """
+  num_steps = _check.positive_int("num_steps", num_steps)
+  if not isinstance(remat, bool):
+    remat = _check.positive_int("remat", remat)
+  _check.takes_arguments("loss", loss, "x" if through is None else "z", "y", "batch")
+  if through is not None:
+    _check.takes_arguments("through", through, "x", "batch")
+  optimizer = optax.with_extra_args_support(optimizer)
+
+  def loss_and_aux(z, y, batch):
+    value, aux = loss(z, y, batch), None
+    if has_aux:
+      if not isinstance(value, tuple) or len(value) != 2:
+        raise TypeError(f"loss must return (scalar, aux) with has_aux=True, got {value!r}")
+      value, aux = value
+    _check.scalar_loss("loss", value)
+    return value, aux
+
+  def step(z, carry, batch):
+    y, opt_state = carry
+    (value, aux), grads = jax.value_and_grad(loss_and_aux, argnums=1, has_aux=True)(z, y, batch)
+    value_fn = lambda y: loss_and_aux(z, y, batch)[0]  # noqa: E731
+    updates, opt_state = optimizer.update(
+      grads, opt_state, y, value=value, grad=grads, value_fn=value_fn
+    )
+    return (optax.apply_updates(y, updates), opt_state), (value, aux)
+
+  def run(z, carry, batch, scan, begin=0, end=num_steps):
+    """Steps ``begin`` to ``end``. What belongs to a single step is scanned over."""
+    if per_step_batches:
+      _check_per_step(batch, num_steps)
+    slices = (z if through is not None else None, batch) if per_step_batches else (None, None)
+
+    def body(carry, slices):
+      step_z, step_batch = slices
+      return step(
+        z if step_z is None else step_z, carry, batch if step_batch is None else step_batch
+      )
+
+    return scan(body, carry, jax.tree.map(lambda leaf: leaf[begin:end], slices), end - begin)
+
+  def path_from_features(z, start, batch, *, last=None):
+    scan = functools.partial(_final_carry, remat=remat)
+    begin = 0 if last is None else num_steps - last
+    carry = start
+    if begin:
+      carry = run(jax.lax.stop_gradient(z), carry, batch, scan, 0, begin)
+    return run(z, carry, batch, scan, begin)[0]
+
+  def features(x, batch):
+    if through is None:
+      return x
+    if not per_step_batches:
+      return through(x, batch)
+    _check_per_step(batch, num_steps)
+    return jax.vmap(through, in_axes=(None, 0))(x, batch)
+
+  def solve_from(x, start, batch):
+    return run(features(x, batch), start, batch, jax.lax.scan)
+
+  def init(y0, x=None, batch=None):
+    _check.floating("y0", y0)
+    y0 = _tree.copy(y0)
+    start = (y0, _tree.copy(optimizer.init(y0)))
+    aux = None
+    if has_aux:
+      if x is None:
+        raise ValueError("init must be given x and batch with has_aux=True: init(y0, x, batch)")
+      _, (_, aux) = jax.eval_shape(solve_from, x, start, batch)
+      aux = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), aux)
+    return InnerSolution(
+      *start, _tree.copy(start), InnerInfo(jnp.zeros(num_steps, _loss_dtype(y0)), aux)
+    )
+
+  def solve(x, solution, batch):
+    _check.floating("x", x)
+    start = (solution.params, solution.opt_state) if warm_start else solution.start
+    (y, opt_state), (losses, aux) = solve_from(x, start, batch)
+    return InnerSolution(y, opt_state, start, InnerInfo(losses.astype(_loss_dtype(y)), aux))
+
+  def path(x, start, batch, *, last=None):
+    return path_from_features(features(x, batch), start, batch, last=last)
+
+  def one_step_loss(x, y, batch):
+    return loss_and_aux(x if through is None else through(x, batch), y, batch)[0]
+
+  factors = None if through is None else Through(features, path_from_features)
+  return InnerSolver(init, solve, path, one_step_loss, num_steps, per_step_batches, factors)
+
+
+def _final_carry(body, carry, slices, length: int, *, remat: bool | int):
+  """``lax.scan`` without outputs, stored for the backward pass by segments if ``remat``."""
+
+  def steps(length, carry, slices):
+    return jax.lax.scan(lambda c, s: (body(c, s)[0], None), carry, slices, length=length)[0]
+
+  def segments(count, length, carry, slices):
+    segment = jax.checkpoint(functools.partial(steps, length), prevent_cse=False)
+    slices = jax.tree.map(lambda leaf: leaf.reshape(count, length, *leaf.shape[1:]), slices)
+    return jax.lax.scan(lambda c, s: (segment(c, s), None), carry, slices, length=count)[0]
+
+  if not remat:
+    return steps(length, carry, slices)
+  segment = min(length, math.isqrt(length) if remat is True else remat)
+  count, rest = divmod(length, segment)
+  carry = segments(count, segment, carry, jax.tree.map(lambda leaf: leaf[: length - rest], slices))
+  if rest:
+    carry = segments(1, rest, carry, jax.tree.map(lambda leaf: leaf[length - rest :], slices))
+  return carry
+
+
+def _check_per_step(batch: Any, num_steps: int) -> None:
+  leaves = jax.tree.leaves(batch)
+  if not leaves:
+    raise ValueError(f"batch must have leaves [num_steps={num_steps}, ...] with per_step_batches")
+  for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
+    shape = jnp.shape(leaf)
+    if not shape or shape[0] != num_steps:
+      raise ValueError(
+        f"batch{jax.tree_util.keystr(path)} must have the leading axis num_steps={num_steps} with "
+        f"per_step_batches, got shape {shape}"
+      )
+
+
+def _loss_dtype(params: optax.Params):
+  return jnp.result_type(jnp.float32, *jax.tree.leaves(params))

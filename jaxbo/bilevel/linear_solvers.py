@@ -1,0 +1,282 @@
+r"""Linear solvers for :func:`jaxbo.add_implicit_response`: conjugate gradient, Neumann, fixed point.
+
+A linear solver is any callable ``(matvec, b, x0) -> (x, info)`` on pytrees that solves
+:math:`A x = b` for symmetric :math:`A`, so ``jax.scipy.sparse.linalg.cg`` is one as it is. The ones
+here stop when they meet what would ruin the solution (zero or negative curvature, a residual that
+grows or is not finite), keep the last good iterate, and report it.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxbo import _check, _tree
+
+MatVec = Callable[[optax.Params], optax.Params]
+
+
+class LinearInfo(NamedTuple):
+  r"""How a linear solve ended.
+
+  Attributes:
+    residual: :math:`\|b - A x\| / \|b\|` of the system that was solved (damping included).
+    num_steps: how many products with :math:`A` were used to improve the solution, int32.
+    breakdown: whether it stopped early at zero or negative curvature, at a residual that grew, or
+      at a number that is not finite; the solution is then the last good iterate.
+  """
+
+  residual: jax.Array
+  num_steps: jax.Array
+  breakdown: jax.Array
+
+
+class LinearSolver(NamedTuple):
+  """A linear solver with a mark that says whether it starts from the last solution.
+
+  Attributes:
+    solve: ``(matvec, b, x0) -> (x, info)``.
+    warm_start: whether ``x0`` is used; if so it is kept in the state of the response.
+  """
+
+  solve: Callable[[MatVec, optax.Params, optax.Params], tuple[optax.Params, Any]]
+  warm_start: bool = False
+
+  def __call__(self, matvec, b, x0):
+    """Solves the system."""
+    return self.solve(matvec, b, x0)
+
+
+class _Iterate(NamedTuple):
+  x: optax.Params
+  residual: optax.Params
+  direction: optax.Params  # Conjugate gradient only; () elsewhere.
+  residual_sq: jax.Array
+  max_curvature: jax.Array
+  num_steps: jax.Array
+  breakdown: jax.Array
+
+
+def conjugate_gradient(
+  num_steps: int, tolerance: float = 0.0, damping: float = 0.0, *, warm_start: bool = False
+) -> LinearSolver:
+  r"""Conjugate gradient for :math:`(A + \text{damping}\, I)\, x = b`.
+
+  Exact after as many steps as :math:`A` has distinct eigenvalues. It stops when the residual is
+  below ``tolerance`` (or the resolution of the dtype) times :math:`\|b\|`, and when the curvature
+  :math:`p^\top A p / p^\top p` along a search direction is not positive against the largest one
+  seen. An undamped system whose matrix is singular and whose right-hand side is outside its range
+  has no solution: the last good iterate is then finite, marked by ``breakdown``, and *not* a
+  least-squares solution; use ``damping`` (1e-3 is a start) or :func:`fixed_point` there.
+
+  Cost: ``num_steps`` products with :math:`A`, one more with a warm start. Memory: four vectors.
+
+  Args:
+    num_steps: the largest number of steps, at least 1.
+    tolerance: relative residual at which to stop, at least 0.
+    damping: added to the diagonal, at least 0. It biases the solution by
+      :math:`O(\text{damping} / \lambda_{\min})`.
+    warm_start: start from the solution of the previous update. Then
+      :func:`jaxbo.add_implicit_response` needs ``inner_params``.
+
+  Returns:
+    A :class:`LinearSolver`.
+
+  Raises:
+    ValueError: if an argument is outside its range.
+
+  Example:
+    >>> import jax.numpy as jnp, jaxbo
+    >>> matrix = jnp.array([[3.0, 1.0], [1.0, 2.0]])
+    >>> x, info = jaxbo.conjugate_gradient(2)(lambda v: matrix @ v, jnp.ones(2), jnp.zeros(2))
+    >>> bool(jnp.allclose(x, jnp.array([0.2, 0.4]))), bool(info.breakdown)
+    (True, False)
+
+  References:
+    Hestenes and Stiefel, `Methods of Conjugate Gradients for Solving Linear Systems
+    <https://doi.org/10.6028/jres.049.044>`_, 1952.
+  """
+  num_steps = _check.positive_int("num_steps", num_steps)
+  _check.non_negative("tolerance", tolerance)
+  _check.non_negative("damping", damping)
+
+  def solve(matvec, b, x0):
+    product = lambda v: _tree.add_scaled(matvec(v), damping, v)  # noqa: E731
+
+    def step(state):
+      image = product(state.direction)
+      curvature = _tree.vdot(state.direction, image)
+      direction_sq = _tree.vdot(state.direction, state.direction)
+      max_curvature = jnp.maximum(state.max_curvature, curvature / direction_sq)
+      eps = jnp.finfo(curvature.dtype).eps
+      positive = curvature > eps * max_curvature * direction_sq
+      alpha = state.residual_sq / jnp.where(positive, curvature, 1)
+      residual = _tree.add_scaled(state.residual, -alpha, image)
+      residual_sq = _tree.vdot(residual, residual)
+      direction = _tree.add_scaled(residual, residual_sq / state.residual_sq, state.direction)
+      x = _tree.add_scaled(state.x, alpha, state.direction)
+      good = positive & jnp.isfinite(residual_sq) & jnp.isfinite(alpha)
+      return good, state._replace(
+        x=x,
+        residual=residual,
+        direction=direction,
+        residual_sq=residual_sq,
+        max_curvature=max_curvature,
+      )
+
+    first = _first_iterate(product, b, x0, warm_start)
+    first = first._replace(direction=first.residual)
+    last, info = _iterate(step, first, b, num_steps, tolerance)
+    return last.x, info
+
+  return LinearSolver(solve, warm_start)
+
+
+def fixed_point(
+  num_steps: int, learning_rate: float, *, warm_start: bool = False
+) -> LinearSolver:
+  r"""Fixed-point (Richardson) iteration :math:`x \leftarrow x + \eta\,(b - A x)`.
+
+  It converges for eigenvalues of :math:`A` in :math:`(0, 2/\eta)`. On a singular :math:`A` the part
+  of the solution in its range still converges, which is what a bilevel problem with flat inner
+  directions needs. A residual that grows proves an eigenvalue outside :math:`[0, 2/\eta]`: the
+  iteration stops there and reports ``breakdown``.
+
+  Cost: ``num_steps`` products with :math:`A`, one more with a warm start. Memory: three vectors.
+
+  Args:
+    num_steps: the number of steps, at least 1.
+    learning_rate: the step :math:`\eta > 0`, below :math:`2 / \lambda_{\max}(A)`.
+    warm_start: start from the solution of the previous update. Then
+      :func:`jaxbo.add_implicit_response` needs ``inner_params``.
+
+  Returns:
+    A :class:`LinearSolver`.
+
+  Raises:
+    ValueError: if an argument is outside its range.
+
+  Example:
+    >>> import jax.numpy as jnp, jaxbo
+    >>> solver = jaxbo.fixed_point(50, learning_rate=0.5)
+    >>> x, info = solver(lambda v: 2.0 * v, jnp.ones(2), jnp.zeros(2))
+    >>> print(x)
+    [0.5 0.5]
+
+  References:
+    Grazzi et al., `On the Iteration Complexity of Hypergradient Computation
+    <https://arxiv.org/abs/2006.16218>`_, 2020.
+  """
+  num_steps = _check.positive_int("num_steps", num_steps)
+  _check.positive("learning_rate", learning_rate)
+
+  def solve(matvec, b, x0):
+    first = _first_iterate(matvec, b, x0, warm_start)
+    last, info = _iterate(_richardson(matvec, learning_rate), first, b, num_steps, 0.0)
+    return last.x, info
+
+  return LinearSolver(solve, warm_start)
+
+
+def neumann(num_steps: int, learning_rate: float) -> LinearSolver:
+  r"""The truncated Neumann series of stocBiO.
+
+  .. math:: x = \eta \sum_{q=0}^{Q} (I - \eta A)^q\, b
+
+  It equals :func:`fixed_point` from zero with :math:`Q + 1` steps, of which the first needs no
+  product. The relative bias along an eigenvalue :math:`\lambda` is
+  :math:`(1 - \eta \lambda)^{Q + 1}`. (The published code of stocBiO sums the terms with different
+  weights; this is the paper's series.)
+
+  Cost: ``num_steps`` products with :math:`A`. Memory: three vectors.
+
+  Args:
+    num_steps: the number of products :math:`Q`, at least 1.
+    learning_rate: the step :math:`\eta > 0`, below :math:`2 / \lambda_{\max}(A)`.
+
+  Returns:
+    A :class:`LinearSolver`. The ``residual`` that it reports is that of the sum without its last
+    term, since the last one's would cost a product more.
+
+  Raises:
+    ValueError: if an argument is outside its range.
+
+  Example:
+    >>> import jax.numpy as jnp, jaxbo
+    >>> x, info = jaxbo.neumann(2, learning_rate=0.5)(lambda v: v, jnp.ones(2), jnp.zeros(2))
+    >>> print(x)                                              # 1 - (1 - 0.5) ** 3
+    [0.875 0.875]
+
+  References:
+    Ji, Yang and Liang, `Bilevel Optimization: Convergence Analysis and Enhanced Design
+    <https://arxiv.org/abs/2010.07962>`_, 2021.
+  """
+  num_steps = _check.positive_int("num_steps", num_steps)
+  _check.positive("learning_rate", learning_rate)
+
+  def solve(matvec, b, x0):
+    first = _first_iterate(matvec, b, x0, warm_start=False)
+    last, info = _iterate(_richardson(matvec, learning_rate), first, b, num_steps, 0.0)
+    x = _tree.add_scaled(last.x, learning_rate, last.residual)
+    return _tree.where(info.breakdown, last.x, x), info
+
+  return LinearSolver(solve)
+
+
+def measure(matvec: MatVec, b: optax.Params, x: optax.Params, finite: jax.Array) -> LinearInfo:
+  """The info of a solver that has none of ours, for one product."""
+  residual = _tree.add_scaled(b, -1.0, matvec(x))
+  b_norm = _tree.norm(b)
+  relative = _tree.norm(residual) / jnp.where(b_norm > 0, b_norm, 1)
+  return LinearInfo(relative, jnp.int32(-1), ~finite)
+
+
+def _richardson(matvec, learning_rate):
+  def step(state):
+    x = _tree.add_scaled(state.x, learning_rate, state.residual)
+    residual = _tree.add_scaled(state.residual, -learning_rate, matvec(state.residual))
+    residual_sq = _tree.vdot(residual, residual)
+    rounding = 100 * jnp.finfo(residual_sq.dtype).eps
+    shrinks = residual_sq <= (1 + rounding) * state.residual_sq  # False for a NaN.
+    return shrinks, state._replace(x=x, residual=residual, residual_sq=residual_sq)
+
+  return step
+
+
+def _first_iterate(matvec, b, x0, warm_start: bool) -> _Iterate:
+  if warm_start:
+    x, residual = x0, _tree.add_scaled(b, -1.0, matvec(x0))
+  else:
+    x, residual = optax.tree.zeros_like(b), b
+  residual_sq = _tree.vdot(residual, residual)
+  return _Iterate(
+    x=x,
+    residual=residual,
+    direction=(),
+    residual_sq=residual_sq,
+    max_curvature=jnp.zeros_like(residual_sq),
+    num_steps=jnp.int32(0),
+    breakdown=~jnp.isfinite(residual_sq),
+  )
+
+
+def _iterate(step, first: _Iterate, b, num_steps: int, tolerance) -> tuple[_Iterate, LinearInfo]:
+  """Repeats ``step`` until it is done or proposes something bad, which is then not taken."""
+  b_sq = _tree.vdot(b, b)
+  limits = jnp.finfo(b_sq.dtype)
+  converged_sq = jnp.maximum(jnp.maximum(tolerance, limits.eps) ** 2 * b_sq, limits.tiny)
+
+  def goes_on(state):
+    left = (state.num_steps < num_steps) & ~state.breakdown
+    return left & (state.residual_sq > converged_sq)
+
+  def body(state):
+    good, proposal = step(state)
+    state = _tree.where(good, proposal, state)
+    return state._replace(num_steps=state.num_steps + good, breakdown=~good)
+
+  last = jax.lax.while_loop(goes_on, body, first)
+  residual = jnp.sqrt(last.residual_sq / jnp.where(b_sq > 0, b_sq, 1))
+  return last, LinearInfo(residual, last.num_steps, last.breakdown)

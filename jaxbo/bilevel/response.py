@@ -1,0 +1,108 @@
+"""What every response transformation shares, and the simplest one: :func:`drop_response`.
+
+A response transformation takes the pair :math:`(\\nabla_x f, \\nabla_y f)` at the inner solution and
+returns the hypergradient :math:`\\nabla_x f + (\\partial y / \\partial x)^\\top \\nabla_y f`.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxbo import _check, _tree
+from jaxbo.bilevel.inner import InnerSolution
+
+MISSING: Any = object()
+"""Stands for an argument that was not given, where ``None`` is a value (``batch=None``)."""
+
+Respond = Callable[..., tuple[optax.Params, Any]]
+
+
+def check_update(
+  name: str, grads: Any, x: Any, solution: Any = None, batch: Any = None
+) -> tuple[optax.Params, optax.Params]:
+  """Returns ``(outer_grad, inner_grad)`` after checking what an ``update`` was given."""
+  if x is None:
+    raise ValueError(f"{name}: update must be given params, the outer parameters x")
+  if solution is MISSING:
+    raise TypeError(f"{name}: update must be given solution=, the InnerSolution of inner.solve")
+  if batch is MISSING:
+    raise TypeError(
+      f"{name}: update must be given batch=, the one that inner.solve saw (None if it saw None)"
+    )
+  _check.floating("x", x)
+  if not isinstance(grads, tuple) or len(grads) != 2:
+    raise ValueError(
+      f"{name} must be given the pair (df/dx, df/dy), say from jax.grad(outer_loss, (0, 1)), and "
+      f"stand first in the chain; got {jax.tree.structure(grads)}"
+    )
+  _check.same_structure("df/dx", grads[0], "x", x)
+  if solution is not None:
+    if not isinstance(solution, InnerSolution):
+      raise TypeError(f"{name}: solution must be an InnerSolution, got {type(solution).__name__}")
+    _check.same_structure("df/dy", grads[1], "solution.params", solution.params)
+  return grads
+
+
+def add(outer_grad: optax.Params, response: optax.Params) -> optax.Params:
+  """Adds the response to df/dx, in float32 at least, in the dtype of df/dx."""
+  return jax.tree.map(
+    lambda g, r: (_tree.at_least_float32(g) + _tree.at_least_float32(r)).astype(g.dtype),
+    outer_grad,
+    response,
+  )
+
+
+class DropInfo(NamedTuple):
+  """Diagnostics of :func:`drop_response`.
+
+  Attributes:
+    hypergradient_norm: norm of what came out, float32 at least.
+  """
+
+  hypergradient_norm: jax.Array
+
+
+class DropResponseState(NamedTuple):
+  """State of :func:`drop_response`."""
+
+  info: DropInfo
+
+
+def drop_response() -> optax.GradientTransformationExtraArgs:
+  r"""Keeps :math:`\nabla_x f` and drops the response: the first-order approximation.
+
+  .. math:: h = \nabla_x f(x, y^N)
+
+  Free, and wrong wherever the response matters: if ``f`` does not depend on ``x`` directly, as in
+  hyperparameter optimisation, nothing is left. It is the baseline that every estimator of the
+  response has to beat.
+
+  Returns:
+    A transformation from the pair ``(df/dx, df/dy)`` to ``df/dx``.
+
+  Example:
+    >>> import jax.numpy as jnp, jaxbo
+    >>> tx = jaxbo.drop_response()
+    >>> x = jnp.float32(1.0)
+    >>> hypergradient, state = tx.update((jnp.float32(0.5), jnp.ones(3)), tx.init(x), x)
+    >>> float(hypergradient)
+    0.5
+  """
+
+  def init(params):
+    return DropResponseState(DropInfo(zero_norm(params)))
+
+  def update(updates, state, params=None, **extra_args):
+    del state, extra_args
+    outer_grad, _ = check_update("drop_response", updates, params)
+    return outer_grad, DropResponseState(DropInfo(_tree.norm(outer_grad)))
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def zero_norm(params: optax.Params) -> jax.Array:
+  """A zero of the dtype that :func:`jaxbo._tree.norm` gives for ``params``."""
+  return jnp.zeros((), jnp.result_type(jnp.float32, *jax.tree.leaves(params)))

@@ -1,0 +1,127 @@
+"""ITD: the response by differentiating through the inner run."""
+
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+from jaxbo import _check, _tree
+from jaxbo.bilevel.inner import InnerSolver
+from jaxbo.bilevel.response import MISSING, add, check_update, zero_norm
+
+
+class UnrolledInfo(NamedTuple):
+  """Diagnostics of :func:`add_unrolled_response`.
+
+  Attributes:
+    hypergradient_norm: norm of what came out, float32 at least.
+    response_norm: norm of the response alone.
+  """
+
+  hypergradient_norm: jax.Array
+  response_norm: jax.Array
+
+
+class UnrolledResponseState(NamedTuple):
+  """State of :func:`add_unrolled_response`."""
+
+  info: UnrolledInfo
+
+
+def add_unrolled_response(
+  solver: InnerSolver, num_steps: int | None = None
+) -> optax.GradientTransformationExtraArgs:
+  r"""Adds the response of the inner run, by reverse-mode differentiation through it (ITD).
+
+  .. math:: h = \nabla_x f + J_N^\top \nabla_y f, \qquad J_N = \frac{\partial y^N(x)}{\partial x}
+
+  This is the exact gradient of :math:`f(x, y^N(x))` for the run from ``solution.start``, however
+  far :math:`y^N` is from the minimum. With ``num_steps=k`` only the last ``k`` steps are
+  differentiated (truncated back-propagation): :math:`x` counts as a constant before them.
+
+  Cost: a forward and a backward run of the inner problem. Memory: all ``N`` steps, or
+  :math:`O(\sqrt N)` of them if the solver was built with ``remat=True``.
+
+  Args:
+    solver: the inner solver that made the solution.
+    num_steps: how many of the last inner steps to differentiate, from 1 to ``solver.num_steps``;
+      ``None`` for all.
+
+  Returns:
+    A transformation from the pair ``(df/dx, df/dy)`` to the hypergradient. ``update`` must be
+    given ``solution=`` and ``batch=``, the batch that ``solver.solve`` saw.
+
+  Raises:
+    ValueError: if ``num_steps`` is outside its range.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, jaxbo, optax
+    >>> inner = jaxbo.inner_solver(lambda x, y, batch: (y - x**2) ** 2, optax.sgd(0.25), 30)
+    >>> tx = jaxbo.add_unrolled_response(inner)
+    >>> x = jnp.float32(3.0)
+    >>> y = inner.solve(x, inner.init(jnp.float32(0.0)), None)      # y = x ** 2
+    >>> grads = jax.grad(lambda x, y: y, (0, 1))(x, y.params)       # f = y
+    >>> hypergradient, _ = tx.update(grads, tx.init(x), x, solution=y, batch=None)
+    >>> bool(jnp.allclose(hypergradient, 6.0))                      # dF/dx = 2 x
+    True
+
+  References:
+    Franceschi et al., `Forward and Reverse Gradient-Based Hyperparameter Optimization
+    <https://arxiv.org/abs/1703.01785>`_, 2017; Shaban et al., `Truncated Back-propagation for
+    Bilevel Optimization <https://arxiv.org/abs/1810.10667>`_, 2019.
+  """
+  if num_steps is not None:
+    num_steps = _check.positive_int("num_steps", num_steps)
+    if num_steps > solver.num_steps:
+      raise ValueError(
+        f"num_steps must be at most the solver's num_steps={solver.num_steps}, got {num_steps}"
+      )
+
+  def init(params):
+    return UnrolledResponseState(UnrolledInfo(zero_norm(params), zero_norm(params)))
+
+  def update(
+    updates, state, params=None, *, solution: Any = MISSING, batch: Any = MISSING, **extra_args
+  ):
+    del state, extra_args
+    outer_grad, inner_grad = check_update(
+      "add_unrolled_response", updates, params, solution, batch
+    )
+    y, pull_back = jax.vjp(
+      lambda x: solver.path(x, solution.start, batch, last=num_steps), params
+    )
+    (response,) = pull_back(_tree.cast_like(inner_grad, y))
+    hypergradient = add(outer_grad, response)
+    info = UnrolledInfo(_tree.norm(hypergradient), _tree.norm(response))
+    return hypergradient, UnrolledResponseState(info)
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def itd(
+  learning_rate: optax.ScalarOrSchedule, solver: InnerSolver, num_steps: int | None = None
+) -> optax.GradientTransformationExtraArgs:
+  """Iterative differentiation: gradient descent along :func:`add_unrolled_response`.
+
+  Args:
+    learning_rate: a float or a schedule.
+    solver: the inner solver.
+    num_steps: how many of the last inner steps to differentiate; ``None`` for all.
+
+  Returns:
+    ``optax.chain(add_unrolled_response(...), optax.scale_by_learning_rate(learning_rate))``.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, jaxbo, optax
+    >>> inner = jaxbo.inner_solver(lambda x, y, batch: (y - x**2) ** 2, optax.sgd(0.25), 30)
+    >>> outer_loss = lambda x, y, batch: (y - 4.0) ** 2              # minimal at x = 2
+    >>> init, step = jaxbo.bilevel(outer_loss, inner, jaxbo.itd(0.02, inner))
+    >>> state = init(jnp.float32(1.0), jnp.float32(0.0))
+    >>> for _ in range(20):
+    ...   state, info = jax.jit(step)(state, None, None)
+    >>> print(state.x.round(3))
+    2.0
+  """
+  return optax.chain(
+    add_unrolled_response(solver, num_steps), optax.scale_by_learning_rate(learning_rate)
+  )
