@@ -49,4 +49,36 @@ from jaxbo.bilevel.unrolled import (
   itd,
 )
 
+__all__ = [
+  "BilevelInfo",
+  "BilevelState",
+  "DropInfo",
+  "DropResponseState",
+  "EsInfo",
+  "EsResponseState",
+  "ImplicitInfo",
+  "ImplicitResponseState",
+  "InnerInfo",
+  "InnerSolution",
+  "InnerSolver",
+  "LinearInfo",
+  "LinearSolver",
+  "Through",
+  "UnrolledInfo",
+  "UnrolledResponseState",
+  "add_es_response",
+  "add_implicit_response",
+  "add_unrolled_response",
+  "aid",
+  "bilevel",
+  "conjugate_gradient",
+  "drop_response",
+  "esj",
+  "fixed_point",
+  "inner_solver",
+  "itd",
+  "neumann",
+  "stocbio",
+]
+
 __version__ = "0.1.0"

@@ -78,7 +78,7 @@ def _at_least_float32(x: jax.Array) -> jax.Array:
   return x.astype(_at_least_float32_dtype(x))
 
 
-def _at_least_float32_dtype(x: jax.Array):
+def _at_least_float32_dtype(x: Any):
   if jnp.issubdtype(x.dtype, jnp.floating):
     return jnp.promote_types(x.dtype, jnp.float32)
   return x.dtype

@@ -45,7 +45,7 @@ def add_es_response(
   smoothing: float | jax.Array = 1e-2,
   *,
   sample_batch_size: int | None = None,
-  key: int | jax.Array = 0,
+  key: jax.typing.ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Adds the response, its Jacobian estimated from perturbed inner runs (ESJ, PZOBO).
 
@@ -136,7 +136,7 @@ def add_es_response(
     def add_chunk(total, chunk):
       weights, samples = chunk
       directions = jax.vmap(draw, in_axes=(None, 0, None))(key, samples, x)
-      chunk_sum = jax.tree.map(lambda u: jnp.einsum("j,j...", weights, u), directions)
+      chunk_sum = jax.tree.map(lambda u: jnp.einsum("j,j...", weights, u, precision="highest"), directions)
       return optax.tree.add(total, chunk_sum), None
 
     return jax.lax.scan(add_chunk, optax.tree.zeros_like(x), (weights, samples))[0]
@@ -188,7 +188,7 @@ def esj(
   smoothing: float | jax.Array = 1e-2,
   *,
   sample_batch_size: int | None = None,
-  key: int | jax.Array = 0,
+  key: jax.typing.ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
   """ESJ (PZOBO): gradient descent along :func:`add_es_response`.
 

@@ -1,0 +1,1 @@
+"""Measurements side by side with baselines, one table each."""

@@ -1,0 +1,43 @@
+"""The multilayer perceptron."""
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import jax.typing
+
+
+class MLP(nn.Module):
+  """Dense layers with rectifiers between them.
+
+  The input ``[..., num_inputs]``, of any real dtype, is mapped to logits
+  ``[..., features[-1]]`` in float32. Parameters are float32:
+  ``params/Dense_i/kernel`` is ``[inputs of layer i, features[i]]`` and ``params/Dense_i/bias`` is
+  ``[features[i]]``.
+
+  >>> import jax, jax.numpy as jnp
+  >>> model = MLP(features=(16, 10))
+  >>> x = jnp.ones((4, 64))
+  >>> variables = model.init(jax.random.key(0), x)
+  >>> model.apply(variables, x).shape
+  (4, 10)
+  >>> sum(leaf.size for leaf in jax.tree.leaves(variables))
+  1210
+
+  Attributes:
+    features: the widths of the layers, the number of classes last; at least one.
+    dtype: the dtype of the matrix products and activations (``jnp.bfloat16`` halves their memory);
+      None takes what the input and the float32 parameters promote to.
+  """
+
+  features: Sequence[int]
+  dtype: jax.typing.DTypeLike | None = None
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Returns the logits ``[..., features[-1]]`` of ``x``, in float32."""
+    *hidden, num_outputs = self.features
+    for width in hidden:
+      x = nn.relu(nn.Dense(width, dtype=self.dtype)(x))
+    return nn.Dense(num_outputs, dtype=self.dtype)(x).astype(jnp.float32)

@@ -1,0 +1,1 @@
+"""Reproducible claims: one file is one claim."""

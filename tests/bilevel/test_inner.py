@@ -1,0 +1,230 @@
+"""The inner solver: what a run is, what it stores, and what it refuses."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxbo
+from tests import problems
+from tests.problems import Quadratic, flat, tree_of
+
+
+def quadratic_run(dtype=jnp.float32, num_steps=7, **kwargs):
+  problem = Quadratic.make(problems.count(problems.OUTER_SHAPES), 8)
+  solver = jaxbo.inner_solver(problem.inner_loss, optax.sgd(0.9), num_steps, **kwargs)
+  x, x_flat = tree_of(problems.OUTER_SHAPES, dtype, seed=1)
+  y0, y0_flat = tree_of(problems.INNER_SHAPES, dtype, seed=2)
+  return problem, solver, x, y0, x_flat, y0_flat
+
+
+def test_run_of_gradient_descent_equals_the_closed_form(x64):
+  problem, solver, x, y0, x_flat, y0_flat = quadratic_run(jnp.float64)
+  solution = jax.jit(solver.solve)(x, solver.init(y0), None)
+  expected = problem.run(x_flat, y0_flat, 0.9, 7)
+  np.testing.assert_allclose(flat(solution.params), expected, rtol=1e-12)
+  path = solver.path(x, solution.start, None)
+  np.testing.assert_allclose(flat(path), expected, rtol=1e-12)
+
+
+def test_losses_are_those_before_each_step(x64):
+  problem, solver, x, y0, x_flat, y0_flat = quadratic_run(jnp.float64)
+  solution = jax.jit(solver.solve)(x, solver.init(y0), None)
+  runs = [problem.run(x_flat, y0_flat, 0.9, n) for n in range(7)]
+  expected = [0.5 * y @ problem.A @ y - y @ (problem.B @ x_flat + problem.c) for y in runs]
+  np.testing.assert_allclose(solution.info.losses, expected, rtol=1e-10)
+
+
+def test_warm_start_goes_on_and_cold_start_begins_again():
+  problem, warm, x, y0, x_flat, y0_flat = quadratic_run()
+  solution = warm.solve(x, warm.solve(x, warm.init(y0), None), None)
+  np.testing.assert_allclose(
+    flat(solution.params), problem.run(x_flat, y0_flat, 0.9, 14), rtol=1e-4
+  )
+  np.testing.assert_allclose(
+    flat(solution.start[0]), problem.run(x_flat, y0_flat, 0.9, 7), rtol=1e-4
+  )
+  _, cold, *_ = quadratic_run(warm_start=False)
+  first = cold.solve(x, cold.init(y0), None)
+  second = cold.solve(x, first, None)
+  chex.assert_trees_all_equal(first, second)
+
+
+def test_warm_start_carries_the_optimizer_state():
+  loss = lambda x, y, batch: jnp.sum((y - x) ** 2)
+  long = jaxbo.inner_solver(loss, optax.adam(0.1), 10)
+  short = jaxbo.inner_solver(loss, optax.adam(0.1), 5)
+  x, y0 = jnp.float32(1.0), jnp.zeros(3)
+  half = short.solve(x, short.init(y0), None)
+  whole = long.solve(x, long.init(y0), None)
+  chex.assert_trees_all_close(short.solve(x, half, None).params, whole.params, rtol=1e-6)
+
+
+def test_per_step_batches_are_seen_in_order(x64):
+  problem, *_ = quadratic_run(jnp.float64)
+  solver = jaxbo.inner_solver(problem.inner_loss, optax.sgd(0.9), 3, per_step_batches=True)
+  x, x_flat = tree_of(problems.OUTER_SHAPES, jnp.float64, seed=1)
+  y0, y = tree_of(problems.INNER_SHAPES, jnp.float64, seed=2)
+  batch = jnp.array([1.0, -2.0, 0.5])
+  for scale in batch:
+    y = y - 0.9 * (problem.A @ y - float(scale) * (problem.B @ x_flat + problem.c))
+  solution = solver.solve(x, solver.init(y0), batch)
+  np.testing.assert_allclose(flat(solution.params), y, rtol=1e-12)
+
+
+@pytest.mark.parametrize("remat", [True, 1, 4, 100])
+@pytest.mark.parametrize("num_steps", [1, 7, 16])
+def test_remat_changes_neither_the_run_nor_its_gradient(remat, num_steps):
+  batch = jnp.linspace(0.5, 1.5, num_steps)
+  loss = lambda x, y, batch: jnp.sum((jnp.tanh(y) - batch * x) ** 2)
+
+  def run(remat):
+    solver = jaxbo.inner_solver(
+      loss, optax.adam(0.1, eps_root=1e-8), num_steps, per_step_batches=True, remat=remat
+    )
+    start = solver.init(jnp.zeros(3)).start
+    path = lambda x: jnp.sum(solver.path(x, start, batch) ** 2)
+    return jax.jit(jax.value_and_grad(path))(jnp.array([0.1, -0.3, 0.7]))
+
+  chex.assert_trees_all_close(run(remat), run(False), rtol=1e-5)
+
+
+def test_truncation_stops_the_gradient_before_the_last_steps(x64):
+  problem, solver, x, y0, x_flat, y0_flat = quadratic_run(jnp.float64)
+  start = solver.init(y0).start
+  for last in (1, 3, 7):
+    y, pull_back = jax.vjp(lambda x: solver.path(x, start, None, last=last), x)  # noqa: B023
+    np.testing.assert_allclose(flat(y), problem.run(x_flat, y0_flat, 0.9, 7), rtol=1e-12)
+    (gradient,) = pull_back(jax.tree.map(jnp.ones_like, y))
+    # The last k steps have the Jacobian of a run of k steps.
+    expected = problem.run_jacobian(0.9, last).T @ np.ones(8)
+    np.testing.assert_allclose(flat(gradient), expected, rtol=1e-10)
+
+
+def test_structure_is_the_same_before_and_after_a_solve():
+  _, solver, x, y0, *_ = quadratic_run()
+  before = solver.init(y0)
+  chex.assert_trees_all_equal_shapes_and_dtypes(before, solver.solve(x, before, None))
+
+
+def test_aux_is_stacked_over_steps_and_keeps_the_structure():
+  loss = lambda x, y, batch: (jnp.sum((y - x) ** 2), {"norm": jnp.sum(y**2), "batch": batch})
+  solver = jaxbo.inner_solver(loss, optax.sgd(0.25), 3, has_aux=True)
+  x, batch = jnp.float32(1.0), jnp.arange(2)
+  before = solver.init(jnp.zeros(2), x, batch)
+  after = solver.solve(x, before, batch)
+  chex.assert_trees_all_equal_shapes_and_dtypes(before, after)
+  np.testing.assert_allclose(after.info.aux["norm"], [0.0, 0.5, 2 * 0.75**2])
+  assert after.info.aux["batch"].shape == (3, 2)
+
+
+def test_line_search_optimizers_get_the_loss():
+  problem, *_ = quadratic_run()
+  solver = jaxbo.inner_solver(problem.inner_loss, optax.lbfgs(), 20)
+  x, x_flat = tree_of(problems.OUTER_SHAPES, jnp.float32, seed=1)
+  y0, _ = tree_of(problems.INNER_SHAPES, jnp.float32, seed=2)
+  solution = jax.jit(solver.solve)(x, solver.init(y0), None)
+  np.testing.assert_allclose(flat(solution.params), problem.solution(x_flat), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("per_step", [False, True])
+def test_through_equals_the_composed_loss(per_step, x64):
+  """Features are computed outside the scan; run and gradients are those of the plain loss."""
+  features = lambda x, batch: jnp.tanh(batch @ x)
+  head = lambda z, y, batch: 0.5 * jnp.mean((z @ y - jnp.sum(batch, axis=-1)) ** 2)
+  composed = lambda x, y, batch: head(features(x, batch), y, batch)
+  rng = np.random.default_rng(0)
+  x, y0 = jnp.asarray(rng.normal(size=(4, 3))), jnp.asarray(rng.normal(size=3))
+  batch = jnp.asarray(rng.normal(size=(5, 6, 4) if per_step else (6, 4)))
+  arguments = {"optimizer": optax.sgd(0.3), "num_steps": 5, "per_step_batches": per_step}
+  plain = jaxbo.inner_solver(composed, **arguments)
+  through = jaxbo.inner_solver(head, **arguments, through=features)
+  results = []
+  for solver in (plain, through):
+    start = solver.init(y0).start
+    y, pull_back = jax.vjp(lambda x: solver.path(x, start, batch, last=3), x)  # noqa: B023
+    one_batch = batch[-1] if per_step else batch
+    results.append(
+      (y, pull_back(jnp.ones(3)), solver.loss(x, y, one_batch), solver.solve(x, solver.init(y0), batch))
+    )
+  chex.assert_trees_all_close(*results, rtol=1e-10)
+
+
+def test_init_copies_and_strips_weak_types():
+  solver = jaxbo.inner_solver(lambda x, y, b: (y - x) ** 2, optax.sgd(0.1, momentum=0.9), 2)
+  y0 = jnp.asarray(3.0)
+  assert y0.weak_type
+  solution = solver.init(y0)
+  assert not any(leaf.weak_type for leaf in jax.tree.leaves(solution))
+  buffers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves((y0, solution))]
+  assert len(set(buffers)) == len(buffers)
+
+
+@pytest.mark.parametrize(
+  ("kwargs", "error", "message"),
+  [
+    ({"num_steps": 0}, ValueError, "num_steps must be at least 1, got 0"),
+    ({"num_steps": 2.5}, TypeError, "num_steps must be a positive Python int, got 2.5"),
+    ({"remat": 0}, ValueError, "remat must be at least 1, got 0"),
+    ({"loss": lambda y, batch: 0.0}, TypeError, r"loss\(x, y, batch\)"),
+    ({"loss": 3}, TypeError, r"loss must be a function loss\(x, y, batch\), got 3"),
+    ({"through": lambda x: x}, TypeError, r"through\(x, batch\)"),
+    ({"loss": lambda z: 0.0, "through": lambda x, b: x}, TypeError, r"loss\(z, y, batch\)"),
+  ],
+)
+def test_bad_arguments_are_refused_when_built(kwargs, error, message, as_users_run):
+  arguments = {
+    "loss": lambda x, y, b: jnp.sum((x - y) ** 2),
+    "optimizer": optax.sgd(0.1),
+    "num_steps": 2,
+    **kwargs,
+  }
+  with pytest.raises(error, match=message):
+    jaxbo.inner_solver(**arguments)
+
+
+@pytest.mark.parametrize(
+  ("loss", "kwargs", "error", "message"),
+  [
+    (lambda x, y, b: (x - y) ** 2, {}, ValueError, r"loss must return a scalar, got shape \(2,\)"),
+    (lambda x, y, b: (jnp.sum(y), 1), {}, TypeError, "has_aux=True"),
+    (lambda x, y, b: jnp.sum(y), {"has_aux": True}, TypeError, r"must return \(scalar, aux\)"),
+    (lambda x, y, b: jnp.int32(0), {}, TypeError, "loss must return a real float"),
+  ],
+)
+def test_bad_losses_are_refused_when_traced(loss, kwargs, error, message):
+  solver = jaxbo.inner_solver(loss, optax.sgd(0.1), 2, **kwargs)
+  with pytest.raises(error, match=message):
+    solver.solve(jnp.ones(2), solver.init(jnp.ones(2), jnp.ones(2)), None)
+
+
+@pytest.mark.parametrize(
+  ("batch", "message"),
+  [
+    ({"a": jnp.ones((2, 3)), "b": jnp.ones(3)}, r"batch\['b'\] .* num_steps=2 .* shape \(3,\)"),
+    (jnp.float32(1.0), r"num_steps=2 .* shape \(\)"),
+    (None, r"num_steps=2, \.\.\."),
+  ],
+)
+def test_per_step_batches_of_another_length_are_refused(batch, message):
+  solver = jaxbo.inner_solver(
+    lambda x, y, b: jnp.sum(y**2), optax.sgd(0.1), 2, per_step_batches=True
+  )
+  with pytest.raises(ValueError, match=message):
+    solver.solve(jnp.ones(2), solver.init(jnp.ones(2)), batch)
+
+
+def test_integer_parameters_are_refused():
+  solver = jaxbo.inner_solver(lambda x, y, b: jnp.sum(y["w"] * x), optax.sgd(0.1), 2)
+  with pytest.raises(TypeError, match=r"y0 must be real floats, got dtype int32 at y0\['w'\]"):
+    solver.init({"w": jnp.arange(3)})
+  with pytest.raises(TypeError, match="x must be real floats, got dtype int32 at x"):
+    solver.solve(jnp.int32(1), solver.init({"w": jnp.ones(3)}), None)
+
+
+def test_aux_needs_x_at_init():
+  solver = jaxbo.inner_solver(lambda x, y, b: (0.0, 1), optax.sgd(0.1), 2, has_aux=True)
+  with pytest.raises(ValueError, match=r"init\(y0, x, batch\)"):
+    solver.init(jnp.ones(2))

@@ -1,0 +1,362 @@
+"""Every response against the closed form of the quadratic problem, finite differences and T1."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxbo
+from tests import problems
+from tests.problems import Quadratic, flat, tree_of
+
+P = problems.count(problems.OUTER_SHAPES)
+LEARNING_RATE = 0.9
+SIZES = [
+  ((2,), (3,)),
+  ((30,), (8,)),
+  (problems.OUTER_SHAPES, problems.INNER_SHAPES),
+]
+
+
+@functools.cache
+def setting(sizes, double, num_steps):
+  """A solved quadratic problem and what stands in ``update``, at a start that is not the minimum."""
+  outer_shapes, inner_shapes = SIZES[sizes]
+  dtype = jnp.float64 if double else jnp.float32
+  problem = Quadratic.make(problems.count(outer_shapes), problems.count(inner_shapes))
+  solver = jaxbo.inner_solver(problem.inner_loss, optax.sgd(LEARNING_RATE), num_steps)
+  x, x_flat = tree_of(outer_shapes, dtype, seed=1)
+  y0, y0_flat = tree_of(inner_shapes, dtype, seed=2)
+  solution = jax.jit(solver.solve)(x, solver.init(y0), None)
+  grads = jax.grad(problem.outer_loss, (0, 1))(x, solution.params, None)
+  return problem, solver, x, solution, grads, x_flat, y0_flat
+
+
+def hypergradient(head, x, solution, grads, **extra):
+  state = head.init(x)
+  update = jax.jit(lambda g, s, x, y: head.update(g, s, x, solution=y, batch=None, **extra))
+  return update(grads, state, x, solution)
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("sizes", range(len(SIZES)))
+def test_unrolled_is_the_gradient_of_the_truncated_run(sizes, double):
+  with jax.enable_x64(double):
+    problem, solver, x, solution, grads, x_flat, y0_flat = setting(sizes, double, 5)
+    result, state = hypergradient(jaxbo.add_unrolled_response(solver), x, solution, grads)
+    expected = problem.unrolled_hypergradient(x_flat, y0_flat, LEARNING_RATE, 5)
+    np.testing.assert_allclose(
+      flat(result), expected, rtol=1e-10 if double else 1e-4, atol=1e-12 if double else 1e-5
+    )
+    chex.assert_trees_all_equal_shapes_and_dtypes(result, x)
+    np.testing.assert_allclose(
+      state.info.hypergradient_norm, np.linalg.norm(expected), rtol=1e-4
+    )
+    outer = problem.outer_grads(x_flat, flat(solution.params))[0]
+    np.testing.assert_allclose(
+      state.info.response_norm, np.linalg.norm(expected - outer), rtol=1e-4
+    )
+
+
+def test_truncated_unrolling_has_the_jacobian_of_the_last_steps(x64):
+  problem, solver, x, solution, grads, x_flat, y0_flat = setting(2, True, 5)
+  result, _ = hypergradient(jaxbo.add_unrolled_response(solver, 2), x, solution, grads)
+  outer, inner = problem.outer_grads(x_flat, problem.run(x_flat, y0_flat, LEARNING_RATE, 5))
+  expected = outer + problem.run_jacobian(LEARNING_RATE, 2).T @ inner
+  np.testing.assert_allclose(flat(result), expected, rtol=1e-10)
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("sizes", range(len(SIZES)))
+@pytest.mark.parametrize(
+  "linear_solver",
+  [
+    jaxbo.conjugate_gradient(30),
+    jaxbo.fixed_point(300, 1.0),
+    jaxbo.neumann(300, 1.0),
+    jax.scipy.sparse.linalg.cg,
+  ],
+  ids=["cg", "fixed_point", "neumann", "jax.scipy"],
+)
+def test_implicit_is_the_gradient_at_the_minimum(sizes, double, linear_solver):
+  """The implicit function theorem at (x, y^N), exact also where y^N is no minimum: g is quadratic."""
+  with jax.enable_x64(double):
+    problem, solver, x, solution, grads, x_flat, _ = setting(sizes, double, 5)
+    head = jaxbo.add_implicit_response(solver, linear_solver)
+    result, state = hypergradient(head, x, solution, grads)
+    expected = problem.implicit_hypergradient(x_flat, flat(solution.params))
+    theirs = linear_solver is jax.scipy.sparse.linalg.cg
+    tolerance = 1e-4 if theirs or not double else 1e-10
+    scale = np.linalg.norm(expected)
+    np.testing.assert_allclose(flat(result), expected, rtol=0, atol=tolerance * scale)
+    chex.assert_trees_all_equal_shapes_and_dtypes(result, x)
+    assert not state.info.linear_breakdown
+    assert state.info.linear_residual < 1e-4
+    assert (state.info.linear_steps == -1) == theirs
+
+
+def test_unrolled_tends_to_implicit_at_the_known_rate(x64):
+  """D5: the Jacobians differ by (I - lr A)^N J*."""
+  problem, solver, x, solution, grads, x_flat, y0_flat = setting(2, True, 5)
+  unrolled, _ = hypergradient(jaxbo.add_unrolled_response(solver), x, solution, grads)
+  head = jaxbo.add_implicit_response(solver, jaxbo.conjugate_gradient(30))
+  implicit, _ = hypergradient(head, x, solution, grads)
+  inner = problem.outer_grads(x_flat, flat(solution.params))[1]
+  left = problem.contraction(LEARNING_RATE, 5) @ problem.jacobian()
+  np.testing.assert_allclose(flat(implicit) - flat(unrolled), left.T @ inner, rtol=1e-8, atol=1e-12)
+
+
+def test_drop_response_keeps_the_outer_gradient():
+  _, _, x, solution, grads, *_ = setting(2, False, 5)
+  result, state = hypergradient(jaxbo.drop_response(), x, solution, grads)
+  chex.assert_trees_all_equal(result, grads[0])
+  np.testing.assert_allclose(state.info.hypergradient_norm, np.linalg.norm(flat(grads[0])), 1e-6)
+
+
+def nonlinear_inner_loss(x, y, batch):
+  hidden = jnp.tanh(batch @ y["w"] + y["b"])
+  fit = jnp.mean(jax.nn.sigmoid(x["weights"]) * (hidden - 0.3 * jnp.sum(batch, axis=1)) ** 2)
+  return fit + jnp.exp(x["ridge"]) * (jnp.sum(y["w"] ** 2) + y["b"] ** 2)
+
+
+def nonlinear_outer_loss(x, y, batch):
+  return jnp.mean(jnp.sin(batch @ y["w"] + y["b"])) + 0.1 * x["ridge"] ** 2
+
+
+def finite_differences(function, x, step=1e-5):
+  vector, unravel = jax.flatten_util.ravel_pytree(x)
+  of_vector = jax.jit(lambda v: function(unravel(v)))
+  basis = np.eye(len(vector)) * step
+  return np.array([(of_vector(vector + e) - of_vector(vector - e)) / (2 * step) for e in basis])
+
+
+@pytest.mark.parametrize(
+  ("method", "optimizer", "num_steps"),
+  [
+    ("unrolled", optax.sgd(0.3), 4),
+    ("unrolled", optax.adam(0.1, eps_root=1e-8), 6),
+    ("unrolled", optax.sgd(0.3, momentum=0.9), 3000),
+    ("implicit", optax.sgd(0.3, momentum=0.9), 3000),
+  ],
+)
+def test_hypergradient_of_a_nonlinear_problem_equals_finite_differences(
+  method, optimizer, num_steps, x64
+):
+  rng = np.random.default_rng(0)
+  train, val = jnp.asarray(rng.normal(size=(2, 7, 3)))
+  x = {"weights": jnp.asarray(rng.normal(size=7)), "ridge": jnp.asarray(-2.0)}
+  solver = jaxbo.inner_solver(nonlinear_inner_loss, optimizer, num_steps)
+  start = solver.init({"w": jnp.asarray(rng.normal(size=3)), "b": jnp.asarray(0.1)})
+
+  def composed(x):
+    return nonlinear_outer_loss(x, solver.path(x, start.start, train), val)
+
+  solution = solver.solve(x, start, train)
+  grads = jax.grad(nonlinear_outer_loss, (0, 1))(x, solution.params, val)
+  head = (
+    jaxbo.add_unrolled_response(solver)
+    if method == "unrolled"
+    else jaxbo.add_implicit_response(solver, jaxbo.conjugate_gradient(20))
+  )
+  result, _ = jax.jit(lambda: head.update(grads, head.init(x), x, solution=solution, batch=train))()
+  expected = finite_differences(composed, x)
+  assert np.linalg.norm(expected - flat(grads[0])) > 0.01  # The response is no small part.
+  np.testing.assert_allclose(flat(result), expected, rtol=2e-5, atol=1e-8)
+
+
+def test_implicit_uses_the_last_of_per_step_batches_unless_told_otherwise(x64):
+  problem, *_ = setting(2, True, 5)
+  solver = jaxbo.inner_solver(
+    problem.inner_loss, optax.sgd(LEARNING_RATE), 3, per_step_batches=True
+  )
+  x, x_flat = tree_of(problems.OUTER_SHAPES, jnp.float64, seed=1)
+  y0, _ = tree_of(problems.INNER_SHAPES, jnp.float64, seed=2)
+  batch = jnp.array([1.0, 2.0, -0.5])
+  solution = solver.solve(x, solver.init(y0), batch)
+  grads = jax.grad(problem.outer_loss, (0, 1))(x, solution.params, None)
+  head = jaxbo.add_implicit_response(solver, jaxbo.conjugate_gradient(30))
+  outer, inner = problem.outer_grads(x_flat, flat(solution.params))
+  for extra, scale in (({}, -0.5), ({"linear_batch": jnp.float64(3.0)}, 3.0)):
+    result, _ = head.update(grads, head.init(x), x, solution=solution, batch=batch, **extra)
+    expected = outer + scale * problem.jacobian().T @ inner
+    np.testing.assert_allclose(flat(result), expected, rtol=1e-8)
+
+
+def test_warm_started_linear_solver_needs_fewer_steps_for_the_same_error(x64):
+  problem, solver, x, solution, grads, x_flat, _ = setting(2, True, 5)
+  linear_solver = jaxbo.conjugate_gradient(2, warm_start=True)
+  head = jaxbo.add_implicit_response(solver, linear_solver, inner_params=solution.params)
+  state = head.init(x)
+  update = jax.jit(lambda s: head.update(grads, s, x, solution=solution, batch=None))
+  residuals = []
+  for _ in range(20):
+    result, state = update(state)
+    residuals.append(float(state.info.linear_residual))
+  assert residuals[-1] < 1e-4 * residuals[0]
+  inner = problem.outer_grads(x_flat, flat(solution.params))[1]
+  np.testing.assert_allclose(
+    flat(state.linear_solution), np.linalg.solve(problem.A, inner), rtol=1e-4
+  )
+  expected = problem.implicit_hypergradient(x_flat, flat(solution.params))
+  np.testing.assert_allclose(flat(result), expected, rtol=1e-3)
+
+
+def test_warm_start_accepts_shapes_and_starts_at_zero():
+  _, solver, x, solution, *_ = setting(2, False, 5)
+  shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.bfloat16), solution.params)
+  head = jaxbo.add_implicit_response(
+    solver, jaxbo.fixed_point(2, 0.5, warm_start=True), inner_params=shapes
+  )
+  state = head.init(x)
+  chex.assert_trees_all_equal(state.linear_solution, jax.tree.map(jnp.zeros_like, solution.params))
+
+
+def test_a_foreign_solver_that_fails_keeps_the_state_finite():
+  _, solver, x, solution, grads, *_ = setting(2, False, 5)
+  broken = lambda matvec, b, x0: (jax.tree.map(lambda v: v * jnp.nan, b), None)
+  head = jaxbo.add_implicit_response(solver, broken)
+  result, state = hypergradient(head, x, solution, grads)
+  chex.assert_tree_all_finite((result, state))
+  assert state.info.linear_breakdown
+  chex.assert_trees_all_equal(result, grads[0])
+
+
+def test_lineax_plugs_in(x64):
+  lineax = pytest.importorskip("lineax", reason="lineax is in the bench group")
+  problem, solver, x, solution, grads, x_flat, _ = setting(2, True, 5)
+
+  def solve(matvec, b, x0):
+    del x0
+    operator = lineax.FunctionLinearOperator(
+      matvec, jax.eval_shape(lambda: b), lineax.positive_semidefinite_tag
+    )
+    return lineax.linear_solve(operator, b, lineax.CG(1e-12, 1e-12)).value, None
+
+  result, state = hypergradient(jaxbo.add_implicit_response(solver, solve), x, solution, grads)
+  expected = problem.implicit_hypergradient(x_flat, flat(solution.params))
+  np.testing.assert_allclose(flat(result), expected, rtol=1e-8)
+  assert state.info.linear_residual < 1e-8
+
+
+# T1: f = (x - y2)^2 / 2 + (y1 - 1)^2 / 2 and g = y1^2 / 2 - x y1, flat along y2.
+
+
+def flat_inner_loss(x, y, batch):
+  return 0.5 * y[0] ** 2 - x * y[0]
+
+
+def flat_outer_loss(x, y, batch):
+  return 0.5 * (x - y[1]) ** 2 + 0.5 * (y[0] - 1) ** 2
+
+
+def run_flat_problem(make_head, num_outer_steps, y2=0.0):
+  inner = jaxbo.inner_solver(flat_inner_loss, optax.sgd(1.0), 2)
+  outer = optax.chain(make_head(inner), optax.sgd(0.2))
+  init, step = jaxbo.bilevel(flat_outer_loss, inner, outer)
+  state = init(jnp.float32(0.0), jnp.array([0.0, y2]))
+  return jax.lax.scan(lambda s, _: step(s, None, None), state, length=num_outer_steps)
+
+
+@pytest.mark.parametrize(
+  "make_head",
+  [
+    jaxbo.add_unrolled_response,
+    lambda s: jaxbo.add_implicit_response(s, jaxbo.conjugate_gradient(10, damping=1e-3)),
+    lambda s: jaxbo.add_implicit_response(s, jaxbo.fixed_point(50, 0.5)),
+    lambda s: jaxbo.add_implicit_response(s, jaxbo.neumann(50, 0.5)),
+    lambda s: jaxbo.add_es_response(s, num_samples=4096),
+  ],
+  ids=["itd", "damped_cg", "fixed_point", "neumann", "esj"],
+)
+@pytest.mark.parametrize("y2", [0.0, -2.0])
+def test_flat_inner_direction_ends_where_the_theory_says(make_head, y2, request):
+  """T1: y2 never moves, so x -> (1 + y2) / 2 and f -> (1 - y2)^2 / 4, not the optimum."""
+  state, info = run_flat_problem(make_head, 100, y2)
+  response = abs(y2 - 1) / 2
+  tolerance = 2e-3 * response
+  if "esj" in request.node.name:
+    # The noise of D2, sd = |response| sqrt(2 / Q), through x <- (1 - 2 * 0.2) x + 0.2 noise.
+    tolerance = 4 * 0.2 / 0.8 * response * np.sqrt(2 / 4096)
+  np.testing.assert_allclose(state.x, (1 + y2) / 2, atol=tolerance)
+  np.testing.assert_allclose(info.outer_loss[-1], (1 - y2) ** 2 / 4, atol=4 * response * tolerance)
+  assert state.solution.params[1] == y2
+
+
+def test_undamped_conjugate_gradient_on_a_flat_direction_stays_finite_and_says_so():
+  state, _ = run_flat_problem(
+    lambda s: jaxbo.add_implicit_response(s, jaxbo.conjugate_gradient(10)), 60
+  )
+  chex.assert_tree_all_finite(state)
+  assert optax.tree.get(state.outer_state, "ImplicitInfo").linear_breakdown
+
+
+# Errors.
+
+HEADS = {
+  "add_unrolled_response": jaxbo.add_unrolled_response,
+  "add_implicit_response": lambda s: jaxbo.add_implicit_response(s, jaxbo.conjugate_gradient(2)),
+  "add_es_response": jaxbo.add_es_response,
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_bad_updates_are_refused(name):
+  _, solver, x, solution, grads, *_ = setting(0, False, 5)
+  head = HEADS[name](solver)
+  state = head.init(x)
+  cases = [
+    ((grads, state, None), {"solution": solution, "batch": None}, ValueError, "given params"),
+    ((grads, state, x), {"batch": None}, TypeError, "given solution="),
+    ((grads, state, x), {"solution": solution}, TypeError, "given batch="),
+    ((grads[0], state, x), {"solution": solution, "batch": None}, ValueError, "the pair"),
+    (
+      ((grads[0], grads[0]), state, x),
+      {"solution": solution, "batch": None},
+      ValueError,
+      "df/dy must have the structure and shapes of solution.params",
+    ),
+    (
+      ((grads[1], grads[1]), state, x),
+      {"solution": solution, "batch": None},
+      ValueError,
+      "df/dx must have the structure and shapes of x",
+    ),
+    (
+      (grads, state, x),
+      {"solution": solution.params, "batch": None},
+      TypeError,
+      "solution must be an InnerSolution",
+    ),
+    (
+      (grads, state, jnp.arange(2)),
+      {"solution": solution, "batch": None},
+      TypeError,
+      "x must be real floats, got dtype int32",
+    ),
+  ]
+  for arguments, extra, error, message in cases:
+    with pytest.raises(error, match=message) as caught:
+      head.update(*arguments, **extra)
+    if "x must be" not in message and "df/d" not in message and "solution must" not in message:
+      assert name in str(caught.value)
+
+
+def test_bad_arguments_of_heads_are_refused(as_users_run):
+  _, solver, *_ = setting(0, False, 5)
+  with pytest.raises(ValueError, match="num_steps must be at most the solver's num_steps=5, got 6"):
+    jaxbo.add_unrolled_response(solver, 6)
+  with pytest.raises(ValueError, match="num_steps must be at least 1"):
+    jaxbo.add_unrolled_response(solver, 0)
+  with pytest.raises(TypeError, match=r"linear_solver\(matvec, b, x0\)"):
+    jaxbo.add_implicit_response(solver, lambda matvec, b: b)
+  with pytest.raises(ValueError, match="inner_params must be given"):
+    jaxbo.add_implicit_response(solver, jaxbo.conjugate_gradient(2, warm_start=True))
+  head = jaxbo.add_implicit_response(
+    solver, jaxbo.conjugate_gradient(2, warm_start=True), inner_params=jnp.arange(3)
+  )
+  with pytest.raises(TypeError, match="inner_params must be real floats, got dtype int32"):
+    head.init(jnp.ones(2))

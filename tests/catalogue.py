@@ -1,0 +1,120 @@
+"""The registry of public transformations: each is one line, and runs through every catalogue test.
+
+An entry builds a *harness*: a pure pair ``(init, step)`` that uses the transformation the way users
+do, on nested parameters with unequal leaves. Every field of the carry is checked.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import jaxbo
+
+INNER = {"v": jnp.zeros((2, 3)), "c": jnp.zeros(())}
+
+
+class Harness(NamedTuple):
+  """A transformation in use.
+
+  Attributes:
+    tx: the transformation.
+    init: ``init(params) -> carry``.
+    step: ``step(carry, t, **extra) -> carry``; ``t`` is an int that selects the data, and
+      ``extra`` goes to ``tx.update``.
+  """
+
+  tx: optax.GradientTransformation
+  init: Callable[..., Any]
+  step: Callable[..., Any]
+
+
+class Entry(NamedTuple):
+  """One line of the registry; ``make`` takes a seed, traced or not, and the inner parameters."""
+
+  name: str
+  make: Callable[[Any, Any], Harness]
+
+
+def params(dtype=jnp.float32):
+  """Nested outer parameters with unequal leaves; eight devices can share the last one."""
+  shapes = {"scalar": (), "nested": [(3, 4), (2, 3, 5)], "wide": (8, 2)}
+  leaves, structure = jax.tree.flatten(shapes, is_leaf=lambda s: isinstance(s, tuple))
+  keys = jax.random.split(jax.random.key(0), len(leaves))
+  arrays = [jax.random.normal(k, s, jnp.float32) for k, s in zip(keys, leaves, strict=True)]
+  return jax.tree.map(lambda a: a.astype(dtype), structure.unflatten(arrays))
+
+
+def _summary(tree):
+  return sum(jnp.mean(jnp.sin(leaf)) for leaf in jax.tree.leaves(tree))
+
+
+def inner_loss(x, y, batch):
+  """Smooth and strongly convex in ``y``, and every leaf of ``x`` moves the minimum."""
+  target = batch * _summary(x)
+  return 0.5 * jnp.sum((y["v"] - target) ** 2) + jnp.sum((y["c"] - 2 * target) ** 2)
+
+
+def outer_loss(x, y, batch):
+  """Depends on both levels."""
+  return jnp.sum((y["v"] - batch) ** 2) + y["c"] ** 2 + 0.1 * _summary(x) ** 2
+
+
+def response(make_head: Callable[..., optax.GradientTransformation]) -> Callable[..., Harness]:
+  """The harness of a response: the loop of the contract, written out."""
+
+  def make(seed, inner):
+    solver = jaxbo.inner_solver(inner_loss, optax.sgd(0.2, momentum=0.5), num_steps=3)
+    tx = optax.with_extra_args_support(make_head(solver, seed, inner))
+
+    def init(x):
+      return x, solver.init(inner), tx.init(x)
+
+    def step(carry, t, **extra):
+      x, solution, state = carry
+      dtype = jax.tree.leaves(inner)[0].dtype
+      train, val = jnp.cos(t).astype(dtype), jnp.sin(t).astype(dtype)
+      solution = solver.solve(x, solution, train)
+      grads = jax.grad(outer_loss, (0, 1))(x, solution.params, val)
+      updates, state = tx.update(grads, state, x, solution=solution, batch=train, **extra)
+      updates = jax.tree.map(lambda u: -jnp.asarray(0.1, u.dtype) * u, updates)
+      return optax.apply_updates(x, updates), solution, state
+
+    return Harness(tx, init, step)
+
+  return make
+
+
+_cg, _fixed_point = jaxbo.conjugate_gradient, jaxbo.fixed_point
+
+REGISTRY = [
+  Entry("drop_response", response(lambda s, k, y: jaxbo.drop_response())),
+  Entry("unrolled", response(lambda s, k, y: jaxbo.add_unrolled_response(s))),
+  Entry("unrolled_last_2", response(lambda s, k, y: jaxbo.add_unrolled_response(s, 2))),
+  Entry("implicit_cg", response(lambda s, k, y: jaxbo.add_implicit_response(s, _cg(3)))),
+  Entry(
+    "implicit_cg_warm",
+    response(
+      lambda s, k, y: jaxbo.add_implicit_response(s, _cg(3, warm_start=True), inner_params=y)
+    ),
+  ),
+  Entry(
+    "implicit_fixed_point",
+    response(lambda s, k, y: jaxbo.add_implicit_response(s, _fixed_point(3, 0.3))),
+  ),
+  Entry(
+    "implicit_neumann",
+    response(lambda s, k, y: jaxbo.add_implicit_response(s, jaxbo.neumann(3, 0.3))),
+  ),
+  Entry("es", response(lambda s, k, y: jaxbo.add_es_response(s, 4, key=k))),
+  Entry(
+    "es_in_chunks",
+    response(lambda s, k, y: jaxbo.add_es_response(s, 5, sample_batch_size=2, key=k)),
+  ),
+  Entry("itd", response(lambda s, k, y: jaxbo.itd(0.1, s))),
+  Entry("aid", response(lambda s, k, y: jaxbo.aid(0.1, s))),
+  Entry("stocbio", response(lambda s, k, y: jaxbo.stocbio(0.1, s, 3, 0.3))),
+  Entry("esj", response(lambda s, k, y: jaxbo.esj(0.1, s, 4, key=k))),
+]

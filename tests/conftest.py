@@ -1,0 +1,39 @@
+"""Eight virtual devices, fast compilation, and jax at its strictest, for every test."""
+
+import os
+
+os.environ["XLA_FLAGS"] = " ".join(
+  [
+    os.environ.get("XLA_FLAGS", ""),
+    "--xla_force_host_platform_device_count=8",
+    # Compilation is most of the time of the tests; the code that it makes hardly runs.
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+  ]
+)
+os.environ["MPLBACKEND"] = "Agg"
+
+import jax
+import jaxtyping
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_debug_key_reuse", True)
+
+
+@pytest.fixture
+def x64():
+  """Runs the test in double precision."""
+  with jax.enable_x64(True):
+    yield
+
+
+@pytest.fixture
+def as_users_run():
+  """Switches the runtime type checks off, as they are outside of the tests.
+
+  For tests of our own messages about arguments of the wrong type.
+  """
+  jaxtyping.config.update("jaxtyping_disable", True)
+  yield
+  jaxtyping.config.update("jaxtyping_disable", False)
