@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 
 
@@ -77,5 +78,6 @@ def same_structure(name: str, tree: Any, like_name: str, like: Any) -> None:
   shapes, like_shapes = jax.tree.map(jnp.shape, tree), jax.tree.map(jnp.shape, like)
   if jax.tree.structure(tree) != jax.tree.structure(like) or shapes != like_shapes:
     raise ValueError(
-      f"{name} must have the structure and shapes of {like_name}, got {shapes} against {like_shapes}"
+      f"{name} must have the structure and shapes of {like_name}, got {shapes} against "
+      f"{like_shapes}"
     )

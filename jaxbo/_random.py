@@ -26,7 +26,8 @@ def key_impl(name: str, key: Any) -> Any:
 
 def key_data(key: Any) -> jax.Array:
   """The raw data of a key that :func:`key_impl` accepted, in a buffer of its own."""
-  if isinstance(key, numbers.Integral) or key.ndim == 0:
-    is_key = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    key = jax.random.key_data(key if is_key else jax.random.key(key))
+  if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+    key = jax.random.key_data(key)
+  elif jnp.ndim(key) == 0:
+    key = jax.random.key_data(jax.random.key(key))
   return jnp.array(key, copy=True)

@@ -1,55 +1,51 @@
 """The few pytree operations that ``optax.tree`` lacks."""
 
-from typing import Any
+import functools
+import operator
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import optax
+
+PyTree: TypeAlias = Any
 
 
-def vdot(a: optax.Params, b: optax.Params) -> jax.Array:
+def vdot(a: PyTree, b: PyTree) -> jax.Array:
   """Inner product over all leaves, accumulated in float32 at least.
 
   Written as ``sum(x * y)``: ``jnp.vdot`` flattens, which fails under explicit sharding.
   """
-  products = jax.tree.map(
-    lambda x, y: jnp.sum(_at_least_float32(x) * _at_least_float32(y)), a, b
-  )
-  return sum(jax.tree.leaves(products), start=jnp.float32(0))
+  products = jax.tree.map(lambda x, y: jnp.sum(_at_least_float32(x) * _at_least_float32(y)), a, b)
+  return functools.reduce(operator.add, jax.tree.leaves(products), jnp.zeros((), jnp.float32))
 
 
-def norm(tree: optax.Params) -> jax.Array:
+def norm(tree: PyTree) -> jax.Array:
   """Euclidean norm over all leaves, accumulated in float32 at least."""
   return jnp.sqrt(vdot(tree, tree))
 
 
-def all_finite(tree: optax.Params) -> jax.Array:
+def all_finite(tree: PyTree) -> jax.Array:
   """True if no leaf holds a NaN or an infinity."""
   leaves = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
   return jnp.all(jnp.stack(leaves)) if leaves else jnp.bool_(True)
 
 
-def at_least_float32(tree: optax.Params) -> optax.Params:
+def at_least_float32(tree: PyTree) -> PyTree:
   """Casts float16 and bfloat16 leaves to float32 and leaves every other leaf as it is."""
   return jax.tree.map(_at_least_float32, tree)
 
 
-def zeros_at_least_float32(tree: optax.Params) -> optax.Params:
+def zeros_at_least_float32(tree: PyTree) -> PyTree:
   """Zeros shaped and sharded like ``tree``, arrays or ``ShapeDtypeStruct``, as float32 at least."""
-  return jax.tree.map(
-    lambda x: jnp.zeros(
-      x.shape, _at_least_float32_dtype(x), device=getattr(x, "sharding", None)
-    ),
-    tree,
-  )
+  return jax.tree.map(lambda x: jnp.zeros_like(x, dtype=_at_least_float32_dtype(x)), tree)
 
 
-def has_low_precision(tree: optax.Params) -> bool:
+def has_low_precision(tree: PyTree) -> bool:
   """True if some leaf is a float narrower than float32."""
   return any(_at_least_float32_dtype(leaf) != leaf.dtype for leaf in jax.tree.leaves(tree))
 
 
-def copy(tree: optax.Params) -> optax.Params:
+def copy(tree: PyTree) -> PyTree:
   """Copies every leaf into a buffer of its own, without weak types.
 
   What is kept in a state must neither share a buffer with the parameters (both may be donated)
@@ -58,7 +54,7 @@ def copy(tree: optax.Params) -> optax.Params:
   return jax.tree.map(lambda x: jnp.array(x, dtype=jnp.result_type(x), copy=True), tree)
 
 
-def add_scaled(a: optax.Params, scale: Any, b: optax.Params) -> optax.Params:
+def add_scaled(a: PyTree, scale: Any, b: PyTree) -> PyTree:
   """Returns ``a + scale * b`` in the dtypes of ``a``."""
   return jax.tree.map(lambda x, y: x + jnp.asarray(scale, x.dtype) * y, a, b)
 
@@ -68,7 +64,7 @@ def where(condition: jax.Array, a: Any, b: Any) -> Any:
   return jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)
 
 
-def cast_like(tree: optax.Params, target: optax.Params) -> optax.Params:
+def cast_like(tree: PyTree, target: PyTree) -> PyTree:
   """Casts every leaf to the dtype of the same leaf of ``target``."""
   return jax.tree.map(lambda x, t: x.astype(t.dtype), tree, target)
 

@@ -58,6 +58,7 @@ def test_unknown_extra_arguments_are_ignored(entry):
 @ALL
 def test_second_call_neither_retraces_nor_recompiles(entry):
   harness, x = build(entry)
+  chex.clear_trace_counter()
   step = jax.jit(chex.assert_max_traces(harness.step, n=1))
   compilations = []
   listen = lambda event, *_, **__: compilations.append(event) if "backend_compile" in event else 0
@@ -159,7 +160,7 @@ def test_eight_devices_give_the_result_of_one_and_keep_shardings(entry, axis_typ
     before = jax.device_put(harness.init(x), jax.tree.map(_on(mesh), harness.init(x)))
     step = jax.jit(harness.step)
     carry = step(step(before, jnp.int32(0)), jnp.int32(1))
-    assert carry[0]["wide"].sharding.spec == PartitionSpec("d")
+    assert carry[0]["wide"].sharding.spec[0] == "d"
     same = lambda a, b: a.sharding.is_equivalent_to(b.sharding, a.ndim)
     assert jax.tree.all(jax.tree.map(same, carry, before))
   chex.assert_trees_all_close(jax.device_get(carry), jax.device_get(single), rtol=1e-4, atol=1e-5)
@@ -181,7 +182,7 @@ def test_everything_can_be_donated(entry):
   pointers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves((x, carry))]
   assert len(set(pointers)) == len(pointers)
   expected = jax.jit(harness.step)(carry, jnp.int32(0))
-  step = jax.jit(harness.step, donate_argnums=0)
+  step = jax.jit(harness.step, donate_argnums=0, keep_unused=True)
   result = step(carry, jnp.int32(0))
   chex.assert_trees_all_close(result, expected, rtol=1e-6, atol=1e-7)
   assert all(leaf.is_deleted() for leaf in jax.tree.leaves(carry))

@@ -1,1 +1,1 @@
-"""Bilevel optimization: the inner problem, and the responses that turn gradients into hypergradients."""
+"""Bilevel optimization: the inner problem, its solver, and the responses to hypergradients."""

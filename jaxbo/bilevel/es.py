@@ -110,7 +110,9 @@ def add_es_response(
   """
   num_samples = _check.positive_int("num_samples", num_samples)
   if sample_batch_size is not None:
-    sample_batch_size = min(_check.positive_int("sample_batch_size", sample_batch_size), num_samples)
+    sample_batch_size = min(
+      _check.positive_int("sample_batch_size", sample_batch_size), num_samples
+    )
   _check.positive("smoothing", smoothing)
   impl = _random.key_impl("key", key)
   chunk = sample_batch_size or num_samples
@@ -136,14 +138,15 @@ def add_es_response(
     def add_chunk(total, chunk):
       weights, samples = chunk
       directions = jax.vmap(draw, in_axes=(None, 0, None))(key, samples, x)
-      chunk_sum = jax.tree.map(lambda u: jnp.einsum("j,j...", weights, u, precision="highest"), directions)
+      chunk_sum = jax.tree.map(
+        lambda u: jnp.einsum("j,j...", weights, u, precision="highest"), directions
+      )
       return optax.tree.add(total, chunk_sum), None
 
     return jax.lax.scan(add_chunk, optax.tree.zeros_like(x), (weights, samples))[0]
 
   def init(params):
-    zero = zero_norm(params)
-    info = EsInfo(zero, zero, jnp.int32(0))
+    info = EsInfo(zero_norm(params), zero_norm(params), jnp.int32(0))
     return EsResponseState(_random.key_data(key), jnp.int32(0), info)
 
   def update(
@@ -154,14 +157,15 @@ def add_es_response(
     x, start, y, b = _tree.at_least_float32((params, solution.start, solution.params, inner_grad))
     path, pull_back = solver.path, lambda response: response
     low_precision = _tree.has_low_precision((params, solution.params))
-    if solver.through is not None:
-      path = solver.through.path
-      features, vjp = jax.vjp(lambda x: solver.through.features(x, batch), x)
+    through = solver.through
+    if through is not None:
+      path = through.path
+      features, vjp = jax.vjp(lambda x: through.features(x, batch), x)
       _check.floating("the output of through", features)
       low_precision |= _tree.has_low_precision(features)
       x = _tree.at_least_float32(features)
-      pull_back = lambda response: vjp(_tree.cast_like(response, features))[0]  # noqa: E731
-    run = lambda x: path(x, start, batch)  # noqa: E731
+      pull_back = lambda response: vjp(_tree.cast_like(response, features))[0]
+    run = lambda x: path(x, start, batch)
     if low_precision:  # The base run must be as precise as the perturbed ones.
       y = run(x)
 
@@ -175,7 +179,7 @@ def add_es_response(
     response = pull_back(weighted_sum(weights, x, sample_key))
     hypergradient = add(outer_grad, response)
     info = EsInfo(_tree.norm(hypergradient), _tree.norm(response), num_finite)
-    count = optax.safe_increment(state.es_count)
+    count = jnp.asarray(optax.safe_increment(state.es_count))
     return hypergradient, EsResponseState(state.es_key, count, info)
 
   return optax.GradientTransformationExtraArgs(init, update)
@@ -217,8 +221,6 @@ def esj(
     2.0
   """
   return optax.chain(
-    add_es_response(
-      solver, num_samples, smoothing, sample_batch_size=sample_batch_size, key=key
-    ),
+    add_es_response(solver, num_samples, smoothing, sample_batch_size=sample_batch_size, key=key),
     optax.scale_by_learning_rate(learning_rate),
   )

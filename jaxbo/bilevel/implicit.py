@@ -53,7 +53,8 @@ def add_implicit_response(
 ) -> optax.GradientTransformationExtraArgs:
   r"""Adds the response of the inner minimum, by the implicit function theorem (AID).
 
-  .. math:: h = \nabla_x f - \nabla^2_{xy} g\, \lambda, \qquad \nabla^2_{yy} g\, \lambda = \nabla_y f
+  .. math::
+    h = \nabla_x f - \nabla^2_{xy} g\, \lambda, \qquad \nabla^2_{yy} g\, \lambda = \nabla_y f
 
   at :math:`(x, y^N)`. It is the exact hypergradient when :math:`y^N` is the minimum and the system
   is solved exactly; else its error grows with the distance to the minimum, so warm-start the inner
@@ -114,8 +115,9 @@ def add_implicit_response(
     if warm_start:
       _check.floating("inner_params", inner_params)
       linear_solution = _tree.zeros_at_least_float32(inner_params)
-    zero = zero_norm(params)
-    info = ImplicitInfo(zero, zero, zero, jnp.int32(0), jnp.bool_(False))
+    info = ImplicitInfo(  # A buffer for each zero, since all may be donated.
+      zero_norm(params), zero_norm(params), zero_norm(params), jnp.int32(0), jnp.bool_(False)
+    )
     return ImplicitResponseState(linear_solution, info)
 
   def update(
@@ -129,11 +131,9 @@ def add_implicit_response(
     **extra_args,
   ):
     del extra_args
-    outer_grad, inner_grad = check_update(
-      "add_implicit_response", updates, params, solution, batch
-    )
+    outer_grad, inner_grad = check_update("add_implicit_response", updates, params, solution, batch)
     if linear_batch is MISSING:
-      last = lambda leaf: leaf[-1]  # noqa: E731
+      last = lambda leaf: leaf[-1]
       linear_batch = jax.tree.map(last, batch) if solver.per_step_batches else batch
     x, y, b = _tree.at_least_float32((params, solution.params, inner_grad))
     b = _tree.cast_like(b, y)

@@ -50,6 +50,7 @@ class Path(Protocol):
     x: optax.Params,
     start: tuple[optax.Params, optax.OptState],
     batch: Any,
+    /,
     *,
     last: int | None = None,
   ) -> optax.Params:
@@ -175,7 +176,7 @@ def inner_solver(
   def step(z, carry, batch):
     y, opt_state = carry
     (value, aux), grads = jax.value_and_grad(loss_and_aux, argnums=1, has_aux=True)(z, y, batch)
-    value_fn = lambda y: loss_and_aux(z, y, batch)[0]  # noqa: E731
+    value_fn = lambda y: loss_and_aux(z, y, batch)[0]
     updates, opt_state = optimizer.update(
       grads, opt_state, y, value=value, grad=grads, value_fn=value_fn
     )

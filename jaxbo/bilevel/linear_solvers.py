@@ -1,4 +1,4 @@
-r"""Linear solvers for :func:`jaxbo.add_implicit_response`: conjugate gradient, Neumann, fixed point.
+r"""Linear solvers for :func:`jaxbo.add_implicit_response`: CG, Neumann series, fixed point.
 
 A linear solver is any callable ``(matvec, b, x0) -> (x, info)`` on pytrees that solves
 :math:`A x = b` for symmetric :math:`A`, so ``jax.scipy.sparse.linalg.cg`` is one as it is. The ones
@@ -103,7 +103,7 @@ def conjugate_gradient(
   _check.non_negative("damping", damping)
 
   def solve(matvec, b, x0):
-    product = lambda v: _tree.add_scaled(matvec(v), damping, v)  # noqa: E731
+    product = lambda v: _tree.add_scaled(matvec(v), damping, v)
 
     def step(state):
       image = product(state.direction)
@@ -134,9 +134,7 @@ def conjugate_gradient(
   return LinearSolver(solve, warm_start)
 
 
-def fixed_point(
-  num_steps: int, learning_rate: float, *, warm_start: bool = False
-) -> LinearSolver:
+def fixed_point(num_steps: int, learning_rate: float, *, warm_start: bool = False) -> LinearSolver:
   r"""Fixed-point (Richardson) iteration :math:`x \leftarrow x + \eta\,(b - A x)`.
 
   It converges for eigenvalues of :math:`A` in :math:`(0, 2/\eta)`. On a singular :math:`A` the part

@@ -1,7 +1,7 @@
-"""What every response transformation shares, and the simplest one: :func:`drop_response`.
+r"""What every response transformation shares, and the simplest one: :func:`drop_response`.
 
-A response transformation takes the pair :math:`(\\nabla_x f, \\nabla_y f)` at the inner solution and
-returns the hypergradient :math:`\\nabla_x f + (\\partial y / \\partial x)^\\top \\nabla_y f`.
+A response transformation takes the pair :math:`(\nabla_x f, \nabla_y f)` at the inner solution and
+returns the hypergradient :math:`\nabla_x f + (\partial y / \partial x)^\top \nabla_y f`.
 """
 
 from collections.abc import Callable

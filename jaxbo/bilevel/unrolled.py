@@ -84,12 +84,8 @@ def add_unrolled_response(
     updates, state, params=None, *, solution: Any = MISSING, batch: Any = MISSING, **extra_args
   ):
     del state, extra_args
-    outer_grad, inner_grad = check_update(
-      "add_unrolled_response", updates, params, solution, batch
-    )
-    y, pull_back = jax.vjp(
-      lambda x: solver.path(x, solution.start, batch, last=num_steps), params
-    )
+    outer_grad, inner_grad = check_update("add_unrolled_response", updates, params, solution, batch)
+    y, pull_back = jax.vjp(lambda x: solver.path(x, solution.start, batch, last=num_steps), params)
     (response,) = pull_back(_tree.cast_like(inner_grad, y))
     hypergradient = add(outer_grad, response)
     info = UnrolledInfo(_tree.norm(hypergradient), _tree.norm(response))

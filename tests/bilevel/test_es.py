@@ -28,9 +28,7 @@ def quadratic_setting(outer="tree", inner="tree", double=True):
   first = solver.solve(x, solver.init(y0), None)
   solution = solver.solve(x, first, None)  # A warm start: the start is not y0.
   grads = jax.grad(problem.outer_loss, (0, 1))(x, solution.params, None)
-  exact = problem.unrolled_hypergradient(
-    x_flat, flat(first.params), LEARNING_RATE, NUM_STEPS
-  )
+  exact = problem.unrolled_hypergradient(x_flat, flat(first.params), LEARNING_RATE, NUM_STEPS)
   return problem, solver, x, first, solution, grads, exact
 
 
@@ -59,20 +57,19 @@ def directional_derivatives(solver, x, start, grads, key, count, num_samples, ba
   for sample in range(num_samples):
     keys = jax.random.split(jax.random.fold_in(update_key, sample), len(leaves))
     direction = structure.unflatten(
-      [
-        jax.random.normal(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=True)
-      ]
+      [jax.random.normal(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=True)]
     )
     _, change = jax.jvp(lambda x: solver.path(x, start, batch), (x,), (direction,))
     product = sum(
-      jnp.sum(a * b) for a, b in zip(jax.tree.leaves(change), jax.tree.leaves(grads[1]), strict=True)
+      jnp.sum(a * b)
+      for a, b in zip(jax.tree.leaves(change), jax.tree.leaves(grads[1]), strict=True)
     )
     total = jax.tree.map(lambda t, u: t + product * u / num_samples, total, direction)  # noqa: B023
   return jax.tree.map(jnp.add, grads[0], total)
 
 
 def test_estimate_equals_the_directional_derivatives_of_its_own_directions(x64):
-  """D8, D11 and D12: affine runs, so every smoothing gives the derivative; runs begin at the start."""
+  """D8, D11 and D12: affine runs, so any smoothing gives the derivative."""
   _, solver, x, first, solution, grads, _ = quadratic_setting()
   start = (first.params, first.opt_state)
   head = jaxbo.add_es_response(solver, num_samples=3, smoothing=0.5, key=7)
@@ -148,7 +145,7 @@ def test_smoothing_bias_is_the_closed_form(response, bias, mu, x64):
 
 
 def test_minibatches_are_shared_between_runs(x64):
-  """D6: with the same minibatches the error does not depend on mu; with others it grows as 1/mu^2."""
+  """D6: shared minibatches leave no error from mu; others give one that grows as 1/mu^2."""
   problem = Quadratic.make(6, 4)
   solver = jaxbo.inner_solver(
     problem.inner_loss, optax.sgd(LEARNING_RATE), NUM_STEPS, per_step_batches=True

@@ -147,7 +147,12 @@ def test_through_equals_the_composed_loss(per_step, x64):
     y, pull_back = jax.vjp(lambda x: solver.path(x, start, batch, last=3), x)  # noqa: B023
     one_batch = batch[-1] if per_step else batch
     results.append(
-      (y, pull_back(jnp.ones(3)), solver.loss(x, y, one_batch), solver.solve(x, solver.init(y0), batch))
+      (
+        y,
+        pull_back(jnp.ones(3)),
+        solver.loss(x, y, one_batch),
+        solver.solve(x, solver.init(y0), batch),
+      )
     )
   chex.assert_trees_all_close(*results, rtol=1e-10)
 

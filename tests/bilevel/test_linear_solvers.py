@@ -93,9 +93,7 @@ def test_fixed_point_leaves_the_contracted_error(x64):
   x, info = solve(jaxbo.fixed_point(9, 0.7), matrix, b)
   left = np.linalg.matrix_power(np.eye(6) - 0.7 * matrix, 9)
   np.testing.assert_allclose(x, solution - left @ solution, rtol=1e-10)
-  np.testing.assert_allclose(
-    info.residual, np.linalg.norm(left @ b) / np.linalg.norm(b), rtol=1e-9
-  )
+  np.testing.assert_allclose(info.residual, np.linalg.norm(left @ b) / np.linalg.norm(b), rtol=1e-9)
 
 
 SOLVERS = {

@@ -24,7 +24,7 @@ SIZES = [
 
 @functools.cache
 def setting(sizes, double, num_steps):
-  """A solved quadratic problem and what stands in ``update``, at a start that is not the minimum."""
+  """A solved quadratic problem and what stands in ``update``, not at the minimum."""
   outer_shapes, inner_shapes = SIZES[sizes]
   dtype = jnp.float64 if double else jnp.float32
   problem = Quadratic.make(problems.count(outer_shapes), problems.count(inner_shapes))
@@ -53,9 +53,7 @@ def test_unrolled_is_the_gradient_of_the_truncated_run(sizes, double):
       flat(result), expected, rtol=1e-10 if double else 1e-4, atol=1e-12 if double else 1e-5
     )
     chex.assert_trees_all_equal_shapes_and_dtypes(result, x)
-    np.testing.assert_allclose(
-      state.info.hypergradient_norm, np.linalg.norm(expected), rtol=1e-4
-    )
+    np.testing.assert_allclose(state.info.hypergradient_norm, np.linalg.norm(expected), rtol=1e-4)
     outer = problem.outer_grads(x_flat, flat(solution.params))[0]
     np.testing.assert_allclose(
       state.info.response_norm, np.linalg.norm(expected - outer), rtol=1e-4
@@ -83,7 +81,7 @@ def test_truncated_unrolling_has_the_jacobian_of_the_last_steps(x64):
   ids=["cg", "fixed_point", "neumann", "jax.scipy"],
 )
 def test_implicit_is_the_gradient_at_the_minimum(sizes, double, linear_solver):
-  """The implicit function theorem at (x, y^N), exact also where y^N is no minimum: g is quadratic."""
+  """The implicit function theorem at (x, y^N), exact also where y^N is no minimum."""
   with jax.enable_x64(double):
     problem, solver, x, solution, grads, x_flat, _ = setting(sizes, double, 5)
     head = jaxbo.add_implicit_response(solver, linear_solver)
@@ -101,7 +99,7 @@ def test_implicit_is_the_gradient_at_the_minimum(sizes, double, linear_solver):
 
 def test_unrolled_tends_to_implicit_at_the_known_rate(x64):
   """D5: the Jacobians differ by (I - lr A)^N J*."""
-  problem, solver, x, solution, grads, x_flat, y0_flat = setting(2, True, 5)
+  problem, solver, x, solution, grads, x_flat, _ = setting(2, True, 5)
   unrolled, _ = hypergradient(jaxbo.add_unrolled_response(solver), x, solution, grads)
   head = jaxbo.add_implicit_response(solver, jaxbo.conjugate_gradient(30))
   implicit, _ = hypergradient(head, x, solution, grads)
