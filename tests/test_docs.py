@@ -25,7 +25,8 @@ def test_every_public_name_has_a_docstring_of_its_own(name):
   """A NamedTuple without one would show Python's default, ``Name(field, ...)``."""
   member = getattr(jaxbo, name)
   doc = inspect.getdoc(member)
-  assert doc and not doc.startswith(f"{name}(")
+  assert doc
+  assert not doc.startswith(f"{name}(")
   if inspect.isfunction(member):
     assert ">>> " in doc, f"{name} has no doctest"
     for section in ("Args:", "Returns:") if inspect.signature(member).parameters else ("Returns:",):

@@ -1,0 +1,281 @@
+"""Whole methods: the loop and the aliases on problems whose optimum is known."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxbo
+from tests import problems
+from tests.problems import Quadratic, flat, tree_of
+
+
+def heads(solver, learning_rate):
+  """Every response that is exact, up to what an inner run of ``solver`` leaves."""
+  return {
+    "unrolled": jaxbo.add_unrolled_response(solver),
+    "cg": jaxbo.add_implicit_response(solver, jaxbo.conjugate_gradient(10)),
+    "fixed_point": jaxbo.add_implicit_response(solver, jaxbo.fixed_point(200, learning_rate)),
+    "neumann": jaxbo.add_implicit_response(solver, jaxbo.neumann(200, learning_rate)),
+  }
+
+
+EXACT = pytest.mark.parametrize("name", ["unrolled", "cg", "fixed_point", "neumann"])
+
+
+def descend(outer_loss, solver, outer, x, y0, num_steps):
+  """The outer parameters and the solution after ``num_steps`` steps, in one scan."""
+  init, step = jaxbo.bilevel(outer_loss, solver, outer)
+
+  @jax.jit
+  def run(state):
+    return jax.lax.scan(lambda state, _: step(state, None, None), state, length=num_steps)
+
+  state, info = run(init(x, y0))
+  return state, info
+
+
+@EXACT
+def test_quadratic_problem_ends_at_its_optimum(name, x64):
+  """T0 on nested parameters, against one linear solve."""
+  problem = Quadratic.make(problems.count(problems.OUTER_SHAPES), 8, condition=2)
+  solver = jaxbo.inner_solver(problem.inner_loss, optax.sgd(1.0), 30)
+  x, _ = tree_of(problems.OUTER_SHAPES, jnp.float64, seed=1)
+  y0, _ = tree_of(problems.INNER_SHAPES, jnp.float64, seed=2)
+  jacobian = problem.jacobian()
+  smoothness = problem.r + np.linalg.norm(jacobian, 2) ** 2
+  outer = optax.chain(heads(solver, 1.0)[name], optax.sgd(1.9 / (smoothness + problem.r)))
+  state, info = descend(problem.outer_loss, solver, outer, x, y0, 300)
+  np.testing.assert_allclose(flat(state.x), problem.optimum(), atol=1e-6)
+  np.testing.assert_allclose(
+    flat(state.solution.params), problem.solution(problem.optimum()), atol=1e-6
+  )
+  assert info.hypergradient_norm[-1] < 1e-6 < info.hypergradient_norm[0]
+
+
+def toy(scale=1.0):
+  """T5, which sees a response that is missing or shrunken by ``scale``: it ends at 2 / (1 + s)."""
+  solver = jaxbo.inner_solver(lambda x, y, batch: (y - x) ** 2, optax.sgd(0.25), 20)
+  shrink = optax.stateless(lambda grads, params: (grads[0], scale * grads[1]))
+  return lambda x, y, batch: x * y - 2 * x + 1, solver, shrink
+
+
+@EXACT
+def test_no_response_is_shrunken(name, x64):
+  outer_loss, solver, _ = toy()
+  outer = optax.chain(heads(solver, 0.25)[name], optax.sgd(0.1))
+  state, _ = descend(outer_loss, solver, outer, jnp.zeros(()), jnp.zeros(()), 100)
+  np.testing.assert_allclose(state.x, 1, atol=1e-6)
+
+
+def test_es_response_is_not_shrunken(x64):
+  """Noise of variance 2 / Q at a learning rate of .05 leaves sqrt(.05 / 4 * 2 / Q) around 1."""
+  outer_loss, solver, _ = toy()
+  outer = optax.chain(jaxbo.add_es_response(solver, 64, 1e-2, key=3), optax.sgd(0.05))
+  state, _ = descend(outer_loss, solver, outer, jnp.zeros(()), jnp.zeros(()), 200)
+  np.testing.assert_allclose(state.x, 1, atol=4 * (0.05 / 4 * 2 / 64) ** 0.5)
+
+
+@pytest.mark.parametrize("scale", [0.5, 0.1, 0.01])
+def test_the_toy_sees_a_shrunken_response(scale, x64):
+  outer_loss, solver, shrink = toy(scale)
+  outer = optax.chain(shrink, jaxbo.add_unrolled_response(solver), optax.sgd(0.1))
+  state, _ = descend(outer_loss, solver, outer, jnp.zeros(()), jnp.zeros(()), 300)
+  np.testing.assert_allclose(state.x, 2 / (1 + scale), atol=1e-6)
+
+
+def test_dropped_response_ends_where_the_direct_gradient_vanishes(x64):
+  outer_loss, solver, _ = toy()
+  outer = optax.chain(jaxbo.drop_response(), optax.sgd(0.1))
+  state, _ = descend(outer_loss, solver, outer, jnp.zeros(()), jnp.zeros(()), 300)
+  np.testing.assert_allclose(state.x, 2, atol=1e-6)
+
+
+@EXACT
+def test_ill_scaled_problem_b_1998_04(name, x64):
+  """T7: the response Jacobian is 50, so dropping it would end at x = 1."""
+  solver = jaxbo.inner_solver(
+    lambda x, y, batch: 0.5 * y**2 + 500 * y - 50 * x * y, optax.sgd(0.5), 60
+  )
+  outer_loss = lambda x, y, batch: (x - 1) ** 2 + (y - 1) ** 2
+  outer = optax.chain(heads(solver, 0.5)[name], optax.sgd(0.1 / 5002))
+  state, info = descend(outer_loss, solver, outer, jnp.zeros(()), jnp.zeros(()), 300)
+  np.testing.assert_allclose(state.x, 25051 / 2501, rtol=1e-7)
+  np.testing.assert_allclose(state.solution.params, 0.819672, atol=1e-5)
+  np.testing.assert_allclose(info.outer_loss[-1], 81.327869, rtol=1e-7)
+
+
+@EXACT
+@pytest.mark.parametrize("sign", [-1.0, 1.0])
+def test_problem_with_two_optima_mb_2007_17(name, sign, x64):
+  """T7: the start of the inner run selects one of two optima, y = -.5 or .5."""
+  solver = jaxbo.inner_solver(
+    lambda x, y, batch: 0.5 * x * y**2 + y**4 / 4, optax.sgd(0.5), 60, warm_start=False
+  )
+  outer_loss = lambda x, y, batch: (x + 0.5) ** 2 + 0.5 * y**2
+  outer = optax.chain(heads(solver, 0.5)[name], optax.sgd(0.2))
+  state, info = descend(outer_loss, solver, outer, jnp.array(-0.5), jnp.array(sign), 100)
+  np.testing.assert_allclose(state.x, -0.25, atol=1e-6)
+  np.testing.assert_allclose(state.solution.params, sign * 0.5, atol=1e-6)
+  np.testing.assert_allclose(info.outer_loss[-1], 0.1875, atol=1e-9)
+
+
+def small(**kwargs):
+  solver = jaxbo.inner_solver(lambda x, y, batch: (y - batch * x) ** 2, optax.sgd(0.25), 4)
+  outer_loss = lambda x, y, batch: (y - batch) ** 2 + 0.1 * x**2
+  return solver, outer_loss
+
+
+@pytest.mark.parametrize(
+  ("alias", "head"),
+  [
+    (lambda s: jaxbo.itd(0.1, s), lambda s: jaxbo.add_unrolled_response(s)),
+    (lambda s: jaxbo.itd(0.1, s, 2), lambda s: jaxbo.add_unrolled_response(s, 2)),
+    (
+      lambda s: jaxbo.aid(0.1, s),
+      lambda s: jaxbo.add_implicit_response(s, jaxbo.conjugate_gradient(10)),
+    ),
+    (
+      lambda s: jaxbo.aid(0.1, s, jaxbo.fixed_point(3, 0.2)),
+      lambda s: jaxbo.add_implicit_response(s, jaxbo.fixed_point(3, 0.2)),
+    ),
+    (
+      lambda s: jaxbo.stocbio(0.1, s, 3, 0.2),
+      lambda s: jaxbo.add_implicit_response(s, jaxbo.neumann(3, 0.2)),
+    ),
+    (
+      lambda s: jaxbo.esj(0.1, s, 3, 0.1, sample_batch_size=2, key=5),
+      lambda s: jaxbo.add_es_response(s, 3, 0.1, sample_batch_size=2, key=5),
+    ),
+  ],
+  ids=["itd", "itd_last_2", "aid", "aid_fixed_point", "stocbio", "esj"],
+)
+def test_alias_is_the_chain_of_its_parts(alias, head):
+  solver, outer_loss = small()
+  results = []
+  for outer in (alias(solver), optax.chain(head(solver), optax.sgd(0.1))):
+    init, step = jaxbo.bilevel(outer_loss, solver, outer)
+    state, _ = jax.jit(step)(init(jnp.ones(()), jnp.zeros(())), jnp.array(1.5), jnp.array(2.0))
+    results.append(state.x)
+  assert results[0] == results[1] != 1
+
+
+def test_step_is_the_loop_of_the_contract():
+  """And ``info`` says what a user would have logged."""
+  solver, outer_loss = small()
+  head = jaxbo.add_implicit_response(
+    solver, jaxbo.conjugate_gradient(1, damping=0.1, warm_start=True), inner_params=jnp.zeros(())
+  )
+  outer = optax.chain(head, optax.adam(0.1))
+  train, val = jnp.array(1.5), jnp.array(2.0)
+
+  @jax.jit
+  def by_hand(x, y, state):
+    y = solver.solve(x, y, train)
+    loss, grads = jax.value_and_grad(outer_loss, (0, 1))(x, y.params, val)
+    updates, state = outer.update(grads, state, x, solution=y, batch=train)
+    return optax.apply_updates(x, updates), y, state, loss
+
+  init, step = jaxbo.bilevel(outer_loss, solver, outer)
+  x = jnp.ones(())
+  state, y, outer_state = init(x, jnp.zeros(())), solver.init(jnp.zeros(())), outer.init(x)
+  for _ in range(2):
+    state, info = jax.jit(step)(state, train, val)
+    x, y, outer_state, loss = by_hand(x, y, outer_state)
+    chex.assert_trees_all_close(tuple(state), (x, y, outer_state), rtol=1e-6)
+    np.testing.assert_allclose(info.outer_loss, loss, rtol=1e-6)
+    chex.assert_trees_all_close(info.inner_losses, y.info.losses, rtol=1e-6)
+    implicit = optax.tree.get(outer_state, "ImplicitInfo")
+    np.testing.assert_allclose(info.hypergradient_norm, implicit.hypergradient_norm, rtol=1e-6)
+    np.testing.assert_allclose(info.linear_residual, implicit.linear_residual, atol=1e-6)
+  assert info.hypergradient_norm > 0
+  assert info.aux is None
+
+
+def test_what_does_not_apply_is_reported_as_nan():
+  solver, outer_loss = small()
+  init, step = jaxbo.bilevel(outer_loss, solver, jaxbo.itd(0.1, solver))
+  _, info = step(init(jnp.ones(()), jnp.zeros(())), jnp.array(1.5), jnp.array(2.0))
+  assert jnp.isnan(info.linear_residual)
+  assert jnp.isfinite(info.hypergradient_norm)
+
+
+def test_aux_of_both_losses_comes_out():
+  solver = jaxbo.inner_solver(
+    lambda x, y, batch: ((y - batch * x) ** 2, {"y": y}), optax.sgd(0.25), 4, has_aux=True
+  )
+  init, step = jaxbo.bilevel(
+    lambda x, y, batch: ((y - batch) ** 2, y), solver, jaxbo.itd(0.1, solver), has_aux=True
+  )
+  train, val = jnp.array(1.5), jnp.array(2.0)
+  state, info = jax.jit(step)(init(jnp.ones(()), jnp.zeros(()), train), train, val)
+  assert info.aux == state.solution.params
+  assert state.solution.info.aux["y"].shape == (4,)
+  assert state.solution.info.aux["y"][0] == 0
+
+
+def test_state_is_strongly_typed_and_shares_no_buffer_with_what_was_given():
+  """So that the whole state can be donated, and the first step is the only trace."""
+  solver, outer_loss = small()
+  x, y0 = jnp.asarray(1.0), jnp.asarray(0.0)
+  assert x.weak_type
+  outer = optax.chain(jaxbo.esj(0.1, solver, 2), optax.ema(0.9))
+  init, step = jaxbo.bilevel(outer_loss, solver, outer)
+  state = init(x, y0)
+  assert not any(leaf.weak_type for leaf in jax.tree.leaves(state))
+  expected, _ = jax.jit(step)(state, jnp.array(1.5), jnp.array(2.0))
+  donating = jax.jit(step, donate_argnums=0, keep_unused=True)
+  after, _ = donating(state, jnp.array(1.5), jnp.array(2.0))
+  assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+  chex.assert_trees_all_close(after, expected, rtol=1e-6)
+  assert (x, y0) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize(
+  ("outer_loss", "error", "message"),
+  [
+    (lambda x, y: y, TypeError, r"outer_loss must be a function outer_loss\(x, y, batch\), got"),
+    (lambda x, y, batch: (y, y), TypeError, "outer_loss must return a scalar, got a tuple"),
+    (
+      lambda x, y, batch: jnp.stack([y, y]),
+      ValueError,
+      r"outer_loss must return a scalar, got shape \(2,\)",
+    ),
+    (lambda x, y, batch: jnp.int32(1), TypeError, "outer_loss must return a real float"),
+  ],
+  ids=["arguments", "tuple", "vector", "integer"],
+)
+def test_bad_outer_losses_are_refused(outer_loss, error, message):
+  solver, _ = small()
+
+  def trace():
+    init, step = jaxbo.bilevel(outer_loss, solver, jaxbo.itd(0.1, solver))
+    step(init(jnp.ones(()), jnp.zeros(())), jnp.array(1.5), jnp.array(2.0))
+
+  with pytest.raises(error, match=message):
+    trace()
+
+
+def test_aux_that_is_promised_must_come():
+  solver, outer_loss = small()
+  init, step = jaxbo.bilevel(outer_loss, solver, jaxbo.itd(0.1, solver), has_aux=True)
+  with pytest.raises(TypeError, match=r"outer_loss must return \(scalar, aux\) with has_aux=True"):
+    step(init(jnp.ones(()), jnp.zeros(())), jnp.array(1.5), jnp.array(2.0))
+
+
+def test_outer_transformation_without_a_response_is_refused():
+  solver, outer_loss = small()
+  init, step = jaxbo.bilevel(outer_loss, solver, optax.sgd(0.1))
+  with pytest.raises(ValueError, match=r"what outer returns \(does it begin with a response"):
+    step(init(jnp.ones(()), jnp.zeros(())), jnp.array(1.5), jnp.array(2.0))
+
+
+@pytest.mark.parametrize("which", ["x", "y0"])
+def test_integer_parameters_are_refused(which):
+  solver, outer_loss = small()
+  init, _ = jaxbo.bilevel(outer_loss, solver, jaxbo.itd(0.1, solver))
+  values = {"x": jnp.ones(()), "y0": jnp.ones(()), which: jnp.ones((), jnp.int32)}
+  with pytest.raises(TypeError, match=f"{which} must be real floats, got dtype int32"):
+    init(**values)
