@@ -1,5 +1,6 @@
 """Every public transformation keeps the laws of the library."""
 
+import functools
 import inspect
 
 import chex
@@ -15,12 +16,26 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import jaxbo
 from tests import catalogue
 
-ALL = pytest.mark.parametrize("entry", catalogue.REGISTRY, ids=lambda entry: entry.name)
+# One group for each entry: its tests run in one process and share the compiled step.
+ALL = pytest.mark.parametrize(
+  "entry",
+  [
+    pytest.param(entry, id=entry.name, marks=pytest.mark.xdist_group(entry.name))
+    for entry in catalogue.REGISTRY
+  ],
+)
 
 
 def build(entry, dtype=jnp.float32, seed=0):
   inner = jax.tree.map(lambda leaf: leaf.astype(dtype), catalogue.INNER)
   return entry.make(seed, inner), catalogue.params(dtype)
+
+
+@functools.cache
+def compiled(entry):
+  """The initial carry of ``entry`` and its step, jitted once for all tests that only call it."""
+  harness, x = build(entry)
+  return harness.init(x), jax.jit(harness.step)
 
 
 def types(tree):
@@ -49,10 +64,10 @@ def test_state_fields_have_names_of_their_own():
 
 @ALL
 def test_unknown_extra_arguments_are_ignored(entry):
-  harness, x = build(entry)
-  carry = harness.init(x)
-  with_extra = jax.jit(lambda c: harness.step(c, 0, unknown=jnp.ones(()), detection=None))(carry)
-  chex.assert_trees_all_equal(with_extra, jax.jit(lambda c: harness.step(c, 0))(carry))
+  harness, _ = build(entry)
+  carry, step = compiled(entry)
+  with_extra = jax.jit(lambda c, t: harness.step(c, t, unknown=jnp.ones(()), detection=None))
+  chex.assert_trees_all_equal(with_extra(carry, jnp.int32(0)), step(carry, jnp.int32(0)))
 
 
 @ALL
@@ -104,7 +119,7 @@ def test_scan_and_cond_equal_a_loop(entry):
     return jax.lax.cond(t < 3, harness.step, lambda carry, _: carry, carry, t), None
 
   scanned, _ = jax.jit(lambda c: jax.lax.scan(body, c, jnp.arange(4)))(harness.init(x))
-  step, carry = jax.jit(harness.step), harness.init(x)
+  carry, step = compiled(entry)
   for t in range(3):
     carry = step(carry, jnp.int32(t))
   chex.assert_trees_all_close(scanned, carry, rtol=1e-4, atol=1e-5)
@@ -129,8 +144,7 @@ def test_vmap_over_seeds_equals_a_loop_over_seeds(entry):
 
 @ALL
 def test_saved_and_restored_run_goes_on_bit_for_bit(entry, tmp_path):
-  harness, x = build(entry)
-  step, carry = jax.jit(harness.step), harness.init(x)
+  carry, step = compiled(entry)
   for t in range(5):
     carry = step(carry, jnp.int32(t))
   with ocp.StandardCheckpointer() as checkpointer:
@@ -147,9 +161,9 @@ def test_saved_and_restored_run_goes_on_bit_for_bit(entry, tmp_path):
 @ALL
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 def test_eight_devices_give_the_result_of_one_and_keep_shardings(entry, axis_type):
-  harness, x = build(entry)
-  carry = harness.init(x)
-  single = jax.jit(harness.step)(jax.jit(harness.step)(carry, jnp.int32(0)), jnp.int32(1))
+  x = catalogue.params()
+  carry, step = compiled(entry)
+  single = step(step(carry, jnp.int32(0)), jnp.int32(1))
   mesh = jax.make_mesh((8,), ("d",), axis_types=(axis_type,))
   replicated = NamedSharding(mesh, PartitionSpec())
   with jax.set_mesh(mesh):
@@ -181,7 +195,7 @@ def test_everything_can_be_donated(entry):
   carry = (jax.tree.map(jnp.copy, x), *harness.init(x)[1:])
   pointers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves((x, carry))]
   assert len(set(pointers)) == len(pointers)
-  expected = jax.jit(harness.step)(carry, jnp.int32(0))
+  expected = compiled(entry)[1](carry, jnp.int32(0))
   step = jax.jit(harness.step, donate_argnums=0, keep_unused=True)
   result = step(carry, jnp.int32(0))
   chex.assert_trees_all_close(result, expected, rtol=1e-6, atol=1e-7)
@@ -200,8 +214,8 @@ def test_lowers_for_accelerators(entry, platform):
 
 @ALL
 def test_numbers_are_finite_and_parameters_move(entry):
-  harness, x = build(entry)
-  carry = jax.jit(harness.step)(harness.init(x), jnp.int32(0))
+  before, step = compiled(entry)
+  carry = step(before, jnp.int32(0))
   chex.assert_tree_all_finite(carry)
-  moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), carry[0], x)
+  moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), carry[0], before[0])
   assert all(jax.tree.leaves(moved))
