@@ -66,8 +66,9 @@ def bilevel(
   Returns:
     ``(init, step)``, both pure. ``init(x, y0) -> BilevelState``; it copies what it is given, so
     that the state may be donated, and strips weak types. An inner loss with auxiliary outputs
-    needs ``init(x, y0, train)``. ``step(state, train, val) -> (BilevelState, BilevelInfo)``; wrap
-    it in ``jax.jit`` or scan over it.
+    needs ``init(x, y0, train)``. ``step(state, train, val, **extra_args) -> (BilevelState,
+    BilevelInfo)``; wrap it in ``jax.jit`` or scan over it. Extra arguments, such as
+    ``linear_batch=``, go to the ``update`` of ``outer``.
 
   Raises:
     TypeError: if ``outer_loss`` does not take ``(x, y, batch)``, or parameters are no floats.
@@ -101,14 +102,14 @@ def bilevel(
     x = _tree.copy(x)
     return BilevelState(x, inner.init(y0, x, train), _tree.copy(outer_tx.init(x)))
 
-  def step(state, train, val):
+  def step(state, train, val, **extra_args):
     x = state.x
     solution = inner.solve(x, state.solution, train)
     (loss, aux), grads = jax.value_and_grad(loss_and_aux, argnums=(0, 1), has_aux=True)(
       x, solution.params, val
     )
     updates, outer_state = outer_tx.update(
-      grads, state.outer_state, x, solution=solution, batch=train
+      grads, state.outer_state, x, solution=solution, batch=train, **extra_args
     )
     _check.same_structure(
       "what outer returns (does it begin with a response such as add_implicit_response?)",

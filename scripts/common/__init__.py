@@ -1,0 +1,1 @@
+"""What scripts and benchmarks share: data, problems, measurements, reports."""

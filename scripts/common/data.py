@@ -1,0 +1,64 @@
+"""Reads data sets into NumPy arrays, without TensorFlow."""
+
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Examples(NamedTuple):
+  """Labelled images.
+
+  Attributes:
+    images: ``[n, features]``, float32 in [0, 1].
+    labels: ``[n]``, int32.
+  """
+
+  images: Any
+  labels: Any
+
+  def take(self, indices) -> "Examples":
+    """The examples at ``indices``."""
+    return Examples(self.images[indices], self.labels[indices])
+
+
+def digits() -> Examples:
+  """All 1,797 handwritten digits of scikit-learn's wheel, 8 x 8 pixels, 10 classes."""
+  from sklearn.datasets import load_digits
+
+  images, labels = load_digits(return_X_y=True)
+  return Examples((images / 16).astype(np.float32), labels.astype(np.int32))
+
+
+def tfds_images(name: str, split: str, data_dir: str | os.PathLike | None = None) -> Examples:
+  """Reads images that tensorflow-datasets has prepared as ``array_record`` files.
+
+  Args:
+    name: the name of the data set, such as ``"mnist"``.
+    split: such as ``"train"`` or ``"test[:100]"``.
+    data_dir: the folder that holds ``name/version/``; by default ``TFDS_DATA_DIR``, or
+      ``~/tensorflow_datasets``.
+
+  Raises:
+    FileNotFoundError: if the data set is not there; the message says how to prepare it.
+  """
+  root = Path(
+    data_dir or os.environ.get("TFDS_DATA_DIR") or Path.home() / "tensorflow_datasets"
+  ).expanduser()
+  if not any(root.glob(f"{name}/*/*.array_record*")):
+    raise FileNotFoundError(
+      f"no {name} in {root.absolute()} (--data-dir or TFDS_DATA_DIR names another folder).\n"
+      f"Expected: {name}/<version>/ with dataset_info.json, features.json and {name}-*.array_record"
+      "-*.\nTo prepare them, where there is a network: python -m pip install tensorflow "
+      "tensorflow-datasets, then\n"
+      f"  python -c \"import tensorflow_datasets as tfds; tfds.builder('{name}', "
+      f"file_format='array_record', data_dir='{root.absolute()}').download_and_prepare()\""
+    )
+  import tensorflow_datasets as tfds
+
+  source = tfds.data_source(name, split=split, data_dir=root)
+  examples = [source[i] for i in range(len(source))]
+  images = np.stack([example["image"] for example in examples])
+  labels = np.array([example["label"] for example in examples], np.int32)
+  return Examples(images.reshape(len(images), -1).astype(np.float32) / 255, labels)

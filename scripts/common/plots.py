@@ -1,0 +1,41 @@
+"""Pieces of pictures that several scripts draw."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # Scripts write files, also where there is no display.
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+
+def one_wide_and_a_grid(num_panels: int) -> tuple[Figure, Axes, list[Axes]]:
+  """A figure with one large plot on the left and ``num_panels`` small ones, two in a row."""
+  fig = plt.figure(figsize=(13, 5.5), layout="constrained")
+  if not num_panels:
+    return fig, fig.subplots(), []
+  left, right = fig.subfigures(1, 2, width_ratios=(1, 1))
+  rows = -(-num_panels // 2)
+  panels = right.subplots(rows, min(num_panels, 2), squeeze=False, sharex=True, sharey=True).ravel()
+  for panel in panels[num_panels:]:
+    panel.set_visible(False)
+  return fig, left.subplots(), list(panels[:num_panels])
+
+
+def mean_and_range(
+  axes: Axes, x: np.ndarray, values: Sequence[Sequence[float]], *, label: str, color: str
+) -> None:
+  """A line through the mean of ``values`` (one row a seed), in a band from least to greatest."""
+  array = np.asarray(values)
+  axes.plot(x, array.mean(axis=0), color=color, label=label)
+  axes.fill_between(x, array.min(axis=0), array.max(axis=0), color=color, alpha=0.15, lw=0)
+
+
+def save(fig: Figure, path: Path) -> None:
+  """Writes a picture and frees its memory."""
+  fig.savefig(path, dpi=120)
+  plt.close(fig)

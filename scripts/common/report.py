@@ -1,0 +1,70 @@
+"""How scripts report: numbers with their spread, tables, and files that survive an interruption."""
+
+import csv
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+
+def mean_and_spread(values: Iterable[float], digits: int = 3) -> str:
+  """``mean ± sample standard deviation`` of the finite values; a dash if there is none."""
+  finite = [value for value in values if math.isfinite(value)]
+  if not finite:
+    return "-"
+  mean = f"{np.mean(finite):.{digits}f}"
+  return mean if len(finite) == 1 else f"{mean} ± {np.std(finite, ddof=1):.{digits}f}"
+
+
+def print_table(
+  console: Console, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]
+) -> None:
+  """Prints a table whose first column is text and whose others are numbers."""
+  table = Table(title=title, title_justify="left")
+  for i, column in enumerate(columns):
+    table.add_column(column, justify="left" if i == 0 else "right")
+  for row in rows:
+    table.add_row(*row)
+  console.print(table)
+
+
+def console() -> Console:
+  """A console that does not break tables when the output goes to a file."""
+  plain = Console()
+  return plain if plain.is_terminal else Console(width=120)
+
+
+class MetricsLog:
+  """A file of JSON lines, each on disk as soon as it is written."""
+
+  def __init__(self, path: Path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    self._file = path.open("w")
+
+  def write(self, **values: Any) -> None:
+    """Writes one line; numbers that are not finite become ``null``."""
+    plain = {
+      name: None if isinstance(value, float) and not math.isfinite(value) else value
+      for name, value in values.items()
+    }
+    self._file.write(json.dumps(plain, allow_nan=False) + "\n")
+    self._file.flush()
+
+  def __enter__(self) -> "MetricsLog":
+    return self
+
+  def __exit__(self, *exc_info: Any) -> None:
+    self._file.close()
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+  """Writes rows that have the same keys."""
+  with path.open("w", newline="") as file:
+    writer = csv.DictWriter(file, list(rows[0]) if rows else [])
+    writer.writeheader()
+    writer.writerows(rows)
