@@ -274,19 +274,19 @@ def draw(runs: dict[str, list[Run]], path: Path) -> None:
   moved = [method for method in learnt if np.ptp(runs[method][0].weights) > 0]
   fig, left, panels = plots.one_wide_and_a_grid(len(moved))
   for i, (method, seeds) in enumerate(runs.items()):
-    accuracy, style = [run.accuracy for run in seeds], {"label": METHODS[method].label}
+    accuracy, label = [run.accuracy for run in seeds], METHODS[method].label
     if method in moved:
       seconds = np.mean([run.seconds for run in seeds], axis=0)
-      plots.mean_and_range(left, seconds, accuracy, color=f"C{i}", **style)
+      plots.mean_and_range(left, seconds, accuracy, color=f"C{i}", label=label)
     else:
-      left.axhline(np.mean(accuracy, axis=0)[-1], color=f"C{i}", linestyle="--", **style)
+      left.axhline(np.mean(accuracy, axis=0)[-1], color=f"C{i}", linestyle="--", label=label)
   left.set(xscale="log", xlabel="training seconds (no compilation)", ylabel="test accuracy")
   left.legend(fontsize="small", loc="lower right")
   for panel, method in zip(panels, moved, strict=True):
     weights = np.concatenate([run.weights for run in runs[method]])
     corrupted = np.concatenate([run.corrupted for run in runs[method]])
     for wrong, label in ((False, "clean"), (True, "wrong label")):
-      panel.hist(weights[corrupted == wrong], np.linspace(0, 1, 41), alpha=0.6, label=label)
+      panel.hist(weights[corrupted == wrong], list(np.linspace(0, 1, 41)), alpha=0.6, label=label)
     panel.set_title(METHODS[method].label, fontsize="medium")
     panel.set(xlabel="weight", ylabel="examples")
     panel.legend(fontsize="small")

@@ -15,6 +15,7 @@ Reference: Franceschi et al., `Forward and Reverse Gradient-Based Hyperparameter
 """
 
 import dataclasses
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -125,7 +126,9 @@ def corrupt(
   return np.where(corrupted, (labels + shift) % num_classes, labels), corrupted
 
 
-def read(dataset: str, data_dir: str | None = None) -> tuple[Examples, Examples | None]:
+def read(
+  dataset: str, data_dir: str | os.PathLike | None = None
+) -> tuple[Examples, Examples | None]:
   """Reads ``(examples, test)``; without an official test set, ``test`` is ``None``."""
   if dataset not in DATASETS:
     raise ValueError(f"dataset must be one of {', '.join(DATASETS)}, got {dataset!r}")

@@ -57,7 +57,7 @@ def tfds_images(name: str, split: str, data_dir: str | os.PathLike | None = None
     )
   import tensorflow_datasets as tfds
 
-  source = tfds.data_source(name, split=split, data_dir=root)
+  source: Any = tfds.data_source(name, split=split, data_dir=root)
   examples = [source[i] for i in range(len(source))]
   images = np.stack([example["image"] for example in examples])
   labels = np.array([example["label"] for example in examples], np.int32)

@@ -18,7 +18,7 @@ def one_wide_and_a_grid(num_panels: int) -> tuple[Figure, Axes, list[Axes]]:
   fig = plt.figure(figsize=(13, 5.5), layout="constrained")
   if not num_panels:
     return fig, fig.subplots(), []
-  left, right = fig.subfigures(1, 2, width_ratios=(1, 1))
+  left, right = fig.subfigures(1, 2, squeeze=False)[0]
   rows = -(-num_panels // 2)
   panels = right.subplots(rows, min(num_panels, 2), squeeze=False, sharex=True, sharey=True).ravel()
   for panel in panels[num_panels:]:

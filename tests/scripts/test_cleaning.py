@@ -1,0 +1,188 @@
+"""The hyper-cleaning problem: what is corrupted, the losses, and what each method does."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from scripts.common import cleaning
+from scripts.common.data import Examples
+
+SMALL = dataclasses.replace(
+  cleaning.DATASETS["digits"], num_train=60, num_val=40, inner_steps=5, num_samples=8
+)
+PERCEPTRON = dataclasses.replace(
+  SMALL, hidden=(7,), batch_size=4, inner_learning_rate=0.1, momentum=0.0, damping=1.0
+)
+
+
+def small_data(seed=0):
+  return cleaning.split(*cleaning.read("digits"), SMALL, 0.5, seed)
+
+
+@pytest.mark.parametrize("rate, num_wrong", [(0.0, 0), (0.254, 254), (0.5, 500), (0.999, 999)])
+def test_exactly_the_given_share_of_labels_is_wrong_and_known_to_be(rate, num_wrong):
+  labels = np.random.default_rng(0).integers(0, 10, 1000).astype(np.int32)
+  noisy, corrupted = cleaning.corrupt(labels, rate, 10, np.random.default_rng(1))
+  assert corrupted.sum() == num_wrong
+  np.testing.assert_array_equal(noisy != labels, corrupted)
+  assert noisy.dtype == labels.dtype
+
+
+def test_wrong_labels_are_uniform_over_the_other_classes():
+  labels = np.full(9000, 3)
+  noisy, _ = cleaning.corrupt(labels, 0.9999, 10, np.random.default_rng(0))
+  counts = np.bincount(noisy, minlength=10)
+  assert counts[3] == 1  # the one clean label
+  others = np.delete(counts, 3)
+  assert np.abs(others - 1000).max() < 4 * np.sqrt(1000 * 8 / 9)
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1.0, float("nan")])
+def test_a_corruption_rate_outside_its_range_is_refused(rate):
+  with pytest.raises(ValueError, match=r"corruption must be in \[0, 1\), got"):
+    cleaning.corrupt(np.zeros(3, int), rate, 10, np.random.default_rng(0))
+
+
+def test_an_unknown_dataset_lists_the_known_ones():
+  with pytest.raises(ValueError, match="digits, mnist, fashion_mnist, got 'cifar'"):
+    cleaning.read("cifar")
+
+
+def test_splits_are_disjoint_cover_everything_and_only_training_labels_are_wrong():
+  examples = Examples(np.arange(200.0, dtype=np.float32)[:, None], np.arange(200) % 10)
+  data = cleaning.split(examples, None, SMALL, 0.5, seed=3)
+  parts = [data.train, data.val, data.test]
+  assert [len(part.labels) for part in parts] == [60, 40, 100]
+  everything = np.concatenate([part.images[:, 0] for part in parts])
+  np.testing.assert_array_equal(np.sort(everything), np.arange(200))
+  for part, wrong in zip(parts, (data.corrupted, False, False), strict=True):
+    np.testing.assert_array_equal(part.labels != part.images[:, 0] % 10, wrong)
+  again = cleaning.split(examples, None, SMALL, 0.5, seed=3)
+  jax.tree.map(np.testing.assert_array_equal, data, again)
+
+
+def test_cross_entropies_equal_those_of_optax():
+  logits = jax.random.normal(jax.random.key(0), (10, 6))
+  labels = jnp.array([0, 3, 9, 9, 1, 5])
+  np.testing.assert_allclose(
+    cleaning.cross_entropies(logits, labels),
+    optax.softmax_cross_entropy_with_integer_labels(logits.T, labels),
+    rtol=1e-6,
+  )
+
+
+def numpy_cross_entropies(logits, labels):
+  """Cross-entropies in float64 of ``logits`` ``[n, classes]``."""
+  shifted = logits - logits.max(axis=1, keepdims=True)
+  return np.log(np.exp(shifted).sum(axis=1)) - shifted[np.arange(len(labels)), labels]
+
+
+@pytest.mark.parametrize("settings", [SMALL, PERCEPTRON], ids=["softmax", "perceptron"])
+def test_losses_equal_numpy_in_float64(settings):
+  rng = np.random.default_rng(0)
+  images, labels = rng.uniform(size=(4, 3)), np.array([1, 0, 9, 9])
+  x, indices = rng.normal(size=6), np.array([5, 0, 5, 2])
+  y = cleaning.init_params(settings, 3, jax.random.key(0))
+  y = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape)), y)
+  inner_loss, outer_loss = cleaning.make_losses(settings)
+
+  plain = jax.tree.map(np.asarray, y)
+  if settings.hidden:
+    first, second = plain["Dense_0"], plain["Dense_1"]
+    hidden = np.maximum(images @ first["kernel"] + first["bias"], 0)
+    logits = hidden @ second["kernel"] + second["bias"]
+    matrices = [first["kernel"], second["kernel"]]
+  else:
+    logits = images @ plain["w"].T + plain["b"]
+    matrices = [plain["w"]]
+  losses = numpy_cross_entropies(logits.astype(np.float64), labels)
+  ridge = settings.ridge * sum(np.sum(matrix.astype(np.float64) ** 2) for matrix in matrices)
+  weights = 1 / (1 + np.exp(-x[indices]))
+
+  examples = Examples(jnp.asarray(images), jnp.asarray(labels))
+  batch = cleaning.Batch(examples, jnp.asarray(indices))
+  expected = np.mean(weights * losses) + ridge
+  np.testing.assert_allclose(inner_loss(jnp.asarray(x), y, batch), expected, rtol=1e-5)
+  everything = cleaning.Batch(examples, None)
+  np.testing.assert_allclose(
+    inner_loss(jnp.asarray(x[indices]), y, everything), expected, rtol=1e-5
+  )
+  np.testing.assert_allclose(outer_loss(None, y, examples), losses.mean(), rtol=1e-5)
+
+
+def run(method, data, settings, steps=2, seed=0):
+  program = cleaning.make_program(method, data, settings, seed, steps)
+  return jax.jit(program.run)(program.state, jax.random.key(seed), program.train, data.val)
+
+
+@pytest.mark.parametrize("method", ["everything", "validation", "oracle", "first_order"])
+def test_methods_without_a_response_keep_their_weights(method):
+  data = small_data()
+  state, losses = run(method, data, SMALL)
+  expected = {
+    "everything": np.ones(60),
+    "validation": np.ones(40),
+    "oracle": np.where(data.corrupted, 0, 1),
+    "first_order": np.full(60, 0.5),
+  }[method]
+  np.testing.assert_allclose(jax.nn.sigmoid(state.x), expected, atol=1e-12)
+  assert losses.shape == (2,)
+  assert losses[1] < losses[0]  # The model learns all the same.
+
+
+def test_the_oracle_is_training_on_the_clean_subset():
+  """Up to the factor 1/2 of the loss: the mean is over all examples."""
+  data = small_data()
+  state, _ = run("oracle", data, SMALL)
+  images, labels = data.train.take(~data.corrupted)
+
+  def loss(y):
+    logits = images @ y["w"].T + y["b"][None]
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return jnp.sum(losses) / 60 + SMALL.ridge * jnp.sum(y["w"] ** 2)
+
+  y = cleaning.init_params(SMALL, 64, jax.random.key(0))
+  sgd = optax.sgd(SMALL.inner_learning_rate, SMALL.momentum)
+
+  def step(carry, _):
+    updates, opt_state = sgd.update(jax.grad(loss)(carry[0]), carry[1])
+    return (optax.apply_updates(carry[0], updates), opt_state), None
+
+  (expected, _), _ = jax.lax.scan(step, (y, sgd.init(y)), length=2 * SMALL.inner_steps)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), state.solution.params, expected
+  )
+
+
+@pytest.mark.parametrize("method", ["itd", "aid", "stocbio", "esj"])
+@pytest.mark.parametrize("settings", [SMALL, PERCEPTRON], ids=["softmax", "perceptron"])
+def test_learnt_weights_move_where_the_inner_run_saw_an_example(method, settings):
+  state, losses = run(method, small_data(), settings, steps=1)
+  moved = np.asarray(state.x) != 0
+  if settings.batch_size is None or method == "esj":  # ESJ moves along random directions.
+    assert moved.mean() > 0.9
+  else:
+    key = jax.random.split(jax.random.key(0), 1)[0]
+    indices = jax.random.randint(key, (5, 4), 0, 60)
+    assert set(np.flatnonzero(moved)) <= set(np.asarray(indices).ravel().tolist())
+    assert moved.sum() > 10
+  assert np.isfinite(losses).all()
+
+
+@pytest.mark.parametrize("method", ["itd", "aid"])
+def test_wrong_labels_get_small_weights(method):
+  settings = dataclasses.replace(SMALL, num_train=300, num_val=200)
+  data = cleaning.split(*cleaning.read("digits"), settings, 0.5, seed=100)
+  state, _ = run(method, data, settings, steps=60)
+  assert roc_auc_score(data.corrupted, -np.asarray(state.x)) > 0.9
+
+
+def test_accuracy_is_the_share_of_correct_classes():
+  y = {"w": jnp.eye(10, 3), "b": jnp.zeros(10)}  # The class is the largest of three features.
+  examples = Examples(jnp.eye(3)[jnp.array([0, 1, 2, 2])], jnp.array([0, 1, 2, 0]))
+  assert cleaning.accuracy(SMALL, y, examples) == 0.75
