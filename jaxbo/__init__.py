@@ -14,7 +14,8 @@ gives the hypergradient; behind it stands any optax chain.
 ...                     optax.adam(0.1))
 >>> init, step = jaxbo.bilevel(outer_loss, inner, outer)
 
-**The inner problem**: :func:`inner_solver`, :class:`InnerSolver`, :class:`InnerSolution`.
+**The inner problem**: :func:`inner_solver`, :class:`InnerSolver`, :class:`InnerSolution`;
+:func:`over_tasks` for a meta-batch.
 
 **Responses**: :func:`add_unrolled_response` (ITD), :func:`add_implicit_response` (AID) with
 :func:`conjugate_gradient`, :func:`neumann` and :func:`fixed_point`, :func:`add_es_response` (ESJ),
@@ -41,6 +42,7 @@ from jaxbo.bilevel.linear_solvers import (
   fixed_point,
   neumann,
 )
+from jaxbo.bilevel.over_tasks import over_tasks
 from jaxbo.bilevel.response import DropInfo, DropResponseState, drop_response
 from jaxbo.bilevel.unrolled import (
   UnrolledInfo,
@@ -78,6 +80,7 @@ __all__ = [
   "inner_solver",
   "itd",
   "neumann",
+  "over_tasks",
   "stocbio",
 ]
 

@@ -2,12 +2,13 @@
 
 import inspect
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import jax.core
 import jax.numpy as jnp
+from jax.extend.core import Literal
 
 
 def positive_int(name: str, value: Any) -> int:
@@ -37,6 +38,13 @@ def non_negative(name: str, value: Any) -> Any:
   return value
 
 
+def one_of(name: str, value: Any, allowed: Iterable[str]) -> Any:
+  """Returns ``value``; raises ``ValueError`` if it is not among ``allowed``."""
+  if value not in (allowed := tuple(allowed)):
+    raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+  return value
+
+
 def takes_arguments(name: str, function: Callable[..., Any], *arguments: str) -> None:
   """Raises ``TypeError`` unless ``function`` can be called with so many positional arguments."""
   expected = f"{name} must be a function {name}({', '.join(arguments)})"
@@ -61,6 +69,17 @@ def scalar_loss(name: str, value: Any) -> None:
     raise ValueError(f"{name} must return a scalar, got shape {shape}; reduce it, say by its mean")
   if not jnp.issubdtype(jnp.result_type(value), jnp.floating):
     raise TypeError(f"{name} must return a real float, got dtype {jnp.result_type(value)}")
+
+
+def uses(name: str, loss: Callable[[Any], Any], argument: Any) -> None:
+  """Raises ``ValueError`` if no leaf of ``argument`` reaches ``loss(argument)``."""
+  jaxpr = jax.make_jaxpr(loss)(argument).jaxpr
+  reached = set(jaxpr.invars)
+  for eqn in jaxpr.eqns:
+    if any(not isinstance(var, Literal) and var in reached for var in eqn.invars):
+      reached.update(eqn.outvars)
+  if not any(not isinstance(var, Literal) and var in reached for var in jaxpr.outvars):
+    raise ValueError(f"loss must use {name}, which has no influence on it")
 
 
 def floating(name: str, tree: Any) -> None:

@@ -113,6 +113,22 @@ REGISTRY = [
     "es_in_chunks",
     response(lambda s, k, y: jaxbo.add_es_response(s, 5, sample_batch_size=2, key=k)),
   ),
+  Entry(
+    "es_orthogonal_central",
+    response(
+      lambda s, k, y: jaxbo.add_es_response(
+        s, 4, directions="orthogonal", difference="central", key=k
+      )
+    ),
+  ),
+  Entry(
+    "es_exact_one_pass",
+    response(
+      lambda s, k, y: jaxbo.add_es_response(
+        s, 4, directions="rademacher", difference="exact", redraw=False, key=k
+      )
+    ),
+  ),
   Entry("itd", response(lambda s, k, y: jaxbo.itd(0.1, s))),
   Entry("aid", response(lambda s, k, y: jaxbo.aid(0.1, s))),
   Entry("stocbio", response(lambda s, k, y: jaxbo.stocbio(0.1, s, 3, 0.3))),

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import optax
 
 from jaxbo import _check, _random, _tree
+from jaxbo.bilevel.directions import FAMILIES
 from jaxbo.bilevel.inner import InnerSolver
+from jaxbo.bilevel.perturbation import Run, Sampling, estimate
 from jaxbo.bilevel.response import MISSING, add, check_update, zero_norm
 
 
@@ -17,7 +19,8 @@ class EsInfo(NamedTuple):
   Attributes:
     hypergradient_norm: norm of what came out, float32 at least.
     response_norm: norm of the estimated response alone.
-    num_finite: how many samples had a finite inner run and count in the average, int32.
+    num_finite: how many samples had a finite inner run and count in the average, int32; with
+      ``per_task`` the sum over tasks.
   """
 
   hypergradient_norm: jax.Array
@@ -44,41 +47,73 @@ def add_es_response(
   num_samples: int = 16,
   smoothing: float | jax.Array = 1e-2,
   *,
+  directions: str = "gaussian",
+  difference: str = "forward",
   sample_batch_size: int | None = None,
+  redraw: bool = True,
+  per_task: bool = False,
+  mesh: jax.sharding.Mesh | None = None,
+  axis_name: str | None = None,
   key: jax.typing.ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Adds the response, its Jacobian estimated from perturbed inner runs (ESJ, PZOBO).
 
   .. math::
     h = \nabla_x f + \frac{1}{Q} \sum_{j=1}^{Q} \langle \delta_j, \nabla_y f \rangle\, u_j, \qquad
-    \delta_j = \frac{y^N(x + \mu u_j) - y^N(x)}{\mu}, \qquad u_j \sim \mathcal N(0, I_p)
+    \delta_j = \frac{y^N(x + \mu u_j) - y^N(x)}{\mu}, \qquad \mathbb E[u_j u_j^\top] = I_p
 
   All runs begin at ``solution.start`` and share everything but ``x``: optimizer state, minibatches
   and what randomness the batch holds. Only the Jacobian is estimated; :math:`\nabla_x f` and
   :math:`\nabla_y f` are exact, and nothing is differentiated twice. If :math:`y^N` is affine in
   :math:`x` the mean of the estimate is exactly the unrolled hypergradient at every smoothing;
   else its bias is at most :math:`\mu L_J \sqrt p \|\nabla_y f\|` for an :math:`L_J`-Lipschitz
-  Jacobian. Its relative variance is :math:`(p + 1) / Q` around the response: with many outer
+  Jacobian. Its squared relative error is about :math:`p / Q` (see ``directions``). With many outer
   parameters, use a small learning rate or momentum, or the solver's ``through=``, for which
   directions live in the space of the features and :math:`p` is their number.
 
   The published code divides each direction by its norm without multiplying by the dimension, which
   shrinks the response of every tensor by its size; this is the estimator of the paper instead.
 
-  Cost: :math:`Q` inner runs. Memory: ``sample_batch_size`` inner runs and directions. Directions
-  are drawn twice from their keys (first for the scalar products, then for the sum) and not kept.
+  Cost: :math:`Q` inner runs, :math:`2Q` for central differences. Memory: ``sample_batch_size``
+  inner runs and directions, whatever :math:`Q` is: no direction is stored.
 
   Args:
     solver: the inner solver that made the solution.
     num_samples: the number :math:`Q \ge 1` of directions.
     smoothing: the radius :math:`\mu > 0` per coordinate; a perturbation has norm
-      :math:`\mu \sqrt p`. In float32, 1e-3 is about the best for an inner run of well-scaled
-      SGD; below 1e-4 rounding dominates. An inner Adam needs far smaller ones, since its steps
-      hardly depend on the size of a gradient.
+      :math:`\mu \sqrt p`. In float32, 1e-3 is about the best for forward differences of an inner
+      run of well-scaled SGD, and 1e-2 for central ones; below 1e-4 rounding dominates. An inner
+      Adam needs far smaller ones, since its steps hardly depend on the size of a gradient.
+    directions: the family of the directions, with the squared relative error of the response for
+      affine runs: ``"gaussian"`` :math:`(p + 1) / Q`; ``"sphere"`` of radius :math:`\sqrt p` and
+      ``"rademacher"`` (random signs, the cheapest to draw) :math:`(p - 1) / Q`; ``"orthogonal"``
+      :math:`p / Q - 1` for :math:`Q \le p`, exact at :math:`Q = p` and cheap at any size.
+      ``"official"`` is the published code's scaling, for replication only: it shrinks the response
+      of each tensor by its size.
+    difference: ``"forward"``, as above; ``"central"``,
+      :math:`\delta_j = (y^N(x + \mu u_j) - y^N(x - \mu u_j)) / 2 \mu` (antithetic pairs), for two
+      runs a sample and a bias of :math:`O(\mu^2)`; ``"exact"``, the directional derivative
+      :math:`\delta_j = J_N u_j` by ``jax.jvp`` through the run: no bias and no smoothing, for
+      second derivatives in forward mode.
     sample_batch_size: how many samples run at once under ``vmap``; ``None`` for all. The sum of
       samples is the same up to rounding.
+    redraw: whether directions are drawn again from their keys for the sum, instead of being kept
+      through the inner runs of their chunk. ``False`` costs one more direction of memory for each
+      sample that runs at once, and halves the random numbers: with :math:`10^7` parameters drawing
+      may cost more than the inner runs.
+    per_task: for a solver made by :func:`jaxbo.over_tasks`: whether every task gets directions of
+      its own, and only its own scalar products, for the same number of inner runs. For responses
+      :math:`v_t` the squared error is then
+      :math:`\frac{p + 1}{Q} \sum_t \|v_t\|^2` instead of :math:`\frac{p + 1}{Q} \|\sum_t v_t\|^2`:
+      better where tasks agree, worse where they cancel, and :math:`T` times the draws. With
+      ``through=`` it always pays: :math:`p` is then the number of features of one task.
+    mesh: a mesh over whose axis ``axis_name`` the samples are divided; its size must divide
+      ``num_samples``. Devices exchange the :math:`Q` scalar products and nothing else; each draws
+      all directions for the sum. Parameters and data may be sharded over other axes.
+    axis_name: the axis of ``mesh``; without ``mesh``, an axis of the ``shard_map`` around.
     key: an int, a raw key array or a typed key. Update ``t`` uses ``fold_in(key, t)``, its sample
-      ``j`` folds in ``j``, and every leaf gets a key of its own.
+      ``j`` folds in ``j``, and every leaf gets a key of its own; with ``per_task`` task ``i``
+      folds in ``i`` before the sample.
 
   Returns:
     A transformation from the pair ``(df/dx, df/dy)`` to the hypergradient. ``update`` must be
@@ -90,7 +125,9 @@ def add_es_response(
     Parameters narrower than float32 are perturbed and run in float32, for one inner run more.
 
   Raises:
-    ValueError: if ``num_samples < 1``, ``sample_batch_size < 1`` or ``smoothing <= 0``.
+    ValueError: if ``num_samples < 1``, ``sample_batch_size < 1`` or ``smoothing <= 0``; if
+      ``directions`` or ``difference`` is unknown; if ``num_samples`` exceeds the number of
+      perturbed parameters for orthogonal directions, or is no multiple of the axis' size.
     TypeError: if the key is none.
 
   Example:
@@ -110,40 +147,47 @@ def add_es_response(
   """
   num_samples = _check.positive_int("num_samples", num_samples)
   if sample_batch_size is not None:
-    sample_batch_size = min(
-      _check.positive_int("sample_batch_size", sample_batch_size), num_samples
-    )
+    sample_batch_size = _check.positive_int("sample_batch_size", sample_batch_size)
   _check.positive("smoothing", smoothing)
+  _check.one_of("directions", directions, FAMILIES)
+  _check.one_of("difference", difference, ("forward", "central", "exact"))
+  task = solver.task if per_task else None
+  if per_task and task is None:
+    raise ValueError("per_task=True needs a solver with tasks, made by jaxbo.over_tasks")
+  if mesh is not None:
+    _check.one_of("axis_name", axis_name, mesh.axis_names)
+  if axis_name is not None and not redraw:
+    raise ValueError("redraw must be True with axis_name: devices exchange no directions")
   impl = _random.key_impl("key", key)
-  chunk = sample_batch_size or num_samples
 
-  def draw(key, sample, x):
-    return optax.tree.random_like(jax.random.fold_in(key, sample), x)
+  sampling = Sampling(
+    family=FAMILIES[directions],
+    difference=difference,
+    num_samples=num_samples,
+    smoothing=smoothing,
+    chunk=sample_batch_size or num_samples,
+    redraw=redraw,
+    mesh=mesh,
+    axis_name=axis_name,
+  )
 
-  def scalar_products(path, x, y, b, key):
-    """``<y(x + mu u_j) - y(x), b> / mu`` for every sample, ``[num_samples]``."""
+  def per_task_estimate(path, run, key, together):
+    """The estimates of all tasks: stacked if each has an ``x`` (``together``), else summed."""
+    if solver.per_step_batches:
+      run = run._replace(batch=jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0), run.batch))
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(solver.num_tasks))
+    if together:
+      one = lambda run, key: estimate(sampling, path, run, key)
+      response, num_finite = jax.vmap(one)(run, keys)
+      return response, jnp.sum(num_finite, dtype=jnp.int32)
 
-    def product(sample):
-      perturbed = path(_tree.add_scaled(x, smoothing, draw(key, sample, x)))
-      return _tree.vdot(optax.tree.sub(perturbed, y), b) / smoothing
+    def add_task(carry, run_and_key):
+      run_of_task, key = run_and_key
+      one = estimate(sampling, path, run_of_task._replace(x=run.x), key)
+      return optax.tree.add(carry, one), None
 
-    return jax.lax.map(product, jnp.arange(num_samples), batch_size=chunk)
-
-  def weighted_sum(weights, x, key):
-    """``sum_j weights_j u_j``, the directions drawn again, ``chunk`` at a time."""
-    padded = -(-num_samples // chunk) * chunk
-    weights = jnp.pad(weights, (0, padded - num_samples)).reshape(-1, chunk)
-    samples = jnp.arange(padded).reshape(-1, chunk)
-
-    def add_chunk(total, chunk):
-      weights, samples = chunk
-      directions = jax.vmap(draw, in_axes=(None, 0, None))(key, samples, x)
-      chunk_sum = jax.tree.map(
-        lambda u: jnp.einsum("j,j...", weights, u, precision="highest"), directions
-      )
-      return optax.tree.add(total, chunk_sum), None
-
-    return jax.lax.scan(add_chunk, optax.tree.zeros_like(x), (weights, samples))[0]
+    first = optax.tree.zeros_like(run.x), jnp.int32(0)
+    return jax.lax.scan(add_task, first, (run._replace(x=None), keys))[0]
 
   def init(params):
     info = EsInfo(zero_norm(params), zero_norm(params), jnp.int32(0))
@@ -165,18 +209,19 @@ def add_es_response(
       low_precision |= _tree.has_low_precision(features)
       x = _tree.at_least_float32(features)
       pull_back = lambda response: vjp(_tree.cast_like(response, features))[0]
-    run = lambda x: path(x, start, batch)
     if low_precision:  # The base run must be as precise as the perturbed ones.
-      y = run(x)
+      y = path(x, start, batch)
+    run = Run(x, start, batch, y, b)
 
-    sample_key = jax.random.fold_in(
+    update_key = jax.random.fold_in(
       jax.random.wrap_key_data(state.es_key, impl=impl), state.es_count
     )
-    products = scalar_products(run, x, y, b, sample_key)
-    finite = jnp.isfinite(products)
-    num_finite = jnp.sum(finite, dtype=jnp.int32)
-    weights = jnp.where(finite, products, 0) / jnp.maximum(num_finite, 1)
-    response = pull_back(weighted_sum(weights, x, sample_key))
+    if task is not None:
+      path = task.path if task.through is None else task.through.path
+      response, num_finite = per_task_estimate(path, run, update_key, through is not None)
+    else:
+      response, num_finite = estimate(sampling, path, run, update_key)
+    response = pull_back(response)
     hypergradient = add(outer_grad, response)
     info = EsInfo(_tree.norm(hypergradient), _tree.norm(response), num_finite)
     count = jnp.asarray(optax.safe_increment(state.es_count))
@@ -190,9 +235,7 @@ def esj(
   solver: InnerSolver,
   num_samples: int = 16,
   smoothing: float | jax.Array = 1e-2,
-  *,
-  sample_batch_size: int | None = None,
-  key: jax.typing.ArrayLike = 0,
+  **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
   """ESJ (PZOBO): gradient descent along :func:`add_es_response`.
 
@@ -203,8 +246,7 @@ def esj(
     solver: the inner solver.
     num_samples: as in :func:`add_es_response`.
     smoothing: as in :func:`add_es_response`.
-    sample_batch_size: as in :func:`add_es_response`.
-    key: as in :func:`add_es_response`.
+    **options: all other arguments of :func:`add_es_response`, such as ``directions`` and ``key``.
 
   Returns:
     ``optax.chain(add_es_response(...), optax.scale_by_learning_rate(learning_rate))``.
@@ -221,6 +263,6 @@ def esj(
     2.0
   """
   return optax.chain(
-    add_es_response(solver, num_samples, smoothing, sample_batch_size=sample_batch_size, key=key),
+    add_es_response(solver, num_samples, smoothing, **options),
     optax.scale_by_learning_rate(learning_rate),
   )

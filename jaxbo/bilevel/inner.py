@@ -85,6 +85,8 @@ class InnerSolver(NamedTuple):
     num_steps: the number of steps of a run.
     per_step_batches: whether ``batch`` has a leading axis ``num_steps``.
     through: the factors of the inner problem if it was built with ``through=``, else ``None``.
+    task: the solver of one task, if this one was made by :func:`jaxbo.over_tasks`.
+    num_tasks: the number of tasks then.
   """
 
   init: Callable[..., InnerSolution]
@@ -94,6 +96,8 @@ class InnerSolver(NamedTuple):
   num_steps: int
   per_step_batches: bool
   through: Through | None
+  task: "InnerSolver | None" = None
+  num_tasks: int | None = None
 
 
 def inner_solver(
@@ -175,6 +179,8 @@ def inner_solver(
 
   def step(z, carry, batch):
     y, opt_state = carry
+    if through is not None:
+      _check.uses("the output of through", lambda z: loss_and_aux(z, y, batch)[0], z)
     (value, aux), grads = jax.value_and_grad(loss_and_aux, argnums=1, has_aux=True)(z, y, batch)
     value_fn = lambda y: loss_and_aux(z, y, batch)[0]
     updates, opt_state = optimizer.update(

@@ -1,0 +1,111 @@
+"""A meta-batch: one inner problem for each of several tasks, which share the outer parameters."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxbo import _check
+from jaxbo.bilevel.inner import InnerSolution, InnerSolver, Through
+
+
+def over_tasks(solver: InnerSolver, num_tasks: int, *, average_start: bool = False) -> InnerSolver:
+  r"""Lifts an inner solver to a meta-batch of tasks that share the outer parameters.
+
+  .. math:: g(x, (y_1, \dots, y_T), (\xi_1, \dots, \xi_T)) = \sum_{t=1}^T g_t(x, y_t, \xi_t)
+
+  The runs of all tasks go side by side under ``vmap``. Inner parameters, optimizer states and the
+  diagnostics of the run have a leading axis ``[num_tasks, ...]``; so has the batch, or
+  ``[num_steps, num_tasks, ...]`` with per-step batches. Every response takes the result as it takes
+  any solver: the outer loss averages (or sums) over the tasks, and the responses of the tasks add
+  up. :func:`jaxbo.add_es_response` can sample tasks separately (``per_task``).
+
+  Args:
+    solver: the solver of one task.
+    num_tasks: the number :math:`T \ge 1` of tasks.
+    average_start: every run starts at the mean over the tasks of the last solutions (with a fresh
+      optimizer state), as in the published few-shot code of ESJ, instead of where ``solver`` says:
+      each at its own last solution with ``warm_start``, or at ``y0``. For tasks that are new at
+      every step, choose ``warm_start=False`` or this.
+
+  Returns:
+    An :class:`InnerSolver` whose ``init(y0)`` takes the inner parameters of *one* task, which all
+    tasks start from.
+
+  Raises:
+    ValueError: if ``num_tasks < 1``, or if ``solver`` has tasks already; when a batch has another
+      number of tasks.
+
+  Example:
+    >>> import jax.numpy as jnp, jaxbo, optax
+    >>> one = jaxbo.inner_solver(lambda x, y, batch: (y - x * batch) ** 2, optax.sgd(0.25), 30)
+    >>> inner = jaxbo.over_tasks(one, 3)
+    >>> y = inner.solve(jnp.float32(2.0), inner.init(jnp.float32(0.0)), jnp.array([1.0, 2.0, 3.0]))
+    >>> print(y.params.round(3))
+    [2. 4. 6.]
+  """
+  num_tasks = _check.positive_int("num_tasks", num_tasks)
+  if solver.task is not None:
+    raise ValueError(f"solver must be of one task, got one of {solver.num_tasks} tasks")
+  axis = 1 if solver.per_step_batches else 0
+  over_batches = functools.partial(jax.vmap, axis_size=num_tasks)
+
+  def checked(batch):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
+      if jnp.ndim(leaf) <= axis or jnp.shape(leaf)[axis] != num_tasks:
+        expected = f"[num_steps={solver.num_steps}, " * axis or "["
+        raise ValueError(
+          f"batch{jax.tree_util.keystr(path)} must have the shape {expected}num_tasks={num_tasks}, "
+          f"...], got {jnp.shape(leaf)}"
+        )
+    return batch
+
+  def repeat(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: jnp.repeat(leaf[None], num_tasks, axis=0), tree)
+
+  def init(y0, x=None, batch=None):
+    first = batch if batch is None else jax.tree.map(lambda leaf: leaf.take(0, axis), batch)
+    return repeat(solver.init(y0, x, first))
+
+  def from_average(x, solution, batch):
+    mean = jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0).astype(leaf.dtype), solution.params)
+    first = jax.tree.map(lambda leaf: leaf.take(0, axis), batch)
+    start = solver.init(mean, x, first)
+    start = repeat((start.params, start.opt_state))
+    return InnerSolution(params=start[0], opt_state=start[1], start=start, info=solution.info)
+
+  def solve(x, solution, batch):
+    batch = checked(batch)
+    if average_start:
+      solution = from_average(x, solution, batch)
+    return over_batches(solver.solve, in_axes=(None, 0, axis))(x, solution, batch)
+
+  def path(x, start, batch, *, last=None):
+    one = functools.partial(solver.path, last=last)
+    return over_batches(one, in_axes=(None, 0, axis))(x, start, checked(batch))
+
+  def loss(x, y, batch):
+    return jnp.sum(over_batches(solver.loss, in_axes=(None, 0, 0))(x, y, batch))
+
+  through = solver.through
+  if through is not None:
+    of_one = through
+
+    def features(x, batch):
+      return over_batches(of_one.features, in_axes=(None, axis))(x, checked(batch))
+
+    def path_from_features(z, start, batch, *, last=None):
+      one = functools.partial(of_one.path, last=last)
+      return over_batches(one, in_axes=(0, 0, axis))(z, start, batch)
+
+    through = Through(features, path_from_features)
+  return solver._replace(
+    init=init,
+    solve=solve,
+    path=path,
+    loss=loss,
+    through=through,
+    task=solver,
+    num_tasks=num_tasks,
+  )

@@ -1,0 +1,160 @@
+r"""The product of a run's transposed Jacobian with a vector, from perturbed runs.
+
+What :func:`jaxbo.add_es_response` estimates: for a run :math:`y(x)` and a vector :math:`b`,
+
+.. math:: J^\top b \approx \frac1Q \sum_{j=1}^Q \langle \delta_j, b \rangle\, u_j
+
+with differences :math:`\delta_j` of the run along directions :math:`u_j`.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import PartitionSpec
+
+from jaxbo import _tree
+from jaxbo.bilevel.directions import Draw, Family
+
+
+class Run(NamedTuple):
+  """A run to perturb, and what its end is multiplied with.
+
+  Attributes:
+    x: what is perturbed.
+    start: where the run starts.
+    batch: what it sees.
+    y: where it ends, ``path(x, start, batch)``.
+    b: a vector shaped like ``y``.
+  """
+
+  x: Any
+  start: Any
+  batch: Any
+  y: Any
+  b: Any
+
+
+class Sampling(NamedTuple):
+  """How to sample; the arguments of :func:`jaxbo.add_es_response`."""
+
+  family: Family
+  difference: str
+  num_samples: int
+  smoothing: Any
+  chunk: int
+  redraw: bool
+  mesh: jax.sharding.Mesh | None
+  axis_name: str | None
+
+
+def estimate(
+  sampling: Sampling, path: Callable[..., Any], run: Run, key: jax.Array
+) -> tuple[Any, jax.Array]:
+  """The estimate of the response, shaped like ``run.x``, and how many samples were finite.
+
+  ``path(x, start, batch)`` is the run; ``key`` is a typed key.
+  """
+  draw = sampling.family(key, run.x, sampling.num_samples)
+  if sampling.redraw:
+    products = _all_products(sampling, path, run, key)
+    finite = jnp.isfinite(products)
+    num_finite = jnp.sum(finite, dtype=jnp.int32)
+    weights = jnp.where(finite, products, 0) / jnp.maximum(num_finite, 1)
+    return _weighted_sum(sampling, draw, weights, run.x), num_finite
+
+  def add_chunk(carry, samples):
+    total, num_finite = carry
+    directions = jax.vmap(draw)(samples)
+    products = jax.vmap(functools.partial(_product, sampling, path, run))(directions)
+    finite = jnp.isfinite(products) & (samples < sampling.num_samples)
+    total = optax.tree.add(total, _combine(jnp.where(finite, products, 0), directions))
+    return (total, num_finite + jnp.sum(finite, dtype=jnp.int32)), None
+
+  first = optax.tree.zeros_like(run.x), jnp.int32(0)
+  (total, num_finite), _ = jax.lax.scan(add_chunk, first, _chunks(sampling))
+  count = jnp.maximum(num_finite, 1)
+  return jax.tree.map(lambda leaf: leaf / count.astype(leaf.dtype), total), num_finite
+
+
+def _product(sampling: Sampling, path: Callable[..., Any], run: Run, direction: Any) -> jax.Array:
+  """``<delta, b>`` along one direction."""
+  end = lambda x: path(x, run.start, run.batch)
+  if sampling.difference == "exact":
+    return _tree.vdot(jax.jvp(end, (run.x,), (direction,))[1], run.b)
+  moved = lambda scale: end(_tree.add_scaled(run.x, scale, direction))
+  smoothing = sampling.smoothing
+  if sampling.difference == "forward":
+    return _tree.vdot(optax.tree.sub(moved(smoothing), run.y), run.b) / smoothing
+  pair = jax.vmap(moved)(jnp.stack([jnp.asarray(smoothing), -jnp.asarray(smoothing)]))
+  change = jax.tree.map(lambda leaf: leaf[0] - leaf[1], pair)
+  return _tree.vdot(change, run.b) / (2 * smoothing)
+
+
+def _products(sampling, path, run: Run, draw: Draw, samples: jax.Array) -> jax.Array:
+  """``<delta_j, b>`` for the given samples, some at a time."""
+  product = lambda sample: _product(sampling, path, run, draw(sample))
+  return jax.lax.map(product, samples, batch_size=min(sampling.chunk, len(samples)))
+
+
+def _all_products(sampling: Sampling, path, run: Run, key: jax.Array) -> jax.Array:
+  """``<delta_j, b>`` for all samples, ``[num_samples]``, divided among devices if asked to."""
+  num_samples, axis_name = sampling.num_samples, sampling.axis_name
+  if axis_name is None:
+    draw = sampling.family(key, run.x, num_samples)
+    return _products(sampling, path, run, draw, jnp.arange(num_samples))
+  impl, name = jax.random.key_impl(key), axis_name
+
+  def on_a_device(run, key_data):
+    # What differs between devices must be marked so: the derivative by a value that is the same
+    # everywhere is summed over them.
+    run, key_data = jax.lax.pcast((run, key_data), name, to="varying")
+    draw = sampling.family(jax.random.wrap_key_data(key_data, impl=impl), run.x, num_samples)
+    share, rest = divmod(num_samples, jax.lax.axis_size(name))
+    if rest:
+      raise ValueError(
+        f"num_samples must be a multiple of the size {jax.lax.axis_size(name)} of the axis "
+        f"{name!r}, got {num_samples}"
+      )
+    first = share * jax.lax.axis_index(name)
+    mine = _products(sampling, path, run, draw, first + jnp.arange(share))
+    samples = jnp.arange(num_samples)
+    is_mine = (samples >= first) & (samples < first + share)
+    return jax.lax.psum(jnp.where(is_mine, mine[(samples - first) % share], 0), name)
+
+  arguments = run, jax.random.key_data(key)
+  if sampling.mesh is None:
+    return on_a_device(*arguments)
+  spec = PartitionSpec()
+  sharded = jax.shard_map(
+    on_a_device, mesh=sampling.mesh, in_specs=spec, out_specs=spec, axis_names={name}
+  )
+  return sharded(*arguments)
+
+
+def _weighted_sum(sampling: Sampling, draw: Draw, weights: jax.Array, like: Any) -> Any:
+  """``sum_j weights_j u_j``, the directions drawn again, some at a time."""
+  samples = _chunks(sampling)
+  weights = jnp.pad(weights, (0, samples.size - len(weights))).reshape(samples.shape)
+
+  def add_chunk(total, chunk):
+    weights, samples = chunk
+    return optax.tree.add(total, _combine(weights, jax.vmap(draw)(samples))), None
+
+  return jax.lax.scan(add_chunk, optax.tree.zeros_like(like), (weights, jnp.asarray(samples)))[0]
+
+
+def _chunks(sampling: Sampling) -> np.ndarray:
+  """The numbers of all samples, ``[chunks, chunk]``; those from ``num_samples`` on are padding."""
+  size = min(sampling.chunk, sampling.num_samples)
+  return np.arange(-(-sampling.num_samples // size) * size, dtype=np.int32).reshape(-1, size)
+
+
+def _combine(weights: jax.Array, directions: Any) -> Any:
+  return jax.tree.map(
+    lambda u: jnp.einsum("j,j...", weights.astype(u.dtype), u, precision="highest"), directions
+  )

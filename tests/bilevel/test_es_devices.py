@@ -1,0 +1,84 @@
+"""Samples divided among eight virtual devices, which exchange the scalar products alone."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+import jaxbo
+
+NUM_SAMPLES = 16
+
+
+def setting():
+  weights = jnp.asarray(np.random.default_rng(0).normal(size=(4, 6)), jnp.float32)
+  solver = jaxbo.inner_solver(
+    lambda x, y, batch: 0.5 * jnp.sum((y - batch * jnp.tanh(weights @ x)) ** 2),
+    optax.sgd(0.5, momentum=0.5),
+    5,
+  )
+  x, batch = jnp.linspace(-1.0, 1.0, 6), jnp.float32(1.5)
+  solution = solver.solve(x, solver.init(jnp.zeros(4)), batch)
+  return solver, (x, solution, (jnp.ones(6), jnp.arange(1.0, 5.0)), batch)
+
+
+def updater(head):
+  return lambda x, solution, grads, batch: head.update(
+    grads, head.init(x), x, solution=solution, batch=batch
+  )
+
+
+@pytest.mark.parametrize("difference", ["forward", "exact"])
+@pytest.mark.parametrize("directions", ["gaussian", "orthogonal"])
+def test_devices_exchange_one_vector_of_scalars_and_give_the_result_of_one(directions, difference):
+  solver, arguments = setting()
+  num_samples = NUM_SAMPLES if directions == "gaussian" else 0
+  kwargs = {"directions": directions, "difference": difference, "sample_batch_size": 2}
+  mesh = jax.make_mesh((8,), ("samples",))
+  if directions == "orthogonal":  # As many as parameters at most: six, on two devices.
+    num_samples, mesh = 6, jax.make_mesh((2,), ("samples",), devices=jax.devices()[:2])
+  alone = jaxbo.add_es_response(solver, num_samples, 1e-2, **kwargs)
+  divided = jaxbo.add_es_response(
+    solver, num_samples, 1e-2, mesh=mesh, axis_name="samples", **kwargs
+  )
+  expected, _ = jax.jit(updater(alone))(*arguments)
+  arguments = jax.device_put(arguments, NamedSharding(mesh, PartitionSpec()))
+  compiled = jax.jit(updater(divided)).lower(*arguments).compile()
+  result, state = compiled(*arguments)
+  np.testing.assert_allclose(result, expected, rtol=2e-4, atol=1e-5)
+  assert state.info.num_finite == num_samples
+  collectives = re.findall(
+    r"= (\S+) (?:all-|collective-|reduce-scatter|ragged-)\S*", compiled.as_text()
+  )
+  assert [re.sub(r"\{.*\}", "", shape) for shape in collectives] == [f"f32[{num_samples}]"]
+
+
+def test_inside_a_shard_map_of_the_user_the_axis_is_enough():
+  solver, arguments = setting()
+  expected, _ = updater(jaxbo.add_es_response(solver, NUM_SAMPLES))(*arguments)
+  divided = jaxbo.add_es_response(solver, NUM_SAMPLES, axis_name="samples")
+  mesh, spec = jax.make_mesh((8,), ("samples",)), PartitionSpec()
+  result, _ = jax.jit(jax.shard_map(updater(divided), mesh=mesh, in_specs=spec, out_specs=spec))(
+    *arguments
+  )
+  np.testing.assert_allclose(result, expected, rtol=2e-4, atol=1e-5)
+
+
+def test_an_axis_that_does_not_divide_the_samples_is_refused():
+  solver, arguments = setting()
+  mesh = jax.make_mesh((8,), ("samples",))
+  head = jaxbo.add_es_response(solver, 12, mesh=mesh, axis_name="samples")
+  with pytest.raises(ValueError, match="num_samples must be a multiple of the size 8 of the axis"):
+    updater(head)(*arguments)
+
+
+def test_an_axis_that_the_mesh_has_not_is_refused():
+  solver, _ = setting()
+  mesh = jax.make_mesh((8,), ("samples",))
+  for axis_name in (None, "devices"):
+    with pytest.raises(ValueError, match="axis_name must be one of 'samples', got"):
+      jaxbo.add_es_response(solver, 16, mesh=mesh, axis_name=axis_name)
