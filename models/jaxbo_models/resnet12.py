@@ -1,0 +1,190 @@
+"""ResNet-12, the large backbone of few-shot learning, and DropBlock."""
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.core
+import jax.numpy as jnp
+import jax.typing
+
+from jaxbo_models.layers import BatchNorm, check_images, convolution, max_pool
+
+
+class ResNet12(nn.Module):
+  """Four residual blocks of three 3 by 3 convolutions, then the mean over the pixels.
+
+  Images ``[n, height, width, channels]`` of any real dtype, height and width at least 16, are
+  mapped to features ``[n, widths[-1]]`` in float32. A block is twice (convolution, normalization,
+  leaky rectifier), then convolution and normalization, plus a 1 by 1 convolution and normalization
+  of the block's input, leaky rectifier, 2 by 2 maximum. Slopes are 0.1; there are no biases but
+  those of the normalizations.
+
+  >>> model = ResNet12()
+  >>> images = jax.ShapeDtypeStruct((5, 84, 84, 3), jnp.float32)
+  >>> variables = jax.eval_shape(model.init, jax.random.key(0), images)
+  >>> jax.eval_shape(model.apply, variables, images).shape
+  (5, 640)
+  >>> sum(leaf.size for leaf in jax.tree.leaves(variables))
+  12424320
+
+  Parameters are float32, in ``params/ResidualBlock_i``: ``Conv_j/kernel [3, 3, inputs, width]``,
+  ``shortcut/kernel [1, 1, inputs, width]`` and ``scale`` and ``bias`` ``[width]`` of
+  ``BatchNorm_j`` and ``shortcut_norm``. Kernels begin normal with variance 2 / (width times kernel
+  size squared) (He et al., 2015, fan-out).
+
+  With ``drop_rate`` and ``train=True``, :func:`drop_block` follows each block. Its randomness comes
+  from the key in ``rngs`` alone: equal keys, equal features. For a rate that grows during training
+  (Lee et al. use ``0.1 * min(1, step / 40_000)``), build the model in the jitted function:
+
+  >>> @jax.jit
+  ... def features(variables, images, step, key):
+  ...   model = ResNet12(widths=(4, 4, 8, 8), drop_rate=0.1 * jnp.minimum(1, step / 40_000))
+  ...   return model.apply(variables, images, train=True, rngs={"dropout": key})
+
+  Source: Lee, Maji, Ravichandran and Soatto, *Meta-learning with differentiable convex
+  optimization* (https://arxiv.org/abs/1904.03758; ``ResNet12_embedding.py`` in their code). They
+  flatten the last pixels where we take the mean, as the experiments of ESJ do, and scale dropout
+  (``block_size`` 1) by ``1 / (1 - drop_rate)`` where we scale by what was really kept.
+
+  Attributes:
+    widths: the channels of the four blocks. ``(64, 128, 256, 512)`` is common, too.
+    batch_stats: ``"batch"`` normalizes by the batch at hand: a pure function of parameters and
+      images, in which an example depends on the others (transductive). ``"running"`` normalizes by
+      the collection ``batch_stats``, which ``init`` makes and only
+      ``apply(..., train=True, mutable=["batch_stats"])`` moves.
+    momentum: what such a step keeps of the running statistics, in [0, 1).
+    drop_rate: the probability to drop an entry, in [0, 1); may be traced.
+    block_sizes: the height and width of what is dropped together after each block; 1 is dropout.
+    conv: ``"auto"``, ``"patches"`` or ``"native"``; see :func:`jaxbo_models.layers.convolution`.
+    dtype: the dtype of convolutions and activations (``jnp.bfloat16`` halves their memory); None
+      takes what images and parameters promote to. Normalization is in float32 at least.
+  """
+
+  widths: Sequence[int] = (64, 160, 320, 640)
+  batch_stats: str = "batch"
+  momentum: float = 0.9
+  drop_rate: float | jax.Array = 0.0
+  block_sizes: Sequence[int] = (1, 1, 5, 5)
+  conv: str = "auto"
+  dtype: jax.typing.DTypeLike | None = None
+
+  @nn.compact
+  def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
+    """Returns the features ``[n, widths[-1]]`` of ``images``, in float32.
+
+    Args:
+      images: ``[n, height, width, channels]``.
+      train: drops entries (``apply`` needs ``rngs={"dropout": key}`` if ``drop_rate`` is not 0) and
+        moves the running statistics, if there are any.
+
+    Raises:
+      ValueError: the images have another rank or are smaller than 16 by 16, an attribute is none of
+        the above, or batch statistics would be those of a single value.
+    """
+    check_images(images, smallest=16)
+    for name in ("widths", "block_sizes"):
+      if len(getattr(self, name)) != 4:
+        raise ValueError(f"{name} must be four numbers, got {getattr(self, name)}")
+    _check_rate("drop_rate", self.drop_rate)
+    drop = isinstance(self.drop_rate, jax.core.Tracer) or self.drop_rate != 0
+    x = images
+    for width, block_size in zip(self.widths, self.block_sizes, strict=True):
+      x = ResidualBlock(width, self.batch_stats, self.momentum, self.conv, self.dtype)(
+        x, train=train
+      )
+      if train and drop:
+        x = drop_block(x, self.make_rng("dropout"), self.drop_rate, block_size)
+    return x.astype(jnp.float32).mean(axis=(1, 2))
+
+
+class ResidualBlock(nn.Module):
+  """One block of :class:`ResNet12`, from ``[n, h, w, c]`` to ``[n, h // 2, w // 2, width]``.
+
+  Attributes:
+    width: the channels.
+    batch_stats: as in the model, like all that follow.
+    momentum: see there.
+    conv: see there.
+    dtype: see there.
+  """
+
+  width: int
+  batch_stats: str
+  momentum: float
+  conv: str
+  dtype: jax.typing.DTypeLike | None
+
+  @nn.compact
+  def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    """Returns the block's output, of the dtype of its convolutions."""
+
+    def normalized_conv(x: jax.Array, size: int, name: str | None, norm: str | None) -> jax.Array:
+      x = convolution(
+        self.conv,
+        self.width,
+        size,
+        padding=size // 2,
+        use_bias=False,
+        kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
+        dtype=self.dtype,
+        name=name,
+      )(x)
+      return BatchNorm(self.batch_stats, self.momentum, name=norm)(x, train=train)
+
+    shortcut = normalized_conv(x, 1, "shortcut", "shortcut_norm")
+    for _ in range(2):
+      x = nn.leaky_relu(normalized_conv(x, 3, None, None), 0.1)
+    x = normalized_conv(x, 3, None, None) + shortcut
+    return max_pool(nn.leaky_relu(x, 0.1))
+
+
+def drop_block(x: jax.Array, key: jax.Array, rate: float | jax.Array, block_size: int) -> jax.Array:
+  r"""Sets random squares of each channel of each image to 0 and rescales the rest.
+
+  Each of the ``(h - b + 1)(w - b + 1)`` squares of side ``b`` is dropped with probability
+
+  .. math:: \gamma = \frac{rate}{b^2} \cdot \frac{h w}{(h - b + 1)(w - b + 1)}
+
+  and the rest is multiplied by one over the share of entries kept, over the whole array. Squares
+  overlap, so a little less than ``rate`` is dropped on average; exactly ``rate`` if ``block_size``
+  is 1 (dropout) or covers the image (whole channels).
+
+  >>> y = drop_block(jnp.ones((1, 4, 5, 1)), jax.random.key(3), rate=0.2, block_size=2)
+  >>> (y[0, :, :, 0] > 0).astype(int)
+  Array([[0, 0, 1, 1, 1],
+         [0, 0, 1, 1, 1],
+         [1, 1, 1, 1, 1],
+         [1, 1, 1, 1, 1]], dtype=int32)
+
+  Source: Ghiasi, Lin and Le, *DropBlock* (https://arxiv.org/abs/1810.12890), algorithm 1.
+
+  Args:
+    x: ``[n, h, w, c]``.
+    key: what alone decides where the squares are.
+    rate: the share of entries to drop, in [0, 1); may be traced. At 0 the result is ``x``.
+    block_size: the side of the squares, at least 1; cut to the height and the width of ``x``.
+
+  Returns:
+    An array like ``x``; all 0 in the rare case that everything was dropped.
+
+  Raises:
+    ValueError: ``rate`` or ``block_size`` is out of range.
+  """
+  _check_rate("rate", rate)
+  if block_size < 1:
+    raise ValueError(f"block_size must be at least 1, got {block_size}")
+  n, height, width, channels = x.shape
+  rows, columns = min(block_size, height), min(block_size, width)
+  corners = (n, height - rows + 1, width - columns + 1, channels)
+  gamma = rate * height * width / (rows * columns * corners[1] * corners[2])
+  seeds = jax.random.bernoulli(key, gamma, corners).astype(jnp.float32)
+  border = ((0, 0), (rows - 1, rows - 1), (columns - 1, columns - 1), (0, 0))
+  kept = nn.max_pool(jnp.pad(seeds, border), (rows, columns)) == 0
+  scale = kept.size / jnp.maximum(kept.sum(dtype=jnp.int32), 1)
+  return jnp.where(kept, x * scale.astype(x.dtype), 0)
+
+
+def _check_rate(name: str, rate: float | jax.Array) -> None:
+  if not isinstance(rate, jax.core.Tracer) and not 0 <= rate < 1:
+    raise ValueError(f"{name} must be in [0, 1), got {rate}")
