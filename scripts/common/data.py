@@ -43,22 +43,48 @@ def tfds_images(name: str, split: str, data_dir: str | os.PathLike | None = None
   Raises:
     FileNotFoundError: if the data set is not there; the message says how to prepare it.
   """
-  root = Path(
-    data_dir or os.environ.get("TFDS_DATA_DIR") or Path.home() / "tensorflow_datasets"
-  ).expanduser()
-  if not any(root.glob(f"{name}/*/*.array_record*")):
-    raise FileNotFoundError(
-      f"no {name} in {root.absolute()} (--data-dir or TFDS_DATA_DIR names another folder).\n"
-      f"Expected: {name}/<version>/ with dataset_info.json, features.json and {name}-*.array_record"
-      "-*.\nTo prepare them, where there is a network: python -m pip install tensorflow "
-      "tensorflow-datasets, then\n"
-      f"  python -c \"import tensorflow_datasets as tfds; tfds.builder('{name}', "
-      f"file_format='array_record', data_dir='{root.absolute()}').download_and_prepare()\""
-    )
-  import tensorflow_datasets as tfds
-
-  source: Any = tfds.data_source(name, split=split, data_dir=root)
+  source = tfds_source(name, split, data_dir)
   examples = [source[i] for i in range(len(source))]
   images = np.stack([example["image"] for example in examples])
   labels = np.array([example["label"] for example in examples], np.int32)
   return Examples(images.reshape(len(images), -1).astype(np.float32) / 255, labels)
+
+
+def tfds_source(
+  name: str,
+  split: str,
+  data_dir: str | os.PathLike | None = None,
+  preparation: str | None = None,
+) -> Any:
+  """Opens what tensorflow-datasets has prepared as ``array_record`` files, without TensorFlow.
+
+  Args:
+    name: as in :func:`tfds_images`.
+    split: as in :func:`tfds_images`.
+    data_dir: as in :func:`tfds_images`.
+    preparation: how to get the data set, if it is none of the catalogue of tensorflow-datasets.
+
+  Returns:
+    A sequence of dictionaries; ``__getitems__(range(a, b))`` reads many at once.
+
+  Raises:
+    FileNotFoundError: if the data set is not there; the message says how to prepare it.
+  """
+  root = Path(
+    data_dir or os.environ.get("TFDS_DATA_DIR") or Path.home() / "tensorflow_datasets"
+  ).expanduser()
+  if not any(root.glob(f"{name}/*/*.array_record*")):
+    preparation = preparation or (
+      "To prepare them, where there is a network: python -m pip install tensorflow "
+      "tensorflow-datasets, then\n"
+      f"  python -c \"import tensorflow_datasets as tfds; tfds.builder('{name}', "
+      f"file_format='array_record', data_dir='{root.absolute()}').download_and_prepare()\""
+    )
+    raise FileNotFoundError(
+      f"no {name} in {root.absolute()} (--data-dir or TFDS_DATA_DIR names another folder).\n"
+      f"Expected: {name}/<version>/ with dataset_info.json, features.json and {name}-*.array_record"
+      f"-*.\n{preparation}"
+    )
+  import tensorflow_datasets as tfds
+
+  return tfds.data_source(name, split=split, data_dir=root)

@@ -1,0 +1,196 @@
+"""N-way K-shot episodes, gathered on the device from one array of images."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+
+from jaxbo import _check, _random
+
+
+class Episode(NamedTuple):
+  """One few-shot task: a small classification problem to learn, and what to judge it by.
+
+  Rows are in the order of their labels: row ``i`` has label ``i // num_shots`` in the support set
+  and ``i // num_queries`` in the query set.
+
+  Attributes:
+    support_images: what the task is learnt from, ``[num_ways * num_shots, ...]``, dtype of the
+      images.
+    support_labels: ``[num_ways * num_shots]``, int32 in ``[0, num_ways)``.
+    query_images: what the learner is judged by, ``[num_ways * num_queries, ...]``.
+    query_labels: ``[num_ways * num_queries]``, int32 in ``[0, num_ways)``.
+  """
+
+  support_images: jax.Array
+  support_labels: jax.Array
+  query_images: jax.Array
+  query_labels: jax.Array
+
+
+def sample_episode(
+  key: jax.typing.ArrayLike,
+  images: jax.typing.ArrayLike,
+  *,
+  num_ways: int,
+  num_shots: int,
+  num_queries: int,
+  num_rotations: int = 1,
+  counts: jax.typing.ArrayLike | None = None,
+) -> Episode:
+  r"""Draws an N-way K-shot episode: classes, then images of each, all without replacement.
+
+  The ``num_ways`` classes are a uniform draw in random order, so that a label says nothing about
+  its class. Of each class, ``num_shots + num_queries`` different images are drawn uniformly; the
+  first ``num_shots`` are the support set, the others the query set. The episode depends on nothing
+  but the key and the arguments: a meta-batch of tasks is ``jax.vmap`` over keys.
+
+  With ``num_rotations=4`` each pair (class, quarter turn) is a class of its own, as is usual for
+  Omniglot: there are four times as many classes, an episode may hold the same character at two
+  turns, under two labels, and all images of one episode class have the same turn. (learn2learn's
+  ``RandomClassRotation`` differs: it draws characters without replacement and then a turn for each,
+  so that no character meets itself.) Use it for characters, where a turned character is as good as
+  a new one; a turned dog is still a dog.
+
+  The cost is ``classes * num_rotations + num_ways * per_class`` random numbers and a gather of the
+  episode's images. Memory beside ``images`` is that of the episode, with rotations up to
+  ``num_rotations`` times.
+
+  Args:
+    key: an int, a raw key array or a typed key.
+    images: ``[classes, per_class, ...]`` of any dtype. Pixels are not touched: uint8 stays uint8
+      and is normalised by the caller. Put the array on the device once, and give it to a jitted
+      function as an argument; a closure would copy it into the program.
+    num_ways: classes in the episode, N in the papers; at least 1 and at most as many as there are.
+    num_shots: support images of each class, K in the papers; at least 1.
+    num_queries: query images of each class; at least 1.
+    num_rotations: 1 to 4; each class comes in this many versions, turned counter-clockwise by 0,
+      90, ... degrees. Above 1 images must be square, ``[classes, per_class, size, size, ...]``.
+    counts: ``[classes]``, integers in ``[0, per_class]``: how many images each class has. Only
+      ``images[c, :counts[c]]`` are drawn, the rest is padding. A class with fewer than ``num_shots
+      + num_queries`` images is never drawn. By default all classes are full.
+
+  Returns:
+    The :class:`Episode`.
+
+  Raises:
+    TypeError: if a number is no Python int, the key is no key or ``counts`` has no integers.
+    ValueError: if a number is below 1; if there are fewer than ``num_ways`` classes with enough
+      images; if a class holds fewer than ``num_shots + num_queries`` images; if ``images`` or
+      ``counts`` have a wrong shape, or ``counts`` wrong values. Where ``counts`` is traced its
+      values are not known: if then too few classes have enough images, the episode is filled up
+      with others and with padding. A first call outside of ``jax.jit`` makes sure.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, jaxbo.tasks
+    >>> images = jnp.zeros((30, 20, 28, 28, 1), jnp.uint8)          # 30 characters, 20 drawings
+    >>> @jax.jit
+    ... def meta_batch(keys, images):
+    ...   return jax.vmap(lambda key: jaxbo.tasks.sample_episode(
+    ...     key, images, num_ways=5, num_shots=1, num_queries=3, num_rotations=4))(keys)
+    >>> tasks = meta_batch(jax.random.split(jax.random.key(0), 16), images)
+    >>> tasks.support_images.shape, tasks.support_images.dtype      # 16 tasks, 5 * 1 drawings
+    ((16, 5, 28, 28, 1), dtype('uint8'))
+    >>> print(tasks.query_labels[0])
+    [0 0 0 1 1 1 2 2 2 3 3 3 4 4 4]
+
+  References:
+    Vinyals et al., `Matching Networks for One Shot Learning <https://arxiv.org/abs/1606.04080>`_
+    (episodes); Santoro et al., `One-shot Learning with Memory-Augmented Neural Networks
+    <https://arxiv.org/abs/1605.06065>`_ (rotations as new classes)
+  """
+  num_ways = _check.positive_int("num_ways", num_ways)
+  num_shots = _check.positive_int("num_shots", num_shots)
+  num_queries = _check.positive_int("num_queries", num_queries)
+  num_rotations = _check.positive_int("num_rotations", num_rotations)
+  num_images = num_shots + num_queries
+  _check_arguments(images, counts, num_ways, num_images, num_rotations)
+  images = jnp.asarray(images)
+  num_classes, per_class = images.shape[:2]
+  counts = jnp.full(num_classes, per_class) if counts is None else jnp.asarray(counts)
+
+  if _random.key_impl("key", key) is None and jnp.ndim(key) == 0:
+    key = jax.random.key(key)
+  class_key, image_key = jax.random.split(key)
+
+  # With probabilities, choice is a Gumbel top-k: classes of probability zero come last.
+  eligible = jnp.repeat(counts >= num_images, num_rotations).astype(jnp.float32)
+  drawn = _choice(class_key, eligible, num_ways)
+  classes, turns = drawn // num_rotations, drawn % num_rotations
+
+  def choose_images(key, count):
+    return _choice(key, (jnp.arange(per_class) < count).astype(jnp.float32), num_images)
+
+  chosen = jax.vmap(choose_images)(jax.random.split(image_key, num_ways), counts[classes])
+  episode = images[classes[:, None], chosen]
+  if num_rotations > 1:
+    episode = jax.vmap(functools.partial(_rotate, num_rotations=num_rotations))(episode, turns)
+
+  def rows(of_class):
+    return of_class.reshape(-1, *images.shape[2:])
+
+  labels = jnp.arange(num_ways, dtype=jnp.int32)
+  return Episode(
+    support_images=rows(episode[:, :num_shots]),
+    support_labels=jnp.repeat(labels, num_shots),
+    query_images=rows(episode[:, num_shots:]),
+    query_labels=jnp.repeat(labels, num_queries),
+  )
+
+
+def _choice(key: jax.Array, probabilities: jax.Array, size: int) -> jax.Array:
+  """Indices ``[size]`` of ``probabilities`` ``[n]``, without replacement, in random order."""
+  return jax.random.choice(key, len(probabilities), (size,), replace=False, p=probabilities)
+
+
+def _rotate(images: jax.Array, turn: jax.Array, num_rotations: int) -> jax.Array:
+  """Turns images ``[n, size, size, ...]`` by ``turn`` quarters, known on the device only.
+
+  Under ``vmap`` the switch makes all versions and selects: ``num_rotations`` copies of an episode,
+  where versions of the whole array would be as many copies of the data.
+  """
+  quarter = lambda k: lambda images: jnp.rot90(images, k, axes=(1, 2))
+  return jax.lax.switch(turn, [quarter(k) for k in range(num_rotations)], images)
+
+
+def _check_arguments(images, counts, num_ways: int, num_images: int, num_rotations: int) -> None:
+  """Raises if the images cannot give such episodes, as far as is known without running."""
+  shape = np.shape(images)
+  if len(shape) < 2:
+    raise ValueError(f"images must have shape [classes, per_class, ...], got shape {shape}")
+  if num_rotations > 4:
+    raise ValueError(f"num_rotations must be at most 4, the quarter turns, got {num_rotations}")
+  if num_rotations > 1 and (len(shape) < 4 or shape[2] != shape[3]):
+    raise ValueError(
+      f"images must be square, [classes, per_class, size, size, ...], for num_rotations="
+      f"{num_rotations}, got shape {shape}"
+    )
+  num_classes, per_class = shape[:2]
+  if num_images > per_class:
+    raise ValueError(
+      f"num_shots + num_queries must be at most {per_class}, the images of a class, "
+      f"got {num_images}"
+    )
+  available, which = num_classes, "the number of classes"
+  if counts is not None:
+    if np.shape(counts) != (num_classes,):
+      raise ValueError(
+        f"counts must have shape {(num_classes,)}, one number a class, got shape {np.shape(counts)}"
+      )
+    if not jnp.issubdtype(jnp.result_type(counts), jnp.integer):
+      raise TypeError(f"counts must be integers, got dtype {jnp.result_type(counts)}")
+    if not isinstance(counts, jax.core.Tracer):
+      known = np.asarray(counts)
+      outside = known[(known < 0) | (known > per_class)]
+      if outside.size:
+        raise ValueError(f"counts must be in [0, {per_class}], got {outside[0]}")
+      available = int(np.sum(known >= num_images))
+      which = f"the number of classes with num_shots + num_queries = {num_images} images or more"
+  if num_ways > available * num_rotations:
+    times = f", times num_rotations = {num_rotations}" if num_rotations > 1 else ""
+    raise ValueError(
+      f"num_ways must be at most {available * num_rotations}, {which}{times}, got {num_ways}"
+    )

@@ -1,0 +1,228 @@
+"""Reads data for few-shot learning, or draws it: images as ``[classes, per_class, h, w, c]``.
+
+This is what :func:`jaxbo.tasks.sample_episode` takes. All pixels are uint8 in [0, 255].
+"""
+
+import operator
+import os
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from scripts.common.data import tfds_source
+
+NUM_CHARACTERS = 1623
+_READ_AT_ONCE = 1000
+
+
+class ImageClasses(NamedTuple):
+  """Images by class.
+
+  Attributes:
+    images: ``[classes, per_class, height, width, channels]``, uint8; zero behind the last image of
+      a class.
+    counts: ``[classes]``, int32: how many images each class has.
+    labels: ``[classes]``, int32: the number of each class in the data set that it is from.
+  """
+
+  images: Any
+  counts: Any
+  labels: Any
+
+
+class FewShotData(NamedTuple):
+  """Three sets of classes; no class is in two of them.
+
+  Attributes:
+    train: the classes to learn from.
+    validation: the classes to choose settings by.
+    test: the classes to report.
+  """
+
+  train: ImageClasses
+  validation: ImageClasses
+  test: ImageClasses
+
+
+def omniglot(
+  data_dir: str | os.PathLike | None = None, *, size: int = 28, percent: int = 100
+) -> FewShotData:
+  """Omniglot: 1,623 characters of 50 alphabets, drawn once by each of 20 people.
+
+  All characters of the original background and evaluation sets are put together, shuffled with a
+  fixed seed and split into 1,100 for training, 100 for validation and 423 for testing: the split
+  by characters of MAML and learn2learn, though not the same characters (theirs depend on the run).
+  Alphabets are shared between the parts, which is easier than the original split by alphabets.
+  There are no rotations here: ``sample_episode(..., num_rotations=4)`` makes them.
+
+  The 105 x 105 drawings are reduced to ``size`` by exact averages over areas and inverted: strokes
+  are 255, paper is 0. Reading takes 7 seconds on one core, so nothing is cached.
+
+  Args:
+    data_dir: as in :func:`scripts.common.data.tfds_images`.
+    size: height and width of the images, at most 105.
+    percent: reads only the first so many percent of the drawings, for a quick look; characters then
+      have few drawings, some none.
+
+  Returns:
+    Images ``[classes, 20, size, size, 1]``.
+
+  Raises:
+    FileNotFoundError: if the data set is not there; the message says how to prepare it.
+    ValueError: if ``size`` or ``percent`` is out of range.
+
+  References:
+    Lake, Salakhutdinov, Tenenbaum, `Human-level concept learning through probabilistic program
+    induction <https://doi.org/10.1126/science.aab3050>`_
+  """
+  if not 1 <= size <= 105:
+    raise ValueError(f"size must be in [1, 105], got {size}")
+  if not 1 <= percent <= 100:
+    raise ValueError(f"percent must be in [1, 100], got {percent}")
+  parts = [f"{part}[:{percent}%]" for part in ("train", "test")]
+  images, labels = [], []
+  for part in parts:
+    for drawings, numbers in _chunks(tfds_source("omniglot", part, data_dir)):
+      images.append(shrink(white_on_black(drawings[..., 0]), size))
+      labels.append(numbers)
+  images, labels = np.concatenate(images)[..., None], np.concatenate(labels)
+  order = np.random.default_rng(0).permutation(NUM_CHARACTERS)
+  return FewShotData(
+    *(_by_class(images, labels, part, 20) for part in np.split(order, [1100, 1200]))
+  )
+
+
+def caltech101_fewshot(data_dir: str | os.PathLike | None = None) -> FewShotData:
+  """Caltech-101 for few-shot learning: 64, 16 and 20 classes of 30 natural images, 84 x 84 x 3.
+
+  Stands in for miniImageNet, whose images may not be passed on. Pixels depend a little on who
+  decodes the JPEG files (OpenCV, or Pillow where there is no OpenCV).
+
+  Args:
+    data_dir: as in :func:`scripts.common.data.tfds_images`.
+
+  Returns:
+    Images ``[classes, 30, 84, 84, 3]``; ``labels`` number all 100 classes.
+
+  Raises:
+    FileNotFoundError: if the data set is not there.
+  """
+  preparation = (
+    "It is not in the catalogue of tensorflow-datasets: 100 classes of Caltech-101 (all but "
+    "BACKGROUND_Google and Faces_easy;\nhttps://doi.org/10.22002/D1.20086), 30 images of each, "
+    "84 x 84, with the features image and label, 64, 16 and 20\nclasses in the splits train, "
+    "validation and test. tfds.dataset_builders.store_as_tfds_dataset writes such a folder."
+  )
+
+  def read(split):
+    source = tfds_source("caltech101_fewshot", split, data_dir, preparation)
+    images, labels = map(np.concatenate, zip(*_chunks(source), strict=True))
+    return _by_class(images, labels, np.unique(labels), 30)
+
+  return FewShotData(read("train"), read("validation"), read("test"))
+
+
+def synthetic_glyphs(
+  num_classes: int, per_class: int, size: int = 28, seed: int = 0
+) -> ImageClasses:
+  """Draws characters that nobody has written: for tests, and where there is no Omniglot.
+
+  A character is two to four curved strokes at random places. Each drawing of it shakes the control
+  points (3 % of the size), then turns (10 degrees), scales (10 %), shears (10 %) and shifts (5 % of
+  the size) the whole, each number being one standard deviation, with a pen of varying width.
+  Different seeds give different characters: one seed to train, another to test. More classes or
+  drawings of one seed leave those before them as they were.
+
+  Nearest centroids on raw pixels name 62 % of 5-way 1-shot queries (Omniglot's test characters:
+  43 %); on the embedding of a perceptron with 256 hidden units, after 800 steps as a prototypical
+  network on 400 other characters, 86 %. Takes about 0.2 ms a drawing.
+
+  Args:
+    num_classes: how many characters.
+    per_class: how many drawings of each.
+    size: height and width of the images.
+    seed: which characters.
+
+  Returns:
+    White on black images ``[num_classes, per_class, size, size, 1]``, of full classes.
+
+  Raises:
+    ValueError: if a number but the seed is below 1.
+  """
+  for name, value in (("num_classes", num_classes), ("per_class", per_class), ("size", size)):
+    if operator.index(value) < 1:
+      raise ValueError(f"{name} must be at least 1, got {value}")
+  images = np.empty((num_classes, per_class, size, size, 1), np.uint8)
+  for label in range(num_classes):
+    points = _drawings(np.random.default_rng([seed, label]), per_class)
+    for drawing, (strokes, width) in zip(images[label, ..., 0], points, strict=True):
+      drawing[:] = _render(strokes, width, size)
+  labels = np.arange(num_classes, dtype=np.int32)
+  return ImageClasses(images, np.full(num_classes, per_class, np.int32), labels)
+
+
+def white_on_black(images: np.ndarray) -> np.ndarray:
+  """Inverts black drawings on white paper, ``[n, ...]`` with values 0 and 255, or 0 and 1.
+
+  Omniglot's files have one bit a pixel. OpenCV and TensorFlow decode white as 255, Pillow alone as
+  1; the paper of each drawing shows which it was.
+  """
+  white = 1 if images.max(initial=0) <= 1 else 255
+  return (255 // white * (white - images)).astype(np.uint8)
+
+
+def shrink(images: np.ndarray, size: int) -> np.ndarray:
+  """Reduces square uint8 images ``[n, old, old]`` to ``[n, size, size]``, averaging over areas.
+
+  The same as OpenCV's ``INTER_AREA``, which is not always there; Pillow's ``BOX`` takes whole
+  pixels only, and 105 is no multiple of 28.
+  """
+  edges = np.linspace(0, images.shape[-1], size + 1)
+  pixels = np.arange(images.shape[-1])
+  ends = np.minimum(edges[1:, None], pixels + 1)
+  overlap = np.maximum(ends - np.maximum(edges[:-1, None], pixels), 0)
+  weights = (overlap / overlap.sum(axis=1, keepdims=True)).astype(np.float32)
+  return np.rint(weights @ images.astype(np.float32) @ weights.T).astype(np.uint8)
+
+
+def _chunks(source: Any) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+  """The images and labels of ``source``, some at a time: decoded Omniglot is 1 GB."""
+  for begin in range(0, len(source), _READ_AT_ONCE):
+    examples = source.__getitems__(range(begin, min(begin + _READ_AT_ONCE, len(source))))
+    images = np.stack([example["image"] for example in examples])
+    yield images, np.array([example["label"] for example in examples], np.int32)
+
+
+def _by_class(images: np.ndarray, labels: np.ndarray, classes: Any, per_class: int) -> ImageClasses:
+  """The images whose labels are in ``classes``, in their order, padded to ``per_class``."""
+  grouped = np.zeros((len(classes), per_class, *images.shape[1:]), np.uint8)
+  counts = np.zeros(len(classes), np.int32)
+  for row, label in enumerate(classes):
+    members = np.flatnonzero(labels == label)
+    counts[row] = len(members)
+    grouped[row, : len(members)] = images[members]
+  return ImageClasses(grouped, counts, np.asarray(classes, np.int32))
+
+
+def _drawings(rng: np.random.Generator, num: int) -> Iterator[tuple[np.ndarray, float]]:
+  """Strokes ``[points, 2]`` in the square [-1, 1]^2 and pen widths, of ``num`` drawings."""
+  controls = rng.uniform(-0.85, 0.85, (rng.integers(2, 5), 4, 2))
+  t = np.linspace(0, 1, 40)[:, None]
+  bernstein = np.hstack([(1 - t) ** 3, 3 * t * (1 - t) ** 2, 3 * t**2 * (1 - t), t**3])
+  for _ in range(num):
+    angle, shear = rng.normal(0, [np.deg2rad(10), 0.1])
+    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    affine = turn @ np.array([[1, shear], [0, 1]]) * rng.normal(1, 0.1, 2)
+    shaken = controls + rng.normal(0, 0.06, controls.shape)
+    strokes = (bernstein @ shaken).reshape(-1, 2) @ affine.T + rng.normal(0, 0.09, 2)
+    yield strokes, rng.uniform(0.05, 0.08)
+
+
+def _render(strokes: np.ndarray, width: float, size: int) -> np.ndarray:
+  """Pixels ``[size, size]`` near the points are white, with an edge one pixel wide."""
+  centres = (2 * np.arange(size) + 1) / size - 1
+  vertical = (centres[:, None] - strokes[:, 1]) ** 2
+  horizontal = (centres[:, None] - strokes[:, 0]) ** 2
+  distance = np.sqrt((vertical[:, None] + horizontal[None]).min(axis=-1))
+  return np.rint(255 * np.clip((width - distance) * size / 2 + 0.5, 0, 1)).astype(np.uint8)
