@@ -21,10 +21,13 @@ gives the hypergradient; behind it stands any optax chain.
 :func:`conjugate_gradient`, :func:`neumann` and :func:`fixed_point`, :func:`add_es_response` (ESJ),
 :func:`drop_response` (first order).
 
+**Tasks**: :func:`jaxbo.tasks.sample_episode`.
+
 **Whole methods**: :func:`esj`, :func:`itd`, :func:`aid`, :func:`stocbio`, and the loop
 :func:`bilevel`.
 """
 
+from jaxbo import tasks as tasks
 from jaxbo.bilevel.driver import BilevelInfo, BilevelState, bilevel
 from jaxbo.bilevel.es import EsInfo, EsResponseState, add_es_response, esj
 from jaxbo.bilevel.implicit import (

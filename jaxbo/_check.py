@@ -25,17 +25,34 @@ def positive_int(name: str, value: Any) -> int:
 
 
 def positive(name: str, value: Any) -> Any:
-  """Returns ``value``; raises if it is a known number that is not finite and above 0."""
-  if not isinstance(value, jax.core.Tracer) and not 0 < value < float("inf"):
+  """Returns ``value``; raises if it is no number, or a known one that is not finite and above 0."""
+  if not 0 < _number(name, value, 1.0) < float("inf"):
     raise ValueError(f"{name} must be positive and finite, got {value}")
   return value
 
 
 def non_negative(name: str, value: Any) -> Any:
-  """Returns ``value``; raises if it is a known number that is not finite and at least 0."""
-  if not isinstance(value, jax.core.Tracer) and not 0 <= value < float("inf"):
+  """Returns ``value``; raises if it is no number, or a known one not finite and at least 0."""
+  if not 0 <= _number(name, value, 0.0) < float("inf"):
     raise ValueError(f"{name} must be non-negative and finite, got {value}")
   return value
+
+
+def _number(name: str, value: Any, if_traced: float) -> float:
+  if isinstance(value, jax.core.Tracer):
+    return if_traced
+  try:
+    if isinstance(value, str):
+      raise TypeError
+    return float(value)
+  except TypeError:
+    raise TypeError(f"{name} must be a number, got {value!r}") from None
+
+
+def transformation(name: str, value: Any) -> None:
+  """Raises ``TypeError`` unless ``value`` is a gradient transformation."""
+  if not (callable(getattr(value, "init", None)) and callable(getattr(value, "update", None))):
+    raise TypeError(f"{name} must be an optax transformation, say optax.sgd(0.1), got {value!r}")
 
 
 def one_of(name: str, value: Any, allowed: Iterable[str]) -> Any:

@@ -26,8 +26,9 @@ def norm(tree: PyTree) -> jax.Array:
 
 def all_finite(tree: PyTree) -> jax.Array:
   """True if no leaf holds a NaN or an infinity."""
-  leaves = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
-  return jnp.all(jnp.stack(leaves)) if leaves else jnp.bool_(True)
+  floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
+  leaves = [jnp.all(jnp.isfinite(leaf)) for leaf in floats]
+  return functools.reduce(jnp.logical_and, leaves, jnp.bool_(True))
 
 
 def at_least_float32(tree: PyTree) -> PyTree:
@@ -42,7 +43,8 @@ def zeros_at_least_float32(tree: PyTree) -> PyTree:
 
 def has_low_precision(tree: PyTree) -> bool:
   """True if some leaf is a float narrower than float32."""
-  return any(_at_least_float32_dtype(leaf) != leaf.dtype for leaf in jax.tree.leaves(tree))
+  leaves = jax.tree.leaves(tree)
+  return any(_at_least_float32_dtype(leaf) != jnp.result_type(leaf) for leaf in leaves)
 
 
 def copy(tree: PyTree) -> PyTree:
@@ -69,12 +71,11 @@ def cast_like(tree: PyTree, target: PyTree) -> PyTree:
   return jax.tree.map(lambda x, t: x.astype(t.dtype), tree, target)
 
 
-def _at_least_float32(x: jax.Array) -> jax.Array:
+def _at_least_float32(x: Any) -> jax.Array:
   x = jnp.asarray(x)
   return x.astype(_at_least_float32_dtype(x))
 
 
 def _at_least_float32_dtype(x: Any):
-  if jnp.issubdtype(x.dtype, jnp.floating):
-    return jnp.promote_types(x.dtype, jnp.float32)
-  return x.dtype
+  dtype = jnp.result_type(x)
+  return jnp.promote_types(dtype, jnp.float32) if jnp.issubdtype(dtype, jnp.floating) else dtype

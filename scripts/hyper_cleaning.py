@@ -12,28 +12,34 @@ What it does not show: on so easy a task, training on the 300 validation example
 well. What is learnt here is which labels are wrong. First order does nothing at all, since the
 outer loss does not depend on the weights directly: every weight stays one half.
 
+The table's means are over the seeds that finished (column "seeds"). AUC and F1 are of "this label
+is wrong". "ms/step" is training time for one outer step, without compilation and evaluation; "temp.
+MiB" is the temporary memory that XLA plans for the compiled loop of outer steps, beside its inputs
+and outputs. Ctrl-C ends the run with what was measured so far.
+
   python -m scripts.hyper_cleaning                               1 minute on 2 CPU cores
   python -m scripts.hyper_cleaning --dataset mnist --seeds 1     7 minutes; a perceptron
 """
 
 import dataclasses
+import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import numpy as np
 import tyro
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from sklearn.metrics import f1_score, roc_auc_score
+from rich.progress import Progress
 
 from scripts.common import cleaning, measure, plots, report
 from scripts.common.cleaning import METHODS, CleaningData, Program, Settings
 from scripts.common.data import Examples
 
 NUM_EVALUATIONS = 20
+CSV, PICTURE = "results.csv", "hyper_cleaning.png"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +80,10 @@ class Config:
         f"dataset must be one of {', '.join(cleaning.DATASETS)}; got {self.dataset!r}"
       )
     if not self.methods or not set(self.methods) <= set(METHODS):
-      raise ValueError(f"methods must be among {', '.join(METHODS)}; got {' '.join(self.methods)}")
+      got = " ".join(self.methods) or "none"
+      raise ValueError(f"methods must be among {', '.join(METHODS)}; got {got}")
+    if len(set(self.methods)) < len(self.methods):
+      raise ValueError(f"methods must name each method once, got {' '.join(self.methods)}")
     if not 0 <= self.corruption < 1:
       raise ValueError(f"corruption must be in [0, 1), got {self.corruption}")
     if self.first_seed < 0:
@@ -96,10 +105,16 @@ class Config:
 
 
 class Result(NamedTuple):
-  """A method on one seed; a row of ``results.csv``. NaN where a number means nothing."""
+  """A method on one seed; a row of ``results.csv``. NaN where a number means nothing.
+
+  ``outer_steps`` were done, fewer than asked for if the run was interrupted; ``test_accuracy`` is
+  after the last. ``auc`` and ``f1`` are of "this label is wrong". ``temporary_bytes`` is XLA's
+  temporary memory of the compiled loop of outer steps, -1 if unknown.
+  """
 
   method: str
   seed: int
+  outer_steps: int
   test_accuracy: float
   auc: float
   f1: float
@@ -108,27 +123,36 @@ class Result(NamedTuple):
   compile_seconds: float
 
 
-class Run(NamedTuple):
-  """What a picture shows of a method on one seed.
-
-  Attributes:
-    seconds: training time at each evaluation, without compilation and evaluation.
-    accuracy: test accuracy at each evaluation.
-    weights: the final weights of the training examples, ``[num_train]``.
-    corrupted: which of them have a wrong label.
-  """
-
-  seconds: list[float]
-  accuracy: list[float]
-  weights: np.ndarray
-  corrupted: np.ndarray
-
-
 class Executable(NamedTuple):
   """A method, compiled once for all seeds."""
 
   run: jax.stages.Compiled
   compile_seconds: float
+
+
+class Run(NamedTuple):
+  """A method on one seed, as far as it came.
+
+  Attributes:
+    executable: the compiled method.
+    outer_steps: outer steps done.
+    seconds: training time at each evaluation, without compilation and evaluation.
+    outer_loss: outer loss at each evaluation.
+    accuracy: test accuracy at each evaluation.
+    weights: the weights of the training examples at the last one, ``[num_train]``.
+    corrupted: which of them have a wrong label.
+  """
+
+  executable: Executable
+  outer_steps: int
+  seconds: list[float]
+  outer_loss: list[float]
+  accuracy: list[float]
+  weights: np.ndarray
+  corrupted: np.ndarray
+
+
+Runs = dict[tuple[str, int], Run]  # by method and seed
 
 
 def compile_program(program: Program, val: Examples) -> Executable:
@@ -147,32 +171,25 @@ def fit(
   num_runs: int,
   seed: int,
   accuracy: Callable[..., jax.Array],
-  report_progress: Callable[[float, float, float], None],
-) -> Run:
-  """Runs a method to its end; calls ``report_progress(seconds, outer_loss, accuracy)``."""
+) -> Iterator[Run]:
+  """Runs a method to its end; yields the run so far at each of ``num_runs`` evaluations."""
   state, train, val, test = jax.device_put((program.state, program.train, data.val, data.test))
-  seconds, accuracies, total = [], [], 0.0
+  run = Run(executable, 0, [], [], [], np.zeros(0), data.corrupted)
+  total = 0.0
   for i in range(num_runs):
     key = jax.random.fold_in(jax.random.key(seed), i)
     start = time.perf_counter()
     state, losses = jax.block_until_ready(executable.run(state, key, train, val))
     total += time.perf_counter() - start
-    seconds.append(total)
-    accuracies.append(float(accuracy(state.solution.params, test)))
-    report_progress(total, float(losses[-1]), accuracies[-1])
-  weights = np.asarray(jax.nn.sigmoid(state.x), np.float64)
-  return Run(seconds, accuracies, weights, data.corrupted)
-
-
-def detection_scores(method: str, run: Run) -> tuple[float, float]:
-  """``(AUC, F1)`` of "this label is wrong": low weights, and weights below one half."""
-  learnt = METHODS[method].head is not None
-  if not learnt or not run.corrupted.any() or not np.isfinite(run.weights).all():
-    return float("nan"), float("nan")
-  return (
-    float(roc_auc_score(run.corrupted, -run.weights)),
-    float(f1_score(run.corrupted, run.weights < 0.5)),
-  )
+    run = run._replace(
+      outer_steps=run.outer_steps + len(losses),
+      seconds=[*run.seconds, total],
+      outer_loss=[*run.outer_loss, float(losses[-1])],
+      accuracy=[*run.accuracy, float(accuracy(state.solution.params, test))],
+      # Read now: after an interruption the state's memory may be gone.
+      weights=np.asarray(jax.nn.sigmoid(state.x), np.float64),
+    )
+    yield run
 
 
 def run_all(
@@ -181,10 +198,9 @@ def run_all(
   test: Examples | None,
   log: report.MetricsLog,
   progress: Progress,
-  results: list[Result],
-  runs: dict[str, list[Run]],
+  runs: Runs,
 ) -> None:
-  """Runs every method on every seed; fills ``results`` and ``runs`` as it goes."""
+  """Runs every method on every seed; fills ``runs`` as it goes."""
   settings = config.settings()
   steps = max(
     divisor
@@ -202,48 +218,59 @@ def run_all(
       program = cleaning.make_program(method, data, settings, seed, steps)
       if method not in executables:
         executables[method] = compile_program(program, data.val)
-
-      def report_progress(seconds, loss, accuracy, method=method, seed=seed):
+      for run in fit(program, executables[method], data, num_runs, seed, accuracy):
+        runs[method, seed] = run
+        loss = run.outer_loss[-1]
         progress.update(task, advance=1, loss=f"outer loss {loss:.4f}")
-        log.write(method=method, seed=seed, seconds=seconds, outer_loss=loss, accuracy=accuracy)
-
-      run = fit(program, executables[method], data, num_runs, seed, accuracy, report_progress)
-      runs.setdefault(method, []).append(run)
-      results.append(
-        Result(
-          method,
-          seed,
-          run.accuracy[-1],
-          *detection_scores(method, run),
-          seconds_per_step=run.seconds[-1] / settings.outer_steps,
-          temporary_bytes=measure.temporary_bytes(executables[method].run),
-          compile_seconds=executables[method].compile_seconds,
-        )
-      )
+        values = {"seconds": run.seconds[-1], "outer_loss": loss, "accuracy": run.accuracy[-1]}
+        log.write(method=method, seed=seed, **values)
 
 
-def gain_shares(results: Sequence[Result], method: str) -> list[float]:
-  """For each seed, the share of the oracle's gain over training on everything."""
-  accuracies = {(result.method, result.seed): result.test_accuracy for result in results}
-  shares = []
-  for seed in sorted({result.seed for result in results}):
-    mine, worst, best = (
-      accuracies.get((name, seed), float("nan")) for name in (method, "everything", "oracle")
-    )
-    shares.append((mine - worst) / (best - worst) if best > worst else float("nan"))
-  return shares
+def summarize(method: str, seed: int, run: Run) -> Result:
+  """The row of a run."""
+  auc, f1 = math.nan, math.nan
+  if METHODS[method].head is not None:
+    auc, f1 = cleaning.detection_scores(run.weights, run.corrupted)
+  return Result(
+    method,
+    seed,
+    run.outer_steps,
+    run.accuracy[-1],
+    auc,
+    f1,
+    seconds_per_step=run.seconds[-1] / run.outer_steps,
+    temporary_bytes=measure.temporary_bytes(run.executable.run),
+    compile_seconds=run.executable.compile_seconds,
+  )
 
 
-def table_rows(results: Sequence[Result]) -> list[list[str]]:
-  """The rows of the table, formatted."""
+def gain_share(result: Result, finished: Sequence[Result]) -> float:
+  """The share of the oracle's gain over training on everything, on the same seed."""
+  accuracies = {row.method: row.test_accuracy for row in finished if row.seed == result.seed}
+  worst, best = (accuracies.get(name, math.nan) for name in ("everything", "oracle"))
+  return (result.test_accuracy - worst) / (best - worst) if best > worst else math.nan
+
+
+def table_rows(results: Sequence[Result], outer_steps: int) -> list[list[str]]:
+  """The rows of the table, formatted: means over the runs that did all ``outer_steps``.
+
+  A method that has only an unfinished run is shown with it, says so, and has 0 seeds.
+  """
   rows = []
+  finished = [result for result in results if result.outer_steps == outer_steps]
   for method in dict.fromkeys(result.method for result in results):
-    mine = [result for result in results if result.method == method]
+    label = METHODS[method].label
+    mine = [result for result in finished if result.method == method]
+    num_seeds = len(mine)
+    if not mine:
+      mine = [result for result in results if result.method == method]
+      label += f", unfinished ({mine[0].outer_steps} of {outer_steps} steps)"
     rows.append(
       [
-        METHODS[method].label,
+        label,
+        str(num_seeds),
         report.mean_and_spread(result.test_accuracy for result in mine),
-        report.mean_and_spread(gain_shares(results, method), digits=2),
+        report.mean_and_spread((gain_share(result, finished) for result in mine), digits=2),
         report.mean_and_spread(result.auc for result in mine),
         report.mean_and_spread(result.f1 for result in mine),
         report.mean_and_spread((1e3 * result.seconds_per_step for result in mine), digits=1),
@@ -253,83 +280,96 @@ def table_rows(results: Sequence[Result]) -> list[list[str]]:
   return rows
 
 
-COLUMNS = ["method", "accuracy", "gain share", "AUC", "F1", "ms/step", "temp. MiB"]
+COLUMNS = ["method", "seeds", "accuracy", "gain share", "AUC", "F1", "ms/step", "temp. MiB"]
 
 
-def title(config: Config, num_seeds: int) -> str:
+def title(config: Config) -> str:
   """What the numbers are of."""
   settings = config.settings()
   batch = "all examples" if settings.batch_size is None else f"{settings.batch_size} examples"
   return (
     f"{config.dataset}: {settings.num_train} training examples, {config.corruption:.0%} of labels "
     f"wrong; {settings.num_val} clean validation examples\n{settings.outer_steps} outer steps of "
-    f"{settings.inner_steps} inner steps on {batch}; "
-    + (f"mean ± standard deviation of {num_seeds} seeds" if num_seeds > 1 else "1 seed")
+    f"{settings.inner_steps} inner steps on {batch}; mean ± standard deviation over seeds"
   )
 
 
-def draw(runs: dict[str, list[Run]], path: Path) -> None:
-  """Draws accuracy against seconds, and the histograms of the learnt weights."""
-  learnt = [method for method in runs if METHODS[method].head is not None]
-  moved = [method for method in learnt if np.ptp(runs[method][0].weights) > 0]
+def draw(runs: Runs, outer_steps: int, path: Path) -> None:
+  """Draws accuracy against seconds, and the histograms of the learnt weights.
+
+  Means and histograms are over finished runs; an unfinished one has a curve of its own that ends
+  in a cross, and a histogram if its method has no other run.
+  """
+  by_method: dict[str, list[Run]] = {}
+  for (method, _), run in runs.items():
+    by_method.setdefault(method, []).append(run)
+  moved = [
+    method
+    for method, mine in by_method.items()
+    if METHODS[method].head is not None and np.ptp(mine[0].weights) > 0
+  ]
   fig, left, panels = plots.one_wide_and_a_grid(len(moved))
-  for i, (method, seeds) in enumerate(runs.items()):
-    accuracy, label = [run.accuracy for run in seeds], METHODS[method].label
+  panel_of = dict(zip(moved, panels, strict=True))
+  for i, (method, mine) in enumerate(by_method.items()):
+    label, color = METHODS[method].label, f"C{i}"
+    finished = [run for run in mine if run.outer_steps == outer_steps]
+    for run in mine:
+      if run.outer_steps < outer_steps:
+        plots.broken_off(left, run.seconds, run.accuracy, color=color, label=f"{label}, unfinished")
+    if finished:
+      seconds = np.mean([run.seconds for run in finished], axis=0)
+      accuracy = [run.accuracy for run in finished]
+      plots.mean_and_range(left, seconds, accuracy, color=color, label=label, band=method in moved)
     if method in moved:
-      seconds = np.mean([run.seconds for run in seeds], axis=0)
-      plots.mean_and_range(left, seconds, accuracy, color=f"C{i}", label=label)
-    else:
-      left.axhline(np.mean(accuracy, axis=0)[-1], color=f"C{i}", linestyle="--", label=label)
+      shown = finished or mine
+      weights = np.concatenate([run.weights for run in shown])
+      corrupted = np.concatenate([run.corrupted for run in shown])
+      groups = {"clean": weights[~corrupted], "wrong label": weights[corrupted]}
+      plots.histograms(panel_of[method], groups, np.linspace(0, 1, 41))
+      panel_of[method].set_title(label if finished else f"{label}, unfinished", fontsize="medium")
+      panel_of[method].set(xlabel="weight", ylabel="examples")
   left.set(xscale="log", xlabel="training seconds (no compilation)", ylabel="test accuracy")
   fig.legend(
     *left.get_legend_handles_labels(), loc="outside lower center", ncols=8, fontsize="small"
   )
-  for panel, method in zip(panels, moved, strict=True):
-    weights = np.concatenate([run.weights for run in runs[method]])
-    corrupted = np.concatenate([run.corrupted for run in runs[method]])
-    for wrong, label in ((False, "clean"), (True, "wrong label")):
-      panel.hist(weights[corrupted == wrong], list(np.linspace(0, 1, 41)), alpha=0.6, label=label)
-    panel.set_title(METHODS[method].label, fontsize="medium")
-    panel.set(xlabel="weight", ylabel="examples")
-    panel.legend(fontsize="small")
   plots.save(fig, path)
 
 
-def main(config: Config) -> int:
-  """Runs, prints and saves. Returns the exit status: 130 if interrupted, with what was done."""
+def run_and_report(config: Config) -> int:
+  """Runs, prints and saves; returns the exit status."""
   try:
     config.check()
     examples, test = cleaning.read(config.dataset, config.data_dir)
+    log = report.start_output(config.output_dir, "metrics.jsonl", stale=(CSV, PICTURE))
   except (ValueError, FileNotFoundError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 2
   console, status = report.console(), 0
-  results: list[Result] = []
-  runs: dict[str, list[Run]] = {}
-  columns = (
-    TextColumn("{task.description}"),
-    BarColumn(),
-    MofNCompleteColumn(),
-    TimeRemainingColumn(),
-    TextColumn("{task.fields[loss]}"),
-  )
-  with (
-    report.MetricsLog(config.output_dir / "metrics.jsonl") as log,
-    Progress(*columns, console=console) as progress,
-  ):
+  runs: Runs = {}
+  with log, report.progress_bar(console) as progress:
     try:
-      run_all(config, examples, test, log, progress, results, runs)
+      run_all(config, examples, test, log, progress, runs)
     except KeyboardInterrupt:
       status = 130
   if status:
-    console.print("Interrupted. What was finished:" if results else "Interrupted.")
-  if results:
-    seeds = len({result.seed for result in results})
-    report.print_table(console, title(config, seeds), COLUMNS, table_rows(results))
-    report.write_csv(config.output_dir / "results.csv", [result._asdict() for result in results])
-    draw(runs, config.output_dir / "hyper_cleaning.png")
-    console.print(f"metrics.jsonl, results.csv and hyper_cleaning.png are in {config.output_dir}")
+    console.print("Interrupted." + (" What was measured until then:" if runs else ""))
+  if runs:
+    outer_steps = config.settings().outer_steps
+    results = [summarize(method, seed, run) for (method, seed), run in runs.items()]
+    report.write_csv(config.output_dir / CSV, [result._asdict() for result in results])
+    report.print_table(console, title(config), COLUMNS, table_rows(results, outer_steps))
+    draw(runs, outer_steps, config.output_dir / PICTURE)
+    console.print(f"metrics.jsonl, {CSV} and {PICTURE} are in {config.output_dir}")
   return status
+
+
+def main(config: Config) -> int:
+  """Runs, prints and saves. Returns the exit status: 130 if interrupted, with what was measured."""
+  try:
+    return run_and_report(config)
+  except KeyboardInterrupt:  # Not in training: while reading data, printing or drawing.
+    print("Interrupted.", file=sys.stderr)
+    return 130
 
 
 if __name__ == "__main__":

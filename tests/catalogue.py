@@ -62,20 +62,48 @@ def outer_loss(x, y, batch):
   return jnp.sum((y["v"] - batch) ** 2) + y["c"] ** 2 + 0.1 * _summary(x) ** 2
 
 
-def response(make_head: Callable[..., optax.GradientTransformation]) -> Callable[..., Harness]:
+def plain_solver():
+  """A solver without options."""
+  return jaxbo.inner_solver(inner_loss, optax.sgd(0.2, momentum=0.5), num_steps=3)
+
+
+def full_solver():
+  """A solver with features, auxiliary outputs and per-step batches."""
+
+  def loss(z, y, batch):
+    target = jnp.sum(batch) * z
+    value = 0.5 * jnp.sum((y["v"] - target) ** 2) + jnp.sum((y["c"] - 2 * target) ** 2)
+    return value, {"target": target, "one": 1}
+
+  return jaxbo.inner_solver(
+    loss,
+    optax.sgd(0.2),
+    num_steps=3,
+    per_step_batches=True,
+    has_aux=True,
+    through=lambda x, batch: jnp.cos(batch) * _summary(x),
+  )
+
+
+def response(
+  make_head: Callable[..., optax.GradientTransformation], make_solver=plain_solver
+) -> Callable[..., Harness]:
   """The harness of a response: the loop of the contract, written out."""
 
   def make(seed, inner):
-    solver = jaxbo.inner_solver(inner_loss, optax.sgd(0.2, momentum=0.5), num_steps=3)
+    solver = make_solver()
     tx = optax.with_extra_args_support(make_head(solver, seed, inner))
 
     def init(x):
-      return x, solver.init(inner), tx.init(x)
+      train = jnp.zeros(3, jax.tree.leaves(inner)[0].dtype)
+      return x, solver.init(inner, x, train), tx.init(x)
 
     def step(carry, t, **extra):
       x, solution, state = carry
       dtype = jax.tree.leaves(inner)[0].dtype
       train, val = jnp.cos(t).astype(dtype), jnp.sin(t).astype(dtype)
+      if solver.per_step_batches:
+        train = jnp.stack([train, -train, train])
       solution = solver.solve(x, solution, train)
       grads = jax.grad(outer_loss, (0, 1))(x, solution.params, val)
       updates, state = tx.update(grads, state, x, solution=solution, batch=train, **extra)
@@ -128,6 +156,16 @@ REGISTRY = [
         s, 4, directions="rademacher", difference="exact", redraw=False, key=k
       )
     ),
+  ),
+  Entry(
+    "unrolled_full_solver", response(lambda s, k, y: jaxbo.add_unrolled_response(s), full_solver)
+  ),
+  Entry(
+    "implicit_full_solver",
+    response(lambda s, k, y: jaxbo.add_implicit_response(s, _cg(3)), full_solver),
+  ),
+  Entry(
+    "es_full_solver", response(lambda s, k, y: jaxbo.add_es_response(s, 4, key=k), full_solver)
   ),
   Entry("itd", response(lambda s, k, y: jaxbo.itd(0.1, s))),
   Entry("aid", response(lambda s, k, y: jaxbo.aid(0.1, s))),

@@ -108,15 +108,14 @@ def bilevel(
     (loss, aux), grads = jax.value_and_grad(loss_and_aux, argnums=(0, 1), has_aux=True)(
       x, solution.params, val
     )
-    updates, outer_state = outer_tx.update(
-      grads, state.outer_state, x, solution=solution, batch=train, **extra_args
-    )
-    _check.same_structure(
-      "what outer returns (does it begin with a response such as add_implicit_response?)",
-      updates,
-      "x",
-      x,
-    )
+    try:
+      updates, outer_state = outer_tx.update(
+        grads, state.outer_state, x, solution=solution, batch=train, **extra_args
+      )
+      _check.same_structure("what outer returns", updates, "x", x)
+    except (TypeError, ValueError) as error:
+      error.add_note("outer must begin with a response, such as jaxbo.add_implicit_response(inner)")
+      raise
     info = BilevelInfo(
       outer_loss=loss,
       hypergradient_norm=optax.tree.get(outer_state, "hypergradient_norm", jnp.float32(jnp.nan)),

@@ -10,7 +10,7 @@ from jaxbo import _check, _random, _tree
 from jaxbo.bilevel.directions import FAMILIES
 from jaxbo.bilevel.inner import InnerSolver
 from jaxbo.bilevel.perturbation import Run, Sampling, estimate
-from jaxbo.bilevel.response import MISSING, add, check_update, zero_norm
+from jaxbo.bilevel.response import MISSING, add, check_solver, check_update, guard, zero_norm
 
 
 class EsInfo(NamedTuple):
@@ -51,6 +51,7 @@ def add_es_response(
   difference: str = "forward",
   sample_batch_size: int | None = None,
   redraw: bool = True,
+  perturb_features: bool = True,
   per_task: bool = False,
   mesh: jax.sharding.Mesh | None = None,
   axis_name: str | None = None,
@@ -101,6 +102,8 @@ def add_es_response(
       through the inner runs of their chunk. ``False`` costs one more direction of memory for each
       sample that runs at once, and halves the random numbers: with :math:`10^7` parameters drawing
       may cost more than the inner runs.
+    perturb_features: for a solver with ``through=``: whether the features are perturbed, and the
+      response pulled back to ``x`` once; else ``x`` itself, as if there were no features.
     per_task: for a solver made by :func:`jaxbo.over_tasks`: whether every task gets directions of
       its own, and only its own scalar products, for the same number of inner runs. For responses
       :math:`v_t` the squared error is then
@@ -145,6 +148,7 @@ def add_es_response(
     Sow, Ji and Liang, `On the Convergence Theory for Hessian-Free Bilevel Algorithms
     <https://arxiv.org/abs/2110.07004>`_, 2022.
   """
+  check_solver(solver)
   num_samples = _check.positive_int("num_samples", num_samples)
   if sample_batch_size is not None:
     sample_batch_size = _check.positive_int("sample_batch_size", sample_batch_size)
@@ -201,7 +205,7 @@ def add_es_response(
     x, start, y, b = _tree.at_least_float32((params, solution.start, solution.params, inner_grad))
     path, pull_back = solver.path, lambda response: response
     low_precision = _tree.has_low_precision((params, solution.params))
-    through = solver.through
+    through = solver.through if perturb_features else None
     if through is not None:
       path = through.path
       features, vjp = jax.vjp(lambda x: through.features(x, batch), x)
@@ -217,11 +221,12 @@ def add_es_response(
       jax.random.wrap_key_data(state.es_key, impl=impl), state.es_count
     )
     if task is not None:
-      path = task.path if task.through is None else task.through.path
+      path = task.through.path if through is not None and task.through else task.path
       response, num_finite = per_task_estimate(path, run, update_key, through is not None)
     else:
       response, num_finite = estimate(sampling, path, run, update_key)
-    response = pull_back(response)
+    response, finite = guard(pull_back(response))
+    num_finite = jnp.where(finite, num_finite, 0)
     hypergradient = add(outer_grad, response)
     info = EsInfo(_tree.norm(hypergradient), _tree.norm(response), num_finite)
     count = jnp.asarray(optax.safe_increment(state.es_count))

@@ -8,8 +8,8 @@ import optax
 
 from jaxbo import _check, _tree
 from jaxbo.bilevel import linear_solvers
-from jaxbo.bilevel.inner import InnerSolver
-from jaxbo.bilevel.response import MISSING, add, check_update, zero_norm
+from jaxbo.bilevel.inner import InnerSolver, check_per_step
+from jaxbo.bilevel.response import MISSING, add, check_solver, check_update, guard, zero_norm
 
 
 class ImplicitInfo(NamedTuple):
@@ -18,6 +18,7 @@ class ImplicitInfo(NamedTuple):
   Attributes:
     hypergradient_norm: norm of what came out, float32 at least.
     response_norm: norm of the response alone.
+    response_finite: whether the response was finite; if not, it counts as zero.
     linear_residual: relative residual of the linear system, see
       :class:`jaxbo.LinearInfo`.
     linear_steps: steps that the linear solver took, int32; -1 if it does not say.
@@ -27,6 +28,7 @@ class ImplicitInfo(NamedTuple):
 
   hypergradient_norm: jax.Array
   response_norm: jax.Array
+  response_finite: jax.Array
   linear_residual: jax.Array
   linear_steps: jax.Array
   linear_breakdown: jax.Array
@@ -102,7 +104,12 @@ def add_implicit_response(
     <https://arxiv.org/abs/1602.02355>`_, 2016; Grazzi et al., `On the Iteration Complexity of
     Hypergradient Computation <https://arxiv.org/abs/2006.16218>`_, 2020.
   """
+  check_solver(solver)
   _check.takes_arguments("linear_solver", linear_solver, "matvec", "b", "x0")
+  for make in (linear_solvers.conjugate_gradient, linear_solvers.fixed_point):
+    if linear_solver is make:
+      name = make.__name__
+      raise TypeError(f"linear_solver must be a solver, such as {name}(10), got {name} itself")
   warm_start = getattr(linear_solver, "warm_start", False)
   if warm_start and inner_params is None:
     raise ValueError(
@@ -116,7 +123,12 @@ def add_implicit_response(
       _check.floating("inner_params", inner_params)
       linear_solution = _tree.zeros_at_least_float32(inner_params)
     info = ImplicitInfo(  # A buffer for each zero, since all may be donated.
-      zero_norm(params), zero_norm(params), zero_norm(params), jnp.int32(0), jnp.bool_(False)
+      hypergradient_norm=zero_norm(params),
+      response_norm=zero_norm(params),
+      response_finite=jnp.bool_(True),
+      linear_residual=zero_norm(params),
+      linear_steps=jnp.int32(0),
+      linear_breakdown=jnp.bool_(False),
     )
     return ImplicitResponseState(linear_solution, info)
 
@@ -133,8 +145,12 @@ def add_implicit_response(
     del extra_args
     outer_grad, inner_grad = check_update("add_implicit_response", updates, params, solution, batch)
     if linear_batch is MISSING:
-      last = lambda leaf: leaf[-1]
-      linear_batch = jax.tree.map(last, batch) if solver.per_step_batches else batch
+      linear_batch = batch
+      if solver.per_step_batches:
+        check_per_step(batch, solver.num_steps)
+        linear_batch = jax.tree.map(lambda leaf: leaf[-1], batch)
+    if warm_start:
+      _check.same_structure("inner_params", inner_params, "solution.params", solution.params)
     x, y, b = _tree.at_least_float32((params, solution.params, inner_grad))
     b = _tree.cast_like(b, y)
 
@@ -143,20 +159,23 @@ def add_implicit_response(
 
     _, matvec = jax.linearize(lambda y: grad_y(x, y), y)
     x0 = state.linear_solution if warm_start else optax.tree.zeros_like(b)
-    linear_solution, linear_info = linear_solver(matvec, b, x0)
+    result = linear_solver(matvec, b, x0)
+    if not isinstance(result, tuple) or len(result) != 2:
+      raise TypeError(f"linear_solver must return (x, info), got {result!r}")
+    linear_solution, linear_info = result
     finite = _tree.all_finite(linear_solution)
     linear_solution = _tree.where(finite, linear_solution, x0)
     if not isinstance(linear_info, linear_solvers.LinearInfo):
       linear_info = linear_solvers.measure(matvec, b, linear_solution, finite)
 
     _, pull_back = jax.vjp(lambda x: grad_y(x, y), x)
-    (minus_response,) = pull_back(linear_solution)
-    response = optax.tree.scale(-1, minus_response)
+    response, response_finite = guard(optax.tree.scale(-1, pull_back(linear_solution)[0]))
     hypergradient = add(outer_grad, response)
     norm = _tree.norm(hypergradient)
     info = ImplicitInfo(
       hypergradient_norm=norm,
       response_norm=_tree.norm(response),
+      response_finite=response_finite,
       linear_residual=linear_info.residual.astype(norm.dtype),
       linear_steps=linear_info.num_steps,
       linear_breakdown=linear_info.breakdown,

@@ -17,11 +17,13 @@ class InnerInfo(NamedTuple):
 
   Attributes:
     losses: the inner loss *before* each step, ``[num_steps]``, float32 at least.
+    finite: whether the run ended at finite numbers; if not, the solution is where it began.
     aux: what the loss returned beside its value, each leaf ``[num_steps, ...]``; ``None`` without
       ``has_aux``.
   """
 
   losses: jax.Array
+  finite: jax.Array
   aux: Any = None
 
 
@@ -166,6 +168,7 @@ def inner_solver(
   _check.takes_arguments("loss", loss, "x" if through is None else "z", "y", "batch")
   if through is not None:
     _check.takes_arguments("through", through, "x", "batch")
+  _check.transformation("optimizer", optimizer)
   optimizer = optax.with_extra_args_support(optimizer)
 
   def loss_and_aux(z, y, batch):
@@ -174,6 +177,7 @@ def inner_solver(
       if not isinstance(value, tuple) or len(value) != 2:
         raise TypeError(f"loss must return (scalar, aux) with has_aux=True, got {value!r}")
       value, aux = value
+      aux = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)), aux)
     _check.scalar_loss("loss", value)
     return value, aux
 
@@ -191,7 +195,7 @@ def inner_solver(
   def run(z, carry, batch, scan, begin=0, end=num_steps):
     """Steps ``begin`` to ``end``. What belongs to a single step is scanned over."""
     if per_step_batches:
-      _check_per_step(batch, num_steps)
+      check_per_step(batch, num_steps)
     slices = (z if through is not None else None, batch) if per_step_batches else (None, None)
 
     def body(carry, slices):
@@ -203,6 +207,8 @@ def inner_solver(
     return scan(body, carry, jax.tree.map(lambda leaf: leaf[begin:end], slices), end - begin)
 
   def path_from_features(z, start, batch, *, last=None):
+    if last is not None and _check.positive_int("last", last) > num_steps:
+      raise ValueError(f"last must be at most num_steps={num_steps}, got {last}")
     scan = functools.partial(_final_carry, remat=remat)
     begin = 0 if last is None else num_steps - last
     carry = start
@@ -215,7 +221,7 @@ def inner_solver(
       return x
     if not per_step_batches:
       return through(x, batch)
-    _check_per_step(batch, num_steps)
+    check_per_step(batch, num_steps)
     return jax.vmap(through, in_axes=(None, 0))(x, batch)
 
   def solve_from(x, start, batch):
@@ -231,15 +237,16 @@ def inner_solver(
         raise ValueError("init must be given x and batch with has_aux=True: init(y0, x, batch)")
       _, (_, aux) = jax.eval_shape(solve_from, x, start, batch)
       aux = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), aux)
-    return InnerSolution(
-      *start, _tree.copy(start), InnerInfo(jnp.zeros(num_steps, _loss_dtype(y0)), aux)
-    )
+    info = InnerInfo(jnp.zeros(num_steps, _loss_dtype(y0)), jnp.bool_(True), aux)
+    return InnerSolution(*start, _tree.copy(start), info)
 
   def solve(x, solution, batch):
     _check.floating("x", x)
     start = (solution.params, solution.opt_state) if warm_start else solution.start
-    (y, opt_state), (losses, aux) = solve_from(x, start, batch)
-    return InnerSolution(y, opt_state, start, InnerInfo(losses.astype(_loss_dtype(y)), aux))
+    end, (losses, aux) = solve_from(x, start, batch)
+    finite = _tree.all_finite(end)
+    y, opt_state = _tree.where(finite, end, start)
+    return InnerSolution(y, opt_state, start, InnerInfo(losses.astype(_loss_dtype(y)), finite, aux))
 
   def path(x, start, batch, *, last=None):
     return path_from_features(features(x, batch), start, batch, last=last)
@@ -272,7 +279,8 @@ def _final_carry(body, carry, slices, length: int, *, remat: bool | int):
   return carry
 
 
-def _check_per_step(batch: Any, num_steps: int) -> None:
+def check_per_step(batch: Any, num_steps: int) -> None:
+  """Raises ``ValueError`` unless every leaf of ``batch`` has the leading axis ``num_steps``."""
   leaves = jax.tree.leaves(batch)
   if not leaves:
     raise ValueError(f"batch must have leaves [num_steps={num_steps}, ...] with per_step_batches")

@@ -22,10 +22,11 @@ class LinearInfo(NamedTuple):
   r"""How a linear solve ended.
 
   Attributes:
-    residual: :math:`\|b - A x\| / \|b\|` of the system that was solved (damping included).
+    residual: :math:`\|b - A x\| / \|b\|` of the system that was solved (damping included); 1 if
+      that is no finite number.
     num_steps: how many products with :math:`A` were used to improve the solution, int32.
-    breakdown: whether it stopped early at zero or negative curvature, at a residual that grew, or
-      at a number that is not finite; the solution is then the last good iterate.
+    breakdown: whether it met zero or negative curvature, a residual that grew, or a number that is
+      not finite; the solution is then the last good iterate.
   """
 
   residual: jax.Array
@@ -53,6 +54,7 @@ class _Iterate(NamedTuple):
   x: optax.Params
   residual: optax.Params
   direction: optax.Params  # Conjugate gradient only; () elsewhere.
+  best: Any  # Conjugate gradient only: the x of the least residual, and that residual squared.
   residual_sq: jax.Array
   max_curvature: jax.Array
   num_steps: jax.Array
@@ -68,10 +70,11 @@ def conjugate_gradient(
   below ``tolerance`` (or the resolution of the dtype) times :math:`\|b\|`, and when the curvature
   :math:`p^\top A p / p^\top p` along a search direction is not positive against the largest one
   seen. An undamped system whose matrix is singular and whose right-hand side is outside its range
-  has no solution: the last good iterate is then finite, marked by ``breakdown``, and *not* a
+  has no solution: then, and whenever the residual ends above ten times that of the start, the
+  result is the iterate of the least residual, marked by ``breakdown``. It is finite and *not* a
   least-squares solution; use ``damping`` (1e-3 is a start) or :func:`fixed_point` there.
 
-  Cost: ``num_steps`` products with :math:`A`, one more with a warm start. Memory: four vectors.
+  Cost: ``num_steps`` products with :math:`A`, one more with a warm start. Memory: five vectors.
 
   Args:
     num_steps: the largest number of steps, at least 1.
@@ -110,16 +113,18 @@ def conjugate_gradient(
       curvature = _tree.vdot(state.direction, image)
       direction_sq = _tree.vdot(state.direction, state.direction)
       max_curvature = jnp.maximum(state.max_curvature, curvature / direction_sq)
-      eps = jnp.finfo(curvature.dtype).eps
-      positive = curvature > eps * max_curvature * direction_sq
+      rounding = 10 * jnp.finfo(curvature.dtype).eps
+      positive = curvature > rounding * max_curvature * direction_sq
       alpha = state.residual_sq / jnp.where(positive, curvature, 1)
       residual = _tree.add_scaled(state.residual, -alpha, image)
       residual_sq = _tree.vdot(residual, residual)
       direction = _tree.add_scaled(residual, residual_sq / state.residual_sq, state.direction)
       x = _tree.add_scaled(state.x, alpha, state.direction)
       good = positive & jnp.isfinite(residual_sq) & jnp.isfinite(alpha)
+      best = _tree.where(residual_sq < state.best[1], (x, residual_sq), state.best)
       return good, state._replace(
         x=x,
+        best=best,
         residual=residual,
         direction=direction,
         residual_sq=residual_sq,
@@ -127,9 +132,12 @@ def conjugate_gradient(
       )
 
     first = _first_iterate(product, b, x0, warm_start)
-    first = first._replace(direction=first.residual)
+    first = first._replace(direction=first.residual, best=(first.x, first.residual_sq))
     last, info = _iterate(step, first, b, num_steps, tolerance)
-    return last.x, info
+    # Rounding can hide that a curvature is zero: the step is then far too long.
+    failed = last.breakdown | ~(last.residual_sq <= 10**2 * first.residual_sq)
+    x, residual_sq = _tree.where(failed, last.best, (last.x, last.residual_sq))
+    return x, LinearInfo(_relative(residual_sq, b), info.num_steps, failed)
 
   return LinearSolver(solve, warm_start)
 
@@ -226,9 +234,9 @@ def neumann(num_steps: int, learning_rate: float) -> LinearSolver:
 def measure(matvec: MatVec, b: optax.Params, x: optax.Params, finite: jax.Array) -> LinearInfo:
   """The info of a solver that has none of ours, for one product."""
   residual = _tree.add_scaled(b, -1.0, matvec(x))
-  b_norm = _tree.norm(b)
-  relative = _tree.norm(residual) / jnp.where(b_norm > 0, b_norm, 1)
-  return LinearInfo(relative, jnp.int32(-1), ~finite)
+  residual_sq = _tree.vdot(residual, residual)
+  good = finite & jnp.isfinite(residual_sq)
+  return LinearInfo(_relative(residual_sq, b), jnp.int32(-1), ~good)
 
 
 def _richardson(matvec, learning_rate):
@@ -253,6 +261,7 @@ def _first_iterate(matvec, b, x0, warm_start: bool) -> _Iterate:
     x=x,
     residual=residual,
     direction=(),
+    best=(),
     residual_sq=residual_sq,
     max_curvature=jnp.zeros_like(residual_sq),
     num_steps=jnp.int32(0),
@@ -276,5 +285,10 @@ def _iterate(step, first: _Iterate, b, num_steps: int, tolerance) -> tuple[_Iter
     return state._replace(num_steps=state.num_steps + good, breakdown=~good)
 
   last = jax.lax.while_loop(goes_on, body, first)
-  residual = jnp.sqrt(last.residual_sq / jnp.where(b_sq > 0, b_sq, 1))
-  return last, LinearInfo(residual, last.num_steps, last.breakdown)
+  return last, LinearInfo(_relative(last.residual_sq, b), last.num_steps, last.breakdown)
+
+
+def _relative(residual_sq: jax.Array, b: optax.Params) -> jax.Array:
+  b_sq = _tree.vdot(b, b)
+  relative = jnp.sqrt(residual_sq / jnp.where(b_sq > 0, b_sq, 1))
+  return jnp.where(jnp.isfinite(relative), relative, 1)

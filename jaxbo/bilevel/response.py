@@ -12,12 +12,18 @@ import jax.numpy as jnp
 import optax
 
 from jaxbo import _check, _tree
-from jaxbo.bilevel.inner import InnerSolution
+from jaxbo.bilevel.inner import InnerSolution, InnerSolver
 
 MISSING: Any = object()
 """Stands for an argument that was not given, where ``None`` is a value (``batch=None``)."""
 
 Respond = Callable[..., tuple[optax.Params, Any]]
+
+
+def check_solver(solver: Any) -> None:
+  """Raises ``TypeError`` unless ``solver`` is an inner solver."""
+  if not isinstance(solver, InnerSolver):
+    raise TypeError(f"solver must be an InnerSolver, made by jaxbo.inner_solver, got {solver!r}")
 
 
 def check_update(
@@ -36,7 +42,7 @@ def check_update(
   if not isinstance(grads, tuple) or len(grads) != 2:
     raise ValueError(
       f"{name} must be given the pair (df/dx, df/dy), say from jax.grad(outer_loss, (0, 1)), and "
-      f"stand first in the chain; got {jax.tree.structure(grads)}"
+      f"stand first in the chain; got no tuple of two: {jax.tree.map(jnp.shape, grads)}"
     )
   _check.same_structure("df/dx", grads[0], "x", x)
   if solution is not None:
@@ -44,6 +50,12 @@ def check_update(
       raise TypeError(f"{name}: solution must be an InnerSolution, got {type(solution).__name__}")
     _check.same_structure("df/dy", grads[1], "solution.params", solution.params)
   return grads
+
+
+def guard(response: optax.Params) -> tuple[optax.Params, jax.Array]:
+  """The response, or zeros if it is not finite; and whether it is."""
+  finite = _tree.all_finite(response)
+  return _tree.where(finite, response, optax.tree.zeros_like(response)), finite
 
 
 def add(outer_grad: optax.Params, response: optax.Params) -> optax.Params:

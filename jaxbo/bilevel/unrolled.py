@@ -3,11 +3,12 @@
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from jaxbo import _check, _tree
 from jaxbo.bilevel.inner import InnerSolver
-from jaxbo.bilevel.response import MISSING, add, check_update, zero_norm
+from jaxbo.bilevel.response import MISSING, add, check_solver, check_update, guard, zero_norm
 
 
 class UnrolledInfo(NamedTuple):
@@ -16,10 +17,12 @@ class UnrolledInfo(NamedTuple):
   Attributes:
     hypergradient_norm: norm of what came out, float32 at least.
     response_norm: norm of the response alone.
+    response_finite: whether the response was finite; if not, it counts as zero.
   """
 
   hypergradient_norm: jax.Array
   response_norm: jax.Array
+  response_finite: jax.Array
 
 
 class UnrolledResponseState(NamedTuple):
@@ -70,6 +73,7 @@ def add_unrolled_response(
     <https://arxiv.org/abs/1703.01785>`_, 2017; Shaban et al., `Truncated Back-propagation for
     Bilevel Optimization <https://arxiv.org/abs/1810.10667>`_, 2019.
   """
+  check_solver(solver)
   if num_steps is not None:
     num_steps = _check.positive_int("num_steps", num_steps)
     if num_steps > solver.num_steps:
@@ -78,7 +82,8 @@ def add_unrolled_response(
       )
 
   def init(params):
-    return UnrolledResponseState(UnrolledInfo(zero_norm(params), zero_norm(params)))
+    info = UnrolledInfo(zero_norm(params), zero_norm(params), jnp.bool_(True))
+    return UnrolledResponseState(info)
 
   def update(
     updates, state, params=None, *, solution: Any = MISSING, batch: Any = MISSING, **extra_args
@@ -86,9 +91,9 @@ def add_unrolled_response(
     del state, extra_args
     outer_grad, inner_grad = check_update("add_unrolled_response", updates, params, solution, batch)
     y, pull_back = jax.vjp(lambda x: solver.path(x, solution.start, batch, last=num_steps), params)
-    (response,) = pull_back(_tree.cast_like(inner_grad, y))
+    response, finite = guard(pull_back(_tree.cast_like(inner_grad, y))[0])
     hypergradient = add(outer_grad, response)
-    info = UnrolledInfo(_tree.norm(hypergradient), _tree.norm(response))
+    info = UnrolledInfo(_tree.norm(hypergradient), _tree.norm(response), finite)
     return hypergradient, UnrolledResponseState(info)
 
   return optax.GradientTransformationExtraArgs(init, update)

@@ -8,7 +8,7 @@ does well on a clean validation set:
   y^*(x) = \arg\min_y \frac{1}{n} \sum_{i=1}^n \sigma(x_i)\, \ell_i(y) + \rho\, \|W_y\|^2
 
 with cross-entropies :math:`\ell` and weight matrices :math:`W_y`. It needs jax, optax and NumPy;
-scikit-learn for the digits, and flax for the multilayer perceptron.
+scikit-learn for the digits and for scores, and flax for the multilayer perceptron.
 
 Reference: Franceschi et al., `Forward and Reverse Gradient-Based Hyperparameter Optimization
 <https://arxiv.org/abs/1703.01785>`_, 2017, section 5.1.
@@ -308,3 +308,15 @@ def accuracy(settings: Settings, y: Any, examples: Examples) -> jax.Array:
   """The share of ``examples`` that the model ``y`` classifies correctly."""
   predicted = jnp.argmax(logits(settings, y, examples.images), axis=0)
   return jnp.mean(predicted == examples.labels)
+
+
+def detection_scores(weights: np.ndarray, corrupted: np.ndarray) -> tuple[float, float]:
+  """``(AUC, F1)`` of "this label is wrong": low weights, and weights below one half.
+
+  NaN if no label is wrong, or if a weight is not finite.
+  """
+  from sklearn.metrics import f1_score, roc_auc_score
+
+  if not corrupted.any() or not np.isfinite(weights).all():
+    return float("nan"), float("nan")
+  return float(roc_auc_score(corrupted, -weights)), float(f1_score(corrupted, weights < 0.5))

@@ -1,6 +1,6 @@
 """Pieces of pictures that several scripts draw."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -27,12 +27,38 @@ def one_wide_and_a_grid(num_panels: int) -> tuple[Figure, Axes, list[Axes]]:
 
 
 def mean_and_range(
-  axes: Axes, x: np.ndarray, values: Sequence[Sequence[float]], *, label: str, color: str
+  axes: Axes,
+  x: np.ndarray,
+  values: Sequence[Sequence[float]],
+  *,
+  label: str,
+  color: str,
+  band: bool = True,
 ) -> None:
-  """A line through the mean of ``values`` (one row a seed), in a band from least to greatest."""
+  """A line through the mean of ``values`` (one row a seed), in a band from least to greatest.
+
+  Without ``band`` the line is dashed.
+  """
   array = np.asarray(values)
-  axes.plot(x, array.mean(axis=0), color=color, label=label)
-  axes.fill_between(x, array.min(axis=0), array.max(axis=0), color=color, alpha=0.15, lw=0)
+  line = "-" if band else "--"
+  axes.plot(x, array.mean(axis=0), color=color, label=label, linestyle=line, marker=".", ms=4)
+  if band:
+    axes.fill_between(x, array.min(axis=0), array.max(axis=0), color=color, alpha=0.15, lw=0)
+
+
+def broken_off(
+  axes: Axes, x: Sequence[float], values: Sequence[float], *, label: str, color: str
+) -> None:
+  """A thin dotted line that ends in a cross: a run that did not end."""
+  last = [len(x) - 1]
+  axes.plot(x, values, color=color, label=label, linestyle=":", marker="x", markevery=last)
+
+
+def histograms(axes: Axes, groups: Mapping[str, np.ndarray], edges: np.ndarray) -> None:
+  """A histogram for each named group of numbers, over each other."""
+  for label, values in groups.items():
+    axes.hist(values, list(edges), alpha=0.6, label=label)
+  axes.legend(fontsize="small")
 
 
 def save(fig: Figure, path: Path) -> None:

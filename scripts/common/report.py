@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 
@@ -39,6 +40,18 @@ def console() -> Console:
   return plain if plain.is_terminal else Console(width=120)
 
 
+def progress_bar(console: Console) -> Progress:
+  """A progress bar; its tasks have a field ``loss``, a text that stands behind the bar."""
+  return Progress(
+    TextColumn("{task.description}"),
+    BarColumn(),
+    MofNCompleteColumn(),
+    TimeRemainingColumn(),
+    TextColumn("{task.fields[loss]}"),
+    console=console,
+  )
+
+
 class MetricsLog:
   """A file of JSON lines, each on disk as soon as it is written."""
 
@@ -60,6 +73,22 @@ class MetricsLog:
 
   def __exit__(self, *exc_info: Any) -> None:
     self._file.close()
+
+
+def start_output(output_dir: Path, metrics: str, stale: Iterable[str]) -> MetricsLog:
+  """Opens a log in a folder, made if there is none, without the ``stale`` files of earlier runs.
+
+  Raises:
+    ValueError: if nothing can be written there.
+  """
+  try:
+    for name in stale:
+      (output_dir / name).unlink(missing_ok=True)
+    return MetricsLog(output_dir / metrics)
+  except OSError as error:
+    raise ValueError(
+      f"output_dir must be a folder to write to, got {output_dir} ({error.strerror})"
+    ) from error
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

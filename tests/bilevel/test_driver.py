@@ -233,6 +233,16 @@ def test_state_is_strongly_typed_and_shares_no_buffer_with_what_was_given():
   assert (x, y0) == (1.0, 0.0)
 
 
+def test_a_state_that_is_the_parameters_is_copied():
+  """A transformation may keep the parameters themselves; both are donated."""
+  solver, outer_loss = small()
+  keeper = optax.GradientTransformation(lambda params: params, lambda g, state, params: (g, state))
+  init, _ = jaxbo.bilevel(outer_loss, solver, optax.chain(jaxbo.itd(0.1, solver), keeper))
+  state = init(jnp.ones(()), jnp.zeros(()))
+  pointers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state)]
+  assert len(set(pointers)) == len(pointers)
+
+
 @pytest.mark.parametrize(
   ("outer_loss", "error", "message"),
   [
@@ -265,11 +275,13 @@ def test_aux_that_is_promised_must_come():
     step(init(jnp.ones(()), jnp.zeros(())), jnp.array(1.5), jnp.array(2.0))
 
 
-def test_outer_transformation_without_a_response_is_refused():
+@pytest.mark.parametrize("outer", [optax.sgd(0.1), optax.adam(0.1)], ids=["sgd", "adam"])
+def test_outer_transformation_without_a_response_is_refused(outer):
   solver, outer_loss = small()
-  init, step = jaxbo.bilevel(outer_loss, solver, optax.sgd(0.1))
-  with pytest.raises(ValueError, match=r"what outer returns \(does it begin with a response"):
+  init, step = jaxbo.bilevel(outer_loss, solver, outer)
+  with pytest.raises(ValueError) as caught:
     step(init(jnp.ones(()), jnp.zeros(())), jnp.array(1.5), jnp.array(2.0))
+  assert any("outer must begin with a response" in note for note in caught.value.__notes__)
 
 
 @pytest.mark.parametrize("which", ["x", "y0"])

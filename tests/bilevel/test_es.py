@@ -219,6 +219,22 @@ def test_bfloat16_parameters_are_perturbed_in_float32():
   np.testing.assert_allclose(results[0], results[1], rtol=2e-2, atol=2e-2)
 
 
+def test_bfloat16_features_are_perturbed_in_float32():
+  """And pulled back in bfloat16, as they came."""
+  arguments = {"optimizer": optax.sgd(1.0), "num_steps": 1}
+  loss = lambda z, y, batch: 0.5 * jnp.sum((y - z) ** 2)
+  x, y0 = jnp.linspace(1.0, 2.0, 4), jnp.zeros(4)
+  results = []
+  for dtype in (jnp.bfloat16, jnp.float32):
+    through = lambda x, batch, dtype=dtype: x.astype(dtype)
+    solver = jaxbo.inner_solver(loss, **arguments, through=through)
+    solution = solver.solve(x, solver.init(y0), None)
+    head = jaxbo.add_es_response(solver, 8, 1e-3)
+    result, _ = head.update((x, jnp.ones(4)), head.init(x), x, solution=solution, batch=None)
+    results.append(result)
+  np.testing.assert_allclose(*results, rtol=2e-2)
+
+
 def test_samples_whose_run_is_not_finite_are_left_out():
   loss = lambda x, y, batch: 0.5 * jnp.sum((y - jnp.where(x > 0, x, jnp.nan)) ** 2)
   solver = jaxbo.inner_solver(loss, optax.sgd(1.0), 1)

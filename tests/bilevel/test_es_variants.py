@@ -241,6 +241,16 @@ def test_as_many_orthogonal_directions_as_features_give_the_exact_response(x64):
   np.testing.assert_allclose(samples[0], W.T @ v, rtol=1e-9)
 
 
+def test_parameters_can_be_perturbed_in_spite_of_features(x64):
+  """The error is then that of p parameters: y = M W x is affine in x."""
+  solver, x, solution, grads, W, v = linear_through()
+  samples = estimates(solver, x, solution, grads, 3000, num_samples=2, perturb_features=False)
+  exact = np.asarray(W.T @ v)
+  assert_within_standard_errors(samples, exact)
+  errors = np.sum((samples - exact) ** 2, axis=1) / np.sum(exact**2)
+  assert_within_standard_errors(errors, (len(x) + 1) / 2)
+
+
 def test_features_that_the_loss_does_not_use_are_refused():
   for per_step in (False, True):
     solver = jaxbo.inner_solver(

@@ -103,6 +103,13 @@ def test_truncation_stops_the_gradient_before_the_last_steps(x64):
     np.testing.assert_allclose(flat(gradient), expected, rtol=1e-10)
 
 
+@pytest.mark.parametrize("last, message", [(0, "1, got 0"), (8, "num_steps=7, got 8")])
+def test_truncation_outside_the_run_is_refused(last, message):
+  _, solver, x, y0, *_ = quadratic_run()
+  with pytest.raises(ValueError, match=f"last must be at .*{message}$"):
+    solver.path(x, solver.init(y0).start, None, last=last)
+
+
 def test_structure_is_the_same_before_and_after_a_solve():
   _, solver, x, y0, *_ = quadratic_run()
   before = solver.init(y0)
@@ -157,6 +164,17 @@ def test_through_equals_the_composed_loss(per_step, x64):
   chex.assert_trees_all_close(*results, rtol=1e-10)
 
 
+def test_aux_of_python_numbers_does_not_change_its_type():
+  """Else the second step would be traced again."""
+  loss = lambda x, y, batch: (jnp.sum((y - x) ** 2), {"c": 1.0, "d": 2})
+  solver = jaxbo.inner_solver(loss, optax.sgd(0.1), 2, has_aux=True)
+  x = jnp.float32(1.0)
+  before = solver.init(jnp.zeros(2), x, None)
+  after = solver.solve(x, before, None)
+  types = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.weak_type), tree)
+  assert types(before) == types(after)
+
+
 def test_init_copies_and_strips_weak_types():
   solver = jaxbo.inner_solver(lambda x, y, b: (y - x) ** 2, optax.sgd(0.1, momentum=0.9), 2)
   y0 = jnp.asarray(3.0)
@@ -174,6 +192,8 @@ def test_init_copies_and_strips_weak_types():
     ({"num_steps": 2.5}, TypeError, "num_steps must be a positive Python int, got 2.5"),
     ({"remat": 0}, ValueError, "remat must be at least 1, got 0"),
     ({"loss": lambda y, batch: 0.0}, TypeError, r"loss\(x, y, batch\)"),
+    ({"optimizer": 0.1}, TypeError, "optimizer must be an optax transformation, .* got 0.1"),
+    ({"optimizer": optax.sgd}, TypeError, "optimizer must be an optax transformation"),
     ({"loss": 3}, TypeError, r"loss must be a function loss\(x, y, batch\), got 3"),
     ({"through": lambda x: x}, TypeError, r"through\(x, batch\)"),
     ({"loss": lambda z: 0.0, "through": lambda x, b: x}, TypeError, r"loss\(z, y, batch\)"),

@@ -113,6 +113,31 @@ def test_negative_curvature_is_reported_and_the_solution_stays_finite(name, eige
   assert np.isfinite(info.residual)
 
 
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("num_steps", [6, 9, 30])
+def test_singular_system_in_a_rotated_basis_ends_no_worse_than_it_began(seed, num_steps):
+  """Rounding leaves a curvature just above zero, and the next step would be 1e5 times too long."""
+  rng = np.random.default_rng(seed)
+  basis, _ = np.linalg.qr(rng.normal(size=(10, 10)))
+  eigenvalues = np.array([1.0, 0.9, 0.7, 0.5, 0.4, 0.3, 0.2, 0.0, 0.0, 0.0])
+  matrix = jnp.asarray((basis * eigenvalues) @ basis.T, jnp.float32)
+  b = jnp.asarray(rng.normal(size=10), jnp.float32)
+  x, info = solve(jaxbo.conjugate_gradient(num_steps), matrix, b)
+  residual = np.linalg.norm(b - matrix @ x) / np.linalg.norm(b)
+  np.testing.assert_allclose(info.residual, residual, rtol=1e-3)
+  assert residual <= (10 if num_steps < 10 else 1)
+  assert np.linalg.norm(x) < 50 * np.linalg.norm(b)
+  assert info.breakdown or num_steps < 10
+
+
+def test_ill_conditioned_system_is_solved_on_in_spite_of_tiny_curvatures():
+  """A condition of 1e5 is near the resolution of float32 and no breakdown."""
+  eigenvalues = jnp.array([1.0, 1e-1, 1e-2, 1e-5])
+  x, info = solve(jaxbo.conjugate_gradient(12), jnp.diag(eigenvalues), jnp.ones(4))
+  np.testing.assert_allclose(x, 1 / eigenvalues, rtol=1e-2)
+  assert not info.breakdown
+
+
 def test_conjugate_gradient_reports_a_singular_system_without_solution():
   """T1's inner Hessian: the second search direction has zero curvature."""
   x, info = solve(SOLVERS["cg"], jnp.diag(jnp.array([1.0, 0.0])), jnp.ones(2))

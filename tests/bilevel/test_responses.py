@@ -223,6 +223,30 @@ def test_a_foreign_solver_that_fails_keeps_the_state_finite():
   chex.assert_trees_all_equal(result, grads[0])
 
 
+def test_a_foreign_solver_that_stops_half_way_has_its_residual_measured():
+  """Half of the solution leaves half of the right-hand side."""
+  problem, solver, x, solution, grads, *_ = setting(0, False, 5)
+  half = lambda matvec, b, x0: (jnp.asarray(np.linalg.solve(problem.A, b) / 2, b.dtype), None)
+  head = jaxbo.add_implicit_response(solver, half)
+  _, state = head.update(grads, head.init(x), x, solution=solution, batch=None)
+  np.testing.assert_allclose(state.info.linear_residual, 0.5, rtol=1e-5)
+  assert not state.info.linear_breakdown
+
+
+def test_all_iterations_share_one_linearisation():
+  """The loop of the linear solver has products alone; the loss is not evaluated in it again."""
+  loss = lambda x, y, batch: jnp.sum(jnp.tanh(y) ** 2 * x) + jnp.sum(y**2)
+  solver = jaxbo.inner_solver(loss, optax.sgd(0.1), 1)
+  head = jaxbo.add_implicit_response(solver, jaxbo.conjugate_gradient(5))
+  x, y = jnp.ones(2), jnp.ones(2)
+  solution = solver.init(y)
+  update = lambda x: head.update((x, y), head.init(x), x, solution=solution, batch=None)
+  jaxpr = jax.make_jaxpr(update)(x)
+  (loop,) = (eqn for eqn in jaxpr.eqns if eqn.primitive.name == "while")
+  assert "tanh" in str(jaxpr)
+  assert "tanh" not in str(loop.params["body_jaxpr"])
+
+
 def test_lineax_plugs_in(x64):
   lineax = pytest.importorskip("lineax", reason="lineax is in the bench group")
   problem, solver, x, solution, grads, x_flat, _ = setting(2, True, 5)
@@ -302,6 +326,38 @@ HEADS = {
 
 
 @pytest.mark.parametrize("name", HEADS)
+def test_batches_of_another_number_of_steps_are_refused(name):
+  solver = jaxbo.inner_solver(
+    lambda x, y, batch: jnp.sum((y - batch * x) ** 2), optax.sgd(0.1), 3, per_step_batches=True
+  )
+  x, head = jnp.ones(2), HEADS[name](solver)
+  solution = solver.solve(x, solver.init(jnp.ones(2)), jnp.ones(3))
+  with pytest.raises(ValueError, match=r"batch must have the leading axis num_steps=3 .* \(4,\)"):
+    head.update((x, x), head.init(x), x, solution=solution, batch=jnp.ones(4))
+
+
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("wrong", [0.1, optax.sgd(0.1), lambda x, y, batch: y])
+def test_a_head_wants_an_inner_solver(name, wrong, as_users_run):
+  with pytest.raises(
+    TypeError, match=r"solver must be an InnerSolver, made by jaxbo\.inner_solver"
+  ):
+    HEADS[name](wrong)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_python_floats_are_parameters(name):
+  solver = jaxbo.inner_solver(lambda x, y, batch: (y - 2 * x) ** 2, optax.sgd(0.5), 1)
+  head = HEADS[name](solver)
+  solution = solver.solve(1.0, solver.init(0.0), None)
+  grads = jax.grad(lambda x, y: y + 0 * x, (0, 1))(1.0, solution.params)
+  result, _ = head.update(grads, head.init(1.0), 1.0, solution=solution, batch=None)
+  if name != "add_es_response":
+    np.testing.assert_allclose(result, 2.0, rtol=1e-6)
+  assert np.isfinite(result)
+
+
+@pytest.mark.parametrize("name", HEADS)
 def test_bad_updates_are_refused(name):
   _, solver, x, solution, grads, *_ = setting(0, False, 5)
   head = HEADS[name](solver)
@@ -344,7 +400,7 @@ def test_bad_updates_are_refused(name):
 
 
 def test_bad_arguments_of_heads_are_refused(as_users_run):
-  _, solver, *_ = setting(0, False, 5)
+  _, solver, x, solution, grads, *_ = setting(0, False, 5)
   with pytest.raises(ValueError, match="num_steps must be at most the solver's num_steps=5, got 6"):
     jaxbo.add_unrolled_response(solver, 6)
   with pytest.raises(ValueError, match="num_steps must be at least 1"):
@@ -358,3 +414,16 @@ def test_bad_arguments_of_heads_are_refused(as_users_run):
   )
   with pytest.raises(TypeError, match="inner_params must be real floats, got dtype int32"):
     head.init(jnp.ones(2))
+  head = jaxbo.add_implicit_response(
+    solver, jaxbo.conjugate_gradient(2, warm_start=True), inner_params=jnp.ones(7)
+  )
+  with pytest.raises(ValueError, match=r"inner_params must have the structure .* solution\.params"):
+    head.update(grads, head.init(x), x, solution=solution, batch=None)
+  with pytest.raises(TypeError, match=r"such as conjugate_gradient\(10\), got conjugate_gradient"):
+    jaxbo.add_implicit_response(solver, jaxbo.conjugate_gradient)
+  head = jaxbo.add_implicit_response(solver, lambda matvec, b, x0: b)
+  with pytest.raises(TypeError, match=r"linear_solver must return \(x, info\), got"):
+    head.update(grads, head.init(x), x, solution=solution, batch=None)
+  for damping in (None, "a", jnp.ones(2)):
+    with pytest.raises(TypeError, match="damping must be a number, got"):
+      jaxbo.conjugate_gradient(2, damping=damping)

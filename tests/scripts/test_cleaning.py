@@ -9,6 +9,7 @@ import optax
 import pytest
 from sklearn.metrics import roc_auc_score
 
+import jaxbo
 from scripts.common import cleaning
 from scripts.common.data import Examples
 
@@ -186,3 +187,64 @@ def test_accuracy_is_the_share_of_correct_classes():
   y = {"w": jnp.eye(10, 3), "b": jnp.zeros(10)}  # The class is the largest of three features.
   examples = Examples(jnp.eye(3)[jnp.array([0, 1, 2, 2])], jnp.array([0, 1, 2, 0]))
   assert cleaning.accuracy(SMALL, y, examples) == 0.75
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+  "weights, corrupted, expected",
+  [
+    ([0.1, 0.2, 0.6, 0.9], [True, True, False, False], (1.0, 1.0)),
+    ([0.6, 0.2, 0.4, 0.9], [True, True, False, False], (0.75, 0.5)),
+    ([0.5, 0.5], [True, False], (0.5, 0.0)),  # One half, where weights start, accuses nobody.
+    ([0.1, 0.9], [False, False], (NAN, NAN)),
+    ([NAN, 0.9], [True, False], (NAN, NAN)),
+  ],
+)
+def test_auc_and_f1_are_of_low_weights_at_wrong_labels(weights, corrupted, expected):
+  scores = cleaning.detection_scores(np.array(weights), np.array(corrupted))
+  np.testing.assert_array_equal(scores, expected)
+
+
+HEADS = {
+  "itd": lambda inner: jaxbo.add_unrolled_response(inner),
+  "aid": lambda inner: jaxbo.add_implicit_response(inner, jaxbo.conjugate_gradient(2, damping=0.5)),
+  "stocbio": lambda inner: jaxbo.add_implicit_response(inner, jaxbo.neumann(2, 0.5)),
+  "esj": lambda inner: jaxbo.add_es_response(inner, num_samples=3, smoothing=0.5, key=7),
+}
+
+
+@pytest.mark.parametrize("method", HEADS)
+def test_the_first_hypergradient_is_that_of_the_settings(method):
+  settings = dataclasses.replace(
+    SMALL,
+    inner_steps=4,
+    inner_learning_rate=0.3,
+    momentum=0.5,
+    outer_learning_rate=0.25,
+    linear_steps=2,
+    damping=0.5,
+    neumann_learning_rate=0.5,
+    num_samples=3,
+    smoothing=0.5,
+  )
+  data = small_data()
+  state, _ = run(method, data, settings, steps=1, seed=7)
+
+  inner_loss, outer_loss = cleaning.make_losses(settings)
+  inner = jaxbo.inner_solver(inner_loss, optax.sgd(0.3, 0.5), 4)
+  head, x, batch = HEADS[method](inner), jnp.zeros(60), cleaning.Batch(data.train, None)
+  y = inner.init({"w": jnp.zeros((10, 64)), "b": jnp.zeros(10)})
+
+  @jax.jit
+  def hypergradient(x, y):
+    y = inner.solve(x, y, batch)
+    grads = jax.grad(outer_loss, (0, 1))(x, y.params, data.val)
+    return head.update(grads, head.init(x), x, solution=y, batch=batch)[0]
+
+  expected = np.asarray(hypergradient(x, y))
+  # Adam's first step hides the size of the gradient, but its first moment is a tenth of it.
+  moment = np.asarray(optax.tree.get(state.outer_state, "mu"))
+  np.testing.assert_allclose(10 * moment, expected, rtol=1e-3, atol=1e-4 * abs(expected).max())
+  np.testing.assert_allclose(state.x, -0.25 * np.sign(expected), rtol=0.01)

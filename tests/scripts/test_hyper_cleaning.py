@@ -1,16 +1,23 @@
 """The main job from end to end, small: files, table, errors, interruption."""
 
 import csv
+import dataclasses
+import itertools
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any, cast
 
+import jax
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from PIL import Image
 
 from scripts import hyper_cleaning
-from scripts.common import data, report
+from scripts.common import cleaning, data, plots, report
 from scripts.hyper_cleaning import Config, Result, Run
 
 NAN = float("nan")
@@ -29,7 +36,7 @@ def rows_of(path):
 def test_a_run_prints_the_table_and_writes_its_files(tmp_path, capsys):
   assert hyper_cleaning.main(config(tmp_path)) == 0
   table = capsys.readouterr().out
-  for word in ("everything", "clean subset (oracle)", "ITD", "50% of labels", "2 seeds"):
+  for word in ("everything", "clean subset (oracle)", "ITD", "50% of labels", "seeds"):
     assert word in table
 
   lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -43,6 +50,7 @@ def test_a_run_prints_the_table_and_writes_its_files(tmp_path, capsys):
   last = {(line["method"], str(line["seed"])): line for line in lines}
   for row in rows:
     assert float(row["test_accuracy"]) == last[row["method"], row["seed"]]["accuracy"] > 0.5
+    assert row["outer_steps"] == "6"
     assert (row["auc"] == "nan") == (row["method"] != "itd")
     assert int(row["temporary_bytes"]) > 0
   with Image.open(tmp_path / "hyper_cleaning.png") as picture:
@@ -57,21 +65,155 @@ def test_the_same_seed_gives_the_same_numbers(tmp_path):
   assert results[0] == results[1]
 
 
-def test_an_interruption_keeps_what_was_finished(tmp_path, capsys, monkeypatch):
-  fit, calls = hyper_cleaning.fit, []
+def interrupt_at(monkeypatch, evaluation):
+  """Ctrl-C while evaluation number ``evaluation`` is logged."""
+  write, calls = report.MetricsLog.write, itertools.count(1)
 
-  def interrupted_fit(*args):
-    calls.append(args)
-    if len(calls) == 4:
+  def interrupted_write(self, **values):
+    write(self, **values)
+    if next(calls) == evaluation:
       raise KeyboardInterrupt
-    return fit(*args)
 
-  monkeypatch.setattr(hyper_cleaning, "fit", interrupted_fit)
+  monkeypatch.setattr(report.MetricsLog, "write", interrupted_write)
+
+
+def test_an_interruption_keeps_the_unfinished_run_out_of_the_means_only(
+  tmp_path, capsys, monkeypatch
+):
+  drawn, plot = {}, Axes.plot
+
+  def recorded_plot(self, x, y, *, label, **kwargs):
+    drawn[label] = list(y)
+    return plot(self, x, y, label=label, **kwargs)
+
+  monkeypatch.setattr(Axes, "plot", recorded_plot)
+  interrupt_at(monkeypatch, 4 * 6 + 2)  # everything, oracle, itd; everything, two of oracle
   assert hyper_cleaning.main(config(tmp_path)) == 130
-  assert "Interrupted" in capsys.readouterr().out
-  assert len(rows_of(tmp_path)) == 3
-  assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3 * 6
+  output = capsys.readouterr().out
+  assert "Interrupted" in output
+  rows = rows_of(tmp_path)
+  assert [(row["method"], row["seed"], row["outer_steps"]) for row in rows] == [
+    ("everything", "0", "6"),
+    ("oracle", "0", "6"),
+    ("itd", "0", "6"),
+    ("everything", "1", "6"),
+    ("oracle", "1", "2"),
+  ]
+  lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+  assert len(lines) == 4 * 6 + 2
+  assert float(rows[-1]["test_accuracy"]) == lines[-1]["accuracy"]
+  table = {cells[0]: cells for line in output.splitlines() if len(cells := cells_of(line)) == 8}
+  assert [table[name][1] for name in ("everything", "clean subset (oracle)", "ITD")] == list("211")
+  assert table["clean subset (oracle)"][2] == f"{float(rows[1]['test_accuracy']):.3f}"
+  assert "unfinished" not in output
+  assert drawn.keys() == {
+    "everything", "clean subset (oracle)", "ITD", "clean subset (oracle), unfinished"
+  }  # fmt: skip
+  assert drawn["clean subset (oracle), unfinished"] == [line["accuracy"] for line in lines[-2:]]
   assert (tmp_path / "hyper_cleaning.png").exists()
+
+
+def cells_of(line):
+  return [cell.strip() for cell in line.split("│")[1:-1]]
+
+
+def test_a_method_with_an_unfinished_run_alone_is_marked(tmp_path, capsys, monkeypatch):
+  interrupt_at(monkeypatch, 4)
+  assert hyper_cleaning.main(config(tmp_path, methods=("itd", "oracle"))) == 130
+  [row] = rows_of(tmp_path)
+  assert (row["method"], row["outer_steps"]) == ("itd", "4")
+  assert 0 < float(row["auc"]) < 1  # of the weights at the last evaluation
+  [cells] = [cells_of(line) for line in capsys.readouterr().out.splitlines() if "ITD" in line][-1:]
+  assert cells[:2] == ["ITD, unfinished (4 of 6 steps)", "0"]
+  assert (tmp_path / "hyper_cleaning.png").exists()
+
+
+def interrupted(*args, **kwargs):
+  raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("stage, left", [("compile_program", []), ("draw", ["results.csv"])])
+def test_an_interruption_leaves_no_files_of_an_earlier_run(tmp_path, monkeypatch, stage, left):
+  for name in ("results.csv", "hyper_cleaning.png", "metrics.jsonl"):
+    (tmp_path / name).write_text("an earlier run")
+  monkeypatch.setattr(hyper_cleaning, stage, interrupted)
+  assert hyper_cleaning.main(config(tmp_path, methods=("everything",), seeds=1)) == 130
+  assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", *left]
+  assert not any("earlier" in path.read_text() for path in tmp_path.iterdir())
+
+
+def test_accuracy_is_of_the_test_set_and_weights_are_the_last():
+  settings = dataclasses.replace(
+    cleaning.DATASETS["digits"], num_train=60, num_val=40, inner_steps=3
+  )
+  split = cleaning.split(*cleaning.read("digits"), settings, 0.5, seed=1)
+  program = cleaning.make_program("itd", split, settings, 1, 2)
+  executable = hyper_cleaning.compile_program(program, split.val)
+  accuracy = lambda y, examples: cleaning.accuracy(settings, y, examples)
+  runs = list(hyper_cleaning.fit(program, executable, split, 3, 1, accuracy))
+
+  program = cleaning.make_program("itd", split, settings, 1, 2)
+  state, run_steps = program.state, jax.jit(program.run)
+  for i, run in enumerate(runs):
+    state, losses = run_steps(
+      state, jax.random.fold_in(jax.random.key(1), i), program.train, split.val
+    )
+    of_test, of_val = (accuracy(state.solution.params, part) for part in (split.test, split.val))
+    assert len(run.accuracy) == len(run.seconds) == i + 1
+    assert run.outer_steps == 2 * (i + 1)
+    assert run.accuracy[-1] == pytest.approx(float(of_test)) != pytest.approx(float(of_val))
+    assert run.outer_loss[-1] == pytest.approx(float(losses[-1]), rel=1e-5)
+    np.testing.assert_allclose(run.weights, jax.nn.sigmoid(state.x), rtol=1e-4)
+
+
+def make_run(outer_steps, accuracy, weights):
+  executable = hyper_cleaning.Executable(cast(Any, None), 0.0)
+  seconds = [1.0 + i for i in range(len(accuracy))]
+  corrupted = np.array([True, False, False])
+  return Run(executable, outer_steps, seconds, accuracy, accuracy, np.array(weights), corrupted)
+
+
+def test_the_picture_has_a_curve_for_each_method_and_tells_clean_from_wrong(tmp_path, monkeypatch):
+  axes, histograms, save, hist = [], [], plots.save, Axes.hist
+
+  def recorded_save(fig, path):
+    axes.extend(sorted(fig.axes, key=lambda axes: "seconds" not in axes.get_xlabel()))
+    save(fig, path)
+
+  def recorded_hist(self, x, bins, *, label, **kwargs):
+    histograms.append((label, x.tolist()))
+    return hist(self, x, bins, label=label, **kwargs)
+
+  monkeypatch.setattr(plots, "save", recorded_save)
+  monkeypatch.setattr(Axes, "hist", recorded_hist)
+  runs = {
+    ("oracle", 0): make_run(2, [0.8, 0.9], [0.0, 1.0, 1.0]),
+    ("first_order", 0): make_run(2, [0.5, 0.6], [0.5, 0.5, 0.5]),
+    ("itd", 0): make_run(2, [0.6, 0.8], [0.1, 0.9, 0.8]),
+    ("itd", 1): make_run(2, [0.8, 0.8], [0.2, 0.6, 0.7]),
+    ("itd", 2): make_run(1, [0.3], [0.3, 0.4, 0.4]),
+    ("esj", 0): make_run(1, [0.4], [0.4, 0.7, 0.6]),
+  }
+  hyper_cleaning.draw(runs, 2, tmp_path / "picture.png")
+  lines = {line.get_label(): line for line in axes[0].get_lines()}
+  curves = {label: line.get_xydata().tolist() for label, line in lines.items()}
+  assert curves == {
+    "clean subset (oracle)": [[1, 0.8], [2, 0.9]],
+    "first order": [[1, 0.5], [2, 0.6]],
+    "ITD": [[1, pytest.approx(0.7)], [2, 0.8]],
+    "ITD, unfinished": [[1, 0.3]],
+    "ESJ, unfinished": [[1, 0.4]],
+  }
+  styles = [line.get_linestyle() for line in lines.values()]
+  assert styles == ["--", "--", ":", "-", ":"]
+  assert len(axes[0].collections) == 1  # ITD's band
+  assert histograms == [
+    ("clean", [0.9, 0.8, 0.6, 0.7]),
+    ("wrong label", [0.1, 0.2]),
+    ("clean", [0.7, 0.6]),
+    ("wrong label", [0.4]),
+  ]
+  assert [panel.get_title() for panel in axes[1:]] == ["ITD", "ESJ, unfinished"]
 
 
 @pytest.mark.parametrize(
@@ -79,7 +221,9 @@ def test_an_interruption_keeps_what_was_finished(tmp_path, capsys, monkeypatch):
   [
     ({"dataset": "cifar"}, "dataset must be one of digits, mnist, fashion_mnist; got 'cifar'"),
     ({"methods": ("itd", "magic")}, "methods must be among everything, validation, oracle, "),
-    ({"methods": ()}, "methods must be among"),
+    ({"methods": ()}, "methods must be among everything, validation, oracle, first_order, itd, "),
+    ({"methods": ()}, "got none\n"),
+    ({"methods": ("itd", "itd")}, "methods must name each method once, got itd itd"),
     ({"corruption": 1.0}, "corruption must be in [0, 1), got 1.0"),
     ({"seeds": 0}, "seeds must be at least 1, got 0"),
     ({"first_seed": -1}, "first_seed must not be negative, got -1"),
@@ -94,23 +238,30 @@ def test_bad_input_says_what_is_allowed_and_touches_no_file(tmp_path, capsys, wr
   assert not list(tmp_path.iterdir())
 
 
-def test_detection_scores_are_dashes_where_they_mean_nothing():
-  run = lambda weights, corrupted: Run([], [], np.array(weights), np.array(corrupted))
-  scores = hyper_cleaning.detection_scores
-  assert scores("itd", run([0.1, 0.2, 0.6, 0.9], [True, True, False, False])) == (1.0, 1.0)
-  assert scores("itd", run([0.6, 0.2, 0.4, 0.9], [True, True, False, False])) == (0.75, 0.5)
-  assert np.isnan(scores("oracle", run([0.0, 1.0], [True, False]))).all()
-  assert np.isnan(scores("itd", run([0.1, 0.9], [False, False]))).all()
-  assert np.isnan(scores("itd", run([NAN, 0.9], [True, False]))).all()
+@pytest.mark.parametrize("is_file", [True, False])
+def test_an_output_dir_that_cannot_be_written_to_is_refused(tmp_path, capsys, is_file):
+  path = tmp_path / "file"
+  path.touch()
+  path = path if is_file else path / "x"
+  assert hyper_cleaning.main(config(path)) == 2
+  error = capsys.readouterr().err
+  assert f"output_dir must be a folder to write to, got {path} (" in error
 
 
 def test_the_gain_share_is_zero_for_everything_and_one_for_the_oracle():
-  result = lambda method, seed, accuracy: Result(method, seed, accuracy, NAN, NAN, 0.0, 0, 0.0)
+  result = lambda method, seed, accuracy: Result(method, seed, 6, accuracy, NAN, NAN, 0.0, 0, 0.0)
   results = [result("everything", 0, 0.8), result("oracle", 0, 0.9), result("itd", 0, 0.875)]
   results += [result("everything", 1, 0.9), result("oracle", 1, 0.9), result("itd", 1, 0.9)]
-  shares = {m: hyper_cleaning.gain_shares(results, m) for m in ("everything", "oracle", "itd")}
-  assert [shares[m][0] for m in shares] == pytest.approx([0.0, 1.0, 0.75])
-  assert all(np.isnan(shares[m][1]) for m in shares)  # There is no gain to share.
+  shares = [hyper_cleaning.gain_share(row, results) for row in results]
+  assert shares[:3] == pytest.approx([0.0, 1.0, 0.75])
+  assert np.isnan(shares[3:]).all()  # There is no gain to share.
+  unfinished = [results[0], results[1]._replace(outer_steps=5), results[2]]
+  rows = hyper_cleaning.table_rows(unfinished, outer_steps=6)
+  assert [row[:4] for row in rows] == [
+    ["everything", "1", "0.800", "-"],
+    ["clean subset (oracle), unfinished (5 of 6 steps)", "0", "0.900", "-"],
+    ["ITD", "1", "0.875", "-"],
+  ]
 
 
 def test_the_spread_is_the_sample_standard_deviation():
@@ -136,6 +287,24 @@ def test_mnist_is_read_without_tensorflow():
   assert images.shape == (50, 784)
   assert (images.min(), images.max()) == (0.0, 1.0)
   assert len(set(labels.tolist())) > 5
-  import sys
-
   assert "tensorflow" not in sys.modules
+
+
+@pytest.mark.slow
+def test_the_default_run_on_digits_meets_its_bars_on_seed_0(tmp_path):
+  """In a process of its own, since the tests switch the optimization of compiled code off."""
+  methods = ["itd", "aid", "esj", "oracle"]
+  command = [sys.executable, "-m", "scripts.hyper_cleaning", "--seeds", "1", "--methods", *methods]
+  environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+  root = Path(__file__).parents[2]
+  subprocess.run(
+    [*command, "--output-dir", str(tmp_path)], check=True, cwd=root, env=environment, timeout=300
+  )
+  rows = {row["method"]: row for row in rows_of(tmp_path)}
+  assert list(rows) == methods
+  for method, bar in {"itd": 0.95, "aid": 0.95, "esj": 0.90}.items():
+    assert float(rows[method]["auc"]) >= bar
+  accuracy = {method: float(row["test_accuracy"]) for method, row in rows.items()}
+  # One point is the claim for the mean of five seeds.
+  assert accuracy["itd"] > accuracy["oracle"] - 0.025
+  assert accuracy["aid"] > accuracy["oracle"] - 0.025

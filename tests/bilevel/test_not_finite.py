@@ -1,0 +1,88 @@
+"""Numbers that are not finite: state and parameters stay finite, and the next step works."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxbo
+
+HEADS = {
+  "itd": jaxbo.add_unrolled_response,
+  "aid": lambda s: jaxbo.add_implicit_response(s, jaxbo.conjugate_gradient(3)),
+  "aid_warm": lambda s: jaxbo.add_implicit_response(
+    s, jaxbo.conjugate_gradient(3, warm_start=True), inner_params=jnp.zeros(2)
+  ),
+  "aid_scipy": lambda s: jaxbo.add_implicit_response(s, jax.scipy.sparse.linalg.cg),
+  "neumann": lambda s: jaxbo.add_implicit_response(s, jaxbo.neumann(3, 0.3)),
+  "esj": lambda s: jaxbo.add_es_response(s, 4),
+}
+
+
+def loop(make_head):
+  loss = lambda x, y, batch: jnp.sum(batch * (y - jnp.tanh(x)) ** 2)
+  solver = jaxbo.inner_solver(loss, optax.sgd(0.2, momentum=0.5), 3)
+  outer = optax.chain(make_head(solver), optax.adam(0.1))
+  init, step = jaxbo.bilevel(
+    lambda x, y, batch: jnp.sum((y - batch) ** 2) + 0.1 * x**2, solver, outer
+  )
+  return init(jnp.float32(0.5), jnp.zeros(2)), jax.jit(step)
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+@pytest.mark.parametrize("name", HEADS)
+def test_a_bad_batch_leaves_everything_finite_and_is_reported(name, bad):
+  state, step = loop(HEADS[name])
+  for _ in range(2):
+    state, _ = step(state, jnp.float32(1.0), jnp.float32(2.0))
+  before = state
+  state, info = step(state, jnp.float32(bad), jnp.float32(2.0))
+  without_losses = state.solution.info._replace(losses=None)
+  chex.assert_tree_all_finite(state._replace(solution=state.solution._replace(info=None)))
+  assert not without_losses.finite
+  chex.assert_trees_all_equal(state.solution.params, before.solution.params)
+  chex.assert_trees_all_equal(state.solution.opt_state, before.solution.opt_state)
+  assert np.isfinite(info.hypergradient_norm)
+  # The response is left out: what remains is df/dx.
+  np.testing.assert_allclose(info.hypergradient_norm, 0.2 * abs(before.x), rtol=1e-5)
+  response_info = next(
+    found
+    for kind in ("UnrolledInfo", "ImplicitInfo", "EsInfo")
+    if (found := optax.tree.get(state.outer_state, kind)) is not None
+  )
+  assert not getattr(response_info, "response_finite", False)
+  assert getattr(response_info, "num_finite", 0) == 0
+  if name.startswith(("aid", "neumann")):
+    assert response_info.linear_breakdown
+  after, info = step(state, jnp.float32(1.0), jnp.float32(2.0))
+  assert after.solution.info.finite
+  assert after.x != state.x
+  chex.assert_tree_all_finite(after)
+
+
+def test_only_the_task_whose_run_diverges_keeps_its_start():
+  one = jaxbo.inner_solver(lambda x, y, batch: jnp.sum((y - batch * x) ** 2), optax.sgd(0.5), 1)
+  solver = jaxbo.over_tasks(one, 3)
+  solution = solver.solve(
+    jnp.float32(1.0), solver.init(jnp.float32(7.0)), jnp.array([1, np.nan, 3])
+  )
+  np.testing.assert_allclose(solution.params, [1.0, 7.0, 3.0])
+  np.testing.assert_array_equal(solution.info.finite, [True, False, True])
+
+
+def test_a_hessian_that_is_not_finite_leaves_df_dx():
+  """The second derivative of |y|^1.5 at 0 is infinite; the loss and its gradient are not."""
+  solver = jaxbo.inner_solver(
+    lambda x, y, batch: jnp.sum(jnp.abs(y) ** 1.5) + 0 * x, optax.sgd(0.1), 1
+  )
+  x = jnp.float32(1.0)
+  solution = solver.solve(x, solver.init(jnp.zeros(2)), None)
+  head = jaxbo.add_implicit_response(solver, jaxbo.conjugate_gradient(2))
+  result, state = head.update(
+    (jnp.float32(3.0), jnp.ones(2)), head.init(x), x, solution=solution, batch=None
+  )
+  assert result == 3.0
+  chex.assert_tree_all_finite(state)
+  assert state.info.linear_breakdown
