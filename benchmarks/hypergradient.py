@@ -22,12 +22,9 @@ steps and the state here, the last loss and gradient norm there. Where neither i
 the work for them; the targets compare that as well.
 """
 
-import argparse
 import functools
-import json
 import math
 import warnings
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -38,7 +35,7 @@ import optax
 import jaxbo
 from benchmarks import problems
 from benchmarks.problems import Problem
-from benchmarks.report import hardware, markdown, number
+from benchmarks.report import arguments, hardware, markdown, number, save
 from scripts.common import measure
 
 NUM_DRIFT = 20
@@ -280,16 +277,7 @@ def targets(
 
 def main() -> None:
   """Measures, prints, and saves if asked to."""
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
-  parser.add_argument("--rounds", type=int, default=15, help="turns of each program")
-  parser.add_argument("--calls", type=int, default=10, help="calls in a turn")
-  parser.add_argument("--save", type=Path, help="path without suffix, for .md and .json")
-  args = parser.parse_args()
-  if args.rounds < 1 or args.calls < 1:
-    parser.error(f"--rounds and --calls must be at least 1, got {args.rounds} and {args.calls}")
-
+  args = arguments(__doc__, rounds=(15, "turns of each program"), calls=(10, "calls in a turn"))
   sections = [f"Hardware: {hardware()}."]
   data: dict[str, Any] = {"hardware": hardware()}
   print(sections[0])
@@ -316,12 +304,9 @@ def main() -> None:
     for target in wanted
   ]
   say("Targets, on the digits", markdown(["claim", "measured", "limit", "verdict"], text))
-  if args.save:
-    args.save.parent.mkdir(parents=True, exist_ok=True)
-    command = "`PYTHONPATH=.:models python3 -m benchmarks.hypergradient`"
-    title = f"# Hypergradients\n\nMade by {command}; the columns are explained there."
-    args.save.with_suffix(".md").write_text("\n\n".join([title, *sections]) + "\n")
-    args.save.with_suffix(".json").write_text(json.dumps(data, indent=1) + "\n")
+  command = "`PYTHONPATH=.:models python3 -m benchmarks.hypergradient`"
+  title = f"# Hypergradients\n\nMade by {command}; the columns are explained there."
+  save(args.save, "\n\n".join([title, *sections]) + "\n", data)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
 """How benchmarks report: tables in Markdown that read well as text, and the hardware."""
 
+import argparse
+import json
 import math
 import os
 import platform
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -38,3 +41,26 @@ def hardware() -> str:
     ]
     name = f"{models[0] if models else platform.processor()}, {os.cpu_count()} cores"
   return f"{name}; Python {platform.python_version()}, jax {jax.__version__}"
+
+
+def save(path: Path | None, text: str, data: Any) -> None:
+  """Writes ``text`` to ``path`` with the suffix .md and ``data`` with .json; nothing for None."""
+  if path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".md").write_text(text)
+    path.with_suffix(".json").write_text(json.dumps(data, indent=1) + "\n")
+
+
+def arguments(description: str | None, **counts: tuple[int, str]) -> argparse.Namespace:
+  """The command line of a benchmark: numbers of at least 1, with defaults and help, and --save."""
+  parser = argparse.ArgumentParser(
+    description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  for name, (default, text) in counts.items():
+    parser.add_argument(f"--{name}", type=int, default=default, help=text)
+  parser.add_argument("--save", type=Path, help="path without suffix, for .md and .json")
+  args = parser.parse_args()
+  for name in counts:
+    if getattr(args, name) < 1:
+      parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
+  return args

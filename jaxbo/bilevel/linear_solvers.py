@@ -121,7 +121,7 @@ def conjugate_gradient(
       direction = _tree.add_scaled(residual, residual_sq / state.residual_sq, state.direction)
       x = _tree.add_scaled(state.x, alpha, state.direction)
       good = positive & jnp.isfinite(residual_sq) & jnp.isfinite(alpha)
-      best = _tree.where(residual_sq < state.best[1], (x, residual_sq), state.best)
+      best = _tree.where(good & (residual_sq < state.best[1]), (x, residual_sq), state.best)
       return good, state._replace(
         x=x,
         best=best,
@@ -134,7 +134,7 @@ def conjugate_gradient(
     first = _first_iterate(product, b, x0, warm_start)
     first = first._replace(direction=first.residual, best=(first.x, first.residual_sq))
     last, info = _iterate(step, first, b, num_steps, tolerance)
-    # Rounding can hide that a curvature is zero: the step is then far too long.
+    # Without a solution, x runs off along the flat directions long before a curvature is zero.
     failed = last.breakdown | ~(last.residual_sq <= 10**2 * first.residual_sq)
     x, residual_sq = _tree.where(failed, last.best, (last.x, last.residual_sq))
     return x, LinearInfo(_relative(residual_sq, b), info.num_steps, failed)
@@ -246,6 +246,7 @@ def _richardson(matvec, learning_rate):
     residual_sq = _tree.vdot(residual, residual)
     rounding = 100 * jnp.finfo(residual_sq.dtype).eps
     shrinks = residual_sq <= (1 + rounding) * state.residual_sq  # False for a NaN.
+    x = _tree.where(shrinks, x, state.x)
     return shrinks, state._replace(x=x, residual=residual, residual_sq=residual_sq)
 
   return step
@@ -270,7 +271,10 @@ def _first_iterate(matvec, b, x0, warm_start: bool) -> _Iterate:
 
 
 def _iterate(step, first: _Iterate, b, num_steps: int, tolerance) -> tuple[_Iterate, LinearInfo]:
-  """Repeats ``step`` until it is done or proposes something bad, which is then not taken."""
+  """Repeats ``step`` until it is done, or says that what it made is bad.
+
+  A bad step must keep what the solution is made of; the rest of its iterate is not used.
+  """
   b_sq = _tree.vdot(b, b)
   limits = jnp.finfo(b_sq.dtype)
   converged_sq = jnp.maximum(jnp.maximum(tolerance, limits.eps) ** 2 * b_sq, limits.tiny)
@@ -280,9 +284,11 @@ def _iterate(step, first: _Iterate, b, num_steps: int, tolerance) -> tuple[_Iter
     return left & (state.residual_sq > converged_sq)
 
   def body(state):
-    good, proposal = step(state)
-    state = _tree.where(good, proposal, state)
-    return state._replace(num_steps=state.num_steps + good, breakdown=~good)
+    good, after = step(state)
+    residual_sq = jnp.where(good, after.residual_sq, state.residual_sq)
+    return after._replace(
+      residual_sq=residual_sq, num_steps=state.num_steps + good, breakdown=~good
+    )
 
   last = jax.lax.while_loop(goes_on, body, first)
   return last, LinearInfo(_relative(last.residual_sq, b), last.num_steps, last.breakdown)

@@ -11,8 +11,8 @@ Batch statistics are those of the set that is seen (transductive): support and q
 normalised by themselves, in training and in evaluation alike.
 
 References: Raghu et al., `Rapid Learning or Feature Reuse? <https://arxiv.org/abs/1909.09157>`_
-(ANIL); Finn et al., `Model-Agnostic Meta-Learning <https://arxiv.org/abs/1703.03400>`_ (MAML); Snell
-et al., `Prototypical Networks <https://arxiv.org/abs/1703.05175>`_.
+(ANIL); Finn et al., `Model-Agnostic Meta-Learning <https://arxiv.org/abs/1703.03400>`_ (MAML);
+Snell et al., `Prototypical Networks <https://arxiv.org/abs/1703.05175>`_.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import optax
 
 import jaxbo
-from jaxbo.tasks import Episode
+from jaxbo.tasks import Episode, sample_episode
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +80,26 @@ class Backbone(NamedTuple):
   init: Callable[[jax.Array, jax.Array], Any]
   features: Callable[[Any, jax.Array], jax.Array]
   features_of_task: Callable[[Any, jax.Array], jax.Array]
+
+
+def sampler(settings: Settings, num_rotations: int, batch: int) -> Callable[..., Episode]:
+  """``sample(key, classes) -> episodes``, a batch of them."""
+
+  def sample(key, classes):
+    def one(key):
+      return sample_episode(
+        key,
+        classes.images,
+        counts=classes.counts,
+        num_ways=settings.num_ways,
+        num_shots=settings.num_shots,
+        num_queries=settings.num_queries,
+        num_rotations=num_rotations,
+      )
+
+    return jax.vmap(one)(jax.random.split(key, batch))
+
+  return sample
 
 
 def scale_pixels(images: jax.Array) -> jax.Array:

@@ -1,0 +1,155 @@
+"""The ES response: how many samples to run at once, and what perturbing the features buys.
+
+  PYTHONPATH=.:models python3 -m benchmarks.es_response             (about 4 minutes on 2 cores)
+  ... --save benchmarks/results/es_response_cpu                     (writes .md and .json as well)
+
+*Chunks*: a step of ESJ with 64 samples on the hyper-cleaning problem of scikit-learn's digits, in
+inner solves of the same rounds, for each number of samples that run at once, with directions drawn
+again for the sum or kept.
+
+*Features*: Conv4 with 64 channels under a linear head, 4 tasks of 5-way 5-shot on drawn glyphs, at
+the initial parameters. The cosine and the relative error are those of the estimated response
+against the exact one (ITD), the mean over keys. A response through the features has noise in 1,600
+features a task instead of 111,936 parameters, and its samples do not run the backbone.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxbo_models import Conv4
+
+import jaxbo
+from benchmarks import problems
+from benchmarks.hypergradient import Step, jaxbo_step
+from benchmarks.report import arguments, hardware, markdown, number, save
+from scripts.common import few_shot, fewshot_data, measure
+
+NUM_SAMPLES, CHUNKS = 64, (1, 4, 8, 16, 32, 64)
+
+
+def chunk_rows(num_rounds: int) -> list[dict[str, Any]]:
+  """Time and memory for each chunk size, drawn twice and once."""
+  problem = problems.digits()
+  inner = jaxbo.inner_solver(problem.inner_loss, problem.optimizer, problem.num_steps)
+  steps = {}
+  for redraw in (True, False):
+    for chunk in CHUNKS:
+      head = jaxbo.add_es_response(
+        inner, NUM_SAMPLES, sample_batch_size=chunk, redraw=redraw, key=0
+      )
+      steps[chunk, redraw] = jaxbo_step(problem, inner, head)
+  x, solution, _, train, _ = steps[1, True].args
+  base = {"inner solve": Step(jax.jit(inner.solve), (x, solution, train))}
+  timings = measure.time_together(base | steps, num_rounds, 3)
+  return [
+    {
+      "chunk": chunk,
+      "directions": "drawn twice" if redraw else "kept",
+      "inner_solves": timings[chunk, redraw].ratio,
+      "of_q_plus_1": timings[chunk, redraw].ratio / (NUM_SAMPLES + 1),
+      "kib": measure.temporary_bytes(step.fn.lower(*step.args).compile()) / 2**10,
+    }
+    for (chunk, redraw), step in steps.items()
+  ]
+
+
+def feature_rows(num_keys: int, width: int = 64) -> list[dict[str, Any]]:
+  """Time and cosine of both kinds of perturbation."""
+  settings = few_shot.Settings()
+  glyphs = fewshot_data.synthetic_glyphs(50, 20)
+  native, patches = (Conv4(width, conv=conv) for conv in ("native", "patches"))
+  images = few_shot.scale_pixels(jnp.asarray(glyphs.images[:2, 0]))
+  x = native.init(jax.random.key(0), images)
+  sample = few_shot.sampler(settings, 1, settings.num_tasks)
+  episodes = jax.jit(sample)(jax.random.key(1), jax.device_put(glyphs))
+
+  def setting(apply):
+    backbone = few_shot.Backbone(native.init, apply, apply)
+    one = few_shot.head_solver(backbone, settings, shared=True)
+    inner = jaxbo.over_tasks(one, settings.num_tasks)
+    start = few_shot.zero_head(apply(x, images).shape[-1], settings.num_ways)
+    solution = jax.jit(inner.solve)(x, inner.init(start), episodes)
+
+    def outer_loss(x, heads):
+      def of_task(head, episode):
+        z = apply(x, few_shot.scale_pixels(episode.query_images))
+        return few_shot.cross_entropy(few_shot.logits(head, z), episode.query_labels)
+
+      return jnp.mean(jax.vmap(of_task)(heads, episodes))
+
+    inner_grad = jax.jit(jax.grad(outer_loss, 1))(x, solution.params)
+    return inner, solution, (optax.tree.zeros_like(x), inner_grad)
+
+  def response(make, apply):
+    inner, solution, grads = setting(apply)
+
+    def update(key, solution, grads):
+      head = make(inner, key)
+      return head.update(grads, head.init(x), x, solution=solution, batch=episodes)[0]
+
+    return Step(jax.jit(update), (0, solution, grads))
+
+  flat = lambda tree: np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
+  exact = flat(response(lambda inner, key: jaxbo.add_unrolled_response(inner), native.apply)())
+  plans = [("parameters", q, "gaussian") for q in (1, 4, 16)]
+  plans += [("features", q, "gaussian") for q in (1, 4, 16, 64, 256)]
+  plans += [("features", q, "orthogonal") for q in (256, 1600)]
+  rows = []
+  for perturbed, q, directions in plans:
+    features = perturbed == "features"
+    make = functools.partial(
+      lambda inner, key, **options: jaxbo.add_es_response(inner, key=key, **options),
+      num_samples=q,
+      directions=directions,
+      per_task=features,
+      perturb_features=features,
+      sample_batch_size=64 if features else 1,
+    )
+    step = response(make, native.apply if features else patches.apply)
+    estimates = [flat(step.fn(key, *step.args[1:])) for key in range(num_keys)]
+    cosines = [e @ exact / np.linalg.norm(e) / np.linalg.norm(exact) for e in estimates]
+    errors = [np.sum((e - exact) ** 2) / np.sum(exact**2) for e in estimates]
+    seconds = measure.time_together({"step": step}, 3, 1)["step"].seconds
+    rows.append(
+      {
+        "perturbed": perturbed,
+        "directions": directions,
+        "samples": q,
+        "ms": 1e3 * seconds,
+        "cosine": float(np.mean(cosines)),
+        "squared_error": float(np.mean(errors)),
+      }
+    )
+    print(rows[-1], flush=True)
+  return rows
+
+
+def main() -> None:
+  """Measures, prints, and saves if asked to."""
+  args = arguments(
+    __doc__, rounds=(15, "turns of each program"), keys=(5, "keys for cosines and errors")
+  )
+  data = {
+    "hardware": hardware(),
+    "chunks": chunk_rows(args.rounds),
+    "features": feature_rows(args.keys),
+  }
+  sections = [f"# The ES response\n\nHardware: {hardware()}."]
+  for name in ("chunks", "features"):
+    rows = data[name]
+    cells = [
+      [value if isinstance(value, str) else number(value) for value in row.values()] for row in rows
+    ]
+    columns = [column.replace("_", " ") for column in rows[0]]
+    sections.append(f"## {name.capitalize()}\n\n{markdown(columns, cells)}")
+  text = "\n\n".join(sections) + "\n"
+  print(text)
+  save(args.save, text, data)
+
+
+if __name__ == "__main__":
+  main()
