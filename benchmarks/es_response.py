@@ -35,7 +35,7 @@ def chunk_rows(num_rounds: int) -> list[dict[str, Any]]:
   """Time and memory for each chunk size, drawn twice and once."""
   problem = problems.digits()
   inner = jaxbo.inner_solver(problem.inner_loss, problem.optimizer, problem.num_steps)
-  steps = {}
+  steps: dict[Any, Step] = {}
   for redraw in (True, False):
     for chunk in CHUNKS:
       head = jaxbo.add_es_response(
@@ -43,7 +43,7 @@ def chunk_rows(num_rounds: int) -> list[dict[str, Any]]:
       )
       steps[chunk, redraw] = jaxbo_step(problem, inner, head)
   x, solution, _, train, _ = steps[1, True].args
-  base = {"inner solve": Step(jax.jit(inner.solve), (x, solution, train))}
+  base: dict[Any, Step] = {"inner solve": Step(jax.jit(inner.solve), (x, solution, train))}
   timings = measure.time_together(base | steps, num_rounds, 3)
   return [
     {

@@ -108,15 +108,10 @@ def main() -> None:
     )
     spread = lambda values: f"{number(float(jnp.min(values)))} to {number(float(jnp.max(values)))}"
     rows.append([name, *(spread(losses[:, k]) for k in SHOWN), spread(norms), spread(projected)])
-    data[name] = {
-      "losses": losses.tolist(),
-      "norms": norms.tolist(),
-      "response": projected.tolist(),
-    }
+    results = {"losses": losses, "norms": norms, "response": projected}
+    data[name] = {key: values.tolist() for key, values in results.items()}
     print(f"{name}: done", flush=True)
-  title = (
-    f"# Hyper-representation\n\nHardware: {hardware()}. {args.seeds} seeds, least to greatest."
-  )
+  title = f"# Hyper-representation\n\n{args.seeds} seeds, least to greatest. {hardware()}."
   text = f"{title}\n\n{markdown(columns, rows)}\n"
   print(text)
   save(args.save, text, data)

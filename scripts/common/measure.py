@@ -88,8 +88,8 @@ class Timing(NamedTuple):
 
 
 def time_together(
-  programs: Mapping[str, Callable[[], Any]], num_rounds: int = 15, calls: int = 10
-) -> dict[str, Timing]:
+  programs: Mapping[Any, Callable[[], Any]], num_rounds: int = 15, calls: int = 10
+) -> dict[Any, Timing]:
   """Times programs in turns, so that what slows the machine slows all of them.
 
   Args:
