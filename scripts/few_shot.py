@@ -20,22 +20,19 @@ import dataclasses
 import functools
 import itertools
 import json
-import math
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 import tyro
 from jaxbo_models import Conv4, ResNet12
 
 from scripts.common import few_shot, few_shot_plots, fewshot_data, measure, report
-from scripts.common.few_shot import LABELS, Backbone, Method, Settings
+from scripts.common.few_shot import LABELS, Backbone, Settings
+from scripts.common.trainer import Trainer
 
 DATASETS = {
   "glyphs": Settings(),
@@ -44,7 +41,6 @@ DATASETS = {
     num_rotations=1, ridge=0.5, inner_steps=30, num_tasks=2, outer_learning_rate=1e-3
   ),
 }
-EVALUATION_BATCH = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,86 +153,12 @@ def make_backbone(config: Config, images: np.ndarray) -> Backbone:
   return Backbone(shared.init, apply(shared), apply(of_task))
 
 
-class Trainer:
-  """A method, its compiled step and evaluation, and its checkpoints."""
-
-  def __init__(self, name: str, config: Config, data: fewshot_data.FewShotData):
-    settings = config.settings()
-    backbone = make_backbone(config, data.train.images)
-    self.name = name
-    self.method: Method = few_shot.make_method(name, backbone, settings, config.steps, config.seed)
-    self.train = jax.device_put(data.train)
-    sample = few_shot.sampler(settings, settings.num_rotations, settings.num_tasks)
-    train_key = jax.random.key_data(jax.random.key(config.seed))
-
-    def step(state, t, classes):
-      key = jax.random.fold_in(jax.random.wrap_key_data(train_key), t)
-      return self.method.step(state, sample(key, classes))
-
-    first = self.train.images[0, :2]
-    self.state = jax.jit(self.method.init)(jax.random.key(config.seed), first)
-    self.compiled = (
-      jax.jit(step, donate_argnums=0).lower(self.state, jnp.int32(0), self.train).compile()
-    )
-    sample_evaluation = few_shot.sampler(settings, 1, EVALUATION_BATCH)
-
-    def evaluate(state, key, classes):
-      episodes = sample_evaluation(key, classes)
-      return jax.vmap(lambda episode: few_shot.accuracy(self.method, state, episode))(episodes)
-
-    self._evaluate = jax.jit(evaluate)
-    self.checkpoints = ocp.CheckpointManager(
-      config.output_dir.absolute() / "checkpoints" / name,
-      options=ocp.CheckpointManagerOptions(max_to_keep=2, create=True),
-    )
-
-  def restore(self) -> int:
-    """Goes back to the last checkpoint if there is one; returns the steps done."""
-    done = self.checkpoints.latest_step()
-    if done is None:
-      return 0
-    arguments = ocp.args.StandardRestore(jax.tree.map(np.asarray, self.state))
-    self.state = jax.device_put(self.checkpoints.restore(done, args=arguments))
-    return done
-
-  def save(self, done: int) -> None:
-    """Writes a checkpoint in the background, from a copy: the state will be donated."""
-    copy = jax.tree.map(lambda leaf: np.array(leaf, copy=True), self.state)
-    self.checkpoints.save(done, args=ocp.args.StandardSave(copy))
-
-  def accuracies(self, classes: Any, num_episodes: int, seed: int) -> np.ndarray:
-    """The accuracies of episodes that depend on nothing but the seed."""
-    parts = [
-      self._evaluate(self.state, jax.random.fold_in(jax.random.key(seed), i), classes)
-      for i in range(-(-num_episodes // EVALUATION_BATCH))
-    ]
-    return np.concatenate(parts)[:num_episodes]
-
-
-def interval(accuracies: np.ndarray) -> tuple[float, float]:
-  """The mean, and half the width of its 95 % confidence interval."""
-  half = 1.96 * accuracies.std(ddof=1) / math.sqrt(len(accuracies)) if len(accuracies) > 1 else 0.0
-  return float(accuracies.mean()), float(half)
-
-
-def run_method(
-  trainer: Trainer, config: Config, data: Any, done: int, seconds: float
-) -> Iterator[tuple[int, float, float, float]]:
-  """Trains; yields ``(steps done, seconds, loss, validation accuracy)`` at each evaluation."""
-  validation = jax.device_put(data.validation)
-  while done < config.steps:
-    start = time.perf_counter()
-    loss = jnp.nan
-    stop = min(config.steps, (done // config.eval_every + 1) * config.eval_every)
-    while done < stop:
-      trainer.state, loss = trainer.compiled(trainer.state, jnp.int32(done), trainer.train)
-      done += 1
-      if done % config.checkpoint_every == 0 or done == config.steps:
-        trainer.save(done)
-    loss = float(loss)
-    seconds += time.perf_counter() - start
-    accuracy = trainer.accuracies(validation, max(config.eval_episodes // 3, 1), seed=1).mean()
-    yield done, seconds, loss, float(accuracy)
+def make_trainer(name: str, config: Config, data: fewshot_data.FewShotData) -> Trainer:
+  """The method of that name, ready to train."""
+  settings, backbone = config.settings(), make_backbone(config, data.train.images)
+  method = few_shot.make_method(name, backbone, settings, config.steps, config.seed)
+  checkpoints = config.output_dir / "checkpoints" / name
+  return Trainer(method, settings, data.train, config.seed, checkpoints)
 
 
 def prepare_output(config: Config) -> list[dict[str, Any]]:
@@ -273,6 +195,7 @@ def run_all(
 ) -> tuple[list[Result], list[dict[str, Any]], int]:
   """Runs all methods; returns results, metrics and the exit status."""
   results, metrics = [], []
+  validation, test = jax.device_put((data.validation, data.test))
   with (
     report.MetricsLog(config.output_dir / "metrics.jsonl") as log,
     report.progress_bar(console) as progress,
@@ -285,35 +208,40 @@ def run_all(
     try:
       for name in config.methods:
         bar = progress.add_task(LABELS[name], total=config.steps, loss="compiling")
-        trainer = Trainer(name, config, data)
+        trainer = make_trainer(name, config, data)
         done = trainer.restore() if config.resume else 0
         mine = [line for line in earlier if line["method"] == name and line["step"] <= done]
         for line in mine:
           record(line)
         seconds = mine[-1]["seconds"] if mine else 0.0
         progress.update(bar, completed=done)
-        for step, total, loss, accuracy in run_method(trainer, config, data, done, seconds):
+        for step, more, loss in trainer.fit(
+          done, config.steps, config.eval_every, config.checkpoint_every
+        ):
+          seconds += more
+          accuracy, _ = trainer.accuracy(validation, -(-config.eval_episodes // 3), seed=1)
           record(
             {
               "method": name,
               "step": step,
-              "seconds": total,
+              "seconds": seconds,
               "outer_loss": loss,
               "validation_accuracy": accuracy,
             }
           )
-          seconds = total
-          text = f"loss {loss:.3f}, accuracy {accuracy:.3f}, {step / total:.2f} steps/s"
+          text = f"loss {loss:.3f}, accuracy {accuracy:.3f}, {step / seconds:.2f} steps/s"
           progress.update(bar, completed=step, loss=text)
-        trainer.checkpoints.wait_until_finished()
-        test = jax.device_put(data.test)
-        accuracy, half = interval(trainer.accuracies(test, config.eval_episodes, seed=2))
+        trainer.checkpoints.close()  # Waits until all is written.
+        accuracy, half = trainer.accuracy(test, config.eval_episodes, seed=2)
         memory = measure.temporary_bytes(trainer.compiled)
         results.append(Result(name, config.steps, accuracy, half, seconds / config.steps, memory))
         few_shot_plots.draw_episode(
-          trainer, config.settings(), test, config.output_dir / f"episode_{name}.png"
+          LABELS[name],
+          trainer,
+          config.settings(),
+          test,
+          config.output_dir / f"episode_{name}.png",
         )
-        trainer.checkpoints.close()
     except KeyboardInterrupt:
       return results, metrics, 130
   return results, metrics, 0

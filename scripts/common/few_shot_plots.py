@@ -10,6 +10,7 @@ import numpy as np
 from scripts.common import few_shot, plots
 from scripts.common.few_shot import LABELS, Settings
 from scripts.common.plots import plt
+from scripts.common.trainer import Trainer
 
 
 def draw_curves(metrics: Sequence[dict[str, Any]], path: Path) -> None:
@@ -28,7 +29,9 @@ def draw_curves(metrics: Sequence[dict[str, Any]], path: Path) -> None:
   plots.save(fig, path)
 
 
-def draw_episode(trainer: Any, settings: Settings, classes: Any, path: Path) -> None:
+def draw_episode(
+  label: str, trainer: Trainer, settings: Settings, classes: Any, path: Path
+) -> None:
   """The first test episode: support images left, query images right, wrong ones framed in red."""
   sample = jax.jit(few_shot.sampler(settings, 1, 1))
   episode = jax.tree.map(lambda leaf: leaf[0], sample(jax.random.key(3), classes))
@@ -55,7 +58,7 @@ def draw_episode(trainer: Any, settings: Settings, classes: Any, path: Path) -> 
     grid[way, 0].set_ylabel(f"{way}", rotation=0, labelpad=8)
   right = int(np.sum(predicted == np.asarray(episode.query_labels)))
   fig.suptitle(
-    f"{LABELS[trainer.name]}: {shots} support images a class, then {queries} queries with the "
+    f"{label}: {shots} support images a class, then {queries} queries with the "
     f"predicted class; {right} of {len(predicted)} right",
     fontsize="small",
   )

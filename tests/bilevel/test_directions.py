@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from jaxbo.bilevel import directions
 from tests import problems
@@ -82,14 +84,15 @@ def test_rows_of_twelve_million_entries_are_those_of_the_cosine_transform(row, b
   np.testing.assert_allclose(cosines, expected, atol=2e-6)
 
 
-def test_products_modulo_the_largest_allowed_modulus_are_exact():
-  modulus = 4 * (2**28 - 1)
-  factors = np.array([0, 1, 12345, modulus // 2, modulus - 1], np.uint32)
-  for row in (0, 1, 98765432, 2**28 - 2):
-    expected = [int(factor) * row % modulus for factor in factors]
-    np.testing.assert_array_equal(
-      directions._product_modulo(factors, jnp.uint32(row), modulus), expected
-    )
+@settings(max_examples=30, deadline=None)
+@given(data=st.data(), p=st.sampled_from([1, 3, 1000, 12_424_320, 2**28 - 1]))
+def test_products_modulo_four_p_are_exact(data, p):
+  """Against Python's integers, up to the largest p that is allowed."""
+  factors = np.array([data.draw(st.integers(0, 4 * p - 1)) for _ in range(4)], np.uint32)
+  row = data.draw(st.integers(0, p - 1))
+  expected = [int(factor) * row % (4 * p) for factor in factors]
+  result = directions._product_modulo(factors, jnp.uint32(row), 4 * p)
+  np.testing.assert_array_equal(result, expected)
 
 
 @pytest.mark.parametrize("name", directions.FAMILIES)

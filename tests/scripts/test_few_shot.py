@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 
 from scripts import few_shot as script
-from scripts.common import few_shot, fewshot_data
+from scripts.common import few_shot, fewshot_data, trainer
 from scripts.few_shot import Config
 
 SETTINGS = few_shot.Settings(
@@ -181,10 +181,10 @@ def test_evaluation_adapts_to_the_support_set_and_leaves_the_state(name, monkeyp
 
 
 def test_the_interval_is_the_one_of_the_mean():
-  mean, half = script.interval(np.array([0.0, 1.0, 1.0, 0.0]))
+  mean, half = trainer.interval(np.array([0.0, 1.0, 1.0, 0.0]))
   assert mean == 0.5
   np.testing.assert_allclose(half, 1.96 * np.sqrt(1 / 3) / 2)
-  assert script.interval(np.array([0.5])) == (0.5, 0.0)
+  assert trainer.interval(np.array([0.5])) == (0.5, 0.0)
 
 
 SMALL = {

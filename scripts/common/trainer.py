@@ -1,0 +1,95 @@
+"""Trains a few-shot method: the compiled step, evaluation on fixed episodes, checkpoints."""
+
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from scripts.common import few_shot
+from scripts.common.few_shot import Method, Settings
+from scripts.common.fewshot_data import ImageClasses
+
+EVALUATION_BATCH = 20
+
+
+class Trainer:
+  """A method with its state, its compiled step and evaluation, and its checkpoints.
+
+  Step ``t`` depends on the state, the seed and ``t`` alone, so a restored run goes on bit for bit.
+  """
+
+  def __init__(
+    self, method: Method, settings: Settings, train: ImageClasses, seed: int, checkpoints: Path
+  ):
+    self.method = method
+    self.train = jax.device_put(train)
+    sample = few_shot.sampler(settings, settings.num_rotations, settings.num_tasks)
+    train_key = jax.random.key_data(jax.random.key(seed))
+
+    def step(state, t, classes):
+      key = jax.random.fold_in(jax.random.wrap_key_data(train_key), t)
+      return method.step(state, sample(key, classes))
+
+    self.state = jax.jit(method.init)(jax.random.key(seed), self.train.images[0, :2])
+    self.compiled = (
+      jax.jit(step, donate_argnums=0).lower(self.state, jnp.int32(0), self.train).compile()
+    )
+    sample_evaluation = few_shot.sampler(settings, 1, EVALUATION_BATCH)
+
+    def evaluate(state, key, classes):
+      episodes = sample_evaluation(key, classes)
+      return jax.vmap(lambda episode: few_shot.accuracy(method, state, episode))(episodes)
+
+    self._evaluate = jax.jit(evaluate)
+    self.checkpoints = ocp.CheckpointManager(
+      checkpoints.absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
+    )
+
+  def restore(self) -> int:
+    """Goes back to the last checkpoint if there is one; returns the steps done."""
+    done = self.checkpoints.latest_step()
+    if done is None:
+      return 0
+    arguments = ocp.args.StandardRestore(jax.tree.map(np.asarray, self.state))
+    self.state = jax.device_put(self.checkpoints.restore(done, args=arguments))
+    return done
+
+  def save(self, done: int) -> None:
+    """Writes a checkpoint in the background, from a copy: the state will be donated."""
+    copy = jax.tree.map(lambda leaf: np.array(leaf, copy=True), self.state)
+    self.checkpoints.save(done, args=ocp.args.StandardSave(copy))
+
+  def fit(
+    self, done: int, num_steps: int, eval_every: int, checkpoint_every: int
+  ) -> Iterator[tuple[int, float, float]]:
+    """Trains; yields ``(steps done, seconds since the last yield, loss)`` before evaluations."""
+    while done < num_steps:
+      start, loss = time.perf_counter(), jnp.nan
+      stop = min(num_steps, (done // eval_every + 1) * eval_every)
+      while done < stop:
+        self.state, loss = self.compiled(self.state, jnp.int32(done), self.train)
+        done += 1
+        if done % checkpoint_every == 0 or done == num_steps:
+          self.save(done)
+      loss = float(loss)  # Waits for the device.
+      yield done, time.perf_counter() - start, loss
+
+  def accuracy(self, classes: Any, num_episodes: int, seed: int) -> tuple[float, float]:
+    """Mean accuracy over episodes that the seed fixes, and its 95 % confidence interval's half."""
+    parts = [
+      self._evaluate(self.state, jax.random.fold_in(jax.random.key(seed), i), classes)
+      for i in range(-(-num_episodes // EVALUATION_BATCH))
+    ]
+    return interval(np.concatenate(parts)[:num_episodes])
+
+
+def interval(accuracies: np.ndarray) -> tuple[float, float]:
+  """The mean, and half the width of its 95 % confidence interval."""
+  half = 1.96 * accuracies.std(ddof=1) / math.sqrt(len(accuracies)) if len(accuracies) > 1 else 0.0
+  return float(accuracies.mean()), float(half)
