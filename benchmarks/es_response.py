@@ -29,6 +29,11 @@ from benchmarks.report import arguments, hardware, markdown, number, save
 from scripts.common import few_shot, fewshot_data, measure
 
 NUM_SAMPLES, CHUNKS = 64, (1, 4, 8, 16, 32, 64)
+PLANS = [
+  *(("parameters", q, "gaussian") for q in (1, 4, 16)),
+  *(("features", q, "gaussian") for q in (1, 4, 16, 64, 256)),
+  *(("features", q, "orthogonal") for q in (256, 1600)),
+]
 
 
 def chunk_rows(num_rounds: int) -> list[dict[str, Any]]:
@@ -87,19 +92,16 @@ def feature_rows(num_keys: int, width: int = 64) -> list[dict[str, Any]]:
   def response(make, apply):
     inner, solution, grads = setting(apply)
 
-    def update(key, solution, grads):
+    def update(key, x, solution, grads, episodes):  # A closure's arrays would be constants.
       head = make(inner, key)
       return head.update(grads, head.init(x), x, solution=solution, batch=episodes)[0]
 
-    return Step(jax.jit(update), (0, solution, grads))
+    return Step(jax.jit(update), (0, x, solution, grads, episodes))
 
   flat = lambda tree: np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
   exact = flat(response(lambda inner, key: jaxbo.add_unrolled_response(inner), native.apply)())
-  plans = [("parameters", q, "gaussian") for q in (1, 4, 16)]
-  plans += [("features", q, "gaussian") for q in (1, 4, 16, 64, 256)]
-  plans += [("features", q, "orthogonal") for q in (256, 1600)]
   rows = []
-  for perturbed, q, directions in plans:
+  for perturbed, q, directions in PLANS:
     features = perturbed == "features"
     make = functools.partial(
       lambda inner, key, **options: jaxbo.add_es_response(inner, key=key, **options),

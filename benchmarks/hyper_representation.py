@@ -108,7 +108,7 @@ def main() -> None:
     )
     spread = lambda values: f"{number(float(jnp.min(values)))} to {number(float(jnp.max(values)))}"
     rows.append([name, *(spread(losses[:, k]) for k in SHOWN), spread(norms), spread(projected)])
-    results = {"losses": losses, "norms": norms, "response": projected}
+    results = {"losses": losses[:, jnp.array(SHOWN)], "norms": norms, "response": projected}
     data[name] = {key: values.tolist() for key, values in results.items()}
     print(f"{name}: done", flush=True)
   title = f"# Hyper-representation\n\n{args.seeds} seeds, least to greatest. {hardware()}."

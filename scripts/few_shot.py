@@ -1,8 +1,9 @@
-"""Few-shot meta-learning: seven methods on one backbone, side by side.
+"""Few-shot meta-learning: eight methods on one backbone, side by side.
 
 A backbone is meta-learnt so that a linear head, trained on a few images of new classes, classifies
 others of them. ESJ estimates how the head depends on the backbone from perturbed runs of the head,
-on the features (`esj_through`) or on all parameters (`esj`); ITD differentiates through the run,
+on the features (`esj_through`, or `esj_shrunk` with the scale of the least error) or on all
+parameters (`esj`); ITD differentiates through the run,
 AID-CG by the implicit function theorem, first order not at all; MAML adapts every parameter, and
 ProtoNet has no inner problem.
 
@@ -45,7 +46,7 @@ DATASETS = {
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """Few-shot meta-learning: seven methods on one backbone, side by side."""
+  """Few-shot meta-learning: eight methods on one backbone, side by side."""
 
   dataset: str = "glyphs"
   """glyphs (drawn on the spot), or omniglot or caltech101_fewshot (read by tensorflow-datasets)."""
@@ -85,6 +86,8 @@ class Config:
   """Steps on the head."""
   num_samples: int | None = None
   """Directions of ESJ on features, for each task."""
+  response_scale: float | None = None
+  """Factor of the response of the shrunk ESJ."""
   outer_learning_rate: float | None = None
   """Learning rate of Adam at the start."""
 

@@ -45,6 +45,8 @@ class Settings:
     num_samples: directions of ESJ on features, for each task.
     num_samples_plain: directions of ESJ on all parameters.
     smoothing: radius of ESJ.
+    response_scale: of the shrunk ESJ on features; the best is about ``num_samples`` over the number
+      of features of a support set.
     linear_steps: of conjugate gradient.
     maml_steps: inner steps of MAML, on all parameters.
     maml_learning_rate: of them.
@@ -63,6 +65,7 @@ class Settings:
   num_samples: int = 256
   num_samples_plain: int = 8
   smoothing: float = 1e-2
+  response_scale: float = 0.16
   linear_steps: int = 10
   maml_steps: int = 1
   maml_learning_rate: float = 0.4
@@ -280,6 +283,15 @@ RESPONSES: dict[str, Callable[[jaxbo.InnerSolver, Settings, Any], Any]] = {
   "esj_through": lambda inner, s, key: jaxbo.add_es_response(
     inner, s.num_samples, s.smoothing, directions="orthogonal", per_task=True, key=key
   ),
+  "esj_shrunk": lambda inner, s, key: jaxbo.add_es_response(
+    inner,
+    s.num_samples,
+    s.smoothing,
+    directions="orthogonal",
+    per_task=True,
+    response_scale=s.response_scale,
+    key=key,
+  ),
   "esj": lambda inner, s, key: jaxbo.add_es_response(
     inner, s.num_samples_plain, s.smoothing, perturb_features=False, sample_batch_size=1, key=key
   ),
@@ -292,6 +304,7 @@ RESPONSES: dict[str, Callable[[jaxbo.InnerSolver, Settings, Any], Any]] = {
 
 LABELS = {
   "esj_through": "ESJ on features",
+  "esj_shrunk": "ESJ on features, shrunk",
   "esj": "ESJ on parameters",
   "itd": "ITD (ANIL)",
   "aid": "AID-CG",

@@ -33,6 +33,27 @@ def test_relative_error_is_the_law_of_the_family(directions, num_samples, x64):
   assert_within_standard_errors(samples, exact, 4.5)  # The worst of 20 coordinates.
 
 
+@pytest.mark.parametrize("directions", ["gaussian", "orthogonal"])
+def test_the_best_scale_has_the_least_error_of_all(directions, x64):
+  """1 / (1 + c) leaves c / (1 + c), less than dropping the response does, which leaves 1."""
+  p, q = 20, 4
+  _, solver, x, _, solution, grads, exact = quadratic_setting(p, 8)
+  c = SQUARED_ERROR[directions](p, q)
+  samples = estimates(
+    solver,
+    x,
+    solution,
+    grads,
+    1500,
+    num_samples=q,
+    directions=directions,
+    response_scale=1 / (1 + c),
+  )
+  response = exact - flat(grads[0])
+  errors = np.sum((samples - exact) ** 2, axis=1) / np.sum(response**2)
+  assert_within_standard_errors(errors, c / (1 + c))
+
+
 @pytest.mark.parametrize("difference", ["forward", "central", "exact"])
 def test_as_many_orthogonal_directions_as_parameters_give_the_exact_response(difference, x64):
   """D10, on unequal leaves."""
@@ -269,6 +290,7 @@ def test_features_that_the_loss_does_not_use_are_refused():
   [
     ({"directions": "normal"}, "directions must be one of 'gaussian', .* got 'normal'"),
     ({"difference": "backward"}, "difference must be one of 'forward', 'central', 'exact', got"),
+    ({"response_scale": 0.0}, "response_scale must be positive and finite, got 0.0"),
     ({"per_task": True}, "per_task=True needs a solver with tasks"),
     ({"axis_name": "d", "redraw": False}, "redraw must be True with axis_name"),
   ],

@@ -1,0 +1,79 @@
+"""The benchmarks of ESJ measure what they say; no test here asks how long anything takes."""
+
+import functools
+import json
+import math
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import es_response, hyper_representation, resnet12
+from jaxbo_models import ResNet12
+from scripts.common import few_shot
+
+
+@pytest.mark.parametrize(
+  ("name", "low", "high"),
+  [
+    ("exact (ITD)", 1.0, 1.0),
+    ("no response (first order)", 0.0, 0.0),
+    ("published scaling, Q = 1", -1e-3, 1e-3),
+    ("Gaussian, Q = 20", 0.2, 1.8),
+  ],
+)
+def test_the_published_scaling_leaves_nothing_of_the_response(name, low, high):
+  options = hyper_representation.HEADS[name]
+  losses, norm, projected = jax.jit(functools.partial(hyper_representation.run, options, 2))(0)
+  assert losses.shape == (2,)
+  assert losses[1] < 0.95 * losses[0] or "Gaussian" in name
+  assert norm > 100
+  assert low - 1e-5 <= projected <= high + 1e-5
+
+
+def test_hyper_representation_prints_and_saves_a_row_for_each_head(tmp_path, capsys, monkeypatch):
+  fixed = (jnp.linspace(5.0, 1.0, 100), jnp.float32(300.0), jnp.float32(1.0))
+  monkeypatch.setattr(hyper_representation, "run", lambda options, steps, seed: fixed)
+  monkeypatch.setattr(sys, "argv", ["x", "--seeds", "2", "--save", str(tmp_path / "out")])
+  hyper_representation.main()
+  text = (tmp_path / "out.md").read_text()
+  assert text in capsys.readouterr().out
+  for name in hyper_representation.HEADS:
+    assert f"| {name} " in text
+  data = json.loads((tmp_path / "out.json").read_text())
+  np.testing.assert_allclose(data["exact (ITD)"]["losses"][1][-1], 1.0)
+
+
+@pytest.mark.slow
+def test_features_are_worth_more_than_parameters(monkeypatch):
+  """At equal numbers of samples; and as many orthogonal directions as features are exact."""
+  monkeypatch.setattr(
+    es_response,
+    "PLANS",
+    [("parameters", 4, "gaussian"), ("features", 4, "gaussian"), ("features", 50, "orthogonal")],
+  )
+  settings = few_shot.Settings(num_tasks=2)
+  monkeypatch.setattr(few_shot, "Settings", lambda: settings)
+  plain, features, exact = es_response.feature_rows(num_keys=2, width=2)
+  assert plain["squared_error"] > features["squared_error"]
+  assert exact["cosine"] == pytest.approx(1.0, abs=1e-3)
+  assert exact["squared_error"] < 1e-3
+
+
+@pytest.mark.slow
+def test_a_row_of_resnet12_counts_what_a_step_does(monkeypatch):
+  monkeypatch.setattr(resnet12, "ResNet12", functools.partial(ResNet12, widths=(2, 2, 3, 3)))
+  settings = few_shot.Settings(
+    num_ways=2, num_shots=1, num_queries=1, num_rotations=1, num_tasks=1, inner_steps=2
+  )
+  first_order, esj = (
+    resnet12.measure_row(name, 1, settings) for name in ("first order", "ESJ on features, Q = 16")
+  )
+  # ESJ adds head runs, and the backward pass through the support features.
+  assert 1.0 < esj["gflop"] / first_order["gflop"] < 3.0
+  for row in (first_order, esj):
+    assert row["seconds"] > 0
+    assert math.isfinite(row["gflop"])
+    assert row["temp. MiB"] > 0
