@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxbo_models import ResNet12
 
 from benchmarks import es_response, hyper_representation, resnet12
-from jaxbo_models import ResNet12
 from scripts.common import few_shot
 
 
