@@ -24,9 +24,9 @@ def count_flops(fn: Callable[..., Any], *args: Any, while_steps: int = 1) -> int
   """Counts floating-point operations in the jaxpr of ``fn(*args)``, loops included.
 
   XLA's own analysis counts the body of a loop once, so the count is made here: two operations for
-  a multiply-add of a matrix product, one for each element that any other operation computes, and
-  none for moving data. A scan's body counts once a step; a ``while`` has no number of steps that
-  could be read off, so it is given.
+  a multiply-add of a matrix product or a convolution (zeros of its padding and dilation included),
+  one for each element that any other operation computes, and none for moving data. A scan's body
+  counts once a step; a ``while`` has no number of steps that could be read off, so it is given.
 
   Args:
     fn: a traceable function.
@@ -56,6 +56,10 @@ def _count(jaxpr, while_steps: int) -> int:
       (contracted, _), _ = eqn.params["dimension_numbers"]
       lhs = eqn.invars[0].aval.shape
       depth = math.prod(lhs[axis] for axis in contracted)
+      total += 2 * depth * math.prod(eqn.outvars[0].aval.shape)
+    elif name == "conv_general_dilated":
+      kernel, spec = eqn.invars[1].aval.shape, eqn.params["dimension_numbers"].rhs_spec
+      depth = math.prod(kernel) // kernel[spec[0]]  # All but the output features.
       total += 2 * depth * math.prod(eqn.outvars[0].aval.shape)
     elif name.startswith(("reduce_", "cum", "arg")):
       total += math.prod(eqn.invars[0].aval.shape)

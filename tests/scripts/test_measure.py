@@ -39,6 +39,21 @@ def test_the_count_agrees_with_xla_where_there_are_no_loops():
   assert measure.count_flops(program, w, x) == pytest.approx(cost["flops"], rel=0.05)
 
 
+def test_the_count_of_convolutions_agrees_with_xla():
+  def loss(kernel, images):
+    out = jax.lax.conv_general_dilated(
+      images, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    return jnp.sum(out**2)
+
+  kernel, images = jnp.ones((3, 3, 4, 8)), jnp.ones((2, 10, 10, 4))
+  cost = jax.jit(loss).lower(kernel, images).compile().cost_analysis()
+  assert cost is not None
+  assert measure.count_flops(loss, kernel, images) == pytest.approx(cost["flops"], rel=0.05)
+  by_hand = 2 * (3 * 3 * 4) * (2 * 8 * 8 * 8)
+  assert measure.count_flops(jax.grad(loss), kernel, images) == pytest.approx(2 * by_hand, rel=0.1)
+
+
 def test_temporary_bytes_are_those_of_what_has_to_be_kept():
   x = jnp.ones((256, 256))
   in_place = jax.jit(lambda x: x + 1).lower(x).compile()
