@@ -117,11 +117,10 @@ def response(
 
 _cg, _fixed_point = jaxbo.conjugate_gradient, jaxbo.fixed_point
 
+# The aliases at the end stand for their heads without options.
 REGISTRY = [
   Entry("drop_response", response(lambda s, k, y: jaxbo.drop_response())),
-  Entry("unrolled", response(lambda s, k, y: jaxbo.add_unrolled_response(s))),
   Entry("unrolled_last_2", response(lambda s, k, y: jaxbo.add_unrolled_response(s, 2))),
-  Entry("implicit_cg", response(lambda s, k, y: jaxbo.add_implicit_response(s, _cg(3)))),
   Entry(
     "implicit_cg_warm",
     response(
@@ -132,11 +131,6 @@ REGISTRY = [
     "implicit_fixed_point",
     response(lambda s, k, y: jaxbo.add_implicit_response(s, _fixed_point(3, 0.3))),
   ),
-  Entry(
-    "implicit_neumann",
-    response(lambda s, k, y: jaxbo.add_implicit_response(s, jaxbo.neumann(3, 0.3))),
-  ),
-  Entry("es", response(lambda s, k, y: jaxbo.add_es_response(s, 4, key=k))),
   Entry(
     "es_in_chunks",
     response(lambda s, k, y: jaxbo.add_es_response(s, 5, sample_batch_size=2, key=k)),
