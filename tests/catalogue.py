@@ -144,7 +144,7 @@ def value_function(make_tx: Callable[..., optax.GradientTransformation], scale: 
 VALUE = {"num_steps": 3, "inner_optimizer": optax.sgd(0.2, momentum=0.5)}
 DUAL = {"slack": 0.1, "dual_learning_rate": 0.5, **VALUE}
 BOX = {
-  f"project_{level}": lambda v: optax.projections.projection_box(v, -3.0, 3.0)
+  f"project_{level}": lambda tree: jax.tree.map(lambda leaf: jnp.clip(leaf, -3, 3), tree)
   for level in ("outer", "inner")
 }
 

@@ -1,6 +1,6 @@
 """V-PBGD and F2SA: a penalty on what exceeds the lower value."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import jax
@@ -278,15 +278,17 @@ def f2sa(
     >>> print(params.outer.round(1))
     1.0
   """
-  levels = {
+  levels: dict[Hashable, optax.GradientTransformation] = {
     "outer": optax.scale_by_learning_rate(outer_learning_rate),
     "inner": optax.scale_by_learning_rate(inner_learning_rate),
   }
   if alternate is not None:
     period = _check.positive_int("alternate", alternate) + 1
+    outer_moves = lambda step, **_: jnp.asarray(step) % period == period - 1
+    inner_moves = lambda step, **_: jnp.asarray(step) % period != period - 1
     levels = {
-      "outer": optax.conditionally_mask(levels["outer"], lambda t: t % period == period - 1),
-      "inner": optax.conditionally_mask(levels["inner"], lambda t: t % period != period - 1),
+      "outer": optax.conditionally_mask(levels["outer"], outer_moves),
+      "inner": optax.conditionally_mask(levels["inner"], inner_moves),
     }
   head = add_value_function_penalty(
     inner_loss,

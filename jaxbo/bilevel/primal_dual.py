@@ -35,7 +35,7 @@ class PrimalDualInfo(NamedTuple):
   dual: jax.Array
   dual_at_bound: jax.Array
   kkt_residual: jax.Array
-  gap: jax.Array | None
+  gap: Any
   finite: jax.Array
 
 

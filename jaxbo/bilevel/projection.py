@@ -32,7 +32,8 @@ def project(
 
   Args:
     outer: maps ``x`` to the nearest point of :math:`X`, say
-      ``lambda x: optax.projections.projection_box(x, 0.0, 1.0)``; ``None`` for no constraint.
+      ``lambda x: optax.projections.projection_box(x, 0.0, 1.0)`` for one array or
+      ``optax.projections.projection_simplex``; ``None`` for no constraint.
     inner: the same for ``y``.
 
   Returns:
@@ -74,7 +75,7 @@ def project(
 
   def update(updates, state, params=None, **extra_args):
     del extra_args
-    check_params("project", params)
+    params = check_params("project", params)
     if not isinstance(updates, Bilevel):
       raise TypeError(f"project: updates must be jaxbo.Bilevel, got {type(updates).__name__}")
     _check.same_structure("updates", updates, "params", params)

@@ -22,7 +22,7 @@ from jaxbo.bilevel.parameters import Bilevel, check_params, scalar_dtype
 from jaxbo.bilevel.projection import project_tree
 from jaxbo.bilevel.response import MISSING
 
-Start = tuple[optax.Params, optax.OptState]
+Start = tuple[Any, Any]  # The parameters and the state of their optimizer.
 
 
 class ConstraintTerm(NamedTuple):
@@ -62,9 +62,9 @@ class LowerValue(NamedTuple):
     loss: the inner loss, checked.
   """
 
-  init: Callable[[optax.Params], Start]
+  init: Callable[[Any], Start]
   solve: Callable[[optax.Params, Start, Any], tuple[Start, jax.Array]]
-  excess: Callable[[Bilevel, optax.Params, Any, ConstraintTerm | None], Excess]
+  excess: Callable[[Any, optax.Params, Any, ConstraintTerm | None], Excess]
   loss: Callable[[optax.Params, optax.Params, Any], jax.Array]
 
 
@@ -113,11 +113,11 @@ def lower_value(
 
   def solve(x, start, batch):
     info = InnerInfo(jnp.zeros(num_steps), jnp.bool_(True))
-    solution = solver.solve(x, InnerSolution(*start, start, info), batch)
+    solution = solver.solve(x, InnerSolution(start[0], start[1], start, info), batch)
     return (solution.params, solution.opt_state), solution.info.finite
 
-  def excess(params, y_hat, batch, term=None):
-    x, y = params
+  def excess(params, y_hat, batch, term):
+    x, y = params.outer, params.inner
     value, gradient = jax.value_and_grad(loss, argnums=(0, 1))(x, y, batch)
     lower, lower_gradient = jax.value_and_grad(loss)(x, y_hat, batch)
     if regularized:
@@ -135,7 +135,7 @@ def lower_value(
 def _project_all(project: Callable[[optax.Params], optax.Params]) -> optax.GradientTransformation:
   """Projects ``params + updates``, as the last link of the inner optimizer."""
 
-  def update(updates, state, params=None):
+  def update(updates, state, params: Any = None):
     target = project(optax.apply_updates(params, updates))
     return optax.tree.sub(target, params), state
 
