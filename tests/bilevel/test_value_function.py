@@ -4,6 +4,7 @@ import functools
 
 import chex
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -246,7 +247,7 @@ def count(jaxpr, name):
     times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
     assert eqn.primitive.name != "while"
     total += eqn.primitive.name == name
-    for sub in jax.core.jaxprs_in_params(eqn.params):
+    for sub in jax.extend.core.jaxprs_in_params(eqn.params):
       total += times * count(sub, name)
   return total
 
@@ -342,10 +343,8 @@ def test_the_steps_of_the_lower_value_may_have_a_batch_of_their_own(name):
   other, state = update(batch=3.0, value_batch=-1.0)
   chex.assert_trees_all_equal(shared, same)
   assert shared.outer != other.outer
-  if name != "bome":
-    expected = 1 - 2 * 0.8**3  # From 1 towards -1.
-    np.testing.assert_allclose(state[0], -1 + 2 * 0.8**3, rtol=0.05)
-    assert expected
+  if name in ("pdbo", "penalty"):
+    np.testing.assert_allclose(state[0], -1 + 2 * 0.8**3, rtol=1e-5)  # From 1 towards -1.
 
 
 def test_the_penalty_is_unbiased_given_the_lower_value_iterate(x64):
@@ -400,7 +399,7 @@ def test_a_bad_batch_leaves_the_state_and_passes_the_gradient(name, bad):
   loss = lambda x, y, batch: jnp.sum(batch * (y - jnp.tanh(x)) ** 2)
   tx = heads(loss, 3)[name]
   params = jaxbo.Bilevel(jnp.float32(0.5), jnp.ones(2))
-  grads = jaxbo.Bilevel(jnp.float32(-2.0), jnp.array([1.0, 3.0]))
+  grads = jaxbo.Bilevel(jnp.float32(2.0), jnp.array([-1.0, -3.0]))
   update = jax.jit(lambda s, b: tx.update(grads, s, params, batch=b))
   good, state = update(tx.init(params), jnp.float32(1.0))
   assert good.outer != grads.outer
@@ -503,10 +502,6 @@ def test_bad_inner_losses_are_refused(name, loss, error, message):
   params = jaxbo.Bilevel(jnp.ones(2), jnp.ones(2))
   with pytest.raises(error, match=message):
     tx.update(params, tx.init(params), params, batch=None)
-
-
-def call(make, **options):
-  return lambda: make(lambda x, y, batch: y, **{**options})
 
 
 PDBO = {"slack": 0.1, "dual_learning_rate": 0.1, "num_steps": 1, "inner_optimizer": optax.sgd(0.1)}
