@@ -87,3 +87,24 @@ def descend(tx, outer_loss, params, num_steps, batch=None):
 def start(x, y):
   """Parameters of both levels, in the default precision."""
   return jaxbo.Bilevel(outer=jnp.array(x, float), inner=jnp.array(y, float))
+
+
+def heads(loss, num_steps, **options):
+  """Every head on an inner loss."""
+  options = {"num_steps": num_steps, "inner_optimizer": optax.sgd(0.1), **options}
+  return {
+    "pdbo": jaxbo.add_primal_dual_penalty(loss, slack=0.1, dual_learning_rate=0.5, **options),
+    "pdbo_regularized": jaxbo.add_primal_dual_penalty(
+      loss,
+      slack=0.1,
+      dual_learning_rate=0.5,
+      value_regularizer=0.1,
+      extrapolation=1.0,
+      **options,
+    ),
+    "bome": jaxbo.add_dynamic_barrier(loss, barrier_rate=0.5, **options),
+    "penalty": jaxbo.add_value_function_penalty(loss, multiplier=2.0, **options),
+  }
+
+
+HEADS = list(heads(lambda x, y, batch: y, 1))
