@@ -180,8 +180,8 @@ def add_primal_dual_penalty(
     inner_loss, inner_optimizer, steps, regularizer=regularizer, project_inner=project_inner
   )
   lower = make(num_steps, value_regularizer)
-  if gap_steps != 0:  # Only here 0 is allowed.
-    gap_steps = _check.positive_int("gap_steps", gap_steps)
+  if gap_steps != 0:
+    gap_steps = _check.positive_int("gap_steps, unless 0,", gap_steps)
   converged = make(gap_steps, 0.0) if gap_steps else None
 
   def kkt_residual(params, lagrangian, constraint, dual):

@@ -144,6 +144,7 @@ def test_an_unconverged_lower_value_hides_the_violation_and_the_gap_shows_it(x64
     dual_learning_rate=0.1,
     num_steps=1,
     inner_optimizer=optax.sgd(0.01),
+    value_regularizer=0.3,  # Not in the gap.
     gap_steps=5000,
   )
   params = vp.start(1.0, (0.0, 0.0))
@@ -152,23 +153,41 @@ def test_an_unconverged_lower_value_hides_the_violation_and_the_gap_shows_it(x64
   np.testing.assert_allclose(state.info.gap, 0.5, atol=1e-8)
 
 
+def test_the_gap_goes_on_from_the_lower_value_iterate(x64):
+  """So a few steps are enough once that has converged, however far y is."""
+  tx = jaxbo.add_primal_dual_penalty(
+    vp.flat_inner,
+    slack=0.1,
+    dual_learning_rate=0.1,
+    num_steps=1,
+    inner_optimizer=optax.sgd(0.1),
+    gap_steps=1,
+  )
+  params = vp.start(1.0, (0.0, 0.0))
+  step = lambda state, _: (tx.update(params, state, params, batch=None)[1], None)
+  state, _ = jax.lax.scan(step, tx.init(params), length=200)
+  np.testing.assert_allclose(state.info.gap, 0.5, atol=1e-8)
+
+
 # Problems with several minima, saddles and boxes.
 
 
+@pytest.mark.parametrize("proximal", [False, True])
 @pytest.mark.parametrize("slack", [1e-2, 1e-3])
 @pytest.mark.parametrize("n", [1, 2])
-def test_sine_problem_relaxed_by_the_slack(n, slack, x64):
+def test_sine_problem_relaxed_by_the_slack(n, slack, proximal, x64):
   """T4: with n (1 - cos v) = slack the valley at theta is left by v towards the outer minimum."""
-  tx = jaxbo.pdbo(
-    0.01,
-    vp.sine_inner,
-    slack=slack,
-    dual_learning_rate=20.0,
-    dual_bound=40.0,
-    num_steps=2,
-    inner_optimizer=optax.sgd(0.5),
-  )
-  (params, state), _ = vp.descend(tx, vp.sine_outer, vp.start(2.0, [4.0] * n), 10000)
+  options = {
+    "slack": slack,
+    "dual_learning_rate": 20.0,
+    "dual_bound": 40.0,
+    "num_steps": 2,
+    "inner_optimizer": optax.sgd(0.5),
+  }
+  if proximal:
+    options |= {"outer_weight": 0.5, "constraint_weight": 0.5, "period": 20}
+  tx = (jaxbo.proximal_pdbo if proximal else jaxbo.pdbo)(0.01, vp.sine_inner, **options)
+  (params, state), _ = vp.descend(tx, vp.sine_outer, vp.start(2.0, [4.0] * n), 12000)
   theta = 1.5 * np.pi - np.arccos(1 - slack / n)
   x = (2 * (1 - n) + n * theta) / (1 + n)
   np.testing.assert_allclose(params.outer, x, atol=1e-8)
@@ -325,6 +344,28 @@ def test_proximal_terms_and_the_centre_that_moves(x64):
     np.testing.assert_allclose(info.constraint, constraint, rtol=1e-12)
     np.testing.assert_allclose(info.dual, dual, rtol=1e-12)
     np.testing.assert_allclose(state.info.centre_distance, np.sqrt(distance_sq), rtol=1e-12)
+
+
+def test_wrappers_compose_whatever_the_inner_optimizer_keeps(x64):
+  """The multiplier is found through the state of the proximal terms and beside Adam's."""
+  head = jaxbo.add_primal_dual_penalty(
+    vp.flat_inner,
+    slack=0.5,
+    dual_learning_rate=2.0,
+    num_steps=3,
+    inner_optimizer=optax.adam(0.1),
+  )
+  proximal = jaxbo.add_proximal_terms(head, outer_weight=1.0, constraint_weight=1.0, period=3)
+  tx = jaxbo.scale_by_lagrangian_smoothness(
+    proximal, outer_smoothness=3.0, constraint_smoothness=0.5
+  )
+  params = vp.start(3.0, (0.0, 0.0))
+  direction, state = proximal.update(params, proximal.init(params), params, batch=None)
+  result, _ = tx.update(params, tx.init(params), params, batch=None)
+  dual = optax.tree.get(state, "dual")
+  assert dual > 0
+  expected = jax.tree.map(lambda leaf: leaf / (3 + 0.5 * dual), direction)
+  chex.assert_trees_all_close(result, expected, rtol=1e-12)
 
 
 def test_head_without_a_multiplier_is_refused():

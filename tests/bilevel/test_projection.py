@@ -45,6 +45,11 @@ def test_low_precision_is_projected_in_float32():
   result, _ = jaxbo.project(box, box).update(updates, optax.EmptyState(), params)
   chex.assert_trees_all_equal_shapes_and_dtypes(result, params)
   assert optax.apply_updates(params, result) == (1, 1)
+  # The sum of these is 1 in bfloat16, inside of the box.
+  params = jaxbo.Bilevel(jnp.bfloat16(1.0), jnp.bfloat16(1.0))
+  updates = jaxbo.Bilevel(jnp.bfloat16(1e-3), jnp.bfloat16(1e-3))
+  result, _ = jaxbo.project(box).update(updates, optax.EmptyState(), params)
+  assert result == (0, updates.inner)
 
 
 def test_bad_input_is_refused(as_users_run):

@@ -59,8 +59,14 @@ def numpy_excess(x, y, y_hat, batch, regularizer=0.0):
   )
 
 
-def numpy_primal_dual(points, *, regularizer=0.0, extrapolation=lambda t: 0.0, project=False):
-  slack, rate, bound = 0.3, lambda t: 0.2 / (1 + t), 0.9
+def decaying(t):
+  return 0.2 / (1 + t)
+
+
+def numpy_primal_dual(
+  points, *, rate=decaying, regularizer=0.0, extrapolation=lambda t: 0.0, project=False
+):
+  slack, bound = 0.3, 0.9
   y_hat, trace, dual, previous = points[0][1], np.zeros(Q), 0.0, None
   for t, ((x, y), batch) in enumerate(zip(points, BATCHES, strict=True)):
     y_hat, trace = numpy_run(x, y_hat, trace, batch, regularizer, project)
@@ -114,15 +120,11 @@ def primal_dual(**options):
   return jaxbo.add_primal_dual_penalty(PROBLEM.inner_loss, **options)
 
 
-def decaying(t):
-  return 0.2 / (1 + t)
-
-
 ORACLES = {
   "pdbo": (primal_dual(dual_learning_rate=decaying), numpy_primal_dual),
   "pdbo_extrapolated": (
-    primal_dual(dual_learning_rate=decaying, extrapolation=1.0),
-    functools.partial(numpy_primal_dual, extrapolation=lambda t: 1.0),
+    primal_dual(dual_learning_rate=0.01, extrapolation=1.0),  # Inside the bounds all the time.
+    functools.partial(numpy_primal_dual, rate=lambda t: 0.01, extrapolation=lambda t: 1.0),
   ),
   "pdbo_full": (
     primal_dual(
@@ -325,7 +327,12 @@ def test_the_steps_of_the_lower_value_may_have_a_batch_of_their_own(name):
   chex.assert_trees_all_equal(shared, same)
   assert shared.outer != other.outer
   if name in ("pdbo", "penalty"):
-    np.testing.assert_allclose(state[0], -1 + 2 * 0.8**3, rtol=1e-5)  # From 1 towards -1.
+    y_hat = -1 + 2 * 0.8**3  # From 1 towards -1.
+    np.testing.assert_allclose(state[0], y_hat, rtol=1e-5)
+    # Both evaluations of the inner loss see batch=.
+    excess = 2 * (1 - 3) ** 2 - 2 * (y_hat - 3) ** 2
+    seen = state.info.constraint + 0.1 if name == "pdbo" else state.info.excess
+    np.testing.assert_allclose(seen, excess, rtol=1e-5)
 
 
 def test_the_penalty_is_unbiased_given_the_lower_value_iterate(x64):

@@ -155,7 +155,13 @@ PENALTY = {"multiplier": 0.1, "num_steps": 1, "inner_optimizer": optax.sgd(0.1)}
       ValueError,
       "extrapolation must be non-negative",
     ),
-    ("add_primal_dual_penalty", PDBO, {"gap_steps": -1}, ValueError, "gap_steps must be"),
+    (
+      "add_primal_dual_penalty",
+      PDBO,
+      {"gap_steps": -1},
+      ValueError,
+      "gap_steps, unless 0, must be at least 1, got -1",
+    ),
     ("add_primal_dual_penalty", PDBO, {"num_steps": 0}, ValueError, "num_steps must be at least 1"),
     (
       "add_primal_dual_penalty",
