@@ -23,8 +23,9 @@ def test_projected_descent_ends_at_the_nearest_point_of_box_and_simplex(x64):
   )
   params = jaxbo.Bilevel(jnp.zeros(3), jnp.ones(3) / 3)
   state = tx.init(params)
+  update = jax.jit(lambda s, p: tx.update(jax.grad(loss)(p), s, p))
   for _ in range(100):
-    updates, state = tx.update(jax.grad(loss)(params), state, params)
+    updates, state = update(state, params)
     params = optax.apply_updates(params, updates)
     assert jnp.all((params.outer >= 0) & (params.outer <= 1))
     np.testing.assert_allclose(jnp.sum(params.inner), 1, rtol=1e-12)
