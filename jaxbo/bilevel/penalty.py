@@ -256,8 +256,8 @@ def f2sa(
     project_inner: the projection on :math:`Y`, for ``y`` as for the lower value; or ``None``.
 
   Returns:
-    ``optax.chain(add_value_function_penalty(...), optax.partition({"outer": ..., "inner": ...},
-    Bilevel("outer", "inner")), project(project_outer, project_inner))``, where the parts are
+    ``optax.chain(add_value_function_penalty(...), optax.partition(levels, Bilevel("outer",
+    "inner")), project(project_outer, project_inner))``, where ``levels`` are two
     ``optax.scale_by_learning_rate``, under ``optax.conditionally_mask`` with ``alternate``.
 
   Raises:
