@@ -21,14 +21,25 @@ gives the hypergradient; behind it stands any optax chain.
 :func:`conjugate_gradient`, :func:`neumann` and :func:`fixed_point`, :func:`add_es_response` (ESJ),
 :func:`drop_response` (first order).
 
+**Value functions**, for inner problems with many minima, on :class:`Bilevel` parameters:
+:func:`add_primal_dual_penalty` (PDBO), :func:`add_dynamic_barrier` (BOME),
+:func:`add_value_function_penalty` (V-PBGD, F2SA); around them :func:`add_proximal_terms` and
+:func:`scale_by_lagrangian_smoothness`, behind them :func:`project`.
+
 **Tasks**: :func:`jaxbo.tasks.sample_episode`.
 
 **Whole methods**: :func:`esj`, :func:`itd`, :func:`aid`, :func:`stocbio`, and the loop
-:func:`bilevel`.
+:func:`bilevel`; :func:`pdbo`, :func:`proximal_pdbo`, :func:`bome`, :func:`v_pbgd`, :func:`f2sa`.
 """
 
 from jaxbo import tasks as tasks
 from jaxbo.bilevel.driver import BilevelInfo, BilevelState, bilevel
+from jaxbo.bilevel.dynamic_barrier import (
+  DynamicBarrierInfo,
+  DynamicBarrierState,
+  add_dynamic_barrier,
+  bome,
+)
 from jaxbo.bilevel.es import EsInfo, EsResponseState, add_es_response, esj
 from jaxbo.bilevel.implicit import (
   ImplicitInfo,
@@ -38,6 +49,7 @@ from jaxbo.bilevel.implicit import (
   stocbio,
 )
 from jaxbo.bilevel.inner import InnerInfo, InnerSolution, InnerSolver, Through, inner_solver
+from jaxbo.bilevel.lagrangian import scale_by_lagrangian_smoothness
 from jaxbo.bilevel.linear_solvers import (
   LinearInfo,
   LinearSolver,
@@ -46,6 +58,27 @@ from jaxbo.bilevel.linear_solvers import (
   neumann,
 )
 from jaxbo.bilevel.over_tasks import over_tasks
+from jaxbo.bilevel.parameters import Bilevel
+from jaxbo.bilevel.penalty import (
+  ValuePenaltyInfo,
+  ValuePenaltyState,
+  add_value_function_penalty,
+  f2sa,
+  v_pbgd,
+)
+from jaxbo.bilevel.primal_dual import (
+  PrimalDualInfo,
+  PrimalDualState,
+  add_primal_dual_penalty,
+  pdbo,
+)
+from jaxbo.bilevel.projection import project
+from jaxbo.bilevel.proximal import (
+  ProximalInfo,
+  ProximalState,
+  add_proximal_terms,
+  proximal_pdbo,
+)
 from jaxbo.bilevel.response import DropInfo, DropResponseState, drop_response
 from jaxbo.bilevel.unrolled import (
   UnrolledInfo,
@@ -55,10 +88,13 @@ from jaxbo.bilevel.unrolled import (
 )
 
 __all__ = [
+  "Bilevel",
   "BilevelInfo",
   "BilevelState",
   "DropInfo",
   "DropResponseState",
+  "DynamicBarrierInfo",
+  "DynamicBarrierState",
   "EsInfo",
   "EsResponseState",
   "ImplicitInfo",
@@ -68,23 +104,40 @@ __all__ = [
   "InnerSolver",
   "LinearInfo",
   "LinearSolver",
+  "PrimalDualInfo",
+  "PrimalDualState",
+  "ProximalInfo",
+  "ProximalState",
   "Through",
   "UnrolledInfo",
   "UnrolledResponseState",
+  "ValuePenaltyInfo",
+  "ValuePenaltyState",
+  "add_dynamic_barrier",
   "add_es_response",
   "add_implicit_response",
+  "add_primal_dual_penalty",
+  "add_proximal_terms",
   "add_unrolled_response",
+  "add_value_function_penalty",
   "aid",
   "bilevel",
+  "bome",
   "conjugate_gradient",
   "drop_response",
   "esj",
+  "f2sa",
   "fixed_point",
   "inner_solver",
   "itd",
   "neumann",
   "over_tasks",
+  "pdbo",
+  "project",
+  "proximal_pdbo",
+  "scale_by_lagrangian_smoothness",
   "stocbio",
+  "v_pbgd",
 ]
 
 __version__ = "0.1.0"

@@ -115,6 +115,45 @@ def response(
   return make
 
 
+def value_function(make_tx: Callable[..., optax.GradientTransformation], scale: float = -0.1):
+  """The harness of a value-function method: gradients of the outer loss in ``Bilevel`` go in."""
+
+  def make(seed, inner):
+    del seed
+    tx = optax.with_extra_args_support(make_tx())
+
+    def init(x):
+      y = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), inner)
+      return x, y, tx.init(jaxbo.Bilevel(x, y))
+
+    def step(carry, t, **extra):
+      x, y, state = carry
+      params = jaxbo.Bilevel(x, y)
+      dtype = jax.tree.leaves(y)[0].dtype
+      train, val = jnp.cos(t).astype(dtype), jnp.sin(t).astype(dtype)
+      grads = jax.grad(lambda p: outer_loss(p.outer, p.inner, val))(params)
+      updates, state = tx.update(grads, state, params, batch=train, **extra)
+      updates = jax.tree.map(lambda u: jnp.asarray(scale, u.dtype) * u, updates)
+      return *optax.apply_updates(params, updates), state
+
+    return Harness(tx, init, step)
+
+  return make
+
+
+VALUE = {"num_steps": 3, "inner_optimizer": optax.sgd(0.2, momentum=0.5)}
+DUAL = {"slack": 0.1, "dual_learning_rate": 0.5, **VALUE}
+BOX = {
+  f"project_{level}": lambda tree: jax.tree.map(lambda leaf: jnp.clip(leaf, -3, 3), tree)
+  for level in ("outer", "inner")
+}
+
+
+def primal_dual(**options):
+  """PDBO's head."""
+  return jaxbo.add_primal_dual_penalty(inner_loss, **{**DUAL, **options})
+
+
 _cg, _fixed_point = jaxbo.conjugate_gradient, jaxbo.fixed_point
 
 # The aliases at the end stand for their heads without options.
@@ -165,4 +204,82 @@ REGISTRY = [
   Entry("aid", response(lambda s, k, y: jaxbo.aid(0.1, s))),
   Entry("stocbio", response(lambda s, k, y: jaxbo.stocbio(0.1, s, 3, 0.3))),
   Entry("esj", response(lambda s, k, y: jaxbo.esj(0.1, s, 4, key=k))),
+  Entry("primal_dual", value_function(primal_dual)),
+  Entry(
+    "primal_dual_full",
+    value_function(
+      lambda: primal_dual(
+        value_regularizer=0.1,
+        extrapolation=optax.linear_schedule(1.0, 0.0, 3),
+        gap_steps=2,
+        **BOX,
+      )
+    ),
+  ),
+  Entry(
+    "dynamic_barrier",
+    value_function(lambda: jaxbo.add_dynamic_barrier(inner_loss, barrier_rate=0.5, **VALUE)),
+  ),
+  Entry(
+    "dynamic_barrier_value",
+    value_function(
+      lambda: jaxbo.add_dynamic_barrier(inner_loss, barrier_rate=0.5, phi="value", **VALUE)
+    ),
+  ),
+  Entry(
+    "value_function_penalty",
+    value_function(
+      lambda: jaxbo.add_value_function_penalty(
+        inner_loss, multiplier=optax.linear_schedule(1.0, 3.0, 4), normalize=True, **VALUE
+      )
+    ),
+  ),
+  Entry(
+    "proximal",
+    value_function(
+      lambda: jaxbo.add_proximal_terms(
+        primal_dual(), outer_weight=0.1, constraint_weight=0.1, period=2
+      )
+    ),
+  ),
+  Entry(
+    "lagrangian_smoothness",
+    value_function(
+      lambda: jaxbo.scale_by_lagrangian_smoothness(
+        primal_dual(), outer_smoothness=1.0, constraint_smoothness=1.0
+      )
+    ),
+  ),
+  Entry(
+    "project",
+    value_function(
+      lambda: optax.chain(primal_dual(), optax.sgd(0.1), jaxbo.project(*BOX.values())), scale=1.0
+    ),
+  ),
+  Entry("pdbo", value_function(lambda: jaxbo.pdbo(0.1, inner_loss, **DUAL, **BOX), 1.0)),
+  Entry(
+    "proximal_pdbo",
+    value_function(
+      lambda: jaxbo.proximal_pdbo(
+        0.1, inner_loss, outer_weight=0.1, constraint_weight=0.1, period=2, **DUAL
+      ),
+      1.0,
+    ),
+  ),
+  Entry("bome", value_function(lambda: jaxbo.bome(0.1, inner_loss, **VALUE, **BOX), 1.0)),
+  Entry(
+    "v_pbgd",
+    value_function(
+      lambda: jaxbo.v_pbgd(jaxbo.Bilevel(0.1, 0.05), inner_loss, multiplier=3.0, **VALUE), 1.0
+    ),
+  ),
+  Entry(
+    "f2sa",
+    value_function(
+      lambda: jaxbo.f2sa(
+        0.1, 0.1, inner_loss, multiplier=optax.linear_schedule(1.0, 3.0, 4), **VALUE
+      ),
+      1.0,
+    ),
+  ),
 ]

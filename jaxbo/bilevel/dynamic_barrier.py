@@ -1,0 +1,211 @@
+"""BOME: descent on the outer loss under a dynamic barrier for the inner one."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxbo import _check, _tree
+from jaxbo.bilevel.parameters import Bilevel, check_params, scalar_dtype
+from jaxbo.bilevel.projection import Projection, descend
+from jaxbo.bilevel.response import MISSING
+from jaxbo.bilevel.value_function import add_penalty, check_update, lower_value, scaled
+
+
+class DynamicBarrierInfo(NamedTuple):
+  r"""Diagnostics of :func:`add_dynamic_barrier`; scalars of float32 at least.
+
+  Attributes:
+    excess: :math:`q = g(x, y) - g(x, \hat y)` before the update.
+    excess_gradient_norm: :math:`\|\nabla q\|`.
+    dual: the multiplier :math:`\lambda` of this update.
+    finite: whether the multiplier and all numbers from the inner loss were. If not, the update was
+      the incoming gradient and the fields above are those of the last good update.
+  """
+
+  excess: jax.Array
+  excess_gradient_norm: jax.Array
+  dual: jax.Array
+  finite: jax.Array
+
+
+class DynamicBarrierState(NamedTuple):
+  """State of :func:`add_dynamic_barrier`: nothing but diagnostics.
+
+  Attributes:
+    info: the :class:`DynamicBarrierInfo` of the last update.
+  """
+
+  info: DynamicBarrierInfo
+
+
+def add_dynamic_barrier(
+  inner_loss: Callable[..., Any],
+  *,
+  barrier_rate: float | jax.Array,
+  num_steps: int,
+  inner_optimizer: optax.GradientTransformation,
+  phi: str = "gradient",
+  eps: float | jax.Array = 1e-8,
+  project_inner: Projection | None = None,
+) -> optax.GradientTransformationExtraArgs:
+  r"""Adds just as much of the inner problem's gradient as makes its excess fall (BOME).
+
+  .. math::
+    q(x, y) &= g(x, y) - g(x, \hat y), \qquad
+    \nabla q = \big(\nabla_x g(x, y) - \nabla_x g(x, \hat y),\ \nabla_y g(x, y)\big) \\
+    d &= \nabla f + \lambda \nabla q, \qquad
+    \lambda = \max\Big(0, \frac{\phi - \langle \nabla f, \nabla q \rangle}
+      {\|\nabla q\|^2 + \epsilon}\Big), \qquad
+    \phi = \eta \|\nabla q\|^2 \text{ or } \eta q
+
+  :math:`d` is the direction closest to :math:`\nabla f` along which :math:`q` falls at least at the
+  rate :math:`\phi`: :math:`\langle \nabla q, d \rangle \ge \phi`, but for :math:`\epsilon`.
+  :math:`\hat y` begins at the current :math:`y`
+  in every update, with a fresh optimizer, and is not differentiated through. Nothing is kept, so
+  there is no multiplier to tune; it grows without bound as :math:`q` goes to zero. Of many
+  inner minima, :math:`q` is measured against the one whose basin holds :math:`y`.
+
+  Stochastic use: the batch of :math:`f` is the caller's, ``batch=`` is for :math:`g`. The
+  multiplier is a ratio of inner products of both, so the update is biased by the noise of either
+  batch, also where :math:`\hat y` is exact.
+
+  Cost: ``num_steps + 2`` gradients of the inner loss, so ``num_steps + 3`` with the caller's
+  gradient of :math:`f`, and no second-order product. Memory: one run of :math:`\hat y`; no state.
+
+  Args:
+    inner_loss: the inner loss :math:`g`, ``inner_loss(x, y, batch) -> scalar``.
+    barrier_rate: :math:`\eta > 0`; the published experiments use 0.1 to 0.9.
+    num_steps: the number :math:`N \ge 1` of steps for :math:`\hat y`.
+    inner_optimizer: any optax optimizer for :math:`\hat y`.
+    phi: ``"gradient"``, :math:`\phi = \eta \|\nabla q\|^2` (the toys of the published code), or
+      ``"value"``, :math:`\phi = \eta q` (its hyperparameter experiments).
+    eps: :math:`\epsilon > 0`.
+    project_inner: the projection on :math:`Y`, applied after each step for :math:`\hat y`;
+      :math:`y` itself is projected by :func:`jaxbo.project` behind.
+
+  Returns:
+    A transformation of :class:`jaxbo.Bilevel` gradients of :math:`f` at :math:`(x, y)`; it stands
+    first in the chain. ``update`` must be given ``params`` (:class:`jaxbo.Bilevel`) and
+    ``batch=``; ``value_batch=`` and ``constraint_term=`` are as in
+    :func:`add_primal_dual_penalty`. Numbers that are not finite leave the incoming gradient as it
+    is; ``info.finite`` says so. Parameters narrower than float32 are run in float32.
+
+  Raises:
+    ValueError: if ``barrier_rate`` or ``eps`` is not positive, ``num_steps < 1``, or ``phi`` is
+      unknown; if the inner loss is no scalar.
+    TypeError: if ``inner_loss`` does not take ``(x, y, batch)``; if parameters or gradients are
+      not :class:`jaxbo.Bilevel`; if ``batch=`` is missing.
+
+  Example:
+    >>> import jax.numpy as jnp, jaxbo, optax
+    >>> inner_loss = lambda x, y, batch: 0.5 * (y - x) ** 2
+    >>> tx = jaxbo.add_dynamic_barrier(inner_loss, barrier_rate=0.5, num_steps=1,
+    ...                                inner_optimizer=optax.sgd(1.0))
+    >>> params = jaxbo.Bilevel(outer=jnp.float32(0.0), inner=jnp.float32(2.0))
+    >>> grads = jaxbo.Bilevel(outer=jnp.float32(1.0), inner=jnp.float32(0.0))
+    >>> direction, state = tx.update(grads, tx.init(params), params, batch=None)
+    >>> float(state.info.excess), float(state.info.dual)     # grad q = (-2, 2): (4 + 2) / 8
+    (2.0, 0.75)
+    >>> [float(d) for d in direction]
+    [-0.5, 1.5]
+
+  References:
+    Liu et al., `BOME! Bilevel Optimization Made Easy: A Simple First-Order Approach
+    <https://arxiv.org/abs/2209.08709>`_, 2022.
+  """
+  _check.positive("barrier_rate", barrier_rate)
+  _check.positive("eps", eps)
+  _check.one_of("phi", phi, ("gradient", "value"))
+  lower = lower_value(inner_loss, inner_optimizer, num_steps, project_inner=project_inner)
+
+  def init(params):
+    check_params("add_dynamic_barrier", params)
+    zero = lambda: jnp.zeros((), scalar_dtype(params))
+    return DynamicBarrierState(DynamicBarrierInfo(zero(), zero(), zero(), jnp.bool_(True)))
+
+  def update(
+    updates,
+    state,
+    params=None,
+    *,
+    batch: Any = MISSING,
+    value_batch: Any = MISSING,
+    constraint_term: Any = None,
+    **extra_args,
+  ):
+    del extra_args
+    grads = check_update("add_dynamic_barrier", updates, params, batch)
+    params = _tree.at_least_float32(params)
+    dtype = state.info.dual.dtype
+    value_batch = batch if value_batch is MISSING else value_batch
+    value, solved = lower.solve(params.outer, lower.init(params.inner), value_batch)
+    excess = lower.excess(params, value[0], batch, constraint_term)
+
+    norm_sq = _tree.vdot(excess.gradient, excess.gradient).astype(dtype)
+    rate = jnp.asarray(barrier_rate, dtype)
+    barrier = rate * (norm_sq if phi == "gradient" else excess.value)
+    slope = _tree.vdot(grads, excess.gradient).astype(dtype)
+    dual = jnp.maximum((barrier - slope) / (norm_sq + jnp.asarray(eps, dtype)), 0)
+
+    penalty = scaled(dual, excess.gradient)
+    finite = solved & _tree.all_finite((excess.value, norm_sq, dual, penalty))
+    info = DynamicBarrierInfo(excess.value, jnp.sqrt(norm_sq), dual, finite)
+    info = _tree.where(finite, info, state.info._replace(finite=finite))
+    return add_penalty(grads, penalty, finite), DynamicBarrierState(info)
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def bome(
+  learning_rate: optax.ScalarOrSchedule | Bilevel,
+  inner_loss: Callable[..., Any],
+  *,
+  barrier_rate: float | jax.Array = 0.5,
+  num_steps: int = 10,
+  inner_optimizer: optax.GradientTransformation,
+  project_outer: Projection | None = None,
+  project_inner: Projection | None = None,
+  **options: Any,
+) -> optax.GradientTransformationExtraArgs:
+  r"""BOME: gradient descent along :func:`add_dynamic_barrier`, with projections.
+
+  Args:
+    learning_rate: a float or a schedule for both levels, or :class:`jaxbo.Bilevel` of two.
+    inner_loss: as in :func:`add_dynamic_barrier`.
+    barrier_rate: as there; the default is that of the published toys.
+    num_steps: as there; the default is that of the published toys.
+    inner_optimizer: as there.
+    project_outer: the projection on :math:`X`, or ``None``.
+    project_inner: the projection on :math:`Y`, for ``y`` as for the lower value; or ``None``.
+    **options: all other arguments of :func:`add_dynamic_barrier`.
+
+  Returns:
+    ``optax.chain(add_dynamic_barrier(...), optax.scale_by_learning_rate(learning_rate),
+    project(project_outer, project_inner))``.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, jaxbo, optax
+    >>> inner_loss = lambda x, y, batch: (y - x) ** 2
+    >>> tx = jaxbo.bome(0.01, inner_loss, num_steps=1, inner_optimizer=optax.sgd(0.5))
+    >>> params = jaxbo.Bilevel(outer=jnp.float32(0.0), inner=jnp.float32(0.5))
+    >>> outer_loss = lambda p: p.outer * p.inner - 2 * p.outer + 1            # minimal at x = 1
+    >>> def step(carry, _):
+    ...   params, state = carry
+    ...   updates, state = tx.update(jax.grad(outer_loss)(params), state, params, batch=None)
+    ...   return (optax.apply_updates(params, updates), state), None
+    >>> (params, _), _ = jax.lax.scan(step, (params, tx.init(params)), length=2000)
+    >>> print(params.outer.round(1))
+    1.0
+  """
+  head = add_dynamic_barrier(
+    inner_loss,
+    barrier_rate=barrier_rate,
+    num_steps=num_steps,
+    inner_optimizer=inner_optimizer,
+    project_inner=project_inner,
+    **options,
+  )
+  return optax.chain(head, *descend(learning_rate, project_outer, project_inner))

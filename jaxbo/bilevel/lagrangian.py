@@ -1,0 +1,83 @@
+"""The rule for the primal step of a Lagrangian."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxbo import _check
+from jaxbo.bilevel.value_function import scaled
+
+
+def scale_by_lagrangian_smoothness(
+  head: optax.GradientTransformation,
+  *,
+  outer_smoothness: float | jax.Array,
+  constraint_smoothness: float | jax.Array,
+) -> optax.GradientTransformationExtraArgs:
+  r"""Divides what a head gives by the smoothness of its Lagrangian, so that steps stay stable.
+
+  .. math:: u = \frac{\nabla L}{L_f + \lambda L_h}
+
+  Behind it, a learning rate of at most 1 is stable whatever the multiplier is. Proof: with
+  gradients of Lipschitz constants :math:`L_f` and :math:`L_h`,
+  :math:`L = f + \lambda h` has one of at most :math:`M = L_f + \lambda L_h`, so a step of
+  :math:`\eta / M` gives
+
+  .. math::
+    L(z - \tfrac \eta M \nabla L) \le L(z) - \tfrac \eta M (1 - \tfrac \eta 2) \|\nabla L\|^2
+    \le L(z) - \tfrac{\eta}{2M} \|\nabla L\|^2 \quad \text{for } \eta \le 1.
+
+  It is wrapped around the head, not chained behind it, since a link of ``optax.chain`` does not
+  see the state of another one, and the multiplier must be that of *this* update: it may jump by
+  :math:`\tau h`. State and diagnostics are those of the head. A tail that is invariant to scale,
+  such as Adam, undoes it.
+
+  Cost and memory: none.
+
+  Args:
+    head: :func:`add_primal_dual_penalty`, :func:`add_value_function_penalty`,
+      :func:`add_dynamic_barrier`, or :func:`add_proximal_terms` around one of them.
+    outer_smoothness: :math:`L_f > 0`, of the gradient of :math:`f` in :math:`(x, y)` jointly; with
+      proximal terms plus :math:`2 \rho_f`.
+    constraint_smoothness: :math:`L_h > 0`, of the gradient of :math:`g(x, y) - \tilde g^*(x)`; at
+      most :math:`2 L_g + L_g^2 / \mu` where :math:`g(x, \cdot)` with its regularizer has the
+      curvature :math:`\mu`; with proximal terms plus :math:`2 \rho_h`.
+
+  Returns:
+    A transformation like ``head``, which stands first in the chain in its place.
+
+  Raises:
+    ValueError: if a constant is not positive, or the state of ``head`` has no ``dual``.
+    TypeError: if ``head`` is no transformation.
+
+  Example:
+    >>> import jax.numpy as jnp, jaxbo, optax
+    >>> head = jaxbo.add_value_function_penalty(lambda x, y, batch: 0.5 * (y - x) ** 2,
+    ...                                         multiplier=10.0, num_steps=1,
+    ...                                         inner_optimizer=optax.sgd(1.0))
+    >>> tx = optax.chain(jaxbo.scale_by_lagrangian_smoothness(head, outer_smoothness=5.0,
+    ...                                                       constraint_smoothness=2.0),
+    ...                  optax.sgd(1.0))
+    >>> params = jaxbo.Bilevel(outer=jnp.float32(0.0), inner=jnp.float32(2.0))
+    >>> grads = jaxbo.Bilevel(outer=jnp.float32(0.0), inner=jnp.float32(0.0))
+    >>> updates, _ = tx.update(grads, tx.init(params), params, batch=None)
+    >>> print(updates.inner.round(3))                          # -10 * 2 / (5 + 10 * 2)
+    -0.8
+  """
+  _check.transformation("head", head)
+  _check.positive("outer_smoothness", outer_smoothness)
+  _check.positive("constraint_smoothness", constraint_smoothness)
+  head = optax.with_extra_args_support(head)
+
+  def update(updates, state, params=None, **extra_args):
+    direction, state = head.update(updates, state, params, **extra_args)
+    dual = optax.tree.get(state, "dual")
+    if dual is None:
+      raise ValueError(
+        "head must report its multiplier as dual, as jaxbo.add_primal_dual_penalty does, got the "
+        f"state {type(state).__name__}"
+      )
+    smoothness = jnp.asarray(outer_smoothness, dual.dtype) + dual * constraint_smoothness
+    return scaled(1 / smoothness, direction), state
+
+  return optax.GradientTransformationExtraArgs(head.init, update)

@@ -1,0 +1,308 @@
+"""PDBO: a primal-dual method on the value-function form of a bilevel problem."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxbo import _check, _tree
+from jaxbo.bilevel.parameters import Bilevel, check_params, scalar_dtype
+from jaxbo.bilevel.projection import Projection, descend, project_tree
+from jaxbo.bilevel.response import MISSING
+from jaxbo.bilevel.value_function import add_penalty, check_update, lower_value, scaled, value_at
+
+
+class PrimalDualInfo(NamedTuple):
+  r"""Diagnostics of :func:`add_primal_dual_penalty`; scalars of float32 at least.
+
+  Attributes:
+    constraint: :math:`h = g(x, y) - \tilde g(x, \hat y) - \delta` before the update. An
+      unconverged :math:`\hat y` makes it too small: see ``gap``.
+    dual: the multiplier :math:`\lambda` of this update.
+    dual_at_bound: whether it sits at ``dual_bound``: the bound or the slack is too small, or the
+      primal steps are too large, and the constraint may stay violated.
+    kkt_residual: :math:`\|z - P(z - \nabla_z L)\| + \max(h, 0) + |\lambda h|` with
+      :math:`z = (x, y)`: zero at a KKT point.
+    gap: :math:`g(x, y)` minus the inner loss after ``gap_steps`` further steps without the
+      regularizer; ``None`` without ``gap_steps``.
+    finite: whether all numbers from the inner loss were. If not, the update was the incoming
+      gradient, the state was left alone, and the fields above are those of the last good update.
+  """
+
+  constraint: jax.Array
+  dual: jax.Array
+  dual_at_bound: jax.Array
+  kkt_residual: jax.Array
+  gap: Any
+  finite: jax.Array
+
+
+class PrimalDualState(NamedTuple):
+  r"""State of :func:`add_primal_dual_penalty`.
+
+  Attributes:
+    value_params: the lower-value iterate :math:`\hat y`, float32 at least.
+    value_opt_state: the state of its optimizer.
+    dual_variable: the multiplier :math:`\lambda`, a scalar.
+    previous_constraint: the constraint of the last update, a scalar.
+    primal_dual_count: the number of updates that were not skipped, int32.
+    info: the :class:`PrimalDualInfo` of the last update.
+  """
+
+  value_params: optax.Params
+  value_opt_state: optax.OptState
+  dual_variable: jax.Array
+  previous_constraint: jax.Array
+  primal_dual_count: jax.Array
+  info: PrimalDualInfo
+
+
+def add_primal_dual_penalty(
+  inner_loss: Callable[..., Any],
+  *,
+  slack: float | jax.Array,
+  dual_learning_rate: optax.ScalarOrSchedule,
+  num_steps: int,
+  inner_optimizer: optax.GradientTransformation,
+  value_regularizer: float | jax.Array = 0.0,
+  dual_bound: float | jax.Array = 100.0,
+  extrapolation: optax.ScalarOrSchedule = 0.0,
+  project_inner: Projection | None = None,
+  project_outer: Projection | None = None,
+  gap_steps: int = 0,
+) -> optax.GradientTransformationExtraArgs:
+  r"""Adds the multiplier times the gradient of the constraint "y is nearly minimal" (PDBO).
+
+  .. math::
+    h(x, y) &= g(x, y) - \tilde g^*(x) - \delta \le 0, \qquad
+    \tilde g^*(x) = \min_{y \in Y} g(x, y) + \tfrac a2 \|y\|^2 \\
+    \lambda_{t+1} &= \mathrm{clip}\big(\lambda_t
+      + \tau_t [(1 + \theta_t) h_t - \theta_t h_{t-1}],\ 0,\ B\big) \\
+    L_x &= \nabla_x f + \lambda_{t+1} \big(\nabla_x g(x, y) - \nabla_x g(x, \hat y)\big), \qquad
+    L_y = \nabla_y f + \lambda_{t+1} \nabla_y g(x, y)
+
+  The inner problem may have many minima: among them the method looks for the one that is best for
+  :math:`f` (the optimistic choice). :math:`\hat y` minimises the lower value by ``num_steps``
+  warm-started steps before each update and is never differentiated through (Danskin). The
+  regularizer stands in the lower value only; in :math:`g(x, y)` too it would exclude minima of
+  large norm. It makes :math:`\tilde g^*` smooth and adds
+  :math:`\frac a2 \|y\|^2` at the minimum to the slack. Without slack no finite multiplier exists.
+
+  The primal step must shrink as the multiplier grows, :math:`\eta \le 1 / (L_f + \lambda L_h)`:
+  use a step for ``dual_bound``, or :func:`scale_by_lagrangian_smoothness`. Where :math:`f` or
+  :math:`h` is not convex, see :func:`add_proximal_terms`.
+
+  Stochastic use: the batch of :math:`f` is the caller's, ``batch=`` is for :math:`g`. Both
+  evaluations of :math:`g` share it, so their noise cancels where :math:`y` is near
+  :math:`\hat y`. Given :math:`\hat y` and a multiplier that do not depend on the batch, the update
+  is unbiased. What is not: the multiplier saw the batch, a bias of
+  :math:`\tau\, \mathrm{Cov}(h, \nabla h)`; the clip; and :math:`\hat y`, which was fitted to the
+  batch, so that the constraint reads too large, unless its steps get a batch of their own,
+  ``value_batch=``. An unconverged :math:`\hat y` biases all of it, with or without noise.
+
+  Cost: ``num_steps + 2`` gradients of the inner loss, so ``num_steps + 3`` with the caller's
+  gradient of :math:`f`, and no second-order product; with ``gap_steps``, that many more and one
+  value. Memory: :math:`\hat y` and the state of its optimizer, whatever ``num_steps`` is.
+
+  Args:
+    inner_loss: the inner loss :math:`g`, ``inner_loss(x, y, batch) -> scalar``, without the
+      regularizer.
+    slack: :math:`\delta > 0`. Points whose inner loss is within it of the lower value are
+      feasible; for an inner loss of curvature :math:`\mu` that is a distance of
+      :math:`\sqrt{2 \delta / \mu}`. Multipliers grow like :math:`1 / \sqrt{\delta}`.
+    dual_learning_rate: :math:`\tau_t > 0`, a float or a schedule.
+    num_steps: the number :math:`N \ge 1` of steps for :math:`\hat y`.
+    inner_optimizer: any optax optimizer for :math:`\hat y`, say
+      :math:`\mathrm{sgd}(1 / (L_g + a))`.
+    value_regularizer: :math:`a \ge 0`.
+    dual_bound: :math:`B > 0`; the default is our choice.
+    extrapolation: :math:`\theta_t \ge 0`, a float or a schedule; 0 is plain dual ascent, 1 damps
+      the oscillation of multiplier and constraint. In the first update :math:`h_{t-1}` is
+      :math:`h_t` (our choice).
+    project_inner: the projection on :math:`Y`, applied after each step for :math:`\hat y` and in
+      the KKT residual; :math:`y` itself is projected by :func:`jaxbo.project` behind.
+    project_outer: the projection on :math:`X`, for the KKT residual alone.
+    gap_steps: how many further steps, which are forgotten, measure the gap of ``info``.
+
+  Returns:
+    A transformation of :class:`jaxbo.Bilevel` gradients of :math:`f` at :math:`(x, y)`; it stands
+    first in the chain. ``update`` must be given ``params`` (:class:`jaxbo.Bilevel`) and
+    ``batch=``; it takes ``value_batch=``, and ``constraint_term=``, a pair of a scalar and its
+    gradient that is added to the constraint. Numbers that are not finite (a bad batch) leave
+    :math:`\hat y` and the multiplier where they were and the incoming gradient as it is;
+    ``info.finite`` says so. Parameters narrower than float32 are run in float32, since the
+    constraint is a small difference of losses.
+
+  Raises:
+    ValueError: if ``slack``, ``dual_bound`` or ``dual_learning_rate`` is not positive,
+      ``value_regularizer`` or ``extrapolation`` is negative, ``num_steps < 1`` or
+      ``gap_steps < 0``; if the inner loss is no scalar.
+    TypeError: if ``inner_loss`` does not take ``(x, y, batch)``; if parameters or gradients are
+      not :class:`jaxbo.Bilevel`; if ``batch=`` is missing.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, jaxbo, optax
+    >>> inner_loss = lambda x, y, batch: 0.5 * y[0] ** 2 - x * y[0]           # y[1] is free
+    >>> outer_loss = lambda p: 0.5 * (p.outer - p.inner[1]) ** 2 + 0.5 * (p.inner[0] - 1) ** 2
+    >>> tx = optax.chain(
+    ...   jaxbo.add_primal_dual_penalty(inner_loss, slack=1e-3, dual_learning_rate=0.1,
+    ...                                 num_steps=1, inner_optimizer=optax.sgd(1.0)),
+    ...   optax.sgd(0.1))
+    >>> params = jaxbo.Bilevel(outer=jnp.float32(3.0), inner=jnp.zeros(2))
+    >>> def step(carry, _):
+    ...   params, state = carry
+    ...   updates, state = tx.update(jax.grad(outer_loss)(params), state, params, batch=None)
+    ...   return (optax.apply_updates(params, updates), state), None
+    >>> (params, state), _ = jax.lax.scan(step, (params, tx.init(params)), length=600)
+    >>> print(params.outer.round(2), params.inner.round(2))                   # x = 1, y = (1, 1)
+    1.0 [1. 1.]
+    >>> bool(optax.tree.get(state, "PrimalDualInfo").dual_at_bound)
+    False
+
+  References:
+    Sow, Ji, Guan and Liang, `A Primal-Dual Approach to Bilevel Optimization with Multiple Inner
+    Minima <https://arxiv.org/abs/2203.01123>`_, 2022. Its schedules of :math:`\tau`, :math:`\eta`
+    and :math:`\theta` and the average that its rate is stated for are left to the caller; the last
+    iterate is what comes out here.
+  """
+  _check.positive("slack", slack)
+  _check.positive("dual_bound", dual_bound)
+  _check.non_negative("value_regularizer", value_regularizer)
+  if not callable(dual_learning_rate):
+    _check.positive("dual_learning_rate", dual_learning_rate)
+  if not callable(extrapolation):
+    _check.non_negative("extrapolation", extrapolation)
+  if project_outer is not None:
+    _check.takes_arguments("project_outer", project_outer, "x")
+  make = lambda steps, regularizer: lower_value(
+    inner_loss, inner_optimizer, steps, regularizer=regularizer, project_inner=project_inner
+  )
+  lower = make(num_steps, value_regularizer)
+  if gap_steps != 0:
+    gap_steps = _check.positive_int("gap_steps, unless 0,", gap_steps)
+  converged = make(gap_steps, 0.0) if gap_steps else None
+
+  def kkt_residual(params, lagrangian, constraint, dual):
+    moved = optax.tree.sub(params, lagrangian)
+    moved = Bilevel(
+      project_tree("project_outer", project_outer, moved.outer),
+      project_tree("project_inner", project_inner, moved.inner),
+    )
+    stationarity = _tree.norm(optax.tree.sub(params, moved)).astype(dual.dtype)
+    return stationarity + jnp.maximum(constraint, 0) + jnp.abs(dual * constraint)
+
+  def init(params):
+    check_params("add_primal_dual_penalty", params)
+    zero = lambda: jnp.zeros((), scalar_dtype(params))  # A buffer for each, to be donated.
+    gap = zero() if gap_steps else None
+    info = PrimalDualInfo(zero(), zero(), jnp.bool_(False), zero(), gap, jnp.bool_(True))
+    return PrimalDualState(*lower.init(params.inner), zero(), zero(), jnp.int32(0), info)
+
+  def update(
+    updates,
+    state,
+    params=None,
+    *,
+    batch: Any = MISSING,
+    value_batch: Any = MISSING,
+    constraint_term: Any = None,
+    **extra_args,
+  ):
+    del extra_args
+    grads = check_update("add_primal_dual_penalty", updates, params, batch)
+    params = _tree.at_least_float32(params)
+    count, dtype = state.primal_dual_count, state.dual_variable.dtype
+    start = (state.value_params, state.value_opt_state)
+    value_batch = batch if value_batch is MISSING else value_batch
+    value, solved = lower.solve(params.outer, start, value_batch)
+    excess = lower.excess(params, value[0], batch, constraint_term)
+
+    constraint = excess.value - jnp.asarray(slack, dtype)
+    rate, theta = (value_at(v, count, dtype) for v in (dual_learning_rate, extrapolation))
+    previous = jnp.where(count == 0, constraint, state.previous_constraint)
+    ascent = (1 + theta) * constraint - theta * previous
+    bound = jnp.asarray(dual_bound, dtype)
+    dual = jnp.clip(state.dual_variable + rate * ascent, 0, bound)
+
+    penalty = scaled(dual, excess.gradient)
+    finite = solved & _tree.all_finite((constraint, dual, penalty))
+    lagrangian = add_penalty(grads, penalty, finite)
+    residual = kkt_residual(params, _tree.at_least_float32(lagrangian), constraint, dual)
+    # A gradient of f that is not finite is the caller's to handle; it must not stay in the state.
+    residual = jnp.where(jnp.isfinite(residual), residual, state.info.kkt_residual)
+    gap = None
+    if converged is not None:
+      (y_star, _), gap_finite = converged.solve(params.outer, value, batch)
+      gap = excess.inner_loss - converged.loss(params.outer, y_star, batch)
+      gap = jnp.where(gap_finite & jnp.isfinite(gap), gap, state.info.gap)
+    new = PrimalDualState(
+      *value,
+      dual,
+      constraint,
+      jnp.asarray(optax.safe_increment(count)),
+      PrimalDualInfo(constraint, dual, dual >= bound, residual, gap, finite),
+    )
+    old = state._replace(info=state.info._replace(finite=finite))
+    return lagrangian, _tree.where(finite, new, old)
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def pdbo(
+  learning_rate: optax.ScalarOrSchedule | Bilevel,
+  inner_loss: Callable[..., Any],
+  *,
+  slack: float | jax.Array,
+  dual_learning_rate: optax.ScalarOrSchedule,
+  num_steps: int,
+  inner_optimizer: optax.GradientTransformation,
+  project_outer: Projection | None = None,
+  project_inner: Projection | None = None,
+  **options: Any,
+) -> optax.GradientTransformationExtraArgs:
+  r"""PDBO: gradient descent along :func:`add_primal_dual_penalty`, with projections.
+
+  Args:
+    learning_rate: a float or a schedule for both levels, at most :math:`1 / (L_f + B L_h)`; or
+      :class:`jaxbo.Bilevel` of two.
+    inner_loss: as in :func:`add_primal_dual_penalty`.
+    slack: as there.
+    dual_learning_rate: as there.
+    num_steps: as there.
+    inner_optimizer: as there.
+    project_outer: the projection on :math:`X`, or ``None``.
+    project_inner: the projection on :math:`Y`, for ``y`` as for the lower value; or ``None``.
+    **options: all other arguments of :func:`add_primal_dual_penalty`.
+
+  Returns:
+    ``optax.chain(add_primal_dual_penalty(...), optax.scale_by_learning_rate(learning_rate),
+    project(project_outer, project_inner))``.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, jaxbo, optax
+    >>> inner_loss = lambda x, y, batch: (y - x) ** 2
+    >>> tx = jaxbo.pdbo(0.02, inner_loss, slack=1e-4, dual_learning_rate=10.0, dual_bound=20.0,
+    ...                 num_steps=1, inner_optimizer=optax.sgd(0.5))
+    >>> params = jaxbo.Bilevel(outer=jnp.float32(0.0), inner=jnp.float32(0.0))
+    >>> outer_loss = lambda p: p.outer * p.inner - 2 * p.outer + 1            # minimal at x = 1
+    >>> def step(carry, _):
+    ...   params, state = carry
+    ...   updates, state = tx.update(jax.grad(outer_loss)(params), state, params, batch=None)
+    ...   return (optax.apply_updates(params, updates), state), None
+    >>> (params, _), _ = jax.lax.scan(step, (params, tx.init(params)), length=2000)
+    >>> print(params.outer.round(1))
+    1.0
+  """
+  head = add_primal_dual_penalty(
+    inner_loss,
+    slack=slack,
+    dual_learning_rate=dual_learning_rate,
+    num_steps=num_steps,
+    inner_optimizer=inner_optimizer,
+    project_outer=project_outer,
+    project_inner=project_inner,
+    **options,
+  )
+  return optax.chain(head, *descend(learning_rate, project_outer, project_inner))

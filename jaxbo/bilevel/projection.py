@@ -1,0 +1,115 @@
+"""Projections on convex sets, as the tail of a chain."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxbo import _check, _tree
+from jaxbo.bilevel.parameters import Bilevel, check_params
+
+Projection = Callable[[optax.Params], optax.Params]
+
+
+def project(
+  outer: Projection | None = None, inner: Projection | None = None
+) -> optax.GradientTransformationExtraArgs:
+  r"""Makes the step of :class:`jaxbo.Bilevel` parameters end in :math:`X \times Y`.
+
+  .. math:: u \leftarrow P(z + u) - z, \qquad P = (P_X, P_Y), \quad z = (x, y)
+
+  It stands last in a chain, where updates are what will be added to the parameters. Optax has the
+  projections (``optax.projections``) but no transformation that applies one, except
+  ``optax.keep_params_nonnegative``.
+
+  ``optax.apply_updates`` computes :math:`z + u` again, so a parameter may miss a face of the set
+  by rounding; entries that the projection leaves alone keep their updates bit for bit. The sum is
+  taken in float32 at least.
+
+  Cost: the projections, once each. Memory: one copy of the parameters.
+
+  Args:
+    outer: maps ``x`` to the nearest point of :math:`X`, say
+      ``lambda x: optax.projections.projection_box(x, 0.0, 1.0)`` for one array or
+      ``optax.projections.projection_simplex``; ``None`` for no constraint.
+    inner: the same for ``y``.
+
+  Returns:
+    A transformation on :class:`jaxbo.Bilevel` updates; ``update`` must be given ``params``.
+
+  Raises:
+    TypeError: if a projection is no function of one argument; if parameters or updates are not
+      :class:`jaxbo.Bilevel`.
+    ValueError: if a projection changes the structure or a shape.
+
+  Example:
+    >>> import jax.numpy as jnp, jaxbo, optax
+    >>> box = lambda x: optax.projections.projection_box(x, 0.0, 1.0)
+    >>> tx = optax.chain(optax.sgd(1.0), jaxbo.project(outer=box))
+    >>> params = jaxbo.Bilevel(outer=jnp.float32(0.5), inner=jnp.float32(0.5))
+    >>> updates, _ = tx.update(jaxbo.Bilevel(jnp.float32(3.0), jnp.float32(3.0)),
+    ...                        tx.init(params), params)
+    >>> [float(p) for p in optax.apply_updates(params, updates)]
+    [0.0, -2.5]
+  """
+  for name, projection in (("outer", outer), ("inner", inner)):
+    if projection is not None:
+      _check.takes_arguments(name, projection, "params")
+
+  def one(name, projection, updates, params):
+    if projection is None:
+      return updates
+    # Both sums in one precision, so that what the projection leaves alone compares equal.
+    wide = _tree.at_least_float32(params)
+    target = jax.tree.map(lambda p, u: p + u.astype(p.dtype), wide, updates)
+    projected = project_tree(name, projection, target)
+    return jax.tree.map(
+      lambda new, old, p, u: jnp.where(new == old, u, (new - p).astype(u.dtype)),
+      projected,
+      target,
+      wide,
+      updates,
+    )
+
+  def update(updates, state, params=None, **extra_args):
+    del extra_args
+    params = check_params("project", params)
+    if not isinstance(updates, Bilevel):
+      raise TypeError(f"project: updates must be jaxbo.Bilevel, got {type(updates).__name__}")
+    _check.same_structure("updates", updates, "params", params)
+    return Bilevel(
+      one("outer", outer, updates.outer, params.outer),
+      one("inner", inner, updates.inner, params.inner),
+    ), state
+
+  return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+def descend(
+  learning_rate: Any, project_outer: Projection | None, project_inner: Projection | None
+) -> list[optax.GradientTransformation]:
+  """The tail of the aliases: a learning rate for both levels or one each, and projections."""
+  if isinstance(learning_rate, Bilevel):
+    tail = optax.partition(
+      {
+        "outer": optax.scale_by_learning_rate(learning_rate.outer),
+        "inner": optax.scale_by_learning_rate(learning_rate.inner),
+      },
+      Bilevel("outer", "inner"),
+    )
+  else:
+    tail = optax.scale_by_learning_rate(learning_rate)
+  if project_outer is None and project_inner is None:
+    return [tail]
+  return [tail, project(project_outer, project_inner)]
+
+
+def project_tree(name: str, projection: Projection | None, tree: Any) -> Any:
+  """The projection of ``tree`` in its own dtypes, checked; ``tree`` itself without one."""
+  if projection is None:
+    return tree
+  projected = projection(tree)
+  _check.same_structure(f"what {name} returns", projected, "its argument", tree)
+  return jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), projected, tree)

@@ -1,0 +1,187 @@
+"""Proximal-PDBO: proximal terms around a centre that moves."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxbo import _check, _tree
+from jaxbo.bilevel.parameters import Bilevel, check_params, scalar_dtype
+from jaxbo.bilevel.primal_dual import add_primal_dual_penalty
+from jaxbo.bilevel.projection import Projection, descend
+from jaxbo.bilevel.response import MISSING
+from jaxbo.bilevel.value_function import ConstraintTerm, check_update, scaled
+
+
+class ProximalInfo(NamedTuple):
+  r"""Diagnostics of :func:`add_proximal_terms`.
+
+  Attributes:
+    centre_distance: :math:`\|z - \bar z\|` at this update, float32 at least; how far a whole
+      period moved, in the last update of it.
+  """
+
+  centre_distance: jax.Array
+
+
+class ProximalState(NamedTuple):
+  r"""State of :func:`add_proximal_terms`.
+
+  Attributes:
+    proximal_head: the state of the head.
+    proximal_centre: the centre :math:`\bar z`, shaped like the parameters.
+    proximal_count: the number of updates so far, int32.
+    info: the :class:`ProximalInfo` of the last update.
+  """
+
+  proximal_head: optax.OptState
+  proximal_centre: Bilevel
+  proximal_count: jax.Array
+  info: ProximalInfo
+
+
+def add_proximal_terms(
+  head: optax.GradientTransformation,
+  *,
+  outer_weight: float | jax.Array,
+  constraint_weight: float | jax.Array,
+  period: int,
+) -> optax.GradientTransformationExtraArgs:
+  r"""Makes the problem of a head strongly convex around a centre that moves (Proximal-PDBO).
+
+  .. math::
+    f_k(z) = f(z) + \rho_f \|z - \bar z_k\|^2, \qquad
+    h_k(z) = h(z) + \rho_h \|z - \bar z_k\|^2, \qquad z = (x, y)
+
+  With weights above the constants of weak convexity, :math:`f_k` and :math:`h_k` are strongly
+  convex, and the head solves a convex problem for ``period`` updates; then the centre moves to
+  where it ended. A fixed point of the outer loop is a KKT point of the problem without the terms.
+  In the first update the centre is the parameters. The multiplier and the lower-value iterate go on
+  when the centre moves (our choice), and the last iterate comes out, where the guarantee is for a
+  random one of the :math:`\bar z_k`.
+
+  Cost: none in gradients. Memory: one copy of the parameters.
+
+  Args:
+    head: :func:`add_primal_dual_penalty`; :func:`add_dynamic_barrier` or
+      :func:`add_value_function_penalty` with their :math:`q` for :math:`h`.
+    outer_weight: :math:`\rho_f \ge 0`.
+    constraint_weight: :math:`\rho_h \ge 0`. The constraint at the centre is not changed, so a
+      feasible centre stays feasible.
+    period: updates between moves of the centre, at least 1.
+
+  Returns:
+    A transformation like ``head``, which stands first in the chain in its place.
+
+  Raises:
+    ValueError: if a weight is negative or ``period < 1``.
+    TypeError: if ``head`` is no transformation, or parameters are not :class:`jaxbo.Bilevel`.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, jaxbo, optax
+    >>> head = jaxbo.add_value_function_penalty(lambda x, y, batch: (y - x) ** 2, multiplier=1.0,
+    ...                                         num_steps=1, inner_optimizer=optax.sgd(0.5))
+    >>> tx = jaxbo.add_proximal_terms(head, outer_weight=0.5, constraint_weight=0.0, period=10)
+    >>> params = jaxbo.Bilevel(outer=jnp.float32(0.0), inner=jnp.float32(0.0))
+    >>> grads = jaxbo.Bilevel(outer=jnp.float32(1.0), inner=jnp.float32(1.0))
+    >>> updates, state = tx.update(grads, tx.init(params), params, batch=None)
+    >>> params = jaxbo.Bilevel(outer=jnp.float32(3.0), inner=jnp.float32(3.0))
+    >>> updates, state = tx.update(grads, state, params, batch=None)
+    >>> float(updates.outer)                                 # 1 + 2 * 0.5 * (3 - 0)
+    4.0
+
+  References:
+    Sow, Ji, Guan and Liang, `A Primal-Dual Approach to Bilevel Optimization with Multiple Inner
+    Minima <https://arxiv.org/abs/2203.01123>`_, 2022; Boob, Deng and Lan, `Stochastic First-order
+    Methods for Convex and Nonconvex Functional Constrained Optimization
+    <https://arxiv.org/abs/1908.02734>`_, 2019.
+  """
+  _check.transformation("head", head)
+  _check.non_negative("outer_weight", outer_weight)
+  _check.non_negative("constraint_weight", constraint_weight)
+  period = _check.positive_int("period", period)
+  head = optax.with_extra_args_support(head)
+
+  def init(params):
+    check_params("add_proximal_terms", params)
+    info = ProximalInfo(jnp.zeros((), scalar_dtype(params)))
+    return ProximalState(head.init(params), _tree.copy(params), jnp.int32(0), info)
+
+  def update(updates, state, params=None, *, batch: Any = MISSING, **extra_args):
+    grads = check_update("add_proximal_terms", updates, params, batch)
+    dtype = state.info.centre_distance.dtype
+    move = (state.proximal_count % period == 0) & _tree.all_finite(params)
+    centre = _tree.where(move, params, state.proximal_centre)
+    offset = optax.tree.sub(_tree.at_least_float32(params), _tree.at_least_float32(centre))
+    distance_sq = _tree.vdot(offset, offset).astype(dtype)
+    weight = jnp.asarray(constraint_weight, dtype)
+    term = ConstraintTerm(weight * distance_sq, scaled(2 * weight, offset))
+    grads = jax.tree.map(
+      lambda g, o: (_tree.at_least_float32(g) + o).astype(jnp.result_type(g)),
+      grads,
+      scaled(2 * jnp.asarray(outer_weight, dtype), offset),
+    )
+    result, head_state = head.update(
+      grads, state.proximal_head, params, batch=batch, constraint_term=term, **extra_args
+    )
+    distance = jnp.sqrt(distance_sq)
+    distance = jnp.where(jnp.isfinite(distance), distance, state.info.centre_distance)
+    count = jnp.asarray(optax.safe_increment(state.proximal_count))
+    return result, ProximalState(head_state, centre, count, ProximalInfo(distance))
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def proximal_pdbo(
+  learning_rate: optax.ScalarOrSchedule | Bilevel,
+  inner_loss: Callable[..., Any],
+  *,
+  outer_weight: float | jax.Array,
+  constraint_weight: float | jax.Array,
+  period: int,
+  project_outer: Projection | None = None,
+  project_inner: Projection | None = None,
+  **options: Any,
+) -> optax.GradientTransformationExtraArgs:
+  r"""Proximal-PDBO: PDBO on a strongly convex problem around a centre that moves.
+
+  Args:
+    learning_rate: a float or a schedule for both levels, or :class:`jaxbo.Bilevel` of two.
+    inner_loss: as in :func:`add_primal_dual_penalty`.
+    outer_weight: as in :func:`add_proximal_terms`.
+    constraint_weight: as there.
+    period: as there.
+    project_outer: the projection on :math:`X`, or ``None``.
+    project_inner: the projection on :math:`Y`, for ``y`` as for the lower value; or ``None``.
+    **options: all other arguments of :func:`add_primal_dual_penalty`, ``slack``,
+      ``dual_learning_rate``, ``num_steps`` and ``inner_optimizer`` among them.
+
+  Returns:
+    ``optax.chain(add_proximal_terms(add_primal_dual_penalty(...), ...),
+    optax.scale_by_learning_rate(learning_rate), project(project_outer, project_inner))``.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, jaxbo, optax
+    >>> tx = jaxbo.proximal_pdbo(0.02, lambda x, y, batch: (y - x) ** 2, slack=1e-4,
+    ...                          dual_learning_rate=10.0, dual_bound=20.0, num_steps=1,
+    ...                          inner_optimizer=optax.sgd(0.5), outer_weight=1.0,
+    ...                          constraint_weight=0.1, period=20)
+    >>> params = jaxbo.Bilevel(outer=jnp.float32(0.0), inner=jnp.float32(0.0))
+    >>> outer_loss = lambda p: p.outer * p.inner - 2 * p.outer + 1            # minimal at x = 1
+    >>> def step(carry, _):
+    ...   params, state = carry
+    ...   updates, state = tx.update(jax.grad(outer_loss)(params), state, params, batch=None)
+    ...   return (optax.apply_updates(params, updates), state), None
+    >>> (params, _), _ = jax.lax.scan(step, (params, tx.init(params)), length=4000)
+    >>> print(params.outer.round(1))
+    1.0
+  """
+  head = add_primal_dual_penalty(
+    inner_loss, project_outer=project_outer, project_inner=project_inner, **options
+  )
+  head = add_proximal_terms(
+    head, outer_weight=outer_weight, constraint_weight=constraint_weight, period=period
+  )
+  return optax.chain(head, *descend(learning_rate, project_outer, project_inner))

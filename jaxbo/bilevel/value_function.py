@@ -1,0 +1,178 @@
+r"""What the value-function methods share: the parameters, the lower value, and what exceeds it.
+
+They rewrite the bilevel problem with the *value function* :math:`g^*(x) = \min_y g(x, y)`:
+
+.. math:: \min_{x, y} f(x, y) \quad \text{s.t.} \quad q(x, y) := g(x, y) - g^*(x) \le 0
+
+so nothing is differentiated twice and the inner problem may have many minima. By Danskin's theorem
+:math:`\nabla g^*(x) = \nabla_x g(x, \hat y)` at a minimum :math:`\hat y`, which is *not*
+differentiated through.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxbo import _check, _tree
+from jaxbo.bilevel.inner import InnerInfo, InnerSolution, inner_solver
+from jaxbo.bilevel.parameters import Bilevel, check_params, scalar_dtype
+from jaxbo.bilevel.projection import project_tree
+from jaxbo.bilevel.response import MISSING
+
+Start = tuple[Any, Any]  # The parameters and the state of their optimizer.
+
+
+class ConstraintTerm(NamedTuple):
+  """Something to add to the constraint, as ``update(..., constraint_term=)`` takes it.
+
+  Attributes:
+    value: a scalar.
+    gradient: its gradient, :class:`Bilevel`.
+  """
+
+  value: jax.Array
+  gradient: Bilevel
+
+
+class Excess(NamedTuple):
+  r"""By how much the inner loss exceeds the lower value, :math:`q(x, y)`.
+
+  Attributes:
+    value: :math:`q`, a scalar.
+    gradient: :math:`(\nabla_x q, \nabla_y q)`, at least float32.
+    inner_loss: :math:`g(x, y)`.
+  """
+
+  value: jax.Array
+  gradient: Bilevel
+  inner_loss: jax.Array
+
+
+class LowerValue(NamedTuple):
+  """The lower-value problem, made by :func:`lower_value`.
+
+  Attributes:
+    init: ``init(y) -> (y_hat, opt_state)``, copies in float32 at least.
+    solve: ``solve(x, (y_hat, opt_state), batch) -> ((y_hat, opt_state), finite)``; where it began
+      if the run was not finite.
+    excess: ``excess(params, y_hat, batch, term) -> Excess``, two gradients of the inner loss.
+    loss: the inner loss, checked.
+  """
+
+  init: Callable[[Any], Start]
+  solve: Callable[[optax.Params, Start, Any], tuple[Start, jax.Array]]
+  excess: Callable[[Any, optax.Params, Any, ConstraintTerm | None], Excess]
+  loss: Callable[[optax.Params, optax.Params, Any], jax.Array]
+
+
+def lower_value(
+  inner_loss: Callable[..., Any],
+  optimizer: optax.GradientTransformation,
+  num_steps: int,
+  *,
+  regularizer: Any = 0.0,
+  project_inner: Callable[[optax.Params], optax.Params] | None = None,
+) -> LowerValue:
+  r"""The problem :math:`\min_{y \in Y} g(x, y) + \frac a2 \|y\|^2`, solved by a few steps.
+
+  The regularizer stands here alone: in :math:`g(x, y)` too, it would exclude the minima of large
+  norm from the feasible set.
+  """
+  _check.takes_arguments("inner_loss", inner_loss, "x", "y", "batch")
+  _check.transformation("inner_optimizer", optimizer)
+  if project_inner is not None:
+    _check.takes_arguments("project_inner", project_inner, "y")
+    project = lambda y: project_tree("project_inner", project_inner, y)
+    optimizer = optax.chain(optimizer, _project_all(project))
+
+  def loss(x, y, batch):
+    value = inner_loss(x, y, batch)
+    if isinstance(value, tuple):
+      raise TypeError(
+        "inner_loss must return a scalar, got a tuple; auxiliary outputs are not taken"
+      )
+    _check.scalar_loss("inner_loss", value)
+    return jnp.asarray(value, scalar_dtype((x, y)))
+
+  def half_square(y):
+    return 0.5 * jnp.asarray(regularizer, scalar_dtype(y)) * _tree.vdot(y, y)
+
+  regularized = isinstance(regularizer, jax.Array) or regularizer != 0
+  solver = inner_solver(
+    (lambda x, y, batch: loss(x, y, batch) + half_square(y)) if regularized else loss,
+    optimizer,
+    num_steps,
+  )
+
+  def init(y):
+    solution = solver.init(_tree.at_least_float32(y))
+    return solution.params, solution.opt_state
+
+  def solve(x, start, batch):
+    info = InnerInfo(jnp.zeros(num_steps), jnp.bool_(True))
+    solution = solver.solve(x, InnerSolution(start[0], start[1], start, info), batch)
+    return (solution.params, solution.opt_state), solution.info.finite
+
+  def excess(params, y_hat, batch, term):
+    x, y = params.outer, params.inner
+    value, gradient = jax.value_and_grad(loss, argnums=(0, 1))(x, y, batch)
+    lower, lower_gradient = jax.value_and_grad(loss)(x, y_hat, batch)
+    if regularized:
+      lower = lower + half_square(y_hat)
+    excess_value = value - lower.astype(value.dtype)
+    slope = Bilevel(optax.tree.sub(gradient[0], lower_gradient), gradient[1])
+    if term is not None:
+      excess_value = excess_value + jnp.asarray(term.value, value.dtype)
+      slope = jax.tree.map(jnp.add, slope, term.gradient)
+    return Excess(excess_value, slope, value)
+
+  return LowerValue(init, solve, excess, loss)
+
+
+def _project_all(project: Callable[[optax.Params], optax.Params]) -> optax.GradientTransformation:
+  """Projects ``params + updates``, as the last link of the inner optimizer."""
+
+  def update(updates, state, params: Any = None):
+    target = project(optax.apply_updates(params, updates))
+    return optax.tree.sub(target, params), state
+
+  return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def check_update(name: str, grads: Any, params: Any, batch: Any) -> Bilevel:
+  """Returns ``grads`` after checking what an ``update`` was given."""
+  check_params(name, params)
+  if batch is MISSING:
+    raise TypeError(
+      f"{name}: update must be given batch=, the data of the inner loss (None if it has none)"
+    )
+  if not isinstance(grads, Bilevel):
+    raise TypeError(
+      f"{name} must be given the gradient of the outer loss as jaxbo.Bilevel(outer=df/dx, "
+      f"inner=df/dy), say from jax.grad in Bilevel parameters, got {type(grads).__name__}"
+    )
+  _check.same_structure("grads", grads, "params", params)
+  return grads
+
+
+def value_at(value: Any, count: jax.Array, dtype: Any) -> jax.Array:
+  """A number, or a schedule at ``count``, as an array of ``dtype``."""
+  return jnp.asarray(value(count) if callable(value) else value, dtype)
+
+
+def scaled(scale: jax.Array, tree: Any) -> Any:
+  """``scale * tree`` in the dtypes of ``tree``."""
+  return jax.tree.map(lambda leaf: scale.astype(leaf.dtype) * leaf, tree)
+
+
+def add_penalty(grads: Bilevel, penalty: Bilevel, finite: jax.Array) -> Bilevel:
+  """``grads + penalty`` summed in float32 at least, in the dtypes of ``grads``; or ``grads``."""
+
+  def add(g, p):
+    total = (_tree.at_least_float32(g) + p).astype(jnp.result_type(g))
+    return jnp.where(finite, total, g)
+
+  return jax.tree.map(add, grads, penalty)
