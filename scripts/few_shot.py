@@ -17,6 +17,7 @@ interval over episodes. Batch statistics are those of the support and of the que
 (transductive), in training and evaluation alike.
 """
 
+import csv
 import dataclasses
 import functools
 import itertools
@@ -28,6 +29,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import tyro
 from jaxbo_models import Conv4, ResNet12
 
@@ -197,47 +199,43 @@ def run_all(
   config: Config, data: Any, earlier: list[dict[str, Any]], console: Any
 ) -> tuple[list[Result], list[dict[str, Any]], int]:
   """Runs all methods; returns results, metrics and the exit status."""
-  results, metrics = [], []
+  results: list[Result] = []
   validation, test = jax.device_put((data.validation, data.test))
+  done_before = {name: latest_step(config, name) for name in LABELS}
+  metrics = [line for line in earlier if line["step"] <= done_before[line["method"]]]
   with (
-    report.MetricsLog(config.output_dir / "metrics.jsonl") as log,
+    report.MetricsLog(config.output_dir / "metrics.jsonl", metrics) as log,
     report.progress_bar(console) as progress,
   ):
-
-    def record(line):
-      metrics.append(line)
-      log.write(**line)
-
     try:
       for name in config.methods:
         bar = progress.add_task(LABELS[name], total=config.steps, loss="compiling")
         trainer = make_trainer(name, config, data)
         done = trainer.restore() if config.resume else 0
-        mine = [line for line in earlier if line["method"] == name and line["step"] <= done]
-        for line in mine:
-          record(line)
-        seconds = mine[-1]["seconds"] if mine else 0.0
         progress.update(bar, completed=done)
-        for step, more, loss in trainer.fit(
+        for step, loss in trainer.fit(
           done, config.steps, config.eval_every, config.checkpoint_every
         ):
-          seconds += more
           accuracy, _ = trainer.accuracy(validation, -(-config.eval_episodes // 3), seed=1)
-          record(
-            {
-              "method": name,
-              "step": step,
-              "seconds": seconds,
-              "outer_loss": loss,
-              "validation_accuracy": accuracy,
-            }
-          )
-          text = f"loss {loss:.3f}, accuracy {accuracy:.3f}, {step / seconds:.2f} steps/s"
+          line = {
+            "method": name,
+            "step": step,
+            "seconds": trainer.seconds,
+            "outer_loss": loss,
+            "validation_accuracy": accuracy,
+          }
+          metrics.append(line)
+          log.write(**line)
+          speed = f"{step / trainer.seconds:.2f} steps/s"
+          text = f"loss {loss:.3f}, accuracy {accuracy:.3f}, {speed}"
           progress.update(bar, completed=step, loss=text)
         trainer.checkpoints.close()  # Waits until all is written.
         accuracy, half = trainer.accuracy(test, config.eval_episodes, seed=2)
         memory = measure.temporary_bytes(trainer.compiled)
-        results.append(Result(name, config.steps, accuracy, half, seconds / config.steps, memory))
+        results.append(
+          Result(name, config.steps, accuracy, half, trainer.seconds / config.steps, memory)
+        )
+        write_results(config, results)
         few_shot_plots.draw_episode(
           LABELS[name],
           trainer,
@@ -250,15 +248,59 @@ def run_all(
   return results, metrics, 0
 
 
+def latest_step(config: Config, name: str) -> int:
+  """The last step of a method that has a checkpoint; 0 if there is none."""
+  folder = config.output_dir.absolute() / "checkpoints" / name
+  if not config.resume or not folder.exists():
+    return 0
+  with ocp.CheckpointManager(folder) as checkpoints:
+    return checkpoints.latest_step() or 0
+
+
+def write_results(config: Config, results: list[Result]) -> None:
+  """Writes ``results.csv``; rows of methods that a resumed run leaves out stay."""
+  path = config.output_dir / "results.csv"
+  rows = {result.method: {k: str(v) for k, v in result._asdict().items()} for result in results}
+  if config.resume and path.exists():
+    with path.open(newline="") as file:
+      rows = {row["method"]: row for row in csv.DictReader(file)} | rows
+  report.write_csv(path, list(rows.values()))
+
+
+def check_shapes(config: Config, data: fewshot_data.FewShotData) -> None:
+  """Traces every method once, so that what cannot run is refused before anything is trained.
+
+  Raises:
+    ValueError: if a set has too few classes or images, or a method cannot run.
+  """
+  settings, backbone = config.settings(), make_backbone(config, data.train.images)
+  turns = (settings.num_rotations, 1, 1)
+  for classes, num_rotations in zip(data, turns, strict=True):
+    sample = few_shot.sampler(settings, num_rotations, settings.num_tasks)
+    jax.eval_shape(lambda key, s=sample, c=classes: s(key, c), jax.random.key(0))
+  sample = few_shot.sampler(settings, settings.num_rotations, settings.num_tasks)
+  episodes = jax.eval_shape(lambda key: sample(key, data.train), jax.random.key(0))
+  for name in config.methods:
+    method = few_shot.make_method(name, backbone, settings, config.steps, config.seed)
+    try:
+      state = jax.eval_shape(method.init, jax.random.key(0), data.train.images[0, :2])
+      jax.eval_shape(method.step, state, episodes)
+    except ValueError as error:
+      raise ValueError(f"{name}: {error}") from error
+
+
 def main(config: Config) -> int:
   """Runs, prints and saves. Returns the exit status: 130 if interrupted."""
   try:
     config.check()
     data = read(config)
+    check_shapes(config, data)
     earlier = prepare_output(config)
   except (ValueError, FileNotFoundError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 2
+  except KeyboardInterrupt:
+    return 130
   console, settings = report.console(), config.settings()
   results, metrics, status = run_all(config, data, earlier, console)
   if status:
@@ -279,7 +321,6 @@ def main(config: Config) -> int:
       for result in results
     ]
     report.print_table(console, title, ["method", "accuracy", "ms/step", "temp. MiB"], rows)
-    report.write_csv(config.output_dir / "results.csv", [result._asdict() for result in results])
   if metrics:
     few_shot_plots.draw_curves(metrics, config.output_dir / "few_shot.png")
     console.print(f"metrics.jsonl, results.csv and the pictures are in {config.output_dir}")

@@ -114,7 +114,10 @@ def bilevel(
       )
       _check.same_structure("what outer returns", updates, "x", x)
     except (TypeError, ValueError) as error:
-      error.add_note("outer must begin with a response, such as jaxbo.add_implicit_response(inner)")
+      if optax.tree.get(state.outer_state, "hypergradient_norm") is None:
+        error.add_note(
+          "outer must begin with a response, such as jaxbo.add_implicit_response(inner)"
+        )
       raise
     info = BilevelInfo(
       outer_loss=loss,

@@ -127,7 +127,8 @@ def add_es_response(
   Returns:
     A transformation from the pair ``(df/dx, df/dy)`` to the hypergradient. ``update`` must be
     given ``solution=`` and ``batch=``, the batch that ``solver.solve`` saw. A sample whose inner
-    run is not finite is left out of the average and missing in ``info.num_finite``.
+    run is not finite is left out of the average and missing in ``info.num_finite``; where the run
+    of the solution itself was not, the response is zero.
 
   Note:
     With ``optax.inject_hyperparams``, everything but ``smoothing`` and ``response_scale``
@@ -224,6 +225,9 @@ def add_es_response(
       pull_back = lambda response: vjp(_tree.cast_like(response, features))[0]
     if low_precision:  # The base run must be as precise as the perturbed ones.
       y = path(x, start, batch)
+    # Without a finite base run a difference to it means nothing.
+    base_finite = solution.info.finite
+    b = jax.tree.map(lambda leaf: _where_finite(base_finite, leaf), b)
     run = Run(x, start, batch, y, b)
 
     update_key = jax.random.fold_in(
@@ -235,13 +239,18 @@ def add_es_response(
     else:
       response, num_finite = estimate(sampling, path, run, update_key)
     response, finite = guard(pull_back(optax.tree.scale(response_scale, response)))
-    num_finite = jnp.where(finite, num_finite, 0)
+    num_finite = jnp.where(finite & jnp.any(base_finite), num_finite, 0)
     hypergradient = add(outer_grad, response)
     info = EsInfo(_tree.norm(hypergradient), _tree.norm(response), num_finite)
     count = jnp.asarray(optax.safe_increment(state.es_count))
     return hypergradient, EsResponseState(state.es_key, count, info)
 
   return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _where_finite(finite: jax.Array, leaf: jax.Array) -> jax.Array:
+  """``leaf``, or zeros where ``finite``, which has its leading axes, is false."""
+  return jnp.where(jnp.reshape(finite, finite.shape + (1,) * (leaf.ndim - finite.ndim)), leaf, 0)
 
 
 def esj(

@@ -53,11 +53,17 @@ def progress_bar(console: Console) -> Progress:
 
 
 class MetricsLog:
-  """A file of JSON lines, each on disk as soon as it is written."""
+  """A file of JSON lines, each on disk as soon as it is written.
 
-  def __init__(self, path: Path):
+  It begins with the lines ``kept`` of an earlier run, which are never lost on the way.
+  """
+
+  def __init__(self, path: Path, kept: Iterable[Mapping[str, Any]] = ()):
     path.parent.mkdir(parents=True, exist_ok=True)
-    self._file = path.open("w")
+    new = path.with_name(path.name + ".new")
+    new.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    new.replace(path)
+    self._file = path.open("a")
 
   def write(self, **values: Any) -> None:
     """Writes one line; numbers that are not finite become ``null``."""

@@ -47,6 +47,7 @@ class Trainer:
       return jax.vmap(lambda episode: few_shot.accuracy(method, state, episode))(episodes)
 
     self._evaluate = jax.jit(evaluate)
+    self.seconds = 0.0
     self.checkpoints = ocp.CheckpointManager(
       checkpoints.absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
     )
@@ -56,29 +57,38 @@ class Trainer:
     done = self.checkpoints.latest_step()
     if done is None:
       return 0
-    arguments = ocp.args.StandardRestore(jax.tree.map(np.asarray, self.state))
-    self.state = jax.device_put(self.checkpoints.restore(done, args=arguments))
+    like = {"state": jax.tree.map(np.asarray, self.state), "seconds": np.float64(0)}
+    restored = self.checkpoints.restore(done, args=ocp.args.StandardRestore(like))
+    self.state, self.seconds = jax.device_put(restored["state"]), float(restored["seconds"])
     return done
 
   def save(self, done: int) -> None:
     """Writes a checkpoint in the background, from a copy: the state will be donated."""
     copy = jax.tree.map(lambda leaf: np.array(leaf, copy=True), self.state)
-    self.checkpoints.save(done, args=ocp.args.StandardSave(copy))
+    tree = {"state": copy, "seconds": np.float64(self.seconds)}
+    self.checkpoints.save(done, args=ocp.args.StandardSave(tree))
 
   def fit(
     self, done: int, num_steps: int, eval_every: int, checkpoint_every: int
-  ) -> Iterator[tuple[int, float, float]]:
-    """Trains; yields ``(steps done, seconds since the last yield, loss)`` before evaluations."""
+  ) -> Iterator[tuple[int, float]]:
+    """Trains; yields ``(steps done, loss)`` where an evaluation is due.
+
+    A checkpoint of such a step is written afterwards, so that no evaluation is left out when the
+    run is stopped in between. ``seconds`` counts the training alone.
+    """
     while done < num_steps:
+      every = (eval_every, checkpoint_every)
+      stop = min(num_steps, *((done // n + 1) * n for n in every))
       start, loss = time.perf_counter(), jnp.nan
-      stop = min(num_steps, (done // eval_every + 1) * eval_every)
       while done < stop:
         self.state, loss = self.compiled(self.state, jnp.int32(done), self.train)
         done += 1
-        if done % checkpoint_every == 0 or done == num_steps:
-          self.save(done)
       loss = float(loss)  # Waits for the device.
-      yield done, time.perf_counter() - start, loss
+      self.seconds += time.perf_counter() - start
+      if done % eval_every == 0 or done == num_steps:
+        yield done, loss
+      if done % checkpoint_every == 0 or done == num_steps:
+        self.save(done)
 
   def accuracy(self, classes: Any, num_episodes: int, seed: int) -> tuple[float, float]:
     """Mean accuracy over episodes that the seed fixes, and its 95 % confidence interval's half."""

@@ -72,6 +72,22 @@ def test_only_the_task_whose_run_diverges_keeps_its_start():
   np.testing.assert_array_equal(solution.info.finite, [True, False, True])
 
 
+@pytest.mark.parametrize("difference", ["forward", "central", "exact"])
+def test_without_a_finite_base_run_no_sample_counts(difference):
+  """Some perturbed runs are finite, but there is nothing to take a difference to."""
+  solver = jaxbo.inner_solver(
+    lambda x, y, batch: 0.5 * jnp.sum((y - jnp.where(x < 0.5, x, jnp.nan)) ** 2), optax.sgd(1.0), 1
+  )
+  x = jnp.float32(0.5)
+  solution = solver.solve(x, solver.init(jnp.full(2, 7.0)), None)
+  head = jaxbo.add_es_response(solver, 16, 1e-3, difference=difference)
+  result, state = head.update(
+    (jnp.float32(3.0), jnp.ones(2)), head.init(x), x, solution=solution, batch=None
+  )
+  assert result == 3.0
+  assert state.info.num_finite == 0
+
+
 def test_a_hessian_that_is_not_finite_leaves_df_dx():
   """The second derivative of |y|^1.5 at 0 is infinite; the loss and its gradient are not."""
   solver = jaxbo.inner_solver(

@@ -238,13 +238,16 @@ def test_a_run_writes_its_files_and_a_resumed_one_repeats_nothing(tmp_path, caps
   [
     ({"dataset": "imagenet"}, "dataset must be one of glyphs, omniglot, caltech101_fewshot; got"),
     ({"backbone": "vgg"}, "backbone must be one of auto, conv4, resnet12; got 'vgg'"),
-    ({"methods": ("itd", "magic")}, "methods must be among esj_through, esj, itd, aid, "),
+    ({"methods": ("itd", "magic")}, "methods must be among esj_through, esj_shrunk, esj, itd, "),
     ({"methods": ()}, "got none"),
     ({"methods": ("itd", "itd")}, "methods must name each method once, got itd itd"),
     ({"steps": 0}, "steps must be positive, got 0"),
     ({"outer_learning_rate": -1.0}, "outer_learning_rate must be positive, got -1.0"),
     ({"seed": -1}, "seed must not be negative, got -1"),
     ({"resume": True}, "resume needs an earlier run in output_dir"),
+    ({"num_ways": 60, "methods": ("protonet",)}, "num_ways must be at most"),
+    ({"num_shots": 18, "methods": ("protonet",)}, "num_shots + num_queries must be at most"),
+    ({"width": 4, "methods": ("esj_through",)}, "num_samples must be at most the number of"),
     ({"dataset": "omniglot", "data_dir": Path("/nowhere")}, "no omniglot in /nowhere"),
     ({"output_dir": Path("/dev/null/x")}, "output_dir must be a folder to write to"),
   ],
@@ -280,7 +283,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
     path = tmp_path / name / "checkpoints" / "esj_through"
     with ocp.CheckpointManager(path) as manager:
       assert manager.latest_step() == 60
-      states.append(manager.restore(60, args=ocp.args.StandardRestore()))
+      states.append(manager.restore(60, args=ocp.args.StandardRestore())["state"])
   chex.assert_trees_all_equal(*states)
   without_time = [
     [
