@@ -112,6 +112,7 @@ def test_float32_stays_float32_with_double_precision_enabled(entry, x64):
   assert not wide
 
 
+@pytest.mark.slow
 @ALL
 def test_scan_and_cond_equal_a_loop(entry):
   harness, x = build(entry)
@@ -126,6 +127,7 @@ def test_scan_and_cond_equal_a_loop(entry):
   chex.assert_trees_all_close(scanned, carry, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @ALL
 def test_vmap_over_seeds_equals_a_loop_over_seeds(entry):
   inner, x = catalogue.INNER, catalogue.params()

@@ -14,6 +14,8 @@ from jaxbo_models import ResNet12
 from benchmarks import es_response, hyper_representation, resnet12
 from scripts.common import few_shot
 
+pytestmark = pytest.mark.slow  # All together, not each.
+
 
 @pytest.mark.parametrize(
   ("name", "low", "high"),
@@ -46,7 +48,6 @@ def test_hyper_representation_prints_and_saves_a_row_for_each_head(tmp_path, cap
   np.testing.assert_allclose(data["exact (ITD)"]["losses"][1][-1], 1.0)
 
 
-@pytest.mark.slow
 def test_features_are_worth_more_than_parameters(monkeypatch):
   """At equal numbers of samples; and as many orthogonal directions as features are exact."""
   monkeypatch.setattr(
@@ -62,7 +63,6 @@ def test_features_are_worth_more_than_parameters(monkeypatch):
   assert exact["squared_error"] < 1e-3
 
 
-@pytest.mark.slow
 def test_a_row_of_resnet12_counts_what_a_step_does(monkeypatch):
   monkeypatch.setattr(resnet12, "ResNet12", functools.partial(ResNet12, widths=(2, 2, 3, 3)))
   settings = few_shot.Settings(

@@ -14,6 +14,8 @@ from benchmarks import hypergradient, problems, report
 from benchmarks.hypergradient import Target
 from scripts.common import cleaning, measure
 
+pytestmark = pytest.mark.slow  # All together, not each.
+
 
 def small_quadratic():
   return problems.quadratic(5.0, size=12, num_outer=4)
@@ -40,7 +42,6 @@ def test_the_exact_hypergradient_of_a_quadratic_is_the_closed_form():
   np.testing.assert_allclose(problems.exact_hypergradient(problem), expected, rtol=1e-9)
 
 
-@pytest.mark.slow
 def test_the_exact_hypergradient_of_hyper_cleaning_is_that_of_long_unrolling():
   problem = small_digits()
   inner = jaxbo.inner_solver(problem.inner_loss, optax.sgd(1.0, 0.9), 6000, remat=True)

@@ -37,6 +37,7 @@ def meta_batch(scales, solver=None, dtype=jnp.float64):
   return solver, x, solution, grads, batch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("per_step", [False, True])
 @pytest.mark.parametrize("through", [False, True])
 def test_a_meta_batch_is_each_task_alone(per_step, through, x64):

@@ -10,6 +10,8 @@ from jaxbo_models import Conv4, LeNet5, ResNet12
 
 from tests.models import oracle
 
+pytestmark = pytest.mark.slow  # All together, not each.
+
 # Each with the shape of its images.
 BACKBONES = {
   # 32 pixels are left: with fewer, all maxima may be positive, and then the next normalization

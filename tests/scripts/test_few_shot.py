@@ -23,6 +23,8 @@ from scripts import few_shot as script
 from scripts.common import few_shot, fewshot_data, trainer
 from scripts.few_shot import Config
 
+pytestmark = pytest.mark.slow  # All together, not each.
+
 SETTINGS = few_shot.Settings(
   num_ways=2,
   num_shots=2,
@@ -263,7 +265,6 @@ def command(output_dir, *more):
   return [sys.executable, "-m", "scripts.few_shot", *flags, *more]
 
 
-@pytest.mark.slow
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
   """kill -9 at a random step, in the middle of whatever it does."""
   environment = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
