@@ -11,6 +11,8 @@ from jaxbo.bilevel.directions import FAMILIES
 from tests.bilevel.es_estimates import assert_within_standard_errors, estimates, quadratic_setting
 from tests.problems import flat
 
+pytestmark = pytest.mark.slow  # All together, not each.
+
 SQUARED_ERROR = {
   "gaussian": lambda p, q: (p + 1) / q,
   "sphere": lambda p, q: (p - 1) / q,

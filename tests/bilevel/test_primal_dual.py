@@ -10,6 +10,8 @@ import pytest
 import jaxbo
 from tests.bilevel import value_problems as vp
 
+pytestmark = pytest.mark.slow  # All together, not each.
+
 EXACT = {"num_steps": 1, "inner_optimizer": optax.sgd(1.0)}  # Solves T1 and T2 in y1.
 
 

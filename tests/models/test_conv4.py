@@ -8,6 +8,8 @@ from jaxbo_models import Conv4
 
 from tests.models import oracle
 
+pytestmark = pytest.mark.slow  # All together, not each.
+
 
 @pytest.mark.parametrize(
   "features, shape, num_parameters, num_features",

@@ -3,9 +3,12 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jaxbo_models import LeNet5
 
 from tests.models import oracle
+
+pytestmark = pytest.mark.slow  # All together, not each.
 
 
 def test_has_60856_parameters():

@@ -10,6 +10,8 @@ from jaxbo_models import ResNet12, drop_block
 
 from tests.models import oracle
 
+pytestmark = pytest.mark.slow  # All together, not each.
+
 WIDTHS = (4, 6, 8, 10)
 
 

@@ -13,6 +13,8 @@ import pytest
 from jaxbo.tasks import sample_episode
 from scripts.common import data, fewshot_data
 
+pytestmark = pytest.mark.slow  # All together, not each.
+
 
 def needs(name):
   there = list(Path(os.environ.get("TFDS_DATA_DIR", "/nowhere")).glob(f"{name}/*"))
