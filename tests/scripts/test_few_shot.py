@@ -182,6 +182,24 @@ def test_evaluation_adapts_to_the_support_set_and_leaves_the_state(name, monkeyp
   assert few_shot.accuracy(method, state, swapped) == 0.0
 
 
+def test_pixels_are_scaled_to_the_unit_interval_and_floats_left():
+  scaled = few_shot.scale_pixels(jnp.array([0, 51, 255], jnp.uint8))
+  np.testing.assert_allclose(scaled, [0.0, 0.2, 1.0])
+  np.testing.assert_array_equal(few_shot.scale_pixels(jnp.array([0.0, 51.0])), [0.0, 51.0])
+
+
+def test_a_checkpoint_is_a_copy_of_the_state(tmp_path, monkeypatch):
+  """The state is donated to the next step while the checkpoint is still being written."""
+  saved = []
+  config = Config(output_dir=tmp_path, **SMALL)
+  one = script.make_trainer("itd", config, script.read(config))
+  monkeypatch.setattr(one.checkpoints, "save", lambda step, args: saved.append(args.item["state"]))
+  one.save(1)
+  one.checkpoints.close()
+  for copy, leaf in zip(jax.tree.leaves(saved[0]), jax.tree.leaves(one.state), strict=True):
+    assert not np.shares_memory(copy, np.asarray(leaf))
+
+
 def test_the_interval_is_the_one_of_the_mean():
   mean, half = trainer.interval(np.array([0.0, 1.0, 1.0, 0.0]))
   assert mean == 0.5
