@@ -42,8 +42,10 @@ ROWS: dict[str, dict[str, Any] | str] = {
 }
 
 
-def make_step(options: dict[str, Any] | str, model: Any, settings: few_shot.Settings) -> Any:
-  """``(step, make_arguments)``: ``step(x, episodes)`` returns the hypergradient."""
+def make_method(
+  options: dict[str, Any] | str, model: Any, settings: few_shot.Settings
+) -> few_shot.Method:
+  """The few-shot method that ``options`` stand for, on that model."""
   apply = lambda x, images: jnp.asarray(model.apply(x, images))
   backbone = few_shot.Backbone(model.init, apply, apply)
   if options == "maml":
@@ -66,7 +68,7 @@ def measure_row(name: str, calls: int, settings: few_shot.Settings) -> dict[str,
   # Outside of loops native convolutions are the faster ones; samples of ESJ run in a loop.
   loops = "parameters" in name or "MAML" in name
   model = ResNet12(conv="patches" if on_cpu and loops else "native", dtype=dtype)
-  method = make_step(ROWS[name], model, settings)
+  method = make_method(ROWS[name], model, settings)
   images = jnp.zeros((2, 84, 84, 3), jnp.uint8)
   state = jax.jit(method.init)(jax.random.key(0), images)
   pixels = jax.random.bits(jax.random.key(1), (20, 10, 84, 84, 3), jnp.uint8)

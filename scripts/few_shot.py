@@ -3,9 +3,9 @@
 A backbone is meta-learnt so that a linear head, trained on a few images of new classes, classifies
 others of them. ESJ estimates how the head depends on the backbone from perturbed runs of the head,
 on the features (`esj_through`, or `esj_shrunk` with the scale of the least error) or on all
-parameters (`esj`); ITD differentiates through the run,
-AID-CG by the implicit function theorem, first order not at all; MAML adapts every parameter, and
-ProtoNet has no inner problem.
+parameters (`esj`); ITD differentiates through the run, AID-CG by the implicit function theorem,
+first order not at all; MAML adapts every parameter, and ProtoNet has no inner problem. Training
+episodes of characters have quarter turns as classes of their own, evaluation episodes have none.
 
   python -m scripts.few_shot                                  glyphs drawn on the spot, no download
   python -m scripts.few_shot --dataset omniglot               1,100 characters; see README.md

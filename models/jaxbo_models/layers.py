@@ -39,7 +39,6 @@ def convolution(
   ResNet12, 5 of 84x84x3            28477               844              733               901
   ======================  ===============  ================  ===============  ================
 
-  Other runs on the same machine gave ratios in the scan of 5 and 6 for LeNet5 and 34 for Conv4.
   Outside of loops ``"native"`` is up to twice as fast on the CPU. Raises
   ``ValueError`` for an unknown ``conv``.
   """
