@@ -58,7 +58,7 @@ def make_method(
       return responses[options](inner)
     return jaxbo.add_es_response(inner, smoothing=1e-3, key=key, **options)
 
-  return few_shot.head_method(make_response, backbone, settings, 1, 0)
+  return few_shot.head_method(make_response, backbone, settings, 1, seed=0)
 
 
 def measure_row(name: str, calls: int, settings: few_shot.Settings) -> dict[str, Any]:

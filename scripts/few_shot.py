@@ -34,14 +34,19 @@ import tyro
 from jaxbo_models import Conv4, ResNet12
 
 from scripts.common import few_shot, few_shot_plots, fewshot_data, measure, report
-from scripts.common.few_shot import LABELS, Backbone, Settings
+from scripts.common.few_shot import LABELS, Backbone, Draw, Settings
 from scripts.common.trainer import Trainer
 
 DATASETS = {
   "glyphs": Settings(),
   "omniglot": Settings(),
   "caltech101_fewshot": Settings(
-    num_rotations=1, ridge=0.5, inner_steps=30, num_tasks=2, outer_learning_rate=1e-3
+    num_rotations=1,
+    ridge=0.5,
+    inner_steps=30,
+    num_tasks=2,
+    outer_learning_rate=1e-3,
+    smoothing_plain=1e-3,  # The kernels of ResNet-12 start at 0.02.
   ),
 }
 
@@ -181,7 +186,7 @@ def prepare_output(config: Config) -> list[dict[str, Any]]:
     lines = metrics.read_text().splitlines() if metrics.exists() else []
     return [json.loads(line) for line in lines if line.endswith("}")]
   try:
-    if (config.output_dir / "checkpoints").exists():
+    if any(path.name.isdigit() for path in (config.output_dir / "checkpoints").glob("*/*")):
       raise ValueError(
         f"output_dir {config.output_dir} has checkpoints of an earlier run: continue it with "
         "resume, or choose another folder"
@@ -213,10 +218,11 @@ def run_all(
         trainer = make_trainer(name, config, data)
         done = trainer.restore() if config.resume else 0
         progress.update(bar, completed=done)
-        for step, loss in trainer.fit(
-          done, config.steps, config.eval_every, config.checkpoint_every
-        ):
-          accuracy, _ = trainer.accuracy(validation, -(-config.eval_episodes // 3), seed=1)
+        every = (config.eval_every, config.checkpoint_every)
+        show = functools.partial(progress.update, bar)
+        on_step = lambda done, show=show: show(completed=done)
+        for step, loss in trainer.fit(done, config.steps, *every, on_step):
+          accuracy, _ = trainer.accuracy(validation, -(-config.eval_episodes // 3), Draw.VALIDATION)
           line = {
             "method": name,
             "step": step,
@@ -226,11 +232,9 @@ def run_all(
           }
           metrics.append(line)
           log.write(**line)
-          speed = f"{step / trainer.seconds:.2f} steps/s"
-          text = f"loss {loss:.3f}, accuracy {accuracy:.3f}, {speed}"
-          progress.update(bar, completed=step, loss=text)
+          show(completed=step, loss=f"loss {loss:.3f}, accuracy {accuracy:.3f}")
         trainer.checkpoints.close()  # Waits until all is written.
-        accuracy, half = trainer.accuracy(test, config.eval_episodes, seed=2)
+        accuracy, half = trainer.accuracy(test, config.eval_episodes, Draw.TEST)
         memory = measure.temporary_bytes(trainer.compiled)
         results.append(
           Result(name, config.steps, accuracy, half, trainer.seconds / config.steps, memory)

@@ -16,6 +16,7 @@ Snell et al., `Prototypical Networks <https://arxiv.org/abs/1703.05175>`_.
 """
 
 import dataclasses
+import enum
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -25,6 +26,21 @@ import optax
 
 import jaxbo
 from jaxbo.tasks import Episode, sample_episode
+
+
+class Draw(enum.IntEnum):
+  """What a run draws at random; each has a stream of keys of its own."""
+
+  PARAMETERS = 0
+  DIRECTIONS = 1
+  TRAINING = 2
+  VALIDATION = 3
+  TEST = 4
+
+
+def draw_key(draw: Draw, seed: int = 0) -> jax.Array:
+  """The root of the stream of keys for ``draw``: no two of them, and no two seeds, share a key."""
+  return jax.random.fold_in(jax.random.key(seed), draw)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +60,8 @@ class Settings:
     outer_learning_rate: of Adam, on the backbone; it falls to a tenth along a cosine.
     num_samples: directions of ESJ on features, for each task.
     num_samples_plain: directions of ESJ on all parameters.
-    smoothing: radius of ESJ.
+    smoothing: radius of ESJ on features.
+    smoothing_plain: radius of ESJ on all parameters.
     response_scale: of the shrunk ESJ on features; the best is about ``num_samples`` over the number
       of features of a support set.
     linear_steps: of conjugate gradient.
@@ -65,6 +82,7 @@ class Settings:
   num_samples: int = 256
   num_samples_plain: int = 8
   smoothing: float = 1e-2
+  smoothing_plain: float = 1e-2
   response_scale: float = 0.16
   linear_steps: int = 10
   maml_steps: int = 1
@@ -121,7 +139,7 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def zero_head(num_features: int, num_ways: int) -> Any:
-  """The head that every task starts from."""
+  """The head that the first tasks start from."""
   return {"w": jnp.zeros((num_features, num_ways)), "b": jnp.zeros(num_ways)}
 
 
@@ -145,7 +163,7 @@ def optimizer(settings: Settings, num_steps: int) -> optax.GradientTransformatio
 
 
 def head_solver(backbone: Backbone, settings: Settings, *, shared: bool) -> jaxbo.InnerSolver:
-  """SGD on the head of one task, from zero; it sees the backbone through its features alone."""
+  """SGD on the head of one task; it sees the backbone through its features alone."""
   features = backbone.features if shared else backbone.features_of_task
 
   def loss(z, y, episode):
@@ -172,11 +190,13 @@ def head_method(
 ) -> Method:
   """A method that learns heads: ANIL with the response that is given.
 
+  Every head starts at the mean of the heads of the last step, the first ones at zero.
   ``shared`` says that all runs of a step see the same backbone, which only perturbing it breaks.
   """
   one = head_solver(backbone, settings, shared=shared)
-  inner = jaxbo.over_tasks(one, settings.num_tasks)
-  outer = optax.chain(make_response(inner, settings, seed), optimizer(settings, num_steps))
+  inner = jaxbo.over_tasks(one, settings.num_tasks, average_start=True)
+  key = draw_key(Draw.DIRECTIONS, seed)
+  outer = optax.chain(make_response(inner, settings, key), optimizer(settings, num_steps))
 
   def outer_loss(x, heads, episodes):
     def of_task(head, episode):
@@ -198,7 +218,7 @@ def head_method(
 
   def predict(state, episode):
     x = state.x
-    start = zero_head(state.solution.params["w"].shape[-2], settings.num_ways)
+    start = jax.tree.map(lambda heads: jnp.mean(heads, axis=0), state.solution.params)
     head = one.solve(x, one.init(start), episode).params
     return logits(head, backbone.features(x, scale_pixels(episode.query_images)))
 
@@ -293,7 +313,12 @@ RESPONSES: dict[str, Callable[[jaxbo.InnerSolver, Settings, Any], Any]] = {
     key=key,
   ),
   "esj": lambda inner, s, key: jaxbo.add_es_response(
-    inner, s.num_samples_plain, s.smoothing, perturb_features=False, sample_batch_size=1, key=key
+    inner,
+    s.num_samples_plain,
+    s.smoothing_plain,
+    perturb_features=False,
+    sample_batch_size=1,
+    key=key,
   ),
   "itd": lambda inner, s, key: jaxbo.add_unrolled_response(inner),
   "aid": lambda inner, s, key: jaxbo.add_implicit_response(

@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from scripts.common import few_shot, plots
-from scripts.common.few_shot import LABELS, Settings
+from scripts.common import plots
+from scripts.common.few_shot import LABELS, Draw, Settings
 from scripts.common.plots import plt
 from scripts.common.trainer import Trainer
 
@@ -33,8 +33,7 @@ def draw_episode(
   label: str, trainer: Trainer, settings: Settings, classes: Any, path: Path
 ) -> None:
   """The first test episode: support images left, query images right, wrong ones framed in red."""
-  sample = jax.jit(few_shot.sampler(settings, 1, 1))
-  episode = jax.tree.map(lambda leaf: leaf[0], sample(jax.random.key(3), classes))
+  episode = trainer.first_episode(classes, Draw.TEST)
   predicted = np.argmax(jax.jit(trainer.method.predict)(trainer.state, episode), axis=-1)
   ways, shots, queries = settings.num_ways, settings.num_shots, settings.num_queries
   fig, grid = plt.subplots(

@@ -9,8 +9,17 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+  BarColumn,
+  MofNCompleteColumn,
+  Progress,
+  ProgressColumn,
+  Task,
+  TextColumn,
+  TimeRemainingColumn,
+)
 from rich.table import Table
+from rich.text import Text
 
 
 def mean_and_spread(values: Iterable[float], digits: int = 3) -> str:
@@ -40,12 +49,22 @@ def console() -> Console:
   return plain if plain.is_terminal else Console(width=120)
 
 
+class RateColumn(ProgressColumn):
+  """Steps a second."""
+
+  def render(self, task: Task) -> Text:
+    """The rate of the last half minute, or nothing before there is one."""
+    rate = task.finished_speed or task.speed
+    return Text(f"{rate:.3g} steps/s" if rate else "")
+
+
 def progress_bar(console: Console) -> Progress:
   """A progress bar; its tasks have a field ``loss``, a text that stands behind the bar."""
   return Progress(
     TextColumn("{task.description}"),
     BarColumn(),
     MofNCompleteColumn(),
+    RateColumn(),
     TimeRemainingColumn(),
     TextColumn("{task.fields[loss]}"),
     console=console,

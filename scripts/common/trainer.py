@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from jaxbo.tasks import Episode
 from scripts.common import few_shot
-from scripts.common.few_shot import Method, Settings
+from scripts.common.few_shot import Draw, Method, Settings, draw_key
 from scripts.common.fewshot_data import ImageClasses
 
 EVALUATION_BATCH = 20
@@ -30,13 +31,14 @@ class Trainer:
     self.method = method
     self.train = jax.device_put(train)
     sample = few_shot.sampler(settings, settings.num_rotations, settings.num_tasks)
-    train_key = jax.random.key_data(jax.random.key(seed))
+    train_key = jax.random.key_data(draw_key(Draw.TRAINING, seed))
 
     def step(state, t, classes):
       key = jax.random.fold_in(jax.random.wrap_key_data(train_key), t)
       return method.step(state, sample(key, classes))
 
-    self.state = jax.jit(method.init)(jax.random.key(seed), self.train.images[0, :2])
+    first = draw_key(Draw.PARAMETERS, seed)
+    self.state = jax.jit(method.init)(first, self.train.images[0, :2])
     self.compiled = (
       jax.jit(step, donate_argnums=0).lower(self.state, jnp.int32(0), self.train).compile()
     )
@@ -47,6 +49,7 @@ class Trainer:
       return jax.vmap(lambda episode: few_shot.accuracy(method, state, episode))(episodes)
 
     self._evaluate = jax.jit(evaluate)
+    self._sample_evaluation = jax.jit(sample_evaluation)
     self.seconds = 0.0
     self.checkpoints = ocp.CheckpointManager(
       checkpoints.absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
@@ -69,10 +72,16 @@ class Trainer:
     self.checkpoints.save(done, args=ocp.args.StandardSave(tree))
 
   def fit(
-    self, done: int, num_steps: int, eval_every: int, checkpoint_every: int
+    self,
+    done: int,
+    num_steps: int,
+    eval_every: int,
+    checkpoint_every: int,
+    on_step: Callable[[int], None] = lambda done: None,
   ) -> Iterator[tuple[int, float]]:
     """Trains; yields ``(steps done, loss)`` where an evaluation is due.
 
+    ``on_step`` is called with the number of steps that the device has finished.
     A checkpoint of such a step is written afterwards, so that no evaluation is left out when the
     run is stopped in between. ``seconds`` counts the training alone.
     """
@@ -81,7 +90,10 @@ class Trainer:
       stop = min(num_steps, *((done // n + 1) * n for n in every))
       start, loss = time.perf_counter(), jnp.nan
       while done < stop:
+        before = loss
         self.state, loss = self.compiled(self.state, jnp.int32(done), self.train)
+        jax.block_until_ready(before)  # One step waits while another runs.
+        on_step(done)
         done += 1
       loss = float(loss)  # Waits for the device.
       self.seconds += time.perf_counter() - start
@@ -90,13 +102,23 @@ class Trainer:
       if done % checkpoint_every == 0 or done == num_steps:
         self.save(done)
 
-  def accuracy(self, classes: Any, num_episodes: int, seed: int) -> tuple[float, float]:
-    """Mean accuracy over episodes that the seed fixes, and its 95 % confidence interval's half."""
+  def first_episode(self, classes: Any, draw: Draw) -> Episode:
+    """The first of the episodes that :meth:`accuracy` averages over."""
+    episodes = self._sample_evaluation(evaluation_key(draw, 0), classes)
+    return jax.tree.map(lambda leaf: leaf[0], episodes)
+
+  def accuracy(self, classes: Any, num_episodes: int, draw: Draw) -> tuple[float, float]:
+    """Mean accuracy over the episodes of ``draw``, and its 95 % confidence interval's half."""
     parts = [
-      self._evaluate(self.state, jax.random.fold_in(jax.random.key(seed), i), classes)
+      self._evaluate(self.state, evaluation_key(draw, i), classes)
       for i in range(-(-num_episodes // EVALUATION_BATCH))
     ]
     return interval(np.concatenate(parts)[:num_episodes])
+
+
+def evaluation_key(draw: Draw, batch: int) -> jax.Array:
+  """The key of a batch of evaluation episodes, the same in every run."""
+  return jax.random.fold_in(draw_key(draw), batch)
 
 
 def interval(accuracies: np.ndarray) -> tuple[float, float]:
