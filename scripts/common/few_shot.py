@@ -39,7 +39,7 @@ class Draw(enum.IntEnum):
 
 
 def draw_key(draw: Draw, seed: int = 0) -> jax.Array:
-  """The root of the stream of keys for ``draw``: no two of them, and no two seeds, share a key."""
+  """The root of the stream of keys for ``draw``: no two of them share a key."""
   return jax.random.fold_in(jax.random.key(seed), draw)
 
 

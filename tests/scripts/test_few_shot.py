@@ -223,9 +223,25 @@ SMALL = {
 }
 
 
-def test_a_run_writes_its_files_and_a_resumed_one_repeats_nothing(tmp_path, capsys):
-  config = Config(output_dir=tmp_path, **SMALL)
+def test_no_two_streams_of_keys_and_no_two_seeds_share_a_root():
+  """``split(key, n)[i]`` is ``fold_in(key, i)``: keys of one root would meet."""
+  roots = [few_shot.draw_key(draw, seed) for draw in few_shot.Draw for seed in range(3)]
+  assert len({tuple(jax.random.key_data(root).tolist()) for root in roots}) == 15
+
+
+def test_a_run_writes_its_files_and_a_resumed_one_repeats_nothing(tmp_path, capsys, monkeypatch):
+  drawn = []
+
+  def draw_key(draw, seed=0):
+    drawn.append((draw.name, seed))
+    return jax.random.fold_in(jax.random.key(seed), draw)
+
+  for module in (few_shot, trainer):
+    monkeypatch.setattr(module, "draw_key", draw_key)
+  config = Config(output_dir=tmp_path, seed=3, **SMALL)
   assert script.main(config) == 0
+  of_training = {(name, 3) for name in ("PARAMETERS", "DIRECTIONS", "TRAINING")}
+  assert set(drawn) == of_training | {("VALIDATION", 0), ("TEST", 0)}
   table = capsys.readouterr().out
   for word in ("ITD (ANIL)", "2-way 1-shot", "4 meta-steps"):
     assert word in table
@@ -247,7 +263,7 @@ def test_a_run_writes_its_files_and_a_resumed_one_repeats_nothing(tmp_path, caps
 
   for wrong, message in (
     ({}, "has checkpoints of an earlier run"),
-    ({"resume": True, "seed": 1}, "seed must be 0 to resume, got 1"),
+    ({"resume": True, "seed": 1}, "seed must be 3 to resume, got 1"),
   ):
     assert script.main(dataclasses.replace(config, **wrong)) == 2
     assert message in capsys.readouterr().err
