@@ -161,16 +161,20 @@ class BatchNorm(nn.Module):
 def max_pool(x: jax.Array) -> jax.Array:
   """Returns the maxima of 2 by 2 pixels; ``[n, h, w, c]`` becomes ``[n, h // 2, w // 2, c]``.
 
-  An odd last row or column is left out. Of equal maxima the first of a row or column gets the
-  gradient, never a share of it: ``jnp.max`` compares with its own result and divides by the number
-  of equals, and XLA may round the two sides differently: no equals, so inf and NaN.
+  An odd last row or column is left out. A NaN among the four is the maximum. Of equal maxima the
+  first of a row or column gets the gradient, never a share of it: ``jnp.max`` compares with its own
+  result and divides by the number of equals, and XLA may round the two sides differently: no
+  equals, so inf and NaN.
   """
   height, width = x.shape[1] // 2 * 2, x.shape[2] // 2 * 2
   x = x[:, :height, :width]
-  first, second = x[:, ::2], x[:, 1::2]
-  x = jnp.where(first >= second, first, second)
-  first, second = x[:, :, ::2], x[:, :, 1::2]
-  return jnp.where(first >= second, first, second)
+  x = _larger(x[:, ::2], x[:, 1::2])
+  return _larger(x[:, :, ::2], x[:, :, 1::2])
+
+
+def _larger(first: jax.Array, second: jax.Array) -> jax.Array:
+  """The larger of each pair, or a NaN if there is one; all of the gradient goes to it."""
+  return jnp.where((first >= second) | jnp.isnan(first), first, second)
 
 
 def check_images(images: jax.Array, smallest: int) -> None:

@@ -46,3 +46,29 @@ def test_the_first_of_equal_maxima_gets_the_gradient_and_an_odd_rest_gets_none()
   x = jnp.asarray([[1.0, 1.0, 9.0], [0.0, 1.0, 9.0]])[None, :, :, None]
   gradient = jax.grad(lambda x: max_pool(x).sum())(x)
   np.testing.assert_array_equal(gradient[0, :, :, 0], [[1, 0, 0], [0, 0, 0]])
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_a_nan_among_four_pixels_is_their_maximum_and_gets_the_gradient(place):
+  x = jnp.arange(8.0).at[place].set(jnp.nan).reshape(2, 2, 2, 1)
+  np.testing.assert_array_equal(max_pool(x).ravel(), [jnp.nan, 7])
+  gradient = jax.grad(lambda x: max_pool(x).sum())(x)
+  np.testing.assert_array_equal(gradient.ravel(), jnp.zeros(8).at[jnp.array([place, 7])].set(1))
+
+
+def test_maxima_and_their_gradients_equal_those_of_numpy_where_many_are_equal():
+  """Relu makes ties of zeros; the gradient goes to the first maximum of the first row with one."""
+  x = np.maximum(np.random.default_rng(0).integers(-3, 3, (2, 6, 8, 3)), 0).astype(np.float32)
+  pooled, pull_back = jax.vjp(max_pool, jnp.asarray(x))
+  cells = x.reshape(2, 3, 2, 4, 2, 3)
+  np.testing.assert_array_equal(pooled, cells.max(axis=(2, 4)))
+  cotangent = np.random.default_rng(1).normal(size=pooled.shape).astype(np.float32)
+  # Rows are compared first, column by column, and then the two winners.
+  rows = cells.argmax(axis=2)
+  columns = cells.max(axis=2).argmax(axis=3)
+  expected = np.zeros_like(cells)
+  for place in np.ndindex(*cotangent.shape):
+    n, i, j, c = place
+    column = columns[n, i, j, c]
+    expected[n, i, rows[n, i, j, column, c], j, column, c] = cotangent[place]
+  np.testing.assert_array_equal(pull_back(jnp.asarray(cotangent))[0], expected.reshape(x.shape))
