@@ -62,6 +62,16 @@ def one_of(name: str, value: Any, allowed: Iterable[str]) -> Any:
   return value
 
 
+def manual_axis(name: str, value: str) -> None:
+  """Raises ``ValueError`` unless ``value`` is an axis of a ``shard_map`` or ``pmap`` around."""
+  if value not in (axes := jax.sharding.get_abstract_mesh().manual_axes):
+    around = f"those around have {', '.join(map(repr, axes))}" if axes else "there is none around"
+    raise ValueError(
+      f"{name} must be an axis of the jax.shard_map or jax.pmap in which update is called ({around}"
+      f"), or of a mesh that is given by mesh=; got {value!r}"
+    )
+
+
 def takes_arguments(name: str, function: Callable[..., Any], *arguments: str) -> None:
   """Raises ``TypeError`` unless ``function`` can be called with so many positional arguments."""
   expected = f"{name} must be a function {name}({', '.join(arguments)})"

@@ -119,7 +119,8 @@ def add_es_response(
     mesh: a mesh over whose axis ``axis_name`` the samples are divided; its size must divide
       ``num_samples``. Devices exchange the :math:`Q` scalar products and nothing else; each draws
       all directions for the sum. Parameters and data may be sharded over other axes.
-    axis_name: the axis of ``mesh``; without ``mesh``, an axis of the ``shard_map`` around.
+    axis_name: the axis of ``mesh``; without ``mesh``, an axis of the ``shard_map`` or ``pmap``
+      that ``update`` is called in.
     key: an int, a raw key array or a typed key. Update ``t`` uses ``fold_in(key, t)``, its sample
       ``j`` folds in ``j``, and every leaf gets a key of its own; with ``per_task`` task ``i``
       folds in ``i`` before the sample.
@@ -137,9 +138,9 @@ def add_es_response(
 
   Raises:
     ValueError: if ``num_samples < 1``, ``sample_batch_size < 1``, ``smoothing <= 0`` or
-      ``response_scale <= 0``; if
-      ``directions`` or ``difference`` is unknown; if ``num_samples`` exceeds the number of
-      perturbed parameters for orthogonal directions, or is no multiple of the axis' size.
+      ``response_scale <= 0``; if ``directions`` or ``difference`` is unknown; if ``num_samples``
+      exceeds the number of perturbed parameters for orthogonal directions, or is no multiple of the
+      axis' size; if there is no such axis.
     TypeError: if the key is none.
 
   Example:
@@ -212,6 +213,8 @@ def add_es_response(
   ):
     del extra_args
     outer_grad, inner_grad = check_update("add_es_response", updates, params, solution, batch)
+    if axis_name is not None and mesh is None:
+      _check.manual_axis("axis_name", axis_name)
     x, start, y, b = _tree.at_least_float32((params, solution.start, solution.params, inner_grad))
     path, pull_back = solver.path, lambda response: response
     low_precision = _tree.has_low_precision((params, solution.params))

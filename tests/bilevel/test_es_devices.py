@@ -82,3 +82,16 @@ def test_an_axis_that_the_mesh_has_not_is_refused():
   for axis_name in (None, "devices"):
     with pytest.raises(ValueError, match="axis_name must be one of 'samples', got"):
       jaxbo.add_es_response(solver, 16, mesh=mesh, axis_name=axis_name)
+
+
+def test_an_axis_without_a_mesh_is_refused_outside_of_a_shard_map_that_has_it():
+  solver, arguments = setting()
+  update = updater(jaxbo.add_es_response(solver, NUM_SAMPLES, axis_name="samples"))
+  message = r"axis_name must be an axis of the jax.shard_map .*\(%s\), or of a mesh .*'samples'"
+  for outside in (update, jax.jit(update)):
+    with pytest.raises(ValueError, match=message % "there is none around"):
+      outside(*arguments)
+  mesh = jax.make_mesh((2,), ("others",), devices=jax.devices()[:2])
+  spec = PartitionSpec()
+  with pytest.raises(ValueError, match=message % "those around have 'others'"):
+    jax.shard_map(update, mesh=mesh, in_specs=spec, out_specs=spec)(*arguments)
