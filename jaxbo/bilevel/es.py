@@ -117,8 +117,9 @@ def add_es_response(
       response: never more than dropping the response has, at the price of a bias towards that.
       For orthogonal directions it is :math:`Q / p`.
     mesh: a mesh over whose axis ``axis_name`` the samples are divided; its size must divide
-      ``num_samples``. Devices exchange the :math:`Q` scalar products and nothing else; each draws
-      all directions for the sum. Parameters and data may be sharded over other axes.
+      ``num_samples``. Devices exchange the :math:`Q` scalar products (of every task, with
+      ``per_task``) and nothing else; each draws all directions for the sum. Parameters and data may
+      be sharded over other axes.
     axis_name: the axis of ``mesh``; without ``mesh``, an axis of the ``shard_map`` or ``pmap``
       that ``update`` is called in.
     key: an int, a raw key array or a typed key. Update ``t`` uses ``fold_in(key, t)``, its sample

@@ -11,6 +11,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxbo
 
+pytestmark = pytest.mark.slow  # All together, not each.
+
 NUM_SAMPLES = 16
 
 
@@ -32,6 +34,41 @@ def updater(head):
   )
 
 
+def collectives(compiled):
+  """What devices exchange: the operation and the shapes of its results, one for each in the HLO."""
+  operation = re.compile(
+    r"= (?P<results>.*?) (?P<name>(?:all-|reduce-scatter|collective-|ragged-|send|recv)[a-z-]*)\("
+  )
+  found = [match for line in compiled.as_text().splitlines() if (match := operation.search(line))]
+  return [(match["name"], re.findall(r"\w+\[[\d,]*\]", match["results"])) for match in found]
+
+
+def test_all_collectives_of_a_program_are_found_with_all_that_they_exchange():
+  """So that the tests below cannot miss one: XLA puts reductions together into tuples."""
+
+  def exchange(a):
+    a = a * jax.lax.axis_index("d")
+    return (
+      jax.lax.psum((a, a[:3, None]), "d"),
+      jax.lax.all_gather(a, "d"),
+      jax.lax.psum_scatter(a, "d", tiled=True),
+      jax.lax.ppermute(a, "d", [(0, 1)]),
+      jax.lax.all_to_all(a, "d", 0, 0, tiled=True),
+    )
+
+  mesh = jax.make_mesh((2,), ("d",), devices=jax.devices()[:2])
+  specs = {"in_specs": PartitionSpec(), "out_specs": PartitionSpec("d")}
+  program = jax.jit(jax.shard_map(exchange, mesh=mesh, **specs))
+  found = dict(collectives(program.lower(jnp.ones(4)).compile()))
+  assert sorted(found.pop("all-reduce")) == ["f32[3,1]", "f32[4]"]
+  assert found == {
+    "all-gather": ["f32[2,4]"],
+    "reduce-scatter": ["f32[2]"],
+    "collective-permute": ["f32[4]"],
+    "all-to-all": ["f32[2]", "f32[2]"],
+  }
+
+
 @pytest.mark.parametrize("difference", ["forward", "exact"])
 @pytest.mark.parametrize("directions", ["gaussian", "orthogonal"])
 def test_devices_exchange_one_vector_of_scalars_and_give_the_result_of_one(directions, difference):
@@ -41,6 +78,34 @@ def test_devices_exchange_one_vector_of_scalars_and_give_the_result_of_one(direc
   mesh = jax.make_mesh((8,), ("samples",))
   if directions == "orthogonal":  # As many as parameters at most: six, on two devices.
     num_samples, mesh = 6, jax.make_mesh((2,), ("samples",), devices=jax.devices()[:2])
+  compiled, state = assert_divided_equals_alone(solver, arguments, mesh, num_samples, **kwargs)
+  assert state.info.num_finite == num_samples
+  assert collectives(compiled) == [("all-reduce", [f"f32[{num_samples}]"])]
+
+
+@pytest.mark.parametrize("through", [False, True])
+def test_devices_exchange_the_scalars_of_every_task_with_directions_of_its_own(through):
+  """Task by task in a loop, or all at once where each has features of its own."""
+  weights = jnp.asarray(np.random.default_rng(0).normal(size=(4, 6)), jnp.float32)
+  target = lambda x, batch: batch * jnp.tanh(weights @ x)
+  one = jaxbo.inner_solver(
+    lambda x, y, batch: 0.5 * jnp.sum((y - (x if through else target(x, batch))) ** 2),
+    optax.sgd(0.5),
+    3,
+    through=target if through else None,
+  )
+  solver = jaxbo.over_tasks(one, 3)
+  x, batch = jnp.linspace(-1.0, 1.0, 6), jnp.array([1.0, -0.5, 2.0])
+  solution = solver.solve(x, solver.init(jnp.zeros(4)), batch)
+  arguments = x, solution, (jnp.ones(6), jnp.arange(12.0).reshape(3, 4)), batch
+  mesh = jax.make_mesh((2,), ("samples",), devices=jax.devices()[:2])
+  compiled, state = assert_divided_equals_alone(solver, arguments, mesh, 4, per_task=True)
+  assert state.info.num_finite == 3 * 4
+  assert collectives(compiled) == [("all-reduce", ["f32[3,4]" if through else "f32[4]"])]
+
+
+def assert_divided_equals_alone(solver, arguments, mesh, num_samples, **kwargs):
+  """Returns the compiled update on the devices of ``mesh``, and the state after it."""
   alone = jaxbo.add_es_response(solver, num_samples, 1e-2, **kwargs)
   divided = jaxbo.add_es_response(
     solver, num_samples, 1e-2, mesh=mesh, axis_name="samples", **kwargs
@@ -50,11 +115,7 @@ def test_devices_exchange_one_vector_of_scalars_and_give_the_result_of_one(direc
   compiled = jax.jit(updater(divided)).lower(*arguments).compile()
   result, state = compiled(*arguments)
   np.testing.assert_allclose(result, expected, rtol=2e-4, atol=1e-5)
-  assert state.info.num_finite == num_samples
-  collectives = re.findall(
-    r"= (\S+) (?:all-|collective-|reduce-scatter|ragged-)\S*", compiled.as_text()
-  )
-  assert [re.sub(r"\{.*\}", "", shape) for shape in collectives] == [f"f32[{num_samples}]"]
+  return compiled, state
 
 
 def test_inside_a_shard_map_of_the_user_the_axis_is_enough():
