@@ -100,9 +100,9 @@ def add_es_response(
     sample_batch_size: how many samples run at once under ``vmap``; ``None`` for all. The sum of
       samples is the same up to rounding.
     redraw: whether directions are drawn again from their keys for the sum, instead of being kept
-      through the inner runs of their chunk. ``False`` costs one more direction of memory for each
-      sample that runs at once, and halves the random numbers: with :math:`10^7` parameters drawing
-      may cost more than the inner runs.
+      through the inner runs of their chunk. ``False`` costs up to one more direction of memory for
+      each sample that runs at once, and halves the random numbers: with :math:`10^7` parameters
+      drawing may cost more than the inner runs.
     perturb_features: for a solver with ``through=``: whether the features are perturbed, and the
       response pulled back to ``x`` once; else ``x`` itself, as if there were no features.
     per_task: for a solver made by :func:`jaxbo.over_tasks`: whether every task gets directions of

@@ -159,24 +159,6 @@ def test_chunks_change_nothing_but_rounding(sample_batch_size, x64):
   np.testing.assert_allclose(result, expected, rtol=1e-9, atol=1e-10)
 
 
-def test_memory_does_not_grow_with_the_number_of_samples():
-  """At a fixed chunk only the scalar products grow: one number a sample."""
-  loss = lambda x, y, batch: jnp.mean((y - jnp.mean(x)) ** 2)
-  solver = jaxbo.inner_solver(loss, optax.sgd(0.1), 3)
-  x = jnp.zeros(100_000)
-  solution = solver.init(jnp.zeros(3))
-  grads = (x, jnp.ones(3))
-
-  def temporary_bytes(num_samples):
-    head = jaxbo.add_es_response(solver, num_samples, sample_batch_size=4)
-    update = jax.jit(lambda g, s, x, y: head.update(g, s, x, solution=y, batch=None))
-    compiled = update.lower(grads, head.init(x), x, solution).compile()
-    return compiled.memory_analysis().temp_size_in_bytes
-
-  few, many = temporary_bytes(4), temporary_bytes(256)
-  assert many <= 1.02 * few
-
-
 def test_through_perturbs_the_features_and_pulls_back_once(x64):
   """The estimate in x is the estimate in z, of the same key, pulled back through the features."""
   features = lambda x, batch: jnp.tanh(batch @ x)
