@@ -134,17 +134,50 @@ def test_separate_directions_differ_between_tasks():
   assert state.info.num_finite == 4
 
 
-def test_average_start_begins_at_the_mean_of_the_last_solutions():
-  loss = lambda x, y, batch: 0.5 * jnp.sum((y - batch * x) ** 2)
-  one = jaxbo.inner_solver(loss, optax.sgd(0.5, momentum=0.9), 1, warm_start=False)
-  solver = jaxbo.over_tasks(one, 2, average_start=True)
-  x, batch = jnp.float32(1.0), jnp.array([2.0, 4.0])
-  first = solver.solve(x, solver.init(jnp.float32(0.0)), batch)
-  np.testing.assert_allclose(first.params, [1.0, 2.0])
-  second = solver.solve(x, first, batch)
-  np.testing.assert_allclose(second.start[0], [1.5, 1.5])
-  np.testing.assert_allclose(second.params, [1.75, 2.75])  # The momentum is fresh too.
-  chex.assert_trees_all_equal_shapes_and_dtypes(first, second, solver.init(jnp.float32(0.0)))
+def momentum_run(y, targets, x, rate, momentum):
+  """NumPy: the losses of SGD with momentum on ``|y - x * target|^2 / 2``, its end and velocity."""
+  losses, velocity = [], np.zeros_like(y)
+  for target in targets:
+    losses.append(0.5 * np.sum((y - x * target) ** 2))
+    velocity = momentum * velocity + y - x * target
+    y = y - rate * velocity
+  return losses, y, velocity
+
+
+@pytest.mark.parametrize("warm_start", [False, True])
+def test_average_start_equals_a_loop_over_tasks(warm_start, x64):
+  """Three solves with momentum, a batch for each step and auxiliary outputs."""
+
+  def loss(x, y, batch):
+    value = 0.5 * jnp.sum((y - x * batch) ** 2)
+    return value, {"loss": value, "batch": batch}
+
+  one = jaxbo.inner_solver(
+    loss,
+    optax.sgd(0.3, momentum=0.9),
+    4,
+    per_step_batches=True,
+    has_aux=True,
+    warm_start=warm_start,
+  )
+  solver = jaxbo.over_tasks(one, NUM_TASKS, average_start=True)
+  solve = jax.jit(solver.solve)
+  x, start = jnp.asarray(0.7), RNG.normal(size=D)
+  batches = RNG.normal(size=(3, 4, NUM_TASKS, D))
+  solution = initial = solver.init(jnp.asarray(start), x, batches[0])
+  for batch in batches:
+    solution = solve(x, solution, batch)
+    chex.assert_trees_all_equal_shapes_and_dtypes(solution, initial)
+    runs = [momentum_run(start, batch[:, t], 0.7, 0.3, 0.9) for t in range(NUM_TASKS)]
+    losses, ends, velocities = (np.stack(part) for part in zip(*runs, strict=True))
+    np.testing.assert_allclose(solution.start[0], np.tile(start, (NUM_TASKS, 1)), rtol=1e-12)
+    np.testing.assert_array_equal(optax.tree.get(solution.start[1], "trace"), 0)
+    np.testing.assert_allclose(solution.params, ends, rtol=1e-9)
+    np.testing.assert_allclose(optax.tree.get(solution.opt_state, "trace"), velocities, rtol=1e-9)
+    np.testing.assert_allclose(solution.info.losses, losses, rtol=1e-9)
+    np.testing.assert_allclose(solution.info.aux["loss"], losses, rtol=1e-9)
+    np.testing.assert_array_equal(solution.info.aux["batch"], batch.swapaxes(0, 1))
+    start = ends.mean(axis=0)
 
 
 def test_aux_outputs_have_a_task_axis():
