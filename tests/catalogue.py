@@ -59,7 +59,7 @@ def inner_loss(x, y, batch):
 
 def outer_loss(x, y, batch):
   """Depends on both levels."""
-  return jnp.sum((y["v"] - batch) ** 2) + y["c"] ** 2 + 0.1 * _summary(x) ** 2
+  return jnp.sum((y["v"] - batch) ** 2) + jnp.sum(y["c"] ** 2) + 0.1 * _summary(x) ** 2
 
 
 def plain_solver():
@@ -85,6 +85,13 @@ def full_solver():
   )
 
 
+def train_batch(solver, value):
+  """The scalar ``value`` as a batch of the solver, different for each step and each task."""
+  if solver.per_step_batches:
+    value = jnp.stack([value, -value, value])
+  return value if solver.task is None else jnp.stack([value, value / 2], axis=-1)
+
+
 def response(
   make_head: Callable[..., optax.GradientTransformation], make_solver=plain_solver
 ) -> Callable[..., Harness]:
@@ -95,15 +102,13 @@ def response(
     tx = optax.with_extra_args_support(make_head(solver, seed, inner))
 
     def init(x):
-      train = jnp.zeros(3, jax.tree.leaves(inner)[0].dtype)
+      train = train_batch(solver, jnp.zeros((), jax.tree.leaves(inner)[0].dtype))
       return x, solver.init(inner, x, train), tx.init(x)
 
     def step(carry, t, **extra):
       x, solution, state = carry
       dtype = jax.tree.leaves(inner)[0].dtype
-      train, val = jnp.cos(t).astype(dtype), jnp.sin(t).astype(dtype)
-      if solver.per_step_batches:
-        train = jnp.stack([train, -train, train])
+      train, val = train_batch(solver, jnp.cos(t).astype(dtype)), jnp.sin(t).astype(dtype)
       solution = solver.solve(x, solution, train)
       grads = jax.grad(outer_loss, (0, 1))(x, solution.params, val)
       updates, state = tx.update(grads, state, x, solution=solution, batch=train, **extra)
@@ -183,11 +188,12 @@ REGISTRY = [
     ),
   ),
   Entry(
-    "es_exact_one_pass",
+    "es_exact_one_pass_per_task",
     response(
       lambda s, k, y: jaxbo.add_es_response(
-        s, 4, directions="rademacher", difference="exact", redraw=False, key=k
-      )
+        s, 4, directions="rademacher", difference="exact", redraw=False, per_task=True, key=k
+      ),
+      lambda: jaxbo.over_tasks(plain_solver(), 2, average_start=True),
     ),
   ),
   Entry(
@@ -199,6 +205,13 @@ REGISTRY = [
   ),
   Entry(
     "es_full_solver", response(lambda s, k, y: jaxbo.add_es_response(s, 4, key=k), full_solver)
+  ),
+  Entry(
+    "es_per_task_full_solver",
+    response(
+      lambda s, k, y: jaxbo.add_es_response(s, 2, per_task=True, key=k),
+      lambda: jaxbo.over_tasks(full_solver(), 2),
+    ),
   ),
   Entry("itd", response(lambda s, k, y: jaxbo.itd(0.1, s))),
   Entry("aid", response(lambda s, k, y: jaxbo.aid(0.1, s))),
