@@ -17,8 +17,10 @@ from matplotlib.axes import Axes
 from PIL import Image
 
 from scripts import hyper_cleaning
-from scripts.common import cleaning, data, plots, report
-from scripts.hyper_cleaning import Config, Result, Run
+from scripts.common import cleaning, cleaning_report, cleaning_run, data, plots, report
+from scripts.common.cleaning_report import Result
+from scripts.common.cleaning_run import Run
+from scripts.hyper_cleaning import Config
 
 NAN = float("nan")
 
@@ -35,7 +37,7 @@ def rows_of(path):
 
 def test_a_run_prints_the_table_and_writes_its_files(tmp_path, capsys):
   assert hyper_cleaning.main(config(tmp_path)) == 0
-  table = capsys.readouterr().out
+  table = " ".join(capsys.readouterr().out.split())  # The title's lines are as long as the rows.
   for word in ("everything", "clean subset (oracle)", "ITD", "50% of labels", "seeds"):
     assert word in table
 
@@ -132,11 +134,16 @@ def interrupted(*args, **kwargs):
   raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("stage, left", [("compile_program", []), ("draw", ["results.csv"])])
-def test_an_interruption_leaves_no_files_of_an_earlier_run(tmp_path, monkeypatch, stage, left):
+@pytest.mark.parametrize(
+  "module, stage, left",
+  [(cleaning_run, "compile_program", []), (cleaning_report, "draw", ["results.csv"])],
+)
+def test_an_interruption_leaves_no_files_of_an_earlier_run(
+  tmp_path, monkeypatch, module, stage, left
+):
   for name in ("results.csv", "hyper_cleaning.png", "metrics.jsonl"):
     (tmp_path / name).write_text("an earlier run")
-  monkeypatch.setattr(hyper_cleaning, stage, interrupted)
+  monkeypatch.setattr(module, stage, interrupted)
   assert hyper_cleaning.main(config(tmp_path, methods=("everything",), seeds=1)) == 130
   assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", *left]
   assert not any("earlier" in path.read_text() for path in tmp_path.iterdir())
@@ -148,9 +155,9 @@ def test_accuracy_is_of_the_test_set_and_weights_are_the_last():
   )
   split = cleaning.split(*cleaning.read("digits"), settings, 0.5, seed=1)
   program = cleaning.make_program("itd", split, settings, 1, 2)
-  executable = hyper_cleaning.compile_program(program, split.val)
+  executable = cleaning_run.compile_program(program, split.val)
   accuracy = lambda y, examples: cleaning.accuracy(settings, y, examples)
-  runs = list(hyper_cleaning.fit(program, executable, split, 3, 1, accuracy))
+  runs = list(cleaning_run.fit(program, executable, split, 3, 1, accuracy))
 
   program = cleaning.make_program("itd", split, settings, 1, 2)
   state, run_steps = program.state, jax.jit(program.run)
@@ -167,7 +174,7 @@ def test_accuracy_is_of_the_test_set_and_weights_are_the_last():
 
 
 def make_run(outer_steps, accuracy, weights):
-  executable = hyper_cleaning.Executable(cast(Any, None), 0.0)
+  executable = cleaning_run.Executable(cast(Any, None), 0.0)
   seconds = [1.0 + i for i in range(len(accuracy))]
   corrupted = np.array([True, False, False])
   return Run(executable, outer_steps, seconds, accuracy, accuracy, np.array(weights), corrupted)
@@ -194,7 +201,7 @@ def test_the_picture_has_a_curve_for_each_method_and_tells_clean_from_wrong(tmp_
     ("itd", 2): make_run(1, [0.3], [0.3, 0.4, 0.4]),
     ("esj", 0): make_run(1, [0.4], [0.4, 0.7, 0.6]),
   }
-  hyper_cleaning.draw(runs, 2, tmp_path / "picture.png")
+  cleaning_report.draw(runs, 2, tmp_path / "picture.png")
   lines = {line.get_label(): line for line in axes[0].get_lines()}
   curves = {label: line.get_xydata().tolist() for label, line in lines.items()}
   assert curves == {
@@ -252,11 +259,11 @@ def test_the_gain_share_is_zero_for_everything_and_one_for_the_oracle():
   result = lambda method, seed, accuracy: Result(method, seed, 6, accuracy, NAN, NAN, 0.0, 0, 0.0)
   results = [result("everything", 0, 0.8), result("oracle", 0, 0.9), result("itd", 0, 0.875)]
   results += [result("everything", 1, 0.9), result("oracle", 1, 0.9), result("itd", 1, 0.9)]
-  shares = [hyper_cleaning.gain_share(row, results) for row in results]
+  shares = [cleaning_report.gain_share(row, results) for row in results]
   assert shares[:3] == pytest.approx([0.0, 1.0, 0.75])
   assert np.isnan(shares[3:]).all()  # There is no gain to share.
   unfinished = [results[0], results[1]._replace(outer_steps=5), results[2]]
-  rows = hyper_cleaning.table_rows(unfinished, outer_steps=6)
+  rows = cleaning_report.table_rows(unfinished, outer_steps=6)
   assert [row[:4] for row in rows] == [
     ["everything", "1", "0.800", "-"],
     ["clean subset (oracle), unfinished (5 of 6 steps)", "0", "0.900", "-"],
