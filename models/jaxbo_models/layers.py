@@ -28,19 +28,10 @@ def convolution(
   ``"auto"`` is decided when the model is traced: ``"patches"`` if ``jax.default_backend()`` is the
   CPU, else ``"native"``.
 
-  Why: inside a compiled loop, XLA's CPU backend does not use its fast convolutions. Milliseconds of
-  a step (forward, backward, SGD) in float32 on 2 cores that others used too, jax 0.10.2:
-
-  ======================  ===============  ================  ===============  ================
-  model, images           native, in scan  patches, in scan  native, no loop  patches, no loop
-  ======================  ===============  ================  ===============  ================
-  LeNet5, 256 of 32x32x1              145                52               61                88
-  Conv4, 25 of 28x28x1                285                30               22                43
-  ResNet12, 5 of 84x84x3            28477               844              733               901
-  ======================  ===============  ================  ===============  ================
-
-  Outside of loops ``"native"`` is up to twice as fast on the CPU. Raises
-  ``ValueError`` for an unknown ``conv``.
+  Why: inside a compiled loop, XLA's CPU backend does not use its fast convolutions, and a step is
+  several times slower than with patches; outside of loops ``"native"`` is the faster one there.
+  ``python -m benchmarks.convolution`` in jaxbo's repository measures both. Raises ``ValueError``
+  for an unknown ``conv``.
   """
   if conv not in ("auto", "patches", "native"):
     raise ValueError(f"conv must be 'auto', 'patches' or 'native', got {conv!r}")

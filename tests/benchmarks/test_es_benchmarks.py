@@ -5,13 +5,14 @@ import json
 import math
 import sys
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jaxbo_models import ResNet12
+from jaxbo_models import LeNet5, ResNet12
 
-from benchmarks import es_response, hyper_representation, resnet12
+from benchmarks import convolution, es_response, hyper_representation, resnet12
 from scripts.common import few_shot
 
 pytestmark = pytest.mark.slow  # All together, not each.
@@ -77,3 +78,21 @@ def test_a_row_of_resnet12_counts_what_a_step_does(monkeypatch):
     assert row["seconds"] > 0
     assert math.isfinite(row["gflop"])
     assert row["temp. MiB"] > 0
+
+
+def test_convolutions_are_timed_in_four_ways_that_do_the_same(tmp_path, monkeypatch):
+  ends, time_together = [], convolution.measure.time_together
+
+  def recorded(programs, *args):
+    ends.append({name: program() for name, program in programs.items()})
+    return time_together(programs, *args)
+
+  monkeypatch.setattr(convolution.measure, "time_together", recorded)
+  monkeypatch.setattr(convolution, "MODELS", {"small": (LeNet5, (2, 32, 32, 1))})
+  monkeypatch.setattr(sys, "argv", ["x", "--rounds", "1", "--save", str(tmp_path / "out")])
+  convolution.main()
+  [row] = json.loads((tmp_path / "out.json").read_text())["rows"]
+  assert all(row[name] > 0 for name in ends[0])
+  for column in ("in scan", "no loop"):
+    native, patches = (ends[0][f"{conv}, {column}"] for conv in ("native", "patches"))
+    chex.assert_trees_all_close(native, patches, rtol=1e-3, atol=1e-5)
