@@ -26,7 +26,7 @@ import jaxbo
 from benchmarks import problems
 from benchmarks.hypergradient import Step, jaxbo_step
 from benchmarks.report import arguments, hardware, markdown, number, save
-from scripts.common import few_shot, fewshot_data, measure
+from scripts.common import few_shot, few_shot_setting, fewshot_data, measure
 
 NUM_SAMPLES, CHUNKS = 64, (1, 4, 8, 16, 32, 64)
 PLANS = [
@@ -64,12 +64,12 @@ def chunk_rows(num_rounds: int) -> list[dict[str, Any]]:
 
 def feature_rows(num_keys: int, width: int = 64) -> list[dict[str, Any]]:
   """Time and cosine of both kinds of perturbation."""
-  settings = few_shot.Settings()
+  settings = few_shot_setting.Settings()
   glyphs = fewshot_data.synthetic_glyphs(50, 20)
   native, patches = (Conv4(width, conv=conv) for conv in ("native", "patches"))
   images = few_shot.scale_pixels(jnp.asarray(glyphs.images[:2, 0]))
   x = native.init(jax.random.key(0), images)
-  sample = few_shot.sampler(settings, 1, settings.num_tasks)
+  sample = few_shot_setting.sampler(settings, 1, settings.num_tasks)
   episodes = jax.jit(sample)(jax.random.key(1), jax.device_put(glyphs))
 
   def setting(apply):

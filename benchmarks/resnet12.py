@@ -18,7 +18,7 @@ from jaxbo_models import ResNet12
 
 import jaxbo
 from benchmarks.report import arguments, hardware, markdown, number, save
-from scripts.common import few_shot, measure
+from scripts.common import few_shot, few_shot_setting, measure
 from scripts.common.fewshot_data import ImageClasses
 from scripts.few_shot import DATASETS
 
@@ -43,7 +43,7 @@ ROWS: dict[str, dict[str, Any] | str] = {
 
 
 def make_method(
-  options: dict[str, Any] | str, model: Any, settings: few_shot.Settings
+  options: dict[str, Any] | str, model: Any, settings: few_shot_setting.Settings
 ) -> few_shot.Method:
   """The few-shot method that ``options`` stand for, on that model."""
   apply = lambda x, images: jnp.asarray(model.apply(x, images))
@@ -61,7 +61,7 @@ def make_method(
   return few_shot.head_method(make_response, backbone, settings, 1, seed=0)
 
 
-def measure_row(name: str, calls: int, settings: few_shot.Settings) -> dict[str, Any]:
+def measure_row(name: str, calls: int, settings: few_shot_setting.Settings) -> dict[str, Any]:
   """Time, operations and memory of one step."""
   on_cpu = jax.default_backend() == "cpu"
   dtype = None if on_cpu else jnp.bfloat16
@@ -72,7 +72,7 @@ def measure_row(name: str, calls: int, settings: few_shot.Settings) -> dict[str,
   images = jnp.zeros((2, 84, 84, 3), jnp.uint8)
   state = jax.jit(method.init)(jax.random.key(0), images)
   pixels = jax.random.bits(jax.random.key(1), (20, 10, 84, 84, 3), jnp.uint8)
-  sample = few_shot.sampler(settings, 1, settings.num_tasks)
+  sample = few_shot_setting.sampler(settings, 1, settings.num_tasks)
   classes = ImageClasses(pixels, jnp.full(20, 10, jnp.int32), jnp.arange(20))
   episodes = jax.jit(sample)(jax.random.key(2), classes)
   start = time.perf_counter()

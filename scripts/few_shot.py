@@ -34,7 +34,8 @@ import tyro
 from jaxbo_models import Conv4, ResNet12
 
 from scripts.common import few_shot, few_shot_plots, fewshot_data, measure, report
-from scripts.common.few_shot import LABELS, Backbone, Draw, Settings
+from scripts.common.few_shot import LABELS, Backbone
+from scripts.common.few_shot_setting import Draw, Settings, sampler
 from scripts.common.trainer import Trainer
 
 DATASETS = {
@@ -280,9 +281,9 @@ def check_shapes(config: Config, data: fewshot_data.FewShotData) -> None:
   settings, backbone = config.settings(), make_backbone(config, data.train.images)
   turns = (settings.num_rotations, 1, 1)
   for classes, num_rotations in zip(data, turns, strict=True):
-    sample = few_shot.sampler(settings, num_rotations, settings.num_tasks)
+    sample = sampler(settings, num_rotations, settings.num_tasks)
     jax.eval_shape(lambda key, s=sample, c=classes: s(key, c), jax.random.key(0))
-  sample = few_shot.sampler(settings, settings.num_rotations, settings.num_tasks)
+  sample = sampler(settings, settings.num_rotations, settings.num_tasks)
   episodes = jax.eval_shape(lambda key: sample(key, data.train), jax.random.key(0))
   for name in config.methods:
     method = few_shot.make_method(name, backbone, settings, config.steps, config.seed)

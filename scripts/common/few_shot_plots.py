@@ -8,7 +8,8 @@ import jax
 import numpy as np
 
 from scripts.common import plots
-from scripts.common.few_shot import LABELS, Draw, Settings
+from scripts.common.few_shot import LABELS
+from scripts.common.few_shot_setting import Draw, Settings
 from scripts.common.plots import plt
 from scripts.common.trainer import Trainer
 

@@ -13,7 +13,8 @@ import orbax.checkpoint as ocp
 
 from jaxbo.tasks import Episode
 from scripts.common import few_shot
-from scripts.common.few_shot import Draw, Method, Settings, draw_key
+from scripts.common.few_shot import Method
+from scripts.common.few_shot_setting import Draw, Settings, draw_key, sampler
 from scripts.common.fewshot_data import ImageClasses
 
 EVALUATION_BATCH = 20
@@ -30,7 +31,7 @@ class Trainer:
   ):
     self.method = method
     self.train = jax.device_put(train)
-    sample = few_shot.sampler(settings, settings.num_rotations, settings.num_tasks)
+    sample = sampler(settings, settings.num_rotations, settings.num_tasks)
     train_key = jax.random.key_data(draw_key(Draw.TRAINING, seed))
 
     def step(state, t, classes):
@@ -42,7 +43,7 @@ class Trainer:
     self.compiled = (
       jax.jit(step, donate_argnums=0).lower(self.state, jnp.int32(0), self.train).compile()
     )
-    sample_evaluation = few_shot.sampler(settings, 1, EVALUATION_BATCH)
+    sample_evaluation = sampler(settings, 1, EVALUATION_BATCH)
 
     def evaluate(state, key, classes):
       episodes = sample_evaluation(key, classes)

@@ -13,7 +13,7 @@ import pytest
 from jaxbo_models import LeNet5, ResNet12
 
 from benchmarks import convolution, es_response, hyper_representation, resnet12
-from scripts.common import few_shot
+from scripts.common import few_shot, few_shot_setting
 
 pytestmark = pytest.mark.slow  # All together, not each.
 
@@ -56,7 +56,7 @@ def test_features_are_worth_more_than_parameters(monkeypatch):
     "PLANS",
     [("parameters", 4, "gaussian"), ("features", 4, "gaussian"), ("features", 50, "orthogonal")],
   )
-  settings = few_shot.Settings(num_tasks=2)
+  settings = few_shot_setting.Settings(num_tasks=2)
   monkeypatch.setattr(few_shot, "Settings", lambda: settings)
   plain, features, exact = es_response.feature_rows(num_keys=2, width=2)
   assert plain["squared_error"] > features["squared_error"]
@@ -66,7 +66,7 @@ def test_features_are_worth_more_than_parameters(monkeypatch):
 
 def test_a_row_of_resnet12_counts_what_a_step_does(monkeypatch):
   monkeypatch.setattr(resnet12, "ResNet12", functools.partial(ResNet12, widths=(2, 2, 3, 3)))
-  settings = few_shot.Settings(
+  settings = few_shot_setting.Settings(
     num_ways=2, num_shots=1, num_queries=1, num_rotations=1, num_tasks=1, inner_steps=2
   )
   first_order, esj = (

@@ -21,12 +21,12 @@ import pytest
 from PIL import Image
 
 from scripts import few_shot as script
-from scripts.common import few_shot, fewshot_data, trainer
+from scripts.common import few_shot, few_shot_setting, fewshot_data, trainer
 from scripts.few_shot import Config
 
 pytestmark = pytest.mark.slow  # All together, not each.
 
-SETTINGS = few_shot.Settings(
+SETTINGS = few_shot_setting.Settings(
   num_ways=2,
   num_shots=2,
   num_queries=1,
@@ -56,7 +56,7 @@ def episodes(num_tasks=2):
   classes = fewshot_data.ImageClasses(
     jax.random.uniform(jax.random.key(5), (6, 4, 4, 2, 1)), jnp.full(6, 4), jnp.arange(6)
   )
-  return few_shot.sampler(SETTINGS, 1, num_tasks)(jax.random.key(1), classes)
+  return few_shot_setting.sampler(SETTINGS, 1, num_tasks)(jax.random.key(1), classes)
 
 
 def hypergradient(name, monkeypatch, settings=SETTINGS, seed=0):
@@ -136,7 +136,7 @@ def test_esj_on_parameters_moves_along_directions_of_the_parameters(monkeypatch)
   result, *_ = hypergradient("esj", monkeypatch, settings, seed=3)
   first_order, *_ = hypergradient("first_order", monkeypatch)
   response = np.ravel(result["w"] - first_order["w"])
-  key = few_shot.draw_key(few_shot.Draw.DIRECTIONS, 3)
+  key = few_shot_setting.draw_key(few_shot_setting.Draw.DIRECTIONS, 3)
   sample_key = jax.random.fold_in(jax.random.fold_in(key, 0), 0)
   direction = np.ravel(jax.random.normal(jax.random.split(sample_key, 1)[0], (8, 3)))
   cosine = response @ direction / np.linalg.norm(response) / np.linalg.norm(direction)
@@ -196,7 +196,7 @@ def test_evaluation_adapts_to_the_support_set_and_leaves_the_state(name, monkeyp
 
 def test_the_outer_rate_falls_to_a_tenth_along_a_cosine_and_stays():
   """Adam's step is its rate where the gradient is always 1."""
-  optimizer = few_shot.optimizer(few_shot.Settings(outer_learning_rate=0.5), 10)
+  optimizer = few_shot.optimizer(few_shot_setting.Settings(outer_learning_rate=0.5), 10)
   step = lambda state, _: optimizer.update(jnp.float32(1), state)[::-1]
   _, updates = jax.lax.scan(step, optimizer.init(jnp.float32(0)), length=13)
   turns = np.minimum(np.arange(13), 10) / 10
@@ -248,7 +248,9 @@ SMALL = {
 
 def test_no_two_streams_of_keys_and_no_two_seeds_share_a_root():
   """``split(key, n)[i]`` is ``fold_in(key, i)``: keys of one root would meet."""
-  roots = [few_shot.draw_key(draw, seed) for draw in few_shot.Draw for seed in range(3)]
+  roots = [
+    few_shot_setting.draw_key(draw, seed) for draw in few_shot_setting.Draw for seed in range(3)
+  ]
   assert len({tuple(jax.random.key_data(root).tolist()) for root in roots}) == 15
 
 
