@@ -48,21 +48,27 @@ class OnlineRound(NamedTuple):
     t: the number of the round, int32 from 0.
     key: the base key of the stream.
     batch: the :class:`OnlineBatch`.
-    x: the outer parameters that were played, before the losses were known.
-    y: the inner parameters that were played.
-    next_x: the outer parameters after the round.
-    next_y: the inner parameters after the round.
+    before: the :class:`BilevelState` that was played, before the losses were known.
+    after: the :class:`BilevelState` after the round.
     info: the :class:`BilevelInfo`.
   """
 
   t: jax.Array
   key: jax.Array
   batch: OnlineBatch
-  x: optax.Params
-  y: optax.Params
-  next_x: optax.Params
-  next_y: optax.Params
+  before: BilevelState
+  after: BilevelState
   info: BilevelInfo
+
+  @property
+  def x(self) -> optax.Params:
+    """The outer parameters that were played."""
+    return self.before.x
+
+  @property
+  def y(self) -> optax.Params:
+    """The inner parameters that were played."""
+    return self.before.solution.params
 
 
 class OnlineState(NamedTuple):
@@ -236,10 +242,8 @@ def online(
       t=state.round_count,
       key=jax.random.wrap_key_data(state.stream_key),
       batch=batch,
-      x=before.x,
-      y=before.solution.params,
-      next_x=after.x,
-      next_y=after.solution.params,
+      before=before,
+      after=after,
       info=info,
     )
     metric_states, values = {}, {}
