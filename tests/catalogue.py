@@ -141,6 +141,34 @@ def value_function(make_tx: Callable[..., optax.GradientTransformation], scale: 
   return make
 
 
+def online(make_outer: Callable[..., optax.GradientTransformation], **options):
+  """The harness of a method that needs the memory of ``jaxbo.online``."""
+
+  def make(seed, inner):
+    del seed
+    solver = plain_solver()
+    tx = optax.with_extra_args_support(make_outer(solver, inner))
+    loop = jaxbo.online(outer_loss, solver, tx, **options)
+    batches = lambda t: (jnp.cos(t), jnp.sin(t))
+    cast = lambda batch: jax.tree.map(
+      lambda leaf: leaf.astype(jax.tree.leaves(inner)[0].dtype), batch
+    )
+
+    def init(x):
+      state = loop.init(x, inner, lambda key, t: cast(batches(t)))
+      return state.x, state._replace(loop=state.loop._replace(x=()))
+
+    def step(carry, t, **extra):
+      x, state = carry
+      state = state._replace(loop=state.loop._replace(x=x))
+      state, _ = loop.step(state, cast(batches(t)), **extra)
+      return state.x, state._replace(loop=state.loop._replace(x=()))
+
+    return Harness(tx, init, step)
+
+  return make
+
+
 VALUE = {"num_steps": 3, "inner_optimizer": optax.sgd(0.2, momentum=0.5)}
 DUAL = {"slack": 0.1, "dual_learning_rate": 0.5, **VALUE}
 BOX = {
@@ -204,6 +232,25 @@ REGISTRY = [
   Entry("aid", response(lambda s, k, y: jaxbo.aid(0.1, s))),
   Entry("stocbio", response(lambda s, k, y: jaxbo.stocbio(0.1, s, 3, 0.3))),
   Entry("esj", response(lambda s, k, y: jaxbo.esj(0.1, s, 4, key=k))),
+  Entry(
+    "sobow",
+    response(
+      lambda s, k, y: optax.chain(
+        jaxbo.sobow(-0.1, s, window=3, decay=0.9, inner_params=y),
+        jaxbo.window_average(2, normalization="present", storage_dtype=jnp.bfloat16),
+        jaxbo.project_params(BOX["project_outer"]),
+      )
+    ),
+  ),
+  Entry(
+    "average_over_batches",
+    online(
+      lambda s, y: jaxbo.average_over_batches(jaxbo.ogd(0.1), outer_loss, 0.9),
+      memory=3,
+      replay=True,
+    ),
+  ),
+  Entry("oagd", online(lambda s, y: jaxbo.oagd(0.1, s, outer_loss), memory=1, hyper_at="before")),
   Entry("primal_dual", value_function(primal_dual)),
   Entry(
     "primal_dual_full",

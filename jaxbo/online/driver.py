@@ -116,12 +116,13 @@ class Online(NamedTuple):
 
   Attributes:
     init: ``init(x, y0, stream, *, key=0) -> OnlineState``.
-    step: ``step(state, batch) -> (OnlineState, OnlineInfo)``, one round.
+    step: ``step(state, batch, **extra_args) -> (OnlineState, OnlineInfo)``, one round; extra
+      arguments go to the ``update`` of the transformation.
     run: ``run(state, stream, num_rounds) -> (OnlineState, OnlineInfo)``, one ``lax.scan``.
   """
 
   init: Callable[..., OnlineState]
-  step: Callable[[OnlineState, Any], tuple[OnlineState, OnlineInfo]]
+  step: Callable[..., tuple[OnlineState, OnlineInfo]]
   run: Callable[[OnlineState, Stream, int], tuple[OnlineState, OnlineInfo]]
 
 
@@ -220,19 +221,19 @@ def online(
       },
     )
 
-  def step(state, batch):
+  def step(state, batch, **extra_args):
     batch = as_batch(batch)
-    before, window, extra = state.loop, (), {}
+    before, window = state.loop, ()
     solve = inner.solve
     if memory is not None:
       window = state.memory.push(batch._replace(extra=None))
-      extra["memory"] = window
+      extra_args["memory"] = window
       if replay:
         solve = lambda x, solution, _: solve_on_memory(inner, x, solution, window)
 
     in_loop = solve if hyper_at == "after" else lambda x, solution, _: solution
     _, loop_step = bilevel(outer_loss, inner._replace(solve=in_loop), outer, has_aux=has_aux)
-    after, info = loop_step(before, batch.train, batch.val, **extra)
+    after, info = loop_step(before, batch.train, batch.val, **extra_args)
     if hyper_at == "before":
       solution = solve(before.x, before.solution, batch.train)
       after = after._replace(solution=solution)
