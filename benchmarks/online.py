@@ -195,9 +195,10 @@ def problems_to_weigh() -> list[Weight]:
   labels = jax.ShapeDtypeStruct((64,), jnp.int32)
   images = (array(64, 28, 28, 1), labels)
   backbone = {"w": [array(784, 256), array(256, 64)], "b": [array(256), array(64)]}
+  num_parameters = sum(leaf.size for leaf in jax.tree.leaves(backbone))
   return [
     Weight("20 hyperparameters, two batches of 64 MNIST images", array(20), (images, images)),
-    Weight("217,664 backbone parameters, the same batches", backbone, (images, images)),
+    Weight(f"{num_parameters:,} backbone parameters, the same batches", backbone, (images, images)),
   ]
 
 

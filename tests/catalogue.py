@@ -141,13 +141,12 @@ def value_function(make_tx: Callable[..., optax.GradientTransformation], scale: 
   return make
 
 
-def online(make_outer: Callable[..., optax.GradientTransformation], **options):
-  """The harness of a method that needs the memory of ``jaxbo.online``."""
+def online(make_outer: Callable[..., optax.GradientTransformation], solver=None, **options):
+  """The harness of a method that needs ``jaxbo.online``: its memory, or both batches."""
 
   def make(seed, inner):
     del seed
-    solver = plain_solver()
-    tx = optax.with_extra_args_support(make_outer(solver, inner))
+    tx = optax.with_extra_args_support(make_outer(solver))
     loop = jaxbo.online(outer_loss, solver, tx, **options)
     batches = lambda t: (jnp.cos(t), jnp.sin(t))
     cast = lambda batch: jax.tree.map(
@@ -245,12 +244,41 @@ REGISTRY = [
   Entry(
     "average_over_batches",
     online(
-      lambda s, y: jaxbo.average_over_batches(jaxbo.ogd(0.1), outer_loss, 0.9),
+      lambda s: jaxbo.average_over_batches(jaxbo.ogd(0.1), outer_loss, 0.9),
+      plain_solver(),
       memory=3,
       replay=True,
     ),
   ),
-  Entry("oagd", online(lambda s, y: jaxbo.oagd(0.1, s, outer_loss), memory=1, hyper_at="before")),
+  Entry(
+    "oagd",
+    online(lambda s: jaxbo.oagd(0.1, s, outer_loss), plain_solver(), memory=1, hyper_at="before"),
+  ),
+  Entry(
+    "corrected_response",
+    online(
+      lambda s: optax.chain(
+        jaxbo.add_corrected_response(
+          inner_loss, outer_loss, linear_learning_rate=0.2, correction=0.5, radius=1.0
+        ),
+        optax.adam(0.1),
+      )
+    ),
+  ),
+  Entry(
+    "sogd",
+    online(
+      lambda s: jaxbo.sogd(
+        0.1,
+        optax.linear_schedule(0.2, 0.1, 4),
+        inner_loss,
+        outer_loss,
+        linear_learning_rate=0.2,
+        correction=optax.linear_schedule(1.0, 0.5, 4),
+        **BOX,
+      )
+    ),
+  ),
   Entry("primal_dual", value_function(primal_dual)),
   Entry(
     "primal_dual_full",

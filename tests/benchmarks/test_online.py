@@ -34,7 +34,7 @@ def test_the_weight_of_the_windows():
     "SOBOW, bfloat16": 5 * 20 * 2 + flags,
     OAGD: 5 * batches + flags,
   }
-  assert online.state_bytes(many, 5)[SOBOW] == 5 * 217_664 * 4 + flags
+  assert online.state_bytes(many, 5)[SOBOW] == 5 * 217_408 * 4 + flags
 
 
 def test_the_command_prints_and_saves(tmp_path, capsys, monkeypatch):
