@@ -24,12 +24,20 @@ gives the hypergradient; behind it stands any optax chain.
 **Value functions**, for inner problems with many minima, on :class:`Bilevel` parameters:
 :func:`add_primal_dual_penalty` (PDBO), :func:`add_dynamic_barrier` (BOME),
 :func:`add_value_function_penalty` (V-PBGD, F2SA); around them :func:`add_proximal_terms` and
-:func:`scale_by_lagrangian_smoothness`, behind them :func:`project`.
+:func:`scale_by_lagrangian_smoothness`, behind them :func:`project`; :func:`project_params` is that
+for one level.
 
-**Tasks**: :func:`jaxbo.tasks.sample_episode`.
+**Online**, where the losses change with time: :func:`window_average`, a window of old gradients
+(SOBOW), :func:`average_over_batches`, old losses at the current iterate (OAGD),
+:func:`add_corrected_response`, momentum corrections (SOGD); the loop :func:`online` over a stream,
+with the metrics :func:`local_regret` and :func:`path_length`.
+
+**Tasks**: :func:`jaxbo.tasks.sample_episode`; streams, :func:`jaxbo.tasks.minibatch_stream` and
+:func:`jaxbo.tasks.phase_stream`.
 
 **Whole methods**: :func:`esj`, :func:`itd`, :func:`aid`, :func:`stocbio`, and the loop
-:func:`bilevel`; :func:`pdbo`, :func:`proximal_pdbo`, :func:`bome`, :func:`v_pbgd`, :func:`f2sa`.
+:func:`bilevel`; :func:`pdbo`, :func:`proximal_pdbo`, :func:`bome`, :func:`v_pbgd`, :func:`f2sa`;
+:func:`sobow`, :func:`oagd`, :func:`ogd`, :func:`sogd`.
 """
 
 from jaxbo import tasks as tasks
@@ -72,7 +80,7 @@ from jaxbo.bilevel.primal_dual import (
   add_primal_dual_penalty,
   pdbo,
 )
-from jaxbo.bilevel.projection import project
+from jaxbo.bilevel.projection import project, project_params
 from jaxbo.bilevel.proximal import (
   ProximalInfo,
   ProximalState,
@@ -86,11 +94,29 @@ from jaxbo.bilevel.unrolled import (
   add_unrolled_response,
   itd,
 )
+from jaxbo.online.driver import Online, OnlineInfo, OnlineState, online
+from jaxbo.online.oagd import BatchAverageInfo, BatchAverageState, average_over_batches, oagd
+from jaxbo.online.regret import Accumulated, local_regret, path_length
+from jaxbo.online.rounds import OnlineBatch, OnlineMetric, OnlineRound
+from jaxbo.online.sobow import ogd, sobow
+from jaxbo.online.sogd import (
+  CorrectedResponseInfo,
+  CorrectedResponseState,
+  Triple,
+  add_corrected_response,
+  sogd,
+)
+from jaxbo.online.window import Window, WindowAverageInfo, WindowAverageState, window_average
 
 __all__ = [
+  "Accumulated",
+  "BatchAverageInfo",
+  "BatchAverageState",
   "Bilevel",
   "BilevelInfo",
   "BilevelState",
+  "CorrectedResponseInfo",
+  "CorrectedResponseState",
   "DropInfo",
   "DropResponseState",
   "DynamicBarrierInfo",
@@ -104,15 +130,26 @@ __all__ = [
   "InnerSolver",
   "LinearInfo",
   "LinearSolver",
+  "Online",
+  "OnlineBatch",
+  "OnlineInfo",
+  "OnlineMetric",
+  "OnlineRound",
+  "OnlineState",
   "PrimalDualInfo",
   "PrimalDualState",
   "ProximalInfo",
   "ProximalState",
   "Through",
+  "Triple",
   "UnrolledInfo",
   "UnrolledResponseState",
   "ValuePenaltyInfo",
   "ValuePenaltyState",
+  "Window",
+  "WindowAverageInfo",
+  "WindowAverageState",
+  "add_corrected_response",
   "add_dynamic_barrier",
   "add_es_response",
   "add_implicit_response",
@@ -121,6 +158,7 @@ __all__ = [
   "add_unrolled_response",
   "add_value_function_penalty",
   "aid",
+  "average_over_batches",
   "bilevel",
   "bome",
   "conjugate_gradient",
@@ -130,14 +168,23 @@ __all__ = [
   "fixed_point",
   "inner_solver",
   "itd",
+  "local_regret",
   "neumann",
+  "oagd",
+  "ogd",
+  "online",
   "over_tasks",
+  "path_length",
   "pdbo",
   "project",
+  "project_params",
   "proximal_pdbo",
   "scale_by_lagrangian_smoothness",
+  "sobow",
+  "sogd",
   "stocbio",
   "v_pbgd",
+  "window_average",
 ]
 
 __version__ = "0.1.0"

@@ -38,6 +38,13 @@ def non_negative(name: str, value: Any) -> Any:
   return value
 
 
+def fraction(name: str, value: Any) -> Any:
+  """Returns ``value``; raises if it is no number, or a known one outside (0, 1]."""
+  if not 0 < _number(name, value, 1.0) <= 1:
+    raise ValueError(f"{name} must be in (0, 1], got {value}")
+  return value
+
+
 def _number(name: str, value: Any, if_traced: float) -> float:
   if isinstance(value, jax.core.Tracer):
     return if_traced

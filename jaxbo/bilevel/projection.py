@@ -58,21 +58,6 @@ def project(
     if projection is not None:
       _check.takes_arguments(name, projection, "params")
 
-  def one(name, projection, updates, params):
-    if projection is None:
-      return updates
-    # Both sums in one precision, so that what the projection leaves alone compares equal.
-    wide = _tree.at_least_float32(params)
-    target = jax.tree.map(lambda p, u: p + u.astype(p.dtype), wide, updates)
-    projected = project_tree(name, projection, target)
-    return jax.tree.map(
-      lambda new, old, p, u: jnp.where(new == old, u, (new - p).astype(u.dtype)),
-      projected,
-      target,
-      wide,
-      updates,
-    )
-
   def update(updates, state, params=None, **extra_args):
     del extra_args
     params = check_params("project", params)
@@ -80,11 +65,66 @@ def project(
       raise TypeError(f"project: updates must be jaxbo.Bilevel, got {type(updates).__name__}")
     _check.same_structure("updates", updates, "params", params)
     return Bilevel(
-      one("outer", outer, updates.outer, params.outer),
-      one("inner", inner, updates.inner, params.inner),
+      _end_inside("outer", outer, updates.outer, params.outer),
+      _end_inside("inner", inner, updates.inner, params.inner),
     ), state
 
   return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+def project_params(projection: Projection) -> optax.GradientTransformationExtraArgs:
+  r"""Makes the step of one level end in a convex set: :func:`project` for plain parameters.
+
+  .. math:: u \leftarrow P_X(x + u) - x
+
+  Like :func:`project` it stands last in a chain; what is said there about rounding and cost holds.
+
+  Args:
+    projection: maps ``x`` to the nearest point of :math:`X`.
+
+  Returns:
+    A transformation of the updates of any parameters; ``update`` must be given ``params``.
+
+  Raises:
+    TypeError: if ``projection`` is no function of one argument.
+    ValueError: if ``params`` is missing, or the projection changes the structure or a shape.
+
+  Example:
+    >>> import jax.numpy as jnp, jaxbo, optax
+    >>> box = lambda x: optax.projections.projection_box(x, 0.0, 1.0)
+    >>> tx = optax.chain(optax.sgd(1.0), jaxbo.project_params(box))
+    >>> x = jnp.float32(0.5)
+    >>> updates, _ = tx.update(jnp.float32(3.0), tx.init(x), x)
+    >>> float(optax.apply_updates(x, updates))
+    0.0
+  """
+  _check.takes_arguments("projection", projection, "params")
+
+  def update(updates, state, params=None, **extra_args):
+    del extra_args
+    if params is None:
+      raise ValueError("project_params: update must be given params, the outer parameters x")
+    _check.same_structure("updates", updates, "params", params)
+    return _end_inside("projection", projection, updates, params), state
+
+  return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+def _end_inside(name, projection, updates, params):
+  """The updates that lead from ``params`` to the projection of where ``updates`` lead."""
+  if projection is None:
+    return updates
+  # Both sums in one precision, so that what the projection leaves alone compares equal.
+  wide = _tree.at_least_float32(params)
+  target = jax.tree.map(lambda p, u: p + u.astype(p.dtype), wide, updates)
+  projected = project_tree(name, projection, target)
+  return jax.tree.map(
+    lambda new, old, p, u: jnp.where(new == old, u, (new - p).astype(u.dtype)),
+    projected,
+    target,
+    wide,
+    updates,
+  )
 
 
 def descend(

@@ -1,0 +1,249 @@
+"""The loop of an online bilevel method: a stream of rounds, as one scan."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxbo import _check, _random
+from jaxbo.bilevel.driver import BilevelInfo, BilevelState, bilevel
+from jaxbo.bilevel.inner import InnerSolver
+from jaxbo.online.joint import joint
+from jaxbo.online.oagd import replay as solve_on_memory
+from jaxbo.online.rounds import OnlineMetric, OnlineRound, as_batch
+from jaxbo.online.window import empty_window
+from jaxbo.tasks.streams import Stream
+
+
+class OnlineState(NamedTuple):
+  """State of the loop that :func:`online` makes: all that the next round needs.
+
+  Attributes:
+    loop: the :class:`BilevelState`: ``x``, the inner solution, the state of the transformation.
+    round_count: the number of rounds played, int32; the ``t`` of the next one.
+    stream_key: the base key of the stream, as raw key data.
+    memory: the :class:`Window` of the last batches; ``()`` without ``memory``.
+    metric_states: the states of the metrics, by name.
+  """
+
+  loop: BilevelState
+  round_count: jax.Array
+  stream_key: jax.Array
+  memory: Any
+  metric_states: dict[str, Any]
+
+  @property
+  def x(self) -> optax.Params:
+    """The outer parameters."""
+    return self.loop.x
+
+  @property
+  def y(self) -> optax.Params:
+    """The inner parameters."""
+    return self.loop.solution.params
+
+
+class OnlineInfo(NamedTuple):
+  """Diagnostics of one round of :func:`online`; of all rounds, with a leading axis, after a run.
+
+  Attributes:
+    loop: the :class:`BilevelInfo`.
+    metrics: the values of the metrics, by name.
+  """
+
+  loop: BilevelInfo
+  metrics: dict[str, Any]
+
+
+class Online(NamedTuple):
+  """An online loop, made by :func:`online`.
+
+  Attributes:
+    init: ``init(x, y0, stream, *, key=0) -> OnlineState``.
+    step: ``step(state, batch, **extra_args) -> (OnlineState, OnlineInfo)``, one round; extra
+      arguments go to the ``update`` of the transformation.
+    run: ``run(state, stream, num_rounds) -> (OnlineState, OnlineInfo)``, one ``lax.scan``.
+  """
+
+  init: Callable[..., OnlineState]
+  step: Callable[..., tuple[OnlineState, OnlineInfo]]
+  run: Callable[[OnlineState, Stream, int], tuple[OnlineState, OnlineInfo]]
+
+
+def online(
+  outer_loss: Callable[..., Any],
+  inner: InnerSolver | None,
+  outer: optax.GradientTransformation,
+  *,
+  hyper_at: str = "after",
+  memory: int | None = None,
+  replay: bool = False,
+  metrics: Mapping[str, OnlineMetric | Callable[[OnlineRound], Any]] | None = None,
+  has_aux: bool = False,
+) -> Online:
+  r"""The loop of an online bilevel method: play, see the losses, take a step of each level.
+
+  In round :math:`t` the iterates :math:`(x_t, y_t)` are played, then :math:`f_t` and :math:`g_t`
+  become known: the losses on the batch of the round. A *stream* gives the batches:
+  ``stream(key, t) -> (train, val)``, or an :class:`OnlineBatch`, is a pure function of a constant
+  base key and of the number of the round, int32 from 0, so that any round can be made again. Random
+  streams use ``jax.random.fold_in(key, t)``. A stream with data of its own is best a
+  ``jax.tree_util.Partial(function, data)``: given to a jitted function as an argument it brings the
+  data along, where a closure would copy them into the program.
+
+  A run of any number of rounds is one compiled scan. It goes on from a state, bit for bit: two runs
+  of 500 rounds are one of 1,000, whatever was saved and restored between them.
+
+  Args:
+    outer_loss: the outer loss :math:`f`, ``outer_loss(x, y, batch) -> scalar``.
+    inner: the inner solver. ``num_steps=1`` with a warm start is the single loop. ``None``: the
+      transformation moves both levels.
+    outer: an optax chain that begins with a response, or an alias: :func:`jaxbo.sobow`,
+      :func:`jaxbo.oagd`, :func:`jaxbo.ogd`, :func:`jaxbo.aid`. Without an inner solver a method on
+      :class:`jaxbo.Bilevel` parameters: :func:`jaxbo.sogd`, or a value-function method such as
+      :func:`jaxbo.f2sa`, which takes no second derivative.
+    hyper_at: where the hypergradient is taken. ``"after"``: at the inner parameters after the solve
+      of this round, :math:`(x_t, y_{t+1})`. ``"before"``: at :math:`(x_t, y_t)`, so that both
+      levels step at once; for responses that look at nothing but the inner parameters (implicit or
+      dropped).
+    memory: how many of the last batches to keep, for :func:`jaxbo.average_over_batches` and
+      ``replay``. They are in the state: ``memory`` copies of a batch.
+    replay: whether the inner solver runs on each batch in the memory, from the oldest to the
+      newest, instead of on the newest alone. The ``start`` and ``info`` of the solution are those
+      of the newest.
+    metrics: by name, what to compute in every round: a function of the :class:`OnlineRound`, or an
+      :class:`OnlineMetric` such as :func:`jaxbo.local_regret`.
+    has_aux: whether the outer loss returns ``(scalar, aux)``.
+
+  Returns:
+    An :class:`Online`: ``init``, ``step`` and ``run``, all pure. ``init`` asks the stream for
+    nothing but shapes. Wrap ``run`` in ``jax.jit`` with ``num_rounds`` static.
+
+  Raises:
+    ValueError: for another ``hyper_at``, ``memory < 1``, ``replay`` without ``memory``, a stream
+      that gives no pair, ``hyper_at="before"`` with a response that differentiates the run, and
+      these two without an inner solver.
+    TypeError: as :func:`jaxbo.bilevel`; if a metric is no function.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, jaxbo, optax
+    >>> inner = jaxbo.inner_solver(lambda x, y, batch: 0.5 * (y - x) ** 2, optax.sgd(0.5), 1)
+    >>> outer = jaxbo.sobow(0.1, inner, window=5, inner_params=jnp.float32(0.0))
+    >>> loss = lambda x, y, batch: 0.5 * (y - batch) ** 2
+    >>> loop = jaxbo.online(loss, inner, outer, metrics={
+    ...   "loss": lambda round: loss(round.x, round.y, round.batch.val)})
+    >>> def noisy(target, key, t):
+    ...   return None, target + 0.1 * jax.random.normal(jax.random.fold_in(key, t))
+    >>> stream = jax.tree_util.Partial(noisy, jnp.float32(2.0))
+    >>> state = loop.init(jnp.float32(0.0), jnp.float32(0.0), stream, key=0)
+    >>> run = jax.jit(loop.run, static_argnums=2)
+    >>> state, history = run(state, stream, 200)
+    >>> history.metrics["loss"].shape, bool(abs(state.x - 2.0) < 0.1)
+    ((200,), True)
+  """
+  _check.one_of("hyper_at", hyper_at, ("after", "before"))
+  if memory is not None:
+    memory = _check.positive_int("memory", memory)
+  elif replay:
+    raise ValueError("memory must be set with replay=True: how many of the last batches to keep")
+  if inner is None and (replay or hyper_at == "before"):
+    raise ValueError("inner must be an inner solver with replay=True or hyper_at='before'")
+  metrics = dict(metrics or {})
+  for name, metric in metrics.items():
+    if not isinstance(metric, OnlineMetric):
+      _check.takes_arguments(f"metrics[{name!r}]", metric, "round")
+  if inner is None:
+    loop_init, joint_step = joint(outer_loss, outer, has_aux=has_aux)
+    play = lambda loop, batch, **extra_args: joint_step(loop, batch.train, batch.val, **extra_args)
+  else:
+    loop_init, play = _one_after_the_other(outer_loss, inner, outer, hyper_at, replay, has_aux)
+
+  def init(x, y0, stream, *, key=0):
+    batch = jax.eval_shape(lambda key: as_batch(stream(key, jnp.int32(0))), jax.random.key(0))
+    loop = loop_init(x, y0, batch.train)
+    if hyper_at == "before":
+      _check_looks_at_the_solution(loop.outer_state)
+    init_metric = lambda metric: metric.init(loop.x, loop.solution.params, batch)
+    return OnlineState(
+      loop=loop,
+      round_count=jnp.int32(0),
+      stream_key=_raw_key(key),
+      memory=() if memory is None else empty_window(batch._replace(extra=None), memory),
+      metric_states={
+        name: init_metric(metric) if isinstance(metric, OnlineMetric) else ()
+        for name, metric in metrics.items()
+      },
+    )
+
+  def step(state, batch, **extra_args):
+    batch = as_batch(batch)
+    before, window = state.loop, ()
+    if memory is not None:
+      window = state.memory.push(batch._replace(extra=None))
+      extra_args["memory"] = window
+    after, info = play(before, batch, **extra_args)
+    played = OnlineRound(
+      t=state.round_count,
+      key=jax.random.wrap_key_data(state.stream_key),
+      batch=batch,
+      before=before,
+      after=after,
+      info=info,
+    )
+    metric_states, values = {}, {}
+    for name, metric in metrics.items():
+      if isinstance(metric, OnlineMetric):
+        metric_states[name], values[name] = metric.update(state.metric_states[name], played)
+      else:
+        metric_states[name], values[name] = (), metric(played)
+    count = jnp.asarray(optax.safe_increment(state.round_count))
+    state = OnlineState(after, count, state.stream_key, window, metric_states)
+    return state, OnlineInfo(info, values)
+
+  def run(state, stream, num_rounds):
+    num_rounds = _check.positive_int("num_rounds", num_rounds)
+
+    def body(state, _):
+      key = jax.random.wrap_key_data(state.stream_key)
+      return step(state, stream(key, state.round_count))
+
+    return jax.lax.scan(body, state, length=num_rounds)
+
+  return Online(init, step, run)
+
+
+def _one_after_the_other(outer_loss, inner, outer, hyper_at, replay, has_aux):
+  """The loop of :func:`jaxbo.bilevel`, with the switches of :func:`online`."""
+  init, _ = bilevel(outer_loss, inner, outer, has_aux=has_aux)
+
+  def play(before, batch, **extra_args):
+    solve = inner.solve
+    if replay:
+      solve = lambda x, solution, _: solve_on_memory(inner, x, solution, extra_args["memory"])
+    in_loop = solve if hyper_at == "after" else lambda x, solution, _: solution
+    _, step = bilevel(outer_loss, inner._replace(solve=in_loop), outer, has_aux=has_aux)
+    after, info = step(before, batch.train, batch.val, **extra_args)
+    if hyper_at == "before":
+      solution = solve(before.x, before.solution, batch.train)
+      after = after._replace(solution=solution)
+      info = info._replace(inner_losses=solution.info.losses)
+    return after, info
+
+  return init, play
+
+
+def _check_looks_at_the_solution(outer_state: optax.OptState) -> None:
+  for kind in ("UnrolledInfo", "EsInfo"):
+    if optax.tree.get(outer_state, kind) is not None:
+      raise ValueError(
+        "hyper_at must be 'after' for a response that differentiates the inner run, got 'before'"
+      )
+
+
+def _raw_key(key: Any) -> jax.Array:
+  impl, default = _random.key_impl("key", key), jax.random.key_impl(jax.random.key(0))
+  if impl not in (None, default):
+    raise ValueError(f"key must have the default generator {default}, got {impl}")
+  return _random.key_data(key)

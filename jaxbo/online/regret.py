@@ -1,0 +1,191 @@
+"""Regret and path lengths, as metrics of :func:`jaxbo.online`."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxbo import _check, _tree
+from jaxbo.bilevel.projection import Projection, project_tree
+from jaxbo.online.rounds import OnlineBatch, OnlineMetric, OnlineRound
+from jaxbo.online.window import check_window, empty_window
+
+
+class Accumulated(NamedTuple):
+  """The value of a metric that adds up.
+
+  Attributes:
+    term: what this round added.
+    total: the sum over all rounds so far.
+  """
+
+  term: jax.Array
+  total: jax.Array
+
+
+def local_regret(
+  hypergradient: Callable[[optax.Params, OnlineBatch], optax.Params],
+  *,
+  window: int = 1,
+  decay: jax.typing.ArrayLike = 1.0,
+  at: str = "own",
+  normalization: str = "full",
+  project: Projection | None = None,
+  step_size: float | None = None,
+) -> OnlineMetric:
+  r"""The bilevel local regret, for problems whose exact hypergradient is known.
+
+  .. math::
+    R_{\text{own}} = \sum_t \Big\| \frac1W \sum_{i=0}^{K-1} \eta^i \nabla F_{t-i}(x_{t-i}) \Big\|^2,
+    \qquad
+    R_{\text{current}} = \sum_t \Big\| \frac1W \sum_{i=0}^{K-1} \eta^i \nabla F_{t-i}(x_t) \Big\|^2
+
+  with :math:`\nabla F_s = 0` for :math:`s \le 0`. The first form is SOBOW's (as we read it), the
+  second that of OAGD and of Hazan et al.; for ``window=1`` they are equal. :math:`\nabla F_t` is
+  the *true* hypergradient, at :math:`y_t^*(x)`: the norm of a method's own estimate is no regret.
+
+  With constraints the average :math:`d` is replaced by the projected gradient mapping
+  :math:`(x_t - P_X(x_t - a d)) / a` at the current iterate.
+
+  Cost a round: one hypergradient for ``"own"``, ``window`` of them for ``"current"``. Memory:
+  ``window`` copies of ``x``, or of a batch.
+
+  Args:
+    hypergradient: ``hypergradient(x, batch) -> dF/dx``, with the :class:`jaxbo.OnlineBatch`.
+    window: :math:`K \ge 1`; that of the regret, which need not be that of the method.
+    decay: :math:`\eta` in (0, 1].
+    at: ``"own"`` or ``"current"``.
+    normalization: as in :func:`jaxbo.window_average`.
+    project: the projection :math:`P_X`, or ``None``.
+    step_size: :math:`a > 0`; needed with ``project``.
+
+  Returns:
+    An :class:`OnlineMetric` with values :class:`Accumulated`: the squared norm, and the regret.
+
+  Raises:
+    ValueError: if an argument is outside its range, or one of ``project`` and ``step_size`` is
+      given without the other.
+    TypeError: if ``hypergradient`` does not take ``(x, batch)``.
+
+  Example:
+    >>> import jax.numpy as jnp, jaxbo, optax
+    >>> inner = jaxbo.inner_solver(lambda x, y, batch: 0.5 * (y - x) ** 2, optax.sgd(1.0), 1)
+    >>> loss = lambda x, y, batch: 0.5 * (y - batch) ** 2             # dF/dx = x - batch
+    >>> regret = jaxbo.local_regret(lambda x, batch: x - batch.val)
+    >>> loop = jaxbo.online(loss, inner, jaxbo.aid(0.5, inner), metrics={"regret": regret})
+    >>> stream = lambda key, t: (None, jnp.float32(4.0))
+    >>> state = loop.init(jnp.float32(0.0), jnp.float32(0.0), stream)
+    >>> state, history = loop.run(state, stream, 4)
+    >>> history.metrics["regret"].term.tolist()                       # 4, 2, 1 and 1/2, squared
+    [16.0, 4.0, 1.0, 0.25]
+
+  References:
+    Lin, Sow, Ji, Liang and Shroff, `Non-Convex Bilevel Optimization with Time-Varying Objective
+    Functions <https://arxiv.org/abs/2308.03811>`_, 2023; Hazan, Singh and Zhang, `Efficient Regret
+    Minimization in Non-Convex Games <https://arxiv.org/abs/1708.00075>`_, 2017.
+  """
+  _check.takes_arguments("hypergradient", hypergradient, "x", "batch")
+  window = check_window(window, decay, normalization, name="window")
+  _check.one_of("at", at, ("own", "current"))
+  if (project is None) != (step_size is None):
+    raise ValueError(
+      f"project and step_size must be given together, got {project!r} and {step_size!r}"
+    )
+  if step_size is not None:
+    _check.positive("step_size", step_size)
+
+  def init(x, y, batch):
+    del y
+    shape = jax.eval_shape(hypergradient, x, batch)
+    _check.same_structure("what hypergradient returns", shape, "x", x)
+    kept = shape if at == "own" else batch._replace(extra=None)
+    return empty_window(kept, window), _scalar_zero(x)
+
+  def average_own(kept, round):
+    kept = kept.push(hypergradient(round.x, round.batch))
+    return kept, kept.average(decay, normalization)
+
+  def average_current(kept, round):
+    kept = kept.push(round.batch._replace(extra=None))
+    gradients = jax.vmap(lambda batch: hypergradient(round.x, batch))(kept.values)
+    # An empty slot holds no batch, so its gradient may be anything.
+    missing = lambda leaf: kept.present.reshape(-1, *[1] * (leaf.ndim - 1))
+    gradients = jax.tree.map(lambda leaf: jnp.where(missing(leaf), leaf, 0), gradients)
+    return kept, kept._replace(values=gradients).average(decay, normalization)
+
+  def update(state, round: OnlineRound):
+    kept, total = state
+    kept, average = (average_own if at == "own" else average_current)(kept, round)
+    if step_size is not None:
+      point = _tree.at_least_float32(round.x)
+      projected = project_tree("project", project, _tree.add_scaled(point, -step_size, average))
+      average = optax.tree.scale(1 / step_size, optax.tree.sub(point, projected))
+    term = _tree.vdot(average, average).astype(total.dtype)
+    total = total + term
+    return (kept, total), Accumulated(term, total)
+
+  return OnlineMetric(init, update)
+
+
+def path_length(
+  change: Callable[[OnlineBatch, OnlineBatch], jax.Array], power: float | int = 1
+) -> OnlineMetric:
+  r"""How much the problem changes in all, for problems that know by how much in a round.
+
+  .. math:: \sum_{t=2}^T \text{change}(\xi_t, \xi_{t-1})^p
+
+  Two of them stand in the regret bounds of online bilevel optimization:
+
+  .. math::
+    H_{p,T} = \sum_{t=2}^T \sup_x \|y_t^*(x) - y_{t-1}^*(x)\|^p, \qquad
+    V_T = \sum_{t=2}^T \sup_x |F_t(x) - F_{t-1}(x)|
+
+  so ``change`` is the distance of the inner minima, or of the outer values, of two batches.
+
+  Args:
+    change: ``change(batch, last_batch) -> scalar``, with :class:`jaxbo.OnlineBatch` without
+      ``extra``.
+    power: :math:`p > 0`; 2 in :math:`H_{2,T}`.
+
+  Returns:
+    An :class:`OnlineMetric` with values :class:`Accumulated`; the first round adds zero.
+
+  Raises:
+    ValueError: if ``power`` is not positive.
+    TypeError: if ``change`` does not take two batches.
+
+  Example:
+    >>> import jax.numpy as jnp, jaxbo, optax
+    >>> inner = jaxbo.inner_solver(lambda x, y, b: 0.5 * (y - x - b) ** 2, optax.sgd(1.0), 1)
+    >>> drift = jaxbo.path_length(lambda batch, last: abs(batch.train - last.train), power=2)
+    >>> loop = jaxbo.online(lambda x, y, batch: y**2, inner, jaxbo.aid(0.1, inner),
+    ...                     metrics={"H": drift})                     # y* = x + b_t
+    >>> stream = lambda key, t: (0.5 * t, None)
+    >>> state = loop.init(jnp.float32(0.0), jnp.float32(0.0), stream)
+    >>> state, history = loop.run(state, stream, 4)
+    >>> history.metrics["H"].total.tolist()
+    [0.0, 0.25, 0.5, 0.75]
+  """
+  _check.takes_arguments("change", change, "batch", "last_batch")
+  _check.positive("power", power)
+
+  def init(x, y, batch):
+    del y
+    return empty_window(batch._replace(extra=None), 1), _scalar_zero(x)
+
+  def update(state, round: OnlineRound):
+    kept, total = state
+    last, present = kept.get(0)
+    batch = round.batch._replace(extra=None)
+    value = jnp.asarray(change(batch, last), total.dtype) ** power
+    term = jnp.where(present, value, 0)
+    total = total + term
+    return (kept.push(batch), total), Accumulated(term, total)
+
+  return OnlineMetric(init, update)
+
+
+def _scalar_zero(x: optax.Params) -> jax.Array:
+  return jnp.zeros((), jnp.result_type(jnp.float32, *jax.tree.leaves(x)))

@@ -1,0 +1,212 @@
+"""The last few values of a stream, and their weighted average: SOBOW's window."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxbo import _check, _tree
+
+
+class Window(NamedTuple):
+  """The last ``size`` values of a stream, in a ring buffer.
+
+  Attributes:
+    values: leaves ``[size, ...]``; a value replaces the oldest one where it stands.
+    present: which slots hold a value, ``[size]`` bool.
+    newest: the slot of the newest value, int32.
+  """
+
+  values: Any
+  present: jax.Array
+  newest: jax.Array
+
+  @property
+  def size(self) -> int:
+    """The number of slots."""
+    return self.present.shape[0]
+
+  def ages(self) -> jax.Array:
+    """How many rounds ago each slot was written, ``[size]`` int32; 0 for the newest."""
+    return (self.newest - jnp.arange(self.size, dtype=jnp.int32)) % self.size
+
+  def push(self, value: Any, present: Any = True) -> "Window":
+    """Replaces the oldest value; with ``present=False`` its slot counts as empty."""
+    newest = (self.newest + 1) % self.size
+    put = lambda slots, leaf: jax.lax.dynamic_update_index_in_dim(
+      slots, jnp.asarray(leaf, slots.dtype), newest, axis=0
+    )
+    slot = jnp.arange(self.size, dtype=jnp.int32) == newest
+    return Window(
+      jax.tree.map(put, self.values, value), jnp.where(slot, present, self.present), newest
+    )
+
+  def get(self, age: jax.typing.ArrayLike) -> tuple[Any, jax.Array]:
+    """The value of a given age, from 0 to ``size - 1``, and whether there is one."""
+    slot = (self.newest - age) % self.size
+    take = lambda slots: jax.lax.dynamic_index_in_dim(slots, slot, keepdims=False)
+    return jax.tree.map(take, self.values), take(self.present)
+
+  def weights(self, decay: jax.typing.ArrayLike, normalization: str, dtype: Any) -> jax.Array:
+    r"""The weights :math:`\eta^i / W` of the slots, ``[size]``; zero where there is no value."""
+    weights = jnp.asarray(decay, dtype) ** self.ages().astype(dtype)
+    present = jnp.where(self.present, weights, 0)
+    total = jnp.sum(weights if normalization == "full" else present)
+    return present / jnp.where(total > 0, total, 1)
+
+  def average(self, decay: jax.typing.ArrayLike, normalization: str) -> Any:
+    """The weighted average of the values, in float32 at least."""
+
+    def one(slots):
+      dtype = jnp.promote_types(slots.dtype, jnp.float32)
+      weights = self.weights(decay, normalization, dtype)
+      # A product and a sum: matrix products round to bfloat16 or TF32 on accelerators.
+      return jnp.sum(weights.reshape(-1, *[1] * (slots.ndim - 1)) * slots.astype(dtype), axis=0)
+
+    return jax.tree.map(one, self.values)
+
+
+def empty_window(like: Any, size: int, dtype: Any = None) -> Window:
+  """A window without values, for values like ``like``; sharded like it along the other axes."""
+
+  def slots(leaf):
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+      return jnp.zeros((size, *leaf.shape), dtype or leaf.dtype)
+    zeros = jnp.zeros_like(leaf, dtype=dtype or jnp.result_type(leaf))
+    return jnp.broadcast_to(zeros, (size, *zeros.shape))
+
+  return Window(jax.tree.map(slots, like), jnp.zeros(size, bool), jnp.int32(size - 1))
+
+
+def check_window(size: Any, decay: Any, normalization: Any, name: str = "size") -> int:
+  """Returns ``size``; raises if an argument of a window is outside its range."""
+  size = _check.positive_int(name, size)
+  _check.fraction("decay", decay)
+  _check.one_of("normalization", normalization, ("full", "present"))
+  return size
+
+
+class WindowAverageInfo(NamedTuple):
+  r"""Diagnostics of :func:`window_average`.
+
+  Attributes:
+    average_norm: norm of what came out, :math:`\|d_t\|`, float32 at least.
+    num_present: how many gradients are in the window, int32.
+    gradient_finite: whether the incoming gradient was finite; if not, its slot is empty.
+  """
+
+  average_norm: jax.Array
+  num_present: jax.Array
+  gradient_finite: jax.Array
+
+
+class WindowAverageState(NamedTuple):
+  """State of :func:`window_average`.
+
+  Attributes:
+    gradient_window: the :class:`Window` of the last incoming gradients, leaves
+      ``[size, *param_shape]``.
+    info: the :class:`WindowAverageInfo` of the last update.
+  """
+
+  gradient_window: Window
+  info: WindowAverageInfo
+
+
+def window_average(
+  size: int,
+  decay: jax.typing.ArrayLike = 1.0,
+  *,
+  normalization: str = "full",
+  storage_dtype: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+  r"""Replaces the gradient by a decayed average of the last ``size`` gradients.
+
+  .. math::
+    d_t = \frac1W \sum_{i=0}^{K-1} \eta^i h_{t-i}, \qquad W = \sum_{i=0}^{K-1} \eta^i, \qquad
+    h_s = 0 \text{ for } s \le 0
+
+  Each :math:`h_s` is the gradient of round ``s`` at the parameters of round ``s``: nothing is
+  evaluated again, so no old data is needed. Behind a response this is the step of SOBOW
+  (:func:`jaxbo.sobow`), but any gradient will do.
+
+  It reduces the variance of independent noise by :math:`\sum_i \eta^{2i} / W^2`, which is
+  :math:`1 / K` without decay. The price is delay: on a quadratic of curvature :math:`h`, gradient
+  descent behind it is stable for learning rates below :math:`K (1 - \cos(\pi / K)) / h` only
+  (``decay=1``), about :math:`\pi^2 / (2 K h)`, where the plain gradient allows :math:`2 / h`. A
+  strong decay has no such cost. Without noise the window gains nothing.
+
+  The sum is computed anew in each update, so that no error builds up. It equals the recursion
+  :math:`d_t = h_t / W + \eta d_{t-1} - (\eta^K / W) h_{t-K}`, and becomes the exponential average
+  :math:`(1 - \eta) h_t + \eta d_{t-1}` for :math:`K \ge t`, :math:`W = 1 / (1 - \eta)`.
+
+  A gradient that is not finite never enters: its round counts as one without a gradient, for all
+  leaves alike. Its slot is empty (zeros), the older gradients age as always, and what comes out is
+  their average; ``info.gradient_finite`` says so. If this goes on, the output is zero after
+  ``size`` rounds.
+
+  Cost: one pass over the window. Memory: ``size`` copies of the parameters, in ``storage_dtype``.
+
+  Args:
+    size: the window :math:`K \ge 1`, a static int; 1 passes the gradient on.
+    decay: :math:`\eta` in (0, 1].
+    normalization: ``"full"``: :math:`W` is constant, so the first steps are short. ``"present"``:
+      :math:`W` sums over the gradients that are there, which changes the first ``size - 1`` steps
+      and those after a gradient that was not finite. Papers that restate SOBOW have the former.
+    storage_dtype: what gradients are stored in, say ``jnp.bfloat16`` to halve the memory; sums are
+      in float32 at least. By default the dtypes of the parameters.
+
+  Returns:
+    A transformation; the output has the dtypes of the input.
+
+  Raises:
+    ValueError: if ``size < 1``, or ``decay`` is outside (0, 1], or for another ``normalization``.
+    TypeError: if ``size`` is no Python int, or ``storage_dtype`` no floating-point type.
+
+  Example:
+    >>> import jax.numpy as jnp, jaxbo
+    >>> tx = jaxbo.window_average(2, decay=0.5)
+    >>> x = jnp.float32(0.0)
+    >>> state = tx.init(x)
+    >>> for h in (3.0, 6.0, 9.0):
+    ...   d, state = tx.update(jnp.float32(h), state, x)
+    ...   print(d)                                    # (h_t + 0.5 h_{t-1}) / 1.5
+    2.0
+    5.0
+    8.0
+
+  References:
+    Lin, Sow, Ji, Liang and Shroff, `Non-Convex Bilevel Optimization with Time-Varying Objective
+    Functions <https://arxiv.org/abs/2308.03811>`_, 2023; equations 35 and 36 of the
+    restatement in `2511.01126 <https://arxiv.org/abs/2511.01126>`_.
+  """
+  size = check_window(size, decay, normalization)
+  if storage_dtype is not None and not jnp.issubdtype(storage_dtype, jnp.floating):
+    raise TypeError(f"storage_dtype must be a floating-point type, got {storage_dtype!r}")
+
+  def init(params):
+    _check.floating("params", params)
+    norm = jnp.zeros((), jnp.result_type(jnp.float32, *jax.tree.leaves(params)))
+    info = WindowAverageInfo(norm, jnp.int32(0), jnp.bool_(True))
+    return WindowAverageState(empty_window(params, size, storage_dtype), info)
+
+  def update(updates, state, params=None, **extra_args):
+    del params, extra_args
+    window = state.gradient_window
+    slot = lambda slots: jax.ShapeDtypeStruct(slots.shape[1:], slots.dtype)
+    like = jax.tree.map(slot, window.values)
+    _check.same_structure("updates", updates, "the parameters of init", like)
+    stored = _tree.cast_like(updates, like)  # Narrow types may overflow here.
+    finite = _tree.all_finite(stored)
+    stored = _tree.where(finite, stored, optax.tree.zeros_like(stored))
+    window = window.push(stored, finite)
+    average = window.average(decay, normalization)
+    info = WindowAverageInfo(
+      average_norm=_tree.norm(average).astype(state.info.average_norm.dtype),
+      num_present=jnp.sum(window.present, dtype=jnp.int32),
+      gradient_finite=finite,
+    )
+    return _tree.cast_like(average, updates), WindowAverageState(window, info)
+
+  return optax.GradientTransformationExtraArgs(init, update)
