@@ -7,15 +7,16 @@ Two problems, all losses quadratic in (x, y) with cross terms. In *unique* the e
 inner Hessian go from 0.1 to 1; in *flat* every other one is zero, so that the inner minima are an
 affine space and the best of them for the outer loss is wanted. All methods start at zero, in
 float64 (a slack of 1e-6 is about what float32 resolves in a loss), and have settings from a grid of
-32 points, those that are fastest in the worse of two problems of other seeds: for each accuracy its
-own, as a slack or a multiplier says how accurate a method can be.
+32 points: for each accuracy those that reach half of it fastest in the worst of three problems of
+other seeds, since a slack or a multiplier says how accurate a method can be.
 
 * *gradients* of an update: evaluations of the gradients of the inner and the outer loss, counted in
   the jaxpr; *products*: those with the inner Hessian and mixed ones.
 * *cost* of an update: its operations, counted in the jaxpr, in units of one gradient of the inner
   loss in y.
-* *cost to reach* an error in x of so much of the initial one, and *seconds to reach* it: updates
-  times the cost and the time of one; the median over problems. A dash: not within the budget.
+* *cost* and *ms* to reach an error in x of so much of the initial one, and to stay there until the
+  budget is spent: updates times the cost and the time of one; the median over problems. A dash: not
+  within the budget, on half of the problems or in the search for settings.
 
 SOBA's single loop is a step on y, one on the linear system and one on x, from the parts of the
 library; ``jaxbo.fixed_point`` takes a product more than needed, to see whether the residual grew.
@@ -41,7 +42,8 @@ ACCURACIES = (1e-1, 1e-2, 1e-3)
 BUDGET = 60_000  # in gradients of the inner loss
 NUM_OUTER, NUM_INNER = 50, 100
 CG_STEPS = 10
-TUNING_SEEDS = (100, 101)
+TUNING_SEEDS = (100, 101, 102)
+MARGIN = 0.5  # Settings must reach this share of an accuracy.
 
 
 class Quadratic(NamedTuple):
@@ -160,10 +162,9 @@ def _alternating_pdbo(smoothness, alternate, *, slack, bound, rate):
 
 
 def _bome(smoothness, num_steps, *, barrier, rate):
-  head = jaxbo.add_dynamic_barrier(
-    inner_loss, barrier_rate=barrier, **_lower(smoothness, num_steps)
-  )
-  return _scaled(head, smoothness, rate)
+  """With a constant rate, as published: divided by its own multiplier it hardly moves."""
+  tx = jaxbo.bome(rate, inner_loss, barrier_rate=barrier, **_lower(smoothness, num_steps))
+  return loops.value_function_loop(outer_loss, tx)
 
 
 def _v_pbgd(smoothness, num_steps, *, multiplier, rate):
@@ -218,8 +219,8 @@ METHODS = {
   ),
   "BOME": Method(
     _bome,
-    {"num_steps": (1, 10)},
-    {"barrier": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.5), "rate": (1.0, 1.9)},
+    {"num_steps": (10, 30)},
+    {"barrier": (0.1, 0.3, 0.5, 0.9), "rate": (0.003, 0.01, 0.03, 0.1)},
   ),
   "V-PBGD": Method(_v_pbgd, _NUM_STEPS, {"multiplier": _PENALTIES, "rate": (1.0, 1.9)}),
   "F2SA": Method(_f2sa, {"alternate": (3, 20)}, {"multiplier": _PENALTIES, "rate": (0.1, 0.3)}),
@@ -260,10 +261,11 @@ def start() -> tuple[jax.Array, jax.Array]:
   return jnp.zeros(NUM_OUTER), jnp.zeros(NUM_INNER)
 
 
-def first_below(trace: np.ndarray, accuracy: float) -> float:
-  """Updates until the error is at most ``accuracy``; infinity if it never is."""
-  below = np.flatnonzero(trace <= accuracy)
-  return below[0] + 1.0 if len(below) else np.inf
+def updates_to_reach(trace: np.ndarray, accuracy: float) -> float:
+  """Updates until the error is at most ``accuracy`` for good; infinity if it never is."""
+  above = np.flatnonzero(~(trace <= accuracy))  # NaN included.
+  last = above[-1] + 1 if len(above) else 0
+  return last + 1.0 if last < len(trace) else np.inf
 
 
 class Variant(NamedTuple):
@@ -340,13 +342,13 @@ def reach(
   results, known = [], {}
   for accuracy in accuracies:
     costs = [
-      max(first_below(trace, accuracy) for trace in pair) * variant.cost
-      for variant, _, pair in traces
+      max(updates_to_reach(trace, MARGIN * accuracy) for trace in of_seeds) * variant.cost
+      for variant, _, of_seeds in traces
     ]
     variant, settings, _ = traces[best := int(np.argmin(costs))]
     if best not in known and np.isfinite(costs[best]):
       known[best] = [np.asarray(variant.run(problem, settings)) for problem in problems]
-    cost = [first_below(trace, accuracy) * variant.cost for trace in known.get(best, ())]
+    cost = [updates_to_reach(trace, accuracy) * variant.cost for trace in known.get(best, ())]
     results.append(Reached(cost or [np.inf] * len(problems), variant, settings))
   return results
 
@@ -404,8 +406,8 @@ def measure_all(args: Any, say: Callable[[str, str], None]) -> dict[str, Any]:
   data: dict[str, Any] = {"updates": rows}
 
   for flat, title in ((False, "unique"), (True, "flat")):
-    pair = [as_arrays(random_quadratic(flat, seed)) for seed in TUNING_SEEDS]
-    tuning = jax.tree.map(lambda *leaves: jnp.stack(leaves), *pair)
+    of_seeds = [as_arrays(random_quadratic(flat, seed)) for seed in TUNING_SEEDS]
+    tuning = jax.tree.map(lambda *leaves: jnp.stack(leaves), *of_seeds)
     problems = [as_arrays(random_quadratic(flat, seed)) for seed in range(args.problems)]
     text, data[title] = [], {}
     for name in METHODS:

@@ -96,7 +96,7 @@ class Config:
       "chosen": CHOSEN[self.dataset],
     }
     run = {"methods": list(self.methods), "budget": self.num_gradients()}
-    return settings | run | {"corruption": self.corruption}
+    return json.loads(json.dumps(settings | run | {"corruption": self.corruption}))
 
   def num_gradients(self) -> int:
     """The gradients that each method may spend."""

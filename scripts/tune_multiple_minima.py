@@ -54,13 +54,8 @@ def main(config: Config) -> None:
         chosen = dict(zip(grid, values, strict=True))
         accuracies = score(method, chosen, settings, budget, data)
         log.write(method=method, **chosen, accuracies=accuracies)
-        best = max(best, (float(np.nan_to_num(np.mean(accuracies), nan=-1.0)), chosen), key=first)
+        best = max(best, (float(np.mean(accuracies)), chosen), key=lambda pair: pair[0])
       print(f"{method}: {best[0]:.3f} {json.dumps(best[1])}", flush=True)
-
-
-def first(pair: tuple[float, Any]) -> float:
-  """The first of a pair."""
-  return pair[0]
 
 
 def score(

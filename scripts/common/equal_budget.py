@@ -18,7 +18,7 @@ from rich.progress import Progress
 
 from scripts.common import cleaning, loops, measure, minima_cleaning, report
 from scripts.common.cleaning import Batch, CleaningData, Settings
-from scripts.common.minima_cleaning import METHODS, Problem
+from scripts.common.minima_cleaning import BASELINES, METHODS, Problem
 
 BUDGETS = {"digits": 1500, "mnist": 2000}
 NUM_POINTS = 15
@@ -195,11 +195,12 @@ def compare(
         state = None
         runs = curve(programs[name], problem, seed, budget, limit, costs[name].seconds)
         for point, state in runs:  # noqa: B007
-          points.append({"method": name, "seed": seed, **point, "retrained": math.nan})
+          points.append({"method": name, "seed": seed, **point})
           progress.update(bar, loss=f"accuracy {point['accuracy']:.3f}")
-        key = jax.random.fold_in(jax.random.key(seed), 2**20)
-        x = programs[name].outer(state)
-        points[-1]["retrained"] = float(retrain(x, key, problem))
+        points[-1]["retrained"] = math.nan
+        if name not in BASELINES:  # Their weights are given.
+          key, x = jax.random.fold_in(jax.random.key(seed), 2**20), programs[name].outer(state)
+          points[-1]["retrained"] = float(retrain(x, key, problem))
         for point in points:
           log.write(**point)
         cells[name, seed] = points
@@ -212,7 +213,7 @@ def finished(lines: Sequence[Point]) -> Cells:
   for line in lines:
     point: Point = {name: math.nan if value is None else value for name, value in line.items()}
     cells.setdefault((point["method"], point["seed"]), []).append(point)
-  return {key: points for key, points in cells.items() if not math.isnan(points[-1]["retrained"])}
+  return {key: points for key, points in cells.items() if "retrained" in points[-1]}
 
 
 def within(points: Sequence[Point], name: str, most: float) -> Point:
