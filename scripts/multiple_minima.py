@@ -15,7 +15,7 @@ Settings were chosen on seeds 100 and 101 by ``scripts/tune_multiple_minima.py``
 others. Numbers are in README.md.
 
   python -m scripts.multiple_minima                              3 minutes on 2 CPU cores
-  python -m scripts.multiple_minima --dataset mnist --toys       half an hour; 5,000 examples
+  python -m scripts.multiple_minima --dataset mnist --toys       5,000 examples of MNIST, no toys
   ... --resume                                                   goes on where a run was stopped
 """
 
@@ -179,8 +179,8 @@ def summarize(cells: Cells, costs: Mapping[str, Cost], budget: float) -> list[Re
 
 COLUMNS = [
   "method",
-  "equal gradients",
-  "equal seconds",
+  "by gradients",
+  "by seconds",
   "retrained",
   "AUC",
   "learnt",
@@ -205,7 +205,7 @@ def table_rows(results: Sequence[Result]) -> list[list[str]]:
         spread("accuracy_at_seconds"),
         spread("retrained") if learns else "-",
         spread("auc") if learns else "-",
-        f"{np.mean([result.wrong_learnt for result in mine]):.2f}",
+        report.mean_and_spread([float(np.mean([result.wrong_learnt for result in mine]))], 2),
         f"{mine[0].gradients_per_step:.1f}",
         f"{1e3 * mine[0].seconds_per_step:.1f}",
       ]
@@ -219,8 +219,9 @@ def title(config: Config) -> str:
   return (
     f"{config.dataset}: {settings.num_train} training examples, {config.corruption:.0%} of labels "
     f"wrong; {settings.num_val} clean validation examples; hidden layer of {settings.hidden[0]}\n"
-    f"{config.num_gradients():,} gradients of the inner loss at most, or the seconds of so many; "
-    "test accuracy and AUC, mean ± standard deviation over seeds; share of wrong labels learnt"
+    f"test accuracy after {config.num_gradients():,} gradients of the inner loss, and after the "
+    "seconds of so many;\nlearnt: the share of wrong labels that the model gives back; mean ± "
+    "standard deviation over seeds"
   )
 
 

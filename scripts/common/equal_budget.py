@@ -67,11 +67,7 @@ def make_program(
   problem = minima_cleaning.make_problem(method, data, settings, 0)
   init = jax.jit(lambda problem: loop.init(problem.x, problem.y))
   state, key = init(problem), jax.random.key(0)
-  one_step = minima_cleaning.make_run(loop, settings, 1)
-  # Only conjugate gradient has a loop of no fixed length.
-  linear_steps = chosen.get("linear_steps", 1)
-  flops = measure.count_flops(one_step, state, key, problem, while_steps=linear_steps)
-  gradients = flops / gradient_flops(settings, problem)
+  gradients = cost_of_a_step(loop, chosen, settings, problem)
   steps = max(int(budget / num_points / gradients), 1)
   run = jax.jit(minima_cleaning.make_run(loop, settings, steps))
   compiled = run.lower(state, key, problem).compile()
@@ -94,15 +90,21 @@ def make_program(
   return Program(init, compiled, outer, measured, steps, gradients)
 
 
-def gradient_flops(settings: Settings, problem: Problem) -> int:
-  """The operations of the unit."""
+def cost_of_a_step(
+  loop: loops.Loop, chosen: Mapping[str, Any], settings: Settings, problem: Problem
+) -> float:
+  """The operations of an outer step, in units of one gradient of the inner loss on one batch."""
+  step = minima_cleaning.make_run(loop, settings, 1)
+  state = jax.eval_shape(loop.init, problem.x, problem.y)
+  # Only conjugate gradient has a loop of no fixed length.
+  steps = chosen.get("linear_steps", 1)
+  flops = measure.count_flops(step, state, jax.random.key(0), problem, while_steps=steps)
   size = settings.batch_size or settings.num_train
-  repeats = -(-size // len(problem.train.labels))
-  images = jnp.tile(problem.train.images, (repeats, 1))[:size]
-  examples = cleaning.Examples(images, jnp.tile(problem.train.labels, repeats)[:size])
-  inner_loss, _ = cleaning.make_losses(settings)
-  gradient = lambda x, y, batch: jax.grad(inner_loss, 1)(x, y, batch)
-  return measure.count_flops(gradient, jnp.zeros(size), problem.y, Batch(examples, None))
+  batch = Batch(
+    jax.tree.map(lambda leaf: jnp.resize(leaf, (size, *leaf.shape[1:])), problem.train), None
+  )
+  gradient = jax.grad(cleaning.make_losses(settings)[0], argnums=1)
+  return flops / measure.count_flops(gradient, jnp.zeros(size), problem.y, batch)
 
 
 def curve(

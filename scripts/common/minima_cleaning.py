@@ -106,9 +106,9 @@ def _train(inner_loss, outer_loss, settings):
 _SHORT = {"outer": (0.1, 0.3), "num_steps": (1, 5)}
 METHODS = {
   "everything": Method("everything", _train, {}),
-  "validation": Method("validation set only", _train, {}),
-  "oracle": Method("clean only (oracle)", _train, {}),
-  "oracle_validation": Method("clean and validation", _train, {}),
+  "validation": Method("validation only", _train, {}),
+  "oracle": Method("clean (oracle)", _train, {}),
+  "oracle_validation": Method("clean + validation", _train, {}),
   "pdbo": Method(
     "PDBO",
     _value_function(jaxbo.add_primal_dual_penalty),

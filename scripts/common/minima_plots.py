@@ -148,6 +148,7 @@ def draw_cleaning(cells: Cells, budget: float, limit: float, path: Path) -> None
   axes[0, 1].set_ylim(0.7, 1.0)
   axes[1, 1].set_yscale("log")
   axes[1, 2].set_yscale("symlog", linthresh=0.1)
+  axes[1, 2].set_ylim(0)
   fig.legend(
     *axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize="medium"
   )

@@ -28,9 +28,8 @@ def test_the_optimum_solves_the_constrained_problem(flat):
   assert rank == (50 if flat else 100)
 
 
-@pytest.mark.parametrize("flat", [False, True])
-def test_the_smoothness_is_that_of_the_losses(flat, x64):
-  problem = value_function.as_arrays(value_function.random_quadratic(flat, 3))
+def test_the_smoothness_is_that_of_the_losses(x64):
+  problem = value_function.as_arrays(value_function.random_quadratic(True, 3))
   x, y = value_function.start()
   smooth_f, smooth_g, smooth_h = problem.smoothness
   outer = jax.hessian(lambda z: value_function.outer_loss(z[:50], z[50:], problem.outer))
@@ -86,7 +85,7 @@ def test_implicit_differentiation_wins_where_the_inner_minimum_is_unique_and_is_
     f2sa = variants["F2SA, alternate 3"].run(problem, {"multiplier": 30.0, "rate": 0.1})
     end[flat] = float(soba[-1]), float(jnp.min(f2sa))
   assert end[False][0] < 1e-4 < end[False][1] < 0.2
-  assert end[True][1] < 0.3 < end[True][0]
+  assert end[True][1] < 0.2 < end[True][0]
 
 
 def test_updates_until_an_accuracy_that_lasts():
