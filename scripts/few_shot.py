@@ -174,18 +174,9 @@ def make_trainer(name: str, config: Config, data: fewshot_data.FewShotData) -> T
 
 def prepare_output(config: Config) -> list[dict[str, Any]]:
   """Checks and writes the identity of the run; returns the metrics of the run that goes on."""
-  identity, metrics = config.output_dir / "config.json", config.output_dir / "metrics.jsonl"
   wanted = json.loads(json.dumps(config.identity()))
   if config.resume:
-    if not identity.exists():
-      raise ValueError(f"resume needs an earlier run in output_dir, none in {config.output_dir}")
-    found = json.loads(identity.read_text())
-    differing = [name for name in wanted if wanted[name] != found.get(name)]
-    if differing:
-      name = differing[0]
-      raise ValueError(f"{name} must be {found.get(name)!r} to resume, got {wanted[name]!r}")
-    lines = metrics.read_text().splitlines() if metrics.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    return report.read_run(config.output_dir, wanted, "metrics.jsonl")
   try:
     if any(path.name.isdigit() for path in (config.output_dir / "checkpoints").glob("*/*")):
       raise ValueError(
@@ -193,7 +184,7 @@ def prepare_output(config: Config) -> list[dict[str, Any]]:
         "resume, or choose another folder"
       )
     config.output_dir.mkdir(parents=True, exist_ok=True)
-    identity.write_text(json.dumps(wanted, indent=1) + "\n")
+    (config.output_dir / "config.json").write_text(json.dumps(wanted, indent=1) + "\n")
   except OSError as error:
     raise ValueError(
       f"output_dir must be a folder to write to, got {config.output_dir} ({error.strerror})"

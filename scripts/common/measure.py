@@ -70,6 +70,24 @@ def _count(jaxpr, while_steps: int) -> int:
   return total
 
 
+def count_marks(fn: Callable[..., Any], *args: Any, mark: str, while_steps: int = 1) -> int:
+  """How often ``fn(*args)`` meets ``jax.ad_checkpoint.checkpoint_name(..., mark)``, loops included.
+
+  A loss that marks one array is counted once for each value or gradient, and not at all for
+  products with its Hessian. Counted in the jaxpr, as in :func:`count_flops`.
+  """
+
+  def count(jaxpr):
+    total = 0
+    for eqn in jaxpr.eqns:
+      times = {"scan": eqn.params.get("length"), "while": while_steps}.get(eqn.primitive.name, 1)
+      total += times * sum(count(sub) for sub in sub_jaxprs(eqn.params))
+      total += eqn.primitive.name == "name" and eqn.params["name"] == mark
+    return total
+
+  return count(jax.make_jaxpr(fn)(*args).jaxpr)
+
+
 def sub_jaxprs(params: Mapping[str, Any]) -> list[Jaxpr]:
   """The jaxprs among the parameters of an equation: bodies of loops, branches, calls."""
   is_jaxpr = lambda value: isinstance(value, (Jaxpr, ClosedJaxpr))

@@ -71,6 +71,14 @@ def progress_bar(console: Console) -> Progress:
   )
 
 
+def jsonable(values: Mapping[str, Any]) -> dict[str, Any]:
+  """The same, with ``None`` for numbers that are not finite."""
+  return {
+    name: None if isinstance(value, float) and not math.isfinite(value) else value
+    for name, value in values.items()
+  }
+
+
 class MetricsLog:
   """A file of JSON lines, each on disk as soon as it is written.
 
@@ -86,11 +94,7 @@ class MetricsLog:
 
   def write(self, **values: Any) -> None:
     """Writes one line; numbers that are not finite become ``null``."""
-    plain = {
-      name: None if isinstance(value, float) and not math.isfinite(value) else value
-      for name, value in values.items()
-    }
-    self._file.write(json.dumps(plain, allow_nan=False) + "\n")
+    self._file.write(json.dumps(jsonable(values), allow_nan=False) + "\n")
     self._file.flush()
 
   def __enter__(self) -> "MetricsLog":
@@ -114,6 +118,29 @@ def start_output(output_dir: Path, metrics: str, stale: Iterable[str]) -> Metric
     raise ValueError(
       f"output_dir must be a folder to write to, got {output_dir} ({error.strerror})"
     ) from error
+
+
+def read_run(output_dir: Path, identity: Mapping[str, Any], metrics: str) -> list[dict[str, Any]]:
+  """The metrics of an earlier run that is to go on.
+
+  Args:
+    output_dir: its folder, with its identity in ``config.json``.
+    identity: what both runs must have in common, as JSON gives it back.
+    metrics: the name of its file of JSON lines.
+
+  Raises:
+    ValueError: if there is none, or it is not the same run.
+  """
+  path = output_dir / "config.json"
+  if not path.exists():
+    raise ValueError(f"resume needs an earlier run in output_dir, none in {output_dir}")
+  found = json.loads(path.read_text())
+  for name, wanted in identity.items():
+    if wanted != found.get(name):
+      raise ValueError(f"{name} must be {found.get(name)!r} to resume, got {wanted!r}")
+  path = output_dir / metrics
+  lines = path.read_text().splitlines() if path.exists() else []
+  return [json.loads(line) for line in lines if line.endswith("}")]
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

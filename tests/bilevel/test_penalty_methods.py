@@ -114,7 +114,7 @@ def test_dynamic_barrier_restarts_at_the_inner_parameters(x64):
 
 # T3: three minima, each from a start in its basin.
 
-MINIMA = [(0.2, 0.382360, 0.442706), (1.3, 1.215145, 0.199911), (2.6, 2.829642, 1.243458)]
+MINIMA = vp.PBGD_MINIMA
 
 
 def pbgd(gamma, x, num_updates=None):

@@ -174,6 +174,30 @@ def test_the_gap_goes_on_from_the_lower_value_iterate(x64):
 # Problems with several minima, saddles and boxes.
 
 
+@pytest.mark.parametrize(("start", "minimum", "value"), vp.PBGD_MINIMA)
+def test_every_minimum_is_found_from_its_basin(start, minimum, value, x64):
+  """T3; with a multiplier that goes like 1 / sqrt(slack), f is 2 slack dual below the minimum."""
+  slack, box = 1e-4, vp.box(0.0, 3.0)
+  head = jaxbo.add_primal_dual_penalty(
+    vp.pbgd_inner,
+    slack=slack,
+    dual_learning_rate=630.0,
+    extrapolation=1.0,
+    num_steps=2,
+    inner_optimizer=optax.sgd(0.1),
+  )
+  head = jaxbo.scale_by_lagrangian_smoothness(
+    head, outer_smoothness=20.0, constraint_smoothness=20.0
+  )
+  tx = optax.chain(head, optax.sgd(1.0), jaxbo.project(outer=box))
+  (params, state), _ = vp.descend(tx, vp.pbgd_outer, vp.start(start, -start), 6000)
+  info = info_of(state)
+  assert info.kkt_residual < 1e-9
+  np.testing.assert_allclose(params.outer, minimum, atol=np.sqrt(slack))
+  np.testing.assert_allclose(vp.pbgd_inner(*params, None), slack, rtol=1e-9)
+  np.testing.assert_allclose(vp.pbgd_outer(params) + 2 * slack * info.dual, value, atol=3e-4)
+
+
 @pytest.mark.parametrize("proximal", [False, True])
 @pytest.mark.parametrize("slack", [1e-2, 1e-3])
 @pytest.mark.parametrize("n", [1, 2])

@@ -5,51 +5,14 @@ import jax.numpy as jnp
 import optax
 
 import jaxbo
-
-
-def flat_inner(x, y, batch):
-  """T1 and T2: minimal at y1 = x, whatever y2 is; g* = -x^2 / 2."""
-  del batch
-  return 0.5 * y[0] ** 2 - x * y[0]
-
-
-def flat_outer(p):
-  """T1: the optimum is x = 1, y = (1, 1), f = 0."""
-  return 0.5 * (p.outer - p.inner[1]) ** 2 + 0.5 * (p.inner[0] - 1) ** 2
-
-
-def active_outer(p):
-  """T2: the optimum is x = 2, y = (2, 2), f = 1, with no finite multiplier."""
-  return flat_outer(p) + 0.5 * (p.outer - 3) ** 2
-
-
-def flat_gap(p):
-  """The gap of T1 and T2, exactly."""
-  return 0.5 * (p.inner[0] - p.outer) ** 2
-
-
-def pbgd_outer(p):
-  """T3."""
-  x, y = p
-  return jnp.cos(4 * y + 2) / (1 + jnp.exp(2 - 4 * x)) + 0.5 * jnp.log((4 * x - 2) ** 2 + 1)
-
-
-def pbgd_inner(x, y, batch):
-  """T3: minimal at y = -x."""
-  del batch
-  return (y + x) ** 2 + x * jnp.sin(y + x) ** 2
-
-
-def sine_outer(p):
-  """T4 with a = c = 2."""
-  return (p.outer - 2) ** 2 + jnp.sum((p.inner - 4) ** 2)
-
-
-def sine_inner(x, y, batch):
-  """T4 with c = 2."""
-  del batch
-  return jnp.sum(jnp.sin(x + y - 2))
-
+from scripts.common.toys import active_outer as active_outer
+from scripts.common.toys import flat_gap as flat_gap
+from scripts.common.toys import flat_inner as flat_inner
+from scripts.common.toys import flat_outer as flat_outer
+from scripts.common.toys import pbgd_inner as pbgd_inner
+from scripts.common.toys import pbgd_outer as pbgd_outer
+from scripts.common.toys import sine_inner as sine_inner
+from scripts.common.toys import sine_outer as sine_outer
 
 POINTS = ((1.0, 3.0), (3.0, 1.0), (-2.0, 2.0), (-3.0, -2.0))
 
@@ -63,6 +26,10 @@ def coreset_inner(x, y, batch):
   """T8: the inner solution is the mean of four points with the weights softmax(x)."""
   del batch
   return jnp.sum((y - jax.nn.softmax(x) @ jnp.array(POINTS)) ** 2)
+
+
+# T3: three minima of f(x, -x): a start in the basin, x, and the value.
+PBGD_MINIMA = [(0.2, 0.382360, 0.442706), (1.3, 1.215145, 0.199911), (2.6, 2.829642, 1.243458)]
 
 
 def box(low, high):

@@ -1,10 +1,12 @@
 """What a program costs: operations by hand and by XLA, memory, and the arithmetic of timings."""
 
+import functools
 import itertools
 
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.ad_checkpoint import checkpoint_name
 
 from scripts.common import measure
 
@@ -26,6 +28,21 @@ def test_loops_count_once_a_step_however_nested():
   assert measure.count_flops(scan(3, scan(5, step)), a) == 15 * 128
   loop = lambda a: jax.lax.while_loop(lambda a: jnp.bool_(True), step, a)
   assert measure.count_flops(loop, a, while_steps=7) == 7 * 128
+
+
+def test_a_mark_is_counted_for_every_value_and_gradient_but_no_product():
+  def loss(y):
+    return jnp.sum(jnp.cos(checkpoint_name(y, "here")))
+
+  y, count = jnp.ones(3), functools.partial(measure.count_marks, mark="here")
+  assert count(loss, y) == count(jax.grad(loss), y) == count(jax.value_and_grad(loss), y) == 1
+  assert measure.count_marks(loss, y, mark="elsewhere") == 0
+  product = lambda y: jax.jvp(jax.grad(loss), (y,), (y,))[1]
+  assert count(product, y) == 1  # of the gradient that is differentiated
+  scan = lambda y: jax.lax.scan(lambda y, _: (jax.grad(loss)(y), None), y, length=5)[0]
+  assert count(lambda y: scan(y) + jax.jit(jax.grad(loss))(y), y) == 6
+  loop = lambda y: jax.lax.while_loop(lambda y: jnp.bool_(True), jax.grad(loss), y)
+  assert count(loop, y, while_steps=7) == 7
 
 
 def test_the_count_agrees_with_xla_where_there_are_no_loops():

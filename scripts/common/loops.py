@@ -1,0 +1,105 @@
+"""One form for the loops of all bilevel methods: those with a response and those without."""
+
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import jaxbo
+
+
+class Loop(NamedTuple):
+  """A method on a problem.
+
+  Attributes:
+    init: ``init(x, y) -> state``.
+    step: ``step(state, train, val) -> state``, one outer step on the batches of both losses.
+    params: ``params(state) -> jaxbo.Bilevel``.
+    num_batches: the leading axis of ``train`` if every inner step sees a batch of its own.
+  """
+
+  init: Callable[[Any, Any], Any]
+  step: Callable[[Any, Any, Any], Any]
+  params: Callable[[Any], jaxbo.Bilevel]
+  num_batches: int | None = None
+
+
+def value_function_loop(
+  outer_loss: Callable[..., jax.Array], tx: optax.GradientTransformation
+) -> Loop:
+  """The loop of a method on :class:`jaxbo.Bilevel` parameters, such as ``jaxbo.pdbo``."""
+  tx = optax.with_extra_args_support(tx)
+
+  def init(x, y):
+    params = jaxbo.Bilevel(x, y)
+    return params, tx.init(params)
+
+  def step(state, train, val):
+    params, opt_state = state
+    grads = jax.grad(lambda p: outer_loss(p.outer, p.inner, val))(params)
+    updates, opt_state = tx.update(grads, opt_state, params, batch=train)
+    return optax.apply_updates(params, updates), opt_state
+
+  return Loop(init, step, lambda state: state[0])
+
+
+def response_loop(
+  outer_loss: Callable[..., jax.Array],
+  inner: jaxbo.InnerSolver,
+  outer: optax.GradientTransformation,
+) -> Loop:
+  """The loop of a method with a response, such as ``jaxbo.itd``."""
+  init, step = jaxbo.bilevel(outer_loss, inner, outer)
+
+  def step_with_union(state, train, val):
+    extra = {}
+    if inner.per_step_batches:  # The linear system sees all examples of the inner run at once.
+      extra["linear_batch"] = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), train)
+    return step(state, train, val, **extra)[0]
+
+  params = lambda state: jaxbo.Bilevel(state.x, state.solution.params)
+  num_batches = inner.num_steps if inner.per_step_batches else None
+  return Loop(init, step_with_union, params, num_batches)
+
+
+def training_loop(inner_loss: Callable[..., jax.Array], tx: optax.GradientTransformation) -> Loop:
+  """Plain training of the inner parameters at fixed outer ones; a step is one gradient."""
+
+  def init(x, y):
+    return jaxbo.Bilevel(x, y), tx.init(y)
+
+  def step(state, train, val):
+    del val
+    (x, y), opt_state = state
+    updates, opt_state = tx.update(jax.grad(inner_loss, 1)(x, y, train), opt_state, y)
+    return jaxbo.Bilevel(x, optax.apply_updates(y, updates)), opt_state
+
+  return Loop(init, step, lambda state: state[0])
+
+
+def levels(
+  outer: optax.GradientTransformation,
+  inner: optax.GradientTransformation,
+  alternate: int | None = None,
+) -> optax.GradientTransformation:
+  """An optimizer for each level; with ``alternate``, so many steps inside and one outside in turn.
+
+  The tail of ``jaxbo.f2sa``, for any two optimizers.
+  """
+  of_level: dict[Hashable, optax.GradientTransformation] = {"outer": outer, "inner": inner}
+  if alternate is not None:
+    moves = {
+      "outer": lambda step, **_: jnp.asarray(step) % (alternate + 1) == alternate,
+      "inner": lambda step, **_: jnp.asarray(step) % (alternate + 1) != alternate,
+    }
+    of_level = {
+      level: optax.conditionally_mask(tx, moves[str(level)]) for level, tx in of_level.items()
+    }
+  return optax.partition(of_level, jaxbo.Bilevel("outer", "inner"))
+
+
+def dual_of(state: Any) -> jax.Array:
+  """The multiplier that a state tells of; NaN if its method has none."""
+  return jnp.asarray(optax.tree.get(state, "dual", jnp.nan), float)
