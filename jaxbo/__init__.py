@@ -26,10 +26,17 @@ gives the hypergradient; behind it stands any optax chain.
 :func:`add_value_function_penalty` (V-PBGD, F2SA); around them :func:`add_proximal_terms` and
 :func:`scale_by_lagrangian_smoothness`, behind them :func:`project`.
 
+**Distributionally robust training**: :func:`per_example_grad` and :func:`reweight` with a
+:class:`Weighting`: :func:`kl` (IR-DRO), :func:`kl_ball`, :func:`cvar`, :func:`kl_cvar`,
+:func:`chi_square`, :func:`chi_square_ball`, :func:`tilted`, :func:`group`, :func:`mid_rank`,
+:func:`top_k`, :func:`doro`, :func:`lin_upper`, :func:`quadratic`, :func:`extremes`,
+:func:`uniform`, :func:`compositional`; :func:`streaming_grad` and :func:`robust_value`.
+
 **Tasks**: :func:`jaxbo.tasks.sample_episode`.
 
 **Whole methods**: :func:`esj`, :func:`itd`, :func:`aid`, :func:`stocbio`, and the loop
-:func:`bilevel`; :func:`pdbo`, :func:`proximal_pdbo`, :func:`bome`, :func:`v_pbgd`, :func:`f2sa`.
+:func:`bilevel`; :func:`pdbo`, :func:`proximal_pdbo`, :func:`bome`, :func:`v_pbgd`, :func:`f2sa`;
+:func:`ir_dro`, :func:`group_dro`, :func:`cvar_dro`, :func:`chi2_dro`, :func:`term`.
 """
 
 from jaxbo import tasks as tasks
@@ -86,17 +93,44 @@ from jaxbo.bilevel.unrolled import (
   add_unrolled_response,
   itd,
 )
+from jaxbo.dro.aliases import chi2_dro, cvar_dro, group_dro, ir_dro, term
+from jaxbo.dro.chi_square import chi_square, chi_square_ball
+from jaxbo.dro.compositional import CompositionalState, compositional
+from jaxbo.dro.cvar import cvar, kl_cvar
+from jaxbo.dro.diagnostics import WeightInfo
+from jaxbo.dro.group import GroupState, group
+from jaxbo.dro.kl import kl, kl_ball, tilted, uniform
+from jaxbo.dro.loss_based import (
+  Normalizer,
+  RunningRangeState,
+  extremes,
+  lin_upper,
+  min_max,
+  quadratic,
+  quantile_range,
+  running_range,
+  shaped,
+)
+from jaxbo.dro.per_example import PerExampleGrads, per_example_grad
+from jaxbo.dro.ranking import doro, mid_rank, top_k
+from jaxbo.dro.reweight import ReweightState, reweight
+from jaxbo.dro.robust_value import robust_value
+from jaxbo.dro.streaming import streaming_grad
+from jaxbo.dro.temperature import TargetEss, TemperatureState, target_ess
+from jaxbo.dro.weighting import Weighting
 
 __all__ = [
   "Bilevel",
   "BilevelInfo",
   "BilevelState",
+  "CompositionalState",
   "DropInfo",
   "DropResponseState",
   "DynamicBarrierInfo",
   "DynamicBarrierState",
   "EsInfo",
   "EsResponseState",
+  "GroupState",
   "ImplicitInfo",
   "ImplicitResponseState",
   "InnerInfo",
@@ -104,15 +138,23 @@ __all__ = [
   "InnerSolver",
   "LinearInfo",
   "LinearSolver",
+  "Normalizer",
+  "PerExampleGrads",
   "PrimalDualInfo",
   "PrimalDualState",
   "ProximalInfo",
   "ProximalState",
+  "ReweightState",
+  "RunningRangeState",
+  "TargetEss",
+  "TemperatureState",
   "Through",
   "UnrolledInfo",
   "UnrolledResponseState",
   "ValuePenaltyInfo",
   "ValuePenaltyState",
+  "WeightInfo",
+  "Weighting",
   "add_dynamic_barrier",
   "add_es_response",
   "add_implicit_response",
@@ -123,20 +165,50 @@ __all__ = [
   "aid",
   "bilevel",
   "bome",
+  "chi2_dro",
+  "chi_square",
+  "chi_square_ball",
+  "compositional",
   "conjugate_gradient",
+  "cvar",
+  "cvar_dro",
+  "doro",
   "drop_response",
   "esj",
+  "extremes",
   "f2sa",
   "fixed_point",
+  "group",
+  "group_dro",
   "inner_solver",
+  "ir_dro",
   "itd",
+  "kl",
+  "kl_ball",
+  "kl_cvar",
+  "lin_upper",
+  "mid_rank",
+  "min_max",
   "neumann",
   "over_tasks",
   "pdbo",
+  "per_example_grad",
   "project",
   "proximal_pdbo",
+  "quadratic",
+  "quantile_range",
+  "reweight",
+  "robust_value",
+  "running_range",
   "scale_by_lagrangian_smoothness",
+  "shaped",
   "stocbio",
+  "streaming_grad",
+  "target_ess",
+  "term",
+  "tilted",
+  "top_k",
+  "uniform",
   "v_pbgd",
 ]
 
