@@ -35,6 +35,7 @@ class Microbatches(NamedTuple):
 
   def split(self, leaf: Any) -> jax.Array:
     """``[num_examples, ...]`` as ``[size, num_steps, ...]``."""
+    leaf = jnp.asarray(leaf)
     shape = (self.size, self.num_steps, *leaf.shape[1:])
     return _reshape(leaf, shape, lambda spec: (spec[0], None, *spec[1:]))
 
@@ -99,6 +100,7 @@ def replace_rows(batch: Any, keep: jax.Array, over: Over) -> Any:
     of_examples = jnp.ndim(leaf) > 0 and jnp.shape(leaf)[0] == keep.size
     if not of_examples or _is_key(leaf):
       return leaf
+    leaf = jnp.asarray(leaf)
     along = lambda rows: jnp.expand_dims(rows, tuple(range(1, leaf.ndim)))
     summable = leaf.astype(jnp.int32) if leaf.dtype == bool else leaf
     row = over.sum(jnp.where(along(chosen), summable, 0), axis=0).astype(leaf.dtype)

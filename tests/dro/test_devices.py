@@ -47,8 +47,8 @@ def gradients(batch, groups, prior, axis_name=None, stored=False, microbatch_siz
     grads = lazy
     if stored:
       params = jax.lax.pcast(PARAMS, axis_name, to="varying")
-      one = lambda row: jax.grad(lambda p: problem.loss_fn(p, row))(params)
-      grads, options["losses"] = jax.vmap(one)(batch), lazy.losses
+      one = jax.vmap(jax.grad(problem.loss_fn), in_axes=(None, 0))
+      grads, options["losses"] = one(params, batch), lazy.losses
     gradient, state = tx.update(grads, tx.init(PARAMS), PARAMS, **options)
     results[name] = gradient, state.info
   return results
