@@ -75,12 +75,12 @@ def make_microbatches(num_examples: int, size: int) -> Microbatches:
 def weighted_gradient(
   loss_fn: Callable[..., jax.Array],
   params: optax.Params,
-  batch: Any,
+  take: Callable[[Any], Any],
   weights: jax.Array,
   microbatches: Microbatches,
 ) -> optax.Updates:
-  """The gradient of ``sum(weights * losses)``, summed over microbatches in float32 at least."""
-  take, weights_of = microbatches.each(batch), microbatches.each(weights)
+  """The gradient of ``sum(weights * losses)``, summed over ``take(j)`` in float32 at least."""
+  weights_of = microbatches.each(weights)
 
   def add(total, j):
     losses, pullback = jax.vjp(lambda params: loss_fn(params, take(j)), params)
@@ -92,21 +92,36 @@ def weighted_gradient(
   return _tree.cast_like(total, params)
 
 
-def replace_rows(batch: Any, keep: jax.Array, over: Over) -> Any:
-  """``batch`` with the rows that are not kept replaced by the first that is, on any device."""
+def take_repaired(
+  microbatches: Microbatches, batch: Any, keep: jax.Array, over: Over
+) -> Callable[[Any], Any]:
+  """As ``each(batch)``, with every row that is not kept replaced by the first that is.
+
+  That one may be on another device. Keys have nothing to repair.
+  """
   chosen = over.first(keep)
+  along = lambda rows, leaf: jnp.expand_dims(rows, tuple(range(1, leaf.ndim)))
+  replaceable = lambda leaf: microbatches.holds(leaf) and not _is_key(leaf)
 
-  def replace(leaf):
-    of_examples = jnp.ndim(leaf) > 0 and jnp.shape(leaf)[0] == keep.size
-    if not of_examples or _is_key(leaf):
-      return leaf
-    leaf = jnp.asarray(leaf)
-    along = lambda rows: jnp.expand_dims(rows, tuple(range(1, leaf.ndim)))
-    summable = leaf.astype(jnp.int32) if leaf.dtype == bool else leaf
-    row = over.sum(jnp.where(along(chosen), summable, 0), axis=0).astype(leaf.dtype)
-    return jnp.where(along(keep), leaf, row[None])
+  def good_row(leaf):
+    if not replaceable(leaf):
+      return None
+    summable = jnp.asarray(leaf, jnp.int32 if leaf.dtype == bool else leaf.dtype)
+    return over.sum(jnp.where(along(chosen, leaf), summable, 0), axis=0).astype(leaf.dtype)[None]
 
-  return jax.tree.map(replace, batch)
+  leaves, structure = jax.tree.flatten(batch)
+  rows = [good_row(leaf) for leaf in leaves]
+  take_all = microbatches.each((leaves, keep))
+
+  def take(j):
+    taken, kept = take_all(j)
+    repaired = [
+      leaf if row is None else jnp.where(along(kept, leaf), leaf, row)
+      for leaf, row in zip(taken, rows, strict=True)
+    ]
+    return structure.unflatten(repaired)
+
+  return take
 
 
 def _is_key(leaf: Any) -> bool:

@@ -128,10 +128,11 @@ def per_example_grad(
     return PerExampleGrads(losses, pullback, aux, without)
 
   def pull(cut, params, batch, weights):
-    return microbatch.weighted_gradient(losses_alone, params, batch, weights, cut)
+    return microbatch.weighted_gradient(losses_alone, params, cut.each(batch), weights, cut)
 
   def repaired(cut, params, batch, weights, keep, over):
-    gradient = pull(cut, params, microbatch.replace_rows(batch, keep, over), weights)
+    take = microbatch.take_repaired(cut, batch, keep, over)
+    gradient = microbatch.weighted_gradient(losses_alone, params, take, weights, cut)
     return _only_if(over.number_of(keep) > 0, gradient)
 
   def gradients(params: optax.Params, batch: Any) -> PerExampleGrads:

@@ -32,7 +32,7 @@ def points():
   return np.concatenate([rng.normal(0, 0.3, 1800), rng.normal(3, 0.3, 200)])
 
 
-def run(points, size, rate, key, num_steps=12000, learning_rate=0.01):
+def run(points, size, rate, key, num_steps=20000, learning_rate=0.01):
   """The mean of the last three quarters of the iterates."""
   weighting = jaxbo.compositional(jaxbo.kl(1.0), rate)
   mask = jnp.arange(max(SIZES)) < size
