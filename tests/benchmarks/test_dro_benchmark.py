@@ -1,4 +1,4 @@
-"""What does not depend on the machine: a reweighted step costs the operations and bytes of a plain."""
+"""What does not depend on the machine: a reweighted step has a plain one's operations and bytes."""
 
 import json
 import sys
