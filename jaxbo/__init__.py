@@ -35,9 +35,16 @@ with the metrics :func:`local_regret` and :func:`path_length`.
 **Tasks**: :func:`jaxbo.tasks.sample_episode`; streams, :func:`jaxbo.tasks.minibatch_stream` and
 :func:`jaxbo.tasks.phase_stream`.
 
+**Distributionally robust training**: :func:`per_example_grad` and :func:`reweight` with a
+:class:`Weighting`: :func:`kl` (IR-DRO), :func:`kl_ball`, :func:`cvar`, :func:`kl_cvar`,
+:func:`chi_square`, :func:`chi_square_ball`, :func:`tilted`, :func:`group`, :func:`mid_rank`,
+:func:`top_k`, :func:`doro`, :func:`lin_upper`, :func:`quadratic`, :func:`extremes`,
+:func:`uniform`, :func:`compositional`; :func:`streaming_grad` and :func:`robust_value`.
+
 **Whole methods**: :func:`esj`, :func:`itd`, :func:`aid`, :func:`stocbio`, and the loop
 :func:`bilevel`; :func:`pdbo`, :func:`proximal_pdbo`, :func:`bome`, :func:`v_pbgd`, :func:`f2sa`;
-:func:`sobow`, :func:`oagd`, :func:`ogd`, :func:`sogd`.
+:func:`sobow`, :func:`oagd`, :func:`ogd`, :func:`sogd`; :func:`ir_dro`, :func:`group_dro`,
+:func:`cvar_dro`, :func:`chi2_dro`, :func:`term`.
 """
 
 from jaxbo import tasks as tasks
@@ -94,6 +101,31 @@ from jaxbo.bilevel.unrolled import (
   add_unrolled_response,
   itd,
 )
+from jaxbo.dro.aliases import chi2_dro, cvar_dro, group_dro, ir_dro, term
+from jaxbo.dro.chi_square import chi_square, chi_square_ball
+from jaxbo.dro.compositional import CompositionalState, compositional
+from jaxbo.dro.cvar import cvar, kl_cvar
+from jaxbo.dro.diagnostics import WeightInfo
+from jaxbo.dro.group import GroupState, group
+from jaxbo.dro.kl import kl, kl_ball, tilted, uniform
+from jaxbo.dro.loss_based import (
+  Normalizer,
+  RunningRangeState,
+  extremes,
+  lin_upper,
+  min_max,
+  quadratic,
+  quantile_range,
+  running_range,
+  shaped,
+)
+from jaxbo.dro.per_example import PerExampleGrads, per_example_grad
+from jaxbo.dro.ranking import doro, mid_rank, top_k
+from jaxbo.dro.reweight import ReweightState, reweight
+from jaxbo.dro.robust_value import robust_value
+from jaxbo.dro.streaming import streaming_grad
+from jaxbo.dro.temperature import TargetEss, TemperatureState, target_ess
+from jaxbo.dro.weighting import Weighting
 from jaxbo.online.driver import Online, OnlineInfo, OnlineState, online
 from jaxbo.online.oagd import BatchAverageInfo, BatchAverageState, average_over_batches, oagd
 from jaxbo.online.regret import Accumulated, local_regret, path_length
@@ -115,6 +147,7 @@ __all__ = [
   "Bilevel",
   "BilevelInfo",
   "BilevelState",
+  "CompositionalState",
   "CorrectedResponseInfo",
   "CorrectedResponseState",
   "DropInfo",
@@ -123,6 +156,7 @@ __all__ = [
   "DynamicBarrierState",
   "EsInfo",
   "EsResponseState",
+  "GroupState",
   "ImplicitInfo",
   "ImplicitResponseState",
   "InnerInfo",
@@ -130,22 +164,30 @@ __all__ = [
   "InnerSolver",
   "LinearInfo",
   "LinearSolver",
+  "Normalizer",
   "Online",
   "OnlineBatch",
   "OnlineInfo",
   "OnlineMetric",
   "OnlineRound",
   "OnlineState",
+  "PerExampleGrads",
   "PrimalDualInfo",
   "PrimalDualState",
   "ProximalInfo",
   "ProximalState",
+  "ReweightState",
+  "RunningRangeState",
+  "TargetEss",
+  "TemperatureState",
   "Through",
   "Triple",
   "UnrolledInfo",
   "UnrolledResponseState",
   "ValuePenaltyInfo",
   "ValuePenaltyState",
+  "WeightInfo",
+  "Weighting",
   "Window",
   "WindowAverageInfo",
   "WindowAverageState",
@@ -161,14 +203,31 @@ __all__ = [
   "average_over_batches",
   "bilevel",
   "bome",
+  "chi2_dro",
+  "chi_square",
+  "chi_square_ball",
+  "compositional",
   "conjugate_gradient",
+  "cvar",
+  "cvar_dro",
+  "doro",
   "drop_response",
   "esj",
+  "extremes",
   "f2sa",
   "fixed_point",
+  "group",
+  "group_dro",
   "inner_solver",
+  "ir_dro",
   "itd",
+  "kl",
+  "kl_ball",
+  "kl_cvar",
+  "lin_upper",
   "local_regret",
+  "mid_rank",
+  "min_max",
   "neumann",
   "oagd",
   "ogd",
@@ -176,13 +235,26 @@ __all__ = [
   "over_tasks",
   "path_length",
   "pdbo",
+  "per_example_grad",
   "project",
   "project_params",
   "proximal_pdbo",
+  "quadratic",
+  "quantile_range",
+  "reweight",
+  "robust_value",
+  "running_range",
   "scale_by_lagrangian_smoothness",
+  "shaped",
   "sobow",
   "sogd",
   "stocbio",
+  "streaming_grad",
+  "target_ess",
+  "term",
+  "tilted",
+  "top_k",
+  "uniform",
   "v_pbgd",
   "window_average",
 ]

@@ -1,6 +1,7 @@
 """Checks of what users pass in; every message names the argument, the value and what is allowed."""
 
 import inspect
+import math
 import operator
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -38,10 +39,23 @@ def non_negative(name: str, value: Any) -> Any:
   return value
 
 
-def fraction(name: str, value: Any) -> Any:
-  """Returns ``value``; raises if it is no number, or a known one outside (0, 1]."""
-  if not 0 < _number(name, value, 1.0) <= 1:
-    raise ValueError(f"{name} must be in (0, 1], got {value}")
+def finite(name: str, value: Any) -> Any:
+  """Returns ``value``; raises if it is no number, or a known one that is not finite."""
+  if not math.isfinite(_number(name, value, 0.0)):
+    raise ValueError(f"{name} must be finite, got {value}")
+  return value
+
+
+def within(name: str, value: Any, low: Any, high: Any, *, ends: str = "[]") -> Any:
+  """Returns ``value``; raises if it is no number, or a known one outside the interval.
+
+  ``ends`` says which ends belong to the interval: ``"(]"`` is for all but the lower one.
+  """
+  number = _number(name, value, (low + high) / 2)
+  above = number > low or (ends[0] == "[" and number == low)
+  below = number < high or (ends[1] == "]" and number == high)
+  if not (above and below):
+    raise ValueError(f"{name} must be in {ends[0]}{low}, {high}{ends[1]}, got {value}")
   return value
 
 
@@ -60,6 +74,11 @@ def transformation(name: str, value: Any) -> None:
   """Raises ``TypeError`` unless ``value`` is a gradient transformation."""
   if not (callable(getattr(value, "init", None)) and callable(getattr(value, "update", None))):
     raise TypeError(f"{name} must be an optax transformation, say optax.sgd(0.1), got {value!r}")
+
+
+def is_known(value: Any) -> bool:
+  """Whether the numbers in ``value`` can be looked at: not under a trace."""
+  return not isinstance(value, jax.core.Tracer)
 
 
 def one_of(name: str, value: Any, allowed: Iterable[str]) -> Any:

@@ -173,6 +173,46 @@ def online(make_outer: Callable[..., optax.GradientTransformation], solver=None,
   return make
 
 
+def example_losses(x, batch):
+  """One loss for each of four examples; every leaf of ``x`` moves them."""
+  return (batch * (1 + _summary(x)) - jnp.sin(3 * batch)) ** 2
+
+
+def robust(
+  make_tx: Callable[..., optax.GradientTransformation],
+  scale: float = -0.1,
+  stored: bool = False,
+  repair: bool = False,  # a second backward pass to compile, so for one entry only
+):
+  """The harness of robust training: per-example gradients go in, lazy or ``stored``."""
+
+  def make(seed, inner):
+    del seed, inner
+    tx = optax.with_extra_args_support(make_tx())
+
+    def init(x):
+      return x, tx.init(x)
+
+    def step(carry, t, **extra):
+      x, state = carry
+      dtype = jax.tree.leaves(x)[0].dtype
+      batch = jnp.cos(t + jnp.arange(4)).astype(dtype)
+      options = {"groups": jnp.array([0, 1, 1, 0]), "mask": jnp.arange(4) < 3, **extra}
+      if stored:
+        one_loss = lambda x, example: example_losses(x, example[None])[0]
+        losses, grads = jax.vmap(jax.value_and_grad(one_loss), in_axes=(None, 0))(x, batch)
+        options["losses"] = losses
+      else:
+        grads = jaxbo.per_example_grad(example_losses, repair=repair)(x, batch)
+      updates, state = tx.update(grads, state, x, **options)
+      updates = jax.tree.map(lambda u: jnp.asarray(scale, u.dtype) * u, updates)
+      return optax.apply_updates(x, updates), state
+
+    return Harness(tx, init, step)
+
+  return make
+
+
 VALUE = {"num_steps": 3, "inner_optimizer": optax.sgd(0.2, momentum=0.5)}
 DUAL = {"slack": 0.1, "dual_learning_rate": 0.5, **VALUE}
 BOX = {
@@ -186,6 +226,8 @@ def primal_dual(**options):
   return jaxbo.add_primal_dual_penalty(inner_loss, **{**DUAL, **options})
 
 
+COMPOSITIONAL = jaxbo.compositional(jaxbo.kl(optax.linear_schedule(5.0, 0.5, 4)), 0.3)
+RUNNING = jaxbo.lin_upper(0.5, jaxbo.running_range(0.3))
 _cg, _fixed_point = jaxbo.conjugate_gradient, jaxbo.fixed_point
 
 # The aliases at the end stand for their heads without options.
@@ -370,4 +412,11 @@ REGISTRY = [
       1.0,
     ),
   ),
+  Entry("reweight_compositional", robust(lambda: jaxbo.reweight(COMPOSITIONAL), repair=True)),
+  Entry("reweight_stored", robust(lambda: jaxbo.reweight(RUNNING, scale="sum"), stored=True)),
+  Entry("ir_dro", robust(lambda: jaxbo.ir_dro(0.1, jaxbo.target_ess(0.7)), 1.0)),
+  Entry("group_dro", robust(lambda: jaxbo.group_dro(0.1, 2, 0.1), 1.0)),
+  Entry("cvar_dro", robust(lambda: jaxbo.cvar_dro(0.1, 0.7), 1.0)),
+  Entry("chi2_dro", robust(lambda: jaxbo.chi2_dro(0.1, 0.5), 1.0)),
+  Entry("term", robust(lambda: jaxbo.term(0.1, optax.linear_schedule(0.0, -2.0, 4)), 1.0)),
 ]

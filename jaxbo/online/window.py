@@ -82,7 +82,7 @@ def empty_window(like: Any, size: int, dtype: Any = None) -> Window:
 def check_window(size: Any, decay: Any, normalization: Any, name: str = "size") -> int:
   """Returns ``size``; raises if an argument of a window is outside its range."""
   size = _check.positive_int(name, size)
-  _check.fraction("decay", decay)
+  _check.within("decay", decay, 0, 1, ends="(]")
   _check.one_of("normalization", normalization, ("full", "present"))
   return size
 

@@ -1,0 +1,218 @@
+"""Whole methods of distributionally robust training, under their papers' names."""
+
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+import jax
+import optax
+
+from jaxbo.dro.batch import AxisName
+from jaxbo.dro.chi_square import chi_square_ball
+from jaxbo.dro.cvar import cvar
+from jaxbo.dro.group import group
+from jaxbo.dro.kl import kl, tilted
+from jaxbo.dro.reweight import reweight
+from jaxbo.dro.temperature import Temperature
+from jaxbo.dro.weighting import Weighting
+
+Optimizer: TypeAlias = Callable[..., optax.GradientTransformation]
+
+
+def _method(
+  learning_rate: optax.ScalarOrSchedule,
+  weighting: Weighting,
+  optimizer: Optimizer,
+  axis_name: AxisName,
+) -> optax.GradientTransformationExtraArgs:
+  return optax.chain(reweight(weighting, axis_name=axis_name), optimizer(learning_rate))
+
+
+def ir_dro(
+  learning_rate: optax.ScalarOrSchedule,
+  temperature: Temperature = 1.0,
+  *,
+  optimizer: Optimizer = optax.adamw,
+  axis_name: AxisName = None,
+) -> optax.GradientTransformationExtraArgs:
+  """IR-DRO: instance reweighting for continual training, :func:`kl` weights before AdamW.
+
+  The published code weighs each device's examples among themselves; here weights are those of the
+  whole batch.
+
+  Args:
+    learning_rate: a float or a schedule; published runs use 2e-6.
+    temperature: as in :func:`kl`; the default is the published one.
+    optimizer: the optimizer behind, made by ``optimizer(learning_rate)``.
+    axis_name: as in :func:`reweight`.
+
+  Returns:
+    ``optax.chain(reweight(kl(temperature)), optimizer(learning_rate))``.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, jaxbo, optax
+    >>> tx = jaxbo.ir_dro(0.1, temperature=0.5)
+    >>> params, batch = jnp.float32(0.0), jnp.array([1.0, 3.0])
+    >>> grads = jaxbo.per_example_grad(lambda p, batch: (p - batch) ** 2)(params, batch)
+    >>> updates, state = tx.update(grads, tx.init(params), params)
+    >>> print(optax.apply_updates(params, updates).round(3))
+    0.1
+
+  References:
+    Chen et al., `Take the Bull by the Horns: Hard Sample-Reweighted Continual Training Improves LLM
+    Generalization <https://arxiv.org/abs/2402.14270>`_, 2024.
+  """
+  return _method(learning_rate, kl(temperature), optimizer, axis_name)
+
+
+def group_dro(
+  learning_rate: optax.ScalarOrSchedule,
+  num_groups: int,
+  step_size: float | jax.Array = 0.01,
+  *,
+  adjustment: float | jax.Array = 0.0,
+  group_sizes: Sequence[int] | None = None,
+  optimizer: Optimizer = optax.sgd,
+  axis_name: AxisName = None,
+) -> optax.GradientTransformationExtraArgs:
+  """Group DRO: descent on the worst group, :func:`group` weights before SGD.
+
+  Args:
+    learning_rate: a float or a schedule.
+    num_groups: as in :func:`group`; ``update`` needs ``groups=``.
+    step_size: as in :func:`group`; the default is the published one.
+    adjustment: as in :func:`group`.
+    group_sizes: as in :func:`group`.
+    optimizer: the optimizer behind, made by ``optimizer(learning_rate)``.
+    axis_name: as in :func:`reweight`.
+
+  Returns:
+    ``optax.chain(reweight(group(...)), optimizer(learning_rate))``.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, jaxbo, optax
+    >>> tx = jaxbo.group_dro(0.1, num_groups=2, step_size=1.0)
+    >>> params, batch, groups = jnp.float32(0.0), jnp.array([1.0, 1.0, 3.0]), jnp.array([0, 0, 1])
+    >>> @jax.jit
+    ... def step(params, state):
+    ...   grads = jaxbo.per_example_grad(lambda p, batch: (p - batch) ** 2)(params, batch)
+    ...   updates, state = tx.update(grads, state, params, groups=groups)
+    ...   return optax.apply_updates(params, updates), state
+    >>> state = tx.init(params)
+    >>> for _ in range(300):
+    ...   params, state = step(params, state)
+    >>> print(params.round(1))                         # where both groups are equally bad
+    2.0
+
+  References:
+    Sagawa et al., `Distributionally Robust Neural Networks for Group Shifts
+    <https://arxiv.org/abs/1911.08731>`_, 2020.
+  """
+  weighting = group(num_groups, step_size, adjustment=adjustment, group_sizes=group_sizes)
+  return _method(learning_rate, weighting, optimizer, axis_name)
+
+
+def cvar_dro(
+  learning_rate: optax.ScalarOrSchedule,
+  level: float | jax.Array,
+  *,
+  optimizer: Optimizer = optax.sgd,
+  axis_name: AxisName = None,
+) -> optax.GradientTransformationExtraArgs:
+  """CVaR-DRO: descent on the mean of the worst losses, :func:`cvar` weights before SGD.
+
+  Args:
+    learning_rate: a float or a schedule.
+    level: as in :func:`cvar`.
+    optimizer: the optimizer behind, made by ``optimizer(learning_rate)``.
+    axis_name: as in :func:`reweight`.
+
+  Returns:
+    ``optax.chain(reweight(cvar(level)), optimizer(learning_rate))``.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, jaxbo, optax
+    >>> tx = jaxbo.cvar_dro(0.1, level=0.5)
+    >>> params, batch = jnp.float32(0.0), jnp.array([1.0, 3.0])
+    >>> grads = jaxbo.per_example_grad(lambda p, batch: (p - batch) ** 2)(params, batch)
+    >>> updates, state = tx.update(grads, tx.init(params), params)
+    >>> print(updates.round(3))                        # -0.1 * 2 * (0 - 3)
+    0.6
+
+  References:
+    Levy et al., `Large-Scale Methods for Distributionally Robust Optimization
+    <https://arxiv.org/abs/2010.05893>`_, 2020.
+  """
+  return _method(learning_rate, cvar(level), optimizer, axis_name)
+
+
+def chi2_dro(
+  learning_rate: optax.ScalarOrSchedule,
+  radius: float | jax.Array,
+  *,
+  optimizer: Optimizer = optax.sgd,
+  axis_name: AxisName = None,
+) -> optax.GradientTransformationExtraArgs:
+  """Chi-square DRO: descent on the worst case over :func:`chi_square_ball`, before SGD.
+
+  Args:
+    learning_rate: a float or a schedule.
+    radius: as in :func:`chi_square_ball`.
+    optimizer: the optimizer behind, made by ``optimizer(learning_rate)``.
+    axis_name: as in :func:`reweight`.
+
+  Returns:
+    ``optax.chain(reweight(chi_square_ball(radius)), optimizer(learning_rate))``.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, jaxbo, optax
+    >>> tx = jaxbo.chi2_dro(0.1, radius=0.125)
+    >>> params, batch = jnp.float32(0.0), jnp.array([1.0, 3.0])
+    >>> grads = jaxbo.per_example_grad(lambda p, batch: (p - batch) ** 2)(params, batch)
+    >>> updates, state = tx.update(grads, tx.init(params), params)
+    >>> print(updates.round(3))                        # weights 0.25 and 0.75
+    0.5
+
+  References:
+    Namkoong and Duchi, `Variance-based Regularization with Convex Objectives
+    <https://arxiv.org/abs/1610.02581>`_, 2017.
+  """
+  return _method(learning_rate, chi_square_ball(radius), optimizer, axis_name)
+
+
+def term(
+  learning_rate: optax.ScalarOrSchedule,
+  t: float | jax.Array | optax.Schedule,
+  *,
+  optimizer: Optimizer = optax.sgd,
+  axis_name: AxisName = None,
+) -> optax.GradientTransformationExtraArgs:
+  """TERM: tilted empirical risk minimisation, :func:`tilted` weights before SGD.
+
+  Args:
+    learning_rate: a float or a schedule.
+    t: as in :func:`tilted`: positive for fairness, negative for robustness to outliers.
+    optimizer: the optimizer behind, made by ``optimizer(learning_rate)``.
+    axis_name: as in :func:`reweight`.
+
+  Returns:
+    ``optax.chain(reweight(tilted(t)), optimizer(learning_rate))``.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, jaxbo, optax
+    >>> tx = jaxbo.term(0.1, t=-10.0)
+    >>> params, batch = jnp.float32(0.0), jnp.array([1.0, 1.2, 50.0])  # the last is an outlier
+    >>> @jax.jit
+    ... def step(params, state):
+    ...   grads = jaxbo.per_example_grad(lambda p, batch: (p - batch) ** 2)(params, batch)
+    ...   updates, state = tx.update(grads, state, params)
+    ...   return optax.apply_updates(params, updates), state
+    >>> state = tx.init(params)
+    >>> for _ in range(100):
+    ...   params, state = step(params, state)
+    >>> print(params.round(2))
+    1.1
+
+  References:
+    Li et al., `Tilted Empirical Risk Minimization <https://arxiv.org/abs/2007.01162>`_, 2021.
+  """
+  return _method(learning_rate, tilted(t), optimizer, axis_name)

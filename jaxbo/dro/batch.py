@@ -1,0 +1,193 @@
+"""A batch of losses as weightings see it, and reductions over it on any number of devices."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxbo import _check, _tree
+
+AxisName = str | Sequence[str] | None
+
+
+class Over(NamedTuple):
+  """Reductions over a batch that may be divided among devices.
+
+  Attributes:
+    axes: the mesh axes whose devices hold parts of the batch; empty where ``jit`` sees all of it.
+  """
+
+  axes: tuple[str, ...] = ()
+
+  def sum(self, x: Any, axis: int | None = None) -> jax.Array:
+    """The sum over the batch, in the dtype of ``x``."""
+    total = jnp.sum(x, axis=axis, dtype=jnp.result_type(x))
+    return jax.lax.psum(total, self.axes) if self.axes else total
+
+  def max(self, x: Any) -> jax.Array:
+    """The maximum over the batch."""
+    return jax.lax.pmax(jnp.max(x), self.axes) if self.axes else jnp.max(x)
+
+  def min(self, x: Any) -> jax.Array:
+    """The minimum over the batch."""
+    return jax.lax.pmin(jnp.min(x), self.axes) if self.axes else jnp.min(x)
+
+  def number_of(self, x: Any) -> jax.Array:
+    """How many are true, int32."""
+    return self.sum(jnp.asarray(x, jnp.int32))
+
+  def first(self, x: jax.Array) -> jax.Array:
+    """``x``, ``[batch]`` booleans, with every true entry but the first made false."""
+    index = jnp.arange(x.size, dtype=jnp.int32)
+    if self.axes:
+      index += x.size * jax.lax.axis_index(self.axes)
+    return x & (index == self.min(jnp.where(x, index, jnp.iinfo(jnp.int32).max)))
+
+
+def over(axis_name: AxisName, losses: jax.Array) -> Over:
+  """Reductions over ``axis_name``, but for axes on which every device holds the same ``losses``."""
+  names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
+  varies = jax.typeof(losses).manual_axis_type.varying
+  return Over(tuple(name for name in names if name in varies or not is_checked(name)))
+
+
+def is_checked(name: str) -> bool:
+  """Whether ``shard_map`` tracks what differs along the axis ``name``.
+
+  Where it does (``check_vma=True``), pullbacks sum over devices by themselves.
+  """
+  try:
+    index = jax.lax.axis_index(name)
+  except NameError:
+    raise ValueError(
+      f"axis_name must be an axis of the shard_map around, got {name!r}, which is none; under jit "
+      "with a sharded batch leave it out"
+    ) from None
+  return name in jax.typeof(index).manual_axis_type.varying
+
+
+class Batch(NamedTuple):
+  """Losses to weigh, with what is masked or not finite taken out.
+
+  Attributes:
+    losses: ``[batch]``, float32 at least, all finite: what is not valid holds the largest loss.
+    reference: the distribution that weights are measured against, ``[batch]``; zero where not
+      valid, and everywhere if nothing is.
+    valid: what counts: not masked, with a finite loss, a positive prior and a known group.
+    num_excluded: how many were not masked and yet do not count, for a loss or a prior that is not
+      finite, or a group out of range.
+    groups: group ids, ``[batch]``, or ``None``.
+    over: the reductions.
+  """
+
+  losses: jax.Array
+  reference: jax.Array
+  valid: jax.Array
+  num_excluded: jax.Array
+  groups: jax.Array | None
+  over: Over
+
+  @property
+  def max(self) -> jax.Array:
+    """The largest loss."""
+    return self.over.max(self.losses)
+
+  @property
+  def min(self) -> jax.Array:
+    """The smallest loss."""
+    return self.over.min(jnp.where(self.valid, self.losses, self.max))
+
+  def expectation(self, x: jax.Array) -> jax.Array:
+    """The mean of ``x`` under the reference."""
+    return self.over.sum(self.reference * x)
+
+
+def check_arguments(
+  losses: Any, mask: Any, prior: Any, groups: Any, num_groups: int
+) -> dict[str, Any]:
+  """Checks what a weighting was given; returns the arguments of :func:`make_batch` as arrays."""
+  losses = check_losses("losses", losses)
+  if mask is not None:
+    mask = jnp.asarray(mask)
+    if mask.dtype != bool:
+      raise TypeError(f"mask must be boolean, got dtype {mask.dtype}")
+    check_length("mask", mask, losses)
+  if prior is not None:
+    check_length("prior", prior, losses)
+    if _check.is_known(prior) and not np.all(np.asarray(prior) >= 0):
+      raise ValueError(f"prior must be non-negative, got {np.min(np.asarray(prior))}")
+    prior = jnp.asarray(prior, losses.dtype)
+  groups = _check_groups(groups, num_groups, losses)
+  return {"losses": losses, "mask": mask, "prior": prior, "groups": groups}
+
+
+def make_batch(
+  losses: jax.Array,
+  mask: jax.Array | None,
+  prior: jax.Array | None,
+  groups: jax.Array | None,
+  num_groups: int,
+  axis_name: AxisName,
+) -> Batch:
+  """Takes out what is masked or not good."""
+  reductions = over(axis_name, losses)
+  unmasked = jnp.ones_like(losses, bool) if mask is None else mask
+  prior = jnp.ones_like(losses) if prior is None else prior
+  usable = jnp.isfinite(losses) & jnp.isfinite(prior)
+  if groups is not None and num_groups:
+    usable &= (groups >= 0) & (groups < num_groups)
+
+  prior = jnp.where(unmasked & usable, jnp.maximum(prior, 0), 0)
+  # Dividing by the largest first keeps a prior of huge numbers from overflowing.
+  prior = prior / at_least_tiny(reductions.max(prior))
+  reference = prior / at_least_tiny(reductions.sum(prior))
+  valid = reference > 0
+  largest = reductions.max(jnp.where(valid, losses, jnp.finfo(losses.dtype).min))
+  losses = jnp.where(valid, losses, jnp.where(reductions.number_of(valid) > 0, largest, 0))
+  num_excluded = reductions.number_of(unmasked & ~usable)
+  return Batch(losses, reference, valid, num_excluded, groups, reductions)
+
+
+def at_least_tiny(x: jax.Array) -> jax.Array:
+  """``x``, or the smallest normal number if that is larger: a denominator."""
+  return jnp.maximum(x, jnp.finfo(x.dtype).tiny)
+
+
+def check_losses(name: str, losses: Any) -> jax.Array:
+  """Returns ``losses`` in float32 at least; raises unless they are a vector of real floats."""
+  if jnp.ndim(losses) != 1:
+    raise ValueError(
+      f"{name} must be one-dimensional, [batch], one number for each example; got shape "
+      f"{jnp.shape(losses)}"
+    )
+  if jnp.shape(losses)[0] == 0:
+    raise ValueError(f"{name} must hold at least one example, got shape (0,)")
+  if not jnp.issubdtype(jnp.result_type(losses), jnp.floating):
+    raise TypeError(f"{name} must be real floats, got dtype {jnp.result_type(losses)}")
+  return _tree.at_least_float32(losses)
+
+
+def check_length(name: str, value: Any, losses: jax.Array) -> None:
+  """Raises ``ValueError`` unless ``value`` has the shape of ``losses``."""
+  if jnp.shape(value) != losses.shape:
+    raise ValueError(
+      f"{name} must have the shape of the losses, {losses.shape}, got {jnp.shape(value)}"
+    )
+
+
+def _check_groups(groups: Any, num_groups: int, losses: jax.Array) -> jax.Array | None:
+  """Checks ids of groups; ``num_groups=0`` is for weightings that only pass them on."""
+  if groups is None:
+    if num_groups:
+      raise TypeError("groups= must be given: the group of each example, integers, [batch]")
+    return None
+  check_length("groups", groups, losses)
+  if not jnp.issubdtype(jnp.result_type(groups), jnp.integer):
+    raise TypeError(f"groups must be integers, got dtype {jnp.result_type(groups)}")
+  if num_groups and _check.is_known(groups):
+    low, high = np.min(np.asarray(groups)), np.max(np.asarray(groups))
+    if low < 0 or high >= num_groups:
+      raise ValueError(f"groups must be from 0 to {num_groups - 1}, got {low} to {high}")
+  return jnp.asarray(groups)

@@ -1,0 +1,115 @@
+"""A moving average of the normaliser, so that small batches are robust too."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxbo import _check
+from jaxbo.dro.temperature import check_schedule
+from jaxbo.dro.weighting import (
+  Response,
+  Weighting,
+  check_weighting,
+  make_weighting,
+  weigh_within,
+)
+
+
+class CompositionalState(NamedTuple):
+  r"""State of :func:`compositional`.
+
+  Attributes:
+    running_value: the running estimate :math:`v` of the robust value, in units of the loss.
+    compositional_count: the number of batches so far, int32.
+    compositional_inner: the state of the inner weighting.
+  """
+
+  running_value: jax.Array
+  compositional_count: jax.Array
+  compositional_inner: Any
+
+
+def compositional(
+  weighting: Weighting, rate: float | jax.Array | Callable[[Any], Any]
+) -> Weighting:
+  r"""Divides exponential weights by a moving average of their normaliser over batches.
+
+  .. math::
+    u \leftarrow (1 - \gamma) u + \gamma \sum_i p_i e^{\ell_i / \lambda}, \qquad
+    w_i = \frac{p_i e^{\ell_i / \lambda}}{u}
+
+  The gradient of :math:`\lambda \log \mathbb E\, e^{\ell / \lambda}` is a ratio of
+  expectations. On a batch, :func:`kl` takes the ratio of sums, which is uniform on a batch of one
+  and too uniform on a small one; this is the published remedy for compositional problems, in the
+  log domain. Weights then do not sum to 1: batches that are harder than others get more
+  (``info.weight_sum``, at most :math:`1 / \gamma`). Smaller rates are nearer to the robust
+  objective, and slower to follow the parameters.
+
+  What is kept is :math:`v = \lambda \log u` (our choice), an estimate of the robust value that
+  stays meaningful where a schedule changes :math:`\lambda`.
+
+  Args:
+    weighting: :func:`kl` at a given temperature, or :func:`tilted`.
+    rate: :math:`\gamma` in (0, 1], or a schedule of the number of batches so far, such as a cosine
+      from 1 down. 1 is ``weighting`` itself.
+
+  Returns:
+    A :class:`Weighting`. ``info.objective`` is :math:`v`; ``info.surrogate`` is that of the weights
+    divided by their sum.
+
+  Raises:
+    ValueError: if ``rate`` is outside its range.
+    TypeError: if ``weighting`` is not exponential, or its temperature is found from each batch.
+
+  Example:
+    >>> import jax.numpy as jnp, jaxbo, numpy as np
+    >>> weighting = jaxbo.compositional(jaxbo.kl(1.0), rate=0.1)
+    >>> _, state, _ = weighting.weigh(jnp.array([1.0]), weighting.init())     # a batch of one
+    >>> weights, state, _ = weighting.weigh(jnp.array([3.0]), state)          # and a harder one
+    >>> print(np.asarray(weights).round(2))                          # e^3 / (0.9 e + 0.1 e^3)
+    [4.51]
+
+  References:
+    Wang, Fang and Liu, `Stochastic Compositional Gradient Descent
+    <https://arxiv.org/abs/1411.3803>`_, 2017; Sow et al., `Doubly Robust Instance-Reweighted
+    Adversarial Training <https://arxiv.org/abs/2308.00311>`_, 2024.
+  """
+  check_weighting("weighting", weighting)
+  if weighting.log_ratio is None:
+    raise TypeError(
+      "weighting must be exponential at a given temperature: jaxbo.kl with a number or schedule, "
+      "or jaxbo.tilted"
+    )
+  log_ratio = weighting.log_ratio
+  check_schedule("rate", rate, lambda name, value: _check.within(name, value, 0, 1, ends="(]"))
+
+  def init(dtype: jax.typing.DTypeLike = jnp.float32) -> CompositionalState:
+    return CompositionalState(jnp.zeros((), dtype), jnp.zeros((), jnp.int32), weighting.init(dtype))
+
+  def respond(batch, state):
+    dtype = batch.losses.dtype
+    weights, inner, info = weigh_within(weighting, batch.losses, batch, state.compositional_inner)
+    count = state.compositional_count
+    share = jnp.asarray(rate(count) if callable(rate) else rate, dtype)
+    share = jnp.where(count == 0, 1, share)
+    # A tilt of zero is an infinite temperature.
+    temperature = jnp.where(info.temperature == 0, 1e20, info.temperature)
+    batch_value = info.objective
+    old = jnp.where(share < 1, state.running_value.astype(dtype), batch_value)
+
+    # The average, relative to the larger of the two powers: neither overflows nor cancels.
+    larger = jnp.where((old - batch_value) / temperature > 0, old, batch_value)
+    power = lambda value: jnp.expm1((value - larger) / temperature)
+    average = (1 - share) * power(old) + share * power(batch_value)
+    value = larger + temperature * jnp.log1p(average)
+    weights *= jnp.exp((batch_value - value) / temperature)
+    count = jnp.minimum(count, jnp.iinfo(jnp.int32).max - 1) + 1
+    return Response(weights, CompositionalState(value, count, inner), value, info.temperature)
+
+  return make_weighting(
+    respond,
+    init,
+    log_ratio=lambda losses, state: log_ratio(losses, state.compositional_inner),
+  )

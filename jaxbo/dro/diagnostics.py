@@ -1,0 +1,102 @@
+"""What a weighting says about its weights."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import jax.scipy.special
+
+from jaxbo.dro.batch import Batch, at_least_tiny
+
+
+class WeightInfo(NamedTuple):
+  r"""Diagnostics of a weighting; scalars over the whole batch, float32 at least.
+
+  All but ``weight_sum`` are of the weights divided by their sum.
+
+  Attributes:
+    effective_sample_size: :math:`1 / \sum_i w_i^2`, from 1 to the number of examples; 0 if none
+      counts.
+    kl: the relative entropy :math:`\sum_i w_i \log (w_i / p_i)` to the reference :math:`p`: the
+      prior, uniform without one.
+    entropy: :math:`-\sum_i w_i \log w_i`.
+    max_weight: the largest weight.
+    weight_sum: the sum of the weights: 1, but for :func:`jaxbo.compositional`; 0 if no example
+      counts.
+    surrogate: :math:`\sum_i w_i \ell_i`, the loss whose gradient is taken.
+    objective: the robust value, which the weights maximise; the surrogate where they maximise
+      nothing.
+    temperature: the temperature that was used or found; 0 where there is none.
+    num_valid: how many examples count, int32.
+    num_excluded: how many were not masked and yet left out, int32: for a loss or prior that is not
+      finite, or a group out of range.
+  """
+
+  effective_sample_size: jax.Array
+  kl: jax.Array
+  entropy: jax.Array
+  max_weight: jax.Array
+  weight_sum: jax.Array
+  surrogate: jax.Array
+  objective: jax.Array
+  temperature: jax.Array
+  num_valid: jax.Array
+  num_excluded: jax.Array
+
+  @property
+  def surrogate_gap(self) -> jax.typing.ArrayLike:
+    """How far the surrogate is above the objective: the penalty on the weights.
+
+    The surrogate does not fall along training as the objective does: do not monitor it.
+    """
+    return self.surrogate - self.objective
+
+
+def diagnose(
+  batch: Batch,
+  weights: jax.Array,
+  objective: jax.Array | None = None,
+  temperature: jax.Array | None = None,
+) -> WeightInfo:
+  """The diagnostics of ``weights``."""
+  total = batch.over.sum(weights)
+  w = weights / at_least_tiny(total)
+  sum_of_squares = batch.over.sum(w * w)
+  surrogate = batch.over.sum(w * batch.losses)
+  return WeightInfo(
+    effective_sample_size=jnp.where(total > 0, 1 / at_least_tiny(sum_of_squares), 0),
+    kl=relative_entropy(batch, w),
+    entropy=-batch.over.sum(jax.scipy.special.xlogy(w, w)),
+    max_weight=batch.over.max(w),
+    weight_sum=total,
+    surrogate=surrogate,
+    objective=surrogate if objective is None else objective,
+    temperature=jnp.zeros_like(total) if temperature is None else temperature,
+    num_valid=batch.over.number_of(batch.valid),
+    num_excluded=batch.num_excluded,
+  )
+
+
+def zero_info(dtype: jax.typing.DTypeLike) -> WeightInfo:
+  """Diagnostics of no batch at all, each in a buffer of its own."""
+  counts = ("num_valid", "num_excluded")
+  return WeightInfo(
+    *(jnp.zeros((), jnp.int32 if name in counts else dtype) for name in WeightInfo._fields)
+  )
+
+
+def density(batch: Batch, weights: jax.Array) -> jax.Array:
+  r"""The ratio :math:`w_i / p_i`; 1 where the reference has no mass."""
+  return jnp.where(batch.valid, weights, 1) / jnp.where(batch.valid, batch.reference, 1)
+
+
+def relative_entropy(batch: Batch, weights: jax.Array) -> jax.Array:
+  r"""The relative entropy of ``weights`` to the reference, not negative.
+
+  With :math:`x = w / p` it is the mean of :math:`x \log x - (x - 1) \ge 0`, which does not cancel
+  near the reference if the logarithm is that of :math:`1 + (x - 1)`.
+  """
+  x = density(batch, weights)
+  far = jnp.log(jnp.maximum(x, jnp.finfo(x.dtype).tiny))
+  near = jnp.log1p(jnp.maximum(x - 1, -0.5))
+  return batch.expectation(x * jnp.where(x < 0.5, far, near) - (x - 1))

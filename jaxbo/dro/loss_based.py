@@ -1,0 +1,280 @@
+"""Weights by shaped scores: losses are normalised, shaped, and then weighed."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxbo import _check
+from jaxbo.dro.batch import Batch
+from jaxbo.dro.kl import kl
+from jaxbo.dro.ranking import threshold
+from jaxbo.dro.temperature import Temperature
+from jaxbo.dro.weighting import (
+  Response,
+  Weighting,
+  check_weighting,
+  make_weighting,
+  no_state,
+  weigh_within,
+)
+
+
+class Normalizer(NamedTuple):
+  """A map of the losses of a batch to [-1, 1], made by :func:`min_max` and its like.
+
+  Attributes:
+    init: ``init(dtype=float32) -> state``.
+    normalize: ``normalize(batch, state) -> (scores, state)``.
+  """
+
+  init: Callable[..., Any]
+  normalize: Callable[..., Any]
+
+
+class RunningRangeState(NamedTuple):
+  """State of :func:`running_range`.
+
+  Attributes:
+    range_low: moving average of the smallest loss of a batch.
+    range_high: moving average of the largest.
+    range_count: the number of batches so far, int32.
+  """
+
+  range_low: jax.Array
+  range_high: jax.Array
+  range_count: jax.Array
+
+
+def min_max(floor: float = 1e-6) -> Normalizer:
+  r"""Maps the smallest loss of the batch to -1 and the largest to 1, as published.
+
+  .. math::
+    h_i = \frac{2 \ell_i - (\max \ell + \min \ell)}{\max(\max \ell - \min \ell, \text{floor})}
+
+  Weights are then the same for :math:`a \ell + b`. One outlier sets the scale for all others, and
+  losses that are nearly equal are spread over the full range.
+
+  Args:
+    floor: the smallest range to divide by, positive: smaller differences count as noise.
+
+  Returns:
+    A :class:`Normalizer` without state.
+
+  Example:
+    >>> import jax.numpy as jnp, jaxbo
+    >>> weighting = jaxbo.lin_upper(1.0, jaxbo.min_max(floor=1.0))
+    >>> print((10000 * weighting.weigh(jnp.array([2.0, 2.001]), weighting.init())[0]).round())
+    [4998. 5002.]
+  """
+  _check.positive("floor", floor)
+  return Normalizer(
+    no_state, lambda batch, state: (_scale(batch.losses, batch.min, batch.max, floor), state)
+  )
+
+
+def quantile_range(low: float = 0.05, high: float = 0.95, floor: float = 1e-6) -> Normalizer:
+  """Maps two quantiles of the batch to -1 and 1, and clips what is outside.
+
+  An outlier beyond them does not set the scale, unlike with :func:`min_max`. A quantile is the
+  largest loss with at least the rest of the reference mass at or above it.
+
+  Args:
+    low: the lower quantile, at least 0.
+    high: the upper one, at most 1 and above ``low``.
+    floor: as in :func:`min_max`.
+
+  Returns:
+    A :class:`Normalizer` without state.
+
+  Raises:
+    ValueError: if the quantiles are not ordered and within [0, 1].
+
+  Example:
+    >>> import jax.numpy as jnp, jaxbo
+    >>> losses = jnp.array([1.0, 2.0, 3.0, 4.0, 1000.0])
+    >>> for normalizer in (jaxbo.min_max(), jaxbo.quantile_range(0.0, 0.75)):
+    ...   weighting = jaxbo.lin_upper(1.0, normalizer)
+    ...   print((100 * weighting.weigh(losses, weighting.init())[0]).round())
+    [15. 15. 15. 15. 40.]
+    [ 9. 18. 24. 24. 24.]
+  """
+  _check.within("low", low, 0, 1, ends="[)")
+  _check.within("high", high, low, 1, ends="(]")
+  _check.positive("floor", floor)
+
+  def normalize(batch, state):
+    quantile = lambda q: threshold(batch, jnp.asarray(1 - q, batch.losses.dtype))
+    return _scale(batch.losses, quantile(low), quantile(high), floor), state
+
+  return Normalizer(no_state, normalize)
+
+
+def running_range(rate: float | jax.Array = 0.1, floor: float = 1e-6) -> Normalizer:
+  """Maps moving averages of the smallest and the largest loss to -1 and 1, and clips.
+
+  A score then says how hard an example is among all recent ones, which matters for small batches.
+
+  Args:
+    rate: the share of the new batch in the averages, in (0, 1]; the first batch counts whole.
+    floor: as in :func:`min_max`.
+
+  Returns:
+    A :class:`Normalizer`.
+
+  Raises:
+    ValueError: if ``rate`` is outside its range.
+
+  Example:
+    >>> import jax.numpy as jnp, jaxbo
+    >>> weighting = jaxbo.lin_upper(1.0, jaxbo.running_range(0.1))
+    >>> _, state, _ = weighting.weigh(jnp.array([0.0, 4.0]), weighting.init())
+    >>> print(weighting.weigh(jnp.array([3.0, 4.0]), state)[0])        # both in the upper half
+    [0.5 0.5]
+  """
+  _check.within("rate", rate, 0, 1, ends="(]")
+  _check.positive("floor", floor)
+
+  def init(dtype: jax.typing.DTypeLike = jnp.float32) -> RunningRangeState:
+    return RunningRangeState(jnp.zeros((), dtype), jnp.zeros((), dtype), jnp.zeros((), jnp.int32))
+
+  def normalize(batch, state):
+    dtype = batch.losses.dtype
+    share = jnp.where(state.range_count == 0, 1, jnp.asarray(rate, dtype))
+    low = state.range_low.astype(dtype) * (1 - share) + share * batch.min
+    high = state.range_high.astype(dtype) * (1 - share) + share * batch.max
+    count = jnp.minimum(state.range_count, jnp.iinfo(jnp.int32).max - 1) + 1
+    return _scale(batch.losses, low, high, floor), RunningRangeState(low, high, count)
+
+  return Normalizer(init, normalize)
+
+
+def _scale(losses: jax.Array, low: jax.Array, high: jax.Array, floor: float) -> jax.Array:
+  """``low`` to -1, ``high`` to 1; differences first, which are exact where losses are close."""
+  return jnp.clip(((losses - low) - (high - losses)) / jnp.maximum(high - low, floor), -1, 1)
+
+
+def shaped(
+  weighting: Weighting,
+  shape: Callable[[jax.Array], jax.Array],
+  normalizer: Normalizer | None = None,
+) -> Weighting:
+  r"""Weighs a function of the normalised losses instead of the losses.
+
+  .. math:: w = \text{weighting}(f(h_1), \dots, f(h_n)), \qquad h = \text{normalizer}(\ell)
+
+  Args:
+    weighting: the response to the scores, such as :func:`kl`.
+    shape: :math:`f`, applied to a vector of normalised losses in [-1, 1].
+    normalizer: :func:`min_max` (default), :func:`quantile_range` or :func:`running_range`.
+
+  Returns:
+    A :class:`Weighting`, whose state is the pair of those of ``weighting`` and ``normalizer``.
+
+  Raises:
+    TypeError: if an argument is not of its kind.
+
+  Example:
+    >>> import jax.numpy as jnp, jaxbo
+    >>> hardest_half = jaxbo.shaped(jaxbo.kl(1.0), lambda h: (h > 0) * 1.0)
+    >>> weights, _, _ = hardest_half.weigh(jnp.array([1.0, 2.0, 5.0]), hardest_half.init())
+    >>> print((100 * weights).round())
+    [21. 21. 58.]
+  """
+  check_weighting("weighting", weighting)
+  _check.takes_arguments("shape", shape, "scores")
+  normalizer = min_max() if normalizer is None else normalizer
+  if not isinstance(normalizer, Normalizer):
+    raise TypeError(f"normalizer must be a jaxbo.Normalizer, say jaxbo.min_max(), got {normalizer}")
+
+  def init(dtype: jax.typing.DTypeLike = jnp.float32):
+    return weighting.init(dtype), normalizer.init(dtype)
+
+  def respond(batch: Batch, state):
+    inner_state, range_state = state
+    scores, range_state = normalizer.normalize(batch, range_state)
+    weights, inner_state, info = weigh_within(weighting, shape(scores), batch, inner_state)
+    return Response(weights, (inner_state, range_state), temperature=info.temperature)
+
+  return make_weighting(respond, init)
+
+
+def lin_upper(temperature: Temperature = 1.0, normalizer: Normalizer | None = None) -> Weighting:
+  r"""Lets easy examples count less, and all of the upper half of the range the same (LinUpper).
+
+  Exponential weights of the scores :math:`\min(h_i + 1, 1)`: no weight is more than
+  :math:`e^{1 / r}` times another, and for :math:`r \ge 1 / \log 2` none exceeds :math:`2 / n`.
+
+  Args:
+    temperature: :math:`r`, as in :func:`kl`, for scores from 0 to 1; the published experiments use
+      1 and 0.4, after a burn-in at 100.
+    normalizer: what makes :math:`h` of the losses; :func:`min_max` by default.
+
+  Returns:
+    A :class:`Weighting`.
+
+  Example:
+    >>> import jax.numpy as jnp, jaxbo
+    >>> weighting = jaxbo.lin_upper(temperature=1.0)
+    >>> weights, _, _ = weighting.weigh(jnp.array([1.0, 2.0, 3.0, 5.0]), weighting.init())
+    >>> print((100 * weights).round())                   # proportional to exp([0, 0.5, 1, 1])
+    [12. 20. 34. 34.]
+
+  References:
+    Sow et al., `Dynamic Loss-Based Sample Reweighting for Improved Large Language Model Pretraining
+    <https://arxiv.org/abs/2502.06733>`_, 2025.
+  """
+  return shaped(kl(temperature), lambda h: jnp.minimum(h + 1, 1), normalizer)
+
+
+def quadratic(temperature: Temperature = 1.0, normalizer: Normalizer | None = None) -> Weighting:
+  r"""Favours losses in the middle of the range (Quadratic).
+
+  Exponential weights of the scores :math:`1 - h_i^2`.
+
+  Args:
+    temperature: as in :func:`lin_upper`.
+    normalizer: as in :func:`lin_upper`.
+
+  Returns:
+    A :class:`Weighting`.
+
+  Example:
+    >>> import jax.numpy as jnp, jaxbo
+    >>> weighting = jaxbo.quadratic(temperature=1.0)
+    >>> weights, _, _ = weighting.weigh(jnp.array([1.0, 2.0, 3.0]), weighting.init())
+    >>> print((100 * weights).round())
+    [21. 58. 21.]
+
+  References:
+    Sow et al., `Dynamic Loss-Based Sample Reweighting for Improved Large Language Model Pretraining
+    <https://arxiv.org/abs/2502.06733>`_, 2025.
+  """
+  return shaped(kl(temperature), lambda h: 1 - h * h, normalizer)
+
+
+def extremes(temperature: Temperature = 1.0, normalizer: Normalizer | None = None) -> Weighting:
+  r"""Favours losses at both ends of the range (Extremes).
+
+  Exponential weights of the scores :math:`|h_i|`.
+
+  Args:
+    temperature: as in :func:`lin_upper`.
+    normalizer: as in :func:`lin_upper`.
+
+  Returns:
+    A :class:`Weighting`.
+
+  Example:
+    >>> import jax.numpy as jnp, jaxbo
+    >>> weighting = jaxbo.extremes(temperature=1.0)
+    >>> weights, _, _ = weighting.weigh(jnp.array([1.0, 2.0, 3.0]), weighting.init())
+    >>> print((100 * weights).round())
+    [42. 16. 42.]
+
+  References:
+    Sow et al., `Dynamic Loss-Based Sample Reweighting for Improved Large Language Model Pretraining
+    <https://arxiv.org/abs/2502.06733>`_, 2025.
+  """
+  return shaped(kl(temperature), jnp.abs, normalizer)

@@ -1,0 +1,167 @@
+"""Per-example gradients that stay lazy until their weights are known."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.tree_util import Partial
+
+from jaxbo import _check
+from jaxbo.dro import microbatch
+from jaxbo.dro.batch import Over, check_losses
+
+
+class PerExampleGrads(NamedTuple):
+  """The losses of a batch and the pullback to the parameters; a pytree.
+
+  It is made and used in the same traced function: it is no scan carry and no output of a branch.
+
+  Attributes:
+    losses: ``[batch]``.
+    pullback: ``pullback(weights)`` is the gradient of ``sum(weights * losses)`` for constant
+      weights: one backward pass.
+    aux: what the loss returned beside; ``None`` without ``has_aux``.
+    pullback_without: ``pullback_without(weights, keep, over)``: the same where all of ``keep`` is
+      true, and else with the other rows of the batch replaced, since a weight of zero does not
+      silence a loss that is not finite (``0 * nan``). ``None`` if that cannot be done.
+  """
+
+  losses: jax.Array
+  pullback: Callable[..., Any]
+  aux: Any = None
+  pullback_without: Callable[..., Any] | None = None
+
+
+def per_example_grad(
+  loss_fn: Callable[..., Any],
+  *,
+  has_aux: bool = False,
+  microbatch_size: int | None = None,
+  repair: bool = True,
+) -> Callable[..., PerExampleGrads]:
+  r"""Per-example gradients, lazy: what :func:`reweight` takes.
+
+  The losses are computed with what their backward pass needs; once weights are known, one
+  backward pass gives :math:`\sum_i w_i \nabla \ell_i`. No per-example gradient is ever stored, so
+  the cost is that of ordinary training.
+
+  Args:
+    loss_fn: ``loss_fn(params, batch) -> losses``, ``[batch]`` real floats, at best float32: weights
+      are rounded to the dtype of the losses for the backward pass. The loss of an example must not
+      depend on other examples where ``microbatch_size`` is given, or where a loss that is not
+      finite is repaired.
+    has_aux: whether it returns ``(losses, aux)``; with ``microbatch_size`` every leaf of ``aux``
+      must be ``[batch, ...]``.
+    microbatch_size: how many examples go through the model at once; ``None`` for all. It must
+      divide the batch. Activation memory is then that of a microbatch, and losses are computed a
+      second time for the backward pass: 4/3 of the cost. Leaves of the batch whose leading axis is
+      not the batch (a key, a scalar) go to every microbatch.
+    repair: whether the gradient is taken once more, with other rows in place of the bad ones,
+      should a loss not be finite: for nothing but compile time as long as none is; then for about
+      two more passes, example by example. Without it, such a batch gives a gradient of zero. With
+      it, :func:`reweight` cannot itself be differentiated in reverse mode.
+
+  Returns:
+    A function ``(params, batch) -> PerExampleGrads``.
+
+  Raises:
+    TypeError: if ``loss_fn`` does not take ``(params, batch)``, or parameters or losses are no
+      floats.
+    ValueError: if losses are not one-dimensional, or ``microbatch_size`` is not positive or does
+      not divide the batch.
+
+  Example:
+    >>> import jax.numpy as jnp, jaxbo
+    >>> def loss_fn(params, batch):
+    ...   return (params * batch["x"] - batch["y"]) ** 2
+    >>> batch = {"x": jnp.array([1.0, 2.0]), "y": jnp.array([1.0, 1.0])}
+    >>> grads = jaxbo.per_example_grad(loss_fn)(jnp.float32(2.0), batch)
+    >>> grads.losses.tolist()
+    [1.0, 9.0]
+    >>> float(grads.pullback(jnp.array([0.5, 0.5])))           # 0.5 * 2 * 1 + 0.5 * 2 * 3 * 2
+    7.0
+  """
+  _check.takes_arguments("loss_fn", loss_fn, "params", "batch")
+  if microbatch_size is not None:
+    microbatch_size = _check.positive_int("microbatch_size", microbatch_size)
+
+  def losses_and_aux(params, batch):
+    value = loss_fn(params, batch)
+    losses, aux = _split_aux(value) if has_aux else (value, None)
+    check_losses("the losses that loss_fn returns", losses)
+    return losses, aux
+
+  def losses_alone(params, batch):
+    return losses_and_aux(params, batch)[0]
+
+  def whole(params, batch):
+    losses, vjp, aux = jax.vjp(lambda params: losses_and_aux(params, batch), params, has_aux=True)
+    pullback = Partial(_pull, vjp)
+    without = Partial(pull_without, pullback, params, batch) if repair else None
+    return PerExampleGrads(losses, pullback, aux, without)
+
+  def pull_without(pullback, params, batch, weights, keep, over: Over):
+    """``pullback(weights)``, and once more, example by example, if a row is not kept.
+
+    A loop that runs once or not at all: unlike the branch of a conditional it lets XLA fuse the
+    first pass with what comes before, and under ``vmap`` it costs nothing on clean batches.
+    """
+    gradient, bad = pullback(weights), over.number_of(~keep) > 0
+    if _check.is_known(bad) and not bad:  # no need to compile the loop
+      return gradient
+    cut = microbatch.make_microbatches(keep.size, microbatch.num_shards(keep))
+    again = lambda carry: (carry[0] & False, repaired(cut, params, batch, weights, keep, over))
+    return jax.lax.while_loop(lambda carry: carry[0], again, (bad, gradient))[1]
+
+  def in_microbatches(size, params, batch):
+    shape = jax.eval_shape(losses_alone, params, batch).shape
+    cut = microbatch.make_microbatches(shape[0], size)
+    take = cut.each(batch)
+    step = lambda carry, j: (carry, losses_and_aux(params, take(j)))
+    _, stacked = jax.lax.scan(step, (), jnp.arange(cut.num_steps))
+    losses, aux = jax.tree.map(cut.merge, stacked)
+    pullback = Partial(functools.partial(pull, cut), params, batch)
+    without = Partial(functools.partial(repaired, cut), params, batch) if repair else None
+    return PerExampleGrads(losses, pullback, aux, without)
+
+  def pull(cut, params, batch, weights):
+    return microbatch.weighted_gradient(losses_alone, params, cut.each(batch), weights, cut)
+
+  def repaired(cut, params, batch, weights, keep, over):
+    take = microbatch.take_repaired(cut, batch, keep, over)
+    gradient = microbatch.weighted_gradient(losses_alone, params, take, weights, cut)
+    return _only_if(over.number_of(keep) > 0, gradient)
+
+  def gradients(params: optax.Params, batch: Any) -> PerExampleGrads:
+    _check.floating("params", params)
+    if microbatch_size is None:
+      return whole(params, batch)
+    return in_microbatches(microbatch_size, params, batch)
+
+  return gradients
+
+
+def weighted(grads: PerExampleGrads, weights: jax.Array, over: Over) -> optax.Updates:
+  """The gradient of ``sum(weights * losses)`` without the losses that are not finite."""
+  keep = jnp.isfinite(grads.losses)
+  weights = weights.astype(grads.losses.dtype)
+  if grads.pullback_without is None:
+    return _only_if(over.number_of(~keep) == 0, grads.pullback(weights))
+  return grads.pullback_without(weights, keep, over)
+
+
+def _only_if(good: jax.Array, gradient: optax.Updates) -> optax.Updates:
+  return jax.tree.map(lambda leaf: jnp.where(good, leaf, 0), gradient)
+
+
+def _pull(vjp, weights):
+  return vjp(weights)[0]
+
+
+def _split_aux(value: Any) -> tuple[Any, Any]:
+  if not isinstance(value, tuple) or len(value) != 2:
+    raise TypeError(f"loss_fn must return (losses, aux) with has_aux=True, got {value!r}")
+  return value

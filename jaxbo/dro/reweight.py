@@ -1,0 +1,197 @@
+"""The transformation: per-example gradients in, the gradient of the weighted loss out."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxbo import _check, _tree
+from jaxbo.dro import per_example
+from jaxbo.dro.batch import AxisName, Over, check_length, check_losses, is_checked, over
+from jaxbo.dro.diagnostics import WeightInfo, zero_info
+from jaxbo.dro.per_example import PerExampleGrads
+from jaxbo.dro.weighting import Weighting, check_weighting
+
+
+class ReweightState(NamedTuple):
+  """State of :func:`reweight`.
+
+  Attributes:
+    weighting_state: what the weighting remembers.
+    info: the :class:`WeightInfo` of the last update.
+  """
+
+  weighting_state: Any
+  info: WeightInfo
+
+
+def reweight(
+  weighting: Weighting, *, axis_name: AxisName = None, scale: str = "mean"
+) -> optax.GradientTransformationExtraArgs:
+  r"""Weighs the examples of a batch by their losses, and gives the weighted gradient.
+
+  .. math:: g = \sum_i w_i \nabla \ell_i, \qquad w = \text{weighting}(\ell_1, \dots, \ell_n)
+
+  Weights are constants. Where they maximise a robust objective (:func:`kl`, :func:`cvar`,
+  :func:`chi_square`, ...), :math:`g` is its exact gradient, by Danskin's theorem.
+
+  *Devices.* Under ``jit`` with a batch that is sharded over devices there is nothing to do: the
+  weights are those of the whole batch. Inside a ``shard_map`` name the axis: devices exchange
+  sums and maxima of losses, never losses, and what comes out is the gradient of the global batch,
+  the same on all devices; do not average it again. That holds with the replication check on, where
+  JAX sums gradients of replicated parameters by itself, and off. With the check on, gradients of
+  parameters that vary over the axis are left as they are: parameters sharded by hand get the
+  gradient of their part. Stored per-example gradients must then be taken at
+  ``jax.lax.pcast(params, axis_name, to="varying")``, lest JAX sums them over devices.
+
+  *Examples that do not count.* A loss that is not finite has weight zero, does not reach the
+  parameters (see ``repair`` of :func:`per_example_grad`), and is counted in
+  ``info.num_excluded``; so is a masked one, without being counted. If nothing counts, the gradient
+  is zero and the state stays.
+
+  Cost: that of ordinary training, one forward and one backward pass, and a few operations on
+  ``[batch]`` numbers.
+
+  Args:
+    weighting: such as :func:`kl`.
+    axis_name: an axis of the ``shard_map`` around, or several, over which the batch is divided.
+    scale: ``"mean"``: weights sum to 1, so that gradients have the scale of those of a mean loss;
+      ``"sum"``: they sum to the number of examples that count.
+
+  Returns:
+    A transformation that stands first in the chain. ``update`` takes :class:`PerExampleGrads`, or,
+    as an optax ``Aggregator``, materialised per-example gradients whose leaves are
+    ``[batch, *param_shape]``, with ``losses=``. Further arguments, all ``[batch]``: ``mask=``
+    (boolean, true for what counts), ``prior=``, ``groups=``, and ``scores=``, which weights are
+    found from in place of the losses (a margin, or the excess over a reference model).
+
+  Note:
+    ``optax.experimental.aggregating.process`` forwards no extra arguments to neighbours that take
+    none: wrap them by ``optax.with_extra_args_support``. Wrappers such as ``optax.MultiSteps`` go
+    after this transformation, not around it; to accumulate over microbatches, see
+    :func:`streaming_grad`.
+
+  Raises:
+    ValueError: if ``scale`` is unknown; if losses are not one-dimensional or the other arguments
+      do not have their shape; if ``losses=`` is missing, or given twice.
+    TypeError: if ``weighting`` is none.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, jaxbo, optax
+    >>> def loss_fn(params, batch):
+    ...   return 0.5 * (params - batch) ** 2
+    >>> tx = optax.chain(jaxbo.reweight(jaxbo.kl(temperature=0.1)), optax.sgd(0.05))
+    >>> @jax.jit
+    ... def step(params, state, batch):
+    ...   grads = jaxbo.per_example_grad(loss_fn)(params, batch)
+    ...   updates, state = tx.update(grads, state, params)
+    ...   return optax.apply_updates(params, updates), state, grads.losses
+    >>> params, batch = jnp.float32(0.0), jnp.array([0.0, 0.0, 0.0, 2.0])
+    >>> state = tx.init(params)
+    >>> for _ in range(100):
+    ...   params, state, losses = step(params, state, batch)
+    >>> print(f"{params:.2f}")                                    # the mean of the batch is 0.5
+    0.95
+    >>> print(f"{optax.tree.get(state, 'WeightInfo').max_weight:.2f}")
+    0.48
+
+  References:
+    Chen et al., `Take the Bull by the Horns: Hard Sample-Reweighted Continual Training Improves LLM
+    Generalization <https://arxiv.org/abs/2402.14270>`_, 2024.
+  """
+  check_weighting("weighting", weighting)
+  _check.one_of("scale", scale, ("mean", "sum"))
+
+  def init(params):
+    dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(params))
+    return ReweightState(_tree.copy(weighting.init(dtype)), zero_info(dtype))
+
+  def update(
+    updates,
+    state,
+    params=None,
+    *,
+    losses: Any = None,
+    scores: Any = None,
+    mask: Any = None,
+    prior: Any = None,
+    groups: Any = None,
+    **extra_args,
+  ):
+    del params, extra_args
+    losses = _find_losses(updates, losses)
+    if scores is None:
+      scores = losses
+    else:
+      scores = check_losses("scores", scores)
+      check_length("scores", scores, losses)
+      scores = jnp.where(jnp.isfinite(losses), scores, jnp.nan)  # so that it is excluded
+    weights, weighting_state, info = weighting.weigh(
+      scores, state.weighting_state, mask=mask, prior=prior, groups=groups, axis_name=axis_name
+    )
+    info = _tree.cast_like(info, state.info)
+    state = ReweightState(weighting_state, info)
+    if scale == "sum":
+      weights *= info.num_valid.astype(weights.dtype)
+    reductions = over(axis_name, weights)
+    if isinstance(updates, PerExampleGrads):
+      gradient = per_example.weighted(updates, weights, reductions)
+      return add_over_devices(gradient, reductions), state
+    _check_varying(updates, reductions)
+    gradient = _materialised(updates, weights)
+    return jax.lax.psum(gradient, reductions.axes) if reductions.axes else gradient, state
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _materialised(grads: optax.Updates, weights: jax.Array) -> optax.Updates:
+  """The weighted sum of stored per-example gradients."""
+
+  def add_up(leaf):
+    w = jnp.expand_dims(weights, tuple(range(1, leaf.ndim)))
+    wide = _tree.at_least_float32(jnp.where(w == 0, 0, leaf))
+    return jnp.sum(w.astype(wide.dtype) * wide, axis=0).astype(leaf.dtype)
+
+  return jax.tree.map(add_up, grads)
+
+
+def _check_varying(grads: optax.Updates, reductions: Over) -> None:
+  for axis in filter(is_checked, reductions.axes):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
+      if axis not in jax.typeof(leaf).manual_axis_type.varying:
+        raise ValueError(
+          f"grads{jax.tree_util.keystr(path)} must vary over the axis {axis!r}, as the losses do, "
+          "got the same on all devices: shard_map has summed the gradients of replicated "
+          f"parameters; differentiate at jax.lax.pcast(params, {axis!r}, to='varying')"
+        )
+
+
+def add_over_devices(gradient: optax.Updates, reductions: Over) -> optax.Updates:
+  """The sum over devices of pulled-back gradients.
+
+  With the replication check on, the pullback has summed already.
+  """
+  axes = tuple(axis for axis in reductions.axes if not is_checked(axis))
+  return jax.lax.psum(gradient, axes) if axes else gradient
+
+
+def _find_losses(grads: Any, losses: Any) -> jax.Array:
+  if isinstance(grads, PerExampleGrads):
+    if losses is not None:
+      raise ValueError("losses= is for stored per-example gradients; PerExampleGrads has its own")
+    return grads.losses
+  if losses is None:
+    raise ValueError(
+      "reweight: update must be given PerExampleGrads, from "
+      "jaxbo.per_example_grad(loss_fn)(params, batch), and stand first in the chain; or "
+      "per-example gradients with losses="
+    )
+  losses = check_losses("losses", losses)
+  for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
+    if jnp.ndim(leaf) < 1 or jnp.shape(leaf)[0] != losses.size:
+      raise ValueError(
+        f"grads{jax.tree_util.keystr(path)} must be [{losses.size}, *param_shape], one gradient "
+        f"for each loss, got {jnp.shape(leaf)}"
+      )
+  return losses

@@ -1,0 +1,73 @@
+"""Robust values as losses to differentiate."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxbo.dro.batch import AxisName
+from jaxbo.dro.weighting import Weighting, check_weighting
+
+
+def robust_value(
+  losses: jax.typing.ArrayLike,
+  weighting: Weighting,
+  *,
+  mask: Any = None,
+  prior: Any = None,
+  groups: Any = None,
+  state: Any = None,
+  axis_name: AxisName = None,
+) -> jax.Array:
+  r"""The objective that a weighting maximises, as a differentiable function of the losses.
+
+  For :func:`kl` it is :math:`\lambda \log \sum_i p_i e^{\ell_i / \lambda}`, for :func:`cvar` the
+  mean over the worst losses, and so on (``info.objective``). Its gradient is the vector of
+  weights, by Danskin's theorem; second derivatives are those of the weights, so that it can be an
+  inner loss too. Use it to monitor, or with ``jax.grad`` where gradients need not be per example.
+
+  Args:
+    losses: ``[batch]`` real floats.
+    weighting: such as :func:`kl`. For one that maximises nothing (:func:`mid_rank`, :func:`doro`,
+      :func:`shaped`, ...) the value is the weighted loss, and the gradient still its weights.
+    mask: boolean, ``[batch]``, true for what counts. Losses that are not finite do not.
+    prior: the reference distribution, ``[batch]``.
+    groups: ids of groups, ``[batch]``.
+    state: of the weighting; its initial one by default.
+    axis_name: an axis of the ``shard_map`` around; the value is then global. Differentiate inside
+      with :func:`reweight` instead: what a sum over devices differentiates to depends on the
+      replication check.
+
+  Returns:
+    A scalar, float32 at least.
+
+  Raises:
+    ValueError: as in :class:`Weighting`.
+    TypeError: if ``weighting`` is none.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, jaxbo
+    >>> losses = jnp.array([1.0, 2.0, 3.0, 4.0])
+    >>> value, gradient = jax.value_and_grad(jaxbo.robust_value)(losses, jaxbo.cvar(0.5))
+    >>> print(value, gradient)
+    3.5 [0.  0.  0.5 0.5]
+  """
+  check_weighting("weighting", weighting)
+  losses = jnp.asarray(losses)
+  state = weighting.init() if state is None else state
+
+  def weigh(losses, arguments):
+    return weighting.weigh(losses, axis_name=axis_name, stop_gradient=False, **arguments)
+
+  @jax.custom_jvp
+  def value(losses, arguments):
+    return weigh(losses, arguments)[2].objective
+
+  @value.defjvp
+  def value_jvp(primals, tangents):
+    weights, _, info = weigh(*primals)
+    # Weights at zero are excluded, whose tangents may be anything.
+    tangent = jnp.where(weights != 0, tangents[0], 0).astype(weights.dtype)
+    return info.objective, jnp.sum(weights * tangent)
+
+  return value(losses, {"state": state, "mask": mask, "prior": prior, "groups": groups})

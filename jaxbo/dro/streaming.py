@@ -1,0 +1,134 @@
+"""The weighted gradient of a batch that is too large for one pass, microbatch by microbatch."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxbo import _check, _tree
+from jaxbo.dro.batch import AxisName, over
+from jaxbo.dro.microbatch import make_microbatches
+from jaxbo.dro.per_example import per_example_grad, weighted
+from jaxbo.dro.reweight import ReweightState, add_over_devices, reweight
+from jaxbo.dro.weighting import Weighting, check_weighting
+
+
+def streaming_grad(
+  loss_fn: Callable[..., Any],
+  weighting: Weighting,
+  *,
+  microbatch_size: int,
+  axis_name: AxisName = None,
+  repair: bool = True,
+) -> Callable[..., Any]:
+  r"""The exact reweighted gradient of a large batch, accumulated over microbatches.
+
+  Averaging the reweighted gradients of microbatches is something else: weights would be relative
+  to the microbatch. Here they are those of the whole batch, to rounding.
+
+  *One pass* suffices for exponential weights (:func:`kl` and :func:`tilted` at a given temperature,
+  :func:`compositional`, :func:`uniform`), by the online softmax: beside the largest score
+  :math:`m` so far, keep :math:`s = \sum_i p_i e^{z_i - m}` and
+  :math:`G = \sum_i p_i e^{z_i - m} \nabla \ell_i`, and rescale both where :math:`m` grows; the
+  gradient is :math:`G / s`. It costs what plain gradient accumulation costs. *All other weightings*
+  take two passes, first for the losses, then for the gradients: 4/3 of that.
+
+  Memory: the activations of one microbatch and one float32 gradient, whatever the number of
+  microbatches.
+
+  Args:
+    loss_fn: as in :func:`per_example_grad`.
+    weighting: such as :func:`kl`.
+    microbatch_size: how many examples go through the model at once; it must divide the batch.
+    axis_name: as in :func:`reweight`.
+    repair: as in :func:`per_example_grad`.
+
+  Returns:
+    A function ``(params, batch, state=None, *, mask=None, prior=None, groups=None)`` that returns
+    the gradient and the :class:`WeightInfo`. For a weighting with memory (a schedule, a moving
+    average) give it the :class:`ReweightState` of ``reweight(weighting).init(params)``; the second
+    result is then the next state, which holds the ``info``.
+
+  Raises:
+    ValueError: if ``microbatch_size`` is not positive, or does not divide the batch.
+    TypeError: as :func:`per_example_grad` and :func:`reweight` do.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, jaxbo, optax
+    >>> def loss_fn(params, batch):
+    ...   return 0.5 * (params - batch) ** 2
+    >>> gradient = jaxbo.streaming_grad(loss_fn, jaxbo.kl(0.1), microbatch_size=2)
+    >>> g, info = jax.jit(gradient)(jnp.float32(0.0), jnp.array([0.0, 1.0, -1.0, 1.0]))
+    >>> print(g.round(3))                    # -(2 - 1) / 3, but for the example whose loss is 0
+    -0.333
+  """
+  _check.takes_arguments("loss_fn", loss_fn, "params", "batch")
+  check_weighting("weighting", weighting)
+  microbatch_size = _check.positive_int("microbatch_size", microbatch_size)
+  log_ratio = weighting.log_ratio
+  of_microbatch = per_example_grad(loss_fn, repair=repair)
+  in_two_passes = per_example_grad(loss_fn, microbatch_size=microbatch_size, repair=repair)
+  tx: Any = reweight(weighting, axis_name=axis_name)
+
+  def two_passes(params, batch, state, **of_examples):
+    return tx.update(in_two_passes(params, batch), state, params, **of_examples)
+
+  def one_pass(log_ratio, params, batch, state, **of_examples):
+    num_examples = jax.eval_shape(of_microbatch, params, batch).losses.shape[0]
+    cut = make_microbatches(num_examples, microbatch_size)
+    take, take_of_examples = cut.each(batch), cut.each(of_examples)
+
+    def add(carry, j):
+      highest, gradient, total = carry
+      grads = of_microbatch(params, take(j))
+      mask, prior = (take_of_examples(j)[name] for name in ("mask", "prior"))
+      losses = _tree.at_least_float32(jax.lax.stop_gradient(grads.losses))
+      reductions = over(axis_name, losses)
+      prior = jnp.ones_like(losses) if prior is None else jnp.asarray(prior, losses.dtype)
+      counts = jnp.isfinite(losses) & jnp.isfinite(prior) & (prior > 0)
+      counts = counts if mask is None else counts & mask
+      scores = log_ratio(losses, state.weighting_state).astype(dtype)
+      scores = jnp.where(counts, scores, -jnp.inf)
+      new_highest = jnp.maximum(highest, reductions.max(scores))
+      finite = jnp.where(new_highest > -jnp.inf, new_highest, 0)
+      weights = jnp.where(counts, prior * jnp.exp(scores - finite), 0)
+      shrink = jnp.exp(highest - finite)
+      more = weighted(grads, weights, reductions)
+      gradient = jax.tree.map(lambda g, m: shrink.astype(g.dtype) * g + m, gradient, more)
+      return (new_highest, gradient, shrink * total + reductions.sum(weights)), grads.losses
+
+    dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(params))
+    start = (
+      jnp.full((), -jnp.inf, dtype),
+      _tree.zeros_at_least_float32(params),
+      jnp.zeros((), dtype),
+    )
+    (_, gradient, total), stacked = jax.lax.scan(add, start, jnp.arange(cut.num_steps))
+    losses = cut.merge(stacked)
+    _, weighting_state, info = weighting.weigh(
+      losses, state.weighting_state, axis_name=axis_name, **of_examples
+    )
+    gradient = add_over_devices(gradient, over(axis_name, losses))
+    factor = info.weight_sum / jnp.where(total > 0, total, 1)
+    gradient = jax.tree.map(lambda g: factor.astype(g.dtype) * g, gradient)
+    state = ReweightState(weighting_state, _tree.cast_like(info, state.info))
+    return _tree.cast_like(gradient, params), state
+
+  def gradient(
+    params: optax.Params,
+    batch: Any,
+    state: ReweightState | None = None,
+    *,
+    mask: Any = None,
+    prior: Any = None,
+    groups: Any = None,
+  ):
+    before = tx.init(params) if state is None else state
+    compute = two_passes if log_ratio is None else functools.partial(one_pass, log_ratio)
+    result, after = compute(params, batch, before, mask=mask, prior=prior, groups=groups)
+    return result, after.info if state is None else after
+
+  return gradient

@@ -1,0 +1,116 @@
+"""Temperatures: a number, a schedule, or whatever gives a wanted effective sample size."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from jaxbo import _check
+from jaxbo.dro.batch import Batch, at_least_tiny
+from jaxbo.dro.bisection import smallest
+
+
+class TargetEss(NamedTuple):
+  """A temperature that gives a wanted effective sample size; made by :func:`target_ess`.
+
+  Attributes:
+    fraction: the effective sample size as a fraction of the batch.
+  """
+
+  fraction: float | jax.Array
+
+
+Temperature: TypeAlias = float | jax.Array | Callable[[Any], Any] | TargetEss
+
+
+class TemperatureState(NamedTuple):
+  """State of a weighting with a temperature.
+
+  Attributes:
+    temperature_count: the number of batches weighed so far, int32, for schedules; batches without
+      an example that counts are not counted.
+  """
+
+  temperature_count: jax.Array
+
+
+def target_ess(fraction: float | jax.Array) -> TargetEss:
+  r"""Sets a temperature anew for each batch, so that weights are as uneven as wanted.
+
+  It is the smallest temperature at which
+
+  .. math:: \Big(n \sum_i w_i^2\Big)^{-1} \ge \text{fraction}
+
+  (:math:`\big(\sum_i w_i^2 / p_i\big)^{-1}` under a prior :math:`p`). The left-hand side grows
+  with the temperature, from the share of the largest losses to 1. Weights do then not depend on
+  the scale of the losses.
+
+  Args:
+    fraction: in (0, 1]; 1 for uniform weights.
+
+  Returns:
+    What ``temperature=`` of :func:`kl`, :func:`lin_upper` and their like takes.
+
+  Raises:
+    ValueError: if ``fraction`` is outside its range.
+
+  Example:
+    >>> import jax.numpy as jnp, jaxbo
+    >>> weighting = jaxbo.kl(jaxbo.target_ess(0.5))
+    >>> _, _, info = weighting.weigh(jnp.array([1.0, 2.0, 3.0, 4.0]), weighting.init())
+    >>> print(f"{info.effective_sample_size:.1f} {info.temperature:.2f}")
+    2.0 0.94
+  """
+  return TargetEss(_check.within("fraction", fraction, 0, 1, ends="(]"))
+
+
+def check_temperature(name: str, value: Any) -> None:
+  """Raises unless ``value`` is a positive number, a schedule or a target."""
+  if not isinstance(value, TargetEss):
+    check_schedule(name, value, _check.positive)
+
+
+def check_schedule(name: str, value: Any, check_number: Callable[[str, Any], Any]) -> None:
+  """Raises unless ``value`` is a schedule or a number that passes ``check_number``."""
+  if callable(value):
+    _check.takes_arguments(name, value, "count")
+  else:
+    check_number(name, value)
+
+
+def init_temperature(dtype: jax.typing.DTypeLike = jnp.float32) -> TemperatureState:
+  """The state before the first batch."""
+  del dtype
+  return TemperatureState(jnp.zeros((), jnp.int32))
+
+
+def advance(state: TemperatureState) -> TemperatureState:
+  """The state after one more batch."""
+  count = state.temperature_count
+  return TemperatureState(jnp.where(count < jnp.iinfo(jnp.int32).max, count + 1, count))
+
+
+def scheduled(value: Any, state: TemperatureState, dtype: Any) -> jax.Array:
+  """The number ``value``, or the schedule's at this batch."""
+  return jnp.asarray(value(state.temperature_count) if callable(value) else value, dtype)
+
+
+def find_temperature(
+  temperature: Temperature, batch: Batch, state: TemperatureState, weights_at: Callable[..., Any]
+) -> jax.Array:
+  """The temperature of this batch, at least the smallest normal number.
+
+  ``weights_at(temperature)`` are weights for a target to be found with.
+  """
+  if not isinstance(temperature, TargetEss):
+    return at_least_tiny(scheduled(temperature, state, batch.losses.dtype))
+
+  def is_even(value):
+    density = weights_at(value) / jnp.where(batch.valid, batch.reference, 1)
+    return jnp.asarray(temperature.fraction, value.dtype) * batch.expectation(density**2) <= 1
+
+  # At so many times the spread of the losses weights are uniform up to rounding.
+  high = at_least_tiny(batch.max - batch.min) * 1e8
+  tiny = jnp.asarray(jnp.finfo(high.dtype).tiny, high.dtype)
+  return smallest(is_even, tiny, high)

@@ -1,0 +1,78 @@
+"""What does not depend on the machine: a reweighted step has a plain one's operations and bytes."""
+
+import json
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from benchmarks import dro
+from scripts.common import measure
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def steps():
+  return dro.make_steps()
+
+
+def cost(step):
+  flops = measure.count_flops(step.fn, *step.args, while_steps=0)
+  return flops, measure.temporary_bytes(step.fn.lower(*step.args).compile())
+
+
+def test_reweighting_costs_no_operations_and_no_memory(steps):
+  (plain_flops, plain_bytes), (flops, num_bytes) = cost(steps[dro.PLAIN]), cost(steps[dro.KL])
+  assert plain_flops > 3 * 2 * dro.BATCH * 512 * 512  # what is counted is the model
+  assert flops <= 1.01 * plain_flops
+  assert num_bytes <= 1.01 * plain_bytes
+  assert num_bytes >= dro.BATCH * 512 * 4  # and the memory holds its activations
+
+
+def test_stored_gradients_cost_the_batch_times_the_parameters(steps):
+  step = steps[dro.STORED]
+  num_parameters = sum(leaf.size for leaf in jax.tree.leaves(step.args[0]))
+  assert cost(step)[1] >= 0.9 * dro.BATCH * num_parameters * 4
+
+
+def test_streams_count_every_microbatch_and_their_memory_is_flat():
+  costs = {}
+  for n in (2, 16):
+    streams = dro.make_streams(n)
+    costs[n] = {
+      name: cost(streams[name]) for name in ("plain accumulation", "one pass", "two passes")
+    }
+    plain, one, two = (costs[n][name][0] for name in costs[n])
+    assert one <= 1.01 * plain
+    assert two / plain == pytest.approx(4 / 3, abs=0.05)
+  assert costs[16]["one pass"][0] == pytest.approx(8 * costs[2]["one pass"][0], rel=0.02)
+  for name in ("one pass", "two passes"):
+    assert costs[16][name][1] <= 1.05 * costs[2][name][1], name
+
+
+def test_all_programs_of_a_row_do_the_same(monkeypatch):
+  monkeypatch.setattr(dro, "MICROBATCH", 8)
+  results = {name: step() for name, step in dro.make_streams(3).items()}
+  for name in ("one pass", "two passes"):
+    for a, b in zip(
+      jax.tree.leaves(results[name][0]), jax.tree.leaves(results["whole batch"][0]), strict=True
+    ):
+      np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6)
+
+
+def test_the_command_prints_and_saves(tmp_path, capsys, monkeypatch, steps):
+  few = {name: steps[name] for name in (dro.PLAIN, dro.KL)}
+  monkeypatch.setattr(dro, "make_steps", lambda: few)
+  monkeypatch.setattr(dro, "NUM_MICROBATCHES", (1, 2))
+  fixed = lambda programs, *args: {name: measure.Timing(1e-3, 1.0, 0.0) for name in programs}
+  monkeypatch.setattr(measure, "time_together", fixed)
+  monkeypatch.setattr(sys, "argv", ["dro", "--save", str(tmp_path / "out")])
+  dro.main()
+  text = (tmp_path / "out.md").read_text()
+  assert text in capsys.readouterr().out
+  data = json.loads((tmp_path / "out.json").read_text())
+  assert [row["step"] for row in data["tables"]["One batch of 256"]] == [dro.PLAIN, dro.KL]
+  assert len(data["targets"]) == 6
+  assert text.count("PASS") + text.count("MISSED") == 6

@@ -1,0 +1,209 @@
+"""Eight virtual devices give the gradient of one: under jit, and inside shard_map either way."""
+
+import functools
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import jaxbo
+from tests.dro import problem
+
+pytestmark = pytest.mark.slow
+
+PARAMS, BATCH = problem.params(), problem.batch(16)
+GROUPS, PRIOR = jnp.arange(16) % 3, jnp.linspace(0.5, 1.5, 16)
+WEIGHTINGS = {
+  "kl": jaxbo.compositional(jaxbo.kl(0.5), 0.3),
+  "target": jaxbo.kl(jaxbo.target_ess(0.6)),
+  "kl_ball": jaxbo.kl_ball(0.3),
+  "cvar": jaxbo.cvar(0.3),
+  "kl_cvar": jaxbo.kl_cvar(0.3, 0.5),
+  "chi_square": jaxbo.chi_square(1.0),
+  "chi_square_ball": jaxbo.chi_square_ball(0.3),
+  "group": jaxbo.group(3, 0.5),
+  "doro": jaxbo.doro(jaxbo.top_k(4), 0.1),
+  "lin_upper": jaxbo.lin_upper(0.4, jaxbo.quantile_range(0.1, 0.8)),
+}
+ROWS = PartitionSpec("d")
+
+
+def mesh(axis_type=AxisType.Auto):
+  return jax.make_mesh((8,), ("d",), axis_types=(axis_type,))
+
+
+def gradients(batch, groups, prior, axis_name=None, stored=False, microbatch_size=None):
+  """``{name: (gradient, info)}`` of two weightings, for one forward pass."""
+  results = {}
+  lazy = jaxbo.per_example_grad(problem.loss_fn, microbatch_size=microbatch_size)(PARAMS, batch)
+  names = ["kl"] if stored or microbatch_size else ["kl", "cvar"]
+  for name in names:
+    tx = jaxbo.reweight(WEIGHTINGS[name], axis_name=axis_name)
+    options = {"groups": groups, "prior": prior}
+    grads = lazy
+    if stored:
+      params = jax.lax.pcast(PARAMS, axis_name, to="varying")
+      one = jax.vmap(jax.grad(problem.loss_fn), in_axes=(None, 0))
+      grads, options["losses"] = one(params, batch), lazy.losses
+    gradient, state = tx.update(grads, tx.init(PARAMS), PARAMS, **options)
+    results[name] = gradient, state.info
+  return results
+
+
+@functools.cache
+def alone(bad=False):
+  return jax.device_get(jax.jit(gradients)(data(bad), GROUPS, PRIOR))
+
+
+def data(bad):
+  """All losses of the second device are bad, and one of the last."""
+  rows = jnp.array([2, 3, 14])
+  return {**BATCH, "y": BATCH["y"].at[rows].set(jnp.nan)} if bad else BATCH
+
+
+def close(a, b):
+  chex.assert_trees_all_close(jax.device_get(a), b, rtol=2e-4, atol=2e-5)
+
+
+def in_shard_map(function, check_vma):
+  sharded = jax.shard_map(
+    function, mesh=mesh(), in_specs=ROWS, out_specs=PartitionSpec(), check_vma=check_vma
+  )
+  return jax.jit(sharded)
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def test_a_sharded_global_batch_needs_nothing(axis_type):
+  devices = mesh(axis_type)
+  with jax.set_mesh(devices):
+    arguments = jax.device_put((data(True), GROUPS, PRIOR), NamedSharding(devices, ROWS))
+    close(jax.jit(gradients)(*arguments), alone(True))
+    # Microbatches are divided as the batch is.
+    few = jax.jit(functools.partial(gradients, microbatch_size=8))(*arguments)
+    close(few["kl"], alone(True)["kl"])
+    streamed = jaxbo.streaming_grad(problem.loss_fn, jaxbo.kl(0.5), microbatch_size=8)
+    result, _ = jax.jit(streamed)(PARAMS, arguments[0], prior=arguments[2])
+    close(result, alone(True)["kl"][0])
+
+
+@pytest.mark.parametrize("check_vma", [True, False], ids=["checked", "unchecked"])
+def test_inside_shard_map_the_gradient_is_global(check_vma):
+  function = in_shard_map(functools.partial(gradients, axis_name="d"), check_vma)
+  close(function(data(True), GROUPS, PRIOR), alone(True))
+  close(function(data(False), GROUPS, PRIOR), alone(False))
+  assert alone(True)["kl"][1].num_excluded == 3
+
+
+def weigh_all(losses, groups, prior, axis_name=None):
+  results = {}
+  for name, weighting in WEIGHTINGS.items():
+    options = {"groups": groups, "prior": prior, "axis_name": axis_name}
+    weights, state, info = weighting.weigh(losses, weighting.init(), **options)
+    results[name] = weights, (state, info)
+  return results
+
+
+def test_every_weighting_is_global():
+  losses = problem.loss_fn(PARAMS, data(True))
+  function = jax.shard_map(
+    functools.partial(weigh_all, axis_name="d"),
+    mesh=mesh(),
+    in_specs=ROWS,
+    out_specs={name: (ROWS, PartitionSpec()) for name in WEIGHTINGS},
+  )
+  close(jax.jit(function)(losses, GROUPS, PRIOR), jax.jit(weigh_all)(losses, GROUPS, PRIOR))
+  # Nothing in them is refused by an explicit mesh.
+  devices = mesh(AxisType.Explicit)
+  with jax.set_mesh(devices):
+    arguments = jax.device_put((losses, GROUPS, PRIOR), NamedSharding(devices, ROWS))
+    assert jax.eval_shape(weigh_all, *arguments)["kl"][0].sharding.spec == ROWS
+
+
+@pytest.mark.parametrize("check_vma", [True, False], ids=["checked", "unchecked"])
+def test_stored_gradients_microbatches_and_streams_are_global_too(check_vma):
+  def function(batch, groups, prior):
+    make = functools.partial(gradients, batch, groups, prior, "d")
+    options = {"microbatch_size": 1, "axis_name": "d"}
+    one, two = (
+      jaxbo.streaming_grad(problem.loss_fn, weighting, **options)(PARAMS, batch, prior=prior)[0]
+      for weighting in (jaxbo.kl(0.5), WEIGHTINGS["cvar"])
+    )
+    return make(stored=True)["kl"], make(microbatch_size=2)["kl"], one, two
+
+  stored, cut, one, two = in_shard_map(function, check_vma)(data(True), GROUPS, PRIOR)
+  close(stored, alone(True)["kl"])
+  close(cut, alone(True)["kl"])
+  close(one, alone(True)["kl"][0])
+  close(two, alone(True)["cvar"][0])
+
+
+def test_local_weights_would_be_something_else():
+  """What the published code does: a softmax on each device, then the mean of the gradients."""
+
+  def local(batch):
+    grads = jaxbo.per_example_grad(problem.loss_fn)(PARAMS, batch)
+    tx = jaxbo.reweight(jaxbo.kl(0.5))
+    return jax.lax.pmean(tx.update(grads, tx.init(PARAMS), PARAMS)[0], "d")
+
+  wrong = in_shard_map(local, check_vma=False)(BATCH)
+  right, _ = alone()["kl"]
+  assert np.linalg.norm(wrong["w"] - right["w"]) > 0.3 * np.linalg.norm(right["w"])
+
+
+def test_a_replicated_batch_counts_once():
+  """With the check on, what does not vary over the axis is known not to."""
+
+  def replicated(batch, groups, prior):
+    return {name: r for name, r in gradients(batch, groups, prior, "d").items() if name == "kl"}
+
+  function = jax.shard_map(
+    replicated, mesh=mesh(), in_specs=PartitionSpec(), out_specs=PartitionSpec()
+  )
+  close(jax.jit(function)(BATCH, GROUPS, PRIOR)["kl"], alone()["kl"])
+
+
+def test_devices_exchange_scalars_and_one_gradient():
+  """No loss travels: the collectives are all-reduces of scalars and of the parameters' shapes."""
+
+  def step(batch):
+    grads = jaxbo.per_example_grad(problem.loss_fn, repair=False)(PARAMS, batch)
+    tx = jaxbo.reweight(WEIGHTINGS["cvar"], axis_name="d")
+    return tx.update(grads, tx.init(PARAMS), PARAMS)[0]
+
+  text = in_shard_map(step, check_vma=True).lower(BATCH).as_text()
+  names = set(re.findall(r"stablehlo\.(all_\w+|collective_\w+|reduce_scatter)", text))
+  assert names == {"all_reduce"}
+  types = set(re.findall(r"}\) : \(tensor<([^>]*)>\)", text))
+  assert types <= {"f32", "i32", "i1", "3xf32"}, types
+
+
+def test_stored_gradients_that_are_summed_already_are_refused():
+  def step(batch):
+    one = lambda row: jax.value_and_grad(lambda p: problem.loss_fn(p, row))(PARAMS)
+    losses, grads = jax.vmap(one)(batch)
+    tx = jaxbo.reweight(jaxbo.kl(0.5), axis_name="d")
+    return tx.update(grads, tx.init(PARAMS), PARAMS, losses=losses)[0]
+
+  with pytest.raises(ValueError, match=r"grads\['b'\] must vary over the axis 'd'"):
+    in_shard_map(step, check_vma=True)(BATCH)
+
+
+def test_an_unknown_axis_is_refused():
+  tx = jaxbo.reweight(jaxbo.kl(0.5), axis_name="devices")
+  grads = jaxbo.per_example_grad(problem.loss_fn)(PARAMS, BATCH)
+  with pytest.raises(ValueError, match="axis_name must be an axis of the shard_map around, got"):
+    tx.update(grads, tx.init(PARAMS), PARAMS)
+
+
+def test_a_named_vmap_is_an_axis_too():
+  def step(row, group, prior):
+    add_axis = lambda leaf: leaf[None]
+    row = jax.tree.map(add_axis, row)
+    return gradients(row, group[None], prior[None], "d")["cvar"]
+
+  result = jax.jit(jax.vmap(step, axis_name="d"))(BATCH, GROUPS, PRIOR)
+  close(jax.tree.map(lambda leaf: leaf[0], result), alone()["cvar"])

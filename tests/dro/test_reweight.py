@@ -1,0 +1,314 @@
+"""The transformation on one device: the right gradient, whatever form gradients come in."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from optax.experimental import aggregating
+
+import jaxbo
+from tests.dro import problem
+
+PARAMS, BATCH = problem.params(), problem.batch()
+KL = jaxbo.kl(0.5)
+close = lambda a, b: chex.assert_trees_all_close(a, b, rtol=2e-5, atol=1e-6)
+
+
+def softmax(losses, temperature=0.5, mask=None):
+  mask = np.ones(len(losses), bool) if mask is None else mask
+  powers = np.where(mask, np.exp((losses - losses[mask].max()) / temperature), 0)
+  return powers / powers.sum()
+
+
+def update(weighting, grads, *, scale="mean", **options):
+  tx = jaxbo.reweight(weighting, scale=scale)
+  return tx.update(grads, tx.init(PARAMS), PARAMS, **options)
+
+
+@jax.jit
+def lazy_kl(batch, mask):
+  grads = jaxbo.per_example_grad(problem.loss_fn)(PARAMS, batch)
+  return update(KL, grads, mask=mask), grads.losses
+
+
+ALL = np.ones(problem.N, bool)
+
+
+def test_the_gradient_is_the_weighted_sum():
+  losses, _ = problem.per_example(BATCH)
+  (gradient, state), jax_losses = lazy_kl(BATCH, ALL)
+  np.testing.assert_allclose(jax_losses, losses, rtol=1e-5)
+  weights = softmax(losses)
+  close(gradient, problem.weighted(BATCH, weights))
+  np.testing.assert_allclose(state.info.effective_sample_size, 1 / np.sum(weights**2), rtol=1e-5)
+  np.testing.assert_allclose(state.info.surrogate, weights @ losses, rtol=1e-5)
+
+
+def test_the_gradient_is_that_of_the_robust_value():
+  """No term comes from the weights (Danskin)."""
+  value = lambda params: jaxbo.robust_value(problem.loss_fn(params, BATCH), KL)
+  close(jax.jit(jax.grad(value))(PARAMS), lazy_kl(BATCH, ALL)[0][0])
+
+
+def test_stored_gradients_give_the_same_with_scale_and_arguments():
+  losses, grads = problem.per_example(BATCH)
+  grads = jax.tree.map(lambda g: jnp.asarray(g, jnp.float32), grads)
+  mask, prior = np.arange(problem.N) < 20, np.linspace(0.0, 2.0, problem.N)
+  weights = np.where(mask, prior * np.exp(losses / 0.5), 0)
+  weights /= weights.sum()
+
+  @jax.jit
+  def both(grads):
+    arguments = {"mask": mask, "prior": prior, "scale": "sum"}
+    lazy = jaxbo.per_example_grad(problem.loss_fn)(PARAMS, BATCH)
+    return update(KL, grads, losses=lazy.losses, **arguments), update(KL, lazy, **arguments)
+
+  for gradient, state in both(grads):
+    close(gradient, problem.weighted(BATCH, 19 * weights))  # one prior of 20 is zero
+    assert state.info.num_valid == 19
+  scattered = jax.tree.map(lambda g: g.at[21].set(jnp.nan), grads)
+  close(both(scattered)[0][0], both(grads)[0][0])  # Example 21 is masked.
+
+
+def test_scores_may_stand_for_the_losses():
+  scores = np.random.default_rng(1).normal(size=problem.N).astype(np.float32)
+  scores[3] = np.inf
+
+  @jax.jit
+  def gradient(batch):
+    lazy = jaxbo.per_example_grad(problem.loss_fn)(PARAMS, batch)
+    return update(KL, lazy, scores=scores)
+
+  bad = {**BATCH, "y": BATCH["y"].at[5].set(jnp.nan)}
+  result, state = gradient(bad)
+  keep = ~np.isin(np.arange(problem.N), [3, 5])
+  close(result, problem.weighted(BATCH, softmax(scores.astype(np.float64), mask=keep)))
+  assert state.info.num_excluded == 2
+
+
+@pytest.mark.parametrize("microbatch_size", [None, 6])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_loss_that_is_not_finite_never_reaches_the_parameters(microbatch_size, bad):
+  batch = {**BATCH, "y": BATCH["y"].at[jnp.array([0, 7])].set(bad)}
+
+  @jax.jit
+  def gradient(batch, mask):
+    lazy = jaxbo.per_example_grad(problem.loss_fn, microbatch_size=microbatch_size)
+    return update(KL, lazy(PARAMS, batch), mask=mask)
+
+  keep = ~np.isin(np.arange(problem.N), [0, 7])
+  result, state = gradient(batch, ALL)
+  expected = problem.weighted(BATCH, softmax(problem.per_example(BATCH)[0], mask=keep))
+  close(result, expected)
+  assert state.info.num_excluded == 2
+  # A masked one does not either, and is not counted.
+  masked, state = gradient(batch, keep)
+  close(masked, expected)
+  assert state.info.num_excluded == 0
+  # The plain pullback would have failed.
+  _, pullback = jax.vjp(lambda p: problem.loss_fn(p, batch), PARAMS)
+  assert not np.all(np.isfinite(pullback(jnp.where(keep, 0.1, 0.0))[0]["w"]))
+  # And if nothing is left, the gradient is zero.
+  nothing = {**BATCH, "y": jnp.full(problem.N, bad)}
+  for empty, mask in ((nothing, ALL), (BATCH, ~ALL)):
+    result, state = gradient(empty, mask)
+    assert all(not np.any(leaf) for leaf in jax.tree.leaves(result))
+    assert state.info.num_valid == 0
+
+
+def test_without_repair_a_bad_batch_gives_no_gradient():
+  lazy = jaxbo.per_example_grad(problem.loss_fn, repair=False)
+  step = jax.jit(lambda batch: update(KL, lazy(PARAMS, batch)))
+  close(step(BATCH)[0], lazy_kl(BATCH, ALL)[0][0])
+  result, state = step({**BATCH, "y": BATCH["y"].at[0].set(jnp.nan)})
+  assert all(not np.any(leaf) for leaf in jax.tree.leaves(result))
+  assert state.info.num_excluded == 1
+  # A pullback of the user's own cannot be repaired either.
+  losses, vjp = jax.vjp(lambda p: problem.loss_fn(p, BATCH), PARAMS)
+  own = jaxbo.PerExampleGrads(losses, lambda weights: vjp(weights)[0])
+  close(update(KL, own)[0], lazy_kl(BATCH, ALL)[0][0])
+
+
+def test_replaced_rows_keep_integers_booleans_and_keys():
+  """Rows are replaced whole; a key for each example stays, and a shared one goes to all."""
+
+  def loss_fn(params, batch):
+    noise = jax.vmap(jax.random.normal)(batch["keys"])
+    shared = jax.random.normal(batch["key"])
+    sign = jnp.where(batch["flag"], 1.0, -1.0)
+    table = jnp.array([1.0, 2.0, jnp.nan])
+    return sign * table[batch["label"]] * params + 0.1 * (noise + shared)
+
+  batch = {
+    "keys": jax.random.split(jax.random.key(0), 4),
+    "key": jax.random.key(1),
+    "flag": jnp.array([True, True, False, True]),
+    "label": jnp.array([2, 0, 1, 1]),  # The first one gives NaN.
+  }
+  for size in (None, 2):
+    grads = jaxbo.per_example_grad(loss_fn, microbatch_size=size)
+    step = jax.jit(lambda batch, grads=grads: update(jaxbo.uniform(), grads(jnp.ones(()), batch)))
+    np.testing.assert_allclose(step(batch)[0], (1 - 2 + 2) / 3, rtol=1e-6)
+
+
+def test_microbatches_give_the_losses_the_aux_and_the_gradient_of_the_whole():
+  def loss_fn(params, batch):
+    losses = problem.loss_fn(params, batch)
+    return losses, {"twice": 2 * losses, "rows": batch["x"]}
+
+  whole = jaxbo.per_example_grad(loss_fn, has_aux=True)(PARAMS, BATCH)
+  grads = jaxbo.per_example_grad(loss_fn, has_aux=True, microbatch_size=4)
+  weights = jnp.linspace(0.0, 1.0, problem.N)
+  losses, aux, gradient = jax.jit(
+    lambda: (lambda g: (g.losses, g.aux, g.pullback(weights)))(grads(PARAMS, BATCH))
+  )()
+  close(losses, whole.losses)
+  close(aux, whole.aux)
+  close(gradient, problem.weighted(BATCH, weights))
+
+
+def test_an_optax_aggregator_is_what_it_is():
+  """Per-example clipping before, SGD behind."""
+  losses, grads = problem.per_example(BATCH)
+  grads = {"w": jnp.asarray(grads["w"], jnp.float32)}
+  params = {"w": PARAMS["w"]}
+  clip = optax.with_extra_args_support(
+    optax.stateless(lambda g, _: jax.tree.map(lambda leaf: jnp.clip(leaf, -1, 1), g))
+  )
+  sgd = optax.with_extra_args_support(optax.sgd(0.5))
+  aggregator = aggregating.Aggregator(*jaxbo.reweight(KL))
+  tx = aggregating.process(clip, aggregator, sgd)
+  result, _ = tx.update(grads, tx.init(params), params, losses=jnp.asarray(losses, jnp.float32))
+  expected = -0.5 * softmax(losses) @ np.clip(np.asarray(grads["w"]), -1, 1)
+  np.testing.assert_allclose(result["w"], expected, rtol=1e-4)
+
+
+def test_low_precision_parameters_and_losses():
+  low = lambda tree: jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), tree)
+  grads = jaxbo.per_example_grad(problem.loss_fn)(low(PARAMS), low(BATCH))
+  assert grads.losses.dtype == jnp.bfloat16
+  tx = jaxbo.reweight(KL)
+  gradient, state = tx.update(grads, tx.init(low(PARAMS)))
+  assert gradient["w"].dtype == jnp.bfloat16
+  assert state.info.surrogate.dtype == jnp.float32
+  expected = lazy_kl(BATCH, ALL)[0][0]
+  np.testing.assert_allclose(gradient["w"].astype(jnp.float32), expected["w"], rtol=0.15)
+
+
+class TestErrors:
+  def test_losses_must_be_a_vector_of_floats(self):
+    for loss_fn, error, match in (
+      (lambda p, b: jnp.mean(b["y"]), ValueError, r"one-dimensional.*got shape \(\)"),
+      (lambda p, b: jnp.ones((2, 3)), ValueError, r"one-dimensional.*got shape \(2, 3\)"),
+      (lambda p, b: jnp.ones(3, jnp.int32), TypeError, "must be real floats, got dtype int32"),
+      (lambda p, b: jnp.ones(0), ValueError, "at least one example"),
+    ):
+      with pytest.raises(error, match=match):
+        jaxbo.per_example_grad(loss_fn)(PARAMS, BATCH)
+    with pytest.raises(ValueError, match=r"losses must be one-dimensional.*got shape \(1, 2\)"):
+      KL.weigh(jnp.ones((1, 2)), KL.init())
+
+  def test_what_per_example_grad_is_given(self, as_users_run):
+    with pytest.raises(TypeError, match=r"loss_fn must be a function loss_fn\(params, batch\)"):
+      jaxbo.per_example_grad(lambda params: params)
+    with pytest.raises(ValueError, match="microbatch_size must be at least 1, got 0"):
+      jaxbo.per_example_grad(problem.loss_fn, microbatch_size=0)
+    with pytest.raises(ValueError, match=r"microbatch_size must divide .* 24, got 7"):
+      jaxbo.per_example_grad(problem.loss_fn, microbatch_size=7)(PARAMS, BATCH)
+    with pytest.raises(TypeError, match="params must be real floats, got dtype int32"):
+      jaxbo.per_example_grad(problem.loss_fn)({"w": jnp.arange(3), "b": 0.0}, BATCH)
+    with pytest.raises(TypeError, match=r"must return \(losses, aux\) with has_aux=True"):
+      jaxbo.per_example_grad(problem.loss_fn, has_aux=True)(PARAMS, BATCH)
+
+  def test_what_reweight_is_given(self, as_users_run):
+    with pytest.raises(TypeError, match=r"weighting must be a jaxbo.Weighting, .* got 0.5"):
+      jaxbo.reweight(0.5)
+    with pytest.raises(ValueError, match="scale must be one of 'mean', 'sum', got 'max'"):
+      jaxbo.reweight(KL, scale="max")
+    stored = {"w": jnp.ones((4, 3)), "b": jnp.ones(4)}
+    lazy = jaxbo.per_example_grad(problem.loss_fn)(PARAMS, BATCH)
+    for grads, options, error, match in (
+      (stored, {}, ValueError, "must be given PerExampleGrads, from jaxbo.per_example_grad"),
+      (stored, {"losses": jnp.ones(5)}, ValueError, r"grads\['b'\] must be \[5, \*param_shape\]"),
+      (PARAMS, {"losses": jnp.ones(3)}, ValueError, r"grads\['b'\] must be .*, got \(\)"),
+      (lazy, {"losses": jnp.ones(24)}, ValueError, "PerExampleGrads has its own"),
+      (
+        lazy,
+        {"scores": jnp.ones(3)},
+        ValueError,
+        r"scores must have the shape .*, got \(3,\)",
+      ),
+      (lazy, {"mask": jnp.ones(24)}, TypeError, "mask must be boolean, got dtype float32"),
+      (lazy, {"mask": jnp.ones(3, bool)}, ValueError, r"mask must have the shape .*, got \(3,\)"),
+      (lazy, {"prior": jnp.ones((24, 1))}, ValueError, r"prior must have the shape .*\(24, 1\)"),
+      (lazy, {"prior": jnp.arange(24.0) - 1}, ValueError, "prior must be non-negative, got -1"),
+    ):
+      with pytest.raises(error, match=match):
+        update(KL, grads, **options)
+
+  def test_groups(self, as_users_run):
+    weighting = jaxbo.group(3, 0.1)
+    for groups, error, match in (
+      (None, TypeError, "groups= must be given"),
+      (jnp.array([0, 3]), ValueError, "groups must be from 0 to 2, got 0 to 3"),
+      (np.array([-1, 0]), ValueError, "groups must be from 0 to 2, got -1 to 0"),
+      (jnp.array([0.0, 1.0]), TypeError, "groups must be integers, got dtype float32"),
+      (jnp.array([0]), ValueError, r"groups must have the shape of the losses, \(2,\), got \(1,\)"),
+    ):
+      with pytest.raises(error, match=match):
+        weighting.weigh(jnp.ones(2), weighting.init(), groups=groups)
+
+  @pytest.mark.parametrize(
+    ("make", "error", "match"),
+    [
+      (lambda: jaxbo.kl(0.0), ValueError, "temperature must be positive and finite, got 0.0"),
+      (lambda: jaxbo.kl(float("nan")), ValueError, "temperature must be positive .* got nan"),
+      (lambda: jaxbo.kl(-1), ValueError, "temperature must be positive and finite, got -1"),
+      (lambda: jaxbo.kl("hot"), TypeError, "temperature must be a number, got 'hot'"),
+      (lambda: jaxbo.kl(lambda: 1.0), TypeError, r"must be a function temperature\(count\)"),
+      (lambda: jaxbo.lin_upper(0.0), ValueError, "temperature must be positive"),
+      (lambda: jaxbo.kl_cvar(0.5, -1.0), ValueError, "temperature must be positive"),
+      (lambda: jaxbo.kl_cvar(0.0, 1.0), ValueError, r"level must be in \(0, 1\], got 0.0"),
+      (lambda: jaxbo.cvar(1.5), ValueError, r"level must be in \(0, 1\], got 1.5"),
+      (lambda: jaxbo.cvar(float("nan")), ValueError, r"level must be in \(0, 1\], got nan"),
+      (lambda: jaxbo.kl_ball(0.0), ValueError, "radius must be positive and finite, got 0.0"),
+      (lambda: jaxbo.chi_square_ball(-1.0), ValueError, "radius must be positive"),
+      (lambda: jaxbo.chi_square(0.0), ValueError, "penalty must be positive and finite, got 0.0"),
+      (lambda: jaxbo.tilted(float("inf")), ValueError, "t must be finite, got inf"),
+      (lambda: jaxbo.target_ess(0.0), ValueError, r"fraction must be in \(0, 1\], got 0.0"),
+      (lambda: jaxbo.top_k(0), ValueError, "k must be at least 1, got 0"),
+      (lambda: jaxbo.mid_rank(0.0, 0), ValueError, r"fraction must be in \(0, 1\], got 0.0"),
+      (lambda: jaxbo.mid_rank(0.25, 4), ValueError, "band must be below 1 / fraction = 4, .*got 4"),
+      (lambda: jaxbo.mid_rank(0.25, -1), ValueError, "band must be .* at least 0, got -1"),
+      (lambda: jaxbo.doro(jaxbo.cvar(0.5), 1.0), ValueError, r"fraction must be in \[0, 1\)"),
+      (lambda: jaxbo.doro(0.5, 0.1), TypeError, "weighting must be a jaxbo.Weighting"),
+      (lambda: jaxbo.group(0, 0.1), ValueError, "num_groups must be at least 1"),
+      (lambda: jaxbo.group(2, 0.0), ValueError, "step_size must be positive"),
+      (lambda: jaxbo.group(2, 0.1, adjustment=1.0), ValueError, "group_sizes must be given"),
+      (lambda: jaxbo.group(2, 0.1, group_sizes=[1, 0]), ValueError, "2 positive numbers"),
+      (lambda: jaxbo.compositional(KL, 0.0), ValueError, r"rate must be in \(0, 1\], got 0.0"),
+      (lambda: jaxbo.compositional(jaxbo.cvar(0.5), 0.1), TypeError, "must be exponential"),
+      (
+        lambda: jaxbo.compositional(jaxbo.kl(jaxbo.target_ess(0.5)), 0.1),
+        TypeError,
+        "must be exponential",
+      ),
+      (lambda: jaxbo.quantile_range(0.9, 0.1), ValueError, r"high must be in \(0.9, 1\], got 0.1"),
+      (lambda: jaxbo.running_range(0.0), ValueError, r"rate must be in \(0, 1\], got 0.0"),
+      (lambda: jaxbo.min_max(0.0), ValueError, "floor must be positive"),
+      (lambda: jaxbo.shaped(KL, jnp.abs, "min_max"), TypeError, "normalizer must be a jaxbo"),
+      (lambda: jaxbo.shaped(KL, 1.0), TypeError, r"shape must be a function shape\(scores\)"),
+      (lambda: jaxbo.ir_dro(0.1, 0.0), ValueError, "temperature must be positive"),
+      (lambda: jaxbo.robust_value(jnp.ones(2), 1.0), TypeError, "weighting must be"),
+      (
+        lambda: jaxbo.streaming_grad(problem.loss_fn, KL, microbatch_size=0),
+        ValueError,
+        "microbatch_size must be at least 1, got 0",
+      ),
+    ],
+  )
+  def test_ranges(self, make, error, match, as_users_run):
+    with pytest.raises(error, match=match):
+      make()

@@ -1,0 +1,84 @@
+"""Robust values have the right first and second derivatives."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxbo
+from tests.dro import families
+
+PARAMETERS = {
+  "kl": [0.6],
+  "kl_ball": [0.3],
+  "cvar": [0.5],
+  "kl_cvar": [0.3, 0.4],
+  "chi_square": [1.2],
+  "chi_square_ball": [0.3],
+  "tilted": [-0.8],
+}
+LOSSES = np.array([0.3, 1.4, -0.7, 2.0, 0.9])
+DIRECTION = np.array([1.0, -0.5, 0.3, 0.8, -1.2])
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_first_and_second_derivatives_are_the_weights_and_theirs(name, x64):
+  weighting = families.MAKE[name](*PARAMETERS[name])
+  mask, losses = jnp.arange(6) < 5, jnp.asarray([*LOSSES, jnp.nan])
+  direction = jnp.asarray([*DIRECTION, 0.0])
+  value = lambda losses: jaxbo.robust_value(losses, weighting, mask=mask)
+  gradient = jax.grad(value)
+
+  @jax.jit
+  def derivatives(losses):
+    return value(losses), *jax.jvp(gradient, (losses,), (direction,))
+
+  result, weights, second = derivatives(losses)
+  expected, info = families.weigh(name, LOSSES, *PARAMETERS[name])
+  np.testing.assert_allclose(result, info.objective, rtol=1e-12)
+  np.testing.assert_allclose(weights, [*expected, 0], atol=1e-12)
+  eps = 1e-5
+  ahead, behind = (derivatives(losses + s * eps * direction) for s in (1, -1))
+  difference = (ahead[0] - behind[0]) / (2 * eps)
+  np.testing.assert_allclose(difference, expected @ DIRECTION, atol=1e-8)
+  np.testing.assert_allclose((ahead[1] - behind[1]) / (2 * eps), second, atol=1e-7)
+  if name == "cvar":
+    assert not np.any(second)
+  else:
+    assert np.max(np.abs(second)) > 0.01
+
+
+def test_a_robust_value_is_an_inner_loss_too():
+  """AID through it: the Hessian of the inner problem is right."""
+  data = jnp.array([0.0, 1.0, 3.0])
+
+  def inner_loss(x, y, batch):
+    return jaxbo.robust_value(0.5 * (y - batch - x) ** 2, jaxbo.kl(0.8))
+
+  solver = jaxbo.inner_solver(inner_loss, optax.sgd(0.1), 300)
+  head = jaxbo.add_implicit_response(solver, jaxbo.conjugate_gradient(3))
+  x = jnp.float32(0.5)
+
+  @jax.jit
+  def hypergradient(x):
+    y = solver.solve(x, solver.init(jnp.float32(0.0)), data)
+    return head.update((jnp.float32(0), jnp.float32(1)), head.init(x), x, solution=y, batch=data)[0]
+
+  np.testing.assert_allclose(hypergradient(x), 1.0, rtol=1e-3)  # The minimum moves with x.
+
+
+def test_weightings_that_maximise_nothing_give_the_weighted_loss():
+  losses = jnp.array([1.0, 9.0, 2.0, 3.0])
+  value, gradient = jax.value_and_grad(jaxbo.robust_value)(losses, jaxbo.mid_rank(0.25, 1))
+  assert value == 3.0
+  np.testing.assert_array_equal(gradient, [0, 0, 0, 1])
+
+
+def test_a_state_and_groups_are_used():
+  weighting = jaxbo.group(2, 1.0)
+  losses, groups = jnp.array([1.0, 3.0]), jnp.array([0, 1])
+  state = jaxbo.GroupState(jnp.log(jnp.array([0.9, 0.1])))
+  value = jaxbo.robust_value(losses, weighting, groups=groups, state=state)
+  q = np.array([0.9 * np.e, 0.1 * np.e**3])
+  np.testing.assert_allclose(value, q @ [1, 3] / q.sum(), rtol=1e-6)

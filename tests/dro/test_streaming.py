@@ -1,0 +1,127 @@
+"""Streams give the gradient of the whole batch, to rounding, in one pass or two."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxbo
+from tests.dro import problem
+
+PARAMS = problem.params()
+# The hardest examples come in the middle and last, so that the running maximum moves twice.
+BATCH = problem.batch()
+BATCH = {**BATCH, "y": BATCH["y"].at[11].add(8.0).at[23].add(20.0)}
+MASK, PRIOR = np.arange(problem.N) != 5, np.linspace(0.1, 2.0, problem.N, dtype=np.float32)
+WEIGHTINGS = {
+  "kl": jaxbo.kl(optax.piecewise_constant_schedule(3.0, {1: 0.5})),
+  "tilted": jaxbo.tilted(-0.4),
+  "compositional": jaxbo.compositional(jaxbo.kl(2.0), 0.3),
+  "cvar": jaxbo.cvar(0.3),
+  "target": jaxbo.kl(jaxbo.target_ess(0.6)),
+}
+close = functools.partial(chex.assert_trees_all_close, rtol=3e-5, atol=1e-5)
+
+
+def whole(weighting, state, batch=BATCH):
+  grads = jaxbo.per_example_grad(problem.loss_fn)(PARAMS, batch)
+  return jaxbo.reweight(weighting).update(grads, state, PARAMS, mask=MASK, prior=PRIOR)
+
+
+@pytest.mark.parametrize("name", WEIGHTINGS)
+def test_a_stream_is_the_whole_batch(name):
+  """For two batches in a row, with a mask, a prior and a loss that is not finite."""
+  weighting = WEIGHTINGS[name]
+  streamed = jaxbo.streaming_grad(problem.loss_fn, weighting, microbatch_size=4)
+  batches = BATCH, {**BATCH, "y": BATCH["y"].at[9].set(jnp.nan)}
+
+  @jax.jit
+  def both(batches):
+    results, states = [], [jaxbo.reweight(weighting).init(PARAMS)] * 2
+    for batch in batches:
+      expected, states[0] = whole(weighting, states[0], batch)
+      result, states[1] = streamed(PARAMS, batch, states[1], mask=MASK, prior=PRIOR)
+      results.append((expected, result))
+    return results, states
+
+  results, states = both(batches)
+  for expected, result in results:
+    chex.assert_tree_all_finite(result)
+    close(result, expected)
+  close(*states)
+  assert states[0].info.num_excluded == 1
+
+
+def passes(weighting):
+  """How often the model runs forward and backward over the data."""
+  calls = []
+
+  @jax.custom_vjp
+  def counted(x):
+    jax.debug.callback(lambda: calls.append("forward"))
+    return x
+
+  def backward(_, cotangent):
+    jax.debug.callback(lambda: calls.append("backward"))
+    return (cotangent,)
+
+  def forward(x):
+    jax.debug.callback(lambda: calls.append("forward"))
+    return x, None
+
+  counted.defvjp(forward, backward)
+  loss_fn = lambda params, batch: problem.loss_fn(jax.tree.map(counted, params), batch)
+  streamed = jaxbo.streaming_grad(loss_fn, weighting, microbatch_size=8, repair=False)
+  jax.block_until_ready(jax.jit(streamed)(PARAMS, BATCH))
+  jax.effects_barrier()
+  num_microbatches, num_leaves = 3, 2
+  return [calls.count(name) / (num_microbatches * num_leaves) for name in ("forward", "backward")]
+
+
+def test_exponential_weights_take_one_pass_and_the_others_two():
+  assert passes(jaxbo.kl(0.5)) == [1, 1]
+  assert passes(jaxbo.cvar(0.5)) == [2, 1]
+
+
+def test_without_a_state_the_info_is_returned_and_nothing_left_gives_zero():
+  streamed = jax.jit(jaxbo.streaming_grad(problem.loss_fn, jaxbo.kl(0.5), microbatch_size=8))
+  gradient, info = streamed(PARAMS, BATCH)
+  losses, _ = problem.per_example(BATCH)
+  weights = np.exp((losses - losses.max()) / 0.5)
+  close(gradient, problem.weighted(BATCH, weights / weights.sum()))
+  assert isinstance(info, jaxbo.WeightInfo)
+  gradient, info = streamed(PARAMS, {**BATCH, "y": jnp.full(problem.N, jnp.nan)})
+  assert all(not np.any(leaf) for leaf in jax.tree.leaves(gradient))
+  assert info.num_valid == 0
+
+
+def test_averaging_the_gradients_of_microbatches_is_something_else():
+  tx = jaxbo.reweight(jaxbo.kl(0.5))
+  total = np.zeros(3)
+  for j in range(3):
+    rows = jax.tree.map(lambda leaf, j=j: leaf[j::3], BATCH)
+    grads = jaxbo.per_example_grad(problem.loss_fn)(PARAMS, rows)
+    total += tx.update(grads, tx.init(PARAMS))[0]["w"] / 3
+  streamed = jaxbo.streaming_grad(problem.loss_fn, jaxbo.kl(0.5), microbatch_size=8)
+  right = jax.jit(streamed)(PARAMS, BATCH)[0]["w"]
+  assert np.linalg.norm(total - right) > 0.5 * np.linalg.norm(right)
+
+
+def test_huge_scores_neither_overflow_nor_vanish():
+  streamed = jaxbo.streaming_grad(problem.loss_fn, jaxbo.kl(1e-4), microbatch_size=4)
+  gradient, _ = jax.jit(streamed)(PARAMS, BATCH)
+  close(gradient, problem.weighted(BATCH, np.arange(problem.N) == 23))
+
+
+def test_double_precision_is_the_whole_batch_to_its_rounding(x64):
+  double = functools.partial(jax.tree.map, lambda leaf: jnp.asarray(leaf, jnp.float64))
+  streamed = jaxbo.streaming_grad(problem.loss_fn, jaxbo.kl(0.5), microbatch_size=4)
+  gradient, _ = jax.jit(streamed)(double(PARAMS), double(BATCH))
+  losses, _ = problem.per_example(BATCH)
+  weights = np.exp((losses - losses.max()) / 0.5)
+  expected = problem.weighted(BATCH, weights / weights.sum())
+  chex.assert_trees_all_close(gradient, expected, rtol=1e-12)
