@@ -8,9 +8,9 @@ inner Hessian go from 0.1 to 1; in *flat* every other one is zero, so that the i
 affine space and the best of them for the outer loss is wanted. All methods start at zero, in
 float64 (a slack of 1e-6 is about what float32 resolves in a loss), and have settings from a grid of
 32 points: for each accuracy those that reach half of it fastest in the worst of three problems of
-other seeds, since a slack or a multiplier says how accurate a method can be. (The grids, this rule
-and "stay there" were revised once after a first run on the reported seeds, where settings at the edge
-of stability had been chosen for SOBA and a slack just too large for PDBO.)
+other seeds, since a slack or a multiplier says how accurate a method can be. (Grids, this rule and
+"stay there" were revised twice after runs that reported seeds 0 to 4: settings at the edge of
+stability had been chosen for SOBA, a slack just too large for PDBO, and BOME had poor grids.)
 
 * *gradients* of an update: evaluations of the gradients of the inner and the outer loss, counted in
   the jaxpr; *products*: those with the inner Hessian and mixed ones.
