@@ -15,7 +15,7 @@ Settings were chosen on seeds 100 and 101 by ``scripts/tune_multiple_minima.py``
 others. Numbers are in README.md.
 
   python -m scripts.multiple_minima                              3 minutes on 2 CPU cores
-  python -m scripts.multiple_minima --dataset mnist --toys       5,000 examples of MNIST, no toys
+  python -m scripts.multiple_minima --dataset mnist --toys       20 minutes; 5,000 examples, no toys
   ... --resume                                                   goes on where a run was stopped
 """
 

@@ -107,7 +107,12 @@ class Toy(NamedTuple):
 
 
 class Rates(NamedTuple):
-  r"""Settings of a toy, from its closed form; nothing was searched for.
+  r"""Settings of a toy, chosen by hand while looking at its runs: they show what can happen.
+
+  Primal steps are from the smoothness. What was changed after a first look: the starts of T3 (from
+  (1.6, 0), V-PBGD, F2SA and BOME went to another minimum), PDBO's steps (plain ones diverged on T2
+  and T3), its rate of the multiplier on T4 (at 20 it stayed in the nearest valley), and V-PBGD's
+  multiplier (constant, it stayed there too). BOME has the published rate and was not changed.
 
   Attributes:
     inner: learning rate of SGD for the lower value and for inner runs, about :math:`1 / L_g`.

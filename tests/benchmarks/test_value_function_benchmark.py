@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import value_function
+from benchmarks import bilevel_quadratic, value_function
 from benchmarks.value_function import METHODS, make_variant, points
 
 pytestmark = pytest.mark.slow  # All together, not each.
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow  # All together, not each.
 @pytest.mark.parametrize("flat", [False, True])
 def test_the_optimum_solves_the_constrained_problem(flat):
   """Against the KKT system of: least f where the inner gradient vanishes."""
-  problem = value_function.random_quadratic(flat, 3)
+  problem = bilevel_quadratic.random_quadratic(flat, 3)
   (hessian, coupling, linear), (outer_hessian, outer_linear) = problem.inner, problem.outer
   constraint = np.hstack([coupling, hessian])
   zero = np.zeros((len(hessian), len(hessian)))
@@ -29,18 +29,18 @@ def test_the_optimum_solves_the_constrained_problem(flat):
 
 
 def test_the_smoothness_is_that_of_the_losses(x64):
-  problem = value_function.as_arrays(value_function.random_quadratic(True, 3))
-  x, y = value_function.start()
+  problem = bilevel_quadratic.as_arrays(bilevel_quadratic.random_quadratic(True, 3))
+  x, y = bilevel_quadratic.start()
   smooth_f, smooth_g, smooth_h = problem.smoothness
-  outer = jax.hessian(lambda z: value_function.outer_loss(z[:50], z[50:], problem.outer))
+  outer = jax.hessian(lambda z: bilevel_quadratic.outer_loss(z[:50], z[50:], problem.outer))
   np.testing.assert_allclose(jnp.linalg.norm(outer(jnp.zeros(150)), 2), smooth_f, rtol=1e-9)
-  inner = jax.hessian(lambda y: value_function.inner_loss(x, y, problem.inner))(y)
+  inner = jax.hessian(lambda y: bilevel_quadratic.inner_loss(x, y, problem.inner))(y)
   np.testing.assert_allclose(jnp.linalg.norm(inner, 2), smooth_g, rtol=1e-9)
   inverse = jnp.linalg.pinv(inner, rtol=1e-10)
 
   def gap(z):
     least = -inverse @ (problem.inner[1] @ z[:50] + problem.inner[2])
-    of = lambda y: value_function.inner_loss(z[:50], y, problem.inner)
+    of = lambda y: bilevel_quadratic.inner_loss(z[:50], y, problem.inner)
     return of(z[50:]) - of(least)
 
   hessian = jax.hessian(gap)(jnp.zeros(150))
@@ -50,7 +50,7 @@ def test_the_smoothness_is_that_of_the_losses(x64):
 @pytest.fixture(scope="module")
 def variants():
   with jax.enable_x64(True):
-    problem = value_function.as_arrays(value_function.random_quadratic(False, 0))
+    problem = bilevel_quadratic.as_arrays(bilevel_quadratic.random_quadratic(False, 0))
     return {
       variant.label: variant
       for name, method in METHODS.items()
@@ -80,7 +80,7 @@ def test_implicit_differentiation_wins_where_the_inner_minimum_is_unique_and_is_
 ):
   end = {}
   for flat in (False, True):
-    problem = value_function.as_arrays(value_function.random_quadratic(flat, 0))
+    problem = bilevel_quadratic.as_arrays(bilevel_quadratic.random_quadratic(flat, 0))
     soba = variants["SOBA-style, num steps 1"].run(problem, {"rate": 0.3, "inner_rate": 1.0})
     f2sa = variants["F2SA, alternate 3"].run(problem, {"multiplier": 30.0, "rate": 0.1})
     end[flat] = float(soba[-1]), float(jnp.min(f2sa))
