@@ -16,13 +16,21 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import jaxbo
 from tests import catalogue
 
-# One group for each entry: its tests run in one process and share the compiled step.
+# Whole methods are made of parts that are entries of their own.
+ALIASES = set("itd aid stocbio esj oagd sogd pdbo proximal_pdbo bome v_pbgd f2sa".split()) | set(
+  "ir_dro group_dro cvar_dro chi2_dro term".split()
+)
+
+
+def marks(entry):
+  """One group for each entry: its tests run in one process and share the compiled step."""
+  group = pytest.mark.xdist_group(entry.name)
+  return [group, pytest.mark.slow] if entry.name in ALIASES else [group]
+
+
 ALL = pytest.mark.parametrize(
   "entry",
-  [
-    pytest.param(entry, id=entry.name, marks=pytest.mark.xdist_group(entry.name))
-    for entry in catalogue.REGISTRY
-  ],
+  [pytest.param(entry, id=entry.name, marks=marks(entry)) for entry in catalogue.REGISTRY],
 )
 
 
