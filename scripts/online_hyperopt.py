@@ -90,6 +90,8 @@ class Config:
   """linear, mlp or conv4; linear by default, mlp for representation."""
   width: int | None = None
   """Units of mlp or channels of conv4, instead of 64."""
+  log_ridge: float = -4.0
+  """Where the logarithms of the ridge begin, in [-7, -2]."""
   rounds: int = 400
   """Rounds of a stream, a multiple of 20."""
   batch_size: int = 64
@@ -138,6 +140,10 @@ class Config:
       value = getattr(self, name)
       if value is not None and value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
+    if self.tune and self.grid_name() not in online_tuning.GRIDS:
+      raise ValueError(
+        f"tune must be of one of {', '.join(online_tuning.GRIDS)}; got {self.grid_name()}"
+      )
     if self.first_seed < 0:
       raise ValueError(f"first_seed must not be negative, got {self.first_seed}")
     given = (self.inner_learning_rate, self.outer_learning_rate)
@@ -177,8 +183,12 @@ class Config:
     """The name of the table of learning rates."""
     return f"{self.problem}/{self.dataset}/{self.model_name()}"
 
+  def grid_name(self) -> str:
+    """The name of the grid of learning rates."""
+    return f"{self.problem}/{self.dataset}"
+
   def variants(self) -> list["Variant"]:
-    """The methods with their windows; those that a window of 1 makes equal to others are left out."""
+    """The methods with their windows, without those that a window of 1 makes equal to others."""
     variants = []
     for name in self.method_names():
       method = METHODS[name]
@@ -240,7 +250,7 @@ def read(config: Config) -> tuple[Examples, np.ndarray | None]:
   if config.problem == "ridge":  # Rows of unit norm bound the curvature of the inner loss.
     norms = np.linalg.norm(examples.images, axis=1, keepdims=True)
     return examples._replace(images=examples.images / np.maximum(norms, 1e-6)), test
-  if config.dataset == "mnist":
+  if config.dataset == "mnist":  # As the published code normalises it.
     return examples._replace(images=(examples.images - 0.1307) / 0.3081), test
   return examples, test
 
@@ -256,7 +266,7 @@ def make_problem(config: Config, examples: Examples) -> Problem:
   num_inputs, num_classes = examples.images.shape[1], int(examples.labels.max()) + 1
   if config.problem == "ridge":
     exact = num_inputs * num_classes <= 1000  # Else the true hypergradient would take hours.
-    return online_problems.feature_ridge(num_inputs, num_classes, exact=exact)
+    return online_problems.feature_ridge(num_inputs, num_classes, config.log_ridge, exact=exact)
   features = online_problems.make_features(config.model_name(), num_inputs, config.width or 64)
   if config.problem == "representation":
     return online_problems.representation(features, num_classes, ridge=0.01)
@@ -366,7 +376,11 @@ def tune(
     if METHODS[variant.method].published:
       continue
     moves_x = config.problem == "representation" or METHODS[variant.method].has_system
-    candidates = online_tuning.grid(moves_x=moves_x, has_system=METHODS[variant.method].has_system)
+    candidates = online_tuning.candidates(
+      online_tuning.GRIDS[config.grid_name()],
+      moves_x=moves_x,
+      has_system=METHODS[variant.method].has_system,
+    )
     task = progress.add_task(variant.label, total=len(streams), loss="")
     program = make_program(config, variant, problem, examples)
     losses = np.zeros(len(candidates.inner))

@@ -15,14 +15,13 @@ import jax
 import numpy as np
 
 import jaxbo
-from scripts.common.cleaning import corrupt
 from scripts.common.data import Examples
 
 NUM_PHASES = 4
 GRADUAL_RATIOS = (0.4, 0.6, 0.8, 1.0)
 IMBALANCE = 0.01  # of the last class to the first, in "static" and "zigzag"
 STATIC_NOISE, STAGED_NOISE, NOISE_SWING = 0.3, (0.0, 0.4, 0.2, 0.6), 0.3
-PRIOR_RATIO = 0.6  # of a class to the one before it
+PRIOR_RATIO = 20.0  # of the likeliest class to the least likely
 
 
 class Batch(NamedTuple):
@@ -222,16 +221,20 @@ def _draw_imbalanced(rng, pools, labels, rounds, batch_size):
 
 
 def _with_noise(rates: Callable[[int], np.ndarray]) -> Callable[..., Schedule]:
+  """A row has one wrong label for good; the more noise, the more rows show theirs."""
+
   def draw(rng, pools, labels, rounds, batch_size):
+    rows = np.concatenate(pools.train)
+    num_classes, order = len(pools.train), np.ones(len(labels))
+    wrong = (labels + rng.integers(1, num_classes, len(labels))) % num_classes
+    order[rows] = (rng.permutation(len(rows)) + 0.5) / len(rows)
     train, val = (
-      _level(passes(rng, np.concatenate(part), rounds, batch_size), labels)
-      for part in (pools.train, pools.val)
+      _level(passes(rng, part, rounds, batch_size), labels)
+      for part in (rows, np.concatenate(pools.val))
     )
-    noisy = [
-      corrupt(row, rate, len(pools.train), rng)[0]
-      for row, rate in zip(train.labels, rates(rounds), strict=True)
-    ]
-    return Schedule(train._replace(labels=np.stack(noisy)), val)
+    shown = order[train.rows] < rates(rounds)[:, None]
+    noisy = np.where(shown, wrong[train.rows], train.labels).astype(np.int32)
+    return Schedule(train._replace(labels=noisy), val)
 
   return draw
 
@@ -244,8 +247,9 @@ def _swinging_noise(rounds: int) -> np.ndarray:
 
 
 def shifted_prior(shift: float, num_classes: int) -> np.ndarray:
-  """A geometric prior whose largest class is number ``shift``, ``[num_classes]``."""
-  prior = PRIOR_RATIO ** ((np.arange(num_classes) - shift) % num_classes)
+  """A prior around the circle of classes, the likeliest being number ``shift``, ``[classes]``."""
+  angles = 2 * np.pi * (np.arange(num_classes) - shift) / num_classes
+  prior = PRIOR_RATIO ** (np.cos(angles) / 2)
   return prior / prior.sum()
 
 

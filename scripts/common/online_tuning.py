@@ -3,26 +3,42 @@
 import itertools
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from scripts.common.online_methods import Rates
 
 FIRST_SEED, NUM_SEEDS = 100, 3
-INNER = (0.1, 0.3, 1.0, 3.0)
-OUTER = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
-DAMPING = (0.0, 0.1)
 
+
+class Grid(NamedTuple):
+  """What is tried: learning rates of both levels, and dampings of conjugate gradient."""
+
+  inner: tuple[float, ...]
+  outer: tuple[float, ...]
+  damping: tuple[float, ...]
+
+
+GRIDS = {  # by problem and data set; coarse where a run takes long
+  "loss_tuning/digits": Grid((1.0, 3.0, 10.0), (0.3, 1.0, 3.0, 10.0, 30.0), (0.0, 0.1)),
+  "loss_tuning/mnist": Grid((0.003, 0.01, 0.03), (0.03, 0.3, 3.0), (0.1,)),
+  "ridge/digits": Grid((1.0, 3.0, 10.0), (1.0, 10.0, 100.0, 1000.0), (0.0,)),
+  "ridge/newsgroups": Grid((1.0, 3.0, 10.0), (1.0, 10.0, 100.0, 1000.0), (0.0,)),
+  "representation/digits": Grid((0.1, 0.3, 1.0), (0.1, 0.3, 1.0, 3.0), (0.0, 0.1)),
+  "representation/mnist": Grid((0.03, 0.1, 0.3), (0.01, 0.03, 0.1), (0.1,)),
+}
 Table = dict[str, dict[str, list[float]]]  # by method and window
 
 
-def grid(*, moves_x: bool, has_system: bool) -> Rates:
-  """What is tried, as arrays ``[candidates]``; only what matters to a method is varied."""
-  values = itertools.product(INNER, OUTER if moves_x else (0.0,), DAMPING if has_system else (0.0,))
+def candidates(grid: Grid, *, moves_x: bool, has_system: bool) -> Rates:
+  """The points of a grid, as arrays ``[candidates]``; only what matters to a method is varied."""
+  outer, damping = grid.outer if moves_x else (0.0,), grid.damping if has_system else (0.0,)
+  values = itertools.product(grid.inner, outer, damping)
   return Rates(*np.asarray(list(values), np.float32).T)
 
 
-def choose(candidates: Rates, losses: np.ndarray) -> Rates:
+def choose(rates: Rates, losses: np.ndarray) -> Rates:
   """The candidate of the least loss; what is not finite is never chosen.
 
   Raises:
@@ -31,7 +47,7 @@ def choose(candidates: Rates, losses: np.ndarray) -> Rates:
   if not np.isfinite(losses).any():
     raise ValueError("every learning rate of the grid diverged")
   best = np.argmin(np.where(np.isfinite(losses), losses, np.inf))
-  return Rates(*(float(f"{values[best]:.6g}") for values in candidates))
+  return Rates(*(float(f"{values[best]:.6g}") for values in rates))
 
 
 def read(path: Path) -> dict[str, Table]:
