@@ -28,15 +28,16 @@ gives the hypergradient; behind it stands any optax chain.
 for one level.
 
 **Online**, where the losses change with time: :func:`window_average`, a window of old gradients
-(SOBOW), :func:`average_over_batches`, old losses at the current iterate (OAGD); the loop
-:func:`online` over a stream, with the metrics :func:`local_regret` and :func:`path_length`.
+(SOBOW), :func:`average_over_batches`, old losses at the current iterate (OAGD),
+:func:`add_corrected_response`, momentum corrections (SOGD); the loop :func:`online` over a stream,
+with the metrics :func:`local_regret` and :func:`path_length`.
 
 **Tasks**: :func:`jaxbo.tasks.sample_episode`; streams, :func:`jaxbo.tasks.minibatch_stream` and
 :func:`jaxbo.tasks.phase_stream`.
 
 **Whole methods**: :func:`esj`, :func:`itd`, :func:`aid`, :func:`stocbio`, and the loop
 :func:`bilevel`; :func:`pdbo`, :func:`proximal_pdbo`, :func:`bome`, :func:`v_pbgd`, :func:`f2sa`;
-:func:`sobow`, :func:`oagd`, :func:`ogd`.
+:func:`sobow`, :func:`oagd`, :func:`ogd`, :func:`sogd`.
 """
 
 from jaxbo import tasks as tasks
@@ -93,18 +94,18 @@ from jaxbo.bilevel.unrolled import (
   add_unrolled_response,
   itd,
 )
-from jaxbo.online.driver import (
-  Online,
-  OnlineBatch,
-  OnlineInfo,
-  OnlineMetric,
-  OnlineRound,
-  OnlineState,
-  online,
-)
+from jaxbo.online.driver import Online, OnlineInfo, OnlineState, online
 from jaxbo.online.oagd import BatchAverageInfo, BatchAverageState, average_over_batches, oagd
 from jaxbo.online.regret import Accumulated, local_regret, path_length
+from jaxbo.online.rounds import OnlineBatch, OnlineMetric, OnlineRound
 from jaxbo.online.sobow import ogd, sobow
+from jaxbo.online.sogd import (
+  CorrectedResponseInfo,
+  CorrectedResponseState,
+  Triple,
+  add_corrected_response,
+  sogd,
+)
 from jaxbo.online.window import Window, WindowAverageInfo, WindowAverageState, window_average
 
 __all__ = [
@@ -114,6 +115,8 @@ __all__ = [
   "Bilevel",
   "BilevelInfo",
   "BilevelState",
+  "CorrectedResponseInfo",
+  "CorrectedResponseState",
   "DropInfo",
   "DropResponseState",
   "DynamicBarrierInfo",
@@ -138,6 +141,7 @@ __all__ = [
   "ProximalInfo",
   "ProximalState",
   "Through",
+  "Triple",
   "UnrolledInfo",
   "UnrolledResponseState",
   "ValuePenaltyInfo",
@@ -145,6 +149,7 @@ __all__ = [
   "Window",
   "WindowAverageInfo",
   "WindowAverageState",
+  "add_corrected_response",
   "add_dynamic_barrier",
   "add_es_response",
   "add_implicit_response",
@@ -176,6 +181,7 @@ __all__ = [
   "proximal_pdbo",
   "scale_by_lagrangian_smoothness",
   "sobow",
+  "sogd",
   "stocbio",
   "v_pbgd",
   "window_average",

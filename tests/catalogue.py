@@ -141,6 +141,33 @@ def value_function(make_tx: Callable[..., optax.GradientTransformation], scale: 
   return make
 
 
+def online(make_outer: Callable[..., optax.GradientTransformation], solver=None, **options):
+  """The harness of a method that needs ``jaxbo.online``: its memory, or both batches."""
+
+  def make(seed, inner):
+    del seed
+    tx = optax.with_extra_args_support(make_outer(solver))
+    loop = jaxbo.online(outer_loss, solver, tx, **options)
+    batches = lambda t: (jnp.cos(t), jnp.sin(t))
+    cast = lambda batch: jax.tree.map(
+      lambda leaf: leaf.astype(jax.tree.leaves(inner)[0].dtype), batch
+    )
+
+    def init(x):
+      state = loop.init(x, inner, lambda key, t: cast(batches(t)))
+      return state.x, state._replace(loop=state.loop._replace(x=()))
+
+    def step(carry, t, **extra):
+      x, state = carry
+      state = state._replace(loop=state.loop._replace(x=x))
+      state, _ = loop.step(state, cast(batches(t)), **extra)
+      return state.x, state._replace(loop=state.loop._replace(x=()))
+
+    return Harness(tx, init, step)
+
+  return make
+
+
 VALUE = {"num_steps": 3, "inner_optimizer": optax.sgd(0.2, momentum=0.5)}
 DUAL = {"slack": 0.1, "dual_learning_rate": 0.5, **VALUE}
 BOX = {
@@ -204,6 +231,54 @@ REGISTRY = [
   Entry("aid", response(lambda s, k, y: jaxbo.aid(0.1, s))),
   Entry("stocbio", response(lambda s, k, y: jaxbo.stocbio(0.1, s, 3, 0.3))),
   Entry("esj", response(lambda s, k, y: jaxbo.esj(0.1, s, 4, key=k))),
+  Entry(
+    "sobow",
+    response(
+      lambda s, k, y: optax.chain(
+        jaxbo.sobow(-0.1, s, window=3, decay=0.9, inner_params=y),
+        jaxbo.window_average(2, normalization="present", storage_dtype=jnp.bfloat16),
+        jaxbo.project_params(BOX["project_outer"]),
+      )
+    ),
+  ),
+  Entry(
+    "average_over_batches",
+    online(
+      lambda s: jaxbo.average_over_batches(jaxbo.ogd(0.1), outer_loss, 0.9),
+      plain_solver(),
+      memory=3,
+      replay=True,
+    ),
+  ),
+  Entry(
+    "oagd",
+    online(lambda s: jaxbo.oagd(0.1, s, outer_loss), plain_solver(), memory=1, hyper_at="before"),
+  ),
+  Entry(
+    "corrected_response",
+    online(
+      lambda s: optax.chain(
+        jaxbo.add_corrected_response(
+          inner_loss, outer_loss, linear_learning_rate=0.2, correction=0.5, radius=1.0
+        ),
+        optax.adam(0.1),
+      )
+    ),
+  ),
+  Entry(
+    "sogd",
+    online(
+      lambda s: jaxbo.sogd(
+        0.1,
+        optax.linear_schedule(0.2, 0.1, 4),
+        inner_loss,
+        outer_loss,
+        linear_learning_rate=0.2,
+        correction=optax.linear_schedule(1.0, 0.5, 4),
+        **BOX,
+      )
+    ),
+  ),
   Entry("primal_dual", value_function(primal_dual)),
   Entry(
     "primal_dual_full",

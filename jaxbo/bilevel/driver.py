@@ -85,17 +85,8 @@ def bilevel(
     >>> print(state.x.round(2))                                     # F(x) = (x - 1) ** 2
     1.0
   """
-  _check.takes_arguments("outer_loss", outer_loss, "x", "y", "batch")
   outer_tx = optax.with_extra_args_support(outer)
-
-  def loss_and_aux(x, y, batch):
-    value, aux = outer_loss(x, y, batch), None
-    if has_aux:
-      if not isinstance(value, tuple) or len(value) != 2:
-        raise TypeError(f"outer_loss must return (scalar, aux) with has_aux=True, got {value!r}")
-      value, aux = value
-    _check.scalar_loss("outer_loss", value)
-    return value, aux
+  loss_and_aux = checked_outer_loss(outer_loss, has_aux)
 
   def init(x, y0, train=None):
     _check.floating("x", x)
@@ -129,3 +120,19 @@ def bilevel(
     return BilevelState(optax.apply_updates(x, updates), solution, outer_state), info
 
   return init, step
+
+
+def checked_outer_loss(outer_loss: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:
+  """The outer loss with auxiliary outputs, ``None`` if it has none, and with its errors."""
+  _check.takes_arguments("outer_loss", outer_loss, "x", "y", "batch")
+
+  def loss_and_aux(x, y, batch):
+    value, aux = outer_loss(x, y, batch), None
+    if has_aux:
+      if not isinstance(value, tuple) or len(value) != 2:
+        raise TypeError(f"outer_loss must return (scalar, aux) with has_aux=True, got {value!r}")
+      value, aux = value
+    _check.scalar_loss("outer_loss", value)
+    return value, aux
+
+  return loss_and_aux

@@ -62,7 +62,11 @@ class _Iterate(NamedTuple):
 
 
 def conjugate_gradient(
-  num_steps: int, tolerance: float = 0.0, damping: float = 0.0, *, warm_start: bool = False
+  num_steps: int,
+  tolerance: float | jax.Array = 0.0,
+  damping: float | jax.Array = 0.0,
+  *,
+  warm_start: bool = False,
 ) -> LinearSolver:
   r"""Conjugate gradient for :math:`(A + \text{damping}\, I)\, x = b`.
 
@@ -78,7 +82,8 @@ def conjugate_gradient(
 
   Args:
     num_steps: the largest number of steps, at least 1.
-    tolerance: relative residual at which to stop, at least 0.
+    tolerance: relative residual at which to stop, at least 0. An array (a schedule's value, by
+      ``optax.inject_hyperparams`` around the response) is allowed, here and for ``damping``.
     damping: added to the diagonal, at least 0. It biases the solution by
       :math:`O(\text{damping} / \lambda_{\min})`.
     warm_start: start from the solution of the previous update. Then

@@ -10,65 +10,11 @@ import optax
 from jaxbo import _check, _random
 from jaxbo.bilevel.driver import BilevelInfo, BilevelState, bilevel
 from jaxbo.bilevel.inner import InnerSolver
+from jaxbo.online.joint import joint
 from jaxbo.online.oagd import replay as solve_on_memory
+from jaxbo.online.rounds import OnlineMetric, OnlineRound, as_batch
 from jaxbo.online.window import empty_window
 from jaxbo.tasks.streams import Stream
-
-
-class OnlineBatch(NamedTuple):
-  """What a stream gives in a round.
-
-  Attributes:
-    train: the batch of the inner loss.
-    val: the batch of the outer loss.
-    extra: anything else, for metrics; it is not kept in the memory.
-  """
-
-  train: Any
-  val: Any
-  extra: Any = None
-
-
-class OnlineMetric(NamedTuple):
-  """A metric that remembers.
-
-  Attributes:
-    init: ``init(x, y, batch) -> state``, where ``batch`` is an :class:`OnlineBatch` of shapes.
-    update: ``update(state, round) -> (state, value)``, with the :class:`OnlineRound`.
-  """
-
-  init: Callable[[optax.Params, optax.Params, Any], Any]
-  update: Callable[[Any, Any], tuple[Any, Any]]
-
-
-class OnlineRound(NamedTuple):
-  """A round that was played, as metrics see it.
-
-  Attributes:
-    t: the number of the round, int32 from 0.
-    key: the base key of the stream.
-    batch: the :class:`OnlineBatch`.
-    before: the :class:`BilevelState` that was played, before the losses were known.
-    after: the :class:`BilevelState` after the round.
-    info: the :class:`BilevelInfo`.
-  """
-
-  t: jax.Array
-  key: jax.Array
-  batch: OnlineBatch
-  before: BilevelState
-  after: BilevelState
-  info: BilevelInfo
-
-  @property
-  def x(self) -> optax.Params:
-    """The outer parameters that were played."""
-    return self.before.x
-
-  @property
-  def y(self) -> optax.Params:
-    """The inner parameters that were played."""
-    return self.before.solution.params
 
 
 class OnlineState(NamedTuple):
@@ -116,18 +62,19 @@ class Online(NamedTuple):
 
   Attributes:
     init: ``init(x, y0, stream, *, key=0) -> OnlineState``.
-    step: ``step(state, batch) -> (OnlineState, OnlineInfo)``, one round.
+    step: ``step(state, batch, **extra_args) -> (OnlineState, OnlineInfo)``, one round; extra
+      arguments go to the ``update`` of the transformation.
     run: ``run(state, stream, num_rounds) -> (OnlineState, OnlineInfo)``, one ``lax.scan``.
   """
 
   init: Callable[..., OnlineState]
-  step: Callable[[OnlineState, Any], tuple[OnlineState, OnlineInfo]]
+  step: Callable[..., tuple[OnlineState, OnlineInfo]]
   run: Callable[[OnlineState, Stream, int], tuple[OnlineState, OnlineInfo]]
 
 
 def online(
   outer_loss: Callable[..., Any],
-  inner: InnerSolver,
+  inner: InnerSolver | None,
   outer: optax.GradientTransformation,
   *,
   hyper_at: str = "after",
@@ -151,9 +98,12 @@ def online(
 
   Args:
     outer_loss: the outer loss :math:`f`, ``outer_loss(x, y, batch) -> scalar``.
-    inner: the inner solver. ``num_steps=1`` with a warm start is the single loop.
+    inner: the inner solver. ``num_steps=1`` with a warm start is the single loop. ``None``: the
+      transformation moves both levels.
     outer: an optax chain that begins with a response, or an alias: :func:`jaxbo.sobow`,
-      :func:`jaxbo.oagd`, :func:`jaxbo.ogd`, :func:`jaxbo.aid`.
+      :func:`jaxbo.oagd`, :func:`jaxbo.ogd`, :func:`jaxbo.aid`. Without an inner solver a method on
+      :class:`jaxbo.Bilevel` parameters: :func:`jaxbo.sogd`, or a value-function method such as
+      :func:`jaxbo.f2sa`, which takes no second derivative.
     hyper_at: where the hypergradient is taken. ``"after"``: at the inner parameters after the solve
       of this round, :math:`(x_t, y_{t+1})`. ``"before"``: at :math:`(x_t, y_t)`, so that both
       levels step at once; for responses that look at nothing but the inner parameters (implicit or
@@ -173,7 +123,8 @@ def online(
 
   Raises:
     ValueError: for another ``hyper_at``, ``memory < 1``, ``replay`` without ``memory``, a stream
-      that gives no pair, or ``hyper_at="before"`` with a response that differentiates the run.
+      that gives no pair, ``hyper_at="before"`` with a response that differentiates the run, and
+      these two without an inner solver.
     TypeError: as :func:`jaxbo.bilevel`; if a metric is no function.
 
   Example:
@@ -197,11 +148,17 @@ def online(
     memory = _check.positive_int("memory", memory)
   elif replay:
     raise ValueError("memory must be set with replay=True: how many of the last batches to keep")
+  if inner is None and (replay or hyper_at == "before"):
+    raise ValueError("inner must be an inner solver with replay=True or hyper_at='before'")
   metrics = dict(metrics or {})
   for name, metric in metrics.items():
     if not isinstance(metric, OnlineMetric):
       _check.takes_arguments(f"metrics[{name!r}]", metric, "round")
-  loop_init, _ = bilevel(outer_loss, inner, outer, has_aux=has_aux)
+  if inner is None:
+    loop_init, joint_step = joint(outer_loss, outer, has_aux=has_aux)
+    play = lambda loop, batch, **extra_args: joint_step(loop, batch.train, batch.val, **extra_args)
+  else:
+    loop_init, play = _one_after_the_other(outer_loss, inner, outer, hyper_at, replay, has_aux)
 
   def init(x, y0, stream, *, key=0):
     batch = jax.eval_shape(lambda key: as_batch(stream(key, jnp.int32(0))), jax.random.key(0))
@@ -220,24 +177,13 @@ def online(
       },
     )
 
-  def step(state, batch):
+  def step(state, batch, **extra_args):
     batch = as_batch(batch)
-    before, window, extra = state.loop, (), {}
-    solve = inner.solve
+    before, window = state.loop, ()
     if memory is not None:
       window = state.memory.push(batch._replace(extra=None))
-      extra["memory"] = window
-      if replay:
-        solve = lambda x, solution, _: solve_on_memory(inner, x, solution, window)
-
-    in_loop = solve if hyper_at == "after" else lambda x, solution, _: solution
-    _, loop_step = bilevel(outer_loss, inner._replace(solve=in_loop), outer, has_aux=has_aux)
-    after, info = loop_step(before, batch.train, batch.val, **extra)
-    if hyper_at == "before":
-      solution = solve(before.x, before.solution, batch.train)
-      after = after._replace(solution=solution)
-      info = info._replace(inner_losses=solution.info.losses)
-
+      extra_args["memory"] = window
+    after, info = play(before, batch, **extra_args)
     played = OnlineRound(
       t=state.round_count,
       key=jax.random.wrap_key_data(state.stream_key),
@@ -268,16 +214,24 @@ def online(
   return Online(init, step, run)
 
 
-def as_batch(batch: Any) -> OnlineBatch:
-  """What a stream gave, as an :class:`OnlineBatch`; raises unless it is a pair or one."""
-  if isinstance(batch, OnlineBatch):
-    return batch
-  if isinstance(batch, tuple) and len(batch) == 2:
-    return OnlineBatch(*batch)
-  raise ValueError(
-    "a stream must return the pair (train, val) or an OnlineBatch, got "
-    f"{jax.tree.map(jnp.shape, batch)}"
-  )
+def _one_after_the_other(outer_loss, inner, outer, hyper_at, replay, has_aux):
+  """The loop of :func:`jaxbo.bilevel`, with the switches of :func:`online`."""
+  init, _ = bilevel(outer_loss, inner, outer, has_aux=has_aux)
+
+  def play(before, batch, **extra_args):
+    solve = inner.solve
+    if replay:
+      solve = lambda x, solution, _: solve_on_memory(inner, x, solution, extra_args["memory"])
+    in_loop = solve if hyper_at == "after" else lambda x, solution, _: solution
+    _, step = bilevel(outer_loss, inner._replace(solve=in_loop), outer, has_aux=has_aux)
+    after, info = step(before, batch.train, batch.val, **extra_args)
+    if hyper_at == "before":
+      solution = solve(before.x, before.solution, batch.train)
+      after = after._replace(solution=solution)
+      info = info._replace(inner_losses=solution.info.losses)
+    return after, info
+
+  return init, play
 
 
 def _check_looks_at_the_solution(outer_state: optax.OptState) -> None:

@@ -9,7 +9,7 @@ import optax
 
 from jaxbo import _check, _tree
 from jaxbo.bilevel.projection import Projection, project_tree
-from jaxbo.online.driver import OnlineBatch, OnlineMetric, OnlineRound
+from jaxbo.online.rounds import OnlineBatch, OnlineMetric, OnlineRound
 from jaxbo.online.window import check_window, empty_window
 
 

@@ -70,7 +70,9 @@ def sobow(
 
   Where the inner Hessian is not positive definite, conjugate gradient stops at the last good
   iterate and says so (``linear_breakdown`` in the :class:`jaxbo.ImplicitInfo` of the state); give
-  it ``damping``. What is not finite never enters the window.
+  it ``damping``. What is not finite never enters the window: a response that is not counts as zero
+  (``response_finite``), so that :math:`\nabla_x f_t` enters alone, and a :math:`\nabla_x f_t` that
+  is not leaves an empty slot (:func:`jaxbo.window_average`).
 
   Args:
     learning_rate: :math:`\beta`, a float or a schedule. Mind the delay of the window: see

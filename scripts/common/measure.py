@@ -47,7 +47,7 @@ def _count(jaxpr, while_steps: int) -> int:
   total = 0
   for eqn in jaxpr.eqns:
     name = eqn.primitive.name
-    inner = sum(_count(sub, while_steps) for sub in _sub_jaxprs(eqn.params))
+    inner = sum(_count(sub, while_steps) for sub in sub_jaxprs(eqn.params))
     if name == "scan":
       total += eqn.params["length"] * inner
     elif name == "while":
@@ -70,7 +70,7 @@ def _count(jaxpr, while_steps: int) -> int:
   return total
 
 
-def _sub_jaxprs(params: Mapping[str, Any]) -> list[Jaxpr]:
+def sub_jaxprs(params: Mapping[str, Any]) -> list[Jaxpr]:
   """The jaxprs among the parameters of an equation: bodies of loops, branches, calls."""
   is_jaxpr = lambda value: isinstance(value, (Jaxpr, ClosedJaxpr))
   leaves = jax.tree.leaves(list(params.values()), is_leaf=is_jaxpr)

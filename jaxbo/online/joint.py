@@ -1,0 +1,56 @@
+"""A loop of both levels at once, for methods on :class:`jaxbo.Bilevel` parameters."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxbo import _check, _tree
+from jaxbo.bilevel.driver import BilevelInfo, BilevelState, checked_outer_loss
+from jaxbo.bilevel.inner import InnerInfo, InnerSolution
+from jaxbo.bilevel.parameters import Bilevel
+
+
+def joint(
+  outer_loss: Callable[..., Any], outer: optax.GradientTransformation, *, has_aux: bool = False
+) -> tuple[Callable[..., BilevelState], Callable[..., tuple[BilevelState, BilevelInfo]]]:
+  """``(init, step)`` like :func:`jaxbo.bilevel`, for a method that moves both levels itself.
+
+  Gradients of the outer loss go in as :class:`jaxbo.Bilevel`; ``update`` is given ``batch=``, the
+  batch of the inner loss, and ``outer_batch=``. The inner solution holds parameters and nothing
+  else, and there are no inner losses to report (``None``).
+  """
+  tx = optax.with_extra_args_support(outer)
+  loss_and_aux = checked_outer_loss(outer_loss, has_aux)
+
+  def init(x, y0, train=None):
+    del train
+    params = _tree.copy(Bilevel(x, y0))
+    _check.floating("x", x)
+    _check.floating("y0", y0)
+    no_run: Any = InnerInfo(None, jnp.bool_(True))  # pyright: ignore[reportArgumentType]
+    solution = InnerSolution(params.inner, (), ((), ()), no_run)
+    return BilevelState(params.outer, solution, _tree.copy(tx.init(params)))
+
+  def step(state, train, val, **extra_args):
+    params = Bilevel(state.x, state.solution.params)
+    loss_of_both = lambda params: loss_and_aux(params.outer, params.inner, val)
+    (loss, aux), grads = jax.value_and_grad(loss_of_both, has_aux=True)(params)
+    updates, outer_state = tx.update(
+      grads, state.outer_state, params, batch=train, outer_batch=val, **extra_args
+    )
+    _check.same_structure("what outer returns", updates, "Bilevel(x, y)", params)
+    new: Any = optax.apply_updates(params, updates)
+    unknown = jnp.float32(jnp.nan)
+    info = BilevelInfo(
+      outer_loss=loss,
+      hypergradient_norm=unknown,
+      inner_losses=state.solution.info.losses,
+      linear_residual=unknown,
+      aux=aux,
+    )
+    return BilevelState(new.outer, state.solution._replace(params=new.inner), outer_state), info
+
+  return init, step

@@ -1,0 +1,78 @@
+"""A round of an online problem: what a stream gives, and what metrics see of it."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxbo.bilevel.driver import BilevelInfo, BilevelState
+
+
+class OnlineBatch(NamedTuple):
+  """What a stream gives in a round.
+
+  Attributes:
+    train: the batch of the inner loss.
+    val: the batch of the outer loss.
+    extra: anything else, for metrics; it is not kept in the memory.
+  """
+
+  train: Any
+  val: Any
+  extra: Any = None
+
+
+class OnlineMetric(NamedTuple):
+  """A metric that remembers.
+
+  Attributes:
+    init: ``init(x, y, batch) -> state``, where ``batch`` is an :class:`OnlineBatch` of shapes.
+    update: ``update(state, round) -> (state, value)``, with the :class:`OnlineRound`.
+  """
+
+  init: Callable[[optax.Params, optax.Params, Any], Any]
+  update: Callable[[Any, Any], tuple[Any, Any]]
+
+
+class OnlineRound(NamedTuple):
+  """A round that was played, as metrics see it.
+
+  Attributes:
+    t: the number of the round, int32 from 0.
+    key: the base key of the stream.
+    batch: the :class:`OnlineBatch`.
+    before: the :class:`BilevelState` that was played, before the losses were known.
+    after: the :class:`BilevelState` after the round.
+    info: the :class:`BilevelInfo`.
+  """
+
+  t: jax.Array
+  key: jax.Array
+  batch: OnlineBatch
+  before: BilevelState
+  after: BilevelState
+  info: BilevelInfo
+
+  @property
+  def x(self) -> optax.Params:
+    """The outer parameters that were played."""
+    return self.before.x
+
+  @property
+  def y(self) -> optax.Params:
+    """The inner parameters that were played."""
+    return self.before.solution.params
+
+
+def as_batch(batch: Any) -> OnlineBatch:
+  """What a stream gave, as an :class:`OnlineBatch`; raises unless it is a pair or one."""
+  if isinstance(batch, OnlineBatch):
+    return batch
+  if isinstance(batch, tuple) and len(batch) == 2:
+    return OnlineBatch(*batch)
+  raise ValueError(
+    "a stream must return the pair (train, val) or an OnlineBatch, got "
+    f"{jax.tree.map(jnp.shape, batch)}"
+  )
