@@ -21,6 +21,7 @@ from scripts.common.online_problems import Problem
 
 DECAY = 0.9  # of the window, for SOBOW and OAGD alike
 LINEAR_STEPS = 5  # of conjugate gradient, and products of the Neumann series
+CORRECTION = 0.9  # of SOGD, the least of those that its paper tries
 PUBLISHED_ROUNDS = 400  # what the published schedules are made for
 
 
@@ -40,7 +41,8 @@ class Method(NamedTuple):
     make: ``make(problem, rates, window, y, rounds)``, the arguments of :func:`jaxbo.online`.
     windowed: whether it depends on the window.
     inner_per_window: whether the window counts for inner steps alone, so that 1 makes it another.
-    has_system: whether it solves a linear system, and so moves ``x`` by more than ``df/dx``.
+    responds: whether it has a response, and so moves ``x`` by more than ``df/dx``.
+    damped: whether it has a linear solver to damp.
     published: whether its settings are the published ones, so that it has no rates of its own.
   """
 
@@ -48,7 +50,8 @@ class Method(NamedTuple):
   make: Callable[..., dict[str, Any]]
   windowed: bool = True
   inner_per_window: bool = False
-  has_system: bool = False
+  responds: bool = False
+  damped: bool = False
   published: bool = False
 
 
@@ -98,6 +101,21 @@ def _sobow(problem, rates, window, y, rounds, num_steps=1):
 def _sobow_steps(problem, rates, window, y, rounds):
   """As many inner steps as OAGD has, but all on the batch of the round."""
   return _sobow(problem, rates, window, y, rounds, num_steps=window)
+
+
+def _sogd(problem, rates, window, y, rounds):
+  """Constant rates, the linear system's that of ``y``, as in the comparison of the paper."""
+  del window, y, rounds
+  outer = jaxbo.sogd(
+    rates.outer,
+    rates.inner,
+    problem.inner_loss,
+    problem.outer_loss,
+    linear_learning_rate=rates.inner,
+    correction=CORRECTION,
+    project_outer=problem.project,
+  )
+  return {"inner": None, "outer": outer}
 
 
 def _oagd(problem, rates, window, y, rounds):
@@ -168,24 +186,28 @@ def _oagd_published(problem, rates, window, y, rounds):
   del rates, y
   inner = _published_inner(problem, window, rounds)
   _, by_round, start = published_rates(rounds)
+  started: Any = lambda step, **_: step >= start
   response = jaxbo.add_implicit_response(inner, jaxbo.neumann(LINEAR_STEPS, 0.5))
   steps = optax.chain(
     optax.add_decayed_weights(1e-4), optax.sgd(_table(by_round[start:]), momentum=0.9)
   )
   outer = optax.chain(
     jaxbo.average_over_batches(response, problem.outer_loss, decay=DECAY),
-    optax.conditionally_mask(steps, lambda step, **_: step >= start),
+    optax.conditionally_mask(steps, started),
   )
   return {"inner": inner, "outer": outer, "memory": window, "replay": True}
 
 
 METHODS = {
   "ogd": Method("OGD", _ogd, windowed=False),
-  "sobow": Method("SOBOW", _sobow, has_system=True),
-  "sobow_steps": Method("SOBOW, K steps", _sobow_steps, inner_per_window=True, has_system=True),
+  "sobow": Method("SOBOW", _sobow, responds=True, damped=True),
+  "sobow_steps": Method(
+    "SOBOW, K steps", _sobow_steps, inner_per_window=True, responds=True, damped=True
+  ),
+  "sogd": Method("SOGD", _sogd, windowed=False, responds=True),
   "ogd_replay": Method("OGD, replay", _ogd_replay, inner_per_window=True),
-  "oagd": Method("OAGD", _oagd, has_system=True),
+  "oagd": Method("OAGD", _oagd, responds=True, damped=True),
   "ogd_published": Method("OGD*", _ogd_published, windowed=False, published=True),
   "ogd_replay_published": Method("OGD*, replay", _ogd_replay_published, published=True),
-  "oagd_published": Method("OAGD*", _oagd_published, published=True),
+  "oagd_published": Method("OAGD*", _oagd_published, responds=True, published=True),
 }

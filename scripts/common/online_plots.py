@@ -17,6 +17,7 @@ COLORS = {
   "ogd_replay": "0.7",
   "sobow": "C0",
   "sobow_steps": "C9",
+  "sogd": "C2",
   "oagd": "C1",
   "ogd_published": "C5",
   "ogd_replay_published": "C4",

@@ -98,28 +98,31 @@ def _conv4(num_inputs: int, width: int) -> Features:
 
   def init(key):
     params = batch_norm.init(key, as_images(jnp.zeros((2, num_inputs))))["params"]
-    keys = jax.random.split(key, len(params))
     # As the published code draws them: variance 2 / (9 features).
     he = jax.nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-    for name_key, (name, layer) in zip(keys, params.items(), strict=True):
-      if "kernel" in layer:
-        params[name]["kernel"] = he(name_key, layer["kernel"].shape)
-    return params
+
+    def draw(path, leaf):
+      layer, name = (part.key for part in path)
+      if name != "kernel":
+        return leaf
+      return he(jax.random.fold_in(key, int(layer.removeprefix("Conv_"))), leaf.shape)
+
+    return jax.tree_util.tree_map_with_path(draw, params)
+
+  def apply(params, images):
+    return jnp.asarray(batch_norm.apply({"params": params}, as_images(images)))
 
   def frozen(params, images, reference):
-    empty = jax.tree.map(
-      jnp.zeros_like,
-      jax.eval_shape(running.init, jax.random.key(0), as_images(reference))["batch_stats"],
-    )
+    shapes = jax.eval_shape(running.init, jax.random.key(0), as_images(reference))
+    empty = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), shapes["batch_stats"])
     _, stats = running.apply(
       {"params": params, "batch_stats": empty},
       as_images(reference),
       train=True,
       mutable=["batch_stats"],
     )
-    return running.apply({"params": params, **stats}, as_images(images))
+    return jnp.asarray(running.apply({"params": params, **stats}, as_images(images)))
 
-  apply = lambda params, images: batch_norm.apply({"params": params}, as_images(images))
   return Features(init, apply, frozen, width)
 
 

@@ -27,7 +27,7 @@ class Run(NamedTuple):
     accuracy: balanced accuracy on fresh data, ``[evaluations, seeds]``.
     loss: the outer loss of what was played, on the batch of the round, ``[rounds, seeds]``.
     regret: the local regret of window 1 up to each round, ``[rounds, seeds]``.
-    breakdown: whether the linear solver met negative curvature, ``[rounds, seeds]``.
+    breakdown: 1 where the linear solver met curvature that was not positive, ``[rounds, seeds]``.
     distance: how far ``x`` is from where it began, ``[seeds]``.
     seconds: of all rounds and seeds, without compilation and evaluation.
     state_bytes: of the state of one seed that is neither ``x`` nor the inner parameters.
@@ -47,11 +47,11 @@ class Program(NamedTuple):
   """A method on a problem, compiled for a number of seeds.
 
   Attributes:
-    init: ``init(rates, features, schedules, keys) -> states``.
+    init: ``init(rates, features, schedules, seeds) -> states``.
     step: ``step(states, rates, features, schedules) -> (states, metrics)``, some rounds.
     evaluate: ``evaluate(states, features, labels, schedules, test_rows) -> [seeds]``.
     distance: ``distance(states, start) -> [seeds]``.
-    losses: ``losses(rates, features, schedules, keys)``, the mean over seeds of the sum over all
+    losses: ``losses(rates, features, schedules, seeds)``, the mean over seeds of the sum over all
       rounds of the outer loss, for each of the candidates in ``rates``, side by side.
   """
 
@@ -83,8 +83,8 @@ def make_program(
   shapes = jax.eval_shape(problem.init, jax.random.key(0))
   metrics: dict[str, Any] = {
     "loss": lambda round: problem.outer_loss(round.x, round.y, round.batch.val),
-    "breakdown": lambda round: jnp.asarray(
-      optax.tree.get(round.after.outer_state, "linear_breakdown", False)
+    "breakdown": lambda round: jnp.float32(
+      optax.tree.get(round.after.outer_state, "linear_breakdown", jnp.nan)
     ),
   }
   if problem.hypergradient is not None:
@@ -94,8 +94,8 @@ def make_program(
     wanted = {name: metrics[name] for name in names}
     return online_methods.make_loop(method, problem, rates, window, shapes[1], rounds, wanted)
 
-  def init(rates, features, schedule, key):
-    x, y = problem.init(key)
+  def init(rates, features, schedule, seed):
+    x, y = problem.init(jax.random.key(seed))
     return loop(rates).init(x, y, online_streams.stream_of(features, schedule))
 
   def step(state, rates, features, schedule):
@@ -113,10 +113,12 @@ def make_program(
     predicted = jax.lax.map(lambda row: classify(row[None])[0], test_rows, batch_size=TEST_BATCH)
     return balanced_accuracy(predicted, labels[test_rows], num_classes)
 
-  def cumulative_loss(rates, features, schedule, key):
+  def cumulative_loss(rates, features, schedule, seed):
     stream = online_streams.stream_of(features, schedule)
     to_tune = loop(rates, ("loss",))
-    _, history = to_tune.run(to_tune.init(*problem.init(key), stream), stream, rounds)
+    _, history = to_tune.run(
+      to_tune.init(*problem.init(jax.random.key(seed)), stream), stream, rounds
+    )
     return jnp.sum(history.metrics["loss"])
 
   def losses(rates, *data):
@@ -141,14 +143,14 @@ class Data(NamedTuple):
     labels: ``[rows]``.
     schedules: leaves ``[seeds, rounds, batch]``.
     test_rows: ``[seeds, rows]``.
-    keys: of the initial parameters, ``[seeds]``.
+    seeds: of the initial parameters, ``[seeds]``.
   """
 
   features: Any
   labels: Any
   schedules: Schedule
   test_rows: Any
-  keys: Any
+  seeds: Any
 
 
 def draw_data(
@@ -164,15 +166,15 @@ def draw_data(
     online_streams.draw(kind, pool, examples, rounds, batch_size, seed)
     for seed, pool in zip(seeds, pools, strict=True)
   ]
-  keys = jnp.stack([jax.random.key(seed) for seed in seeds])
   test_rows = np.stack([pool.test for pool in pools])
   stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *schedules)
-  return Data(*jax.device_put((examples.images, examples.labels, stacked, test_rows)), keys)
+  arrays = (examples.images, examples.labels, stacked, test_rows, np.asarray(seeds, np.int32))
+  return Data(*jax.device_put(arrays))
 
 
 def compile_step(program: Program, rates: Rates, data: Data) -> Program:
   """Compiles ``step`` before it is timed; streams of the same shapes share it."""
-  states = program.init(rates, data.features, data.schedules, data.keys)
+  states = program.init(rates, data.features, data.schedules, data.seeds)
   compiled = program.step.lower(states, rates, data.features, data.schedules).compile()
   return program._replace(step=compiled)
 
@@ -181,7 +183,7 @@ def play(
   program: Program, rates: Rates, data: Data, num_calls: int
 ) -> Iterator[tuple[float, Run | None]]:
   """Plays a stream; yields ``(mean accuracy, None)`` at each evaluation and the run at the end."""
-  states = program.init(rates, data.features, data.schedules, data.keys)
+  states = program.init(rates, data.features, data.schedules, data.seeds)
   start = jax.tree.map(jnp.copy, states.x)
   evaluate = lambda: np.asarray(
     program.evaluate(states, data.features, data.labels, data.schedules, data.test_rows)
@@ -207,7 +209,7 @@ def play(
     breakdown=joined["breakdown"],
     distance=np.asarray(program.distance(states, start)),
     seconds=seconds,
-    state_bytes=kept_bytes(states) // len(data.keys),
+    state_bytes=kept_bytes(states) // len(data.seeds),
   )
   yield float(np.mean(accuracy[-1])), run
 
@@ -217,4 +219,5 @@ def kept_bytes(states: jaxbo.OnlineState) -> int:
 
   That is the window of gradients, the last linear solution, and the memory of batches.
   """
-  return sum(leaf.nbytes for leaf in jax.tree.leaves((states.loop.outer_state, states.memory)))
+  kept = jax.tree.leaves((states.loop.outer_state, states.memory))
+  return sum(leaf.size * leaf.dtype.itemsize for leaf in kept)

@@ -31,9 +31,9 @@ GRIDS = {  # by problem and data set; coarse where a run takes long
 Table = dict[str, dict[str, list[float]]]  # by method and window
 
 
-def candidates(grid: Grid, *, moves_x: bool, has_system: bool) -> Rates:
+def candidates(grid: Grid, *, moves_x: bool, damped: bool) -> Rates:
   """The points of a grid, as arrays ``[candidates]``; only what matters to a method is varied."""
-  outer, damping = grid.outer if moves_x else (0.0,), grid.damping if has_system else (0.0,)
+  outer, damping = grid.outer if moves_x else (0.0,), grid.damping if damped else (0.0,)
   values = itertools.product(grid.inner, outer, damping)
   return Rates(*np.asarray(list(values), np.float32).T)
 
