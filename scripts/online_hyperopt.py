@@ -223,21 +223,26 @@ COLUMNS = (
 
 
 def table_rows(results: Sequence[Result]) -> list[list[str]]:
-  """The rows of the table of one stream, formatted."""
+  """The rows of the table of one stream, formatted: means over the seeds that did not diverge."""
   rows = []
   for variant in dict.fromkeys(Variant(result.method, result.window) for result in results):
-    mine = [row for row in results if (row.method, row.window) == variant]
+    label = variant.label
+    all_seeds = [row for row in results if (row.method, row.window) == variant]
+    mine = [row for row in all_seeds if math.isfinite(row.cumulative_loss)]
+    if len(mine) < len(all_seeds):
+      label += f", {len(all_seeds) - len(mine)} of {len(all_seeds)} diverged"
+      mine = mine or all_seeds
     spread = lambda name, digits, mine=mine: report.mean_and_spread(
       (getattr(row, name) for row in mine), digits
     )
     stops = np.mean([row.breakdown_share for row in mine])
     rows.append(
       [
-        variant.label,
+        label,
         spread("cumulative_loss", 1),
         spread("mean_accuracy", 3),
         spread("final_accuracy", 3),
-        spread("distance", 2),
+        spread("distance", 1),
         spread("regret", 4),
         "-" if math.isnan(mine[0].breakdown_share) else f"{stops:.0%}",
         f"{1e3 * mine[0].seconds_per_round:.2f}",
@@ -245,6 +250,12 @@ def table_rows(results: Sequence[Result]) -> list[list[str]]:
       ]
     )
   return rows
+
+
+def without_dashes(rows: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
+  """Columns and rows of a table, without the columns that say nothing."""
+  kept = [i for i in range(len(COLUMNS)) if any(row[i] != "-" for row in rows)]
+  return [COLUMNS[i] for i in kept], [[row[i] for i in kept] for row in rows]
 
 
 def title(config: Config, stream: str) -> str:
@@ -300,7 +311,7 @@ def run_and_report(config: Config) -> int:
     for stream in config.stream_names():
       mine = [result for result in results if result.stream == stream]
       if mine:
-        report.print_table(console, title(config, stream), COLUMNS, table_rows(mine))
+        report.print_table(console, title(config, stream), *without_dashes(table_rows(mine)))
     kinds = {name: STREAMS[config.problem][name] for name in config.stream_names()}
     online_plots.draw_runs(runs, kinds, config.rounds, config.output_dir / PICTURE)
     if len(config.windows) > 2:
