@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from scripts.common import plots
+from scripts.common.online_methods import METHODS
 from scripts.common.online_runs import Run
 from scripts.common.online_streams import StreamKind
 from scripts.common.plots import plt
@@ -51,6 +52,9 @@ def draw_runs(
       gain = np.cumsum(run.loss - baseline.loss, axis=0)
       band(grid[1, column], np.arange(len(gain)) + 1, gain, **style)
     grid[0, column].set_title(name)
+    # The first evaluation is of what knows nothing.
+    worst = min(run.accuracy[1:].min() for run in mine.values())
+    grid[0, column].set_ylim(bottom=worst - 0.02)
     for axes in grid[:, column]:
       mark_phases(axes, kinds[name].phases(rounds))
     grid[1, column].set_xlabel("round")
@@ -66,7 +70,7 @@ def band(axes: Axes, x: np.ndarray, values: np.ndarray, **style: Any) -> None:
   """The mean of ``values`` ``[len(x), seeds]`` in a band from least to greatest."""
   axes.plot(x, values.mean(axis=1), **style)
   low, high = values.min(axis=1), values.max(axis=1)
-  axes.fill_between(x, low, high, color=style["color"], alpha=0.1, lw=0)
+  axes.fill_between(x, low, high, color=style["color"], alpha=0.08, lw=0)
 
 
 def mark_phases(axes: Axes, phases: list[tuple[int, str]]) -> None:
@@ -81,23 +85,36 @@ def mark_phases(axes: Axes, phases: list[tuple[int, str]]) -> None:
 
 
 def draw_sweep(runs: Mapping[tuple[str, Any], Run], names: list[str], path: Path) -> None:
-  """Cumulative loss against the window for each stream, and what a method keeps."""
+  """Cumulative loss against the window for each stream, and what a method keeps.
+
+  A method without a window is a dashed line.
+  """
   names = [name for name in names if any(stream == name for stream, _ in runs)]
   fig, panels = plt.subplots(
-    1, len(names) + 1, figsize=(4.2 * (len(names) + 1), 4.2), squeeze=False, layout="constrained"
+    1, len(names) + 1, figsize=(4 * (len(names) + 1), 4.4), squeeze=False, layout="constrained"
   )
   for axes, name in zip(panels[0], names, strict=False):
+    for (stream, variant), run in runs.items():
+      if stream == name and not METHODS[variant.method].windowed:
+        mean = run.loss.sum(axis=0).mean()
+        label = METHODS[variant.method].label
+        axes.axhline(mean, color=COLORS[variant.method], label=label, linestyle="--")
     for method, mine in by_method(runs, name).items():
       losses = np.stack([run.loss.sum(axis=0) for run in mine.values()])
-      band(axes, np.asarray(list(mine)), losses, color=COLORS[method], label=method, marker="o")
-    axes.set(title=name, xscale="log", xlabel="window K", ylabel="cumulative loss")
+      style = {"color": COLORS[method], "label": METHODS[method].label, "marker": "o"}
+      band(axes, np.asarray(list(mine)), losses, **style)
+    axes.set(title=name, ylabel="cumulative loss")
   for method, mine in by_method(runs, names[0]).items():
     kept = [run.state_bytes / 2**10 for run in mine.values()]
-    panels[0, -1].plot(list(mine), kept, color=COLORS[method], label=method, marker="o")
-  panels[0, -1].set(
-    title="memory", xscale="log", yscale="log", xlabel="window K", ylabel="kept, KiB a seed"
-  )
-  panels[0, -1].legend(fontsize="small")
+    panels[0, -1].plot(list(mine), kept, color=COLORS[method], marker="o")
+  panels[0, -1].set(title="memory", yscale="log", ylabel="kept beside both levels, KiB a seed")
+  for axes in panels[0]:
+    windows = sorted({variant.window for _, variant in runs})
+    axes.set(xscale="log", xlabel="window K")
+    axes.set_xticks(windows, map(str, windows))
+    axes.minorticks_off()
+  handles, labels = panels[0, 0].get_legend_handles_labels()
+  fig.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize="small")
   plots.save(fig, path)
 
 

@@ -3,6 +3,7 @@
 import csv
 import itertools
 import json
+import math
 import os
 from pathlib import Path
 
@@ -399,6 +400,19 @@ def test_a_run_prints_tables_and_writes_its_files(tmp_path, capsys):
   for name in (script.PICTURE, script.SWEEP):
     with Image.open(tmp_path / name) as picture:
       assert picture.width > 800
+
+
+def test_seeds_that_diverged_are_counted_and_left_out_of_the_means():
+  result = lambda seed, loss: script.Result(
+    "gradual", "sobow", 5, seed, loss, 0.5, 0.5, 1.0, math.nan, 0.0, 1e-3, 1024, 1.0, 1.0, 0.0
+  )
+  rows = script.table_rows([result(0, 2.0), result(1, math.nan), result(2, 4.0)])
+  assert rows[0][:2] == ["SOBOW, K=5, 1 of 3 diverged", "3.0 ± 1.4"]
+  columns, [row] = script.without_dashes(rows)
+  assert "regret" not in columns
+  assert len(row) == len(columns) == len(script.COLUMNS) - 1
+  [row] = script.table_rows([result(0, math.inf)])
+  assert row[:2] == ["SOBOW, K=5, 1 of 1 diverged", "-"]
 
 
 def test_an_interruption_leaves_what_was_finished(tmp_path, capsys, monkeypatch):
