@@ -1,6 +1,6 @@
 """Online bilevel optimization: what a round costs, how fast rounds go, what the state weighs.
 
-  PYTHONPATH=.:models python3 -m benchmarks.online                   (about 2 minutes on 2 cores)
+  PYTHONPATH=.:models python3 -m benchmarks.online                   (about 4 minutes on 2 cores)
   ... --save benchmarks/results/online_cpu                           (writes .md and .json as well)
 
 The problem is a drifting quadratic with matrices that can be told apart: the inner loss has a

@@ -46,7 +46,7 @@ def in_numpy(problem, num_rounds, rates, correction, radius):
 def test_the_trace_is_that_of_the_published_equations(radius, x64):
   """Their v is ours with the other sign; the correction falls with time, the ball is reached."""
   problem = p2(10)
-  correction = lambda t: 1 / (1 + t) ** 0.5
+  correction = lambda t: 0.9 / (1 + t) ** 0.5
   outer = jaxbo.sogd(
     0.1,
     0.2,

@@ -103,6 +103,24 @@ def test_p2(name):
   np.testing.assert_allclose(metrics["trace"]["next_x"], golden, **CLOSE)
 
 
+def test_a_warm_start_of_oagd_goes_through_the_batches_and_on_to_the_next_round():
+  """One step of CG for each batch, from the solution of the batch before, in NumPy."""
+  problem, weights = p2(), 0.8 ** np.arange(4)
+  options = {"method": "oagd", "window": 4, "num_rounds": 6, "cg": (1, True)}
+  _, metrics = play(problem.stream(), *start(problem), 0.2, 0.3, 0.8, **options)
+  x, y, v = np.zeros((3, 2))
+  for t in range(6):
+    y = y - 0.2 * (problem.A @ y - x - problem.b[t])
+    d = np.zeros(2)
+    for age in (3, 2, 1, 0):
+      if age <= t:
+        residual = y - problem.c[t - age] - problem.A @ v
+        v = v + residual @ residual / (residual @ problem.A @ residual) * residual
+        d += weights[age] / weights.sum() * (0.1 * x + v)
+    x = x - 0.3 * d
+    np.testing.assert_allclose(metrics["trace"]["next_x"][t], x, **CLOSE)
+
+
 def ramp(problem, num_rounds, **options):
   """The distance to the minimum with exact inner solutions."""
   x, y = start(problem)
@@ -178,6 +196,11 @@ def test_path_lengths_of_p3():
   found = path_metrics(problem, 2.0, 20)
   expected = problem.variation(2.0).sum(), problem.path(2).sum()
   np.testing.assert_allclose(np.array(found)[:, -1], expected, rtol=1e-9)
+  # No point of the sphere does better than the supremum, and the best comes close.
+  points = np.random.default_rng(0).normal(size=(2000, 3))
+  points *= 2 / np.linalg.norm(points, axis=1, keepdims=True)
+  change = max(abs(problem.value(x, 7) - problem.value(x, 6)) for x in points)
+  assert 0.98 < change / problem.variation(2.0)[6] <= 1
 
 
 def test_obbo_with_the_euclidean_distance_takes_the_steps_of_sobow():

@@ -132,10 +132,10 @@ def test_the_limits_of_stability_with_one_inner_step(size, x64):
 
   @jax.jit
   @jax.vmap
-  def jacobian(beta, alpha):
+  def jacobian(beta, alpha, decay):
     inner = jaxbo.inner_solver(inner_loss, optax.sgd(alpha), 1)
     cg = jaxbo.conjugate_gradient(1)  # Exact in one dimension.
-    outer = jaxbo.sobow(beta, inner, window=size, linear_solver=cg)
+    outer = jaxbo.sobow(beta, inner, window=size, decay=decay, linear_solver=cg)
     loop = jaxbo.online(outer_loss, inner, outer)
 
     def turn(flat):
@@ -147,7 +147,11 @@ def test_the_limits_of_stability_with_one_inner_step(size, x64):
 
     return jax.jacfwd(turn)(jnp.ones(size + 2))
 
-  assert_limits(jacobian, limits, q / 2)
+  assert_limits(jacobian, limits, q / 2, jnp.ones(3))
+  if size == 3:  # The spectral radius that goes with the golden trace of P1.
+    matrix = jacobian(jnp.full(3, 0.4), jnp.full(3, 0.25), jnp.full(3, 0.5))[0]
+    radius = np.max(np.abs(np.linalg.eigvals(matrix))) ** (1 / size)
+    np.testing.assert_allclose(radius, 0.7587316687, rtol=0, atol=1e-9)
 
 
 def test_present_normalization_averages_what_is_there():
@@ -197,7 +201,7 @@ def test_what_overflows_in_storage_counts_as_not_finite():
 
 
 def test_info_has_the_norm_of_what_comes_out():
-  gradients = {"a": jnp.full((3,), 3.0), "b": jnp.full((3, 1), 4.0)}
+  gradients = {"a": jnp.float32([0, 0, 9]), "b": jnp.float32([[0], [12], [0]])}
   _, state = averages(gradients, 3)
   np.testing.assert_allclose(state.info.average_norm, 5.0, rtol=1e-6)
   assert state.info.num_present == 3
