@@ -171,6 +171,16 @@ def _published_inner(problem: Problem, window: int, rounds: int) -> jaxbo.InnerS
   return jaxbo.inner_solver(problem.inner_loss, optimizer, 1)
 
 
+def _published_series(matvec, b, x0):
+  """The Neumann series to its end: :func:`jaxbo.neumann` stops where it begins to diverge."""
+  del x0
+  term = total = b
+  for _ in range(LINEAR_STEPS):
+    term = optax.tree.sub(term, optax.tree.scale(0.5, matvec(term)))
+    total = optax.tree.add(total, term)
+  return optax.tree.scale(0.5, total), None
+
+
 def _ogd_published(problem, rates, window, y, rounds):
   del rates, window, y
   return {"inner": _published_inner(problem, 1, rounds), "outer": jaxbo.ogd(0.0)}
@@ -187,7 +197,7 @@ def _oagd_published(problem, rates, window, y, rounds):
   inner = _published_inner(problem, window, rounds)
   _, by_round, start = published_rates(rounds)
   started: Any = lambda step, **_: step >= start
-  response = jaxbo.add_implicit_response(inner, jaxbo.neumann(LINEAR_STEPS, 0.5))
+  response = jaxbo.add_implicit_response(inner, _published_series)
   steps = optax.chain(
     optax.add_decayed_weights(1e-4), optax.sgd(_table(by_round[start:]), momentum=0.9)
   )
