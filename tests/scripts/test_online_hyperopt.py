@@ -119,7 +119,7 @@ def conjugate_gradient(matrix, b, start, num_steps):
 
 
 def test_sobow_takes_its_steps_along_the_window_of_old_estimates():
-  alpha, beta, damping, window, rounds = 0.5, 2.0, 0.1, 3, 5
+  alpha, beta, damping, window, rounds = 0.5, 0.5, 0.003, 3, 5
   x, y = np.stack([np.ones(CLASSES), np.zeros(CLASSES)]), np.zeros(FEATURES * CLASSES + CLASSES)
   v, estimates = np.zeros(len(y)), []
   weights = 0.9 ** np.arange(window)
