@@ -139,9 +139,8 @@ def make_batch(
   if groups is not None and num_groups:
     usable &= (groups >= 0) & (groups < num_groups)
 
-  prior = jnp.where(unmasked & usable, jnp.maximum(prior, 0), 0)
-  # Dividing by the largest first keeps a prior of huge numbers from overflowing.
-  prior = prior / at_least_tiny(reductions.max(prior))
+  # The bound keeps their sum, and its reciprocal, within the range of floats.
+  prior = jnp.where(unmasked & usable, jnp.clip(prior, 0, 1e30), 0)
   reference = prior / at_least_tiny(reductions.sum(prior))
   valid = reference > 0
   largest = reductions.max(jnp.where(valid, losses, jnp.finfo(losses.dtype).min))

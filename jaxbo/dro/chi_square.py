@@ -57,8 +57,7 @@ def chi_square(penalty: float | jax.Array | optax.Schedule) -> Weighting:
     scores = jnp.maximum((batch.losses - largest) / value, jnp.finfo(value.dtype).min)
     # Weights are p (scores + shift)_+; the shift is 1 if all scores are 0, and larger else.
     enough = lambda shift: batch.expectation(jax.nn.relu(scores + shift)) >= 1
-    at_max = batch.expectation(batch.losses == largest)
-    high = jnp.minimum(1 - batch.expectation(scores), 1 / at_least_tiny(at_max))
+    high = 1 - batch.expectation(scores)
     shift = smallest(enough, jnp.ones_like(high), high)
 
     # Given which weights are positive, the shift is known in closed form.

@@ -162,7 +162,9 @@ def test_groups_out_of_range_and_bad_priors_are_excluded_under_jit():
   for name, (weights, _, info) in weigh(np.linspace(0, 1, N), prior=prior).items():
     assert info.num_excluded == 2, name
     assert not np.any(weights[:2]), name
-  # A negative one counts as zero.
+  # Huge ones do not overflow, and a negative one counts as zero.
+  for name, (weights, _, _) in weigh(np.linspace(0, 1, N), prior=np.full(N, 3e38)).items():
+    np.testing.assert_allclose(weights.sum(), 1, rtol=1e-5, err_msg=name)
   assert weigh(np.ones(N), prior=np.linspace(-1, 6, N))["kl"][0][0] == 0
 
 

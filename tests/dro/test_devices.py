@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxbo
+from jaxbo.dro.batch import over
 from tests.dro import problem
 
 pytestmark = pytest.mark.slow
@@ -152,6 +153,13 @@ def test_local_weights_would_be_something_else():
   wrong = in_shard_map(local, check_vma=False)(BATCH)
   right, _ = alone()["kl"]
   assert np.linalg.norm(wrong["w"] - right["w"]) > 0.3 * np.linalg.norm(right["w"])
+
+
+def test_the_first_of_a_batch_is_one_on_all_devices():
+  some = jnp.zeros(16, bool).at[jnp.array([5, 6, 7, 14])].set(True)
+  first = lambda x: over("d", x).first(x)
+  function = jax.shard_map(first, mesh=mesh(), in_specs=ROWS, out_specs=ROWS)
+  assert np.flatnonzero(function(some)).tolist() == [5]
 
 
 def test_a_replicated_batch_counts_once():

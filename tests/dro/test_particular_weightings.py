@@ -141,10 +141,10 @@ def test_doro_with_cvar_and_chi_square():
 
 def test_rounding_leaves_nothing_of_an_outlier():
   """A share of 1e-8 of it would take all of an exponential weight."""
-  for n in (10, 49):
-    losses = np.r_[np.linspace(0, 1, n - 1), 1e4]
-    weights, _, _ = weigh(jaxbo.doro(jaxbo.kl(0.1), 1 / n), losses)
-    assert weights[-1] == 0
+  for n, k in ((10, 4), (7, 5)):
+    losses = np.r_[np.linspace(0, 1, n - k), np.linspace(1e4, 2e4, k)]
+    weights, _, _ = weigh(jaxbo.doro(jaxbo.kl(0.1), k / n), losses)
+    assert not np.any(weights[-k:])
     np.testing.assert_allclose(np.sum(weights), 1, rtol=1e-5)
 
 
@@ -195,6 +195,15 @@ def test_the_moving_average_is_of_the_normaliser_in_the_log_domain(u, g, expecte
   np.testing.assert_allclose(info.objective, expected, rtol=1e-9)
   np.testing.assert_allclose(weights, np.exp(g - expected), rtol=1e-7)
   np.testing.assert_allclose(info.weight_sum, weights[0], rtol=1e-12)
+
+
+def test_the_moving_average_does_not_overflow_in_single_precision():
+  weighting = jaxbo.compositional(jaxbo.kl(1.0), 0.1)
+  for first, second in ((900.0, 1200.0), (1200.0, 900.0)):
+    _, state, _ = weigh(weighting, [first])
+    weights, state, _ = weigh(weighting, [second], state)
+    np.testing.assert_allclose(state.running_value, 1200 + np.log(0.1 if second > first else 0.9))
+    np.testing.assert_allclose(weights, 10.0 if second > first else 0.0, rtol=1e-3)
 
 
 def test_the_running_value_is_in_units_of_the_loss():

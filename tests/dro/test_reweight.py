@@ -118,6 +118,17 @@ def test_a_loss_that_is_not_finite_never_reaches_the_parameters(microbatch_size,
     assert state.info.num_valid == 0
 
 
+def test_the_gradient_is_zero_if_no_row_is_good_and_zeros_are_not_either():
+  """Zeros are in the place of the bad rows, then, where this logarithm has no slope."""
+  loss_fn = lambda params, batch: params * jnp.log(batch)
+  for size in (None, 2):
+    grads = jaxbo.per_example_grad(loss_fn, microbatch_size=size)
+    step = jax.jit(lambda batch, grads=grads: update(KL, grads(jnp.ones(()), batch)))
+    result, state = step(jnp.array([-1.0, 0.0, jnp.nan, -2.0]))
+    assert result == 0
+    assert state.info.num_excluded == 4
+
+
 def test_without_repair_a_bad_batch_gives_no_gradient():
   lazy = jaxbo.per_example_grad(problem.loss_fn, repair=False)
   step = jax.jit(lambda batch: update(KL, lazy(PARAMS, batch)))

@@ -49,6 +49,13 @@ def test_first_and_second_derivatives_are_the_weights_and_theirs(name, x64):
     assert np.max(np.abs(second)) > 0.01
 
 
+def test_what_is_masked_may_have_any_tangent():
+  mask = jnp.array([True, True, False])
+  value = lambda losses: jaxbo.robust_value(losses, jaxbo.kl(1.0), mask=mask)
+  losses, tangents = jnp.array([1.0, 1.0, 9.0]), jnp.array([1.0, 3.0, jnp.nan])
+  np.testing.assert_allclose(jax.jvp(value, (losses,), (tangents,))[1], 2.0, rtol=1e-6)
+
+
 def test_a_robust_value_is_an_inner_loss_too():
   """AID through it: the Hessian of the inner problem is right."""
   data = jnp.array([0.0, 1.0, 3.0])

@@ -128,6 +128,12 @@ def test_limits_are_the_maximum_shared_by_ties_and_the_mean(name, low, high):
     np.testing.assert_allclose(weights, 1 / 3, rtol=1e-9)
 
 
+def test_a_steep_negative_tilt_is_the_minimum_shared_by_ties():
+  weights, info = weigh("tilted", [2.0, 1.0, 3.0, 1.0], -1e30)
+  np.testing.assert_allclose(weights, [0, 0.5, 0, 0.5], atol=1e-12)
+  np.testing.assert_allclose(info.objective, 1.0, atol=1e-12)
+
+
 def test_a_low_temperature_turns_capped_weights_into_cvar():
   for level in (0.3, 0.6, 0.75):
     expected, _ = weigh("cvar", LOSSES, level)
