@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from jaxbo.bilevel import directions
 from tests import problems
 
+pytestmark = pytest.mark.slow  # All together, not each.
+
 SHAPES = {"a": (), "b": [(3, 4), (2, 3, 5)]}
 P = problems.count(SHAPES)
 UNBIASED = [name for name in directions.FAMILIES if name != "official"]

@@ -17,6 +17,8 @@ from tests.bilevel.es_estimates import (
 )
 from tests.problems import Quadratic, flat
 
+pytestmark = pytest.mark.slow  # All together, not each.
+
 
 def directional_derivatives(solver, x, start, grads, key, count, num_samples, batch=None):
   """D8, written anew: every direction from the keys of the law, its derivative by ``jax.jvp``."""

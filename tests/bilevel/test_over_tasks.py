@@ -11,6 +11,8 @@ import jaxbo
 from tests.bilevel.es_estimates import assert_within_standard_errors, estimates
 from tests.problems import flat
 
+pytestmark = pytest.mark.slow  # All together, not each.
+
 NUM_TASKS, P, D = 3, 5, 4
 RNG = np.random.default_rng(0)
 FEATURES = jnp.asarray(RNG.normal(size=(D, P)), jnp.float32)

@@ -9,6 +9,8 @@ import pytest
 import jaxbo
 from tests.bilevel.value_problems import HEADS, heads
 
+pytestmark = pytest.mark.slow  # All together, not each.
+
 
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
 @pytest.mark.parametrize("name", HEADS)

@@ -11,6 +11,8 @@ import pytest
 
 import jaxbo
 
+pytestmark = pytest.mark.slow  # All together, not each.
+
 N = 8
 ROBUST = {  # convex in the losses, so that raising one never lowers its weight
   "kl": jaxbo.kl(0.7),

@@ -12,6 +12,8 @@ import pytest
 import jaxbo
 from tests.dro import problem
 
+pytestmark = pytest.mark.slow  # All together, not each.
+
 PARAMS = problem.params()
 # The hardest examples come in the middle and last, so that the running maximum moves twice.
 BATCH = problem.batch()

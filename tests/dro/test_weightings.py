@@ -9,6 +9,8 @@ import jaxbo
 from tests.dro import families
 from tests.dro.families import weigh
 
+pytestmark = pytest.mark.slow  # All together, not each.
+
 LOSSES = [1.0, 2.0, 3.0, 4.0]
 
 

@@ -10,6 +10,8 @@ import pytest
 import jaxbo
 from tests.online.drifting import inner_loss, outer_loss
 
+pytestmark = pytest.mark.slow  # All together, not each.
+
 
 def averages(gradients, size, decay=1.0, params=None, **options):
   """What comes out for each of ``gradients``, leaves ``[rounds, ...]``."""

@@ -13,6 +13,8 @@ import jaxbo
 from scripts.common import cleaning
 from scripts.common.data import Examples
 
+pytestmark = pytest.mark.slow  # All together, not each.
+
 SMALL = dataclasses.replace(
   cleaning.DATASETS["digits"], num_train=60, num_val=40, inner_steps=5, num_samples=8
 )

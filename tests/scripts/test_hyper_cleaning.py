@@ -22,6 +22,8 @@ from scripts.common.cleaning_report import Result
 from scripts.common.cleaning_run import Run
 from scripts.hyper_cleaning import Config
 
+pytestmark = pytest.mark.slow  # All together, not each.
+
 NAN = float("nan")
 
 

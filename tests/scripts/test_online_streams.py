@@ -7,6 +7,8 @@ import pytest
 from scripts.common import online_streams as streams
 from scripts.common.data import Examples
 
+pytestmark = pytest.mark.slow  # All together, not each.
+
 ROUNDS, BATCH, CLASSES = 80, 16, 4
 EXAMPLES = Examples(
   np.arange(4000.0, dtype=np.float32)[:, None], (np.arange(4000) % CLASSES).astype(np.int32)

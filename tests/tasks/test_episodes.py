@@ -13,6 +13,8 @@ import pytest
 import jaxbo.tasks
 from jaxbo.tasks import sample_episode
 
+pytestmark = pytest.mark.slow  # All together, not each.
+
 CLASSES, PER_CLASS = 7, 6
 # An image is the one number 10 * class + index: what was drawn can be read off the episode.
 NUMBERS = (10 * np.arange(CLASSES)[:, None] + np.arange(PER_CLASS)).astype(np.uint8)
