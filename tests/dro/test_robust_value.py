@@ -9,6 +9,8 @@ import pytest
 import jaxbo
 from tests.dro import families
 
+pytestmark = pytest.mark.slow
+
 PARAMETERS = {
   "kl": [0.6],
   "kl_ball": [0.3],

@@ -12,6 +12,8 @@ import pytest
 import jaxbo
 from tests.dro import problem
 
+pytestmark = pytest.mark.slow
+
 PARAMS = problem.params()
 # The hardest examples come in the middle and last, so that the running maximum moves twice.
 BATCH = problem.batch()
@@ -22,7 +24,6 @@ WEIGHTINGS = {
   "tilted": jaxbo.tilted(-0.4),
   "compositional": jaxbo.compositional(jaxbo.kl(2.0), 0.3),
   "cvar": jaxbo.cvar(0.3),
-  "target": jaxbo.kl(jaxbo.target_ess(0.6)),
 }
 close = functools.partial(chex.assert_trees_all_close, rtol=3e-5, atol=1e-5)
 
