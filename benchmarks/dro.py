@@ -1,6 +1,6 @@
 """Robust training: what a reweighted step costs beside a plain one.
 
-  PYTHONPATH=.:models python3 -m benchmarks.dro                      (about 2 minutes on 2 cores)
+  PYTHONPATH=.:models python3 -m benchmarks.dro                      (about 3 minutes on 2 cores)
   ... --save benchmarks/results/dro_cpu                              (writes .md and .json as well)
 
 A multilayer perceptron of 512, 512 and 10 units on 64 random inputs, softmax cross-entropy, Adam.
@@ -187,7 +187,7 @@ def targets(rows: list[dict[str, Any]], streams: dict[int, list[dict[str, Any]]]
 
 def main() -> None:
   """Measures, prints, and saves if asked to."""
-  args = arguments(__doc__, rounds=(31, "turns of each program"), calls=(5, "calls in a turn"))
+  args = arguments(__doc__, rounds=(21, "turns of each program"), calls=(3, "calls in a turn"))
   rows = table(make_steps(), args.rounds, args.calls, WITHOUT_LOOPS)
   streams = {}
   for n in NUM_MICROBATCHES:

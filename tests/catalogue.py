@@ -227,7 +227,6 @@ def primal_dual(**options):
 
 
 COMPOSITIONAL = jaxbo.compositional(jaxbo.kl(optax.linear_schedule(5.0, 0.5, 4)), 0.3)
-RUNNING = jaxbo.lin_upper(0.5, jaxbo.running_range(0.3))
 _cg, _fixed_point = jaxbo.conjugate_gradient, jaxbo.fixed_point
 
 # The aliases at the end stand for their heads without options.
@@ -413,10 +412,9 @@ REGISTRY = [
     ),
   ),
   Entry("reweight_compositional", robust(lambda: jaxbo.reweight(COMPOSITIONAL), repair=True)),
-  Entry("reweight_stored", robust(lambda: jaxbo.reweight(RUNNING, scale="sum"), stored=True)),
-  Entry("ir_dro", robust(lambda: jaxbo.ir_dro(0.1, jaxbo.target_ess(0.7)), 1.0)),
+  Entry("ir_dro", robust(lambda: jaxbo.ir_dro(0.1), 1.0)),
   Entry("group_dro", robust(lambda: jaxbo.group_dro(0.1, 2, 0.1), 1.0)),
   Entry("cvar_dro", robust(lambda: jaxbo.cvar_dro(0.1, 0.7), 1.0)),
   Entry("chi2_dro", robust(lambda: jaxbo.chi2_dro(0.1, 0.5), 1.0)),
-  Entry("term", robust(lambda: jaxbo.term(0.1, optax.linear_schedule(0.0, -2.0, 4)), 1.0)),
+  Entry("term", robust(lambda: jaxbo.term(0.1, optax.linear_schedule(0.0, -2.0, 4)), 1.0, True)),
 ]

@@ -139,14 +139,18 @@ def make_batch(
   if groups is not None and num_groups:
     usable &= (groups >= 0) & (groups < num_groups)
 
-  # The bound keeps their sum, and its reciprocal, within the range of floats.
-  prior = jnp.where(unmasked & usable, jnp.clip(prior, 0, 1e30), 0)
+  prior = jnp.where(unmasked & usable, bounded(prior), 0)
   reference = prior / at_least_tiny(reductions.sum(prior))
   valid = reference > 0
   largest = reductions.max(jnp.where(valid, losses, jnp.finfo(losses.dtype).min))
   losses = jnp.where(valid, losses, jnp.where(reductions.number_of(valid) > 0, largest, 0))
   num_excluded = reductions.number_of(unmasked & ~usable)
   return Batch(losses, reference, valid, num_excluded, groups, reductions)
+
+
+def bounded(prior: jax.Array) -> jax.Array:
+  """``prior`` without what is negative, so that sums and reciprocals are in the range of floats."""
+  return jnp.clip(prior, 0, 1e30)
 
 
 def at_least_tiny(x: jax.Array) -> jax.Array:

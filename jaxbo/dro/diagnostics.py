@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import jax.scipy.special
 
 from jaxbo.dro.batch import Batch, at_least_tiny
 
@@ -59,15 +58,25 @@ def diagnose(
   temperature: jax.Array | None = None,
 ) -> WeightInfo:
   """The diagnostics of ``weights``."""
-  total = batch.over.sum(weights)
-  w = weights / at_least_tiny(total)
-  sum_of_squares = batch.over.sum(w * w)
-  surrogate = batch.over.sum(w * batch.losses)
+  logs = jnp.log(jnp.maximum(weights, jnp.finfo(weights.dtype).tiny))
+  terms = (
+    weights,
+    weights**2,
+    weights * batch.losses,
+    weights * logs,
+    _entropy_terms(batch, weights),
+  )
+  # One reduction, and one exchange between devices, for all sums.
+  total, squares, loss, log_weight, divergence = batch.over.sum(jnp.stack(terms), axis=1)
+  some, divisor = total > 0, at_least_tiny(total)
+  surrogate = loss / divisor
+  # The terms of weights that sum to 1 are those of the relative entropy; this is for all others.
+  kl = (divergence + total - 1) / divisor - jnp.log(divisor)
   return WeightInfo(
-    effective_sample_size=jnp.where(total > 0, 1 / at_least_tiny(sum_of_squares), 0),
-    kl=relative_entropy(batch, w),
-    entropy=-batch.over.sum(jax.scipy.special.xlogy(w, w)),
-    max_weight=batch.over.max(w),
+    effective_sample_size=jnp.where(some, total * (total / at_least_tiny(squares)), 0),
+    kl=jnp.where(some, kl, 0),
+    entropy=jnp.where(some, jnp.log(divisor) - log_weight / divisor, 0),
+    max_weight=batch.over.max(weights) / divisor,
     weight_sum=total,
     surrogate=surrogate,
     objective=surrogate if objective is None else objective,
@@ -91,12 +100,16 @@ def density(batch: Batch, weights: jax.Array) -> jax.Array:
 
 
 def relative_entropy(batch: Batch, weights: jax.Array) -> jax.Array:
-  r"""The relative entropy of ``weights`` to the reference, not negative.
+  """The relative entropy of ``weights``, which sum to 1, to the reference; not negative."""
+  return batch.over.sum(_entropy_terms(batch, weights))
 
-  With :math:`x = w / p` it is the mean of :math:`x \log x - (x - 1) \ge 0`, which does not cancel
-  near the reference if the logarithm is that of :math:`1 + (x - 1)`.
+
+def _entropy_terms(batch: Batch, weights: jax.Array) -> jax.Array:
+  r"""The terms :math:`p\,(x \log x - (x - 1)) \ge 0` with :math:`x = w / p`.
+
+  They do not cancel near the reference if the logarithm is that of :math:`1 + (x - 1)`.
   """
   x = density(batch, weights)
   far = jnp.log(jnp.maximum(x, jnp.finfo(x.dtype).tiny))
   near = jnp.log1p(jnp.maximum(x - 1, -0.5))
-  return batch.expectation(x * jnp.where(x < 0.5, far, near) - (x - 1))
+  return batch.reference * (x * jnp.where(x < 0.5, far, near) - (x - 1))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxbo import _check, _tree
-from jaxbo.dro.batch import AxisName, over
+from jaxbo.dro.batch import AxisName, bounded, over
 from jaxbo.dro.microbatch import make_microbatches
 from jaxbo.dro.per_example import per_example_grad, weighted
 from jaxbo.dro.reweight import ReweightState, add_over_devices, reweight
@@ -89,6 +89,7 @@ def streaming_grad(
       reductions = over(axis_name, losses)
       prior = jnp.ones_like(losses) if prior is None else jnp.asarray(prior, losses.dtype)
       counts = jnp.isfinite(losses) & jnp.isfinite(prior) & (prior > 0)
+      prior = bounded(prior)
       counts = counts if mask is None else counts & mask
       scores = log_ratio(losses, state.weighting_state).astype(dtype)
       scores = jnp.where(counts, scores, -jnp.inf)

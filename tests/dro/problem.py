@@ -7,8 +7,11 @@ N, DIM = 24, 3
 
 
 def loss_fn(params, batch):
-  """Half the squared error; the parameters are a matrix product and a scalar."""
-  return 0.5 * (batch["x"] @ params["w"] + params["b"] - batch["y"]) ** 2
+  """Half the squared error; the parameters are a vector and a scalar."""
+  # A product of matrices would not do under an explicit mesh in jax 0.10.0.
+  slope = jnp.broadcast_to(params["w"], batch["x"].shape)
+  prediction = jnp.sum(batch["x"] * slope, axis=-1) + params["b"]
+  return 0.5 * (prediction - batch["y"]) ** 2
 
 
 def params():

@@ -21,10 +21,8 @@ GROUPS, PRIOR = jnp.arange(16) % 3, jnp.linspace(0.5, 1.5, 16)
 WEIGHTINGS = {
   "kl": jaxbo.compositional(jaxbo.kl(0.5), 0.3),
   "target": jaxbo.kl(jaxbo.target_ess(0.6)),
-  "kl_ball": jaxbo.kl_ball(0.3),
   "cvar": jaxbo.cvar(0.3),
   "kl_cvar": jaxbo.kl_cvar(0.3, 0.5),
-  "chi_square": jaxbo.chi_square(1.0),
   "chi_square_ball": jaxbo.chi_square_ball(0.3),
   "group": jaxbo.group(3, 0.5),
   "doro": jaxbo.doro(jaxbo.top_k(4), 0.1),
@@ -77,13 +75,15 @@ def in_shard_map(function, check_vma):
   return jax.jit(sharded)
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
-def test_a_sharded_global_batch_needs_nothing(axis_type):
-  devices = mesh(axis_type)
+def test_a_sharded_global_batch_needs_nothing():
+  arguments = jax.device_put((data(True), GROUPS, PRIOR), NamedSharding(mesh(), ROWS))
+  close(jax.jit(gradients)(*arguments), alone(True))
+
+
+def test_under_an_explicit_mesh_microbatches_are_divided_as_the_batch_is():
+  devices = mesh(AxisType.Explicit)
   with jax.set_mesh(devices):
     arguments = jax.device_put((data(True), GROUPS, PRIOR), NamedSharding(devices, ROWS))
-    close(jax.jit(gradients)(*arguments), alone(True))
-    # Microbatches are divided as the batch is.
     few = jax.jit(functools.partial(gradients, microbatch_size=8))(*arguments)
     close(few["kl"], alone(True)["kl"])
     streamed = jaxbo.streaming_grad(problem.loss_fn, jaxbo.kl(0.5), microbatch_size=8)
@@ -177,8 +177,11 @@ def test_a_replicated_batch_counts_once():
 def test_devices_exchange_scalars_and_one_gradient():
   """No loss travels: the collectives are all-reduces of scalars and of the parameters' shapes."""
 
+  def loss_fn(params, batch):
+    return (batch["x"] @ params["w"] + params["b"] - batch["y"]) ** 2
+
   def step(batch):
-    grads = jaxbo.per_example_grad(problem.loss_fn, repair=False)(PARAMS, batch)
+    grads = jaxbo.per_example_grad(loss_fn, repair=False)(PARAMS, batch)
     tx = jaxbo.reweight(WEIGHTINGS["cvar"], axis_name="d")
     return tx.update(grads, tx.init(PARAMS), PARAMS)[0]
 
@@ -186,7 +189,7 @@ def test_devices_exchange_scalars_and_one_gradient():
   names = set(re.findall(r"stablehlo\.(all_\w+|collective_\w+|reduce_scatter)", text))
   assert names == {"all_reduce"}
   types = set(re.findall(r"}\) : \(tensor<([^>]*)>\)", text))
-  assert types <= {"f32", "i32", "i1", "3xf32"}, types
+  assert types <= {"f32", "i32", "3xf32"}, types
 
 
 def test_stored_gradients_that_are_summed_already_are_refused():

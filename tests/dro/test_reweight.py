@@ -181,6 +181,10 @@ def test_microbatches_give_the_losses_the_aux_and_the_gradient_of_the_whole():
 
 def test_an_optax_aggregator_is_what_it_is():
   """Per-example clipping before, SGD behind."""
+  experimental = pytest.importorskip("optax.experimental")
+  if not hasattr(experimental, "aggregating"):
+    pytest.skip("this optax has no aggregators yet")
+  aggregating = experimental.aggregating
   losses, grads = problem.per_example(BATCH)
   grads = {"w": jnp.asarray(grads["w"], jnp.float32)}
   params = {"w": PARAMS["w"]}

@@ -24,7 +24,6 @@ WEIGHTINGS = {
   "tilted": jaxbo.tilted(-0.4),
   "compositional": jaxbo.compositional(jaxbo.kl(2.0), 0.3),
   "cvar": jaxbo.cvar(0.3),
-  "target": jaxbo.kl(jaxbo.target_ess(0.6)),
 }
 close = functools.partial(chex.assert_trees_all_close, rtol=3e-5, atol=1e-5)
 
