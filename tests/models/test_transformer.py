@@ -184,9 +184,7 @@ def test_token_losses_are_cross_entropies_of_the_next_token():
     z = logits[row, t].astype(float)
     expected[row, t] = np.log(np.exp(z).sum()) - z[tokens[row, t + 1]]
   bad = np.where(mask[:, :, None], logits, np.nan)  # What lies at padding may be anything.
-  function = lambda logits: transformer.token_losses(
-    logits, jnp.asarray(tokens), jnp.asarray(mask)
-  )
+  function = lambda logits: transformer.token_losses(logits, jnp.asarray(tokens), jnp.asarray(mask))
   for z in (logits, bad):
     losses, weights = function(jnp.asarray(z))
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
