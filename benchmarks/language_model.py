@@ -1,7 +1,7 @@
 """Language models: tokens a second and model FLOPs utilization, plain and reweighted.
 
-  PYTHONPATH=.:models python3 -m benchmarks.language_model           (a smoke test, seconds on a CPU)
-  ... --preset gpt2 --save benchmarks/results/language_model_gpt2    (124M parameters, for a GPU)
+  PYTHONPATH=.:models python3 -m benchmarks.language_model          (a smoke test, seconds on a CPU)
+  ... --preset gpt2 --save benchmarks/results/language_model_gpt2   (124M parameters, for a GPU)
 
 One step of training on random tokens: the gradient of the sequences' losses, their mean ("plain")
 or reweighted by IR-DRO ("reweighted"), and AdamW; parameters in float32. *ms* is the median over
@@ -183,8 +183,9 @@ def main(config: Config) -> None:
   cells = [[row["step"], *(number(value) for value in list(row.values())[1:])] for row in rows]
   settings = {**dataclasses.asdict(config), "length": length, "save": None}
   text = (
-    f"# Training a language model\n\n{config.preset}, {num_parameters:,} parameters, {config.dtype}, "
-    f"batches of {config.batch} x {length} tokens, attention {config.attention or 'by default'}, "
+    f"# Training a language model\n\n{config.preset}, {num_parameters:,} parameters, "
+    f"{config.dtype}, batches of {config.batch} x {length} tokens, "
+    f"attention {config.attention or 'by default'}, "
     f"{'with' if config.remat else 'without'} remat, unroll {config.unroll}; "
     f"{number(per_token / 1e6)} Mflop a token, peak {number(peak_flops(config.peak) / 1e12)} "
     f"Tflop/s. Hardware: {hardware()}.\n\n{markdown(list(rows[0]), cells)}\n"

@@ -79,7 +79,10 @@ class TransformerConfig:
       raise ValueError(
         f"width must be a multiple of num_heads, got {self.width} and {self.num_heads}"
       )
-    for name, allowed in (("activation", tuple(ACTIVATIONS)), ("attention", ATTENTIONS)):
+    for name, allowed in (
+      ("activation", tuple(ACTIVATIONS)),
+      ("attention", ATTENTIONS),
+    ):
       if getattr(self, name) not in allowed:
         raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
     if not 0 <= self.rotary_fraction <= 1:
@@ -206,5 +209,5 @@ def _published(
   if size not in sizes:
     raise ValueError(f"size must be one of {list(sizes)}, got {size!r}")
   num_layers, width, num_heads = sizes[size]
-  shape = {"num_layers": num_layers, "width": width, "num_heads": num_heads}
+  shape: dict[str, Any] = {"num_layers": num_layers, "width": width, "num_heads": num_heads}
   return TransformerConfig(**(shape | family | overrides))
