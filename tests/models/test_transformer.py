@@ -135,6 +135,14 @@ def test_order_matters(family):
   assert np.abs(logits(TOKENS[:1]) - logits(swapped)).max() > 1e-2
 
 
+def test_normalization_does_not_cancel_where_the_mean_is_large():
+  """A shift of the whole residual stream changes nothing, but for rounding."""
+  model, params = setup("pythia")
+  logits = jax.jit(lambda params: model.apply({"params": params}, TOKENS))
+  shifted = params | {"token_embedding": params["token_embedding"] + 100}
+  np.testing.assert_allclose(logits(shifted), logits(params), atol=0.02)
+
+
 @every_family
 def test_padding_on_either_side_changes_neither_losses_nor_gradients(family):
   """Whatever lies there: ids that are none, too."""
