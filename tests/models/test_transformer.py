@@ -302,6 +302,18 @@ def test_bfloat16_products_with_parameters_logits_and_sums_over_tokens_in_float3
   assert dtypes["reduce_max"] == {"float32"}  # those of softmax
 
 
+@every_family
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_training_lowers_for_accelerators(family, platform):
+  model, params = setup(family)
+  config = dataclasses.replace(model.config, dtype=jnp.bfloat16, remat=True)
+  loss_fn = transformer.sequence_losses(transformer.Transformer(config))
+  mean = lambda params, batch: jnp.mean(loss_fn(params, batch))
+  batch = {"tokens": TOKENS, "mask": jnp.ones(TOKENS.shape, bool)}
+  traced = jax.jit(jax.grad(mean)).trace(params, batch)
+  assert "stablehlo.while" in traced.lower(lowering_platforms=(platform,)).as_text()
+
+
 def test_gradients_reweighted_by_jaxbo_are_weighted_sums():
   model, params = setup("opt")
   mask = jnp.ones(TOKENS.shape, bool).at[1, 5:].set(False)
