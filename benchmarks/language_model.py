@@ -108,8 +108,8 @@ def flops_per_token(config: transformer.TransformerConfig, params: Any, length: 
   return 6 * num_multiplied + 12 * config.num_layers * config.width * length
 
 
-def train_step(loss_fn: Any, tx: Any, params: Any, state: Any, batch: Any) -> Any:
-  """A step of training, reweighted where ``tx`` begins with that."""
+def robust_step(loss_fn: Any, tx: Any, params: Any, state: Any, batch: Any) -> Any:
+  """A step of robust training: ``tx`` begins by reweighting."""
   grads: Any = jaxbo.per_example_grad(loss_fn)(params, batch)
   updates, state = tx.update(grads, state, params)
   return optax.apply_updates(params, updates), state, jnp.mean(grads.losses)
@@ -131,7 +131,7 @@ def make_steps(config: transformer.TransformerConfig, size: int, length: int) ->
   loss_fn = transformer.sequence_losses(model)
   tx = optax.chain(jaxbo.reweight(jaxbo.kl(0.5)), OPTIMIZER)
   plain = jax.jit(functools.partial(plain_step, loss_fn))
-  reweighted = jax.jit(functools.partial(train_step, loss_fn, tx))
+  reweighted = jax.jit(functools.partial(robust_step, loss_fn, tx))
   batch = {"tokens": tokens}
   return {
     PLAIN: Step(plain, (params, OPTIMIZER.init(params), batch)),

@@ -40,7 +40,8 @@ class TransformerConfig:
     tied_head: the logits are products with the embedding; else with a kernel of their own.
     epsilon: what layer normalization adds to the variance.
     remat: recompute a block in the backward pass: memory for one block's activations and the
-      residual stream of all, for 4/3 of the operations.
+      residual stream of all, for 4/3 of the operations. With ``unroll=num_layers`` no loop is left,
+      and XLA's CPU backend undoes it.
     unroll: the blocks in one step of the scan over blocks, in [1, num_layers]: compile time for run
       time.
     attention: the implementation of :func:`jax.nn.dot_product_attention`, ``"xla"`` or ``"cudnn"``
