@@ -333,15 +333,12 @@ def test_gradients_reweighted_by_jaxbo_are_weighted_sums():
 
 
 def test_a_small_model_learns_its_batch_by_heart():
-  config = transformer.gpt2(**SMALL | {"num_layers": 2})
-  model = transformer.Transformer(config)
+  model, params = setup("opt")
   loss_fn = transformer.sequence_losses(model)
   optimizer = optax.adam(3e-3)
 
   @jax.jit
-  def train(key):
-    params = model.init(key, TOKENS)["params"]
-
+  def train(params):
     def step(carry, _):
       params, state = carry
       mean = lambda params: jnp.mean(loss_fn(params, {"tokens": TOKENS}))
@@ -349,10 +346,10 @@ def test_a_small_model_learns_its_batch_by_heart():
       updates, state = optimizer.update(gradient, state, params)
       return (optax.apply_updates(params, updates), state), loss
 
-    return jax.lax.scan(step, (params, optimizer.init(params)), length=120)[1]
+    return jax.lax.scan(step, (params, optimizer.init(params)), length=60)[1]
 
-  losses = train(jax.random.key(0))
-  assert losses[0] == pytest.approx(math.log(50), abs=0.1)
+  losses = train(params)
+  assert losses[0] > math.log(50)
   assert losses[-1] < 0.05
 
 
