@@ -149,7 +149,7 @@ def test_an_axis_that_the_mesh_has_not_is_refused():
 def test_what_is_no_mesh_is_refused(as_users_run):
   solver, _ = setting()
   mesh: Any = "samples"
-  with pytest.raises(TypeError, match="mesh must be a jax.sharding.Mesh, got 'samples'"):
+  with pytest.raises(TypeError, match=r"mesh must be a jax\.sharding\.Mesh, got 'samples'"):
     jaxbo.add_es_response(solver, 16, mesh=mesh, axis_name="samples")
 
 
