@@ -48,7 +48,9 @@ optimizer.
 
 **Whole methods**: :func:`esj`, :func:`itd`, :func:`aid`, :func:`stocbio`, and the loop
 :func:`bilevel`; :func:`pdbo`, :func:`proximal_pdbo`, :func:`bome`, :func:`v_pbgd`, :func:`f2sa`;
-:func:`sobow`, :func:`oagd`, :func:`ogd`, :func:`sogd`; :func:`leeds`; :func:`ir_dro`,
+:func:`sobow`, :func:`oagd`, :func:`ogd`, :func:`sogd`; :func:`leeds`, and beside it
+:func:`fine_tuning`, :func:`frozen_maml`, :func:`train_from_scratch`, :func:`meta_ogd`,
+:func:`c_maml` with :func:`modulate_by_loss`, :func:`bayesian_gradient_descent`; :func:`ir_dro`,
 :func:`group_dro`, :func:`cvar_dro`, :func:`chi2_dro`, :func:`term`.
 """
 
@@ -131,6 +133,8 @@ from jaxbo.dro.robust_value import robust_value
 from jaxbo.dro.streaming import streaming_grad
 from jaxbo.dro.temperature import TargetEss, TemperatureState, target_ess
 from jaxbo.dro.weighting import Weighting
+from jaxbo.online.bgd import BgdInfo, BgdState, bayesian_gradient_descent
+from jaxbo.online.cmaml import ModulationInfo, ModulationState, c_maml, modulate_by_loss
 from jaxbo.online.detection import (
   Detection,
   Detector,
@@ -142,6 +146,12 @@ from jaxbo.online.detection import (
 from jaxbo.online.driver import Online, OnlineInfo, OnlineState, online
 from jaxbo.online.gate import GateInfo, GateScales, GateState, gate_by_detection
 from jaxbo.online.leeds import leeds
+from jaxbo.online.meta_baselines import (
+  fine_tuning,
+  frozen_maml,
+  meta_ogd,
+  train_from_scratch,
+)
 from jaxbo.online.meta_learner import OnlineMetaLearner, online_meta_learner
 from jaxbo.online.meta_rounds import OnlineMetaInfo, OnlineMetaState, Prediction, TaskModel
 from jaxbo.online.oagd import BatchAverageInfo, BatchAverageState, average_over_batches, oagd
@@ -171,6 +181,8 @@ __all__ = [
   "Accumulated",
   "BatchAverageInfo",
   "BatchAverageState",
+  "BgdInfo",
+  "BgdState",
   "Bilevel",
   "BilevelInfo",
   "BilevelState",
@@ -198,6 +210,8 @@ __all__ = [
   "InnerSolver",
   "LinearInfo",
   "LinearSolver",
+  "ModulationInfo",
+  "ModulationState",
   "Normalizer",
   "Online",
   "OnlineBatch",
@@ -244,8 +258,10 @@ __all__ = [
   "add_value_function_penalty",
   "aid",
   "average_over_batches",
+  "bayesian_gradient_descent",
   "bilevel",
   "bome",
+  "c_maml",
   "calibrate",
   "chi2_dro",
   "chi_square",
@@ -261,8 +277,10 @@ __all__ = [
   "esj",
   "extremes",
   "f2sa",
+  "fine_tuning",
   "fixed_point",
   "fixed_threshold",
+  "frozen_maml",
   "gate_by_detection",
   "group",
   "group_dro",
@@ -276,8 +294,10 @@ __all__ = [
   "lin_upper",
   "local_regret",
   "max_softmax_score",
+  "meta_ogd",
   "mid_rank",
   "min_max",
+  "modulate_by_loss",
   "neumann",
   "oagd",
   "ogd",
@@ -308,6 +328,7 @@ __all__ = [
   "threshold_detector",
   "tilted",
   "top_k",
+  "train_from_scratch",
   "uniform",
   "v_pbgd",
   "window_average",

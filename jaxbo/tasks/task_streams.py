@@ -199,7 +199,16 @@ def osaka_stream(
     raise ValueError(
       f"domain_probabilities must be non-negative and sum to 1, got {probabilities.tolist()}"
     )
-  rule = functools.partial(
+  numbers = (stay_probability, domain_switch_probability, probabilities)
+  numbers = tuple(jnp.asarray(number, jnp.float32) for number in numbers)
+  init, step = _functions(num_ways, num_shots, num_queries, shuffle, label_order)
+  return TaskStream(jax.tree_util.Partial(init), jax.tree_util.Partial(step, arrays, numbers))
+
+
+@functools.cache
+def _functions(num_ways: int, num_shots: int, num_queries: int, shuffle: bool, label_order: str):
+  """Cached, so that streams of one kind are one program: jit tells functions by identity."""
+  step = functools.partial(
     _step,
     num_ways=num_ways,
     num_shots=num_shots,
@@ -207,12 +216,7 @@ def osaka_stream(
     shuffle=shuffle,
     label_order=label_order,
   )
-  numbers = (stay_probability, domain_switch_probability, probabilities)
-  numbers = tuple(jnp.asarray(number, jnp.float32) for number in numbers)
-  partial = jax.tree_util.Partial
-  return TaskStream(
-    partial(functools.partial(_init, num_ways=num_ways)), partial(rule, arrays, numbers)
-  )
+  return functools.partial(_init, num_ways=num_ways), step
 
 
 def _init(key: Any = 0, *, num_ways: int) -> OsakaState:
