@@ -61,9 +61,8 @@ def online_meta_learner(
      :math:`\phi_{t-1}`.
   4. **Detect a shift** from the score :math:`e_t`, the mean of :math:`-T \log \sum_c e^{m_c / T}`
      over the logits of :math:`\phi_t` on :math:`S_t`.
-  5. **Meta-update** by ``outer``, along :math:`\nabla_\theta L(U(\theta_t; S_t); Q_t)` as its
-  response
-     estimates it. Where a gate in it is closed nothing of this is computed.
+  5. **Meta-update** by ``outer``, along its response's estimate of :math:`\nabla_\theta
+     L(U(\theta_t; S_t); Q_t)`. Where a gate in it is closed nothing of this is computed.
 
   The inner parameters ``y`` are an offset of ``x``, or of a part of it, or any others: the two
   losses say what a pair ``(x, y)`` predicts, and ``start`` where ``y`` begins. MAML is the loss of
@@ -81,15 +80,14 @@ def online_meta_learner(
   that the switch decides which model is adapted, that the shift decides how fast the meta-model
   learns, and that no old data are kept. The rest is our reading; each open question is an argument:
 
-  ========================================  ========================================================
-  which score detects a switch              ``switch_score``
-  which detects a shift, of which model     ``shift_score``, ``shift_model``
-  what a shift does to the meta-update      the scales of :func:`jaxbo.gate_by_detection`, 0
-  included a meta-update without a switch            ``no_switch_scale`` there
-  what judges the adapted model             ``query``; half of a batch is a stream with
-  ``num_queries`` first or second order                     the response in ``outer``
-  thresholds                                ``detector``, :func:`jaxbo.calibrate`
-  ========================================  ========================================================
+  =========================================  ================================================
+  which score detects a switch               ``switch_score``
+  which detects a shift, of which model      ``shift_score``, ``shift_model``
+  how far the meta-model goes in each case   the scales of :func:`jaxbo.gate_by_detection`
+  what judges the adapted model              ``query``, and ``num_queries`` of the stream
+  first or second order                      the response in ``outer``
+  thresholds                                 ``detector``, :func:`jaxbo.calibrate`
+  =========================================  ================================================
 
   A round whose loss or gradient is not finite moves nothing: the solver stays where it began, and
   the meta-update is skipped (``info.meta_finite``).
@@ -100,9 +98,8 @@ def online_meta_learner(
       and ``metric`` understand, where these are functions.
     inner: the inner solver; its steps are those of a round. A task goes on with the state of the
       inner optimizer, and a new one begins with a fresh state.
-    outer: an optax chain that begins with a response: :func:`jaxbo.leeds`.
-      ``update`` is given ``detection=`` and ``value=``, the outer loss. ``None`` leaves the
-      meta-model as it is.
+    outer: an optax chain that begins with a response: :func:`jaxbo.leeds`. ``update`` is given
+      ``detection=`` and ``value=``, the outer loss. ``None`` leaves the meta-model as it is.
     detector: :func:`jaxbo.threshold_detector`, or :func:`jaxbo.oracle_detector`, which sees the
       batch.
     start: ``start(x) -> y``, where an adaptation begins; zeros like ``x`` if not given. The

@@ -41,12 +41,12 @@ class GaussianBatch(NamedTuple):
   extra: GaussianTruth
 
   @property
-  def task_switch(self) -> jax.Array:
+  def task_switch(self) -> Any:
     """Whether the task is new."""
     return self.extra.task_switch
 
   @property
-  def domain(self) -> jax.Array:
+  def domain(self) -> Any:
     """How often the domain changed since the first."""
     return self.extra.domain
 

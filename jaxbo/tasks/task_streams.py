@@ -66,12 +66,12 @@ class StreamBatch(NamedTuple):
   query_labels: jax.Array | None = None
 
   @property
-  def train(self) -> tuple[jax.Array, jax.Array]:
+  def train(self) -> tuple[Any, Any]:
     """The labelled data to learn from, ``(images, labels)``."""
     return self.images, self.labels
 
   @property
-  def val(self) -> tuple[jax.Array, jax.Array]:
+  def val(self) -> tuple[Any, Any]:
     """What the learner is judged by: the queries, or without them the same data."""
     if self.query_images is None or self.query_labels is None:
       return self.train
@@ -114,9 +114,8 @@ def osaka_stream(
   r"""A stream of N-way K-shot tasks from several domains, by the rule of OSAKA.
 
   In each round the task stays with probability :math:`p`. Else there is a *task switch*: a domain
-  is drawn, then ``num_ways`` of its classes without replacement. Then, in every round,
-  ``num_shots`` images of each class are drawn afresh, with replacement. The first round is always a
-  switch.
+  is drawn, then ``num_ways`` of its classes without replacement. In every round, ``num_shots``
+  images of each class are drawn afresh, with replacement. The first round is a switch.
 
   With ``domain_switch_probability`` :math:`p_e` (the rule of DynamicCML) a task switch draws the
   domain anew with that probability and keeps it otherwise, so that switches and shifts can be set
@@ -132,8 +131,6 @@ def osaka_stream(
   in a fixed order. Pixels are not touched: see that all domains have the same scale and polarity.
   Where a domain has as many classes as there are ways, its tasks differ in the order of the labels
   and in nothing else.
-
-  Each round costs a shuffle of the class numbers of one domain and a gather of the images.
 
   Args:
     domains: arrays ``[classes, per_class, ...]``, the number of classes and of images may differ;

@@ -326,6 +326,74 @@ def test_memory_is_the_meta_model_the_task_and_numbers():
   assert len(set(pointers)) == len(pointers)
 
 
+NEVER = lambda t, *scores: (False, False)
+
+
+def test_baselines_without_meta_updates_equal_their_loops(x64):
+  frozen = {"scales": (0.0, 0.0, 0.0)}
+  tuned = jaxbo.fine_tuning(loss, INNER, shift_score=SCORE)
+  compare(tuned, detect=NEVER, **frozen)
+  maml = jaxbo.frozen_maml(loss, INNER, shift_score=SCORE)
+  compare(maml, detect=NEVER, always=True, **frozen)
+  detector = jaxbo.threshold_detector(2.0, INF)
+  scratch = jaxbo.train_from_scratch(loss, INNER, detector, shift_score=SCORE)
+  compare(scratch, detect=lambda t, before, drop, after: (before > 2.0, False), **frozen)
+
+
+def test_meta_ogd_takes_the_same_step_in_every_round(x64):
+  learner = jaxbo.meta_ogd(loss, INNER, jaxbo.itd(0.5, INNER), shift_score=SCORE)
+  compare(learner, detect=NEVER, always=True, scales=(1.0, 1.0, 1.0))
+
+
+@pytest.mark.parametrize("modulation", [None, 2.0])
+def test_c_maml_equals_its_loop(modulation, x64):
+  """Pairs of rounds; no step at a boundary; with modulation by the loss that is descended."""
+  learner = jaxbo.c_maml(
+    loss, INNER, optax.sgd(0.5), drop_threshold=0.5, modulation=modulation, shift_score=SCORE
+  )
+  state = learner.init(jnp.zeros(2), stream=STREAM, key=1)
+  _, (batch, metas, phis, info) = play(learner, state)
+  means, theta, phi = np.mean(np.asarray(batch.train), axis=1), np.zeros(2), np.zeros(2)
+  for t, mean in enumerate(means):
+    np.testing.assert_allclose(metas[t], theta, rtol=0, atol=1e-7 if modulation else 1e-12)
+    fresh = mean + LEFT * (theta - mean)
+    drop = 0.5 * np.sum((phi - mean) ** 2) - 0.5 * np.sum((fresh - mean) ** 2)
+    assert info.detection.switch[t] == (t == 0 or drop > 0.5)
+    if t and drop <= 0.5:
+      miss = means[t - 1] + LEFT * (theta - means[t - 1]) - mean
+      value = 0.5 * np.sum(miss**2)
+      np.testing.assert_allclose(info.outer_loss[t], value, rtol=1e-6, atol=1e-8)
+      theta = theta - 0.5 * LEFT * miss * (-np.expm1(-modulation * value) if modulation else 1)
+    phi = fresh
+    np.testing.assert_allclose(phis[t], phi, rtol=0, atol=1e-7 if modulation else 1e-12)
+  assert 5 < np.sum(info.detection.switch) < 55
+
+
+def test_modulation_of_losses_that_are_no_numbers():
+  tx = jaxbo.modulate_by_loss(2.0)
+  scale = lambda value: float(tx.update(jnp.float32(1.0), tx.init(0.0), value=value)[0])
+  np.testing.assert_allclose(scale(0.3), 1 - np.exp(-0.6), rtol=1e-6)
+  assert [scale(value) for value in (-1.0, 0.0, np.nan, np.inf)] == [0, 0, 1, 1]
+  with pytest.raises(TypeError, match="modulate_by_loss: update must be given value="):
+    tx.update(jnp.float32(1.0), tx.init(0.0))
+  with pytest.raises(ValueError, match="rate must be positive and finite, got 0"):
+    jaxbo.modulate_by_loss(0.0)
+
+
+def test_bgd_is_fine_tuning_with_another_inner_optimizer():
+  """It finds the mean of the task and grows certain."""
+  bgd = jaxbo.bayesian_gradient_descent(1.0, 0.3, num_samples=20, num_examples=5)
+  inner = jaxbo.inner_solver(first_of(loss), bgd, 1)
+  learner = jaxbo.fine_tuning(loss, inner, shift_score=SCORE)
+  batch = (jnp.ones((5, 2)), jnp.ones((5, 2)))
+  step, state = jax.jit(learner.step), learner.init(jnp.zeros(2), batch=batch)
+  for _ in range(50):
+    state, _ = step(state, batch)
+  np.testing.assert_allclose(state.task.y, 1, atol=0.1)
+  assert np.all(state.task.opt_state.deviations < 0.1)
+  assert state.task.opt_state.bgd_count == 50
+
+
 BAD = {
   "restart": ({"restart": "never"}, "restart must be one of 'switch', 'always', got 'never'"),
   "query": ({"query": "half"}, "query must be one of 'given', 'same', 'next', got 'half'"),
