@@ -9,6 +9,8 @@ import pytest
 
 import jaxbo.tasks
 
+pytestmark = pytest.mark.slow
+
 # An image is its domain, class and number, so that a batch can be checked against the truth.
 SIZES = {0: (25, 8), 1: (10, 30), 2: (12, 5)}
 
