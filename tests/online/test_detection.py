@@ -9,6 +9,7 @@ import pytest
 from scipy import stats
 
 import jaxbo
+from jaxbo.online.ood_scores import mean_score
 
 INF = float("inf")
 LOGITS = [np.zeros(5), np.zeros(10), np.array([10.0, 0, 0, 0, 0]), np.arange(1.0, 4.0)]
@@ -46,6 +47,16 @@ def test_scores_of_extreme_logits_are_finite_and_of_low_precision_are_float32():
   np.testing.assert_allclose(jaxbo.max_softmax_score(logits), [1, 1 / 3], rtol=1e-6)
   for score in (jaxbo.energy_score, jaxbo.entropy_score, jaxbo.max_softmax_score):
     assert score(logits.astype(jnp.bfloat16)).dtype == jnp.float32
+
+
+@pytest.mark.parametrize("name", ["energy", "entropy", "max_softmax"])
+def test_every_score_that_has_a_name_is_high_for_unknown_data(name):
+  sure, unsure = jnp.array([[9.0, 0.0, 0.0]]), jnp.array([[1.0, 1.0, 1.0]])
+  score = mean_score("shift_score", name)
+  assert score(unsure) > score(sure) + 0.5
+  np.testing.assert_allclose(
+    score(jnp.concatenate([sure, unsure])), (score(sure) + score(unsure)) / 2
+  )
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -113,7 +124,7 @@ def test_a_score_that_is_not_finite_does_not_enter_the_window():
     _, state = rule.update(jnp.float32(score), state)
   np.testing.assert_array_equal(np.sort(state.score_window.values), [1, 3])
   assert rule.update(jnp.float32(2.5), state)[0]
-  assert not rule.update(jnp.float32(1.5), state)[0]
+  assert not rule.update(jnp.float32(2.0), state)[0]  # Above, not at.
 
 
 P12 = {3.5: (0.03237410977, 0.8995890117), 3.0: (0.1572420272, 0.9791063038)}
