@@ -105,7 +105,7 @@ OPTIONS = {
   "leeds": ((0.125, 1.0, 0.0), {}),
   "skip": ((0.0, 1.0, 0.0), {}),
   "every round": ((0.125, 1.0, 0.25), {}),
-  "next": ((0.0, 0.0, 1.0), {"query": "next"}),
+  "next": ((0.125, 0.5, 1.0), {"query": "next"}),
   "always": ((0.25, 0.75, 0.5), {"query": "same", "restart": "always"}),
 }
 
