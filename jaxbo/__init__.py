@@ -32,8 +32,13 @@ for one level.
 :func:`add_corrected_response`, momentum corrections (SOGD); the loop :func:`online` over a stream,
 with the metrics :func:`local_regret` and :func:`path_length`.
 
+**Online meta-learning**, where tasks change without notice: the loop :func:`online_meta_learner`;
+:func:`threshold_detector` and :func:`oracle_detector` of task switches and distribution shifts,
+with :func:`quantile_threshold` and :func:`calibrate`; :func:`gate_by_detection` around an
+optimizer.
+
 **Tasks**: :func:`jaxbo.tasks.sample_episode`; streams, :func:`jaxbo.tasks.minibatch_stream` and
-:func:`jaxbo.tasks.phase_stream`.
+:func:`jaxbo.tasks.phase_stream`; streams of tasks, :func:`jaxbo.tasks.osaka_stream`.
 
 **Distributionally robust training**: :func:`per_example_grad` and :func:`reweight` with a
 :class:`Weighting`: :func:`kl` (IR-DRO), :func:`kl_ball`, :func:`cvar`, :func:`kl_cvar`,
@@ -43,8 +48,10 @@ with the metrics :func:`local_regret` and :func:`path_length`.
 
 **Whole methods**: :func:`esj`, :func:`itd`, :func:`aid`, :func:`stocbio`, and the loop
 :func:`bilevel`; :func:`pdbo`, :func:`proximal_pdbo`, :func:`bome`, :func:`v_pbgd`, :func:`f2sa`;
-:func:`sobow`, :func:`oagd`, :func:`ogd`, :func:`sogd`; :func:`ir_dro`, :func:`group_dro`,
-:func:`cvar_dro`, :func:`chi2_dro`, :func:`term`.
+:func:`sobow`, :func:`oagd`, :func:`ogd`, :func:`sogd`; :func:`leeds`, and beside it
+:func:`fine_tuning`, :func:`frozen_maml`, :func:`train_from_scratch`, :func:`meta_ogd`,
+:func:`c_maml` with :func:`modulate_by_loss`, :func:`bayesian_gradient_descent`; :func:`ir_dro`,
+:func:`group_dro`, :func:`cvar_dro`, :func:`chi2_dro`, :func:`term`.
 """
 
 from jaxbo import tasks as tasks
@@ -126,8 +133,29 @@ from jaxbo.dro.robust_value import robust_value
 from jaxbo.dro.streaming import streaming_grad
 from jaxbo.dro.temperature import TargetEss, TemperatureState, target_ess
 from jaxbo.dro.weighting import Weighting
+from jaxbo.online.bgd import BgdInfo, BgdState, bayesian_gradient_descent
+from jaxbo.online.cmaml import ModulationInfo, ModulationState, c_maml, modulate_by_loss
+from jaxbo.online.detection import (
+  Detection,
+  Detector,
+  DetectorState,
+  Scores,
+  oracle_detector,
+  threshold_detector,
+)
 from jaxbo.online.driver import Online, OnlineInfo, OnlineState, online
+from jaxbo.online.gate import GateInfo, GateScales, GateState, gate_by_detection
+from jaxbo.online.leeds import leeds
+from jaxbo.online.meta_baselines import (
+  fine_tuning,
+  frozen_maml,
+  meta_ogd,
+  train_from_scratch,
+)
+from jaxbo.online.meta_learner import OnlineMetaLearner, online_meta_learner
+from jaxbo.online.meta_rounds import OnlineMetaInfo, OnlineMetaState, Prediction, TaskModel
 from jaxbo.online.oagd import BatchAverageInfo, BatchAverageState, average_over_batches, oagd
+from jaxbo.online.ood_scores import energy_score, entropy_score, max_softmax_score
 from jaxbo.online.regret import Accumulated, local_regret, path_length
 from jaxbo.online.rounds import OnlineBatch, OnlineMetric, OnlineRound
 from jaxbo.online.sobow import ogd, sobow
@@ -138,24 +166,42 @@ from jaxbo.online.sogd import (
   add_corrected_response,
   sogd,
 )
+from jaxbo.online.thresholds import (
+  FixedThresholdState,
+  QuantileThresholdState,
+  Threshold,
+  Thresholds,
+  calibrate,
+  fixed_threshold,
+  quantile_threshold,
+)
 from jaxbo.online.window import Window, WindowAverageInfo, WindowAverageState, window_average
 
 __all__ = [
   "Accumulated",
   "BatchAverageInfo",
   "BatchAverageState",
+  "BgdInfo",
+  "BgdState",
   "Bilevel",
   "BilevelInfo",
   "BilevelState",
   "CompositionalState",
   "CorrectedResponseInfo",
   "CorrectedResponseState",
+  "Detection",
+  "Detector",
+  "DetectorState",
   "DropInfo",
   "DropResponseState",
   "DynamicBarrierInfo",
   "DynamicBarrierState",
   "EsInfo",
   "EsResponseState",
+  "FixedThresholdState",
+  "GateInfo",
+  "GateScales",
+  "GateState",
   "GroupState",
   "ImplicitInfo",
   "ImplicitResponseState",
@@ -164,22 +210,33 @@ __all__ = [
   "InnerSolver",
   "LinearInfo",
   "LinearSolver",
+  "ModulationInfo",
+  "ModulationState",
   "Normalizer",
   "Online",
   "OnlineBatch",
   "OnlineInfo",
+  "OnlineMetaInfo",
+  "OnlineMetaLearner",
+  "OnlineMetaState",
   "OnlineMetric",
   "OnlineRound",
   "OnlineState",
   "PerExampleGrads",
+  "Prediction",
   "PrimalDualInfo",
   "PrimalDualState",
   "ProximalInfo",
   "ProximalState",
+  "QuantileThresholdState",
   "ReweightState",
   "RunningRangeState",
+  "Scores",
   "TargetEss",
+  "TaskModel",
   "TemperatureState",
+  "Threshold",
+  "Thresholds",
   "Through",
   "Triple",
   "UnrolledInfo",
@@ -201,8 +258,11 @@ __all__ = [
   "add_value_function_penalty",
   "aid",
   "average_over_batches",
+  "bayesian_gradient_descent",
   "bilevel",
   "bome",
+  "c_maml",
+  "calibrate",
   "chi2_dro",
   "chi_square",
   "chi_square_ball",
@@ -212,10 +272,16 @@ __all__ = [
   "cvar_dro",
   "doro",
   "drop_response",
+  "energy_score",
+  "entropy_score",
   "esj",
   "extremes",
   "f2sa",
+  "fine_tuning",
   "fixed_point",
+  "fixed_threshold",
+  "frozen_maml",
+  "gate_by_detection",
   "group",
   "group_dro",
   "inner_solver",
@@ -224,14 +290,20 @@ __all__ = [
   "kl",
   "kl_ball",
   "kl_cvar",
+  "leeds",
   "lin_upper",
   "local_regret",
+  "max_softmax_score",
+  "meta_ogd",
   "mid_rank",
   "min_max",
+  "modulate_by_loss",
   "neumann",
   "oagd",
   "ogd",
   "online",
+  "online_meta_learner",
+  "oracle_detector",
   "over_tasks",
   "path_length",
   "pdbo",
@@ -241,6 +313,7 @@ __all__ = [
   "proximal_pdbo",
   "quadratic",
   "quantile_range",
+  "quantile_threshold",
   "reweight",
   "robust_value",
   "running_range",
@@ -252,8 +325,10 @@ __all__ = [
   "streaming_grad",
   "target_ess",
   "term",
+  "threshold_detector",
   "tilted",
   "top_k",
+  "train_from_scratch",
   "uniform",
   "v_pbgd",
   "window_average",

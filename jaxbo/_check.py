@@ -46,6 +46,13 @@ def finite(name: str, value: Any) -> Any:
   return value
 
 
+def not_nan(name: str, value: Any) -> Any:
+  """Returns ``value``; raises if it is no number, or a known one that is NaN."""
+  if math.isnan(_number(name, value, 0.0)):
+    raise ValueError(f"{name} must be a number or an infinity, got {value}")
+  return value
+
+
 def within(name: str, value: Any, low: Any, high: Any, *, ends: str = "[]") -> Any:
   """Returns ``value``; raises if it is no number, or a known one outside the interval.
 

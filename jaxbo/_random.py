@@ -31,3 +31,11 @@ def key_data(key: Any) -> jax.Array:
   elif jnp.ndim(key) == 0:
     key = jax.random.key_data(jax.random.key(key))
   return jnp.array(key, copy=True)
+
+
+def default_key_data(key: Any) -> jax.Array:
+  """:func:`key_data` of ``key``; raises ``ValueError`` unless it is of the default generator."""
+  impl, default = key_impl("key", key), jax.random.key_impl(jax.random.key(0))
+  if impl not in (None, default):
+    raise ValueError(f"key must have the default generator {default}, got {impl}")
+  return key_data(key)

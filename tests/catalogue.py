@@ -173,6 +173,27 @@ def online(make_outer: Callable[..., optax.GradientTransformation], solver=None,
   return make
 
 
+def minimizer(make_tx: Callable[..., optax.GradientTransformation]):
+  """The harness of an optimizer that wants the loss as a function."""
+
+  def make(seed, inner):
+    del inner
+    tx = optax.with_extra_args_support(make_tx(seed))
+
+    def init(x):
+      return x, tx.init(x)
+
+    def step(carry, t, **extra):
+      x, state = carry
+      value_fn = lambda x: (_summary(x) - jnp.cos(t).astype(x["scalar"].dtype)) ** 2
+      updates, state = tx.update(jax.grad(value_fn)(x), state, x, value_fn=value_fn, **extra)
+      return optax.apply_updates(x, updates), state
+
+    return Harness(tx, init, step)
+
+  return make
+
+
 def example_losses(x, batch):
   """One loss for each of four examples; every leaf of ``x`` moves them."""
   return (batch * (1 + _summary(x)) - jnp.sin(3 * batch)) ** 2
@@ -211,6 +232,21 @@ def robust(
     return Harness(tx, init, step)
 
   return make
+
+
+def detected(*parts: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+  """A chain with what an online meta-learner gives it; the three cases follow each other."""
+  tx = optax.chain(*parts)
+
+  def update(updates, state, params=None, **extra):
+    count, state = state
+    scores = jaxbo.Scores(jnp.float32(0.0), jnp.float32(0.0))
+    extra["detection"] = jaxbo.Detection(count != 1, count % 3 == 2, scores)
+    extra["value"] = jnp.float32(2.0)
+    updates, state = tx.update(updates, state, params, **extra)
+    return updates, (count + 1, state)
+
+  return optax.GradientTransformationExtraArgs(lambda x: (jnp.int32(0), tx.init(x)), update)
 
 
 VALUE = {"num_steps": 3, "inner_optimizer": optax.sgd(0.2, momentum=0.5)}
@@ -332,6 +368,20 @@ REGISTRY = [
         **BOX,
       )
     ),
+  ),
+  Entry(
+    "leeds",
+    response(
+      lambda s, k, y: detected(
+        jaxbo.leeds(-1.0, s),
+        jaxbo.modulate_by_loss(0.5),
+        jaxbo.gate_by_detection(optax.sgd(-1.0, momentum=0.9), 0.5, 1.0),
+      )
+    ),
+  ),
+  Entry(
+    "bayesian_gradient_descent",
+    minimizer(lambda k: jaxbo.bayesian_gradient_descent(1.0, 0.1, num_samples=2, key=k)),
   ),
   Entry("primal_dual", value_function(primal_dual)),
   Entry(

@@ -169,7 +169,7 @@ def online(
     return OnlineState(
       loop=loop,
       round_count=jnp.int32(0),
-      stream_key=_raw_key(key),
+      stream_key=_random.default_key_data(key),
       memory=() if memory is None else empty_window(batch._replace(extra=None), memory),
       metric_states={
         name: init_metric(metric) if isinstance(metric, OnlineMetric) else ()
@@ -240,10 +240,3 @@ def _check_looks_at_the_solution(outer_state: optax.OptState) -> None:
       raise ValueError(
         "hyper_at must be 'after' for a response that differentiates the inner run, got 'before'"
       )
-
-
-def _raw_key(key: Any) -> jax.Array:
-  impl, default = _random.key_impl("key", key), jax.random.key_impl(jax.random.key(0))
-  if impl not in (None, default):
-    raise ValueError(f"key must have the default generator {default}, got {impl}")
-  return _random.key_data(key)

@@ -67,9 +67,11 @@ class OnlineRound(NamedTuple):
 
 
 def as_batch(batch: Any) -> OnlineBatch:
-  """What a stream gave, as an :class:`OnlineBatch`; raises unless it is a pair or one."""
+  """What a stream gave, as an :class:`OnlineBatch`: a pair, or whatever has its fields."""
   if isinstance(batch, OnlineBatch):
     return batch
+  if all(hasattr(batch, name) for name in OnlineBatch._fields):
+    return OnlineBatch(batch.train, batch.val, batch.extra)
   if isinstance(batch, tuple) and len(batch) == 2:
     return OnlineBatch(*batch)
   raise ValueError(

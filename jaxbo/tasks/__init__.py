@@ -3,9 +3,44 @@
 **Few-shot episodes**: :func:`sample_episode`, :class:`Episode`.
 
 **Streams** for :func:`jaxbo.online`: :func:`minibatch_stream`, :func:`phase_stream`.
+
+**Streams of tasks** for :func:`jaxbo.online_meta_learner`: :func:`osaka_stream`, few-shot tasks
+that change without notice; :func:`moving_gaussian_stream` and :func:`jumping_gaussian_stream`,
+whose answers are known exactly.
 """
 
 from jaxbo.tasks.episodes import Episode, sample_episode
+from jaxbo.tasks.gaussian_streams import (
+  GaussianBatch,
+  GaussianState,
+  GaussianTruth,
+  gaussian_posterior_mean,
+  jumping_gaussian_stream,
+  moving_gaussian_stream,
+)
 from jaxbo.tasks.streams import minibatch_stream, phase_stream
+from jaxbo.tasks.task_streams import (
+  OsakaState,
+  StreamBatch,
+  StreamTruth,
+  TaskStream,
+  osaka_stream,
+)
 
-__all__ = ["Episode", "minibatch_stream", "phase_stream", "sample_episode"]
+__all__ = [
+  "Episode",
+  "GaussianBatch",
+  "GaussianState",
+  "GaussianTruth",
+  "OsakaState",
+  "StreamBatch",
+  "StreamTruth",
+  "TaskStream",
+  "gaussian_posterior_mean",
+  "jumping_gaussian_stream",
+  "minibatch_stream",
+  "moving_gaussian_stream",
+  "osaka_stream",
+  "phase_stream",
+  "sample_episode",
+]

@@ -1,0 +1,150 @@
+"""C-MAML: meta-updates along pairs of rounds, left out where the task seems to change."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxbo import _check
+from jaxbo.bilevel.inner import InnerSolver
+from jaxbo.bilevel.response import MISSING
+from jaxbo.bilevel.unrolled import add_unrolled_response
+from jaxbo.online.detection import threshold_detector
+from jaxbo.online.gate import gate_by_detection
+from jaxbo.online.meta_learner import OnlineMetaLearner, online_meta_learner
+
+
+class ModulationInfo(NamedTuple):
+  """Diagnostics of :func:`modulate_by_loss`.
+
+  Attributes:
+    modulation: what the last gradient was scaled by, float32.
+  """
+
+  modulation: jax.Array
+
+
+class ModulationState(NamedTuple):
+  """State of :func:`modulate_by_loss`."""
+
+  info: ModulationInfo
+
+
+def modulate_by_loss(rate: jax.typing.ArrayLike) -> optax.GradientTransformationExtraArgs:
+  r"""Scales the gradient down where the loss is small: C-MAML's update modulation.
+
+  .. math:: g \leftarrow (1 - e^{-\lambda L})\, g
+
+  It stands behind the response and before the optimizer, as in the published code, where it scales
+  the loss. Mind that Adam sees the *changes* of such a scale and not the scale itself.
+
+  Args:
+    rate: :math:`\lambda > 0`; large values change nothing.
+
+  Returns:
+    A transformation whose ``update`` must be given ``value=``, the loss. A loss below zero counts
+    as zero, one that is NaN as infinite.
+
+  Raises:
+    ValueError: if ``rate`` is not positive.
+    TypeError: if ``value`` is missing.
+
+  Example:
+    >>> import jax.numpy as jnp, jaxbo
+    >>> tx = jaxbo.modulate_by_loss(1.0)
+    >>> x = jnp.float32(0.0)
+    >>> g, state = tx.update(jnp.float32(2.0), tx.init(x), x, value=jnp.log(2.0))
+    >>> print(g)
+    1.0
+
+  References:
+    Caccia et al., `Online Fast Adaptation and Knowledge Accumulation
+    <https://arxiv.org/abs/2003.05856>`_, 2020.
+  """
+  _check.positive("rate", rate)
+
+  def init(params):
+    del params
+    return ModulationState(ModulationInfo(jnp.float32(1.0)))
+
+  def update(updates, state, params=None, *, value: Any = MISSING, **extra_args):
+    del state, params, extra_args
+    if value is MISSING:
+      raise TypeError("modulate_by_loss: update must be given value=, the loss")
+    value = jnp.asarray(value, jnp.float32)
+    value = jnp.where(jnp.isnan(value), jnp.inf, jnp.maximum(value, 0))
+    scale = -jnp.expm1(-jnp.asarray(rate, jnp.float32) * value)
+    scaled = jax.tree.map(lambda u: jnp.asarray(scale, u.dtype) * u, updates)
+    return scaled, ModulationState(ModulationInfo(scale))
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def c_maml(
+  outer_loss: Callable[..., Any],
+  inner: InnerSolver,
+  optimizer: optax.GradientTransformation,
+  *,
+  drop_threshold: jax.typing.ArrayLike,
+  modulation: jax.typing.ArrayLike | None = None,
+  response: optax.GradientTransformation | None = None,
+  **options: Any,
+) -> OnlineMetaLearner:
+  r"""C-MAML: the last round is the support set and this one the query, unless the task changed.
+
+  .. math::
+    \theta_{t+1} = \theta_t - \beta \nabla_\theta L\big(U(\theta_t; S_{t-1}); S_t\big)
+    \quad \text{unless} \quad L(\phi_{t-1}; S_t) - L(U(\theta_t; S_t); S_t) > \gamma
+
+  and :math:`\phi_t = U(\theta_t; S_t)` in every round. The published code differentiates through
+  the adaptation of the last round, which began at :math:`\theta_{t-1}`; here the last data, which
+  are kept, are adapted to again from :math:`\theta_t`, so that gradient and step are at one point.
+
+  Args:
+    outer_loss: as in :func:`jaxbo.online_meta_learner`.
+    inner: the inner solver.
+    optimizer: for the meta-model; Adam in the published code.
+    drop_threshold: :math:`\gamma`; infinity never leaves an update out.
+    modulation: :math:`\lambda` of :func:`modulate_by_loss`, or ``None``.
+    response: :func:`jaxbo.add_unrolled_response` if not given.
+    **options: ``start``, ``shift_score`` and ``metric`` of :func:`jaxbo.online_meta_learner`.
+
+  Returns:
+    An :class:`jaxbo.OnlineMetaLearner`. Its prolonged adaptation phase (a buffer of rounds) is not
+    part of it.
+
+  Raises:
+    ValueError: if ``drop_threshold`` is NaN or ``modulation`` is not positive.
+
+  Example:
+    >>> import jax.numpy as jnp, jaxbo, optax
+    >>> loss = lambda x, y, u: (0.5 * jnp.sum((x + y - u) ** 2), x + y)
+    >>> inner = jaxbo.inner_solver(lambda *args: loss(*args)[0], optax.sgd(0.5), 1)
+    >>> learner = jaxbo.c_maml(loss, inner, optax.sgd(1.0), drop_threshold=1.0)
+    >>> state = learner.init(jnp.zeros(1), batch=(jnp.ones(1), jnp.ones(1)))
+    >>> for u in (1.0, 1.0, 9.0):                                     # the last is another task
+    ...   state, info = learner.step(state, (jnp.full(1, u), jnp.ones(1)))
+    ...   print(state.meta_params)
+    [0.]
+    [0.25]
+    [0.25]
+
+  References:
+    Caccia et al., `Online Fast Adaptation and Knowledge Accumulation
+    <https://arxiv.org/abs/2003.05856>`_, 2020; its code is https://github.com/ServiceNow/osaka.
+  """
+  gate = gate_by_detection(optimizer, 0.0, 0.0, no_switch_scale=1.0)
+  parts = [add_unrolled_response(inner) if response is None else response]
+  parts += [] if modulation is None else [modulate_by_loss(modulation)]
+  return online_meta_learner(
+    outer_loss,
+    inner,
+    optax.chain(*parts, gate),
+    threshold_detector(drop_threshold, float("inf")),
+    restart="always",
+    query="next",
+    switch_score="drop",
+    **options,
+  )

@@ -1,0 +1,188 @@
+"""Detectors of task switches and of distribution shifts, from scores of the learner."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxbo import _check
+from jaxbo.online.thresholds import Threshold, fixed_threshold
+
+
+class Scores(NamedTuple):
+  """What detectors look at in a round; high values speak for a change.
+
+  Attributes:
+    switch: how badly the previous task's model does on the new data, a scalar.
+    shift: how little the data look like those of the pre-training, a scalar.
+  """
+
+  switch: jax.Array
+  shift: jax.Array
+
+
+class Detection(NamedTuple):
+  """What was detected in a round: one of the three cases of LEEDS.
+
+  Attributes:
+    switch: whether the task changed, bool.
+    shift: whether the new task is from another distribution, bool; false without a switch.
+    scores: the :class:`Scores` behind it, for sweeps of thresholds after the fact.
+  """
+
+  switch: jax.Array
+  shift: jax.Array
+  scores: Scores
+
+
+class DetectorState(NamedTuple):
+  """State of a :class:`Detector`.
+
+  Attributes:
+    has_task: whether there was a round before, bool.
+    switch_rule: the state of the rule for switches.
+    shift_rule: the state of the rule for shifts.
+  """
+
+  has_task: jax.Array
+  switch_rule: Any
+  shift_rule: Any
+
+
+class Detector(NamedTuple):
+  """A pair of detectors, of task switches and of distribution shifts; pure functions with state.
+
+  They are two steps, since a learner knows the second score only when it has acted on the first.
+  :meth:`update` does both, on scores that were logged.
+
+  Attributes:
+    init: ``init() -> DetectorState``.
+    detect_switch: ``detect_switch(score, state, batch=None) -> (switch, state)``; the first round
+      is a switch whatever its score.
+    detect_shift: ``detect_shift(score, state, batch=None, *, switch) -> (shift, state)``; without a
+      ``switch`` there is no shift, and nothing to learn from the score.
+  """
+
+  init: Callable[[], DetectorState]
+  detect_switch: Callable[..., tuple[jax.Array, DetectorState]]
+  detect_shift: Callable[..., tuple[jax.Array, DetectorState]]
+
+  def update(
+    self, scores: Scores, state: DetectorState, batch: Any = None
+  ) -> tuple[Detection, DetectorState]:
+    """Both detectors, on the scores of a round."""
+    switch, state = self.detect_switch(scores.switch, state, batch)
+    shift, state = self.detect_shift(scores.shift, state, batch, switch=switch)
+    return Detection(switch, shift, scores), state
+
+
+def threshold_detector(
+  switch: Threshold | jax.typing.ArrayLike, shift: Threshold | jax.typing.ArrayLike
+) -> Detector:
+  r"""Detects a switch where one score is above a threshold, a shift where another is.
+
+  .. math::
+    \text{switch}_t = [s_t > \ell] \text{ or } t = 1, \qquad
+    \text{shift}_t = \text{switch}_t \text{ and } [e_t > \tau]
+
+  What the scores are is said to :func:`jaxbo.online_meta_learner`. A threshold of minus infinity
+  always detects, one of infinity never does; a score that is NaN detects nothing.
+
+  Args:
+    switch: :math:`\ell`, a number or a rule: :func:`jaxbo.quantile_threshold`.
+    shift: :math:`\tau`, the same.
+
+  Returns:
+    A :class:`Detector`.
+
+  Raises:
+    ValueError: if a threshold is NaN.
+    TypeError: if it is neither a number nor a :class:`jaxbo.Threshold`.
+
+  Example:
+    >>> import jax.numpy as jnp, jaxbo
+    >>> detector = jaxbo.threshold_detector(switch=2.0, shift=-3.0)
+    >>> state = detector.init()
+    >>> for loss, energy in ((0.1, -9.0), (0.5, 9.0), (4.0, -1.0)):
+    ...   scores = jaxbo.Scores(jnp.float32(loss), jnp.float32(energy))
+    ...   detection, state = detector.update(scores, state)
+    ...   print(detection.switch, detection.shift)
+    True False
+    False False
+    True True
+  """
+  rules = [
+    rule if isinstance(rule, Threshold) else _fixed(name, rule)
+    for name, rule in (("switch", switch), ("shift", shift))
+  ]
+
+  def init():
+    return DetectorState(jnp.bool_(False), *(rule.init() for rule in rules))
+
+  def detect_switch(score, state, batch=None):
+    del batch
+    # The first score is that of the meta-model: no sample of either kind.
+    exceeded, rule = rules[0].update(score, state.switch_rule, state.has_task)
+    switch = exceeded | ~state.has_task
+    return switch, state._replace(has_task=jnp.ones_like(state.has_task), switch_rule=rule)
+
+  def detect_shift(score, state, batch=None, *, switch):
+    del batch
+    exceeded, rule = rules[1].update(score, state.shift_rule, switch)
+    return exceeded & switch, state._replace(shift_rule=rule)
+
+  return Detector(init, detect_switch, detect_shift)
+
+
+def _fixed(name: str, value: Any) -> Threshold:
+  return fixed_threshold(_check.not_nan(name, value))
+
+
+def oracle_detector(
+  switch: Callable[[Any], jax.typing.ArrayLike] | None = None,
+  out_of_distribution: Callable[[Any], jax.typing.ArrayLike] | None = None,
+) -> Detector:
+  """A detector that is told the truth: the upper bound of what detection can give.
+
+  Args:
+    switch: ``switch(batch) -> bool``, whether the task changed; ``batch.task_switch`` if not given.
+    out_of_distribution: ``out_of_distribution(batch) -> bool``, whether the task is from another
+      domain than that of the pre-training; if not given, ``batch.domain != 0``.
+
+  Returns:
+    A :class:`Detector`. The first round is a switch in any case.
+
+  Raises:
+    TypeError: if an argument is no function of a batch.
+
+  Example:
+    >>> import jax.numpy as jnp, jaxbo
+    >>> detector = jaxbo.oracle_detector(lambda batch: batch > 0, lambda batch: batch > 1)
+    >>> state, scores = detector.init(), jaxbo.Scores(jnp.float32(0.0), jnp.float32(0.0))
+    >>> for batch in (0, 0, 2):
+    ...   detection, state = detector.update(scores, state, batch)
+    ...   print(detection.switch, detection.shift)
+    True False
+    False False
+    True True
+  """
+  switch = (lambda batch: batch.task_switch) if switch is None else switch
+  unknown = out_of_distribution
+  unknown = (lambda batch: batch.domain != 0) if unknown is None else unknown
+  for name, function in (("switch", switch), ("out_of_distribution", unknown)):
+    _check.takes_arguments(name, function, "batch")
+
+  def init():
+    return DetectorState(jnp.bool_(False), (), ())
+
+  def detect_switch(score, state, batch=None):
+    del score
+    told = jnp.asarray(switch(batch), bool) | ~state.has_task
+    return told, state._replace(has_task=jnp.ones_like(state.has_task))
+
+  def detect_shift(score, state, batch=None, *, switch):
+    del score
+    return jnp.asarray(unknown(batch), bool) & switch, state
+
+  return Detector(init, detect_switch, detect_shift)

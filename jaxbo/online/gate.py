@@ -1,0 +1,152 @@
+"""The gate: how far an optimizer may go, by what was detected."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxbo import _check, _tree
+from jaxbo.bilevel.response import MISSING
+from jaxbo.online.detection import Detection
+
+
+class GateScales(NamedTuple):
+  """What the update is scaled by in each of the three cases; float32 scalars.
+
+  Attributes:
+    no_switch: the task goes on.
+    in_distribution: a new task, of the known distribution.
+    out_of_distribution: a new task, of another one.
+  """
+
+  no_switch: jax.Array
+  in_distribution: jax.Array
+  out_of_distribution: jax.Array
+
+  def of(self, detection: Detection) -> jax.Array:
+    """The scale of the case that was detected."""
+    new = jnp.where(detection.shift, self.out_of_distribution, self.in_distribution)
+    return jnp.where(detection.switch, new, self.no_switch)
+
+
+class GateInfo(NamedTuple):
+  """Diagnostics of :func:`gate_by_detection`.
+
+  Attributes:
+    gate_scale: what the last update was scaled by, float32.
+  """
+
+  gate_scale: jax.Array
+
+
+class GateState(NamedTuple):
+  """State of :func:`gate_by_detection`.
+
+  Attributes:
+    gated_state: the state of the optimizer inside.
+    gate_scales: the :class:`GateScales`. They are data, so that one compiled program serves a
+      sweep.
+    info: the :class:`GateInfo` of the last update.
+  """
+
+  gated_state: optax.OptState
+  gate_scales: GateScales
+  info: GateInfo
+
+
+def gate_by_detection(
+  optimizer: optax.GradientTransformation,
+  in_distribution_scale: jax.typing.ArrayLike,
+  out_of_distribution_scale: jax.typing.ArrayLike,
+  no_switch_scale: jax.typing.ArrayLike = 0.0,
+) -> optax.GradientTransformationExtraArgs:
+  r"""Wraps an optimizer and scales its update by what was detected.
+
+  .. math::
+    u = \begin{cases}
+      c_0\, \mathrm{optimizer}(g) & \text{no switch} \\
+      c_{\text{in}}\, \mathrm{optimizer}(g) & \text{a switch, in distribution} \\
+      c_{\text{out}}\, \mathrm{optimizer}(g) & \text{a switch, out of distribution}
+    \end{cases}
+
+  A scale of zero leaves parameters *and* the optimizer's state untouched, bit for bit. That is why
+  the gate wraps the optimizer: in front of Adam, a gradient of zero still moves the parameters by
+  its momentum, and scales of 0.1 and 1 give the same first step. What the optimizer would have
+  given does not matter then, be it NaN.
+
+  A response stands before the gate: ``optax.chain(response, gate_by_detection(optimizer, ...))``.
+  :func:`jaxbo.online_meta_learner` asks the gate first, and computes neither the meta-gradient nor
+  the response where it is closed.
+
+  Args:
+    optimizer: any optax optimizer.
+    in_distribution_scale: :math:`c_{\text{in}} \ge 0`; small, or zero, to keep what is known.
+    out_of_distribution_scale: :math:`c_{\text{out}} \ge 0`; large, to learn fast.
+    no_switch_scale: :math:`c_0 \ge 0`.
+
+  Returns:
+    A transformation whose ``update`` must be given ``detection=``, a :class:`jaxbo.Detection`.
+    Memory: that of the optimizer, and four numbers.
+
+  Raises:
+    ValueError: if a scale is negative or not finite.
+    TypeError: if ``optimizer`` is no transformation; if ``update`` is given no detection.
+
+  Example:
+    >>> import jax.numpy as jnp, jaxbo, optax
+    >>> tx = jaxbo.gate_by_detection(optax.sgd(1.0), 0.25, 1.0)
+    >>> x = jnp.float32(0.0)
+    >>> state, scores = tx.init(x), jaxbo.Scores(jnp.float32(0.0), jnp.float32(0.0))
+    >>> for switch, shift in ((False, False), (True, False), (True, True)):
+    ...   detection = jaxbo.Detection(jnp.bool_(switch), jnp.bool_(shift), scores)
+    ...   updates, state = tx.update(jnp.float32(-2.0), state, x, detection=detection)
+    ...   print(updates)
+    0.0
+    0.5
+    2.0
+
+  References:
+    Sow, Lin, Liang and Zhang, `Algorithm Design for Online Meta-Learning with Task Boundary
+    Detection <https://arxiv.org/abs/2302.00857>`_, 2024. The three cases are our reading of it.
+  """
+  _check.transformation("optimizer", optimizer)
+  given = {
+    "no_switch_scale": no_switch_scale,
+    "in_distribution_scale": in_distribution_scale,
+    "out_of_distribution_scale": out_of_distribution_scale,
+  }
+  for name, value in given.items():
+    _check.non_negative(name, value)
+  gated = optax.with_extra_args_support(optimizer)
+
+  def init(params):
+    scales = GateScales(*(jnp.asarray(value, jnp.float32) for value in given.values()))
+    return GateState(gated.init(params), _tree.copy(scales), GateInfo(jnp.float32(0.0)))
+
+  def update(updates, state, params=None, *, detection: Any = MISSING, **extra_args):
+    if not isinstance(detection, Detection):
+      raise TypeError(
+        "gate_by_detection: update must be given detection=, a jaxbo.Detection; "
+        "jaxbo.online_meta_learner gives it"
+      )
+    scale = state.gate_scales.of(detection)
+    opened, gated_state = gated.update(
+      updates, state.gated_state, params, detection=detection, **extra_args
+    )
+    is_open = scale > 0
+    scaled = jax.tree.map(lambda u: jnp.asarray(scale, u.dtype) * u, opened)
+    return (
+      _tree.where(is_open, scaled, optax.tree.zeros_like(scaled)),
+      GateState(
+        _tree.where(is_open, gated_state, state.gated_state), state.gate_scales, GateInfo(scale)
+      ),
+    )
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def gate_is_open(state: optax.OptState, detection: Detection) -> jax.Array:
+  """Whether a transformation with that state would move anything; true if it has no gate."""
+  scales = optax.tree.get(state, "gate_scales")
+  return jnp.bool_(True) if scales is None else scales.of(detection) > 0

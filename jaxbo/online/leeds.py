@@ -1,0 +1,80 @@
+"""LEEDS, from its parts."""
+
+import jax
+import optax
+
+from jaxbo.bilevel.inner import InnerSolver
+from jaxbo.bilevel.unrolled import add_unrolled_response
+from jaxbo.online.gate import gate_by_detection
+
+
+def leeds(
+  learning_rate: optax.ScalarOrSchedule,
+  solver: InnerSolver,
+  *,
+  in_distribution_scale: jax.typing.ArrayLike = 0.1,
+  out_of_distribution_scale: jax.typing.ArrayLike = 1.0,
+  no_switch_scale: jax.typing.ArrayLike = 0.0,
+  response: optax.GradientTransformation | None = None,
+) -> optax.GradientTransformationExtraArgs:
+  r"""LEEDS: meta-updates whose size is decided by what was detected.
+
+  .. math::
+    \theta_{t+1} = \theta_t - \beta_t \nabla_\theta L\big(U(\theta_t; S_t); Q_t\big), \qquad
+    \beta_t = \begin{cases}
+      0 & \text{no switch} \\
+      \beta c_{\text{in}} & \text{a switch, in distribution: keep what is known} \\
+      \beta c_{\text{out}} & \text{a switch, out of distribution: learn fast}
+    \end{cases}
+
+  The loop around it is :func:`jaxbo.online_meta_learner`, which also says what is our reading of
+  the paper: there the learner goes on with the task's own model as long as no switch is detected.
+
+  With another optimizer it is the same chain, written out:
+
+  .. code-block:: python
+
+    outer = optax.chain(
+      jaxbo.add_unrolled_response(inner),
+      jaxbo.gate_by_detection(optax.adam(1e-3), 0.1, 1.0),
+    )
+
+  Args:
+    learning_rate: :math:`\beta`, a float or a schedule; it counts the meta-updates that were made.
+    solver: the inner solver.
+    in_distribution_scale: :math:`c_{\text{in}} \ge 0`.
+    out_of_distribution_scale: :math:`c_{\text{out}} \ge 0`.
+    no_switch_scale: the scale without a switch; zero saves the meta-gradient of those rounds.
+    response: how the meta-gradient is estimated: :func:`jaxbo.add_unrolled_response` if not given
+      (second order, as MAML); :func:`jaxbo.drop_response` for its first-order approximation,
+      :func:`jaxbo.add_implicit_response`, :func:`jaxbo.add_es_response`.
+
+  Returns:
+    ``optax.chain(response, gate_by_detection(optax.sgd(learning_rate), ...))``.
+
+  Raises:
+    ValueError: as :func:`jaxbo.gate_by_detection`.
+    TypeError: if ``solver`` is no :class:`jaxbo.InnerSolver`.
+
+  Example:
+    >>> import jax.numpy as jnp, jaxbo, optax
+    >>> inner = jaxbo.inner_solver(lambda x, y, u: 0.5 * (x + y - u) ** 2, optax.sgd(0.5), 1)
+    >>> tx = jaxbo.leeds(1.0, inner)
+    >>> x, y = jnp.float32(0.0), inner.init(jnp.float32(0.0))
+    >>> y = inner.solve(x, y, 4.0)                                   # phi = 2
+    >>> scores = jaxbo.Scores(jnp.float32(0.0), jnp.float32(0.0))
+    >>> detection = jaxbo.Detection(jnp.bool_(True), jnp.bool_(True), scores)
+    >>> grads = (jnp.float32(-2.0), jnp.float32(-2.0))               # of (phi - 4) ** 2 / 2
+    >>> update, _ = tx.update(grads, tx.init(x), x, solution=y, batch=4.0, detection=detection)
+    >>> print(update)                                                # (1 - 0.5) * 2
+    1.0
+
+  References:
+    Sow, Lin, Liang and Zhang, `Algorithm Design for Online Meta-Learning with Task Boundary
+    Detection <https://arxiv.org/abs/2302.00857>`_, 2024. The rule of the three cases is our
+    reading.
+  """
+  gate = gate_by_detection(
+    optax.sgd(learning_rate), in_distribution_scale, out_of_distribution_scale, no_switch_scale
+  )
+  return optax.chain(add_unrolled_response(solver) if response is None else response, gate)

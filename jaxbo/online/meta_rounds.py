@@ -1,0 +1,82 @@
+"""What an online meta-learner keeps between rounds, and what it reports of one."""
+
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+from jaxbo.online.detection import Detection
+
+
+class TaskModel(NamedTuple):
+  """The model of the current task: the pair that predicts.
+
+  Attributes:
+    x: the meta-parameters that it was adapted from.
+    y: the inner parameters.
+    opt_state: the state of the inner optimizer.
+  """
+
+  x: optax.Params
+  y: optax.Params
+  opt_state: optax.OptState
+
+
+class OnlineMetaState(NamedTuple):
+  r"""State of :func:`jaxbo.online_meta_learner`: all that the next round needs.
+
+  Attributes:
+    meta_params: the meta-model, :math:`\theta_t`.
+    task: the :class:`TaskModel`, :math:`\phi_{t-1}`.
+    meta_state: the state of the outer transformation; ``()`` without one.
+    detector_state: the state of the detector.
+    initial_params: the meta-model at the start; ``()`` unless ``shift_model="initial"``.
+    last_support: the last data; ``()`` unless ``query="next"``.
+    has_support: whether there was a round before, bool.
+    task_stream_state: the state of the stream; ``()`` without one.
+  """
+
+  meta_params: optax.Params
+  task: TaskModel
+  meta_state: optax.OptState
+  detector_state: Any
+  initial_params: Any
+  last_support: Any
+  has_support: jax.Array
+  task_stream_state: Any
+
+
+class Prediction(NamedTuple):
+  """How a model does on labelled data.
+
+  Attributes:
+    loss: the loss, a scalar.
+    metric: what ``metric`` gave; ``()`` without one.
+  """
+
+  loss: jax.Array
+  metric: Any
+
+
+class OnlineMetaInfo(NamedTuple):
+  r"""Diagnostics of one round; of all rounds, with a leading axis, after a run.
+
+  Attributes:
+    before: the :class:`Prediction` of the previous task's model :math:`\phi_{t-1}` on the new data,
+      before their labels are used; in the first round that of the meta-model.
+    after: that of the adapted model :math:`\phi_t`, on the query set for ``query="given"``, else on
+      the data that it was adapted to.
+    detection: the :class:`jaxbo.Detection`, with its scores.
+    outer_loss: the loss that the meta-update descends; NaN without one.
+    meta_updated: whether there was a meta-update, bool.
+    meta_finite: whether it was finite; if not, it was left out.
+    extra: ``batch.extra``, the truth about the round.
+  """
+
+  before: Prediction
+  after: Prediction
+  detection: Detection
+  outer_loss: jax.Array
+  meta_updated: jax.Array
+  meta_finite: jax.Array
+  extra: Any

@@ -1,0 +1,116 @@
+"""Scores of logits that tell known inputs from unknown ones."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxbo import _check, _tree
+
+
+def energy_score(
+  logits: jax.typing.ArrayLike, temperature: jax.typing.ArrayLike = 1.0
+) -> jax.Array:
+  r"""The free energy of logits; high where the model knows little.
+
+  .. math:: E(m) = -T \log \sum_c \exp(m_c / T)
+
+  It lies between :math:`-\max_c m_c - T \log C` and :math:`-\max_c m_c`, falls by :math:`c` where
+  all logits rise by :math:`c` (which the softmax does not see), and :math:`-\log p_y = -m_y - E` at
+  :math:`T = 1`. Its scale is that of the logits, hence it depends on the inner learning rate and
+  steps: a threshold must be calibrated for each setting (:func:`jaxbo.calibrate`).
+
+  Args:
+    logits: ``[batch, classes]`` floats, or any shape with the classes last.
+    temperature: :math:`T > 0`.
+
+  Returns:
+    ``[batch]``, float32 at least.
+
+  Raises:
+    ValueError: if ``temperature`` is not positive, or there is no class.
+
+  Example:
+    >>> import jax.numpy as jnp, jaxbo
+    >>> print(jaxbo.energy_score(jnp.array([[1.0, 2.0, 3.0], [0.0, 0.0, 0.0]])).round(4))
+    [-3.4076 -1.0986]
+
+  References:
+    Liu, Wang, Owens and Li, `Energy-based Out-of-distribution Detection
+    <https://arxiv.org/abs/2010.03759>`_, 2020.
+  """
+  _check.positive("temperature", temperature)
+  logits = _checked(logits)
+  temperature = jnp.asarray(temperature, logits.dtype)
+  return -temperature * jax.nn.logsumexp(logits / temperature, axis=-1)
+
+
+def max_softmax_score(logits: jax.typing.ArrayLike) -> jax.Array:
+  r"""The largest softmax probability; *low* where the model knows little.
+
+  Args:
+    logits: ``[batch, classes]`` floats, or any shape with the classes last.
+
+  Returns:
+    ``[batch]`` in [1 / classes, 1], float32 at least.
+
+  Raises:
+    ValueError: if there is no class.
+
+  Example:
+    >>> import jax.numpy as jnp, jaxbo
+    >>> print(jaxbo.max_softmax_score(jnp.array([[1.0, 2.0, 3.0]])).round(4))
+    [0.6652]
+
+  References:
+    Hendrycks and Gimpel, `A Baseline for Detecting Misclassified and Out-of-Distribution Examples
+    <https://arxiv.org/abs/1610.02136>`_, 2017.
+  """
+  logits = _checked(logits)
+  return jnp.exp(jnp.max(logits, axis=-1) - jax.nn.logsumexp(logits, axis=-1))
+
+
+def entropy_score(logits: jax.typing.ArrayLike) -> jax.Array:
+  r"""The entropy of the softmax, :math:`-\sum_c p_c \log p_c`; high where the model knows little.
+
+  Args:
+    logits: ``[batch, classes]`` floats, or any shape with the classes last.
+
+  Returns:
+    ``[batch]`` in [0, log(classes)], float32 at least.
+
+  Raises:
+    ValueError: if there is no class.
+
+  Example:
+    >>> import jax.numpy as jnp, jaxbo
+    >>> print(f"{jaxbo.entropy_score(jnp.array([1.0, 2.0, 3.0])):.4f}")
+    0.8324
+  """
+  log_p = jax.nn.log_softmax(_checked(logits), axis=-1)
+  # A class that is ruled out adds nothing: 0 * -inf would be NaN.
+  return -jnp.sum(jnp.where(log_p > -jnp.inf, jnp.exp(log_p) * log_p, 0), axis=-1)
+
+
+def _checked(logits: jax.typing.ArrayLike) -> jax.Array:
+  array = jnp.asarray(logits)
+  _check.floating("logits", array)
+  if array.ndim == 0 or array.shape[-1] == 0:
+    raise ValueError(f"logits must have shape [batch, classes], got shape {array.shape}")
+  return _tree.at_least_float32(array)
+
+
+SHIFT_SCORES: dict[str, Callable[[Any], jax.Array]] = {
+  "energy": energy_score,
+  "entropy": entropy_score,
+  "max_softmax": lambda logits: 1 - max_softmax_score(logits),
+}
+
+
+def mean_score(name: str, score: str | Callable[[Any], jax.Array]) -> Callable[[Any], jax.Array]:
+  """The mean over a batch of a score, given by its name or as a function; high for unknown data."""
+  if isinstance(score, str):
+    score = SHIFT_SCORES[_check.one_of(name, score, SHIFT_SCORES)]
+  _check.takes_arguments(name, score, "logits")
+  return lambda logits: jnp.mean(_tree.at_least_float32(jnp.asarray(score(logits))))

@@ -1,0 +1,211 @@
+"""Thresholds of detectors: fixed, by quantile, or calibrated on a validation stream."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxbo import _check
+from jaxbo.online.window import Window, empty_window
+
+
+class Threshold(NamedTuple):
+  """A rule that says which scores are too high.
+
+  Attributes:
+    init: ``init() -> state``.
+    update: ``update(score, state, active=True) -> (exceeded, state)``, with a scalar score. The
+      rule learns from a score only if it is ``active`` and finite; a NaN exceeds nothing.
+  """
+
+  init: Callable[[], Any]
+  update: Callable[..., tuple[jax.Array, Any]]
+
+
+class FixedThresholdState(NamedTuple):
+  """State of :func:`fixed_threshold`.
+
+  Attributes:
+    threshold: float32. It is data, so that one compiled program serves a sweep of thresholds.
+  """
+
+  threshold: jax.Array
+
+
+class QuantileThresholdState(NamedTuple):
+  """State of :func:`quantile_threshold`.
+
+  Attributes:
+    score_window: the :class:`jaxbo.Window` of the last scores, float32.
+  """
+
+  score_window: Window
+
+
+def fixed_threshold(value: jax.typing.ArrayLike) -> Threshold:
+  """A threshold that stays where it is.
+
+  Args:
+    value: scores above it exceed it; infinities are allowed, and force or forbid.
+
+  Returns:
+    A :class:`Threshold`.
+
+  Raises:
+    ValueError: if ``value`` is NaN.
+    TypeError: if it is no number.
+
+  Example:
+    >>> import jax.numpy as jnp, jaxbo
+    >>> rule = jaxbo.fixed_threshold(2.0)
+    >>> exceeded, state = rule.update(jnp.float32(3.0), rule.init())
+    >>> bool(exceeded)
+    True
+  """
+  _check.not_nan("threshold", value)
+
+  def init():
+    return FixedThresholdState(jnp.asarray(value, jnp.float32))
+
+  def update(score, state, active=True):
+    del active
+    return score > state.threshold, state
+
+  return Threshold(init, update)
+
+
+def quantile_threshold(
+  level: jax.typing.ArrayLike, size: int, *, initial: jax.typing.ArrayLike = float("inf")
+) -> Threshold:
+  """A threshold at a quantile of the last scores, for scores whose scale is not known.
+
+  A score is compared with those before it, then joins them, exceeded or not: leaving the high ones
+  out would let the threshold sink for ever. So ``level`` is the share of all (active) scores that
+  should pass: for task switches the probability that a task stays, for distribution shifts the
+  share of in-distribution tasks among the switches.
+
+  Args:
+    level: in [0, 1].
+    size: how many of the last scores count, at least 1; the memory is that many numbers.
+    initial: the threshold until there are ``size`` scores.
+
+  Returns:
+    A :class:`Threshold`.
+
+  Raises:
+    ValueError: if ``level`` is outside [0, 1], ``size < 1``, or ``initial`` is NaN.
+
+  Example:
+    >>> import jax.numpy as jnp, jaxbo
+    >>> rule = jaxbo.quantile_threshold(0.5, 3)
+    >>> state, exceeded = rule.init(), []
+    >>> for score in (1.0, 2.0, 9.0, 1.5, 8.0):
+    ...   now, state = rule.update(jnp.float32(score), state)
+    ...   exceeded.append(bool(now))
+    >>> exceeded                                   # 1.5 is below the median of 1, 2, 9; 8 above 2
+    [False, False, False, False, True]
+  """
+  _check.within("level", level, 0, 1)
+  size = _check.positive_int("size", size)
+  _check.not_nan("initial", initial)
+
+  def init():
+    return QuantileThresholdState(empty_window(jnp.zeros((), jnp.float32), size))
+
+  def update(score, state, active=True):
+    window = state.score_window
+    quantile = jnp.quantile(window.values, jnp.asarray(level, jnp.float32))
+    threshold = jnp.where(jnp.all(window.present), quantile, initial)
+    learn = jnp.asarray(active) & jnp.isfinite(score)
+    pushed = window.push(jnp.where(learn, score, 0))
+    window = jax.tree.map(lambda new, old: jnp.where(learn, new, old), pushed, window)
+    return score > threshold, QuantileThresholdState(window)
+
+  return Threshold(init, update)
+
+
+class Thresholds(NamedTuple):
+  """What :func:`calibrate` found.
+
+  Attributes:
+    switch: the threshold of the switch score, a float.
+    shift: that of the shift score.
+  """
+
+  switch: float
+  shift: float
+
+
+def calibrate(
+  scores: Any,
+  task_switch: Any,
+  out_of_distribution: Any,
+  *,
+  rule: str = "midpoint",
+  level: float = 0.95,
+) -> Thresholds:
+  """Finds both thresholds from the scores of a validation stream whose truth is known.
+
+  Play the stream with :func:`jaxbo.oracle_detector`, so that the scores are those of a learner that
+  restarts where it should, and give the history's ``detection.scores``. Make the stream of
+  validation classes: thresholds must not be chosen on the stream that is reported. The first round
+  has no previous task and does not count. Scores that are not finite do not count either.
+
+  This is our reading: the published thresholds are not known to us.
+
+  Args:
+    scores: a :class:`jaxbo.Scores` with fields ``[rounds]``.
+    task_switch: ``[rounds]`` bool, the true switches.
+    out_of_distribution: ``[rounds]`` bool, whether the task is from another distribution than that
+      of the pre-training.
+    rule: for the switch. ``"midpoint"``: halfway between the medians with and without a switch.
+      ``"roc"``: where the rate of detections exceeds that of false alarms most (Youden's index);
+      halfway to the next score.
+    level: for the shift: the quantile of the scores at switches to in-distribution tasks.
+
+  Returns:
+    The :class:`Thresholds`, for :func:`jaxbo.threshold_detector`.
+
+  Raises:
+    ValueError: for another ``rule``, a ``level`` outside [0, 1], shapes that differ, or a stream
+      without a round of each of the three kinds.
+
+  Example:
+    >>> import numpy as np, jaxbo
+    >>> scores = jaxbo.Scores(switch=np.array([9.0, 1.0, 5.0, 1.0]), shift=np.arange(4.0))
+    >>> truth = np.array([True, False, True, False])
+    >>> jaxbo.calibrate(scores, truth, np.zeros(4, bool))
+    Thresholds(switch=3.0, shift=2.0)
+  """
+  _check.one_of("rule", rule, ("midpoint", "roc"))
+  _check.within("level", level, 0, 1)
+  switch_scores, shift_scores = (np.asarray(leaf, np.float64) for leaf in scores)
+  switches, unknown = np.asarray(task_switch, bool), np.asarray(out_of_distribution, bool)
+  shapes = {leaf.shape for leaf in (switch_scores, shift_scores, switches, unknown)}
+  if len(shapes) != 1 or switches.ndim != 1:
+    raise ValueError(
+      f"scores, task_switch and out_of_distribution must have one shape [rounds], got {shapes}"
+    )
+  later = np.arange(len(switches)) > 0
+  with_switch = _finite("with a switch", switch_scores[switches & later])
+  without = _finite("without a switch", switch_scores[~switches & later])
+  known = _finite(
+    "with a switch to an in-distribution task", shift_scores[switches & ~unknown & later]
+  )
+  if rule == "midpoint":
+    threshold = (np.median(with_switch) + np.median(without)) / 2
+  else:
+    values = np.unique(np.concatenate([with_switch, without]))
+    above = lambda sample: 1 - np.searchsorted(np.sort(sample), values, "right") / len(sample)
+    best = int(np.argmax(above(with_switch) - above(without)))
+    threshold = np.mean(values[best : best + 2])
+  return Thresholds(float(threshold), float(np.quantile(known, level)))
+
+
+def _finite(kind: str, sample: np.ndarray) -> np.ndarray:
+  sample = sample[np.isfinite(sample)]
+  if not sample.size:
+    raise ValueError(f"scores must have at least one finite round {kind}, after the first round")
+  return sample

@@ -1,0 +1,267 @@
+"""Streams of tasks whose answers are known exactly: means of Gaussians."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxbo import _check, _random
+from jaxbo.tasks.task_streams import TaskStream
+
+
+class GaussianTruth(NamedTuple):
+  """What is true of a round and hidden from the learner.
+
+  Attributes:
+    task_mean: ``[dim]``.
+    domain_mean: ``[dim]``, the mean of the task means.
+    domain: how often the domain changed since the first, int32.
+    task_switch: whether the task is new, bool; true in the first round.
+    domain_switch: whether the domain changed, bool; false in the first round.
+  """
+
+  task_mean: jax.Array
+  domain_mean: jax.Array
+  domain: jax.Array
+  task_switch: jax.Array
+  domain_switch: jax.Array
+
+
+class GaussianBatch(NamedTuple):
+  """A round of :func:`moving_gaussian_stream` or :func:`jumping_gaussian_stream`.
+
+  Attributes:
+    train: samples to learn from, ``[num_shots, dim]`` float32.
+    val: samples that the learner is judged by, ``[num_queries, dim]``.
+    extra: the :class:`GaussianTruth`.
+  """
+
+  train: jax.Array
+  val: jax.Array
+  extra: GaussianTruth
+
+  @property
+  def task_switch(self) -> Any:
+    """Whether the task is new."""
+    return self.extra.task_switch
+
+  @property
+  def domain(self) -> Any:
+    """How often the domain changed since the first."""
+    return self.extra.domain
+
+
+class GaussianState(NamedTuple):
+  """State of a stream of Gaussians.
+
+  Attributes:
+    base_key: raw key data; the keys of a round are made from it and the number of the round.
+    num_rounds: how many rounds there were, int32.
+    task_mean: ``[dim]``, of the last round.
+    domain_mean: ``[dim]``.
+    domain: how often the domain changed, int32.
+  """
+
+  base_key: jax.Array
+  num_rounds: jax.Array
+  task_mean: jax.Array
+  domain_mean: jax.Array
+  domain: jax.Array
+
+
+def moving_gaussian_stream(
+  dim: int,
+  num_shots: int,
+  *,
+  stay_probability: float | int,
+  domain_switch_probability: float | int = 1.0,
+  num_queries: int = 1,
+  first_mean: float | int = -5.0,
+  domain_step: float | int = 1.0,
+  task_variance: float | int = 1.0,
+  data_variance: float | int = 0.1,
+) -> TaskStream:
+  r"""Tasks are Gaussians around a domain mean, which moves on at every change of the domain.
+
+  .. math::
+    m_d = m_0 + d\, s \mathbf 1, \qquad \mu \sim N(m_d, \sigma_\mu^2 I), \qquad
+    u_i \sim N(\mu, \sigma^2 I)
+
+  The best guess of the mean from ``num_shots`` samples is :func:`gaussian_posterior_mean`. With the
+  loss :math:`\frac12 \|\phi - \bar u\|^2` of the sample mean, :math:`k` gradient steps of rate
+  :math:`a` give :math:`\bar u + (1 - a)^k (\theta - \bar u)` and the meta-gradient
+  :math:`(1 - a)^k (\phi_k - \bar u_Q)`.
+
+  The published stream has two dimensions, begins at -6 and moves by 1 also at the start, which is
+  ``first_mean=-5``.
+
+  Args:
+    dim: the dimension, at least 1.
+    num_shots: samples to learn from in each round, at least 1.
+    stay_probability: the probability in [0, 1] that the task stays.
+    domain_switch_probability: in [0, 1], that the domain moves where the task does not stay.
+    num_queries: samples to be judged by, at least 1.
+    first_mean: each coordinate of the first domain mean :math:`m_0`.
+    domain_step: :math:`s`, how far each coordinate moves.
+    task_variance: :math:`\sigma_\mu^2 \ge 0`.
+    data_variance: :math:`\sigma^2 \ge 0`.
+
+  Returns:
+    A :class:`TaskStream` with batches :class:`GaussianBatch`.
+
+  Raises:
+    ValueError: if a number is outside its range.
+
+  Example:
+    >>> import jaxbo.tasks
+    >>> stream = jaxbo.tasks.moving_gaussian_stream(2, 5, stay_probability=0.0)
+    >>> state = stream.init(0)
+    >>> for _ in range(3):
+    ...   state, batch = stream.step(state)
+    ...   print(batch.train.shape, batch.extra.domain_mean)
+    (5, 2) [-5. -5.]
+    (5, 2) [-4. -4.]
+    (5, 2) [-3. -3.]
+
+  References:
+    The moving Gaussian of https://github.com/livreQ/DynamicCML.
+  """
+  _check.finite("first_mean", first_mean)
+  _check.finite("domain_step", domain_step)
+  _check.non_negative("task_variance", task_variance)
+
+  def move(key, state, first, domain_switch):
+    domain_mean = jnp.where(first, state.domain_mean + first_mean, state.domain_mean)
+    domain_mean = domain_mean + jnp.where(domain_switch, domain_step, 0.0)
+    noise = jax.random.normal(key, domain_mean.shape)
+    return domain_mean + jnp.sqrt(jnp.float32(task_variance)) * noise, domain_mean
+
+  probabilities = (stay_probability, domain_switch_probability)
+  return _make(move, dim, num_shots, num_queries, probabilities, data_variance)
+
+
+def jumping_gaussian_stream(
+  dim: int,
+  num_shots: int,
+  *,
+  stay_probability: float | int,
+  distance: float | int,
+  num_queries: int = 1,
+  data_variance: float | int = 1.0,
+) -> TaskStream:
+  r"""Task means jump by a given distance, so that a detector's error rates are known exactly.
+
+  The first task is a jump from the origin; each jump is in a uniformly random direction. The loss
+  of a model :math:`\phi` on a round is :math:`L = \frac{1}{2n} \sum_i \|\phi - u_i\|^2`, and
+
+  .. math:: \frac{2 n L}{\sigma^2} \sim \chi^2_{nd}\Big(\frac{n \|\phi - \mu\|^2}{\sigma^2}\Big),
+
+  the noncentral chi-square distribution. For the model that knows the last task's mean its survival
+  function at :math:`2 n \ell / \sigma^2` is the rate of false alarms of the threshold
+  :math:`\ell` with parameter 0, and that of detections with :math:`n\, \text{distance}^2 /
+  \sigma^2`: for ``dim=5``, ``num_shots=10``, unit variance, distance 2 and threshold 3.5 they are
+  3.24 % and 89.96 %.
+
+  Args:
+    dim: the dimension, at least 1.
+    num_shots: samples to learn from in each round, :math:`n \ge 1`.
+    stay_probability: the probability in [0, 1] that the task stays.
+    distance: the length of a jump, non-negative.
+    num_queries: samples to be judged by, at least 1.
+    data_variance: :math:`\sigma^2 \ge 0`.
+
+  Returns:
+    A :class:`TaskStream` with batches :class:`GaussianBatch`; the domain never changes.
+
+  Raises:
+    ValueError: if a number is outside its range.
+
+  Example:
+    >>> import jax.numpy as jnp, jaxbo.tasks
+    >>> stream = jaxbo.tasks.jumping_gaussian_stream(3, 5, stay_probability=0.0, distance=2.0)
+    >>> state, first = stream.step(stream.init(0))
+    >>> state, second = stream.step(state)
+    >>> print(jnp.linalg.norm(second.extra.task_mean - first.extra.task_mean).round(4))
+    2.0
+  """
+  _check.non_negative("distance", distance)
+
+  def move(key, state, first, domain_switch):
+    del first, domain_switch
+    direction = jax.random.normal(key, state.task_mean.shape)
+    return state.task_mean + distance * direction / jnp.linalg.norm(direction), state.domain_mean
+
+  return _make(move, dim, num_shots, num_queries, (stay_probability, 0.0), data_variance)
+
+
+def gaussian_posterior_mean(
+  samples: jax.Array,
+  prior_mean: jax.Array,
+  *,
+  task_variance: float | int = 1.0,
+  data_variance: float | int = 0.1,
+) -> jax.Array:
+  r"""The mean of a task given samples: what no learner can beat on average.
+
+  .. math:: \frac{(n / \sigma^2)\, \bar u + m_d / \sigma_\mu^2}{n / \sigma^2 + 1 / \sigma_\mu^2}
+
+  Its expected squared error is :math:`d / (n / \sigma^2 + 1 / \sigma_\mu^2)` in :math:`d`
+  dimensions.
+
+  Args:
+    samples: ``[n, dim]``.
+    prior_mean: the domain mean, ``[dim]``.
+    task_variance: :math:`\sigma_\mu^2 > 0`.
+    data_variance: :math:`\sigma^2 > 0`.
+
+  Returns:
+    ``[dim]``.
+
+  Raises:
+    ValueError: if a variance is not positive.
+
+  Example:
+    >>> import jax.numpy as jnp, jaxbo.tasks
+    >>> samples, prior = jnp.full((1, 2), 3.0), jnp.zeros(2)
+    >>> print(jaxbo.tasks.gaussian_posterior_mean(samples, prior, data_variance=0.5))
+    [2. 2.]
+  """
+  _check.positive("task_variance", task_variance)
+  _check.positive("data_variance", data_variance)
+  data, prior = len(samples) / data_variance, 1 / task_variance
+  return (data * jnp.mean(samples, axis=0) + prior * prior_mean) / (data + prior)
+
+
+def _make(move, dim, num_shots, num_queries, probabilities, data_variance) -> TaskStream:
+  dim = _check.positive_int("dim", dim)
+  num_shots = _check.positive_int("num_shots", num_shots)
+  num_queries = _check.positive_int("num_queries", num_queries)
+  names = ("stay_probability", "domain_switch_probability")
+  for name, probability in zip(names, probabilities, strict=True):
+    _check.within(name, probability, 0, 1)
+  _check.non_negative("data_variance", data_variance)
+  stay, move_domain = probabilities
+
+  def init(key: Any = 0):
+    data = _random.default_key_data(key)
+    return GaussianState(data, jnp.int32(0), jnp.zeros(dim), jnp.zeros(dim), jnp.int32(0))
+
+  def step(state):
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.base_key), state.num_rounds)
+    keys = jax.random.split(key, 4)
+    first = state.num_rounds == 0
+    task_switch = first | (jax.random.uniform(keys[0]) >= stay)
+    domain_switch = task_switch & ~first & (jax.random.uniform(keys[1]) < move_domain)
+    new_mean, new_domain_mean = move(keys[2], state, first, domain_switch)
+    task_mean = jnp.where(task_switch, new_mean, state.task_mean)
+    domain_mean = jnp.where(task_switch, new_domain_mean, state.domain_mean)
+    domain = state.domain + domain_switch.astype(jnp.int32)
+    noise = jax.random.normal(keys[3], (num_shots + num_queries, dim))
+    samples = task_mean[None] + jnp.sqrt(jnp.float32(data_variance)) * noise
+    truth = GaussianTruth(task_mean, domain_mean, domain, task_switch, domain_switch)
+    batch = GaussianBatch(samples[:num_shots], samples[num_shots:], truth)
+    return GaussianState(
+      state.base_key, state.num_rounds + 1, task_mean, domain_mean, domain
+    ), batch
+
+  return TaskStream(jax.tree_util.Partial(init), jax.tree_util.Partial(step))
