@@ -1,0 +1,86 @@
+"""Next-token losses, for each token and for each sequence."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+
+def token_losses(
+  logits: jax.Array, tokens: jax.Array, mask: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+  r"""The cross-entropy of each token given those before it.
+
+  .. math:: \ell_t = -\log \mathrm{softmax}(z_t)_{u_{t + 1}}, \qquad t = 0, \dots, T - 2
+
+  A target counts if it is a real token after a real token: with padding on the left, the first
+  token has none before it, as the first of all has none without padding.
+
+  >>> logits, tokens = jnp.zeros((1, 4, 8)), jnp.array([[3, 1, 4, 0]])
+  >>> losses, weights = token_losses(logits, tokens, jnp.array([[True, True, True, False]]))
+  >>> losses.round(4)  # log 8
+  Array([[2.0794, 2.0794, 0.    ]], dtype=float32)
+  >>> weights
+  Array([[1., 1., 0.]], dtype=float32)
+
+  Args:
+    logits: ``[batch, length, vocab_size]``; what lies at padding may be anything.
+    tokens: ``[batch, length]``, integers.
+    mask: ``[batch, length]``, bool: which tokens are there; None for all.
+
+  Returns:
+    The losses and their weights, 1 for what counts and 0 for what does not, both
+    ``[batch, length - 1]`` in float32 at least. A loss that does not count is 0.
+  """
+  logits, targets = logits[:, :-1], tokens[:, 1:]
+  logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+  counts = jnp.ones(targets.shape, bool)
+  if mask is not None:
+    counts = mask[:, 1:] & mask[:, :-1]
+    # Before the loss too, since the gradient of what is masked after it alone may be 0 * NaN.
+    logits, targets = jnp.where(counts[:, :, None], logits, 0), jnp.where(counts, targets, 0)
+  losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, targets)
+  return jnp.where(counts, losses, 0), counts.astype(losses.dtype)
+
+
+def sequence_losses(
+  model: nn.Module, reduction: str = "mean"
+) -> Callable[[Any, Mapping[str, Any]], jax.Array]:
+  """The loss of each sequence: what ``jaxbo.per_example_grad`` takes.
+
+  >>> from jaxbo_models import transformer
+  >>> config = transformer.gpt2(vocab_size=257, max_length=16, num_layers=2, width=32, num_heads=4)
+  >>> model = transformer.Transformer(config)
+  >>> tokens = jnp.arange(24).reshape(2, 12)
+  >>> params = model.init(jax.random.key(0), tokens)["params"]
+  >>> loss_fn = sequence_losses(model)
+  >>> loss_fn(params, {"tokens": tokens}).shape
+  (2,)
+
+  Args:
+    model: a :class:`Transformer`, or any module from tokens and a mask to logits.
+    reduction: ``"mean"`` over the targets that count (see :func:`token_losses`), so that length
+      does not make a sequence hard, or their ``"sum"``.
+
+  Returns:
+    A function ``(params, batch) -> losses``, ``[batch]`` in float32 at least. The batch holds
+    ``"tokens" [batch, length]`` and, if there is padding, ``"mask" [batch, length]``. A sequence
+    without a target has the loss 0.
+
+  Raises:
+    ValueError: for an unknown reduction.
+  """
+  if reduction not in ("mean", "sum"):
+    raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
+
+  def loss_fn(params: Any, batch: Mapping[str, Any]) -> jax.Array:
+    tokens, mask = batch["tokens"], batch.get("mask")
+    logits: Any = model.apply({"params": params}, tokens, mask)
+    losses, weights = token_losses(logits, tokens, mask)
+    total = jnp.sum(losses, axis=1)
+    return total if reduction == "sum" else total / jnp.maximum(jnp.sum(weights, axis=1), 1)
+
+  return loss_fn

@@ -1,0 +1,232 @@
+"""The decoder-only transformer, with its blocks scanned."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxbo_models.transformer.config import ACTIVATIONS, TransformerConfig
+
+
+class Transformer(nn.Module):
+  r"""A decoder-only transformer with layer normalization before its layers.
+
+  Tokens ``[batch, length]`` are mapped to the logits of the tokens that follow,
+  ``[batch, length, vocab_size]`` in float32. There is no dropout. With
+  :math:`x_0 = E_{token} + P_{position}` (no :math:`P` for rotary positions), a block is
+
+  .. math::
+    y = x + \mathrm{attention}(\mathrm{norm}(x)), \qquad x' = y + \mathrm{ffn}(\mathrm{norm}'(y)),
+
+  or :math:`x' = x + \mathrm{attention}(\mathrm{norm}(x)) + \mathrm{ffn}(\mathrm{norm}'(x))` with
+  ``parallel_residual``; a last normalization follows. Attention is
+  :func:`jax.nn.dot_product_attention`, causal.
+
+  >>> from jaxbo_models import transformer
+  >>> model = Transformer(transformer.gpt2())
+  >>> tokens = jax.ShapeDtypeStruct((8, 100), jnp.int32)
+  >>> variables = jax.eval_shape(model.init, jax.random.key(0), tokens)
+  >>> jax.eval_shape(model.apply, variables, tokens).shape
+  (8, 100, 50257)
+  >>> sum(leaf.size for leaf in jax.tree.leaves(variables))
+  124439808
+
+  Parameters are float32 at least: ``token_embedding [vocab_size, width]``,
+  ``position_embedding [position_offset + max_length, width]`` if positions are learned,
+  ``final_norm/{scale,bias}``, ``head/kernel [width, vocab_size]`` if the head is not tied, and in
+  ``blocks``, each with a first axis for the layer, ``attention_norm`` and ``ffn_norm``
+  ``{scale,bias}``, ``qkv/kernel [width, 3, num_heads, head_dim]``,
+  ``attention_out/kernel [num_heads, head_dim, width]``, ``ffn_in/kernel``, ``ffn_out/kernel``, and
+  the biases of these four. Kernels and embeddings begin normal with standard deviation 0.02, those
+  of ``attention_out`` and ``ffn_out`` divided by ``sqrt(2 num_layers)``, as in GPT-2; OPT and
+  Pythia were begun otherwise.
+
+  Sources: beside the families'; rotary positions: Su et al. (https://arxiv.org/abs/2104.09864).
+
+  Attributes:
+    config: a :class:`TransformerConfig`.
+  """
+
+  config: TransformerConfig
+
+  @nn.compact
+  def __call__(self, tokens: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    """Returns the logits ``[batch, length, vocab_size]``, in float32 at least.
+
+    Args:
+      tokens: ``[batch, length]``, integers in [0, vocab_size); what is masked may be anything. An
+        id beyond the vocabulary makes the logits of its sequence NaN.
+      mask: ``[batch, length]``, bool: which tokens are there, the others being padding on either
+        side; None for all. Nothing attends to padding, and only real tokens count as positions.
+        The logits at padding mean nothing.
+
+    Raises:
+      ValueError: ``tokens`` or ``mask`` has another shape or dtype, or is longer than
+        ``max_length``.
+    """
+    config = self.config
+    _check_tokens(tokens, mask, config.max_length)
+    if mask is None:
+      positions = jnp.arange(tokens.shape[1])[None]
+    else:
+      positions = jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
+      tokens = jnp.where(mask, tokens, 0)  # An id that is none would be NaN, and 0 * NaN is NaN.
+
+    embedding = self._table("token_embedding", config.vocab_size)
+    x = _rows(embedding, tokens)
+    rotation = None
+    if config.rotary_fraction:
+      rotation = _rotation(config, positions)
+    else:
+      num_rows = config.position_offset + config.max_length
+      table = self._table("position_embedding", num_rows)
+      x += _rows(table, positions + config.position_offset)
+
+    block = Block
+    if config.remat:
+      # Within a loop nothing can be merged with what the forward pass kept; without one it can.
+      block = nn.remat(Block, prevent_cse=config.unroll > 1)
+    blocks = nn.scan(
+      block,
+      variable_axes={"params": 0},
+      split_rngs={"params": True},
+      in_axes=nn.broadcast,
+      length=config.num_layers,
+      unroll=config.unroll,
+    )
+    x, _ = blocks(config, name="blocks")(x.astype(config.dtype), mask, rotation)
+    x = _norm(config, "final_norm")(x)
+    if config.tied_head:
+      logits = jnp.dot(x, embedding.astype(config.dtype).T)
+    else:
+      logits = nn.Dense(
+        config.vocab_size,
+        use_bias=False,
+        kernel_init=_normal(),
+        dtype=config.dtype,
+        name="head",
+      )(x)
+    return logits.astype(jnp.promote_types(config.dtype, jnp.float32))
+
+  def _table(self, name: str, num_rows: int) -> jax.Array:
+    return self.param(name, _normal(), (num_rows, self.config.width), jnp.float32)
+
+
+class Block(nn.Module):
+  """One block of :class:`Transformer`, as the body of a scan.
+
+  Attributes:
+    config: the model's.
+  """
+
+  config: TransformerConfig
+
+  @nn.compact
+  def __call__(
+    self, x: jax.Array, mask: jax.Array | None, rotation: tuple[jax.Array, jax.Array] | None
+  ) -> tuple[jax.Array, None]:
+    """Returns the residual stream after the block, and nothing.
+
+    Args:
+      x: ``[batch, length, width]``.
+      mask: ``[batch, length]`` or None, as the model's.
+      rotation: cosines and sines of rotary positions, ``[batch or 1, length, 1, rotary_dim / 2]``;
+        None for none.
+    """
+    attended = self._attention(_norm(self.config, "attention_norm")(x), mask, rotation)
+    if self.config.parallel_residual:
+      return x + attended + self._ffn(_norm(self.config, "ffn_norm")(x)), None
+    x = x + attended
+    return x + self._ffn(_norm(self.config, "ffn_norm")(x)), None
+
+  def _attention(
+    self, x: jax.Array, mask: jax.Array | None, rotation: tuple[jax.Array, jax.Array] | None
+  ) -> jax.Array:
+    config = self.config
+    qkv = nn.DenseGeneral(
+      (3, config.num_heads, config.head_dim), kernel_init=_normal(), dtype=config.dtype, name="qkv"
+    )(x)
+    query, key, value = (qkv[:, :, i] for i in range(3))
+    if rotation is not None:
+      query, key = _rotate(query, *rotation), _rotate(key, *rotation)
+    attended = jax.nn.dot_product_attention(
+      query,
+      key,
+      value,
+      mask=None if mask is None else mask[:, None, None, :],
+      is_causal=True,
+      implementation=config.attention,
+    )
+    return nn.DenseGeneral(
+      config.width,
+      axis=(-2, -1),
+      kernel_init=_normal(2 * config.num_layers),
+      dtype=config.dtype,
+      name="attention_out",
+    )(attended)
+
+  def _ffn(self, x: jax.Array) -> jax.Array:
+    config = self.config
+    hidden = nn.Dense(
+      config.ffn_width or 4 * config.width,
+      kernel_init=_normal(),
+      dtype=config.dtype,
+      name="ffn_in",
+    )(x)
+    return nn.Dense(
+      config.width,
+      kernel_init=_normal(2 * config.num_layers),
+      dtype=config.dtype,
+      name="ffn_out",
+    )(ACTIVATIONS[config.activation](hidden))
+
+
+def _normal(num_terms: int = 1) -> nn.initializers.Initializer:
+  """GPT-2's initializer; ``num_terms`` such layers are summed in the residual stream."""
+  return nn.initializers.normal(0.02 / num_terms**0.5)
+
+
+def _rows(table: jax.Array, ids: jax.Array) -> jax.Array:
+  """Rows of a table, in its dtype: gradients of equal ids must not be summed in bfloat16.
+
+  NaN for ids that are none, negative ones too.
+  """
+  return table.at[ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+
+
+def _norm(config: TransformerConfig, name: str) -> nn.LayerNorm:
+  # Not E[x^2] - E[x]^2, which cancels.
+  return nn.LayerNorm(config.epsilon, dtype=config.dtype, use_fast_variance=False, name=name)
+
+
+def _rotation(config: TransformerConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Cosines and sines ``[batch or 1, length, 1, rotary_dim / 2]`` of ``positions``."""
+  exponents = np.arange(0, config.rotary_dim, 2) / config.rotary_dim
+  dtype = jnp.promote_types(config.dtype, jnp.float32)
+  frequencies = jnp.asarray(config.rotary_base**-exponents, dtype)
+  angles = positions[:, :, None, None].astype(dtype) * frequencies[None, None, None]
+  return jnp.cos(angles), jnp.sin(angles)
+
+
+def _rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+  """Rotates the pairs ``(x_i, x_{i + half})`` of ``x [batch, length, heads, head_dim]``."""
+  half = cos.shape[-1]
+  first, second, rest = jnp.split(x, (half, 2 * half), axis=-1)
+  rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+  return jnp.concatenate([rotated.astype(x.dtype), rest], axis=-1)
+
+
+def _check_tokens(tokens: jax.Array, mask: jax.Array | None, max_length: int) -> None:
+  if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+    raise ValueError(
+      f"tokens must be integers [batch, length], got {tokens.dtype} of shape {tokens.shape}"
+    )
+  if tokens.shape[1] > max_length:
+    raise ValueError(
+      f"tokens must be at most max_length = {max_length} long, got the shape {tokens.shape}"
+    )
+  if mask is not None and (mask.shape != tokens.shape or mask.dtype != jnp.bool_):
+    raise ValueError(
+      f"mask must be bool of the shape of tokens, {tokens.shape}, got {mask.dtype} of shape "
+      f"{mask.shape}"
+    )
