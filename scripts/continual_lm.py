@@ -7,12 +7,12 @@ and group DRO over domains, beside uniform weights. Then the same with noise in 
 sequences.
 
 The text is what ships with Python: topics of its manual, documentation strings, code, names of
-characters. It is the same for one version of Python; losses of two versions do not compare. Held-out
-sequences are of other documents, and the same for all methods. Losses are in nats per token (a byte
-here), and means over the mixture of domains that is trained on. Tables have the mean and the
-standard deviation over seeds; differences are between runs of the same seed. "ESS" is the effective
-sample size as a share of the batch, "noise weight" the mean weight of noisy sequences, 1 for
-uniform weights; "time" is that of a step beside one with uniform weights, in turns.
+characters. It is the same for one version of Python; losses of two versions do not compare.
+Held-out sequences are of other documents, and the same for all methods. Losses are in nats per
+token (a byte here), and means over the mixture of domains that is trained on. Tables have the mean
+and the standard deviation over seeds; differences are between runs of the same seed. "ESS" is the
+effective sample size as a share of the batch, "noise weight" the mean weight of noisy sequences, 1
+for uniform weights; "time" is that of a step beside one with uniform weights, in turns.
 
   python -m scripts.continual_lm                           8 minutes on 2 CPU cores, no download
   python -m scripts.continual_lm --dataset text_domains    WikiText-2, novels, politics, ...
@@ -101,14 +101,19 @@ def looked_at(config: Config, losses: np.ndarray) -> dict[str, tuple[list[int], 
   }
 
 
+def of_this_run(config: Config, row: Row) -> bool:
+  """Whether it is of a method, a share of noise and a seed that were asked for this time."""
+  wanted = row["method"] in config.methods and row["corruption"] in config.corruptions
+  return wanted and row["seed"] in config.all_seeds()
+
+
 def print_and_draw(
   config: Config, data: LanguageData, outcome: Outcome, console: Console
 ) -> None:
   """Prints tables, and writes the rows and pictures of what there is."""
   report.write_csv(config.output_dir / CSV, lm_report.equal_keys(outcome.rows))
   for corruption in config.corruptions:
-    finished = [row for row in outcome.rows if row["corruption"] == corruption]
-    if not any(row["method"] in config.methods for row in finished):
+    if not any(of_this_run(config, r) and r["corruption"] == corruption for r in outcome.rows):
       continue
     title = (
       f"{config.dataset}, {lm_plots.arm_title(corruption, config.corruption_kind)}: "
@@ -118,12 +123,14 @@ def print_and_draw(
     report.print_table(console, f"{title}; test loss", *losses)
     compared = lm_report.comparison_table(outcome.rows, corruption, outcome.timings)
     report.print_table(console, f"{title}; test loss minus that of uniform weights", *compared)
-  if any(row["method"] in config.methods for row in outcome.rows):
+  begun = lambda line: of_this_run(config, line) and line["seed"] in outcome.start
+  lines = [line for line in outcome.lines if begun(line)]
+  if any(of_this_run(config, row) for row in outcome.rows):
     overview, curves = (config.output_dir / name for name in PICTURES)
     kind = config.corruption_kind
-    lm_plots.draw_overview(outcome.rows, outcome.lines, data.domains, kind, overview)
+    lm_plots.draw_overview(outcome.rows, lines, data.domains, kind, overview)
     by_size = looked_at(config, outcome.start_losses)
-    lm_plots.draw_curves(outcome.lines, outcome.start, by_size, kind, curves)
+    lm_plots.draw_curves(lines, outcome.start, by_size, kind, curves)
   console.print(f"{METRICS}, {CSV} and pictures are in {config.output_dir}")
 
 

@@ -78,7 +78,7 @@ class Config:
   """Which of them this is."""
 
   def check(self) -> None:
-    """Raises ``ValueError`` for what cannot run. It counts devices, so processes have met before."""
+    """Raises ``ValueError`` for what cannot run; processes have met before, as devices are counted."""
     for name, allowed in (
       ("dataset", DATASETS),
       ("init", INITS),
@@ -106,7 +106,10 @@ class Config:
       number = isinstance(value, (int, float)) and not isinstance(value, bool)
       may_be_zero = field.name in ("first_seed", "timing_rounds", "process_id")
       if number and (value < 0 or (value == 0 and not may_be_zero)):
-        raise ValueError(f"{field.name} must be positive, got {value}")
+        allowed = "at least 0" if may_be_zero else "positive"
+        raise ValueError(f"{field.name} must be {allowed}, got {value}")
+    for method in self.methods:
+      METHODS[method].weighting(self.rates, 1)
     if self.pretrain_steps < 2:
       raise ValueError(f"pretrain_steps must be at least 2, got {self.pretrain_steps}")
     if self.batch_size % jax.device_count():

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from scripts.common import report
@@ -69,8 +70,6 @@ def weighted_loss(weighting: Any, losses: np.ndarray, batch_size: int, num_batch
   It is the mean loss for uniform weights, and the more above it the more a method prefers what is
   hard. Weights do not have to sum to 1 in every batch.
   """
-  import jax
-
   batches = np.random.default_rng(0).choice(losses, (num_batches, batch_size))
 
   def weigh(state, batch):

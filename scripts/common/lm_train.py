@@ -1,8 +1,8 @@
 """Trains a language model by reweighted losses, on all devices of all processes.
 
 Parameters are on every device, a batch is divided among them, and a process reads the rows of its
-own devices alone. Weights are those of the whole batch: under ``jit``, sums over a divided batch are
-global.
+own devices alone. Weights are those of the whole batch: under ``jit``, sums over a divided batch
+are global.
 """
 
 import time
@@ -76,12 +76,10 @@ class Program(NamedTuple):
   Attributes:
     init: ``init(params) -> State``, from a copy of ``params``.
     step: ``step(state, batch) -> (state, shown)``; it takes the state's memory over.
-    copy: ``copy(state)``, which no step takes over.
   """
 
   init: Callable[[Any], State]
   step: Callable[[State, dict[str, jax.Array]], tuple[State, Shown]]
-  copy: Callable[[State], State]
 
 
 def make_program(
@@ -113,9 +111,8 @@ def make_program(
     return State(optax.apply_updates(state.params, updates), opt_state), shown
 
   compiled = jax.jit(init, out_shardings=devices.everywhere).lower(params).compile()
-  copy = jax.jit(lambda state: jax.tree.map(jnp.copy, state), out_shardings=devices.everywhere)
   jitted = jax.jit(step, donate_argnums=0, out_shardings=devices.everywhere)
-  return Program(compiled, jitted.lower(compiled(params), batch).compile(), copy)
+  return Program(compiled, jitted.lower(compiled(params), batch).compile())
 
 
 def make_evaluate(
@@ -154,7 +151,7 @@ class Window(NamedTuple):
 class Trainer:
   """A run of a method: its state, its batches, its checkpoints.
 
-  Step ``t`` depends on the state, the stream and ``t`` alone, so a restored run goes on bit for bit.
+  Step ``t`` depends on the state, the stream and ``t`` alone: a restored run goes on bit for bit.
   """
 
   def __init__(
@@ -191,7 +188,7 @@ class Trainer:
 
   def save(self, done: int) -> None:
     """Writes a checkpoint in the background, from a copy: the state will be donated."""
-    tree = {"state": self.program.copy(self.state), "seconds": np.float64(self.seconds)}
+    tree = {"state": _copy(self.state), "seconds": np.float64(self.seconds)}
     self._checkpoints.save(done, args=ocp.args.StandardSave(tree))
 
   def close(self) -> None:
@@ -230,6 +227,12 @@ class Trainer:
       told = jax.tree.map(lambda *leaves: np.stack([np.asarray(leaf) for leaf in leaves]), *shown)
       yield Window(done, self.seconds, told, np.stack(all_rows))
       self.save(done)
+
+
+@jax.jit
+def _copy(state: State) -> State:
+  """The same, which no step takes over."""
+  return jax.tree.map(jnp.copy, state)
 
 
 def batch_of(sequences: Sequences, rows: np.ndarray, devices: Devices) -> dict[str, jax.Array]:
