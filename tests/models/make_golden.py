@@ -79,8 +79,12 @@ def main():
     inputs = {"input_ids": torch.as_tensor(tokens), "attention_mask": torch.as_tensor(mask).long()}
     if name == "gpt2":  # The others find positions from the mask, or rotate.
       inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    # Read again, since rounding the model rounded the frequencies of rotary positions too.
+    model = AutoModelForCausalLM.from_pretrained(
+      FOLDER / name, dtype="float32", attn_implementation="eager"
+    )
     with torch.no_grad():
-      arrays[name] = model.float()(**inputs).logits.numpy()
+      arrays[name] = model.eval()(**inputs).logits.numpy()
   np.savez_compressed(FOLDER / "logits.npz", **arrays)
 
 

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 Settings = Mapping[str, Any]
 
+
 class Family(NamedTuple):
   """How a family names its tensors, and how they lie.
 
@@ -33,6 +34,7 @@ class Family(NamedTuple):
   per_head: bool
   transposed: bool
 
+
 def _gpt2(settings: Settings) -> dict[str, Any]:
   _require(
     settings,
@@ -51,6 +53,7 @@ def _gpt2(settings: Settings) -> dict[str, Any]:
     "epsilon": settings.get("layer_norm_epsilon", 1e-5),
     "tied_head": settings.get("tie_word_embeddings", True),
   }
+
 
 def _opt(settings: Settings) -> dict[str, Any]:
   _require(
@@ -73,6 +76,7 @@ def _opt(settings: Settings) -> dict[str, Any]:
     "tied_head": settings.get("tie_word_embeddings", True),
   }
 
+
 def _gpt_neox(settings: Settings) -> dict[str, Any]:
   _require(settings, attention_bias=True, rope_scaling=None)
   rope = settings.get("rope_parameters") or {}  # transformers 5; flat names before.
@@ -93,6 +97,7 @@ def _gpt_neox(settings: Settings) -> dict[str, Any]:
     "tied_head": settings.get("tie_word_embeddings", False),
   }
 
+
 def _activation(name: str) -> str:
   ours = {
     "gelu_new": "gelu_tanh",
@@ -105,11 +110,13 @@ def _activation(name: str) -> str:
     raise ValueError(f"the activation in config.json must be one of {list(ours)}, got {name!r}")
   return ours[name]
 
+
 def _require(settings: Settings, **required: Any) -> None:
   """What else the families can be is no :class:`Transformer`."""
   for name, value in required.items():
     if settings.get(name, value) != value:
       raise ValueError(f"{name} in config.json must be {value}, got {settings[name]}")
+
 
 FAMILIES = {
   "gpt2": Family(

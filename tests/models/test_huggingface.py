@@ -1,0 +1,157 @@
+"""Loaded models have the logits of transformers and PyTorch; what cannot be loaded is refused.
+
+``make_golden.py`` made the models and their logits.
+"""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jaxbo_models import transformer
+from safetensors import flax as safetensors
+
+pytestmark = pytest.mark.slow  # All together, not each.
+
+GOLDEN = Path(__file__).parent / "golden"
+FAMILIES = ("gpt2", "opt", "gpt_neox")
+every_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+@pytest.fixture(scope="module")
+def golden():
+  with np.load(GOLDEN / "logits.npz") as arrays:
+    return dict(arrays)
+
+
+def error(golden, family, model, params):
+  """The largest error of a logit that is not at padding."""
+  tokens, mask = jnp.asarray(golden["tokens"]), jnp.asarray(golden["mask"])
+  logits = jax.jit(model.apply)({"params": params}, tokens, mask)
+  return np.abs(logits - golden[family])[golden["mask"]].max()
+
+
+@every_family
+def test_logits_are_those_of_pytorch(golden, family):
+  model, params = transformer.from_safetensors(GOLDEN / family)
+  assert np.abs(golden[family]).max() > 3
+  assert error(golden, family, model, params) < 1e-4
+  made = jax.eval_shape(model.init, jax.random.key(0), jnp.asarray(golden["tokens"]))["params"]
+  shape_and_dtype = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype.name), tree)
+  assert shape_and_dtype(params) == shape_and_dtype(made)
+
+
+@pytest.mark.parametrize(
+  "family, changes",
+  [
+    ("gpt2", {"activation": "gelu"}),
+    ("gpt2", {"epsilon": 1e-3}),
+    ("opt", {"activation": "gelu_tanh"}),
+    ("gpt_neox", {"activation": "gelu_tanh"}),
+    ("gpt_neox", {"parallel_residual": False}),
+    ("gpt_neox", {"rotary_fraction": 1.0}),
+    ("gpt_neox", {"rotary_base": 1000.0}),
+  ],
+)
+def test_the_logits_tell_the_variants_apart(golden, family, changes):
+  """So that what is compared above is not blind to them."""
+  model, params = transformer.from_safetensors(GOLDEN / family)
+  changed = transformer.Transformer(dataclasses.replace(model.config, **changes))
+  assert error(golden, family, changed, params) > 3e-4
+
+
+def test_overrides_say_how_to_compute(golden):
+  model, params = transformer.from_safetensors(GOLDEN / "opt", dtype=jnp.bfloat16, remat=True)
+  assert (model.config.dtype, model.config.remat) == (jnp.bfloat16, True)
+  assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.float32)}
+  assert 1e-3 < error(golden, "opt", model, params) < 1
+
+
+@pytest.fixture
+def copy(tmp_path):
+  """A function that copies a model as one file, with changed settings and tensors."""
+
+  def copied(family, settings=None, change=lambda tensors: tensors):
+    tensors = {}
+    for file in (GOLDEN / family).glob("*.safetensors"):
+      tensors |= safetensors.load_file(file)
+    config = json.loads((GOLDEN / family / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | (settings or {})))
+    safetensors.save_file(change(tensors), tmp_path / "model.safetensors")
+    return tmp_path
+
+  return copied
+
+
+@pytest.mark.parametrize(
+  "family, prefix, others",
+  [
+    (
+      "gpt2",
+      "transformer.",
+      {"lm_head.weight": (50, 32), "h.0.attn.bias": (16, 16), "h.1.attn.masked_bias": ()},
+    ),
+    ("opt", "model.", {"lm_head.weight": (50, 32)}),
+    (
+      "gpt_neox",
+      "gpt_neox.",
+      {
+        "layers.0.attention.bias": (1, 1, 16, 16),
+        "layers.0.attention.masked_bias": (),
+        "layers.1.attention.rotary_emb.inv_freq": (2,),
+      },
+    ),
+  ],
+)
+def test_prefixes_buffers_and_copies_of_embeddings_make_no_difference(
+  golden, copy, family, prefix, others
+):
+  def change(tensors):
+    assert any(name.startswith(prefix) for name in tensors)
+    renamed = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    return renamed | {name: jnp.ones(shape) for name, shape in others.items()}
+
+  assert error(golden, family, *transformer.from_safetensors(copy(family, change=change))) < 1e-4
+
+
+def test_rotary_settings_are_read_from_old_configurations(golden, copy):
+  path = copy("gpt_neox", {"rotary_pct": 0.5, "rotary_emb_base": 10000, "rope_parameters": None})
+  assert error(golden, "gpt_neox", *transformer.from_safetensors(path)) < 1e-4
+  path = copy("gpt_neox", {"rotary_pct": 0.25, "rotary_emb_base": 500, "rope_parameters": None})
+  config = transformer.from_safetensors(path)[0].config
+  assert (config.rotary_fraction, config.rotary_base) == (0.25, 500)
+
+
+@pytest.mark.parametrize(
+  "family, settings, message",
+  [
+    ("gpt2", {"model_type": "llama"}, r"model_type must be one of \['gpt2', .*\], got 'llama'"),
+    ("gpt2", {"activation_function": "silu"}, "activation in config.json must be .* got 'silu'"),
+    ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx .* False"),
+    # OPT-350M
+    ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before .* must be True, got False"),
+    ("opt", {"word_embed_proj_dim": 16}, "word_embed_proj_dim .* must be 32, got 16"),
+    ("gpt_neox", {"rope_scaling": {"type": "linear"}}, "rope_scaling .* must be None, got"),
+    ("gpt_neox", {"rope_parameters": {"rope_type": "yarn"}}, "rope_type .* must be default"),
+    ("gpt2", {"n_head": 5}, "width must be a multiple of num_heads, got 32 and 5"),
+    ("gpt2", {"n_inner": 64}, r"h.0.mlp.c_fc.weight must have the shape \(32, 64\) .*\(32, 48\)"),
+    ("gpt2", {"n_layer": 3}, "has no tensor h.2.ln_1.weight"),
+    ("gpt2", {"n_layer": 1}, "has an unknown tensor h.1."),
+  ],
+)
+def test_what_the_transformer_cannot_be_is_refused(copy, family, settings, message):
+  path = copy(family, settings)
+  with pytest.raises(ValueError, match=message):
+    transformer.from_safetensors(path)
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path):
+  with pytest.raises(FileNotFoundError, match=r"config.json does not exist: a model is a folder"):
+    transformer.from_safetensors(tmp_path)
+  shutil.copy(GOLDEN / "opt" / "config.json", tmp_path)
+  with pytest.raises(FileNotFoundError, match=r"model.safetensors does not exist: a model is"):
+    transformer.from_safetensors(tmp_path)

@@ -1,0 +1,75 @@
+"""Tokenizers: text comes back, and ids are the published ones."""
+
+import os
+from pathlib import Path
+
+import pytest
+from jaxbo_models import tokenizers
+
+TEXTS = ["", "Hello world", "  two  spaces\n\ttabs ", "naïve £5 – 日本語 🙂", "a<|endoftext|>b</s>"]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_bytes_come_back_as_text(text):
+  tokenizer = tokenizers.ByteTokenizer()
+  ids = tokenizer.encode(text)
+  assert len(ids) == len(text.encode())
+  assert all(i < 256 for i in ids)
+  assert tokenizer.decode([*ids, tokenizer.end_of_text]) == text
+  assert tokenizer.end_of_text == tokenizer.vocab_size - 1 == 256
+
+
+def test_bytes_that_are_no_text_are_shown_as_such():
+  assert tokenizers.ByteTokenizer().decode([104, 195]) == "h�"
+
+
+@pytest.fixture(params=["tokenizer.json", "vocab.json"])
+def folder(request, tmp_path):
+  """A small tokenizer, as one file or as two."""
+  from tokenizers import ByteLevelBPETokenizer
+
+  trained = ByteLevelBPETokenizer()
+  trained.train_from_iterator(
+    ["low lower lowest hello world"] * 3,
+    vocab_size=270,
+    special_tokens=["<|endoftext|>"],
+    show_progress=False,
+  )
+  if request.param == "tokenizer.json":
+    trained.save(str(tmp_path / "tokenizer.json"))
+  else:
+    trained.save_model(str(tmp_path))
+  return tmp_path
+
+
+def test_pairs_come_back_as_text(folder):
+  tokenizer = tokenizers.BPETokenizer(folder)
+  assert (tokenizer.end_of_text, tokenizer.vocab_size) == (0, 270)
+  assert len(tokenizer.encode("lower")) < 5
+  for text in TEXTS:
+    ids = tokenizer.encode(text)
+    assert tokenizer.end_of_text not in ids
+    assert max(ids, default=0) < tokenizer.vocab_size
+    assert tokenizer.decode([*ids, tokenizer.end_of_text]) == text
+
+
+def test_missing_files_and_tokens_are_refused(folder, tmp_path):
+  with pytest.raises(ValueError, match=r"end_of_text must be a token of .*, got '</s>'"):
+    tokenizers.BPETokenizer(folder, end_of_text="</s>")
+  (tmp_path / "empty").mkdir()
+  with pytest.raises(FileNotFoundError, match="empty must have tokenizer.json, vocab.json and"):
+    tokenizers.BPETokenizer(tmp_path / "empty")
+
+
+GPT2 = Path(os.environ.get("TFDS_DATA_DIR", "/nowhere")).parent / "gpt2_bpe"
+
+
+@pytest.mark.skipif(not GPT2.exists(), reason="there is no gpt2_bpe beside TFDS_DATA_DIR")
+def test_gpt2_has_its_published_ids():
+  tokenizer = tokenizers.BPETokenizer(GPT2)
+  assert (tokenizer.vocab_size, tokenizer.end_of_text) == (50257, 50256)
+  assert tokenizer.encode("Hello world") == [15496, 995]
+  for text in TEXTS:
+    ids = tokenizer.encode(text)
+    assert tokenizer.end_of_text not in ids
+    assert tokenizer.decode([*ids, tokenizer.end_of_text]) == text

@@ -1,0 +1,366 @@
+"""The transformer: sizes, what may see what, padding, scans, dtypes, losses, errors.
+
+That its numbers are those of GPT-2, OPT and Pythia is shown in test_huggingface.py.
+"""
+
+import dataclasses
+import functools
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jaxbo_models import transformer
+
+import jaxbo
+from scripts.common import measure
+
+pytestmark = pytest.mark.slow  # All together, not each.
+
+SMALL = {"vocab_size": 50, "max_length": 16, "num_layers": 3, "width": 32, "num_heads": 4}
+FAMILIES = {
+  "gpt2": transformer.gpt2(**SMALL),
+  "opt": transformer.opt(**SMALL, ffn_width=48),
+  "pythia": transformer.pythia(**SMALL, rotary_fraction=0.5),
+}
+every_family = pytest.mark.parametrize("family", FAMILIES)
+TOKENS = jnp.asarray(np.random.default_rng(0).integers(50, size=(3, 12)), jnp.int32)
+
+
+@functools.cache
+def setup(family):
+  """A model, and parameters none of which is special."""
+  model = transformer.Transformer(FAMILIES[family])
+  params = jax.jit(model.init)(jax.random.key(0), TOKENS)["params"]
+  rng = np.random.default_rng(1)
+  noise = lambda leaf: leaf + jnp.asarray(rng.normal(0, 0.2, leaf.shape), jnp.float32)
+  return model, jax.tree.map(noise, params)
+
+
+@functools.cache
+def losses_and_gradient(family, with_mask=True):
+  """Of the losses summed with unequal weights, compiled once for each shape."""
+  loss_fn = transformer.sequence_losses(setup(family)[0])
+
+  def weighted(params, tokens, mask):
+    losses = loss_fn(params, {"tokens": tokens} | ({"mask": mask} if with_mask else {}))
+    return jnp.dot(losses, jnp.arange(1.0, len(losses) + 1)), losses
+
+  return jax.jit(jax.value_and_grad(weighted, has_aux=True))
+
+
+def assert_close(actual, expected, rtol=1e-4, atol=1e-5):
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=atol), actual, expected
+  )
+
+
+@pytest.mark.parametrize(
+  "config, num_parameters",
+  [
+    (transformer.gpt2(), 124_439_808),
+    (transformer.gpt2("medium"), 354_823_168),
+    (transformer.gpt2("large"), 774_030_080),
+    (transformer.gpt2("xl"), 1_557_611_200),
+    (transformer.opt(), 125_239_296),
+    (transformer.pythia("70m"), 70_426_624),
+    (transformer.pythia("160m"), 162_322_944),
+  ],
+)
+def test_sizes_are_the_published_ones(config, num_parameters):
+  variables = jax.eval_shape(transformer.Transformer(config).init, jax.random.key(0), TOKENS)
+  assert set(variables) == {"params"}
+  leaves = jax.tree.leaves(variables)
+  assert sum(math.prod(leaf.shape) for leaf in leaves) == num_parameters
+  assert {leaf.dtype for leaf in leaves} == {jnp.dtype(jnp.float32)}
+
+
+@pytest.mark.parametrize("family", [transformer.gpt2, transformer.opt, transformer.pythia])
+def test_every_published_size_has_the_parameters_in_its_name(family):
+  sizes = {"opt": ["1.3b", "2.7b", "6.7b"], "pythia": ["410m", "1b", "1.4b", "2.8b"]}
+  for size in sizes.get(family.__name__, []):
+    model = transformer.Transformer(family(size))
+    params = jax.eval_shape(model.init, jax.random.key(0), TOKENS)["params"]
+    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+    named = float(size[:-1]) * {"m": 1e6, "b": 1e9}[size[-1]]
+    assert count == pytest.approx(named, rel=0.03), size
+
+
+@every_family
+def test_the_first_parameters_are_those_of_gpt2_and_differ_between_layers(family):
+  config = dataclasses.replace(FAMILIES[family], num_layers=8)
+  model = transformer.Transformer(config)
+  params = jax.jit(model.init)(jax.random.key(0), TOKENS)["params"]
+  for path, leaf in jax.tree.leaves_with_path(params):
+    name = jax.tree_util.keystr(path)
+    if "bias" in name:
+      np.testing.assert_array_equal(leaf, 0, err_msg=name)
+    elif "scale" in name:
+      np.testing.assert_array_equal(leaf, 1, err_msg=name)
+    else:
+      expected = 0.02 / 4 if "_out" in name else 0.02  # 4 = sqrt(2 * 8)
+      error = 4 * expected / math.sqrt(2 * leaf.size)
+      assert np.std(leaf) == pytest.approx(expected, abs=error), name
+  first, second = params["blocks"]["qkv"]["kernel"][:2]
+  assert np.abs(np.corrcoef(np.ravel(first), np.ravel(second))[0, 1]) < 4 / math.sqrt(first.size)
+
+
+@every_family
+def test_the_future_and_other_examples_change_nothing(family):
+  model, params = setup(family)
+  logits = jax.jit(lambda tokens: model.apply({"params": params}, tokens))
+  before = logits(TOKENS)
+  after = logits(TOKENS.at[0, 7].set((TOKENS[0, 7] + 1) % 50))
+  changed = np.abs(after - before).max(axis=-1) > 1e-3
+  np.testing.assert_array_equal(changed[0], np.arange(12) >= 7)
+  np.testing.assert_array_equal(after[0, :7], before[0, :7])
+  np.testing.assert_array_equal(after[1:], before[1:])
+
+
+@every_family
+def test_order_matters(family):
+  """Positions are seen: attention alone takes the tokens before the last as a set."""
+  model, params = setup(family)
+  one = transformer.Transformer(dataclasses.replace(model.config, num_layers=1))
+  params = params | {"blocks": jax.tree.map(lambda leaf: leaf[:1], params["blocks"])}
+  logits = jax.jit(lambda tokens: one.apply({"params": params}, tokens)[0, -1])
+  swapped = TOKENS[:1].at[0, :2].set(TOKENS[0, 1::-1])
+  assert np.abs(logits(TOKENS[:1]) - logits(swapped)).max() > 1e-2
+
+
+@every_family
+def test_padding_on_either_side_changes_neither_losses_nor_gradients(family):
+  """Whatever lies there: ids that are none, too."""
+  _, params = setup(family)
+  rows = TOKENS[:, :7]
+  (_, losses), gradient = losses_and_gradient(family, with_mask=False)(params, rows, None)
+  real, none = jnp.ones((3, 7), bool), jnp.zeros((3, 5), bool)
+  for junk in (0, 10**6, -100):
+    padding = jnp.full((3, 5), junk, jnp.int32)
+    for order in (slice(None), slice(None, None, -1)):
+      tokens = jnp.concatenate([rows, padding][order], axis=1)
+      mask = jnp.concatenate([real, none][order], axis=1)
+      (_, padded), padded_gradient = losses_and_gradient(family)(params, tokens, mask)
+      assert_close(padded, losses)
+      assert_close(padded_gradient, gradient)
+
+
+@every_family
+def test_an_empty_sequence_has_the_loss_0_and_no_gradient(family):
+  _, params = setup(family)
+  mask = jnp.ones((3, 12), bool)
+  function = losses_and_gradient(family)
+  for empty in (jnp.zeros(12, bool), jnp.arange(12) == 4):  # One token alone has no target.
+    (_, losses), gradient = function(params, TOKENS, mask.at[2].set(empty))
+    assert losses[2] == 0
+    assert losses[:2].min() > 1
+    (_, others), expected = function(params, TOKENS.at[2].set(7), mask.at[2].set(False))
+    assert_close((losses, gradient), (others, expected))
+  (_, losses), gradient = function(params, TOKENS, ~mask)
+  np.testing.assert_array_equal(losses, 0)
+  for leaf in jax.tree.leaves(gradient):
+    np.testing.assert_array_equal(leaf, 0)
+
+
+def test_an_unknown_token_makes_its_own_loss_nan_and_no_other():
+  _, params = setup("gpt2")
+  for unknown in (50, -1):
+    (_, losses), _ = losses_and_gradient("gpt2", with_mask=False)(
+      params, TOKENS.at[1, 3].set(unknown), None
+    )
+    np.testing.assert_array_equal(np.isnan(losses), [False, True, False])
+
+
+def test_token_losses_are_cross_entropies_of_the_next_token():
+  rng = np.random.default_rng(2)
+  logits = rng.normal(size=(2, 5, 8)).astype(np.float32)
+  tokens = rng.integers(8, size=(2, 5))
+  mask = np.array([[1, 1, 1, 0, 0], [0, 1, 1, 1, 1]], bool)
+  expected = np.zeros((2, 4))
+  for row, t in ((0, 0), (0, 1), (1, 1), (1, 2), (1, 3)):
+    z = logits[row, t].astype(float)
+    expected[row, t] = np.log(np.exp(z).sum()) - z[tokens[row, t + 1]]
+  bad = np.where(mask[:, :, None], logits, np.nan)  # What lies at padding may be anything.
+  function = lambda logits: transformer.token_losses(logits, jnp.asarray(tokens), jnp.asarray(mask))
+  for z in (logits, bad):
+    losses, weights = function(jnp.asarray(z))
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    np.testing.assert_array_equal(weights, expected > 0)
+  gradient = jax.grad(lambda logits: function(logits)[0].sum())(jnp.asarray(bad))
+  assert np.isfinite(gradient).all()
+  assert np.abs(gradient[0, 2:]).max() == np.abs(gradient[1, 0]).max() == 0
+  whole, _ = transformer.token_losses(jnp.asarray(logits), jnp.asarray(tokens))
+  np.testing.assert_allclose(np.where(expected > 0, whole, 0), expected, rtol=1e-5)
+  assert whole.min() > 0
+  half = transformer.token_losses(jnp.asarray(logits, jnp.bfloat16), jnp.asarray(tokens))
+  assert {leaf.dtype for leaf in half} == {jnp.dtype(jnp.float32)}
+
+
+def test_the_loss_of_a_sequence_is_the_mean_or_the_sum_over_its_targets():
+  model, params = setup("opt")
+  mask = jnp.arange(12)[None] < jnp.array([12, 9, 4])[:, None]
+  batch = {"tokens": TOKENS, "mask": mask}
+  logits = jax.jit(lambda: model.apply({"params": params}, TOKENS, mask))()
+  losses, weights = transformer.token_losses(logits, TOKENS, mask)
+  np.testing.assert_array_equal(weights.sum(1), [11, 8, 3])
+  for reduction, expected in (("sum", losses.sum(1)), ("mean", losses.sum(1) / weights.sum(1))):
+    loss_fn = transformer.sequence_losses(model, reduction)
+    np.testing.assert_allclose(jax.jit(loss_fn)(params, batch), expected, rtol=1e-5)
+  with pytest.raises(ValueError, match="reduction must be 'mean' or 'sum', got 'max'"):
+    transformer.sequence_losses(model, "max")
+
+
+def unrolled(model, params, tokens):
+  """The model as a Python loop over its blocks, for learned positions and a tied head."""
+  config = model.config
+  positions = config.position_offset + np.arange(tokens.shape[1])
+  x = params["token_embedding"][tokens] + params["position_embedding"][positions][None]
+  for i in range(config.num_layers):
+    layer = jax.tree.map(lambda leaf, i=i: leaf[i], params["blocks"])
+    x, _ = transformer.Block(config).apply({"params": layer}, x, None, None)
+  x = nn.LayerNorm(config.epsilon).apply({"params": params["final_norm"]}, x)
+  return x @ params["token_embedding"].T
+
+
+def test_the_scan_is_a_loop_over_blocks_unrolled_or_not():
+  model, params = setup("opt")
+  expected = jax.jit(functools.partial(unrolled, model))(params, TOKENS)
+  for unroll in (1, 2, 3):
+    scanned = transformer.Transformer(dataclasses.replace(model.config, unroll=unroll))
+    logits = jax.jit(scanned.apply)({"params": params}, TOKENS)
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_remat_changes_no_number_but_costs_a_forward_pass_and_saves_memory():
+  model, params = setup("pythia")
+  mask = jnp.ones(TOKENS.shape, bool).at[0, :4].set(False)
+  results, flops, num_bytes = [], [], []
+  for remat in (False, True):
+    config = dataclasses.replace(model.config, remat=remat)
+    loss_fn = transformer.sequence_losses(transformer.Transformer(config))
+    mean = lambda p, loss_fn=loss_fn: jnp.mean(loss_fn(p, {"tokens": TOKENS, "mask": mask}))
+    step = jax.jit(jax.value_and_grad(mean))
+    results.append(step(params))
+    flops.append(measure.count_flops(step, params))
+    num_bytes.append(measure.temporary_bytes(step.lower(params).compile()))
+  assert_close(*results)
+  assert flops[1] / flops[0] == pytest.approx(4 / 3, abs=0.1)
+  assert num_bytes[1] < 0.7 * num_bytes[0]
+
+
+def equations(jaxpr):
+  for eqn in jaxpr.eqns:
+    yield eqn
+    for inner in measure.sub_jaxprs(eqn.params):
+      yield from equations(inner)
+
+
+@every_family
+def test_bfloat16_products_with_parameters_logits_and_sums_over_tokens_in_float32(family):
+  model, params = setup(family)
+  config = dataclasses.replace(model.config, dtype=jnp.bfloat16)
+  half = transformer.Transformer(config)
+  made = jax.eval_shape(half.init, jax.random.key(0), TOKENS)
+  assert {leaf.dtype for leaf in jax.tree.leaves(made)} == {jnp.dtype(jnp.float32)}
+  both = jax.jit(lambda: [m.apply({"params": params}, TOKENS) for m in (half, model)])
+  logits, exact = both()
+  assert logits.dtype == exact.dtype == jnp.float32
+  error = np.linalg.norm(logits - exact) / np.linalg.norm(exact)
+  assert 1e-4 < error < 0.05  # bfloat16 rounds by up to 0.004
+  loss_fn = transformer.sequence_losses(half)
+  gradient = jax.grad(lambda params: loss_fn(params, {"tokens": TOKENS}).mean())
+  dtypes = {}
+  for eqn in equations(jax.make_jaxpr(gradient)(params).jaxpr):
+    operands = {var.aval.dtype.name for var in eqn.invars if var.aval.dtype != jnp.int32}
+    dtypes.setdefault(eqn.primitive.name, set()).update(operands)
+  assert "bfloat16" in dtypes["dot_general"]
+  assert dtypes["scatter-add"] == {"float32"}  # hundreds of equal tokens would stall in bfloat16
+  assert dtypes["exp"] == {"float32"}
+
+
+def test_gradients_reweighted_by_jaxbo_are_weighted_sums():
+  model, params = setup("gpt2")
+  batch = {"tokens": TOKENS, "mask": jnp.ones(TOKENS.shape, bool).at[1, 5:].set(False)}
+  loss_fn = transformer.sequence_losses(model)
+  tx = jaxbo.reweight(jaxbo.kl(0.5))
+
+  @jax.jit
+  def robust(params):
+    grads = jaxbo.per_example_grad(loss_fn, repair=False)(params, batch)
+    return grads.losses, tx.update(grads, tx.init(params), params)[0]
+
+  losses, updates = robust(params)
+  weights = np.exp(2 * (losses - losses.max()))
+  weighted = lambda params: jnp.dot(weights / weights.sum(), loss_fn(params, batch))
+  assert_close(updates, jax.jit(jax.grad(weighted))(params))
+  assert np.ptp(weights) > 0.1
+
+
+def test_a_small_model_learns_its_batch_by_heart():
+  config = transformer.gpt2(**SMALL | {"num_layers": 2})
+  model = transformer.Transformer(config)
+  loss_fn = transformer.sequence_losses(model)
+  optimizer = optax.adam(3e-3)
+
+  @jax.jit
+  def train(key):
+    params = model.init(key, TOKENS)["params"]
+
+    def step(carry, _):
+      params, state = carry
+      mean = lambda params: jnp.mean(loss_fn(params, {"tokens": TOKENS}))
+      loss, gradient = jax.value_and_grad(mean)(params)
+      updates, state = optimizer.update(gradient, state, params)
+      return (optax.apply_updates(params, updates), state), loss
+
+    return jax.lax.scan(step, (params, optimizer.init(params)), length=120)[1]
+
+  losses = train(jax.random.key(0))
+  assert losses[0] == pytest.approx(math.log(50), abs=0.1)
+  assert losses[-1] < 0.05
+
+
+@pytest.mark.parametrize(
+  "changes, message",
+  [
+    ({"num_layers": 0}, "num_layers must be at least 1, got 0"),
+    ({"ffn_width": 0}, "ffn_width must be at least 1, got 0"),
+    ({"width": 30}, "width must be a multiple of num_heads, got 30 and 4"),
+    ({"activation": "swish"}, "activation must be one of .*'gelu_tanh'.*, got 'swish'"),
+    ({"attention": "flash"}, "attention must be one of .*'cudnn'.*, got 'flash'"),
+    ({"rotary_fraction": 1.5}, r"rotary_fraction must be in \[0, 1\], got 1.5"),
+    ({"rotary_fraction": 0.4}, "an even number of each head's dimensions, .* got 0.4 of 8"),
+    ({"rotary_fraction": 0.1}, "an even number of each head's dimensions, .* got 0.1 of 8"),
+    ({"position_offset": -1}, "position_offset must not be negative, got -1"),
+    ({"unroll": 4}, r"unroll must be in \[1, num_layers = 3\], got 4"),
+    ({"dtype": jnp.int32}, "dtype must be a floating-point type, got .*int32"),
+  ],
+)
+def test_fields_out_of_range_are_refused(changes, message):
+  with pytest.raises(ValueError, match=message):
+    transformer.TransformerConfig(**(SMALL | changes))
+
+
+@pytest.mark.parametrize("family", [transformer.gpt2, transformer.opt, transformer.pythia])
+def test_unknown_sizes_are_refused(family):
+  with pytest.raises(ValueError, match=r"size must be one of \[.*\], got '350m'"):
+    family("350m")
+
+
+@pytest.mark.parametrize(
+  "tokens, mask, message",
+  [
+    (jnp.zeros(12, jnp.int32), None, r"tokens must be integers \[batch, length\], got int32"),
+    (jnp.zeros((3, 12)), None, r"tokens must be integers \[batch, length\], got float32"),
+    (jnp.zeros((3, 17), jnp.int32), None, r"at most max_length = 16 long, got the shape \(3, 17\)"),
+    (TOKENS, jnp.ones((3, 12)), r"mask must be bool .* \(3, 12\), got float32"),
+    (TOKENS, jnp.ones((3, 11), bool), r"mask must be bool .* \(3, 12\), got bool .*\(3, 11\)"),
+  ],
+)
+def test_bad_tokens_and_masks_are_refused(tokens, mask, message):
+  model, params = setup("gpt2")
+  with pytest.raises(ValueError, match=message):
+    jax.eval_shape(model.apply, {"params": params}, tokens, mask)
