@@ -46,9 +46,7 @@ CSV, METRICS, PICTURES = "results.csv", "metrics.jsonl", ("continual_lm.png", "c
 def connect(config: Config) -> None:
   """Meets the other processes; before anything is computed."""
   if config.coordinator_address is not None:
-    jax.distributed.initialize(
-      config.coordinator_address, config.num_processes, config.process_id
-    )
+    jax.distributed.initialize(config.coordinator_address, config.num_processes, config.process_id)
   elif config.distributed:
     jax.distributed.initialize()
 
@@ -58,7 +56,9 @@ def read(config: Config) -> tuple[lm_run.Language, LanguageData]:
   corpus = lm_documents.read(config.dataset, config.data_dir)
   language, length = lm_run.make_language(config), config.sequence_length()
   if length > language.max_length:
-    raise ValueError(f"length must be at most {language.max_length}, that of the model; got {length}")
+    raise ValueError(
+      f"length must be at most {language.max_length}, that of the model; got {length}"
+    )
   sizes = config.validation_sequences, config.test_sequences
   data = lm_data.make(corpus, language.tokenizer, length, *sizes)
   if config.batch_size > len(data.train.tokens):
@@ -91,7 +91,7 @@ def looked_at(config: Config, losses: np.ndarray) -> dict[str, tuple[list[int], 
   sizes = [2**i for i in range(9)]
   curves = {"IR-DRO": plain, "IR-DRO, compositional": jaxbo.compositional(plain, rate)}
   values = {
-    name: (sizes, [lm_report.weighted_loss(weighting, losses, size, 2000) for size in sizes])
+    name: (sizes, lm_report.weighted_losses(weighting, losses, sizes, 2000))
     for name, weighting in curves.items()
   }
   ends = [sizes[0], sizes[-1]]
@@ -107,9 +107,7 @@ def of_this_run(config: Config, row: Row) -> bool:
   return wanted and row["seed"] in config.all_seeds()
 
 
-def print_and_draw(
-  config: Config, data: LanguageData, outcome: Outcome, console: Console
-) -> None:
+def print_and_draw(config: Config, data: LanguageData, outcome: Outcome, console: Console) -> None:
   """Prints tables, and writes the rows and pictures of what there is."""
   report.write_csv(config.output_dir / CSV, lm_report.equal_keys(outcome.rows))
   for corruption in config.corruptions:

@@ -33,7 +33,7 @@ class Config:
   seeds: int = 3
   """How many seeds; each draws initial parameters, noise and batches, the same for all methods."""
   first_seed: int = 0
-  """The first of them. Learning rates were chosen on seed 100."""
+  """The first of them."""
   batch_size: int = 32
   """Sequences of a batch, over all devices. It decides how robust KL weights are."""
   length: int | None = None
@@ -47,7 +47,7 @@ class Config:
   pretrain_learning_rate: float = 3e-3
   """The highest of the first phase."""
   learning_rate: float | None = None
-  """Of the continual phase, instead of 1e-3 (2e-6 for hf, which is published)."""
+  """Of the continual phase, instead of 3e-4, where the first phase ends (2e-6 for hf, as published)."""
   num_layers: int = 2
   """Layers of the model, for scratch."""
   width: int = 64
@@ -58,7 +58,7 @@ class Config:
   """Sequences for curves, of each domain at most."""
   test_sequences: int = 128
   """Sequences for the report, of each domain at most."""
-  rates: Rates = Rates()
+  rates: Rates = dataclasses.field(default_factory=Rates)
   """What the reweightings take."""
   timing_rounds: int = 5
   """Rounds in which steps of all methods are timed in turns at the end; 0 for none."""
@@ -78,7 +78,7 @@ class Config:
   """Which of them this is."""
 
   def check(self) -> None:
-    """Raises ``ValueError`` for what cannot run; processes have met before, as devices are counted."""
+    """Raises ``ValueError`` for what cannot run; it counts devices, so processes have met."""
     for name, allowed in (
       ("dataset", DATASETS),
       ("init", INITS),
@@ -124,7 +124,7 @@ class Config:
 
   def continual_learning_rate(self) -> float:
     """The learning rate of the continual phase."""
-    return self.learning_rate or {"scratch": 1e-3, "hf": 2e-6}[self.init]
+    return self.learning_rate or {"scratch": 3e-4, "hf": 2e-6}[self.init]
 
   def all_seeds(self) -> range:
     """The seeds."""

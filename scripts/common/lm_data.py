@@ -143,9 +143,7 @@ def hold_out(sequences: Sequences, most: int, shares: np.ndarray) -> HeldOut:
   return HeldOut(chosen, (shares / np.bincount(chosen.domain))[chosen.domain])
 
 
-def corrupt(
-  sequences: Sequences, share: float, kind: str, vocab_size: int, seed: int
-) -> Sequences:
+def corrupt(sequences: Sequences, share: float, kind: str, vocab_size: int, seed: int) -> Sequences:
   """Makes noise of ``round(share * n)`` sequences, drawn at random.
 
   Args:

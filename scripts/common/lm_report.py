@@ -5,8 +5,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+import jaxbo
 from scripts.common import report
 from scripts.common.lm_data import HeldOut, Sequences
 from scripts.common.lm_methods import BASELINE, METHODS
@@ -64,20 +66,27 @@ def of_run(lines: Sequence[Row], steps: int, tokens_per_step: int) -> Row:
   return means | {"tokens_per_second": steps * tokens_per_step / lines[-1]["seconds"]}
 
 
-def weighted_loss(weighting: Any, losses: np.ndarray, batch_size: int, num_batches: int) -> float:
-  """The weighted mean of losses in batches of a size, drawn at random: what a weighting looks at.
+def weighted_losses(
+  weighting: jaxbo.Weighting, losses: np.ndarray, sizes: Sequence[int], num_batches: int
+) -> list[float]:
+  """The weighted mean of losses in random batches of each size: what a weighting looks at.
 
   It is the mean loss for uniform weights, and the more above it the more a method prefers what is
   hard. Weights do not have to sum to 1 in every batch.
   """
-  batches = np.random.default_rng(0).choice(losses, (num_batches, batch_size))
+  batches = np.random.default_rng(0).choice(losses, (num_batches, max(sizes)))
 
-  def weigh(state, batch):
-    weights, state, _ = weighting.weigh(batch, state)
-    return state, (weights.sum(), (weights * batch).sum())
+  @jax.jit
+  def of_size(batches, size):
+    def weigh(state, batch):
+      mask = jnp.arange(len(batch)) < size
+      weights, state, _ = weighting.weigh(batch, state, mask=mask)
+      return state, (weights.sum(), (weights * batch).sum())
 
-  _, (sums, products) = jax.jit(lambda b: jax.lax.scan(weigh, weighting.init(), b))(batches)
-  return float(products.sum() / sums.sum())
+    _, (sums, products) = jax.lax.scan(weigh, weighting.init(), batches)
+    return products.sum() / sums.sum()
+
+  return [float(of_size(batches, size)) for size in sizes]
 
 
 def equal_keys(rows: Sequence[Row]) -> list[Row]:
@@ -130,12 +139,13 @@ def comparison_table(
   for method, mine in runs_of(rows, corruption):
     cells = [label_of(method)]
     cells += [report.mean_and_spread(differences(rows, corruption, method, n)) for n in compared]
-    runs = method != START
-    cells.append(report.mean_and_spread((row["ess"] for row in mine), 2) if runs else "-")
-    if corruption:
-      noise = report.mean_and_spread((row["weight_noise"] for row in mine), 2)
-      cells.append(noise if runs else "-")
-    cells.append(f"{np.mean([row['tokens_per_second'] for row in mine]):.0f}" if runs else "-")
+    spread = lambda name, mine=mine: report.mean_and_spread((row[name] for row in mine), 2)
+    shown = ("ess", "weight_noise") if corruption else ("ess",)
+    if method == START:
+      cells += ["-"] * (len(shown) + 1)
+    else:
+      cells += [spread(name) for name in shown]
+      cells.append(f"{np.mean([row['tokens_per_second'] for row in mine]):.0f}")
     timing = timings.get(method)
     cells.append(f"{timing.ratio:.2f} ± {timing.spread:.2f}" if timing else "-")
     table.append(cells)

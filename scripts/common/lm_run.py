@@ -19,7 +19,7 @@ from scripts.common.lm_config import Config
 from scripts.common.lm_data import LanguageData, Sequences, Tokenizer
 from scripts.common.lm_methods import BASELINE, METHODS
 from scripts.common.lm_report import START, Row
-from scripts.common.lm_train import Devices, LossFn, Program, Trainer
+from scripts.common.lm_train import LossFn, Program, Trainer
 
 PRETRAINING = "pretraining"
 _PRETRAINING_BATCHES, _CONTINUAL_BATCHES = 0, 1  # Streams of batches, beside the seed.
@@ -140,12 +140,12 @@ class Runner:
     self.outcome.start[seed] = float(self._data.validation.weights @ losses)
     if not len(self.outcome.start_losses):
       self.outcome.start_losses = losses
-    self.outcome.rows.append({"corruption": 0.0, "method": START, "seed": seed} | self._test(params))
+    self.outcome.rows.append(
+      {"corruption": 0.0, "method": START, "seed": seed} | self._test(params)
+    )
     return params
 
-  def _run(
-    self, corruption: float, method: str, seed: int, params: Any, train: Sequences
-  ) -> None:
+  def _run(self, corruption: float, method: str, seed: int, params: Any, train: Sequences) -> None:
     """The continual phase of a method."""
     params = self._train(corruption, method, seed, params, train)
     run = {"corruption": corruption, "method": method, "seed": seed}
@@ -158,9 +158,7 @@ class Runner:
     losses = self._evaluate(params, self._data.test.sequences)
     return lm_report.of_held_out(losses, self._data.test, self._data.domains)
 
-  def _train(
-    self, corruption: float, method: str, seed: int, params: Any, train: Sequences
-  ) -> Any:
+  def _train(self, corruption: float, method: str, seed: int, params: Any, train: Sequences) -> Any:
     """Trains, evaluates and writes lines as it goes; returns the parameters at the end."""
     config, data = self.config, self._data
     first = method == PRETRAINING
@@ -170,7 +168,7 @@ class Runner:
     show = functools.partial(self._progress.update, self._bar)
     show(description=f"seed {seed}{noise}, {label}")
     trainer = Trainer(
-      self._program(method, params),
+      self._program(method),
       params,
       train,
       config.batch_size,
@@ -199,8 +197,8 @@ class Runner:
     trainer.close()
     return trainer.state.params
 
-  def _program(self, method: str, params: Any) -> Program:
-    """The compiled method."""
+  def _program(self, method: str) -> Program:
+    """The method, compiled once."""
     if method not in self._programs:
       config = self.config
       if method == PRETRAINING:
@@ -209,25 +207,19 @@ class Runner:
       else:
         weighting = METHODS[method].weighting(config.rates, len(self._data.domains))
         rate = lm_methods.continual_schedule(config.continual_learning_rate(), config.steps)
-      batch = self._first_batch()
-      self._programs[method] = lm_train.make_program(
-        self._language.loss_fn, weighting, rate, params, batch, self._devices
-      )
+      self._programs[method] = Program(self._language.loss_fn, weighting, rate, self._devices)
     return self._programs[method]
-
-  def _first_batch(self) -> dict[str, jax.Array]:
-    rows = np.arange(self.config.batch_size)
-    return lm_train.batch_of(self._data.train, rows, self._devices)
 
   def _time_steps(self, params: Any) -> dict[str, measure.Timing]:
     """Times steps of all methods in turns, so that what slows the machine slows all of them."""
     names = [BASELINE, *(name for name in self.config.methods if name != BASELINE)]
-    programs = {name: self._program(name, params) for name in names}
-    states = {name: program.init(params) for name, program in programs.items()}
-    batch = self._first_batch()
+    rows = np.arange(self.config.batch_size)
+    batch = lm_train.batch_of(self._data.train, rows, self._devices)
+    states = {name: self._program(name).init(params) for name in names}
+    steps = {name: self._program(name).compile(states[name], batch) for name in names}
 
     def call(name):
-      states[name], _ = programs[name].step(states[name], batch)
+      states[name], _ = steps[name](states[name], batch)
       return states[name]
 
     calls = {name: functools.partial(call, name) for name in names}

@@ -70,49 +70,51 @@ class Shown(NamedTuple):
   effective_sample_size: Any
 
 
-class Program(NamedTuple):
-  """A method, compiled once for all seeds and data.
+class Program:
+  """A method, compiled once for all seeds and data, when the first of them wants a step.
 
   Attributes:
     init: ``init(params) -> State``, from a copy of ``params``.
-    step: ``step(state, batch) -> (state, shown)``; it takes the state's memory over.
   """
 
-  init: Callable[[Any], State]
-  step: Callable[[State, dict[str, jax.Array]], tuple[State, Shown]]
+  def __init__(
+    self,
+    loss_fn: LossFn,
+    weighting: jaxbo.Weighting,
+    learning_rate: optax.ScalarOrSchedule,
+    devices: Devices,
+  ):
+    tx = lm_methods.make_optimizer(weighting, learning_rate)
+    # A gradient without the bad losses would double the time of compilation; a batch with one is
+    # skipped as it is.
+    gradients = jaxbo.per_example_grad(loss_fn, repair=False)
+
+    def init(params):
+      return State(jax.tree.map(jnp.copy, params), tx.init(params))
+
+    def step(state, batch):
+      grads = gradients(state.params, {"tokens": batch["tokens"]})
+      reweight_state = state.opt_state[0]
+      groups = {"groups": batch["domain"]}
+      updates, opt_state = tx.update(grads, state.opt_state, state.params, **groups)
+      # The same weights once more, to look at: XLA computes them once.
+      weights, *_ = weighting.weigh(grads.losses, reweight_state.weighting_state, **groups)
+      share = opt_state[0].info.effective_sample_size / weights.size
+      shown = Shown(grads.losses, weights.size * weights, share)
+      return State(optax.apply_updates(state.params, updates), opt_state), shown
+
+    self.init = jax.jit(init, out_shardings=devices.everywhere)
+    self._step = jax.jit(step, donate_argnums=0, out_shardings=devices.everywhere)
+    self._compiled: Step | None = None
+
+  def compile(self, state: State, batch: dict[str, jax.Array]) -> "Step":
+    """Returns ``step(state, batch) -> (state, shown)``, which takes the state's memory over."""
+    if self._compiled is None:
+      self._compiled = self._step.lower(state, batch).compile()
+    return self._compiled
 
 
-def make_program(
-  loss_fn: LossFn,
-  weighting: jaxbo.Weighting,
-  learning_rate: optax.ScalarOrSchedule,
-  params: Any,
-  batch: dict[str, jax.Array],
-  devices: Devices,
-) -> Program:
-  """Compiles a method for parameters and batches of these shapes."""
-  tx = lm_methods.make_optimizer(weighting, learning_rate)
-  # A gradient without the bad losses would double the time of compilation; a batch with one is
-  # skipped as it is.
-  gradients = jaxbo.per_example_grad(loss_fn, repair=False)
-
-  def init(params):
-    return State(jax.tree.map(jnp.copy, params), tx.init(params))
-
-  def step(state, batch):
-    grads = gradients(state.params, {"tokens": batch["tokens"]})
-    reweight_state = state.opt_state[0]
-    groups = {"groups": batch["domain"]}
-    updates, opt_state = tx.update(grads, state.opt_state, state.params, **groups)
-    # The same weights once more, to look at: XLA computes them once.
-    weights, *_ = weighting.weigh(grads.losses, reweight_state.weighting_state, **groups)
-    share = opt_state[0].info.effective_sample_size / weights.size
-    shown = Shown(grads.losses, weights.size * weights, share)
-    return State(optax.apply_updates(state.params, updates), opt_state), shown
-
-  compiled = jax.jit(init, out_shardings=devices.everywhere).lower(params).compile()
-  jitted = jax.jit(step, donate_argnums=0, out_shardings=devices.everywhere)
-  return Program(compiled, jitted.lower(compiled(params), batch).compile())
+Step = Callable[[State, dict[str, jax.Array]], tuple[State, Shown]]
 
 
 def make_evaluate(
@@ -208,15 +210,15 @@ class Trainer:
     written after what the caller does with a window, so that none is left out when the run is
     stopped in between.
     """
+    if done < num_steps:
+      step_once = self.program.compile(self.state, self.batch(np.arange(self._batch_size)))
     while done < num_steps:
       stop = min(num_steps, (done // every + 1) * every)
       shown, all_rows = [], []
       start = time.perf_counter()
       for step in range(done, stop):
-        rows = rows_of_batch(
-          len(self._sequences.tokens), self._batch_size, self._stream, step
-        )
-        self.state, one = self.program.step(self.state, self.batch(rows))
+        rows = rows_of_batch(len(self._sequences.tokens), self._batch_size, self._stream, step)
+        self.state, one = step_once(self.state, self.batch(rows))
         jax.block_until_ready(shown[-1:])  # One step waits while another runs.
         on_step(step)
         shown.append(one)

@@ -139,9 +139,7 @@ def start_run(output_dir: Path, identity: Mapping[str, Any]) -> None:
 
 def not_writable(output_dir: Path, error: OSError) -> ValueError:
   """What to raise where a folder cannot be written to."""
-  return ValueError(
-    f"output_dir must be a folder to write to, got {output_dir} ({error.strerror})"
-  )
+  return ValueError(f"output_dir must be a folder to write to, got {output_dir} ({error.strerror})")
 
 
 def read_run(output_dir: Path, identity: Mapping[str, Any], metrics: str) -> list[dict[str, Any]]:

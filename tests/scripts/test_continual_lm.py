@@ -19,13 +19,15 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+import tyro
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from PIL import Image
 
 import jaxbo
 from scripts import continual_lm as script
-from scripts.common import lm_data, lm_methods, lm_report, lm_train
+from scripts.common import lm_data, lm_documents, lm_methods, lm_report, lm_train
 from scripts.common.lm_config import Config
+from scripts.common.lm_documents import Corpus, Document
 from scripts.common.lm_methods import METHODS, Rates
 
 pytestmark = pytest.mark.slow  # All together, not each.
@@ -57,9 +59,8 @@ def devices(number):
 
 
 def program(weighting, where, rate=0.1):
-  batch = lm_train.batch_of(SEQUENCES, np.arange(BATCH), where)
   params = jax.device_put(PARAMS, where.everywhere)
-  return lm_train.make_program(loss_fn, weighting, rate, params, batch, where), params
+  return lm_train.Program(loss_fn, weighting, rate, where), params
 
 
 def trainer(folder, weighting, where):
@@ -81,7 +82,8 @@ def test_a_step_goes_along_the_gradient_of_the_weighted_losses(monkeypatch):
     weights = np.exp((losses - losses.max()) / 2)
     weights /= weights.sum()
     w = w - 0.01 * (2 * weights * (x @ w - 3)) @ x
-    state, shown = one.step(state, lm_train.batch_of(SEQUENCES, rows, where))
+    batch = lm_train.batch_of(SEQUENCES, rows, where)
+    state, shown = one.compile(state, batch)(state, batch)
     np.testing.assert_allclose(shown.losses, losses, rtol=1e-4)
     np.testing.assert_allclose(shown.weights, BATCH * weights, rtol=1e-3)
     share = 1 / (weights**2).sum() / BATCH
@@ -191,7 +193,9 @@ def window(weights, rows):
 
 def test_weights_are_told_by_domain_and_noise():
   sequences = lm_data.Sequences(
-    np.zeros((4, 1), np.int32), np.array([0, 0, 1, 1], np.int32), np.array([False, True, False, True])
+    np.zeros((4, 1), np.int32),
+    np.array([0, 0, 1, 1], np.int32),
+    np.array([False, True, False, True]),
   )
   told = lm_report.of_window(window([[1, 3], [0, 4]], [[0, 1], [2, 1]]), sequences, ["a", "b", "c"])
   assert told["train_loss"] == 2
@@ -230,13 +234,14 @@ def test_a_run_is_the_mean_over_its_steps():
 def test_what_weights_look_at_depends_on_the_batch_size_unless_they_are_compositional():
   losses = RNG.uniform(0, 4, 500).astype(np.float32)
   tilted = np.exp(losses) @ losses / np.exp(losses).sum()
-  looks = functools.partial(lm_report.weighted_loss, losses=losses, num_batches=4000)
+  looks = functools.partial(lm_report.weighted_losses, losses=losses, num_batches=4000)
   spread = losses.std() / np.sqrt(4000)
-  assert abs(looks(jaxbo.kl(1.0), batch_size=1) - losses.mean()) < 4 * spread
-  assert abs(looks(jaxbo.kl(1.0), batch_size=256) - tilted) < 0.02
-  small = looks(jaxbo.compositional(jaxbo.kl(1.0), 0.05), batch_size=1)
+  one, many = looks(jaxbo.kl(1.0), sizes=[1, 256])
+  assert abs(one - losses.mean()) < 4 * spread
+  assert abs(many - tilted) < 0.02
+  [one] = looks(jaxbo.compositional(jaxbo.kl(1.0), 0.05), sizes=[1])
   # The weights' relative second moment is 2, so the standard error is about 1.5 of the plain one.
-  assert abs(small - tilted) < 0.05 + 6 * spread
+  assert abs(one - tilted) < 0.05 + 6 * spread
 
 
 def rows():
@@ -294,6 +299,24 @@ SMALL = {
   "timing_rounds": 0,
 }
 FEW = ("uniform", "mid_rank_1")
+WORDS, DIGITS = "the quick brown fox jumps over the lazy dog " * 20, "31415926535897932384 " * 10
+
+
+def small_corpus(data_dir=None):
+  """Two domains; in the place of what ships with Python, which takes seconds to read."""
+  parts = [[Document(WORDS[i:], 0), Document(DIGITS[i:], 1)] for i in range(3)]
+  return Corpus(("words", "digits"), *parts)
+
+
+@pytest.fixture
+def small(monkeypatch):
+  monkeypatch.setitem(lm_documents.DATASETS, "python", small_corpus)
+
+
+def run():
+  """What a process of its own runs."""
+  lm_documents.DATASETS["python"] = small_corpus
+  sys.exit(script.main(tyro.cli(Config)))
 
 
 def lines_of(folder):
@@ -304,16 +327,18 @@ def rows_of(folder):
   return list(csv.DictReader((folder / "results.csv").read_text().splitlines()))
 
 
-def test_a_run_writes_its_files_and_a_resumed_one_repeats_nothing(tmp_path, capsys):
+def test_a_run_writes_its_files_and_a_resumed_one_repeats_nothing(tmp_path, capsys, small):
   more = {"methods": FEW, "corruptions": (0.0, 0.5), "timing_rounds": 1}
   config = Config(output_dir=tmp_path, **SMALL | more)
   assert script.main(config) == 0
   table = capsys.readouterr().out
-  for word in ("MidRanking, band 1", "50% of the sequences with shuffled tokens", "characters"):
+  for word in ("MidRanking, band 1", "50% of the sequences with shuffled tokens", "digits"):
     assert word in table
   of_line = lambda line: (line["corruption"], line["method"], line["step"])
   runs = [(0.0, "pretraining"), *((c, m) for c in (0.0, 0.5) for m in FEW)]
-  assert [of_line(line) for line in lines_of(tmp_path)] == [(*run, s) for run in runs for s in (2, 4)]
+  assert [of_line(line) for line in lines_of(tmp_path)] == [
+    (*run, s) for run in runs for s in (2, 4)
+  ]
   found = rows_of(tmp_path)
   assert [(float(row["corruption"]), row["method"]) for row in found] == [
     (0.0, "checkpoint"),
@@ -365,7 +390,7 @@ def test_a_run_writes_its_files_and_a_resumed_one_repeats_nothing(tmp_path, caps
     ({"output_dir": Path("/dev/null/x")}, "output_dir must be a folder to write to"),
   ],
 )
-def test_bad_input_says_what_is_allowed(tmp_path, capsys, wrong, message):
+def test_bad_input_says_what_is_allowed(tmp_path, capsys, small, wrong, message):
   assert script.main(Config(**(SMALL | {"output_dir": tmp_path / "out"} | wrong))) == 2
   assert message in capsys.readouterr().err
 
@@ -375,7 +400,8 @@ def command(output_dir, *more):
   arguments = SMALL | {"steps": 60, "methods": "ir_dro_compositional", "corruptions": "0.2"}
   arguments["output_dir"] = output_dir
   flags = [part for k, v in arguments.items() for part in (f"--{k.replace('_', '-')}", str(v))]
-  return [sys.executable, "-m", "scripts.continual_lm", *flags, *more]
+  here = "from tests.scripts import test_continual_lm; test_continual_lm.run()"
+  return [sys.executable, "-c", here, *flags, *more]
 
 
 @pytest.fixture(scope="module")
@@ -443,7 +469,9 @@ def test_two_processes_do_what_one_does(tmp_path, whole, environment):
   assert [process.returncode for process in processes] == [0, 0], outputs
   assert "test loss" in outputs[0]
   assert "test loss" not in outputs[1]
-  chex.assert_trees_all_close(final_state(tmp_path)["params"], final_state(whole)["params"], atol=1e-3)
+  chex.assert_trees_all_close(
+    final_state(tmp_path)["params"], final_state(whole)["params"], atol=1e-3
+  )
   for mine, theirs in zip(lines_of(tmp_path), lines_of(whole), strict=True):
     for name in ("train_loss", "validation_loss", "ess", "weight_noise"):
       assert mine[name] == pytest.approx(theirs[name], rel=1e-3), name
