@@ -91,7 +91,7 @@ def looked_at(config: Config, losses: np.ndarray) -> dict[str, tuple[list[int], 
   sizes = [2**i for i in range(9)]
   curves = {"IR-DRO": plain, "IR-DRO, compositional": jaxbo.compositional(plain, rate)}
   values = {
-    name: (sizes, lm_report.weighted_losses(weighting, losses, sizes, 2000))
+    name: (sizes, lm_report.weighted_losses(weighting, losses, sizes, 1000))
     for name, weighting in curves.items()
   }
   ends = [sizes[0], sizes[-1]]

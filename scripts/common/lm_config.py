@@ -47,7 +47,7 @@ class Config:
   pretrain_learning_rate: float = 3e-3
   """The highest of the first phase."""
   learning_rate: float | None = None
-  """Of the continual phase, instead of 3e-4, where the first phase ends (2e-6 for hf, as published)."""
+  """Of the continual phase, instead of 3e-4, where the first ends (2e-6 for hf, as published)."""
   num_layers: int = 2
   """Layers of the model, for scratch."""
   width: int = 64

@@ -84,7 +84,7 @@ class Program:
     learning_rate: optax.ScalarOrSchedule,
     devices: Devices,
   ):
-    tx = lm_methods.make_optimizer(weighting, learning_rate)
+    tx: Any = lm_methods.make_optimizer(weighting, learning_rate)
     # A gradient without the bad losses would double the time of compilation; a batch with one is
     # skipped as it is.
     gradients = jaxbo.per_example_grad(loss_fn, repair=False)
@@ -210,8 +210,9 @@ class Trainer:
     written after what the caller does with a window, so that none is left out when the run is
     stopped in between.
     """
-    if done < num_steps:
-      step_once = self.program.compile(self.state, self.batch(np.arange(self._batch_size)))
+    if done >= num_steps:
+      return
+    step_once = self.program.compile(self.state, self.batch(np.arange(self._batch_size)))
     while done < num_steps:
       stop = min(num_steps, (done // every + 1) * every)
       shown, all_rows = [], []
