@@ -37,6 +37,7 @@ import jaxbo
 from scripts.common import lm_data, lm_documents, lm_plots, lm_report, lm_run, report
 from scripts.common.lm_config import Config
 from scripts.common.lm_data import LanguageData
+from scripts.common.lm_methods import BASELINE
 from scripts.common.lm_report import Row
 from scripts.common.lm_run import Outcome, Runner
 
@@ -89,15 +90,15 @@ def looked_at(config: Config, losses: np.ndarray) -> dict[str, tuple[list[int], 
   of_all = float(np.exp((losses - losses.max()) / temperature) @ losses)
   of_all /= float(np.exp((losses - losses.max()) / temperature).sum())
   sizes = [2**i for i in range(9)]
-  curves = {"IR-DRO": plain, "IR-DRO, compositional": jaxbo.compositional(plain, rate)}
+  curves = {"ir_dro": plain, "ir_dro_compositional": jaxbo.compositional(plain, rate)}
   values = {
     name: (sizes, lm_report.weighted_losses(weighting, losses, sizes, 1000))
     for name, weighting in curves.items()
   }
   ends = [sizes[0], sizes[-1]]
   return values | {
-    "IR-DRO, all data at once": (ends, [of_all, of_all]),
-    "uniform": (ends, [float(losses.mean())] * 2),
+    "": (ends, [of_all, of_all]),
+    BASELINE: (ends, [float(losses.mean())] * 2),
   }
 
 

@@ -19,6 +19,10 @@ def color_of(method: str) -> str:
   return "0.4" if method == BASELINE else f"C{others.index(method)}"
 
 
+# Drawn dashed: what others are compared with, and what would hide another line.
+DASHED = (BASELINE, "ir_dro_compositional")
+
+
 def arm_title(corruption: float, kind: str) -> str:
   """What the data of a share of noise are."""
   what = "with shuffled tokens" if kind == "shuffled" else "of random tokens"
@@ -46,7 +50,11 @@ def draw_overview(
     for method in methods:
       curves = _curves(lines, corruption, method, "ess")
       plots.mean_and_range(
-        ess, *curves, label=METHODS[method].label, color=color_of(method), band=method != BASELINE
+        ess,
+        *curves,
+        label=METHODS[method].label,
+        color=color_of(method),
+        band=method not in DASHED,
       )
     ess.set(xlabel="steps", ylim=(0, 1.05))
     ess.set_title("effective sample size / batch", loc="left", fontsize="medium")
@@ -102,7 +110,8 @@ def _draw_weights(
   scale = matplotlib.colors.LogNorm(1 / 3, 3, clip=True)
   axes.imshow(np.maximum(table, 1e-3), cmap="RdBu_r", norm=scale, aspect="auto", alpha=0.8)
   for (i, j), value in np.ndenumerate(table):
-    axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize="small")
+    color = "black" if 0.45 < value < 2.4 else "white"
+    axes.text(j, i, f"{value:.2f}", color=color, ha="center", va="center", fontsize="small")
   axes.set_xticks(range(len(columns)), [*columns.values()], fontsize="small")
   axes.set_yticks([])
   axes.set_title("mean weight (uniform: 1)", loc="left", fontsize="medium")
@@ -120,7 +129,8 @@ def draw_curves(
   Args:
     lines: of all runs.
     start: the validation loss of each seed's checkpoint.
-    looked_at: curves over batch sizes of the weighted mean loss, by their names.
+    looked_at: curves over batch sizes of the weighted mean loss, by method; "" for one method's on
+      all data at once.
     kind: of the noise.
     path: of the picture.
   """
@@ -136,12 +146,16 @@ def draw_curves(
         seeds = _seeds(continual, corruption, method)
         values = [[start[seed], *curve] for seed, curve in zip(seeds, values, strict=True)]
         mean = np.mean(values, axis=0)
-        line = "--" if method == BASELINE else "-"
+        line = "--" if method in DASHED else "-"
         axes.plot([0, *steps], mean, line, color=color_of(method), label=METHODS[method].label)
     axes.set(xlabel="steps", ylabel="validation loss, mean over seeds (nats per token)")
     axes.set_title(arm_title(corruption, kind), loc="left", fontsize="medium")
-  for i, (label, (sizes, values)) in enumerate(looked_at.items()):
-    panels[-1].plot(sizes, values, marker=".", color=f"C{i}", label=label)
+  for method, (sizes, values) in looked_at.items():
+    if method:
+      style = {"color": color_of(method), "linestyle": "--" if method == BASELINE else "-"}
+      panels[-1].plot(sizes, values, marker=".", label=METHODS[method].label, **style)
+    else:
+      panels[-1].plot(sizes, values, "k:", label="IR-DRO, all data at once")
   panels[-1].set_xscale("log", base=2)
   panels[-1].set(xlabel="batch size", ylabel="weighted mean of the checkpoint's losses")
   panels[-1].set_title("what weights look at, by batch size", loc="left", fontsize="medium")
