@@ -258,9 +258,9 @@ def targets(
       2 / math.sqrt(num_steps) * plain + memory["parameters"],
     ),
     Target(
-      f"{ESJ}: time at most 0.5 (Q + 1) inner solves",
+      f"{ESJ}: time at most 0.45 (Q + 1) inner solves",
       ratio(ESJ, "inner solve"),
-      0.5 * (NUM_SAMPLES + 1),
+      0.45 * (NUM_SAMPLES + 1),
     ),
   ]
   if JAXOPT_AID in steps:

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.core
 import jax.numpy as jnp
-from jax.extend.core import Literal
+from jax.interpreters import partial_eval
 
 
 def positive_int(name: str, value: Any) -> int:
@@ -127,11 +127,8 @@ def scalar_loss(name: str, value: Any) -> None:
 def uses(name: str, loss: Callable[[Any], Any], argument: Any) -> None:
   """Raises ``ValueError`` if no leaf of ``argument`` reaches ``loss(argument)``."""
   jaxpr = jax.make_jaxpr(loss)(argument).jaxpr
-  reached = set(jaxpr.invars)
-  for eqn in jaxpr.eqns:
-    if any(not isinstance(var, Literal) and var in reached for var in eqn.invars):
-      reached.update(eqn.outvars)
-  if not any(not isinstance(var, Literal) and var in reached for var in jaxpr.outvars):
+  _, used = partial_eval.dce_jaxpr(jaxpr, True)  # Looks into jitted functions and loops too.
+  if not any(used):
     raise ValueError(f"loss must use {name}, which has no influence on it")
 
 

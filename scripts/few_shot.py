@@ -274,18 +274,13 @@ def check_shapes(config: Config, data: fewshot_data.FewShotData) -> None:
       raise ValueError(f"{name}: {error}") from error
 
 
-def main(config: Config) -> int:
-  """Runs, prints and saves. Returns the exit status: 130 if interrupted."""
-  try:
+def run_and_report(config: Config) -> int:
+  """Runs, prints and saves; returns the exit status."""
+  with report.bad_input():
     config.check()
     data = read(config)
     check_shapes(config, data)
     earlier = prepare_output(config)
-  except (ValueError, FileNotFoundError) as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
-  except KeyboardInterrupt:
-    return 130
   console, settings = report.console(), config.settings()
   results, metrics, status = run_all(config, data, earlier, console)
   if status:
@@ -310,6 +305,11 @@ def main(config: Config) -> int:
     few_shot_plots.draw_curves(metrics, config.output_dir / "few_shot.png")
     console.print(f"metrics.jsonl, results.csv and the pictures are in {config.output_dir}")
   return status
+
+
+def main(config: Config) -> int:
+  """Runs, prints and saves. Returns the exit status: 130 if interrupted."""
+  return report.exit_status(run_and_report, config)
 
 
 if __name__ == "__main__":

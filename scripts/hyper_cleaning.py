@@ -149,13 +149,10 @@ def title(config: Config) -> str:
 
 def run_and_report(config: Config) -> int:
   """Runs, prints and saves; returns the exit status."""
-  try:
+  with report.bad_input():
     config.check()
     examples, test = cleaning.read(config.dataset, config.data_dir)
     log = report.start_output(config.output_dir, "metrics.jsonl", stale=(CSV, PICTURE))
-  except (ValueError, FileNotFoundError) as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
   console, status = report.console(), 0
   runs: Runs = {}
   with log, report.progress_bar(console) as progress:
@@ -178,11 +175,7 @@ def run_and_report(config: Config) -> int:
 
 def main(config: Config) -> int:
   """Runs, prints and saves. Returns the exit status: 130 if interrupted, with what was measured."""
-  try:
-    return run_and_report(config)
-  except KeyboardInterrupt:  # Not in training: while reading data, printing or drawing.
-    print("Interrupted.", file=sys.stderr)
-    return 130
+  return report.exit_status(run_and_report, config)
 
 
 if __name__ == "__main__":

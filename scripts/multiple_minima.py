@@ -14,7 +14,7 @@ inner parameters as well, to the inner minimum that is best for the outer loss.
 Settings were chosen on seeds 100 and 101 by ``scripts/tune_multiple_minima.py``; the table is of
 others. Numbers are in README.md.
 
-  python -m scripts.multiple_minima                              3 minutes on 2 CPU cores
+  python -m scripts.multiple_minima                              a minute and a half on 2 CPU cores
   python -m scripts.multiple_minima --dataset mnist --toys       20 minutes; 5,000 examples, no toys
   ... --resume                                                   goes on where a run was stopped
 """
@@ -240,13 +240,10 @@ def prepare_output(config: Config) -> tuple[Cells, dict[str, Cost]]:
 
 def run_and_report(config: Config) -> int:
   """Runs, prints and saves; returns the exit status."""
-  try:
+  with report.bad_input():
     config.check()
     examples = cleaning.read(config.dataset, config.data_dir) if config.seeds else None
     cells, costs = prepare_output(config)
-  except (ValueError, FileNotFoundError) as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
   console, status = report.console(), 0
   trajectories: Trajectories = {}
   earlier = [point for points in cells.values() for point in points]
@@ -300,11 +297,7 @@ def print_and_draw(
 
 def main(config: Config) -> int:
   """Runs, prints and saves. Returns the exit status: 130 if interrupted, with what was measured."""
-  try:
-    return run_and_report(config)
-  except KeyboardInterrupt:  # Not in training: while reading data, printing or drawing.
-    print("Interrupted.", file=sys.stderr)
-    return 130
+  return report.exit_status(run_and_report, config)
 
 
 if __name__ == "__main__":

@@ -89,7 +89,8 @@ def add_es_response(
     directions: the family of the directions, with the squared relative error of the response for
       affine runs: ``"gaussian"`` :math:`(p + 1) / Q`; ``"sphere"`` of radius :math:`\sqrt p` and
       ``"rademacher"`` (random signs, the cheapest to draw) :math:`(p - 1) / Q`; ``"orthogonal"``
-      :math:`p / Q - 1` for :math:`Q \le p`, exact at :math:`Q = p` and cheap at any size.
+      :math:`p / Q - 1` for :math:`Q \le p`, exact at :math:`Q = p` and cheap at any size (our
+      choice: a cosine transform with random signs, which has the law of Haar matrices).
       ``"official"`` is the published code's scaling, for replication only: it shrinks the response
       of each tensor by its size.
     difference: ``"forward"``, as above; ``"central"``,
@@ -171,6 +172,8 @@ def add_es_response(
   if per_task and task is None:
     raise ValueError("per_task=True needs a solver with tasks, made by jaxbo.over_tasks")
   if mesh is not None:
+    if not isinstance(mesh, (jax.sharding.Mesh, jax.sharding.AbstractMesh)):
+      raise TypeError(f"mesh must be a jax.sharding.Mesh, got {mesh!r}")
     _check.one_of("axis_name", axis_name, mesh.axis_names)
   if axis_name is not None and not redraw:
     raise ValueError("redraw must be True with axis_name: devices exchange no directions")

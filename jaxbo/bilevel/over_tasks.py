@@ -64,14 +64,17 @@ def over_tasks(solver: InnerSolver, num_tasks: int, *, average_start: bool = Fal
   def repeat(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: jnp.repeat(leaf[None], num_tasks, axis=0), tree)
 
+  def shapes_of_one(batch):
+    """The batch of one task, its shapes alone: ``solver.init`` needs no more."""
+    first = lambda batch: jax.tree.map(lambda leaf: leaf.take(0, axis), checked(batch))
+    return jax.eval_shape(first, batch)
+
   def init(y0, x=None, batch=None):
-    first = batch if batch is None else jax.tree.map(lambda leaf: leaf.take(0, axis), batch)
-    return repeat(solver.init(y0, x, first))
+    return repeat(solver.init(y0, x, shapes_of_one(batch)))
 
   def from_average(x, solution, batch):
     mean = jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0).astype(leaf.dtype), solution.params)
-    first = jax.tree.map(lambda leaf: leaf.take(0, axis), batch)
-    start = solver.init(mean, x, first)
+    start = solver.init(mean, x, shapes_of_one(batch))
     start = repeat((start.params, start.opt_state))
     return InnerSolution(params=start[0], opt_state=start[1], start=start, info=solution.info)
 

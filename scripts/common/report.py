@@ -1,11 +1,13 @@
 """How scripts report: numbers with their spread, tables, and files that survive an interruption."""
 
+import contextlib
 import csv
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from rich.console import Console
@@ -20,6 +22,33 @@ from rich.progress import (
 )
 from rich.table import Table
 from rich.text import Text
+
+Config = TypeVar("Config")
+
+
+class BadInputError(Exception):
+  """What the user asked for cannot be done; the message says why and what can."""
+
+
+@contextlib.contextmanager
+def bad_input() -> Iterator[None]:
+  """Errors of what stands inside, before anything is measured, are for the user to correct."""
+  try:
+    yield
+  except (ValueError, FileNotFoundError) as error:
+    raise BadInputError(str(error)) from error
+
+
+def exit_status(run: Callable[[Config], int], config: Config) -> int:
+  """``run(config)``, which is its exit status, or 2 after bad input and 130 after Ctrl-C."""
+  try:
+    return run(config)
+  except BadInputError as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+  except KeyboardInterrupt:  # Not in training: while reading data, printing or drawing.
+    print("Interrupted.", file=sys.stderr)
+    return 130
 
 
 def mean_and_spread(values: Iterable[float], digits: int = 3) -> str:

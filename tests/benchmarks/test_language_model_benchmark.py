@@ -10,6 +10,7 @@ import pytest
 from jaxbo_models import transformer
 
 from benchmarks import language_model
+from benchmarks.hypergradient import Step
 from benchmarks.language_model import PLAIN, REWEIGHTED, Config
 from scripts.common import measure
 
@@ -59,7 +60,8 @@ def test_the_command_prints_and_saves(tmp_path, capsys, monkeypatch, steps):
   fixed = lambda programs, *args: {name: measure.Timing(0.5, 1.0, 0.0) for name in programs}
   monkeypatch.setattr(measure, "time_together", fixed)
   monkeypatch.setattr(measure, "temporary_bytes", lambda compiled: 2**20)
-  monkeypatch.setattr(language_model, "make_steps", lambda *args: steps)
+  idle = {name: Step(jax.jit(lambda *args: 0), step.args) for name, step in steps.items()}
+  monkeypatch.setattr(language_model, "make_steps", lambda *args: idle)
   config = Config(batch=4, length=32, peak=1e-3, save=tmp_path / "out")
   language_model.main(config)
   text = (tmp_path / "out.md").read_text()

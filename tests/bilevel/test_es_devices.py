@@ -1,6 +1,7 @@
 """Samples divided among eight virtual devices, which exchange the scalar products alone."""
 
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -143,6 +144,13 @@ def test_an_axis_that_the_mesh_has_not_is_refused():
   for axis_name in (None, "devices"):
     with pytest.raises(ValueError, match="axis_name must be one of 'samples', got"):
       jaxbo.add_es_response(solver, 16, mesh=mesh, axis_name=axis_name)
+
+
+def test_what_is_no_mesh_is_refused(as_users_run):
+  solver, _ = setting()
+  mesh: Any = "samples"
+  with pytest.raises(TypeError, match=r"mesh must be a jax\.sharding\.Mesh, got 'samples'"):
+    jaxbo.add_es_response(solver, 16, mesh=mesh, axis_name="samples")
 
 
 def test_an_axis_without_a_mesh_is_refused_outside_of_a_shard_map_that_has_it():

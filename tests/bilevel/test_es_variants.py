@@ -275,9 +275,10 @@ def test_parameters_can_be_perturbed_in_spite_of_features(x64):
 
 
 def test_features_that_the_loss_does_not_use_are_refused():
-  for per_step in (False, True):
+  loss = lambda z, y, batch: jnp.sum(y**2) + jnp.sum(batch)
+  for per_step, of_a_step in ((False, loss), (True, loss), (False, jax.jit(loss))):
     solver = jaxbo.inner_solver(
-      lambda z, y, batch: jnp.sum(y**2) + jnp.sum(batch),
+      of_a_step,
       optax.sgd(1.0),
       2,
       per_step_batches=per_step,

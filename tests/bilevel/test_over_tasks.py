@@ -191,6 +191,9 @@ def test_aux_outputs_have_a_task_axis():
   after = solver.solve(x, before, batch)
   chex.assert_trees_all_equal_shapes_and_dtypes(before, after)
   np.testing.assert_array_equal(after.info.aux, batch["a"].T)
+  chex.assert_trees_all_equal(solver.init(jnp.zeros(2), x, jax.eval_shape(lambda: batch)), before)
+  with pytest.raises(ValueError, match=r"must have the shape .*num_tasks=3, ...\], got \(4,\)"):
+    solver.init(jnp.zeros(2), x, jnp.ones(4))
 
 
 def test_bad_meta_batches_are_refused():

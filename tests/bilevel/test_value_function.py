@@ -81,7 +81,7 @@ def numpy_primal_dual(
     grad_x, grad_y = df_dx + dual * slope_x, df_dy + dual * slope_y
     moved = x - grad_x, y - grad_y
     if project:
-      moved = moved[0], np.clip(moved[1], -CLIP, CLIP)
+      moved = tuple(np.clip(vector, -CLIP, CLIP) for vector in moved)
     residual = np.linalg.norm(np.concatenate([x - moved[0], y - moved[1]]))
     residual += max(constraint, 0) + abs(dual * constraint)
     yield (
@@ -132,6 +132,7 @@ ORACLES = {
       extrapolation=lambda t: 0.5 + 0.1 * t,
       value_regularizer=0.7,
       project_inner=clip,
+      project_outer=clip,
     ),
     functools.partial(
       numpy_primal_dual, regularizer=0.7, extrapolation=lambda t: 0.5 + 0.1 * t, project=True
@@ -333,6 +334,21 @@ def test_the_steps_of_the_lower_value_may_have_a_batch_of_their_own(name):
     excess = 2 * (1 - 3) ** 2 - 2 * (y_hat - 3) ** 2
     seen = state.info.constraint + 0.1 if name == "pdbo" else state.info.excess
     np.testing.assert_allclose(seen, excess, rtol=1e-5)
+
+
+def test_the_gap_is_that_of_the_batch_of_the_constraint():
+  """Not of the batch that the steps of the lower value may have of their own."""
+  tx = jaxbo.add_primal_dual_penalty(
+    lambda x, y, batch: jnp.sum((y - batch * x) ** 2),
+    slack=0.1,
+    dual_learning_rate=0.5,
+    num_steps=1,
+    inner_optimizer=optax.sgd(0.5),  # One step is exact.
+    gap_steps=1,
+  )
+  params = jaxbo.Bilevel(jnp.float32(1.0), jnp.ones(2))
+  _, state = tx.update(params, tx.init(params), params, batch=3.0, value_batch=-1.0)
+  np.testing.assert_allclose(state.info.gap, 2 * (1 - 3) ** 2, rtol=1e-6)
 
 
 def test_the_penalty_is_unbiased_given_the_lower_value_iterate(x64):

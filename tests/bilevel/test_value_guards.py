@@ -46,6 +46,21 @@ def test_a_bad_gradient_of_the_outer_loss_reaches_no_state(name):
   chex.assert_tree_all_finite(state)
 
 
+def test_an_incoming_gradient_that_passes_alone_is_normalized_too():
+  """By the multiplier of the last good update, so that its step is no longer than others."""
+  tx = jaxbo.add_value_function_penalty(
+    lambda x, y, batch: jnp.sum(batch * (y - x) ** 2),
+    multiplier=4.0,
+    num_steps=1,
+    inner_optimizer=optax.sgd(0.1),
+    normalize=True,
+  )
+  params = jaxbo.Bilevel(jnp.float32(0.5), jnp.ones(2))
+  _, state = tx.update(params, tx.init(params), params, batch=1.0)
+  result, _ = tx.update(params, state, params, batch=jnp.nan)
+  chex.assert_trees_all_equal(result, jax.tree.map(lambda leaf: leaf / 4, params))
+
+
 def test_a_bad_gap_is_not_kept():
   """The lower value diverges only after many more steps."""
   tx = jaxbo.add_primal_dual_penalty(

@@ -21,33 +21,38 @@ from scripts.common import measure
 pytestmark = pytest.mark.slow  # All together, not each.
 
 SMALL = {"vocab_size": 50, "max_length": 16, "num_layers": 3, "width": 32, "num_heads": 4}
+# GPT-2 is OPT with another activation and no offset.
 FAMILIES = {
-  "gpt2": transformer.gpt2(**SMALL),
   "opt": transformer.opt(**SMALL, ffn_width=48),
   "pythia": transformer.pythia(**SMALL, rotary_fraction=0.5),
 }
 every_family = pytest.mark.parametrize("family", FAMILIES)
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(50, size=(3, 12)), jnp.int32)
+WEIGHTS = jnp.array([1.0, 2.0, 3.0])
 
 
 @functools.cache
 def setup(family):
   """A model, and parameters none of which is special."""
   model = transformer.Transformer(FAMILIES[family])
-  params = jax.jit(model.init)(jax.random.key(0), TOKENS)["params"]
+  shapes = jax.eval_shape(model.init, jax.random.key(0), TOKENS)["params"]
   rng = np.random.default_rng(1)
-  noise = lambda leaf: leaf + jnp.asarray(rng.normal(0, 0.2, leaf.shape), jnp.float32)
-  return model, jax.tree.map(noise, params)
+
+  def draw(path, leaf):
+    centre = 1.0 if path[-1].key == "scale" else 0.0
+    return jnp.asarray(rng.normal(centre, 0.2, leaf.shape), jnp.float32)
+
+  return model, jax.tree.map_with_path(draw, shapes)
 
 
 @functools.cache
-def losses_and_gradient(family, with_mask=True):
-  """Of the losses summed with unequal weights, compiled once for each shape."""
+def losses_and_gradient(family):
+  """Of their weighted sum, compiled once."""
   loss_fn = transformer.sequence_losses(setup(family)[0])
 
-  def weighted(params, tokens, mask):
-    losses = loss_fn(params, {"tokens": tokens} | ({"mask": mask} if with_mask else {}))
-    return jnp.dot(losses, jnp.arange(1.0, len(losses) + 1)), losses
+  def weighted(params, tokens, mask, weights=WEIGHTS):
+    losses = loss_fn(params, {"tokens": tokens, "mask": mask})
+    return jnp.dot(losses, weights), losses
 
   return jax.jit(jax.value_and_grad(weighted, has_aux=True))
 
@@ -89,9 +94,8 @@ def test_every_published_size_has_the_parameters_in_its_name(family):
     assert count == pytest.approx(named, rel=0.03), size
 
 
-@every_family
-def test_the_first_parameters_are_those_of_gpt2_and_differ_between_layers(family):
-  config = dataclasses.replace(FAMILIES[family], num_layers=8)
+def test_the_first_parameters_are_those_of_gpt2_and_differ_between_layers():
+  config = dataclasses.replace(FAMILIES["opt"], num_layers=8, tied_head=False)
   model = transformer.Transformer(config)
   params = jax.jit(model.init)(jax.random.key(0), TOKENS)["params"]
   for path, leaf in jax.tree.leaves_with_path(params):
@@ -131,12 +135,21 @@ def test_order_matters(family):
   assert np.abs(logits(TOKENS[:1]) - logits(swapped)).max() > 1e-2
 
 
+def test_normalization_does_not_cancel_where_the_mean_is_large():
+  """A shift of the whole residual stream changes nothing, but for rounding."""
+  model, params = setup("pythia")
+  logits = jax.jit(lambda params: model.apply({"params": params}, TOKENS))
+  shifted = params | {"token_embedding": params["token_embedding"] + 100}
+  np.testing.assert_allclose(logits(shifted), logits(params), atol=0.02)
+
+
 @every_family
 def test_padding_on_either_side_changes_neither_losses_nor_gradients(family):
   """Whatever lies there: ids that are none, too."""
-  _, params = setup(family)
+  model, params = setup(family)
   rows = TOKENS[:, :7]
-  (_, losses), gradient = losses_and_gradient(family, with_mask=False)(params, rows, None)
+  losses = jax.jit(transformer.sequence_losses(model))(params, {"tokens": rows})
+  gradients = []
   real, none = jnp.ones((3, 7), bool), jnp.zeros((3, 5), bool)
   for junk in (0, 10**6, -100):
     padding = jnp.full((3, 5), junk, jnp.int32)
@@ -145,7 +158,9 @@ def test_padding_on_either_side_changes_neither_losses_nor_gradients(family):
       mask = jnp.concatenate([real, none][order], axis=1)
       (_, padded), padded_gradient = losses_and_gradient(family)(params, tokens, mask)
       assert_close(padded, losses)
-      assert_close(padded_gradient, gradient)
+      gradients.append(padded_gradient)
+  for gradient in gradients[1:]:
+    assert_close(gradient, gradients[0])
 
 
 @every_family
@@ -166,11 +181,10 @@ def test_an_empty_sequence_has_the_loss_0_and_no_gradient(family):
 
 
 def test_an_unknown_token_makes_its_own_loss_nan_and_no_other():
-  _, params = setup("gpt2")
+  _, params = setup("opt")
   for unknown in (50, -1):
-    (_, losses), _ = losses_and_gradient("gpt2", with_mask=False)(
-      params, TOKENS.at[1, 3].set(unknown), None
-    )
+    tokens, mask = TOKENS.at[1, 3].set(unknown), jnp.ones(TOKENS.shape, bool)
+    (_, losses), _ = losses_and_gradient("opt")(params, tokens, mask)
     np.testing.assert_array_equal(np.isnan(losses), [False, True, False])
 
 
@@ -189,13 +203,14 @@ def test_token_losses_are_cross_entropies_of_the_next_token():
     losses, weights = function(jnp.asarray(z))
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
     np.testing.assert_array_equal(weights, expected > 0)
-  gradient = jax.grad(lambda logits: function(logits)[0].sum())(jnp.asarray(bad))
+  gradient = jax.jit(jax.grad(lambda logits: function(logits)[0].sum()))(jnp.asarray(bad))
   assert np.isfinite(gradient).all()
   assert np.abs(gradient[0, 2:]).max() == np.abs(gradient[1, 0]).max() == 0
-  whole, _ = transformer.token_losses(jnp.asarray(logits), jnp.asarray(tokens))
+  unmasked = jax.jit(transformer.token_losses)
+  whole, _ = unmasked(jnp.asarray(logits), jnp.asarray(tokens))
   np.testing.assert_allclose(np.where(expected > 0, whole, 0), expected, rtol=1e-5)
   assert whole.min() > 0
-  half = transformer.token_losses(jnp.asarray(logits, jnp.bfloat16), jnp.asarray(tokens))
+  half = jax.eval_shape(unmasked, jnp.asarray(logits, jnp.bfloat16), jnp.asarray(tokens))
   assert {leaf.dtype for leaf in half} == {jnp.dtype(jnp.float32)}
 
 
@@ -203,12 +218,17 @@ def test_the_loss_of_a_sequence_is_the_mean_or_the_sum_over_its_targets():
   model, params = setup("opt")
   mask = jnp.arange(12)[None] < jnp.array([12, 9, 4])[:, None]
   batch = {"tokens": TOKENS, "mask": mask}
-  logits = jax.jit(lambda: model.apply({"params": params}, TOKENS, mask))()
-  losses, weights = transformer.token_losses(logits, TOKENS, mask)
+
+  @jax.jit
+  def everything():
+    logits = model.apply({"params": params}, TOKENS, mask)
+    reduced = (transformer.sequence_losses(model, name)(params, batch) for name in ("sum", "mean"))
+    return transformer.token_losses(logits, TOKENS, mask), *reduced
+
+  (losses, weights), total, mean = everything()
   np.testing.assert_array_equal(weights.sum(1), [11, 8, 3])
-  for reduction, expected in (("sum", losses.sum(1)), ("mean", losses.sum(1) / weights.sum(1))):
-    loss_fn = transformer.sequence_losses(model, reduction)
-    np.testing.assert_allclose(jax.jit(loss_fn)(params, batch), expected, rtol=1e-5)
+  np.testing.assert_allclose(total, losses.sum(1), rtol=1e-5)
+  np.testing.assert_allclose(mean, losses.sum(1) / weights.sum(1), rtol=1e-5)
   with pytest.raises(ValueError, match="reduction must be 'mean' or 'sum', got 'max'"):
     transformer.sequence_losses(model, "max")
 
@@ -228,7 +248,7 @@ def unrolled(model, params, tokens):
 def test_the_scan_is_a_loop_over_blocks_unrolled_or_not():
   model, params = setup("opt")
   expected = jax.jit(functools.partial(unrolled, model))(params, TOKENS)
-  for unroll in (1, 2, 3):
+  for unroll in (1, 3):
     scanned = transformer.Transformer(dataclasses.replace(model.config, unroll=unroll))
     logits = jax.jit(scanned.apply)({"params": params}, TOKENS)
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
@@ -243,11 +263,12 @@ def test_remat_changes_no_number_but_costs_a_forward_pass_and_saves_memory():
     loss_fn = transformer.sequence_losses(transformer.Transformer(config))
     mean = lambda p, loss_fn=loss_fn: jnp.mean(loss_fn(p, {"tokens": TOKENS, "mask": mask}))
     step = jax.jit(jax.value_and_grad(mean))
-    results.append(step(params))
+    compiled = step.lower(params).compile()
+    results.append(compiled(params))
     flops.append(measure.count_flops(step, params))
-    num_bytes.append(measure.temporary_bytes(step.lower(params).compile()))
+    num_bytes.append(measure.temporary_bytes(compiled))
   assert_close(*results)
-  assert flops[1] / flops[0] == pytest.approx(4 / 3, abs=0.1)
+  assert 1.15 < flops[1] / flops[0] < 4 / 3  # The head is not computed again.
   assert num_bytes[1] < 0.7 * num_bytes[0]
 
 
@@ -278,37 +299,46 @@ def test_bfloat16_products_with_parameters_logits_and_sums_over_tokens_in_float3
     dtypes.setdefault(eqn.primitive.name, set()).update(operands)
   assert "bfloat16" in dtypes["dot_general"]
   assert dtypes["scatter-add"] == {"float32"}  # hundreds of equal tokens would stall in bfloat16
-  assert dtypes["exp"] == {"float32"}
+  assert dtypes["reduce_max"] == {"float32"}  # those of softmax
+
+
+@every_family
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_training_lowers_for_accelerators(family, platform):
+  model, params = setup(family)
+  config = dataclasses.replace(model.config, dtype=jnp.bfloat16, remat=True)
+  loss_fn = transformer.sequence_losses(transformer.Transformer(config))
+  mean = lambda params, batch: jnp.mean(loss_fn(params, batch))
+  batch = {"tokens": TOKENS, "mask": jnp.ones(TOKENS.shape, bool)}
+  traced = jax.jit(jax.grad(mean)).trace(params, batch)
+  assert "stablehlo.while" in traced.lower(lowering_platforms=(platform,)).as_text()
 
 
 def test_gradients_reweighted_by_jaxbo_are_weighted_sums():
-  model, params = setup("gpt2")
-  batch = {"tokens": TOKENS, "mask": jnp.ones(TOKENS.shape, bool).at[1, 5:].set(False)}
+  model, params = setup("opt")
+  mask = jnp.ones(TOKENS.shape, bool).at[1, 5:].set(False)
   loss_fn = transformer.sequence_losses(model)
   tx = jaxbo.reweight(jaxbo.kl(0.5))
 
   @jax.jit
   def robust(params):
-    grads = jaxbo.per_example_grad(loss_fn, repair=False)(params, batch)
+    grads = jaxbo.per_example_grad(loss_fn, repair=False)(params, {"tokens": TOKENS, "mask": mask})
     return grads.losses, tx.update(grads, tx.init(params), params)[0]
 
   losses, updates = robust(params)
   weights = np.exp(2 * (losses - losses.max()))
-  weighted = lambda params: jnp.dot(weights / weights.sum(), loss_fn(params, batch))
-  assert_close(updates, jax.jit(jax.grad(weighted))(params))
+  function = losses_and_gradient("opt")
+  assert_close(updates, function(params, TOKENS, mask, jnp.asarray(weights / weights.sum()))[1])
   assert np.ptp(weights) > 0.1
 
 
 def test_a_small_model_learns_its_batch_by_heart():
-  config = transformer.gpt2(**SMALL | {"num_layers": 2})
-  model = transformer.Transformer(config)
+  model, params = setup("opt")
   loss_fn = transformer.sequence_losses(model)
   optimizer = optax.adam(3e-3)
 
   @jax.jit
-  def train(key):
-    params = model.init(key, TOKENS)["params"]
-
+  def train(params):
     def step(carry, _):
       params, state = carry
       mean = lambda params: jnp.mean(loss_fn(params, {"tokens": TOKENS}))
@@ -316,10 +346,10 @@ def test_a_small_model_learns_its_batch_by_heart():
       updates, state = optimizer.update(gradient, state, params)
       return (optax.apply_updates(params, updates), state), loss
 
-    return jax.lax.scan(step, (params, optimizer.init(params)), length=120)[1]
+    return jax.lax.scan(step, (params, optimizer.init(params)), length=60)[1]
 
-  losses = train(jax.random.key(0))
-  assert losses[0] == pytest.approx(math.log(50), abs=0.1)
+  losses = train(params)
+  assert losses[0] > math.log(50)
   assert losses[-1] < 0.05
 
 
@@ -361,6 +391,6 @@ def test_unknown_sizes_are_refused(family):
   ],
 )
 def test_bad_tokens_and_masks_are_refused(tokens, mask, message):
-  model, params = setup("gpt2")
+  model, params = setup("opt")
   with pytest.raises(ValueError, match=message):
     jax.eval_shape(model.apply, {"params": params}, tokens, mask)

@@ -180,8 +180,13 @@ def test_protonet_predicts_the_nearest_class_mean(monkeypatch):
 
 @pytest.mark.parametrize("name", few_shot.LABELS)
 def test_evaluation_adapts_to_the_support_set_and_leaves_the_state(name, monkeypatch):
-  """With support and query the same, adapting must beat chance; a task of one class each."""
+  """As training does; with support and query the same, it must beat chance."""
   _, state, _, method = hypergradient(name, monkeypatch)
+  step = jax.jit(method.step)
+  later, _ = step(state, episodes())  # Heads start elsewhere than at zero now.
+  predicted = jax.jit(jax.vmap(method.predict, (None, 0)))(later, episodes())
+  query_loss = few_shot.cross_entropy(predicted, episodes().query_labels)
+  np.testing.assert_allclose(query_loss, step(later, episodes())[1], rtol=1e-4)
   episode = jax.tree.map(lambda leaf: leaf[0], episodes())
   images = jnp.stack([jnp.zeros((4, 2, 1)), jnp.ones((4, 2, 1))])
   episode = episode._replace(
@@ -221,6 +226,12 @@ def test_a_checkpoint_is_a_copy_of_the_state(tmp_path, monkeypatch):
   one.checkpoints.close()
   for copy, leaf in zip(jax.tree.leaves(saved[0]), jax.tree.leaves(one.state), strict=True):
     assert not np.shares_memory(copy, np.asarray(leaf))
+
+
+def test_the_accuracy_is_that_of_as_many_episodes_as_are_wanted():
+  one = object.__new__(trainer.Trainer)
+  one.state, one._evaluate = None, lambda state, key, classes: np.arange(20)
+  assert one.accuracy(None, 5, few_shot_setting.Draw.TEST)[0] == 2
 
 
 def test_the_interval_is_the_one_of_the_mean():

@@ -62,6 +62,8 @@ def lines_of(path):
 
 def test_a_run_prints_its_tables_and_writes_its_files(small, tmp_path, capsys, monkeypatch):
   monkeypatch.setattr(multiple_minima, "BASELINES", ("everything", "validation"))
+  spread = lambda settings, x, key, problem: jnp.std(x)  # Zero for the logits of the start.
+  monkeypatch.setattr(minima_cleaning, "retrained_accuracy", spread)
   assert multiple_minima.main(config(tmp_path, seeds=1)) == 0
   output = capsys.readouterr().out
   for word in (
@@ -93,6 +95,7 @@ def test_a_run_prints_its_tables_and_writes_its_files(small, tmp_path, capsys, m
     assert float(row["steps"]) * float(row["gradients_per_step"]) <= BUDGET + 1e-9
     assert ["retrained" in line for line in mine] == [False] * (len(mine) - 1) + [True]
     assert (mine[-1]["retrained"] is None) == (row["method"] in minima_cleaning.BASELINES)
+    assert mine[-1]["retrained"] != 0  # With the weights that were learnt.
     assert (row["auc"] == "nan") == (row["method"] == "validation")
   of_pdbo = [line for line in lines if line["method"] == "pdbo"]
   assert all(line["dual"] >= 0 for line in of_pdbo)
@@ -267,6 +270,19 @@ def test_baselines_have_the_examples_that_their_names_say(data):
   assert len(both.train.labels) == 60
   np.testing.assert_array_equal(both.train.images[40:], data.val.images)
   assert jnp.sum(weights["oracle_validation"]) == pytest.approx(20 + 20)
+
+
+def test_retraining_is_training_with_the_weights_alone(data):
+  """With those of the oracle it is the oracle."""
+  problem, oracle = (
+    minima_cleaning.make_problem(name, data, SMALL, 0) for name in ("pdbo", "oracle")
+  )
+  loop, key = minima_cleaning.make_loop("oracle", SMALL, {}), lambda: jax.random.key(1)
+  run = minima_cleaning.make_run(loop, SMALL, minima_cleaning.RETRAINING_STEPS)
+  model = loop.params(run(loop.init(oracle.x, oracle.y), key(), oracle)).inner
+  expected = cleaning.accuracy(SMALL, model, oracle.test)
+  assert expected == minima_cleaning.retrained_accuracy(SMALL, oracle.x, key(), problem)
+  assert expected > minima_cleaning.retrained_accuracy(SMALL, problem.x, key(), problem)
 
 
 def test_a_point_of_a_curve_against_numpy(data):

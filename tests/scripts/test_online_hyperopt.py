@@ -16,7 +16,7 @@ from PIL import Image
 from sklearn.metrics import balanced_accuracy_score
 
 from scripts import online_hyperopt as script
-from scripts.common import data, online_methods, online_runs, online_tuning, report
+from scripts.common import data, online_methods, online_report, online_runs, online_tuning, report
 from scripts.common import online_problems as problems
 from scripts.common import online_streams as streams
 from scripts.common.data import Examples
@@ -403,15 +403,15 @@ def test_a_run_prints_tables_and_writes_its_files(tmp_path, capsys):
 
 
 def test_seeds_that_diverged_are_counted_and_left_out_of_the_means():
-  result = lambda seed, loss: script.Result(
+  result = lambda seed, loss: online_report.Result(
     "gradual", "sobow", 5, seed, loss, 0.5, 0.5, 1.0, math.nan, 0.0, 1e-3, 1024, 1.0, 1.0, 0.0
   )
-  rows = script.table_rows([result(0, 2.0), result(1, math.nan), result(2, 4.0)])
+  rows = online_report.table_rows([result(0, 2.0), result(1, math.nan), result(2, 4.0)])
   assert rows[0][:2] == ["SOBOW, K=5, 1 of 3 diverged", "3.0 ± 1.4"]
-  columns, [row] = script.without_dashes(rows)
+  columns, [row] = online_report.without_dashes(rows)
   assert "regret" not in columns
-  assert len(row) == len(columns) == len(script.COLUMNS) - 1
-  [row] = script.table_rows([result(0, math.inf)])
+  assert len(row) == len(columns) == len(online_report.COLUMNS) - 1
+  [row] = online_report.table_rows([result(0, math.inf)])
   assert row[:2] == ["SOBOW, K=5, 1 of 1 diverged", "-"]
 
 

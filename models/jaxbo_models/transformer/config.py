@@ -40,7 +40,8 @@ class TransformerConfig:
     tied_head: the logits are products with the embedding; else with a kernel of their own.
     epsilon: what layer normalization adds to the variance.
     remat: recompute a block in the backward pass: memory for one block's activations and the
-      residual stream of all, for 4/3 of the operations.
+      residual stream of all, for 4/3 of the operations. With ``unroll=num_layers`` no loop is left,
+      and XLA's CPU backend undoes it.
     unroll: the blocks in one step of the scan over blocks, in [1, num_layers]: compile time for run
       time.
     attention: the implementation of :func:`jax.nn.dot_product_attention`, ``"xla"`` or ``"cudnn"``
@@ -79,7 +80,10 @@ class TransformerConfig:
       raise ValueError(
         f"width must be a multiple of num_heads, got {self.width} and {self.num_heads}"
       )
-    for name, allowed in (("activation", tuple(ACTIVATIONS)), ("attention", ATTENTIONS)):
+    for name, allowed in (
+      ("activation", tuple(ACTIVATIONS)),
+      ("attention", ATTENTIONS),
+    ):
       if getattr(self, name) not in allowed:
         raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
     if not 0 <= self.rotary_fraction <= 1:
@@ -206,5 +210,5 @@ def _published(
   if size not in sizes:
     raise ValueError(f"size must be one of {list(sizes)}, got {size!r}")
   num_layers, width, num_heads = sizes[size]
-  shape = {"num_layers": num_layers, "width": width, "num_heads": num_heads}
+  shape: dict[str, Any] = {"num_layers": num_layers, "width": width, "num_heads": num_heads}
   return TransformerConfig(**(shape | family | overrides))

@@ -1,4 +1,4 @@
-"""How Hugging Face's GPT-2, OPT and GPT-NeoX models name, lay out and configure what we have too."""
+"""How GPT-2, OPT and GPT-NeoX models of Hugging Face name, lay out and configure what we have."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple

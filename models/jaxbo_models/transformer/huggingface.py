@@ -80,7 +80,8 @@ class _Tensors:
     for file in files:
       # As jax arrays, since NumPy has no bfloat16.
       opened = safe_open(_existing(path / file), framework="flax")
-      for name in opened.keys():  # noqa: SIM118: it is no dictionary
+      names = opened.keys()
+      for name in names:
         short = functools.reduce(str.removeprefix, prefixes, name)
         self._unread[short] = functools.partial(opened.get_tensor, name)
 

@@ -55,9 +55,8 @@ def sequence_losses(
   >>> config = transformer.gpt2(vocab_size=257, max_length=16, num_layers=2, width=32, num_heads=4)
   >>> model = transformer.Transformer(config)
   >>> tokens = jnp.arange(24).reshape(2, 12)
-  >>> params = model.init(jax.random.key(0), tokens)["params"]
-  >>> loss_fn = sequence_losses(model)
-  >>> loss_fn(params, {"tokens": tokens}).shape
+  >>> params = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+  >>> jax.eval_shape(sequence_losses(model), params, {"tokens": tokens}).shape
   (2,)
 
   Args:

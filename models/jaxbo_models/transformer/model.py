@@ -1,5 +1,7 @@
 """The decoder-only transformer, with its blocks scanned."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -86,11 +88,12 @@ class Transformer(nn.Module):
     if config.remat:
       # Within a loop nothing can be merged with what the forward pass kept; without one it can.
       block = nn.remat(Block, prevent_cse=config.unroll > 1)
+    broadcast: Any = nn.broadcast  # Flax declares an int.
     blocks = nn.scan(
       block,
       variable_axes={"params": 0},
       split_rngs={"params": True},
-      in_axes=nn.broadcast,
+      in_axes=broadcast,
       length=config.num_layers,
       unroll=config.unroll,
     )
@@ -149,13 +152,14 @@ class Block(nn.Module):
     query, key, value = (qkv[:, :, i] for i in range(3))
     if rotation is not None:
       query, key = _rotate(query, *rotation), _rotate(key, *rotation)
+    implementation: Any = config.attention
     attended = jax.nn.dot_product_attention(
       query,
       key,
       value,
       mask=None if mask is None else mask[:, None, None, :],
       is_causal=True,
-      implementation=config.attention,
+      implementation=implementation,
     )
     return nn.DenseGeneral(
       config.width,
