@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,6 +21,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jaxbo_models import transformer
 from PIL import Image
 
 import jaxbo
@@ -29,6 +31,7 @@ from scripts.common.lm_config import Config
 from scripts.common.lm_methods import METHODS, Rates
 from tests.scripts import small_lm
 
+GOLDEN = Path(__file__).parents[1] / "models" / "golden"
 pytestmark = pytest.mark.slow  # All together, not each.
 
 RNG = np.random.default_rng(0)
@@ -297,12 +300,13 @@ SMALL = {
   "test_sequences": 2,
   "timing_rounds": 0,
 }
-FEW = ("uniform", "mid_rank_1")
 
 
 @pytest.fixture
 def small(monkeypatch):
+  """Two small domains on one device, which saves seconds."""
   monkeypatch.setitem(lm_documents.DATASETS, "python", small_lm.corpus)
+  monkeypatch.setattr(lm_train, "all_devices", lambda: devices(1))
 
 
 def lines_of(folder):
@@ -314,26 +318,24 @@ def rows_of(folder):
 
 
 def test_a_run_writes_its_files_and_a_resumed_one_repeats_nothing(tmp_path, capsys, small):
-  more = {"methods": FEW, "corruptions": (0.0, 0.5), "timing_rounds": 1}
+  more = {"methods": ("uniform",), "corruptions": (0.0, 0.5), "timing_rounds": 1, "eval_every": 4}
   config = Config(output_dir=tmp_path, **SMALL | more)
   assert script.main(config) == 0
   table = capsys.readouterr().out
-  for word in ("MidRanking, band 1", "50% of the sequences with shuffled tokens", "digits"):
+  for word in ("checkpoint (no training on)", "50% of the sequences with shuffled tokens", "digits"):
     assert word in table
   of_line = lambda line: (line["corruption"], line["method"], line["step"])
-  runs = [(0.0, "pretraining"), *((c, m) for c in (0.0, 0.5) for m in FEW)]
-  assert [of_line(line) for line in lines_of(tmp_path)] == [
-    (*run, s) for run in runs for s in (2, 4)
-  ]
+  runs = [(0.0, "pretraining"), (0.0, "uniform"), (0.5, "uniform")]
+  assert [of_line(line) for line in lines_of(tmp_path)] == [(*run, 4) for run in runs]
   found = rows_of(tmp_path)
   assert [(float(row["corruption"]), row["method"]) for row in found] == [
     (0.0, "checkpoint"),
     *runs[1:],
   ]
   losses = [float(row["loss"]) for row in found]
-  assert len(set(losses)) == 5  # Every run has gone somewhere else.
+  assert len(set(losses)) == 3  # Every run has gone somewhere else.
   assert all(0 < loss < 8 for loss in losses)
-  assert float(found[3]["weight_noise"]) == pytest.approx(1)  # uniform weights
+  assert float(found[2]["weight_noise"]) == pytest.approx(1)  # uniform weights
   for name in script.PICTURES:
     with Image.open(tmp_path / name) as picture:
       assert picture.width > 100
@@ -348,6 +350,34 @@ def test_a_run_writes_its_files_and_a_resumed_one_repeats_nothing(tmp_path, caps
   ):
     assert script.main(dataclasses.replace(config, **wrong)) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_weights_from_a_folder_are_trained_on_as_they_are(family, tmp_path, small):
+  """The checkpoint has the loss of the model that was read; OPT has another end of a text."""
+  end = "</s>" if family == "opt" else "<|endoftext|>"
+  folder = shutil.copytree(GOLDEN / family, tmp_path / "model")
+  letters = [end, *"abcdefghijklmnopqrstuvwxyz0123456789Ġ"]  # Ġ is a space.
+  (folder / "vocab.json").write_text(json.dumps({letter: i for i, letter in enumerate(letters)}))
+  (folder / "merges.txt").write_text("#version: 0.2\n")
+  hf = {"init": "hf", "model_dir": folder, "methods": ("uniform",), "corruptions": (0.0,)}
+  config = Config(output_dir=tmp_path / "out", **SMALL | hf | {"steps": 1})
+  language, data = script.read(config)
+  assert data.train.tokens[0].tolist() == [
+    letters.index(letter.replace(" ", "Ġ")) for letter in small_lm.WORDS[:16]
+  ]
+  assert language.tokenizer.end_of_text == 0
+  model, params = transformer.from_safetensors(folder)
+  tokens = jnp.asarray(data.test.sequences.tokens)
+  if family == "opt":
+    losses = jax.jit(transformer.sequence_losses(model))(params, {"tokens": tokens})
+    assert script.main(config) == 0
+    checkpoint, uniform = rows_of(tmp_path / "out")
+    assert float(checkpoint["loss"]) == pytest.approx(float(data.test.weights @ losses), rel=1e-5)
+    assert 0 < abs(float(uniform["loss"]) - float(checkpoint["loss"])) < 1e-2  # A step of 2e-6.
+    assert [line["method"] for line in lines_of(tmp_path / "out")] == ["uniform"]
+  with pytest.raises(ValueError, match="length must be at most 16, that of the model; got 17"):
+    script.read(dataclasses.replace(config, length=17))
 
 
 @pytest.mark.parametrize(
@@ -383,7 +413,12 @@ def test_bad_input_says_what_is_allowed(tmp_path, capsys, small, wrong, message)
 
 def command(output_dir, *more):
   """24 steps of IR-DRO with a moving average, in one process or a part of it."""
-  arguments = SMALL | {"steps": 24, "methods": "ir_dro_compositional", "corruptions": "0.2"}
+  arguments = SMALL | {
+    "steps": 24,
+    "eval_every": 4,
+    "methods": "ir_dro_compositional",
+    "corruptions": "0.2",
+  }
   arguments["output_dir"] = output_dir
   flags = [part for k, v in arguments.items() for part in (f"--{k.replace('_', '-')}", str(v))]
   return [sys.executable, "-m", "tests.scripts.small_lm", *flags, *more]
@@ -430,13 +465,14 @@ def without_time(folder):
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path, whole, environment):
   metrics = tmp_path / "metrics.jsonl"
   process = subprocess.Popen(command(tmp_path), env=environment, stdout=-3, stderr=-3)
-  while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") > 4):
+  while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") > 2):
     time.sleep(0.01)
   process.send_signal(signal.SIGKILL)
   assert process.wait(timeout=300) == -signal.SIGKILL
-  assert len(lines_of(tmp_path)) < 12  # It was stopped before the end.
+  assert len(lines_of(tmp_path)) < 7  # It was stopped before the end.
   subprocess.run(command(tmp_path, "--resume"), check=True, env=environment, capture_output=True)
   chex.assert_trees_all_equal(final_state(tmp_path), final_state(whole))
+  assert all((line["ess"] < 1) == (line["method"] != "pretraining") for line in lines_of(whole))
   assert without_time(tmp_path) == without_time(whole)
 
 
