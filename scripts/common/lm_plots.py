@@ -112,7 +112,7 @@ def _draw_weights(
   for (i, j), value in np.ndenumerate(table):
     color = "black" if 0.45 < value < 2.4 else "white"
     axes.text(j, i, f"{value:.2f}", color=color, ha="center", va="center", fontsize="small")
-  axes.set_xticks(range(len(columns)), [*columns.values()], fontsize="small")
+  axes.set_xticks(range(len(columns)), [*columns.values()], fontsize="small", rotation=15)
   axes.set_yticks([])
   axes.set_title("mean weight (uniform: 1)", loc="left", fontsize="medium")
 
