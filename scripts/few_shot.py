@@ -177,18 +177,7 @@ def prepare_output(config: Config) -> list[dict[str, Any]]:
   wanted = json.loads(json.dumps(config.identity()))
   if config.resume:
     return report.read_run(config.output_dir, wanted, "metrics.jsonl")
-  try:
-    if any(path.name.isdigit() for path in (config.output_dir / "checkpoints").glob("*/*")):
-      raise ValueError(
-        f"output_dir {config.output_dir} has checkpoints of an earlier run: continue it with "
-        "resume, or choose another folder"
-      )
-    config.output_dir.mkdir(parents=True, exist_ok=True)
-    (config.output_dir / "config.json").write_text(json.dumps(wanted, indent=1) + "\n")
-  except OSError as error:
-    raise ValueError(
-      f"output_dir must be a folder to write to, got {config.output_dir} ({error.strerror})"
-    ) from error
+  report.start_run(config.output_dir, wanted)
   return []
 
 

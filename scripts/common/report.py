@@ -75,7 +75,7 @@ def print_table(
 def console() -> Console:
   """A console that does not break tables when the output goes to a file."""
   plain = Console()
-  return plain if plain.is_terminal else Console(width=120)
+  return plain if plain.is_terminal else Console(width=160)
 
 
 class RateColumn(ProgressColumn):
@@ -144,9 +144,31 @@ def start_output(output_dir: Path, metrics: str, stale: Iterable[str]) -> Metric
       (output_dir / name).unlink(missing_ok=True)
     return MetricsLog(output_dir / metrics)
   except OSError as error:
-    raise ValueError(
-      f"output_dir must be a folder to write to, got {output_dir} ({error.strerror})"
-    ) from error
+    raise not_writable(output_dir, error) from error
+
+
+def start_run(output_dir: Path, identity: Mapping[str, Any]) -> None:
+  """Makes a folder for a run that can be resumed, with its identity in ``config.json``.
+
+  Raises:
+    ValueError: if it has checkpoints of an earlier run, ``checkpoints/<run>/<step>``, or nothing
+      can be written there.
+  """
+  try:
+    if any(path.name.isdigit() for path in (output_dir / "checkpoints").glob("*/*")):
+      raise ValueError(
+        f"output_dir {output_dir} has checkpoints of an earlier run: continue it with resume, or "
+        "choose another folder"
+      )
+    output_dir.mkdir(parents=True, exist_ok=True)
+    (output_dir / "config.json").write_text(json.dumps(identity, indent=1) + "\n")
+  except OSError as error:
+    raise not_writable(output_dir, error) from error
+
+
+def not_writable(output_dir: Path, error: OSError) -> ValueError:
+  """What to raise where a folder cannot be written to."""
+  return ValueError(f"output_dir must be a folder to write to, got {output_dir} ({error.strerror})")
 
 
 def read_run(output_dir: Path, identity: Mapping[str, Any], metrics: str) -> list[dict[str, Any]]:

@@ -1,0 +1,96 @@
+"""The reweightings of continual language-model training, with their rates and where these are from.
+
+Nothing of this was tuned: what a paper or its code says was taken, and what it does not say is our
+choice, made before any result was seen.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import optax
+
+import jaxbo
+
+
+@dataclasses.dataclass(frozen=True)
+class Rates:
+  """What the weightings take.
+
+  Attributes:
+    temperature: of IR-DRO, in nats per token; 1 is the published default.
+    compositional_rate: the share of a new batch in the moving average; our choice.
+    fraction: of a band of ranks; 1/8 is published, for batches of 8.
+    shape_temperature: of LinUpper, Quadratic and Extremes, for scores from 0 to 1; 0.4 is published
+      (as is 1, for the smallest model). The published burn-in at 100 is left out: it is for losses
+      that do not say much yet, and here they are those of a trained model (our reading).
+    level: of CVaR, the share of the batch; our choice.
+    group_step_size: of group DRO; 0.01 is published.
+  """
+
+  temperature: float = 1.0
+  compositional_rate: float = 0.1
+  fraction: float = 0.125
+  shape_temperature: float = 0.4
+  level: float = 0.25
+  group_step_size: float = 0.01
+
+
+class Method(NamedTuple):
+  """A way to weigh a batch.
+
+  Attributes:
+    label: its name.
+    weighting: ``weighting(rates, num_domains)``.
+  """
+
+  label: str
+  weighting: Callable[[Rates, int], jaxbo.Weighting]
+
+
+METHODS = {
+  "uniform": Method("uniform", lambda rates, _: jaxbo.uniform()),
+  "ir_dro": Method("IR-DRO", lambda rates, _: jaxbo.kl(rates.temperature)),
+  "ir_dro_compositional": Method(
+    "IR-DRO, compositional",
+    lambda rates, _: jaxbo.compositional(jaxbo.kl(rates.temperature), rates.compositional_rate),
+  ),
+  "mid_rank_0": Method(
+    "MidRanking, band 0 (hardest)", lambda rates, _: jaxbo.mid_rank(rates.fraction, 0)
+  ),
+  "mid_rank_1": Method("MidRanking, band 1", lambda rates, _: jaxbo.mid_rank(rates.fraction, 1)),
+  "mid_rank_3": Method("MidRanking, band 3", lambda rates, _: jaxbo.mid_rank(rates.fraction, 3)),
+  "lin_upper": Method("LinUpper", lambda rates, _: jaxbo.lin_upper(rates.shape_temperature)),
+  "quadratic": Method("Quadratic", lambda rates, _: jaxbo.quadratic(rates.shape_temperature)),
+  "extremes": Method("Extremes", lambda rates, _: jaxbo.extremes(rates.shape_temperature)),
+  "cvar": Method("CVaR", lambda rates, _: jaxbo.cvar(rates.level)),
+  "group_dro": Method(
+    "group DRO", lambda rates, num_domains: jaxbo.group(num_domains, rates.group_step_size)
+  ),
+}
+BASELINE = "uniform"
+
+
+def make_optimizer(
+  weighting: jaxbo.Weighting, learning_rate: optax.ScalarOrSchedule
+) -> optax.GradientTransformationExtraArgs:
+  """Weighted gradients, clipped, into AdamW with the settings that GPT-like models are used to."""
+  return optax.chain(
+    jaxbo.reweight(weighting),
+    optax.clip_by_global_norm(1.0),
+    optax.adamw(learning_rate, b1=0.9, b2=0.95, weight_decay=0.1),
+  )
+
+
+def pretraining_schedule(learning_rate: float, num_steps: int) -> optax.Schedule:
+  """A warm-up over a twentieth of the steps, then a cosine down to a tenth."""
+  warm_up = max(num_steps // 20, 1)
+  return optax.warmup_cosine_decay_schedule(
+    learning_rate / warm_up, learning_rate, warm_up, num_steps, 0.1 * learning_rate
+  )
+
+
+def continual_schedule(learning_rate: float, num_steps: int) -> optax.Schedule:
+  """A warm-up over a tenth of the steps, while Adam's moments form, then constant as published."""
+  warm_up = max(num_steps // 10, 1)
+  return optax.linear_schedule(learning_rate / warm_up, learning_rate, warm_up)
