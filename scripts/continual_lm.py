@@ -140,14 +140,11 @@ def print_and_draw(config: Config, data: LanguageData, outcome: Outcome, console
 
 def run_and_report(config: Config) -> int:
   """Runs, prints and saves; returns the exit status."""
-  try:
+  with report.bad_input():
     connect(config)
     config.check()
     language, data = read(config)
     outcome = Outcome(prepare_output(config))
-  except (ValueError, FileNotFoundError) as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
   if jax.process_index():  # Works along with process 0, which writes and prints.
     with report.progress_bar(Console(quiet=True)) as progress:
       Runner(config, language, data, outcome, lambda **values: None, progress).run_all()
@@ -168,11 +165,7 @@ def run_and_report(config: Config) -> int:
 
 def main(config: Config) -> int:
   """Runs, prints and saves. Returns the exit status: 130 if interrupted, with what was finished."""
-  try:
-    return run_and_report(config)
-  except KeyboardInterrupt:  # Not in training: while reading data, printing or drawing.
-    print("Interrupted.", file=sys.stderr)
-    return 130
+  return report.exit_status(run_and_report, config)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ import pytest
 
 import jaxbo
 
+pytestmark = pytest.mark.slow  # All together, not each.
+
 
 def updated(mean, deviation, curvature, target, num_samples, **options):
   """Means and deviations of equal weights after one update on ``(h / 2) (theta - m)^2``."""

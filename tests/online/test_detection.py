@@ -11,6 +11,8 @@ from scipy import stats
 import jaxbo
 from jaxbo.online.ood_scores import mean_score
 
+pytestmark = pytest.mark.slow  # All together, not each.
+
 INF = float("inf")
 LOGITS = [np.zeros(5), np.zeros(10), np.array([10.0, 0, 0, 0, 0]), np.arange(1.0, 4.0)]
 

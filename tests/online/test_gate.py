@@ -9,6 +9,8 @@ import pytest
 
 import jaxbo
 
+pytestmark = pytest.mark.slow  # All together, not each.
+
 SCORES = jaxbo.Scores(jnp.float32(0.0), jnp.float32(0.0))
 CASES = {"no switch": (False, False), "in": (True, False), "out": (True, True)}
 PARAMS = {"a": jnp.float32(1.0), "b": jnp.arange(3.0)}

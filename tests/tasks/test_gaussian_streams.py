@@ -10,6 +10,8 @@ from scipy import stats
 
 import jaxbo.tasks
 
+pytestmark = pytest.mark.slow  # All together, not each.
+
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def play(state, stream, num_rounds):
