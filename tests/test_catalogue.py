@@ -16,7 +16,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import jaxbo
 from tests import catalogue
 
-# Whole methods are made of parts that are entries of their own.
+# Left out by the fast tests: whole methods, made of parts that are entries of their own.
 ALIASES = {
   "itd",
   "aid",
@@ -24,6 +24,7 @@ ALIASES = {
   "esj",
   "oagd",
   "sogd",
+  "leeds",
   "pdbo",
   "proximal_pdbo",
   "bome",
@@ -35,12 +36,21 @@ ALIASES = {
   "chi2_dro",
   "term",
 }
+# Other options of what is an entry already.
+VARIANTS = {
+  "implicit_fixed_point",
+  "implicit_full_solver",
+  "es_orthogonal_central",
+  "es_per_task_full_solver",
+  "primal_dual_full",
+  "dynamic_barrier_value",
+}
 
 
 def marks(entry):
   """One group for each entry: its tests run in one process and share the compiled step."""
   group = pytest.mark.xdist_group(entry.name)
-  return [group, pytest.mark.slow] if entry.name in ALIASES else [group]
+  return [group, pytest.mark.slow] if entry.name in ALIASES | VARIANTS else [group]
 
 
 ALL = pytest.mark.parametrize(

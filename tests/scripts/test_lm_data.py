@@ -43,10 +43,12 @@ def test_the_text_that_ships_with_python_has_four_domains_in_three_disjoint_part
     assert min(sizes) > 0.03 * sum(sizes)
 
 
+@pytest.mark.slow
 def test_the_text_that_ships_with_python_is_the_same_each_time():
   assert lm_documents.read("python") == python()
 
 
+@pytest.mark.slow
 def test_each_domain_holds_what_its_name_says():
   beginnings = {domain: [] for domain in range(4)}
   for document in python().train:
