@@ -108,7 +108,7 @@ def mid_rank(fraction: float, band: int) -> Weighting:
   _check.within("fraction", fraction, 0, 1, ends="(]")
   if isinstance(band, bool) or not isinstance(band, int) or band < 0:
     raise ValueError(f"band must be a Python int of at least 0, got {band!r}")
-  if (skipped := band * fraction) >= 1:
+  if (skipped := band * fraction) >= 1 - 1e-6:  # 49 * (1 / 49) is rounded to less than 1.
     raise ValueError(
       f"band must be below 1 / fraction = {1 / fraction:g}, beyond it selects nothing; got {band}"
     )

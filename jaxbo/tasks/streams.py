@@ -44,6 +44,8 @@ def minibatch_stream(train: Any, val: Any, batch_size: int) -> Stream:
     if len(sizes) != 1 or 0 in sizes:
       shapes = jax.tree.map(jnp.shape, data)
       raise ValueError(f"{name} must have leaves with one axis [num_examples, ...], got {shapes}")
+  # Rows of a NumPy array cannot be taken under a trace.
+  train, val = jax.tree.map(jnp.asarray, (train, val))
   draw = functools.partial(_minibatches, batch_size=batch_size)
   return jax.tree_util.Partial(draw, train, val)
 

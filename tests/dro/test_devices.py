@@ -204,10 +204,17 @@ def test_stored_gradients_that_are_summed_already_are_refused():
 
 
 def test_an_unknown_axis_is_refused():
-  tx = jaxbo.reweight(jaxbo.kl(0.5), axis_name="devices")
   grads = jaxbo.per_example_grad(problem.loss_fn)(PARAMS, BATCH)
-  with pytest.raises(ValueError, match="axis_name must be an axis of the shard_map around, got"):
-    tx.update(grads, tx.init(PARAMS), PARAMS)
+  for tx in (
+    jaxbo.reweight(jaxbo.kl(0.5), axis_name="devices"),
+    jaxbo.ir_dro(0.1, axis_name="devices"),
+    jaxbo.group_dro(0.1, 3, axis_name="devices"),
+    jaxbo.cvar_dro(0.1, 0.5, axis_name="devices"),
+    jaxbo.chi2_dro(0.1, 0.5, axis_name="devices"),
+    jaxbo.term(0.1, 0.5, axis_name="devices"),
+  ):
+    with pytest.raises(ValueError, match="axis_name must be an axis of the shard_map around, got"):
+      tx.update(grads, tx.init(PARAMS), PARAMS, groups=GROUPS)
 
 
 def test_a_named_vmap_is_an_axis_too():

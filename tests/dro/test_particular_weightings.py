@@ -230,6 +230,46 @@ def test_the_running_value_is_in_units_of_the_loss():
     np.testing.assert_allclose(state.running_value, expected, rtol=1e-5)
 
 
+def test_every_schedule_counts_batches():
+  """The second batch of 1 / (1 + count) is that of the number 1/2."""
+  makers = [
+    lambda value: jaxbo.kl_cvar(0.3, value),
+    jaxbo.chi_square,
+    jaxbo.tilted,
+    lambda value: jaxbo.compositional(jaxbo.kl(1.0), value),
+  ]
+
+  @jax.jit
+  def second_weights(losses):
+    results = []
+    for weighting in (make(v) for make in makers for v in (lambda count: 1 / (1.0 + count), 0.5)):
+      _, state, _ = weigh(weighting, losses)
+      results.append(weigh(weighting, losses + 4, state)[0])
+    return results
+
+  weights = second_weights(jnp.array([1.0, 2.0, 3.0, 4.0]))
+  for found, expected in zip(weights[::2], weights[1::2], strict=True):
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_a_target_for_capped_weights_is_met_with_the_cap():
+  weighting = jaxbo.kl_cvar(0.5, jaxbo.target_ess(0.6))
+  weights, _, info = weigh(weighting, [1.0, 2.0, 3.0, 4.0])
+  np.testing.assert_allclose(info.effective_sample_size, 0.6 * 4, rtol=1e-4)
+  np.testing.assert_allclose(weights[-1], 0.5, rtol=1e-5)
+
+
+def test_diagnostics_are_of_the_weights_divided_by_their_sum():
+  weighting = jaxbo.compositional(jaxbo.kl(1.0), 0.1)
+  _, state, _ = weigh(weighting, [0.0, 0.0, 0.0])
+  weights, _, info = weigh(weighting, [3.0, 4.0, 5.0], state)
+  assert weights.sum() > 2
+  w = np.asarray(weights / weights.sum(), float)
+  expected = (1 / np.sum(w**2), np.sum(w * np.log(3 * w)), -np.sum(w * np.log(w)), w.max())
+  np.testing.assert_allclose(info[:4], expected, rtol=1e-5)
+  np.testing.assert_allclose(info.surrogate, w @ [3.0, 4.0, 5.0], rtol=1e-5)
+
+
 def test_aliases_are_their_parts():
   params, batch = jnp.float32(0.5), jnp.array([1.0, 3.0, -2.0])
   grads = jaxbo.per_example_grad(lambda p, batch: (p - batch) ** 2)(params, batch)
@@ -242,3 +282,9 @@ def test_aliases_are_their_parts():
     updates, _ = alias.update(grads, alias.init(params), params)
     weights, _, _ = weighting.weigh(grads.losses, weighting.init())
     np.testing.assert_allclose(updates, -0.1 * weights @ (2 * (params - batch)), rtol=1e-5)
+  options = {"adjustment": 2.0, "group_sizes": [4, 1]}
+  alias, weighting = jaxbo.group_dro(0.1, 2, 1.0, **options), jaxbo.group(2, 1.0, **options)
+  groups = jnp.array([0, 0, 1])
+  updates, _ = alias.update(grads, alias.init(params), params, groups=groups)
+  weights, _, _ = weighting.weigh(grads.losses, weighting.init(), groups=groups)
+  np.testing.assert_allclose(updates, -0.1 * weights @ (2 * (params - batch)), rtol=1e-5)

@@ -192,10 +192,6 @@ def test_an_optax_aggregator_is_what_it_is():
     optax.stateless(lambda g, _: jax.tree.map(lambda leaf: jnp.clip(leaf, -1, 1), g))
   )
   sgd = optax.with_extra_args_support(optax.sgd(0.5))
-  experimental = pytest.importorskip("optax.experimental")  # not in optax 0.2.6
-  if not hasattr(experimental, "aggregating"):
-    pytest.skip("this optax has no aggregators yet")
-  aggregating = experimental.aggregating
   aggregator = aggregating.Aggregator(*jaxbo.reweight(KL))
   tx = aggregating.process(clip, aggregator, sgd)
   result, _ = tx.update(grads, tx.init(params), params, losses=jnp.asarray(losses, jnp.float32))
@@ -213,6 +209,15 @@ def test_low_precision_parameters_and_losses():
   assert state.info.surrogate.dtype == jnp.float32
   expected = lazy_kl(BATCH, ALL)[0][0]
   np.testing.assert_allclose(gradient["w"].astype(jnp.float32), expected["w"], rtol=0.15)
+
+
+def test_microbatches_are_summed_in_single_precision():
+  """In bfloat16 a sum of 1/1024 each would stop growing at 1/4."""
+  grads = jaxbo.per_example_grad(lambda params, batch: params * batch, microbatch_size=1)
+  ones, one = jnp.ones(1024, jnp.bfloat16), jnp.ones((), jnp.bfloat16)
+  gradient = jax.jit(lambda batch: update(jaxbo.uniform(), grads(one, batch))[0])(ones)
+  assert gradient.dtype == jnp.bfloat16
+  assert gradient == 1
 
 
 class TestErrors:
@@ -299,6 +304,7 @@ class TestErrors:
       (lambda: jaxbo.top_k(0), ValueError, "k must be at least 1, got 0"),
       (lambda: jaxbo.mid_rank(0.0, 0), ValueError, r"fraction must be in \(0, 1\], got 0.0"),
       (lambda: jaxbo.mid_rank(0.25, 4), ValueError, "band must be below 1 / fraction = 4, .*got 4"),
+      (lambda: jaxbo.mid_rank(1 / 49, 49), ValueError, "band must be below 1 / fraction = 49"),
       (lambda: jaxbo.mid_rank(0.25, -1), ValueError, "band must be .* at least 0, got -1"),
       (lambda: jaxbo.doro(jaxbo.cvar(0.5), 1.0), ValueError, r"fraction must be in \[0, 1\)"),
       (lambda: jaxbo.doro(0.5, 0.1), TypeError, "weighting must be a jaxbo.Weighting"),

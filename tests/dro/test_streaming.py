@@ -19,6 +19,7 @@ PARAMS = problem.params()
 BATCH = problem.batch()
 BATCH = {**BATCH, "y": BATCH["y"].at[11].add(8.0).at[23].add(20.0)}
 MASK, PRIOR = np.arange(problem.N) != 5, np.linspace(0.1, 2.0, problem.N, dtype=np.float32)
+PRIOR[2] = np.inf  # is excluded
 WEIGHTINGS = {
   "kl": jaxbo.kl(optax.piecewise_constant_schedule(3.0, {1: 0.5})),
   "tilted": jaxbo.tilted(-0.4),
@@ -35,7 +36,7 @@ def whole(weighting, state, batch=BATCH):
 
 @pytest.mark.parametrize("name", WEIGHTINGS)
 def test_a_stream_is_the_whole_batch(name):
-  """For two batches in a row, with a mask, a prior and a loss that is not finite."""
+  """For two batches in a row, with a mask, a prior, and one of each that is not finite."""
   weighting = WEIGHTINGS[name]
   streamed = jaxbo.streaming_grad(problem.loss_fn, weighting, microbatch_size=4)
   batches = BATCH, {**BATCH, "y": BATCH["y"].at[9].set(jnp.nan)}
@@ -54,7 +55,7 @@ def test_a_stream_is_the_whole_batch(name):
     chex.assert_tree_all_finite(result)
     close(result, expected)
   close(*states)
-  assert states[0].info.num_excluded == 1
+  assert states[0].info.num_excluded == 2
 
 
 def passes(weighting):

@@ -1,6 +1,7 @@
 """The online loop: scan, resumption, memory, replay, metrics, what must not enter, errors."""
 
 import functools
+import itertools
 import re
 
 import chex
@@ -271,6 +272,12 @@ def test_a_tolerance_that_falls_with_time():
   assert info.metrics["steps"][-1] >= 8
 
 
+def test_sobow_stores_gradients_as_it_is_told():
+  tx = jaxbo.sobow(0.1, INNER, window=2, inner_params=ZERO, storage_dtype=jnp.bfloat16)
+  window = optax.tree.get(jax.eval_shape(tx.init, ZERO), "gradient_window")
+  assert window.values.dtype == jnp.bfloat16
+
+
 def test_more_inner_steps_and_auxiliary_outputs():
   inner = jaxbo.inner_solver(
     lambda x, y, batch: (follow_loss(x, y, batch), y), optax.sgd(0.5), 3, has_aux=True
@@ -299,11 +306,13 @@ def test_ogd_drops_the_response_and_stands_still_without_a_direct_term():
 def test_the_constrained_regret_is_the_gradient_mapping(x64):
   """At a face of the box, the part of the gradient that leads out of it does not count."""
   box = lambda x: jnp.clip(x, 0.0, 1.0)
+  kinds = list(itertools.product(("own", "current"), ("full", "present")))
+  options = {"window": 2, "project": box, "step_size": 0.5}
   metrics = {
-    at: jaxbo.local_regret(
-      lambda x, batch: x - batch.val, window=2, at=at, project=box, step_size=0.5
+    f"{at}, {normalization}": jaxbo.local_regret(
+      lambda x, batch: x - batch.val, at=at, normalization=normalization, **options
     )
-    for at in ("own", "current")
+    for at, normalization in kinds
   }
   outer = jaxbo.sobow(0.4, INNER, window=1, linear_solver=jaxbo.conjugate_gradient(1), project=box)
   loop = jaxbo.online(target_loss, INNER, outer, metrics=metrics | {"x": lambda round: round.x})
@@ -313,15 +322,26 @@ def test_the_constrained_regret_is_the_gradient_mapping(x64):
   run = jax.jit(lambda state: loop.run(state, stream, 12))
   _, info = run(loop.init(zero, zero, stream))
   x = np.asarray(info.metrics["x"])
-  for at in ("own", "current"):
+  for at, normalization in kinds:
     terms = []
     for t in range(12):
       now, last = x[t] - target, (x[t - 1] if at == "own" else x[t]) - target
-      average = 0.5 * (now + last if t else now)
+      first = now if normalization == "present" else 0.5 * now
+      average = 0.5 * (now + last) if t else first
       mapping = (x[t] - np.clip(x[t] - 0.5 * average, 0, 1)) / 0.5
       terms.append(mapping @ mapping)
-    np.testing.assert_allclose(info.metrics[at].term, terms, rtol=1e-12, atol=1e-15)
+    found = info.metrics[f"{at}, {normalization}"].term
+    np.testing.assert_allclose(found, terms, rtol=1e-12, atol=1e-15)
   assert x[-1, 0] == 1
+
+
+def test_extra_arguments_of_a_step_reach_the_transformation():
+  scale = lambda updates, state, params=None, *, factor, **_: (factor * updates, state)
+  tx = optax.GradientTransformationExtraArgs(lambda params: (), scale)
+  loop = jaxbo.online(direct_loss, INNER, optax.chain(jaxbo.ogd(0.1), tx))
+  start = loop.init(ZERO + 1, ZERO, STREAM)
+  state, _ = jax.jit(loop.step)(start, (None, ZERO + 3), factor=0.5)
+  np.testing.assert_allclose(state.x, 1 - 0.5 * 0.1 * (1 - 3))
 
 
 BAD = {

@@ -109,6 +109,30 @@ def test_a_value_function_method_runs_online():
   assert np.isnan(info.loop.linear_residual[-1])
 
 
+def test_the_first_round_has_nothing_to_correct_where_the_losses_are_infinite_at_zero():
+  follow = lambda x, y, batch: 0.5 * jnp.sum((y - jnp.log(x)) ** 2)
+  loss = lambda x, y, batch: jnp.sum(jnp.log(x) + y)
+  tx = jaxbo.add_corrected_response(follow, loss, linear_learning_rate=0.5, correction=0.5)
+  params = jaxbo.Bilevel(jnp.full(2, 2.0), jnp.zeros(2))
+  grads = jaxbo.Bilevel(jnp.full(2, 0.5), jnp.ones(2))
+  update = jax.jit(lambda state: tx.update(grads, state, params, batch=None, outer_batch=None))
+  direction, state = update(tx.init(params))
+  assert state.info.finite
+  np.testing.assert_allclose(direction.inner, -np.log(2), rtol=1e-6)
+  np.testing.assert_allclose(direction.outer, 0.5)
+
+
+def test_auxiliary_outputs_are_in_the_info():
+  loss = lambda x, y, batch: (jnp.sum(y**2), {"x": x})
+  follow = lambda x, y, batch: 0.5 * jnp.sum((y - x) ** 2)
+  plain = lambda x, y, batch: loss(x, y, batch)[0]
+  outer = jaxbo.sogd(0.1, 0.5, follow, plain, linear_learning_rate=0.5, correction=0.5)
+  loop = jaxbo.online(loss, None, outer, has_aux=True)
+  start = loop.init(jnp.zeros(3), jnp.zeros(3), lambda key, t: (None, None))
+  _, info = jax.eval_shape(loop.step, start, (None, None))
+  assert info.loop.aux["x"].shape == (3,)
+
+
 def test_bad_arguments():
   make = lambda **options: jaxbo.add_corrected_response(
     inner_loss, outer_loss, **{"linear_learning_rate": 0.1, "correction": 0.5, **options}

@@ -35,6 +35,12 @@ def test_any_round_can_be_made_again():
   assert np.any(stream(jax.random.key(1), 7)[0] != first[0])
 
 
+def test_data_may_be_numpy_arrays():
+  stream = jaxbo.tasks.minibatch_stream(np.arange(50), {"a": np.arange(50)}, 5)
+  batch = jax.jit(lambda t: stream(KEY, t))(7)  # As a constant, not as an argument.
+  np.testing.assert_array_equal(batch[0], stream(KEY, 7)[0])
+
+
 @pytest.mark.parametrize(
   ("repeat", "expected"), [(False, [0, 0, 1, 2, 2, 2, 2, 2]), (True, [0, 0, 1, 2, 2, 2, 0, 0])]
 )
