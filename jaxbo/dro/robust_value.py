@@ -25,6 +25,7 @@ def robust_value(
   mean over the worst losses, and so on (``info.objective``). Its gradient is the vector of
   weights, by Danskin's theorem; second derivatives are those of the weights, so that it can be an
   inner loss too. Use it to monitor, or with ``jax.grad`` where gradients need not be per example.
+  It is a function of the losses alone: do not differentiate by parameters of the weighting.
 
   Args:
     losses: ``[batch]`` real floats.

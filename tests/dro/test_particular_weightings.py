@@ -55,6 +55,19 @@ def test_ratio_bounds_of_lin_upper():
   assert 1.9 < 1000 * weights.max() <= 2
 
 
+@pytest.mark.parametrize(("temperature", "share"), [(1.0, 0.209), (0.4, 0.455)])
+def test_enough_hard_examples_keep_all_weights_of_lin_upper_below_twice_uniform(temperature, share):
+  for num_hard, holds in ((round(1000 * share) - 1, False), (round(1000 * share) + 1, True)):
+    losses = [0.0] * (1000 - num_hard) + [1.0] * num_hard
+    weights, _, _ = weigh(jaxbo.lin_upper(temperature), losses)
+    assert bool(1000 * weights.max() <= 2) is holds
+
+
+def test_min_max_spreads_weights_even_where_losses_are_nearly_equal():
+  weights, _, _ = weigh(jaxbo.lin_upper(0.4), np.linspace(2.0, 2.0001, 8))
+  np.testing.assert_allclose(8 * weights[jnp.array([0, -1])], [0.124, 1.51], atol=5e-3)
+
+
 def test_one_outlier_sets_the_scale_of_min_max_and_not_of_quantiles():
   losses = [1.0] * 7 + [10.0]
   for temperature, weight in ((1.0, 0.280), (0.4, 0.635)):

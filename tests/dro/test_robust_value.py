@@ -91,3 +91,15 @@ def test_a_state_and_groups_are_used():
   value = jaxbo.robust_value(losses, weighting, groups=groups, state=state)
   q = np.array([0.9 * np.e, 0.1 * np.e**3])
   np.testing.assert_allclose(value, q @ [1, 3] / q.sum(), rtol=1e-6)
+
+
+def test_values_of_small_batches_are_biased_low_as_jensen_says():
+  r"""Exponential losses: :math:`E e^{s l} = 1 / (1 - s)`, so mean and variance are known."""
+  temperature, size, count = 4.0, 32, 200_000
+  losses = jax.random.exponential(jax.random.key(0), (count, size))
+  values = jax.vmap(lambda row: jaxbo.robust_value(row, jaxbo.kl(temperature)))(losses)
+  mean, square = 1 / (1 - 1 / temperature), 1 / (1 - 2 / temperature)
+  bias = -temperature * (square / mean**2 - 1) / (2 * size)
+  error = float(values.mean()) - temperature * np.log(mean)
+  standard_error = float(values.std()) / np.sqrt(count)
+  assert abs(error - bias) < 4 * standard_error < 0.35 * abs(bias)
