@@ -66,9 +66,10 @@ def build(entry, dtype=jnp.float32, seed=0):
 
 @functools.cache
 def compiled(entry):
-  """The initial carry of ``entry`` and its step, jitted once for all tests that only call it."""
+  """The initial carry of ``entry`` and its step, traced and compiled once for all tests."""
   harness, x = build(entry)
-  return harness.init(x), jax.jit(harness.step)
+  chex.clear_trace_counter()
+  return harness.init(x), jax.jit(chex.assert_max_traces(harness.step, n=1))
 
 
 def types(tree):
@@ -97,21 +98,19 @@ def test_state_fields_have_names_of_their_own():
 
 @ALL
 def test_unknown_extra_arguments_are_ignored(entry):
-  harness, x = build(entry)
-  carry = jax.eval_shape(harness.init, x)
-  plain = jax.make_jaxpr(harness.step)(carry, 0)
+  harness, _ = build(entry)
+  carry, step = compiled(entry)
   with_extra = functools.partial(harness.step, unknown=jnp.ones(()), detection=None)
-  assert str(jax.make_jaxpr(with_extra)(carry, 0)) == str(plain)
+  plain = step.trace(carry, jnp.int32(0)).jaxpr
+  assert str(jax.make_jaxpr(with_extra)(carry, jnp.int32(0))) == str(plain)
 
 
 @ALL
 def test_second_call_neither_retraces_nor_recompiles(entry):
-  harness, x = build(entry)
-  chex.clear_trace_counter()
-  step = jax.jit(chex.assert_max_traces(harness.step, n=1))
+  carry, step = compiled(entry)
   compilations = []
   listen = lambda event, *_, **__: compilations.append(event) if "backend_compile" in event else 0
-  carry = step(harness.init(x), jnp.int32(0))
+  carry = step(carry, jnp.int32(0))
   jax.monitoring.register_event_duration_secs_listener(listen)
   try:
     for t in (1, 2):
@@ -167,10 +166,7 @@ def test_vmap_over_seeds_equals_a_loop_over_seeds(entry):
 
   def run(seed):
     harness = entry.make(seed, inner)
-    carry = harness.init(x)
-    for t in range(2):
-      carry = harness.step(carry, t)
-    return carry[0]
+    return jax.lax.fori_loop(0, 2, lambda t, carry: harness.step(carry, t), harness.init(x))[0]
 
   run_jit = jax.jit(run)
   looped = [run_jit(seed) for seed in jnp.arange(3)]
@@ -242,9 +238,8 @@ def test_everything_can_be_donated(entry):
 @ALL
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
 def test_lowers_for_accelerators(entry, platform):
-  harness, x = build(entry)
-  carry = jax.eval_shape(harness.init, x)
-  traced = jax.jit(harness.step).trace(carry, jax.ShapeDtypeStruct((), jnp.int32))
+  carry, step = compiled(entry)
+  traced = step.trace(carry, jnp.int32(0))
   assert "stablehlo" in traced.lower(lowering_platforms=(platform,)).as_text()
 
 

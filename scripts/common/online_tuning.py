@@ -22,7 +22,7 @@ class Grid(NamedTuple):
 
 GRIDS = {  # by problem and data set; coarse where a run takes long
   "loss_tuning/digits": Grid((1.0, 3.0, 10.0), (0.3, 1.0, 3.0, 10.0, 30.0), (0.0, 0.1)),
-  "loss_tuning/mnist": Grid((0.01, 0.03, 0.1), (0.3, 3.0, 30.0), (0.1, 1.0)),
+  "loss_tuning/mnist": Grid((0.03, 0.1, 0.3, 1.0), (0.3, 3.0, 30.0), (0.1, 1.0)),
   "ridge/digits": Grid((1.0, 3.0, 10.0), (1.0, 10.0, 100.0, 1000.0), (0.0,)),
   "ridge/newsgroups": Grid((1.0, 3.0, 10.0), (1.0, 10.0, 100.0, 1000.0), (0.0,)),
   "representation/digits": Grid((0.1, 0.3, 1.0), (0.1, 0.3, 1.0, 3.0), (0.0, 0.1)),
