@@ -2,15 +2,18 @@
 
 import os
 
-os.environ["XLA_FLAGS"] = " ".join(
-  [
-    os.environ.get("XLA_FLAGS", ""),
-    "--xla_force_host_platform_device_count=8",
-    # Compilation is most of the time of the tests; the code that it makes hardly runs.
-    "--xla_backend_optimization_level=0",
-    "--xla_llvm_disable_expensive_passes=true",
-  ]
-)
+import jaxlib
+
+flags = [
+  os.environ.get("XLA_FLAGS", ""),
+  "--xla_force_host_platform_device_count=8",
+  # Compilation is most of the time of the tests; the code that it makes hardly runs.
+  "--xla_backend_optimization_level=0",
+  "--xla_llvm_disable_expensive_passes=true",
+]
+if tuple(map(int, jaxlib.__version__.split(".")[:2])) < (0, 11):  # Gone in later versions.
+  flags.append("--xla_cpu_use_fusion_emitters=false")
+os.environ["XLA_FLAGS"] = " ".join(flags)
 os.environ["MPLBACKEND"] = "Agg"
 
 import jax
