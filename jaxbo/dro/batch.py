@@ -160,15 +160,16 @@ def at_least_tiny(x: jax.Array) -> jax.Array:
 
 def check_losses(name: str, losses: Any) -> jax.Array:
   """Returns ``losses`` in float32 at least; raises unless they are a vector of real floats."""
-  if jnp.ndim(losses) != 1:
+  losses = jnp.asarray(losses)  # A list will do.
+  if losses.ndim != 1:
     raise ValueError(
       f"{name} must be one-dimensional, [batch], one number for each example; got shape "
-      f"{jnp.shape(losses)}"
+      f"{losses.shape}"
     )
-  if jnp.shape(losses)[0] == 0:
+  if losses.shape[0] == 0:
     raise ValueError(f"{name} must hold at least one example, got shape (0,)")
-  if not jnp.issubdtype(jnp.result_type(losses), jnp.floating):
-    raise TypeError(f"{name} must be real floats, got dtype {jnp.result_type(losses)}")
+  if not jnp.issubdtype(losses.dtype, jnp.floating):
+    raise TypeError(f"{name} must be real floats, got dtype {losses.dtype}")
   return _tree.at_least_float32(losses)
 
 
@@ -186,11 +187,12 @@ def _check_groups(groups: Any, num_groups: int, losses: jax.Array) -> jax.Array 
     if num_groups:
       raise TypeError("groups= must be given: the group of each example, integers, [batch]")
     return None
+  groups = jnp.asarray(groups)
   check_length("groups", groups, losses)
-  if not jnp.issubdtype(jnp.result_type(groups), jnp.integer):
-    raise TypeError(f"groups must be integers, got dtype {jnp.result_type(groups)}")
+  if not jnp.issubdtype(groups.dtype, jnp.integer):
+    raise TypeError(f"groups must be integers, got dtype {groups.dtype}")
   if num_groups and _check.is_known(groups):
     low, high = np.min(np.asarray(groups)), np.max(np.asarray(groups))
     if low < 0 or high >= num_groups:
       raise ValueError(f"groups must be from 0 to {num_groups - 1}, got {low} to {high}")
-  return jnp.asarray(groups)
+  return groups

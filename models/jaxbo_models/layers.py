@@ -170,9 +170,11 @@ def _larger(first: jax.Array, second: jax.Array) -> jax.Array:
 
 
 def check_images(images: jax.Array, smallest: int) -> None:
-  """Raises ``ValueError`` unless ``images`` is ``[n, h, w, c]`` with ``h, w >= smallest``."""
+  """Raises ``ValueError`` unless ``images`` is ``[n >= 1, h, w, c]``, ``h, w >= smallest``."""
   if images.ndim != 4:
     raise ValueError(f"images must have the shape [n, height, width, channels], got {images.shape}")
+  if not images.shape[0]:
+    raise ValueError(f"images must be at least one, got the shape {images.shape}")
   if min(images.shape[1:3]) < smallest:
     raise ValueError(
       f"images must be at least {smallest} pixels high and wide, got the shape {images.shape}"

@@ -233,6 +233,13 @@ class TestErrors:
     with pytest.raises(ValueError, match=r"losses must be one-dimensional.*got shape \(1, 2\)"):
       KL.weigh(jnp.ones((1, 2)), KL.init())
 
+  def test_lists_will_do(self, as_users_run):
+    weighting = jaxbo.group(2, 0.1)
+    losses, groups = [1.0, 2.0], [0, 1]
+    for given in (losses, groups), (jnp.array(losses), jnp.array(groups)):
+      weights = weighting.weigh(given[0], weighting.init(), groups=given[1])[0]
+      np.testing.assert_allclose(weights, [0.475021, 0.524979], rtol=1e-5)
+
   def test_what_per_example_grad_is_given(self, as_users_run):
     with pytest.raises(TypeError, match=r"loss_fn must be a function loss_fn\(params, batch\)"):
       jaxbo.per_example_grad(lambda params: params)

@@ -164,6 +164,8 @@ def test_bad_images_and_unknown_choices_are_refused(build, shape):
     build().init(key, jnp.ones(shape[1:]))
   with pytest.raises(ValueError, match=r"at least (16|32) pixels high and wide, got .*4, 15"):
     build().init(key, jnp.ones((4, 15, *shape[2:])))
+  with pytest.raises(ValueError, match=r"images must be at least one, got the shape \(0, "):
+    build().init(key, jnp.ones((0, *shape[1:])))
   with pytest.raises(ValueError, match="conv must be 'auto', 'patches' or 'native', got 'im2col'"):
     build(conv="im2col").init(key, jnp.ones(shape))
 
