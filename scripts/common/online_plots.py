@@ -41,6 +41,7 @@ def draw_runs(
   for column, name in enumerate(names):
     mine = {variant: run for (stream, variant), run in runs.items() if stream == name}
     first, baseline = next(iter(mine.items()))
+    gains = []
     for variant, run in mine.items():
       largest = max(other.window for other in mine if other.method == variant.method)
       style = {
@@ -51,6 +52,8 @@ def draw_runs(
       band(grid[0, column], np.asarray(run.rounds), run.accuracy, **style)
       gain = np.cumsum(run.loss - baseline.loss, axis=0)
       band(grid[1, column], np.arange(len(gain)) + 1, gain, **style)
+      gains.append(gain)
+    leave_out_diverged(grid[1, column], gains)
     grid[0, column].set_title(name)
     # The first evaluation is of what knows nothing.
     worst = min(run.accuracy[1:].min() for run in mine.values())
@@ -71,6 +74,17 @@ def band(axes: Axes, x: np.ndarray, values: np.ndarray, **style: Any) -> None:
   axes.plot(x, values.mean(axis=1), **style)
   low, high = values.min(axis=1), values.max(axis=1)
   axes.fill_between(x, low, high, color=style["color"], alpha=0.08, lw=0)
+
+
+def leave_out_diverged(axes: Axes, curves: list[np.ndarray]) -> None:
+  """Limits ``y`` to curves no more than ten times as large as the median one, if one is larger."""
+  sizes = np.array([np.abs(curve).max() for curve in curves])
+  shown = [
+    curve for curve, small in zip(curves, sizes <= 10 * np.median(sizes), strict=True) if small
+  ]
+  if 0 < len(shown) < len(curves):
+    low, high = min(curve.min() for curve in shown), max(curve.max() for curve in shown)
+    axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
 
 
 def mark_phases(axes: Axes, phases: list[tuple[int, str]]) -> None:

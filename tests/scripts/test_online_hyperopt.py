@@ -16,7 +16,15 @@ from PIL import Image
 from sklearn.metrics import balanced_accuracy_score
 
 from scripts import online_hyperopt as script
-from scripts.common import data, online_methods, online_report, online_runs, online_tuning, report
+from scripts.common import (
+  data,
+  online_methods,
+  online_plots,
+  online_report,
+  online_runs,
+  online_tuning,
+  report,
+)
 from scripts.common import online_problems as problems
 from scripts.common import online_streams as streams
 from scripts.common.data import Examples
@@ -515,3 +523,14 @@ def test_newsgroups_are_rows_of_unit_norm_with_the_training_posts_first():
   norms = np.linalg.norm(examples.images, axis=1)
   assert np.allclose(norms[norms > 0], 1)
   assert optax.tree.size(examples.images) == 300_000
+
+
+def test_a_method_that_diverged_does_not_flatten_the_picture():
+  fig, (few, many) = online_plots.plt.subplots(1, 2)
+  curves = [np.zeros((3, 2)), -np.ones((3, 2)), np.full((3, 2), 4.0)]
+  for axes, mine in ((few, curves), (many, [*curves, np.full((3, 2), 1e9)])):
+    for curve in mine:
+      axes.plot(curve)
+    online_plots.leave_out_diverged(axes, mine)
+  np.testing.assert_allclose(many.get_ylim(), few.get_ylim())
+  online_plots.plt.close(fig)
