@@ -62,14 +62,11 @@ optimizer.
 from jaxbo import tasks as tasks
 from jaxbo.adversarial.apgd import apgd
 from jaxbo.adversarial.attack import Attack, AttackInfo
-from jaxbo.adversarial.done import DoneInfo, done, done_grad, fast_bat_grad
-from jaxbo.adversarial.evaluate import (
-  RobustnessReport,
-  class_accuracy,
-  evaluate_robustness,
-  standard_attacks,
-  tail_accuracy,
-)
+from jaxbo.adversarial.class_metrics import class_accuracy, tail_accuracy
+from jaxbo.adversarial.done import done, done_grad
+from jaxbo.adversarial.evaluate import RobustnessReport, evaluate_robustness, standard_attacks
+from jaxbo.adversarial.fast_bat import fast_bat_grad
+from jaxbo.adversarial.implicit import DoneInfo
 from jaxbo.adversarial.losses import (
   cross_entropy_loss,
   margin_loss,

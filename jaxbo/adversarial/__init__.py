@@ -1,1 +1,1 @@
-"""Adversarial training and evaluation: attacks, the smoothed lower level of DONE, robust metrics."""
+"""Adversarial training: attacks, gradients through them, losses, weights, and evaluation."""

@@ -1,6 +1,7 @@
 r"""DONE's lower level: a perturbation that a log-barrier keeps in its box, and its derivative.
 
-.. math:: \hat\delta_i(\theta) = \arg\min_\delta \varphi_i(\theta, \delta) := \ell'_i(\theta, \delta)
+.. math:: \hat\delta_i(\theta) = \arg\min_\delta\; \varphi_i(\theta, \delta),
+  \qquad \varphi_i(\theta, \delta) := \ell'_i(\theta, \delta)
   - c \sum_k \big[\log(b^+_k - \delta_k) + \log(\delta_k - b^-_k)\big]
 
 The minimiser is smooth in the parameters, with :math:`D = \operatorname{diag}
@@ -41,7 +42,7 @@ class Minimum(NamedTuple):
 
 
 def barrier_gradient(delta: jax.Array, box: Box) -> jax.Array:
-  r"""The derivative of the barrier for :math:`c = 1`: :math:`1/(b^+ - \delta) - 1/(\delta - b^-)`."""
+  r"""The derivative of the barrier at :math:`c = 1`, :math:`1/(b^+-\delta) - 1/(\delta-b^-)`."""
   below, above = box.room(delta)
   return 1 / above - 1 / below
 

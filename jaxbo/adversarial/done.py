@@ -1,7 +1,7 @@
 """DONE: instance-reweighted adversarial training, and the implicit gradients that it is made of."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,8 @@ import optax
 from jaxbo import _check, _tree
 from jaxbo.adversarial import barrier as lower_level
 from jaxbo.adversarial.attack import check_batch, typed_key
-from jaxbo.adversarial.box import along, check_range, pixel_box
+from jaxbo.adversarial.box import check_range, pixel_box
+from jaxbo.adversarial.implicit import DoneInfo, PerturbedLoss, corrected_losses, image_gradient
 from jaxbo.bilevel.linear_solvers import LinearSolver, conjugate_gradient
 from jaxbo.dro.aliases import Optimizer
 from jaxbo.dro.batch import AxisName
@@ -19,31 +20,6 @@ from jaxbo.dro.kl import kl
 from jaxbo.dro.per_example import PerExampleGrads, per_example_grad
 from jaxbo.dro.reweight import reweight
 from jaxbo.dro.temperature import Temperature
-
-PerturbedLoss = Callable[[Any, jax.Array, jax.Array], jax.Array]
-
-
-class DoneInfo(NamedTuple):
-  """What :func:`done_grad` found on its way: ``aux`` of its result; ``[batch]`` but for images.
-
-  Attributes:
-    perturbed: the perturbed images, strictly in their boxes.
-    last_step: the largest change of a pixel in the last step, in units of the images: zero once
-      the lower level is solved.
-    residual: the relative residual of the linear system; 0 where it was solved exactly.
-    not_finite: whether a gradient by the image was not finite. The example was then left at its
-      last finite perturbation, and has no implicit term if that of the outer loss was not.
-  """
-
-  perturbed: jax.Array
-  last_step: jax.Array
-  residual: jax.Array
-  not_finite: jax.Array
-
-  @property
-  def num_not_finite(self) -> jax.Array:
-    """How many examples met a gradient that is not finite, int32."""
-    return jnp.sum(self.not_finite, dtype=jnp.int32)
 
 
 def done_grad(
@@ -68,7 +44,8 @@ def done_grad(
   Every example is perturbed by its own attack, smoothed by a log-barrier on its box
   :math:`[b^-, b^+] = [\max(-\epsilon, low - x), \min(\epsilon, high - x)]`:
 
-  .. math:: \hat\delta_i(\theta) = \arg\min_\delta \varphi_i(\theta, \delta) := \ell'_i(\theta, \delta)
+  .. math:: \hat\delta_i(\theta) = \arg\min_\delta\; \varphi_i(\theta, \delta),
+    \qquad \varphi_i(\theta, \delta) := \ell'_i(\theta, \delta)
     - c \sum_k \big[\log(b^+_k - \delta_k) + \log(\delta_k - b^-_k)\big]
 
   and its gradient is that of :math:`\ell_i(\theta, \hat\delta_i(\theta))`, both ways:
@@ -86,8 +63,7 @@ def done_grad(
   key is given. Plain steps :math:`\alpha \nabla \varphi`, as published, bounce between the walls
   unless :math:`\alpha < d^2 / c`, :math:`d` the distance to the wall; ours stand still at the same
   points and are safe whenever :math:`\alpha` is below the reciprocal of the largest curvature of
-  the attack loss. Gradients by images are tiny: useful values are 10 to 1000 times what signed
-  steps would take.
+  the attack loss. Gradients by images are small: useful values are far above those for signs.
 
   Cost: with :math:`K` steps, :math:`K + 1` forward and backward passes by the images, and one pass
   by the parameters of about twice the cost of an ordinary one. CG adds two such passes by the
@@ -185,7 +161,7 @@ def done_grad(
     )
     if inverse == "none":
       return None, info
-    v, bad = _image_gradient(loss, params, perturbed, labels)
+    v, bad = image_gradient(loss, params, perturbed, labels)
     if isinstance(solver, LinearSolver):
       diagonal = barrier * lower_level.barrier_curvature(minimum.delta, box)
       of_images = lambda images, labels: attack_loss(params, images, labels)
@@ -197,7 +173,7 @@ def done_grad(
 
   def corrected(params, batch):
     perturbed, labels, q = batch
-    return _corrected_losses(loss, attack_loss, params, perturbed, perturbed, labels, q)
+    return corrected_losses(loss, attack_loss, params, perturbed, perturbed, labels, q)
 
   lazy = per_example_grad(corrected, microbatch_size=microbatch_size, repair=repair)
 
@@ -205,111 +181,6 @@ def done_grad(
     images, labels = check_batch(batch, low, high)
     q, info = attack(params, images, labels, None if key is None else typed_key(key))
     return lazy(params, (info.perturbed, labels, q))._replace(aux=info)
-
-  return gradients
-
-
-def fast_bat_grad(
-  loss: PerturbedLoss,
-  attack_loss: PerturbedLoss,
-  *,
-  epsilon: float | jax.Array,
-  step_size: float | jax.Array,
-  curvature: float | jax.Array = 10.0,
-  low: float = 0.0,
-  high: float = 1.0,
-  tolerance: float = 1e-7,
-  microbatch_size: int | None = None,
-  repair: bool = True,
-) -> Callable[..., PerExampleGrads]:
-  r"""Per-example gradients of Fast-BAT: a linearised attack, and its active-set implicit term.
-
-  .. math:: \delta = \Pi\big(z - \alpha \nabla_\delta \ell'(\theta, z)\big), \qquad
-    g = \nabla_\theta \ell(\theta, \delta) - \nabla_\theta \big\langle \nabla_\delta
-      \ell'(\theta, z), \tfrac{1}{\lambda}\, 1[\delta \text{ off the walls}] \odot
-      \nabla_\delta \ell(\theta, \delta) \big\rangle
-
-  :math:`z` is one such step from a random start. It is the limit of a vanishing barrier of
-  :func:`done_grad` for the lower level :math:`\langle \nabla \ell'(z), \delta - z \rangle +
-  \frac{\lambda}{2} \|\delta - z\|^2`, which :math:`\delta` minimises for :math:`\lambda = 1 /
-  \alpha`; published code has :math:`\alpha` and :math:`\lambda` apart.
-
-  Cost: three forward and backward passes by the images, and one by the parameters of about twice
-  the cost of an ordinary one.
-
-  Args:
-    loss: as in :func:`done_grad`.
-    attack_loss: as in :func:`done_grad`.
-    epsilon: the largest change of a pixel, positive.
-    step_size: :math:`\alpha > 0`; published code takes 5000 / 255 at 8 / 255 or less, and 2000 /
-      255 above, on minus the cross entropy.
-    curvature: :math:`\lambda > 0`; the default is the published one.
-    low: the smallest value of a pixel.
-    high: the largest.
-    tolerance: how near to a wall, in units of the images, counts as on it.
-    microbatch_size: as in :func:`per_example_grad`, for the pass by the parameters.
-    repair: as in :func:`per_example_grad`.
-
-  Returns:
-    A function ``(params, (images, labels), key) -> PerExampleGrads``, as :func:`done_grad`'s.
-    ``aux.last_step`` is the change from :math:`z` to :math:`\delta`.
-
-  Raises:
-    ValueError: if an argument is outside its range, or losses are not ``[batch]``.
-    TypeError: if a loss does not take three arguments, or images are no floats.
-
-  Example:
-    >>> import jax.numpy as jnp, jaxbo
-    >>> def loss(params, images, labels):
-    ...   return (images @ params) * (1.0 - 2.0 * labels)
-    >>> def attack_loss(params, images, labels):
-    ...   return -loss(params, images, labels)
-    >>> grad = jaxbo.fast_bat_grad(loss, attack_loss, epsilon=0.1, step_size=1.0)
-    >>> params, batch = jnp.array([2.0, -1.0]), (jnp.array([[0.5, 0.0]]), jnp.array([0]))
-    >>> print(grad(params, batch, key=0).pullback(jnp.ones(1)).round(3))     # at the walls
-    [0.6 0. ]
-
-  References:
-    Zhang et al., `Revisiting and Advancing Fast Adversarial Training through the Lens of Bi-level
-    Optimization <https://arxiv.org/abs/2112.12376>`_, 2022.
-  """
-  _check.takes_arguments("loss", loss, "params", "images", "labels")
-  _check.takes_arguments("attack_loss", attack_loss, "params", "images", "labels")
-  check_range(low, high)
-  _check.positive("epsilon", epsilon)
-  _check.positive("step_size", step_size)
-  _check.positive("curvature", curvature)
-  _check.non_negative("tolerance", tolerance)
-
-  @jax.jit
-  def attack(params, images, labels, key):
-    params, images = jax.lax.stop_gradient((params, _tree.at_least_float32(images)))
-    images = jnp.clip(images, low, high)
-    box = pixel_box(images, epsilon, low, high)
-
-    def step(delta):
-      slope, bad = _image_gradient(attack_loss, params, images + delta, labels)
-      moved = box.project(delta - step_size * slope)
-      return jnp.where(along(bad, delta), delta, moved), bad
-
-    start = box.low + jax.random.uniform(key, images.shape, images.dtype) * (box.high - box.low)
-    z, bad_start = step(start)
-    delta, bad_end = step(z)
-    v, bad = _image_gradient(loss, params, images + delta, labels)
-    q = lower_level.solve_active_set(v, delta, box, curvature, tolerance)
-    last_step = jnp.max(jnp.abs(delta - z), axis=tuple(range(1, z.ndim)))
-    bad |= bad_start | bad_end
-    return images + z, q, DoneInfo(images + delta, last_step, jnp.zeros_like(last_step), bad)
-
-  def corrected(params, batch):
-    return _corrected_losses(loss, attack_loss, params, *batch)
-
-  lazy = per_example_grad(corrected, microbatch_size=microbatch_size, repair=repair)
-
-  def gradients(params: optax.Params, batch: Any, key: Any) -> PerExampleGrads:
-    images, labels = check_batch(batch, low, high)
-    linearised, q, info = attack(params, images, labels, typed_key(key))
-    return lazy(params, (info.perturbed, linearised, labels, q))._replace(aux=info)
 
   return gradients
 
@@ -367,27 +238,3 @@ def done(
   """
   weighting = compositional(kl(temperature), rate)
   return optax.chain(reweight(weighting, axis_name=axis_name), optimizer(learning_rate))
-
-
-def _corrected_losses(loss, attack_loss, params, perturbed, attacked, labels, q) -> jax.Array:
-  """Losses whose gradient by the parameters has the implicit term too; ``q=None`` for none.
-
-  The slope of the attack loss along ``q`` is taken forwards: one backward pass for both terms.
-  """
-  losses = loss(params, perturbed, labels)
-  if q is None:
-    return losses
-  at = lambda images: attack_loss(params, images, labels)
-  _, slope = jax.jvp(at, (attacked,), (q,))
-  return losses - (slope - jax.lax.stop_gradient(slope)).astype(losses.dtype)
-
-
-def _image_gradient(loss, params, images, labels) -> tuple[jax.Array, jax.Array]:
-  """The gradient of each loss by its image, zero where it is not finite, and where that is."""
-  losses, pullback = jax.vjp(lambda images: loss(params, images, labels), images)
-  if losses.shape != labels.shape:
-    raise ValueError(f"losses must be {labels.shape}, one for each image, got {losses.shape}")
-  (slope,) = pullback(jnp.ones_like(losses))
-  axes = tuple(range(1, slope.ndim))
-  bad = ~jnp.isfinite(losses) | ~jnp.all(jnp.isfinite(slope), axis=axes)
-  return jnp.where(jnp.expand_dims(bad, axes), 0, slope), bad
