@@ -115,7 +115,7 @@ def done_grad(
     >>> print(grads.aux.perturbed.round(3))     # c / s before the walls 0.6 and 0
     [[0.595 0.009]]
     >>> print(grads.pullback(jnp.ones(1)).round(3))
-    [0.6 0. ]
+    [0.6   0.001]
 
   References:
     Sow, Lin, Wang and Liang, `Doubly Robust Instance-Reweighted Adversarial Training

@@ -62,9 +62,8 @@ def probabilistic_margin(logits: Any, labels: Any) -> jax.Array:
 
   Example:
     >>> import jax.numpy as jnp, jaxbo
-    >>> logits = jnp.log(jnp.array([[0.5, 0.3, 0.2]]))
-    >>> print(jaxbo.probabilistic_margin(logits, jnp.array([0])).round(2))
-    [-0.2]
+    >>> print(jaxbo.probabilistic_margin(jnp.array([[5.0, 5.0]]), jnp.array([0])))
+    [0.]
 
   References:
     Wang et al., `Probabilistic Margins for Instance Reweighting in Adversarial Training

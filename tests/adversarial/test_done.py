@@ -192,11 +192,8 @@ def test_fast_bat_is_its_formula(x64):
     cross = jnp.sum(slope(images + z, p) * q, axis=1)
     return jnp.sum(weights * (loss(p, images + delta, labels) - cross))
 
-  for ours, expected in zip(
-    jax.tree.leaves(grads.pullback(weights)),
-    jax.tree.leaves(jax.grad(surrogate)(params)),
-    strict=True,
-  ):
+  pair = grads.pullback(weights), jax.grad(surrogate)(params)
+  for ours, expected in zip(*map(jax.tree.leaves, pair), strict=True):
     np.testing.assert_allclose(ours, expected, atol=1e-12)
   np.testing.assert_allclose(grads.losses, loss(params, images + delta, labels), rtol=1e-12)
 
@@ -270,7 +267,7 @@ def test_adam_ends_within_a_step_of_the_minimum():
 # On images, in float32.
 
 PARAMS, BATCH = problem.params(), problem.batch()
-OPTIONS = dict(epsilon=EPSILON, barrier=1e-2, num_steps=8, step_size=1.0)
+OPTIONS = {"epsilon": EPSILON, "barrier": 1e-2, "num_steps": 8, "step_size": 1.0}
 
 
 @functools.cache
@@ -405,9 +402,8 @@ def test_a_gradient_that_is_not_finite_leaves_the_example_alone(which):
 
   losses = {"loss": problem.loss, "attack": problem.margin_attack_loss}
   losses[which] = spoil(losses[which])
-  grads = jax.jit(
-    lambda p: (g := jaxbo.done_grad(losses["loss"], losses["attack"], **OPTIONS)(p, BATCH)).aux
-  )(PARAMS)
+  grad = jaxbo.done_grad(losses["loss"], losses["attack"], **OPTIONS)
+  grads = jax.jit(lambda params: grad(params, BATCH).aux)(PARAMS)
   expected = image_grads()(PARAMS, BATCH, WEIGHTS, None)[2]
   assert grads.num_not_finite >= 1
   assert grads.not_finite[2]
@@ -436,10 +432,10 @@ def test_errors_name_the_argument():
       make(**{**OPTIONS, **change})
   with pytest.raises(TypeError, match="attack_loss must be a function"):
     jaxbo.done_grad(problem.loss, lambda params: 0.0, **OPTIONS)
-  with pytest.raises(ValueError, match="images must be from low=0.0 to high=1.0, got values"):
+  with pytest.raises(ValueError, match=r"images must be from low=0\.0 to high=1\.0, got values"):
     make(**OPTIONS)(PARAMS, (BATCH[0] * 255, BATCH[1]))
+  mean = lambda p, x, y: jnp.mean(problem.loss(p, x, y))
   with pytest.raises(ValueError, match=r"losses must be \(8,\), one for each image"):
-    mean = lambda p, x, y: jnp.mean(problem.loss(p, x, y))
     jaxbo.done_grad(mean, problem.margin_attack_loss, **OPTIONS)(PARAMS, BATCH)
   fast = functools.partial(jaxbo.fast_bat_grad, problem.loss, problem.margin_attack_loss)
   for name in ("epsilon", "step_size", "curvature"):

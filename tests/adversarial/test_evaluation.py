@@ -15,7 +15,7 @@ from tests.adversarial.problem import EPSILON, model
 pytestmark = pytest.mark.slow
 
 PARAMS, (IMAGES, LABELS) = problem.params(), problem.batch()
-CHEAP = dict(epsilon=EPSILON, num_steps=5, num_queries=8)
+CHEAP = {"epsilon": EPSILON, "num_steps": 5, "num_queries": 8}
 
 
 @functools.cache
@@ -146,7 +146,7 @@ def test_errors_name_the_argument():
   evaluate = functools.partial(jaxbo.evaluate_robustness, model, PARAMS)
   with pytest.raises(ValueError, match="batch_size must be at least 1"):
     evaluate((IMAGES, LABELS), 0, attacks, batch_size=0)
-  with pytest.raises(ValueError, match="images must be from low=0.0 to high=1.0"):
+  with pytest.raises(ValueError, match=r"images must be from low=0\.0 to high=1\.0"):
     evaluate((255 * IMAGES, LABELS), 0, attacks)
   with pytest.raises(ValueError, match="labels must be from 0 to 4, got 0 to 9"):
     evaluate((IMAGES, LABELS.at[0].set(0).at[1].set(9)), 0, {})
