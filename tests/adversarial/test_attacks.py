@@ -37,7 +37,7 @@ def make_attacks(epsilon, num_steps=6):
     "pgd_l2": pgd(norm="l2", restarts=2),
     "pgd_noise": pgd(random_start=0.001, objective="kl"),
     "apgd": jaxbo.apgd(model, **options),
-    "apgd_l2": jaxbo.apgd(model, norm="l2", objective="dlr", **options),
+    "apgd_l2": jaxbo.apgd(model, norm="l2", objective="dlr", restarts=2, **options),
     "apgd_t": jaxbo.apgd(model, objective="targeted_dlr", num_targets=2, **options),
     "square": jaxbo.square(model, epsilon=epsilon, num_queries=30),
   }
@@ -91,16 +91,18 @@ def test_attacks_raise_the_loss():
       assert np.mean(attacked) > np.mean(clean) + 0.02, name
 
 
+APGD = jaxbo.apgd(model, epsilon=EPSILON, num_steps=20)
+
+
 def test_apgd_is_at_least_as_strong_as_pgd_at_equal_steps():
-  steps = {"epsilon": 0.3, "num_steps": 20}
-  pgd = jaxbo.pgd(model, step_size=0.3 / 4, **steps)
-  losses = {}
-  for name, attack in {"pgd": pgd, "apgd": jaxbo.apgd(model, **steps)}.items():
+  pgd = jaxbo.pgd(model, epsilon=EPSILON, step_size=EPSILON / 4, num_steps=20)
+  losses, wrong = {}, {}
+  for name, attack in {"pgd": pgd, "apgd": APGD}.items():
     logits = model(PARAMS, attack(PARAMS, (IMAGES, LABELS), 3))
     losses[name] = problem.cross_entropy(logits, LABELS)
-    losses[name + "_wrong"] = np.argmax(logits, axis=1) != np.asarray(LABELS)
-  assert np.mean(losses["apgd"]) >= np.mean(losses["pgd"]) - 1e-6
-  assert losses["apgd_wrong"].sum() >= losses["pgd_wrong"].sum()
+    wrong[name] = np.argmax(logits, axis=1) != np.asarray(LABELS)
+  assert np.all(losses["apgd"] >= losses["pgd"] - 1e-5)
+  assert wrong["apgd"].sum() >= wrong["pgd"].sum()
 
 
 def test_the_key_decides_what_is_drawn():
@@ -146,7 +148,7 @@ def pgd_by_hand(image, label, step_size, num_steps, stop_after=None):
   return image + delta, num_correct
 
 
-@pytest.mark.parametrize("stop_after", [None, 0, 2])
+@pytest.mark.parametrize("stop_after", [None, 1])
 def test_pgd_and_its_early_stop_are_those_of_the_papers(stop_after):
   attack = jaxbo.pgd(model, stop_after=stop_after, random_start=False, **TINY)
   perturbed, info = attack.run(PARAMS, (IMAGES, LABELS))
@@ -191,12 +193,11 @@ def apgd_by_hand(image, start, label, num_steps):
 
 
 def test_apgd_is_that_of_the_paper():
-  num_steps, key = 20, jax.random.key(5)
-  attack = jaxbo.apgd(model, epsilon=EPSILON, num_steps=num_steps)
-  perturbed = attack(PARAMS, (IMAGES, LABELS), jax.random.clone(key))
+  key = jax.random.key(5)
+  perturbed = APGD(PARAMS, (IMAGES, LABELS), jax.random.clone(key))
   start = IMAGES + make_ball("linf", EPSILON, 0.0, 1.0).random(key, IMAGES)
   for i in range(problem.BATCH):
-    expected = apgd_by_hand(np.asarray(IMAGES[i]), start[i], LABELS[i], num_steps)
+    expected = apgd_by_hand(np.asarray(IMAGES[i]), start[i], LABELS[i], 20)
     np.testing.assert_allclose(perturbed[i], expected, atol=1e-5)
 
 
@@ -260,8 +261,6 @@ def test_a_restart_can_only_help():
   one = loss_at(jaxbo.pgd(hills, **options)((), (images, labels), 0))
   many = loss_at(jaxbo.pgd(hills, restarts=8, **options)((), (images, labels), 0))
   assert one.min() < 0 < many.min()
-  many = loss_at(jaxbo.apgd(hills, epsilon=0.1, num_steps=9, restarts=6)((), (images, labels), 1))
-  assert many.min() > loss_at(images).min()
 
 
 def test_random_starts_fill_the_ball():
@@ -275,16 +274,18 @@ def test_random_starts_fill_the_ball():
     assert np.all(np.abs(np.mean(start, axis=0)) < 0.1 * 4 / np.sqrt(4000))
 
 
+FLAT = lambda params, images: jax.lax.stop_gradient(model(params, images))
+FEW, MANY = (jaxbo.square(FLAT, epsilon=EPSILON, num_queries=n) for n in (1, 200))
+
+
 def test_square_needs_no_gradient_and_improves_with_its_queries():
-  flat = lambda params, images: jax.lax.stop_gradient(model(params, images))
-  batch, before = (IMAGES, LABELS), -np.inf
-  for num_queries in (1, 40, 300):
-    attack = jaxbo.square(flat, epsilon=EPSILON, num_queries=num_queries)
-    perturbed, info = attack.run(PARAMS, batch, 0)
-    margins = np.asarray(jaxbo.margin_loss(model(PARAMS, perturbed), LABELS))
-    assert margins.mean() > before
-    before = margins.mean()
-    assert np.all(info.num_correct <= num_queries + 1)
+  margins = []
+  for attack in (FEW, MANY):
+    perturbed, info = attack.run(PARAMS, (IMAGES, LABELS), 0)
+    margins.append(np.asarray(jaxbo.margin_loss(model(PARAMS, perturbed), LABELS)))
+  assert np.mean(margins[1]) > np.mean(margins[0]) + 0.1
+  assert np.all(margins[1] >= margins[0])
+  assert np.max(info.num_correct) == 201
   # Every pixel is at a wall of its box.
   low, high = np.maximum(IMAGES - EPSILON, 0), np.minimum(IMAGES + EPSILON, 1)
   at_wall = np.isclose(perturbed, low, atol=1e-6) | np.isclose(perturbed, high, atol=1e-6)
@@ -293,8 +294,8 @@ def test_square_needs_no_gradient_and_improves_with_its_queries():
 
 def test_square_leaves_alone_what_is_misclassified():
   wrong = (LABELS + 1) % problem.CLASSES
-  short, info = jaxbo.square(model, epsilon=1e-3, num_queries=1).run(PARAMS, (IMAGES, wrong), 0)
-  long, _ = jaxbo.square(model, epsilon=1e-3, num_queries=9).run(PARAMS, (IMAGES, wrong), 0)
+  short, info = FEW.run(PARAMS, (IMAGES, wrong), 0)
+  long, _ = MANY.run(PARAMS, (IMAGES, wrong), 0)
   still = np.asarray(info.num_correct == 0)
   assert still.sum() > 3
   np.testing.assert_array_equal(short[still], long[still])
@@ -316,7 +317,7 @@ def test_a_square_is_one_square_of_the_asked_area():
 
 
 def test_targets_are_the_likeliest_other_classes():
-  """Where only the third class can be reached, two targets are too few."""
+  """Where only the third class can be reached, the third target finds it."""
 
   def steps(params, images):
     x = images[:, 0]
@@ -324,9 +325,7 @@ def test_targets_are_the_likeliest_other_classes():
 
   batch = jnp.full((1, 1), 0.05), jnp.zeros(1, jnp.int32)
   options = {"epsilon": 0.15, "num_steps": 12, "objective": "targeted_dlr", "low": -1.0}
-  is_wrong = lambda x: bool(jnp.argmax(steps((), x)) != 0)
-  assert is_wrong(jaxbo.apgd(steps, num_targets=3, **options)((), batch, 0))
-  assert is_wrong(jaxbo.apgd(steps, num_targets=9, **options)((), batch, 0))
+  attack = jaxbo.apgd(steps, num_targets=3, **options)
   # Towards the first two classes, down the slope, nothing is found but by the start.
-  found = [is_wrong(jaxbo.apgd(steps, num_targets=2, **options)((), batch, s)) for s in range(4)]
-  assert not all(found)
+  for seed in range(4):
+    assert jnp.argmax(steps((), attack((), batch, seed))) == 3
