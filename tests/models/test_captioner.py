@@ -370,7 +370,9 @@ def test_scheduled_sampling_reads_given_words_at_rate_0_and_its_own_at_rate_1():
   def run(rate, key):
     return model.apply(*arguments, sampling_rate=rate, rngs={"sampling": key}).logits
 
-  np.testing.assert_allclose(run(0.0, jax.random.key(0)), apply(*arguments).logits, rtol=1e-4, atol=0.1)
+  np.testing.assert_allclose(
+    run(0.0, jax.random.key(0)), apply(*arguments).logits, rtol=1e-4, atol=0.1
+  )
   logits = run(1.0, jax.random.key(0))
   drawn = np.concatenate([TOKENS[:, :1], np.argmax(logits, -1)[:, :-1]], axis=1)
   assert (drawn != TOKENS).mean() > 0.5
