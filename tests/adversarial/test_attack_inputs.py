@@ -101,6 +101,10 @@ def test_under_jit_images_are_clipped_and_unknown_labels_left_alone():
   np.testing.assert_array_equal(perturbed[3:5], IMAGES[3:5])
   assert np.flatnonzero(info.not_finite).tolist() == [3, 4]
   assert info.num_not_finite == 2
+  # An objective that does not look at labels knows them no better.
+  moved = jaxbo.pgd(model, objective="kl", random_start=0.001, **TINY)
+  info = jax.jit(lambda labels: moved.run(PARAMS, (IMAGES, labels), 0)[1])(LABELS.at[3].set(99))
+  assert np.flatnonzero(info.not_finite).tolist() == [3]
   others, expected = np.array([0, 1, 2, 5, 6, 7]), run(IMAGES, LABELS)[0]
   np.testing.assert_array_equal(perturbed[others], expected[others])
 
