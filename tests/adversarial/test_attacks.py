@@ -11,7 +11,7 @@ import pytest
 from hypothesis.extra import numpy as hnp
 
 import jaxbo
-from jaxbo.adversarial.apgd import intervals
+from jaxbo.adversarial.apgd import _check_point, _start, intervals
 from jaxbo.adversarial.attack import Found, best, difference_of_logits_ratio, targeted_dlr
 from jaxbo.adversarial.box import make_ball
 from jaxbo.adversarial.losses import kl_divergence
@@ -233,6 +233,29 @@ def test_checkpoints_are_those_of_autoattack():
   assert (np.flatnonzero(lengths) + 1).tolist() == [22, 41, 57, 70, 80, 87, 93, 99]
   assert lengths[lengths > 0].tolist() == [22, 19, 16, 13, 10, 7, 6, 6]
   assert intervals(1).tolist() == [1]
+
+
+def test_a_step_is_halved_where_few_steps_climb_or_nothing_improves():
+  """Three of four climb but in the first; the best value has changed in the first two alone."""
+  one = lambda *values: jnp.array(values, jnp.float32)
+  places, zeros = jnp.zeros((4, 2)), jnp.zeros(4)
+  carry = _start(places, (places, zeros, zeros > 0, zeros > 0), 0.5)._replace(
+    best_delta=places + 1,
+    best_value=one(3, 3, 2, 2),
+    checkpoint_value=one(1, 1, 2, 2),
+    num_climbs=jnp.array([3, 4, 4, 4]),
+    halved=jnp.array([False, False, False, True]),
+  )
+  after = _check_point(carry, jnp.int32(4))
+  assert (after.step_size / carry.step_size).tolist() == [0.5, 1, 0.5, 1]
+  assert after.halved.tolist() == [True, False, True, False]
+  assert after.delta[:, 0].tolist() == [1, 0, 1, 0]
+  assert after.value.tolist() == [3, 0, 2, 0]
+  assert after.num_climbs.tolist() == [0, 0, 0, 0]
+  assert after.checkpoint_value.tolist() == [3, 3, 2, 2]
+  between = _check_point(carry, jnp.int32(0))
+  for mine, theirs in zip(between, carry, strict=True):
+    np.testing.assert_array_equal(mine, theirs)
 
 
 def test_plain_and_adam_steps_are_those_of_optax():
