@@ -99,7 +99,7 @@ def make_attack(
     params, images = jax.lax.stop_gradient((params, _tree.at_least_float32(images)))
     forward = lambda x: _tree.at_least_float32(model(params, x))
     found = find(forward, jnp.clip(images, low, high), labels, key)
-    return jax.lax.stop_gradient(found.perturbed), found.info
+    return found.perturbed, found.info
 
   def run(params, batch, key=None):
     images, labels = check_batch(batch, low, high)
