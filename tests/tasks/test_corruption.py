@@ -38,11 +38,20 @@ def test_the_last_count_of_a_whole_quotient_is_exact(largest):
 
 @pytest.mark.parametrize(
   "rare, counts",
-  [(0.5, [60, 60, 3, 3]), (0.25, [60, 60, 60, 3]), (0.7, [60, 60, 3, 3]), (0.0, [60] * 4), (1, [3] * 4)],
-)  # fmt: skip
+  [
+    (0.5, [60, 60, 3, 3]),
+    (0.25, [60, 60, 60, 3]),
+    (0.7, [60, 60, 3, 3]),
+    (0.0, [60, 60, 60, 60]),
+    (1, [3, 3, 3, 3]),
+  ],
+)
 def test_step_imbalanced_counts_have_two_values(rare, counts):
   assert tasks.step_imbalanced_counts(4, 60, 20, rare).tolist() == counts
-  assert tasks.step_imbalanced_counts(4, 61, 20, rare).tolist()[-1] in (3, 61)
+
+
+def test_a_step_that_is_no_whole_quotient_is_rounded_down():
+  assert tasks.step_imbalanced_counts(2, 79, 20).tolist() == [79, 3]
 
 
 LABELS = np.random.default_rng(0).integers(0, 4, 200)
