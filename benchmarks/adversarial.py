@@ -1,8 +1,8 @@
 """Adversarial training: what one step of every method costs beside plain adversarial training.
 
-  PYTHONPATH=.:models python3 -m benchmarks.adversarial                 (CPUMINUTES minutes on 2 cores)
-  ... --save benchmarks/results/adversarial_cpu                         (writes .md and .json as well)
-  ... --preset resnet18 --save benchmarks/results/adversarial_gpu       (PreAct ResNet-18, for a GPU)
+  PYTHONPATH=.:models python3 -m benchmarks.adversarial                (CPUMINUTES on 2 cores)
+  ... --save benchmarks/results/adversarial_cpu                       (writes .md and .json as well)
+  ... --preset resnet18 --save benchmarks/results/adversarial_gpu      (for a GPU)
 
 A step attacks a batch of random images in K steps, takes the weighted gradient of the losses, and
 one of SGD with momentum. *By hand* is the limit: K gradients in the images and one in the

@@ -18,7 +18,7 @@ worst case is for.
   python -m scripts.adversarial_training                     MINUTES minutes on 2 CPU cores
   python -m scripts.adversarial_training --tune              one rate at a time, on validation data
   python -m scripts.adversarial_training --dataset cifar10   after a download by TFDS
-  ... --resume                                               goes on bit for bit where it was stopped
+  ... --resume                                               goes on bit for bit
 
 Batches are divided among all devices.
 """

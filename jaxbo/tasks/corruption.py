@@ -1,5 +1,6 @@
 """Imbalanced versions of labelled data: how many examples each class keeps, and which."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from jaxbo import _check, _random
 _ROUNDING = 1 + 1e-12
 
 
-def long_tailed_counts(num_classes: int, largest: int, ratio: float) -> np.ndarray:
+def long_tailed_counts(num_classes: int, largest: int, ratio: float | int) -> np.ndarray:
   r"""How many examples each class of a long-tailed data set has, falling exponentially.
 
   .. math:: n_c = \lfloor n_0 \, \rho^{-c / (C - 1)} \rfloor, \qquad c = 0, \dots, C - 1
@@ -47,7 +48,7 @@ def long_tailed_counts(num_classes: int, largest: int, ratio: float) -> np.ndarr
 
 
 def step_imbalanced_counts(
-  num_classes: int, largest: int, ratio: float, rare: float = 0.5
+  num_classes: int, largest: int, ratio: float | int, rare: float | int = 0.5
 ) -> np.ndarray:
   r"""How many examples each class has if some are rare, all of them equally.
 
@@ -79,7 +80,7 @@ def step_imbalanced_counts(
   """
   num_classes, largest = _check_counts(num_classes, largest, ratio)
   _check.within("rare", rare, 0, 1)
-  num_rare = int(_floor(np.asarray(rare * num_classes)))
+  num_rare = math.floor(rare * num_classes * _ROUNDING)
   is_rare = np.arange(num_classes) >= num_classes - num_rare
   return _floor(np.where(is_rare, largest / ratio, largest))
 
@@ -137,7 +138,7 @@ def imbalanced_subset(key: Any, labels: Any, counts: Sequence[int] | np.ndarray)
   return by_class[jnp.minimum(chosen, labels.size - 1)].astype(jnp.int32)
 
 
-def _check_counts(num_classes: int, largest: int, ratio: float) -> tuple[int, int]:
+def _check_counts(num_classes: int, largest: int, ratio: float | int) -> tuple[int, int]:
   num_classes = _check.positive_int("num_classes", num_classes)
   largest = _check.positive_int("largest", largest)
   _check.within("ratio", ratio, 1, largest)

@@ -36,12 +36,12 @@ class PreActResNet18(nn.Module):
   Adversarial training wants running statistics, or the attack on an example can use the others:
   ``PreActResNet18(batch_stats="running")``.
 
-  >>> model = PreActResNet18(widths=(4, 4, 8, 8), batch_stats="running")
-  >>> images = jnp.ones((2, 8, 8, 3))
-  >>> variables = model.init(jax.random.key(0), images)
+  >>> model = PreActResNet18(batch_stats="running")
+  >>> variables = jax.eval_shape(model.init, jax.random.key(0), images)
   >>> sorted(variables)
   ['batch_stats', 'params']
-  >>> logits, moved = model.apply(variables, images, train=True, mutable=["batch_stats"])
+  >>> step = lambda v, x: model.apply(v, x, train=True, mutable=["batch_stats"])
+  >>> logits, moved = jax.eval_shape(step, variables, images)
 
   Source: He, Zhang, Ren and Sun, *Identity mappings in deep residual networks*
   (https://arxiv.org/abs/1603.05027), with the widths of ResNet-18 and without its first halvings,

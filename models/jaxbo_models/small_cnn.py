@@ -19,9 +19,9 @@ class SmallCNN(nn.Module):
   depend on others.
 
   >>> model = SmallCNN()
-  >>> images = jnp.ones((5, 28, 28, 1))
-  >>> variables = model.init(jax.random.key(0), images)
-  >>> model.apply(variables, images).shape
+  >>> images = jax.ShapeDtypeStruct((5, 28, 28, 1), jnp.float32)
+  >>> variables = jax.eval_shape(model.init, jax.random.key(0), images)
+  >>> jax.eval_shape(model.apply, variables, images).shape
   (5, 10)
   >>> sum(leaf.size for leaf in jax.tree.leaves(variables))
   166406

@@ -28,7 +28,7 @@ class Config:
   methods: tuple[str, ...] = tuple(METHODS)
   """Which methods."""
   seeds: int = 3
-  """How many seeds; each draws images, parameters, batches and attacks, the same for all methods."""
+  """How many; each draws images, parameters, batches and attacks, the same for all methods."""
   first_seed: int = 0
   """The first of them."""
   largest: int = 1200
@@ -57,8 +57,12 @@ class Config:
   """Images of each class for the report."""
   test_steps: int = 20
   """Steps of PGD for the report."""
-  worst_steps: int = 40
+  worst_steps: int = 20
   """Steps of each APGD for the report."""
+  num_targets: int = 3
+  """How many classes the targeted APGD aims at, one after the other."""
+  test_batch_size: int = 500
+  """Images that are attacked at once for the report."""
   rates: Rates = dataclasses.field(default_factory=Rates)
   """What the methods take."""
   tune: bool = False

@@ -16,8 +16,8 @@ SETS = {
   STEP: "step-imbalanced",
 }
 _SUBSET = (
-  "It is not in the catalogue of tensorflow-datasets: the first 4,000 images of CIFAR-10's training "
-  "set, 3,000 in the\nsplit train and 1,000 in test, with the features image and label. "
+  "It is not in the catalogue of tensorflow-datasets: the first 4,000 images of CIFAR-10's "
+  "training set, 3,000 in the\nsplit train and 1,000 in test, with the features image and label. "
   "tfds.dataset_builders.store_as_tfds_dataset writes\nsuch a folder. The whole set is "
   "--dataset cifar10."
 )

@@ -1,10 +1,7 @@
 """What runs of adversarial training say: numbers of a run, and tables of all."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
-
-import numpy as np
 
 from scripts.common import report
 
@@ -19,43 +16,6 @@ COLUMNS = {
   "worst_class": "worst class",
   "seconds_per_epoch": "s / epoch",
 }
-TAIL = 0.3
-
-
-def tail_accuracy(per_class: np.ndarray, share: float = TAIL) -> float:
-  """The mean over the worst ``ceil(share * classes)`` classes: RA-Tail-k."""
-  number = math.ceil(share * len(per_class) - 1e-9)
-  return float(np.sort(per_class)[:number].mean())
-
-
-def per_class(correct: np.ndarray, labels: np.ndarray, num_classes: int) -> np.ndarray:
-  """The share of each class that is correct."""
-  return np.array([correct[labels == label].mean() for label in range(num_classes)])
-
-
-def of_test(
-  clean: np.ndarray, pgd: np.ndarray, worst: np.ndarray, labels: np.ndarray, names: Sequence[str]
-) -> Row:
-  """Accuracies in percent; tail and worst class are of the worst case over attacks.
-
-  Args:
-    clean: which images are named correctly, ``[n]``.
-    pgd: which still are under PGD.
-    worst: which still are under every attack.
-    labels: ``[n]``.
-    names: of the classes.
-  """
-  robust = 100 * per_class(worst, labels, len(names))
-  of_pgd = 100 * per_class(pgd, labels, len(names))
-  return {
-    "clean": 100 * float(clean.mean()),
-    "pgd": 100 * float(pgd.mean()),
-    "worst": 100 * float(worst.mean()),
-    "tail": tail_accuracy(robust),
-    "worst_class": float(robust.min()),
-    "tail_pgd": tail_accuracy(of_pgd),
-    **{f"robust/{name}": float(value) for name, value in zip(names, robust, strict=True)},
-  }
 
 
 def runs_of(rows: Sequence[Row], kind: str) -> dict[str, list[Row]]:
@@ -83,7 +43,9 @@ def differences(rows: Sequence[Row], kind: str, method: str, base: str, name: st
   """A number of a method minus that of ``base``, for each seed that has both."""
   runs = runs_of(rows, kind)
   of_base = {row["seed"]: row[name] for row in runs.get(base, [])}
-  return [row[name] - of_base[row["seed"]] for row in runs.get(method, []) if row["seed"] in of_base]
+  return [
+    row[name] - of_base[row["seed"]] for row in runs.get(method, []) if row["seed"] in of_base
+  ]
 
 
 def difference_table(

@@ -59,7 +59,7 @@ class Runner:
       lambda key: model.init(key, jnp.zeros(shape)), out_shardings=self._devices.everywhere
     )
     self.model: Any = model.apply
-    self.evaluator = Evaluator(self.model, config, self._devices)
+    self.evaluator = Evaluator(self.model, config)
     self._programs: dict[Any, Program] = {}
     total = config.seeds * len(config.sets) * len(config.methods) * config.epochs
     self._bar = progress.add_task("", total=total, loss="")
@@ -134,9 +134,7 @@ def checkpoint_folder(config: Config, kind: str, method: str, seed: int) -> Path
 def lines_to_keep(config: Config, lines: list[Row]) -> list[Row]:
   """The lines of an earlier run up to the checkpoints that it goes on from."""
   of_run = lambda line: (line["set"], line["method"], line["seed"])
-  done = {
-    run: lm_train.latest_step(checkpoint_folder(config, *run)) for run in map(of_run, lines)
-  }
+  done = {run: lm_train.latest_step(checkpoint_folder(config, *run)) for run in map(of_run, lines)}
   return [line for line in lines if line["epoch"] <= done[of_run(line)]]
 
 
@@ -147,3 +145,11 @@ def counts_of_sets(config: Config, data: AdversarialData) -> dict[str, np.ndarra
     kind: adv_data.counts_of(kind, num_classes, config.largest, config.ratio)
     for kind in config.sets
   }
+
+
+def first_rows(config: Config, data: AdversarialData, number: int) -> np.ndarray:
+  """So many rows of the last training set of the first seed, in random order."""
+  rows = adv_data.training_rows(
+    data, config.sets[-1], config.largest, config.ratio, config.first_seed
+  )
+  return np.random.default_rng(0).permutation(rows)[:number]

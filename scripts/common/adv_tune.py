@@ -81,9 +81,7 @@ def table(rows: list[Row], kind: str) -> tuple[list[str], list[list[str]]]:
   return ["method", *COLUMNS.values()], cells
 
 
-def _train(
-  runner: Runner, kind: str, method: str, seed: int, config: Config, changed: str
-) -> Any:
+def _train(runner: Runner, kind: str, method: str, seed: int, config: Config, changed: str) -> Any:
   trainer = runner.trainer(kind, method, seed, config, changed)
   for _ in trainer.fit(0, config.epochs):
     pass

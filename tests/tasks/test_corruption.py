@@ -30,10 +30,10 @@ def test_the_long_tailed_cifar_sets_have_the_sizes_of_the_literature():
   assert tasks.long_tailed_counts(100, 500, 100).sum() == 10_847
 
 
-@pytest.mark.parametrize("largest", range(3, 300, 7))
-def test_the_last_count_of_a_whole_quotient_is_exact(largest):
-  for divisor in (d for d in range(1, largest + 1) if largest % d == 0):
-    assert tasks.long_tailed_counts(10, largest, divisor)[-1] == largest // divisor
+def test_the_last_count_of_a_whole_quotient_is_exact():
+  for largest in range(3, 300, 7):
+    for divisor in (d for d in range(1, largest + 1) if largest % d == 0):
+      assert tasks.long_tailed_counts(10, largest, divisor)[-1] == largest // divisor
 
 
 @pytest.mark.parametrize(
