@@ -46,15 +46,37 @@ optimizer.
 :func:`top_k`, :func:`doro`, :func:`lin_upper`, :func:`quadratic`, :func:`extremes`,
 :func:`uniform`, :func:`compositional`; :func:`streaming_grad` and :func:`robust_value`.
 
+**Adversarial training**: attacks :func:`pgd`, :func:`fgsm`, :func:`apgd`, :func:`square`;
+:func:`done_grad` and :func:`fast_bat_grad`, gradients through the attack; losses
+:func:`trades_loss`, :func:`mart_loss`; weights :func:`gairat`, :func:`mail`, :func:`wat`;
+:func:`evaluate_robustness` with :func:`standard_attacks`.
+
 **Whole methods**: :func:`esj`, :func:`itd`, :func:`aid`, :func:`stocbio`, and the loop
 :func:`bilevel`; :func:`pdbo`, :func:`proximal_pdbo`, :func:`bome`, :func:`v_pbgd`, :func:`f2sa`;
 :func:`sobow`, :func:`oagd`, :func:`ogd`, :func:`sogd`; :func:`leeds`, and beside it
 :func:`fine_tuning`, :func:`frozen_maml`, :func:`train_from_scratch`, :func:`meta_ogd`,
 :func:`c_maml` with :func:`modulate_by_loss`, :func:`bayesian_gradient_descent`; :func:`ir_dro`,
-:func:`group_dro`, :func:`cvar_dro`, :func:`chi2_dro`, :func:`term`.
+:func:`group_dro`, :func:`cvar_dro`, :func:`chi2_dro`, :func:`term`; :func:`done`.
 """
 
 from jaxbo import tasks as tasks
+from jaxbo.adversarial.apgd import apgd
+from jaxbo.adversarial.attack import Attack, AttackInfo
+from jaxbo.adversarial.class_metrics import class_accuracy, tail_accuracy
+from jaxbo.adversarial.done import done, done_grad
+from jaxbo.adversarial.evaluate import RobustnessReport, evaluate_robustness, standard_attacks
+from jaxbo.adversarial.fast_bat import fast_bat_grad
+from jaxbo.adversarial.implicit import DoneInfo
+from jaxbo.adversarial.losses import (
+  cross_entropy_loss,
+  margin_loss,
+  mart_loss,
+  probabilistic_margin,
+  trades_loss,
+)
+from jaxbo.adversarial.pgd import fgsm, pgd
+from jaxbo.adversarial.square import square
+from jaxbo.adversarial.weightings import WatState, gairat, mail, wat
 from jaxbo.bilevel.driver import BilevelInfo, BilevelState, bilevel
 from jaxbo.bilevel.dynamic_barrier import (
   DynamicBarrierInfo,
@@ -179,6 +201,8 @@ from jaxbo.online.window import Window, WindowAverageInfo, WindowAverageState, w
 
 __all__ = [
   "Accumulated",
+  "Attack",
+  "AttackInfo",
   "BatchAverageInfo",
   "BatchAverageState",
   "BgdInfo",
@@ -192,6 +216,7 @@ __all__ = [
   "Detection",
   "Detector",
   "DetectorState",
+  "DoneInfo",
   "DropInfo",
   "DropResponseState",
   "DynamicBarrierInfo",
@@ -230,6 +255,7 @@ __all__ = [
   "ProximalState",
   "QuantileThresholdState",
   "ReweightState",
+  "RobustnessReport",
   "RunningRangeState",
   "Scores",
   "TargetEss",
@@ -243,6 +269,7 @@ __all__ = [
   "UnrolledResponseState",
   "ValuePenaltyInfo",
   "ValuePenaltyState",
+  "WatState",
   "WeightInfo",
   "Weighting",
   "Window",
@@ -257,6 +284,7 @@ __all__ = [
   "add_unrolled_response",
   "add_value_function_penalty",
   "aid",
+  "apgd",
   "average_over_batches",
   "bayesian_gradient_descent",
   "bilevel",
@@ -266,21 +294,29 @@ __all__ = [
   "chi2_dro",
   "chi_square",
   "chi_square_ball",
+  "class_accuracy",
   "compositional",
   "conjugate_gradient",
+  "cross_entropy_loss",
   "cvar",
   "cvar_dro",
+  "done",
+  "done_grad",
   "doro",
   "drop_response",
   "energy_score",
   "entropy_score",
   "esj",
+  "evaluate_robustness",
   "extremes",
   "f2sa",
+  "fast_bat_grad",
+  "fgsm",
   "fine_tuning",
   "fixed_point",
   "fixed_threshold",
   "frozen_maml",
+  "gairat",
   "gate_by_detection",
   "group",
   "group_dro",
@@ -293,6 +329,9 @@ __all__ = [
   "leeds",
   "lin_upper",
   "local_regret",
+  "mail",
+  "margin_loss",
+  "mart_loss",
   "max_softmax_score",
   "meta_ogd",
   "mid_rank",
@@ -308,6 +347,8 @@ __all__ = [
   "path_length",
   "pdbo",
   "per_example_grad",
+  "pgd",
+  "probabilistic_margin",
   "project",
   "project_params",
   "proximal_pdbo",
@@ -321,16 +362,21 @@ __all__ = [
   "shaped",
   "sobow",
   "sogd",
+  "square",
+  "standard_attacks",
   "stocbio",
   "streaming_grad",
+  "tail_accuracy",
   "target_ess",
   "term",
   "threshold_detector",
   "tilted",
   "top_k",
+  "trades_loss",
   "train_from_scratch",
   "uniform",
   "v_pbgd",
+  "wat",
   "window_average",
 ]
 

@@ -466,5 +466,6 @@ REGISTRY = [
   Entry("group_dro", robust(lambda: jaxbo.group_dro(0.1, 2, 0.1), 1.0)),
   Entry("cvar_dro", robust(lambda: jaxbo.cvar_dro(0.1, 0.7), 1.0)),
   Entry("chi2_dro", robust(lambda: jaxbo.chi2_dro(0.1, 0.5), 1.0)),
+  Entry("done", robust(lambda: jaxbo.done(0.1, 0.5, rate=0.3), 1.0)),
   Entry("term", robust(lambda: jaxbo.term(0.1, optax.linear_schedule(0.0, -2.0, 4)), 1.0, True)),
 ]

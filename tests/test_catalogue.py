@@ -34,6 +34,7 @@ ALIASES = {
   "group_dro",
   "cvar_dro",
   "chi2_dro",
+  "done",
   "term",
 }
 # Other options of what is an entry already.

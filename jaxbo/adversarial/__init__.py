@@ -1,0 +1,1 @@
+"""Adversarial training: attacks, gradients through them, losses, weights, and evaluation."""

@@ -1,0 +1,241 @@
+"""Auto-PGD: ascent with momentum whose step sizes need no tuning."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxbo import _check
+from jaxbo.adversarial import attack as attacks
+from jaxbo.adversarial.attack import Attack, AttackInfo, Found, Objective, make_attack
+from jaxbo.adversarial.box import along, make_ball
+from jaxbo.adversarial.losses import label_logits
+
+_MOMENTUM = 0.75
+_SUCCESS = 0.75  # No larger share of steps that climbed: then steps are halved.
+
+
+class _Climb(NamedTuple):
+  """The carry; ``[batch]`` or shaped like the images."""
+
+  delta: jax.Array
+  before: jax.Array  # delta, one step earlier
+  ascent: jax.Array  # the gradient at delta
+  value: jax.Array
+  best_delta: jax.Array
+  best_ascent: jax.Array
+  best_value: jax.Array
+  adversarial: jax.Array  # the misclassified perturbation of the largest objective
+  adversarial_value: jax.Array  # minus infinity: none yet
+  step_size: jax.Array
+  num_climbs: jax.Array  # since the last checkpoint
+  halved: jax.Array  # at the last checkpoint
+  checkpoint_value: jax.Array  # best_value at the last checkpoint
+  num_correct: jax.Array
+  not_finite: jax.Array
+
+
+def apgd(
+  model: Callable[..., jax.Array],
+  *,
+  epsilon: float | jax.Array,
+  num_steps: int = 100,
+  norm: str = "linf",
+  low: float = 0.0,
+  high: float = 1.0,
+  objective: str | Objective = "cross_entropy",
+  num_targets: int = 9,
+  restarts: int = 1,
+) -> Attack:
+  r"""Auto-PGD: gradient ascent with momentum and step sizes that are found for each example.
+
+  .. math::
+    z^{k+1} = \Pi(\delta^k + \eta\, d(\nabla \ell')), \qquad
+    \delta^{k+1} = \Pi\big(\delta^k + \tfrac34 (z^{k+1} - \delta^k)
+      + \tfrac14 (\delta^k - \delta^{k-1})\big)
+
+  The step :math:`\eta` starts at :math:`2 \epsilon`. At checkpoints, after 22 % of the steps and
+  then at intervals that shrink from 19 % to 6 %, it is halved, and the example goes back to its
+  best point, if no more than three in four steps climbed, or if neither the step nor the best value
+  has changed since the checkpoint before. With the objectives ``"cross_entropy"`` and
+  ``"targeted_dlr"`` these are two of the four attacks of AutoAttack.
+
+  Cost: ``num_steps + 1`` forward and backward passes without gradients of the parameters; as many
+  times that as there are targets, one target after the other.
+
+  Args:
+    model: as in :func:`pgd`.
+    epsilon: as in :func:`pgd`.
+    num_steps: the number of steps, at least 1.
+    norm: ``"linf"`` or ``"l2"``.
+    low: as in :func:`pgd`.
+    high: as in :func:`pgd`.
+    objective: as in :func:`pgd`, or ``"targeted_dlr"``: towards each of the classes that are
+      likeliest on the clean image. ``"dlr"`` needs three classes, ``"targeted_dlr"`` four.
+    num_targets: how many targets; all other classes if there are fewer.
+    restarts: as in :func:`pgd`; with targets, of each.
+
+  Returns:
+    An :class:`Attack`, which always starts at random. For each example it gives the misclassified
+    point of the largest objective that it met, or else the point of the largest objective.
+
+  Raises:
+    ValueError: if an argument is outside its range.
+
+  Example:
+    >>> import jax.numpy as jnp, jaxbo
+    >>> def model(params, images):
+    ...   return jnp.concatenate([images, -images], axis=1) * params
+    >>> attack = jaxbo.apgd(model, epsilon=0.25, num_steps=5)
+    >>> attack(jnp.float32(2.0), (jnp.array([[0.5]]), jnp.array([0])), key=0).tolist()
+    [[0.25]]
+
+  References:
+    Croce and Hein, `Reliable Evaluation of Adversarial Robustness with an Ensemble of Diverse
+    Parameter-free Attacks <https://arxiv.org/abs/2003.01690>`_, 2020.
+  """
+  ball = make_ball(norm, epsilon, low, high)
+  num_steps = _check.positive_int("num_steps", num_steps)
+  num_targets = _check.positive_int("num_targets", num_targets)
+  restarts = _check.positive_int("restarts", restarts)
+  targeted = objective == "targeted_dlr"
+  value_of, min_classes = (None, 4) if targeted else attacks.find_objective(objective)
+  lengths = jnp.asarray(intervals(num_steps), jnp.int32)
+
+  def climb(forward, images, labels, clean, value_of, key):
+    evaluate = lambda delta: attacks.gradient(forward, value_of, images + delta, labels, clean)
+    delta = ball.random(key, images)
+    first = _start(delta, evaluate(delta), epsilon)
+    first = attacks.vary_alike(first, first, clean, images, labels)
+
+    def step(carry, k_and_length):
+      k, length = k_and_length
+      each = lambda values: along(values, carry.delta)
+      move = each(carry.step_size) * ball.steepest(carry.ascent)
+      aim = ball.project(carry.delta + move, images)
+      share = jnp.where(k == 0, 1, _MOMENTUM).astype(images.dtype)
+      mixed = carry.delta + share * (aim - carry.delta) + (1 - share) * (carry.delta - carry.before)
+      delta = ball.project(mixed, images)
+      carry = _visit(carry, delta, evaluate(delta))
+      return _check_point(carry, length), None
+
+    last, _ = jax.lax.scan(step, first, (jnp.arange(num_steps), lengths))
+    wrong = last.adversarial_value > -jnp.inf
+    delta = jnp.where(along(wrong, images), last.adversarial, last.best_delta)
+    values = jnp.where(wrong, last.adversarial_value, last.best_value)
+    info = AttackInfo(last.num_correct, last.not_finite)
+    return Found(jnp.clip(images + delta, low, high), values, wrong, info)
+
+  def find_for(forward, images, labels, clean, value_of, key):
+    run = lambda key: climb(forward, images, labels, clean, value_of, key)
+    if restarts == 1:
+      return run(key)
+    return attacks.best(jax.vmap(run)(jax.random.split(key, restarts)))
+
+  def find(forward, images, labels, key):
+    clean = forward(images)
+    if value_of is not None:
+      return find_for(forward, images, labels, clean, value_of, key)
+    # The label's own class comes last, so that it is no target.
+    is_label = labels[:, None] == jnp.arange(clean.shape[1], dtype=labels.dtype)[None]
+    ranked = jax.lax.top_k(jnp.where(is_label, -jnp.inf, clean), clean.shape[1])[1]
+    count = min(num_targets, clean.shape[1] - 1)
+
+    def towards(target_and_key):
+      target, key = target_and_key
+
+      def toward_target(logits, labels, clean_logits):
+        return attacks.targeted_dlr(logits, labels, target)
+
+      found = find_for(forward, images, labels, clean, toward_target, key)
+      # Objectives of different targets do not compare; margins do.
+      logits = forward(found.perturbed)
+      margins = jnp.max(jnp.where(is_label, -jnp.inf, logits), axis=-1)
+      return found._replace(values=margins - label_logits(logits, labels))
+
+    targets = jnp.swapaxes(ranked[:, :count], 0, 1)
+    return attacks.best(jax.lax.map(towards, (targets, jax.random.split(key, count))))
+
+  return make_attack(model, find, low, high, min_classes=min_classes)
+
+
+def intervals(num_steps: int) -> np.ndarray:
+  """How many steps ago the last checkpoint was, at those steps after which there is one; else 0."""
+  lengths = np.zeros(num_steps, np.int32)
+  length, smallest = max(int(0.22 * num_steps), 1), max(int(0.06 * num_steps), 1)
+  shrink = max(int(0.03 * num_steps), 1)
+  end = length
+  while end <= num_steps:
+    lengths[end - 1] = length
+    length = max(length - shrink, smallest)
+    end += length
+  return lengths
+
+
+def _start(delta: jax.Array, seen: Any, epsilon: Any) -> _Climb:
+  ascent, value, wrong, bad = seen
+  value = jnp.where(bad, -jnp.inf, value)
+  found = jnp.where(wrong & ~bad, value, -jnp.inf)
+  count = jnp.zeros(value.shape, jnp.int32)
+  return _Climb(
+    delta=delta,
+    before=delta,
+    ascent=ascent,
+    value=value,
+    best_delta=delta,
+    best_ascent=ascent,
+    best_value=value,
+    adversarial=delta,
+    adversarial_value=found,
+    step_size=jnp.full(value.shape, 2 * epsilon, delta.dtype),
+    num_climbs=count,
+    halved=jnp.ones(value.shape, bool),  # so that the first checkpoint asks for climbs alone
+    checkpoint_value=value,
+    num_correct=count + ~wrong,
+    not_finite=bad,
+  )
+
+
+def _visit(carry: _Climb, delta: jax.Array, seen: Any) -> _Climb:
+  """Goes to ``delta``, unless the numbers there are not finite, and keeps what is best."""
+  ascent, value, wrong, bad = seen
+  each = lambda values: along(values, delta)
+  delta = jnp.where(each(bad), carry.delta, delta)
+  ascent = jnp.where(each(bad), carry.ascent, ascent)
+  value = jnp.where(bad, carry.value, value)
+  better = value > carry.best_value
+  found = wrong & ~bad & (value > carry.adversarial_value)
+  return carry._replace(
+    delta=delta,
+    before=carry.delta,
+    ascent=ascent,
+    value=value,
+    best_delta=jnp.where(each(better), delta, carry.best_delta),
+    best_ascent=jnp.where(each(better), ascent, carry.best_ascent),
+    best_value=jnp.where(better, value, carry.best_value),
+    adversarial=jnp.where(each(found), delta, carry.adversarial),
+    adversarial_value=jnp.where(found, value, carry.adversarial_value),
+    num_climbs=carry.num_climbs + (value > carry.value),
+    num_correct=carry.num_correct + ~wrong,
+    not_finite=carry.not_finite | bad,
+  )
+
+
+def _check_point(carry: _Climb, length: jax.Array) -> _Climb:
+  """Halves the steps of examples that do not get on, and takes them back to their best point."""
+  few = carry.num_climbs <= _SUCCESS * length
+  stuck = ~carry.halved & (carry.best_value <= carry.checkpoint_value)
+  here = length > 0
+  halve = here & (few | stuck)
+  each = lambda values: along(values, carry.delta)
+  return carry._replace(
+    delta=jnp.where(each(halve), carry.best_delta, carry.delta),
+    ascent=jnp.where(each(halve), carry.best_ascent, carry.ascent),
+    value=jnp.where(halve, carry.best_value, carry.value),
+    step_size=jnp.where(halve, carry.step_size / 2, carry.step_size),
+    num_climbs=jnp.where(here, 0, carry.num_climbs),
+    halved=jnp.where(here, halve, carry.halved),
+    checkpoint_value=jnp.where(here, carry.best_value, carry.checkpoint_value),
+  )

@@ -1,0 +1,259 @@
+"""What all attacks share: their type, their objectives, and the choice among what they found."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxbo import _check, _random, _tree
+from jaxbo.adversarial.losses import (
+  cross_entropy_loss,
+  kl_divergence,
+  label_logits,
+  margin_loss,
+)
+
+Objective = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+class AttackInfo(NamedTuple):
+  """What an attack met on its way; ``[batch]``.
+
+  Attributes:
+    num_correct: at how many of the points where it took a gradient (by :func:`jaxbo.square`: a
+      query) the example was still classified correctly, int32; what :func:`jaxbo.gairat` takes.
+    not_finite: whether it met an objective or gradient that is not finite. The example was left
+      where it was.
+  """
+
+  num_correct: jax.Array
+  not_finite: jax.Array
+
+  @property
+  def num_not_finite(self) -> jax.Array:
+    """How many examples met a number that is not finite, int32."""
+    return jnp.sum(self.not_finite, dtype=jnp.int32)
+
+
+class Attack(NamedTuple):
+  """An attack: a pure, compiled function; made by :func:`jaxbo.pgd` and its like.
+
+  ``attack(params, (images, labels), key)`` gives perturbed images. It can be called in jitted
+  functions, under ``vmap`` and ``shard_map``; it takes no gradient by the parameters, and none
+  flows back through it. The same key gives the same result.
+
+  Attributes:
+    run: ``run(params, (images, labels), key) -> (perturbed, AttackInfo)``. ``images`` are
+      ``[batch, ...]`` floats from ``low`` to ``high``, ``labels`` are ``[batch]`` integers, and
+      ``key`` is an int, a raw key array or a typed key (``None`` for attacks that draw nothing).
+      Perturbed images are float32 at least: in narrower floats they would not stay in the ball.
+      Images outside the range and labels that are no classes are refused with ``ValueError``;
+      under ``jit`` values are not known: then images are clipped to the range first, and an
+      example with such a label is left where it started and marked as not finite.
+  """
+
+  run: Callable[..., tuple[jax.Array, AttackInfo]]
+
+  def __call__(self, params: Any, batch: Any, key: Any = None) -> jax.Array:
+    """The perturbed images alone."""
+    return self.run(params, batch, key)[0]
+
+
+class Found(NamedTuple):
+  """What one run of an attack found.
+
+  Attributes:
+    perturbed: images, ``[batch, ...]``.
+    values: the objective there, ``[batch]``.
+    wrong: whether they are misclassified, ``[batch]``.
+    info: an :class:`AttackInfo`.
+  """
+
+  perturbed: jax.Array
+  values: jax.Array
+  wrong: jax.Array
+  info: AttackInfo
+
+
+def make_attack(
+  model: Callable[..., jax.Array],
+  find: Callable[..., Found],
+  low: float,
+  high: float,
+  *,
+  needs_key: bool = True,
+  min_classes: int = 2,
+) -> Attack:
+  """Makes an attack of ``find(forward, images, labels, key)``, where ``forward`` gives logits.
+
+  ``find`` sees images in the range, float32 at least.
+  """
+  _check.takes_arguments("model", model, "params", "images")
+  of_model = jax.jit(model)
+
+  @jax.jit
+  def compiled(params, images, labels, key):
+    params, images = jax.lax.stop_gradient((params, _tree.at_least_float32(images)))
+    forward = lambda x: _tree.at_least_float32(model(params, x))
+    found = find(forward, jnp.clip(images, low, high), labels, key)
+    return jax.lax.stop_gradient(found.perturbed), found.info
+
+  def run(params, batch, key=None):
+    images, labels = check_batch(batch, low, high)
+    num_classes = check_logits(jax.eval_shape(of_model, params, images), images, min_classes)
+    check_labels(labels, num_classes)
+    return compiled(params, images, labels, typed_key(key) if needs_key else None)
+
+  return Attack(run)
+
+
+def check_batch(batch: Any, low: float, high: float) -> tuple[jax.Array, jax.Array]:
+  """Returns images and labels; raises unless they are what attacks take."""
+  if not isinstance(batch, tuple | list) or len(batch) != 2:
+    raise TypeError(f"batch must be a pair (images, labels), got {type(batch).__name__}")
+  images, labels = batch
+  _check.floating("images", images)
+  if jnp.ndim(images) < 2:
+    raise ValueError(f"images must be [batch, ...], got shape {jnp.shape(images)}")
+  if not jnp.issubdtype(jnp.result_type(labels), jnp.integer):
+    raise TypeError(f"labels must be integers, got dtype {jnp.result_type(labels)}")
+  if jnp.shape(labels) != jnp.shape(images)[:1]:
+    raise ValueError(
+      f"labels must be [batch], one for each of {jnp.shape(images)[0]} images, got shape "
+      f"{jnp.shape(labels)}"
+    )
+  if _check.is_known(images) and np.size(images):
+    smallest, largest = float(np.nanmin(images)), float(np.nanmax(images))
+    if smallest < low or largest > high:
+      raise ValueError(
+        f"images must be from low={low} to high={high}, got values from {smallest:.6g} to "
+        f"{largest:.6g}; normalise inside the model, not before the attack"
+      )
+  return jnp.asarray(images), jnp.asarray(labels)
+
+
+def check_logits(logits: Any, images: jax.Array, min_classes: int = 2) -> int:
+  """Returns the number of classes; raises unless logits are ``[batch, num_classes]``."""
+  shape = getattr(logits, "shape", None)
+  if shape is None or len(shape) != 2 or shape[0] != images.shape[0]:
+    raise ValueError(
+      f"model must return logits, [{images.shape[0]}, num_classes], got {shape or logits}"
+    )
+  _check.floating("logits", logits)
+  if shape[1] < min_classes:
+    raise ValueError(
+      f"the objective must have at least {min_classes} classes to compare, got {shape[1]}"
+    )
+  return shape[1]
+
+
+def check_labels(labels: jax.Array, num_classes: int) -> None:
+  """Raises ``ValueError`` if a known label is no class."""
+  if _check.is_known(labels) and labels.size:
+    lowest, largest = int(np.min(labels)), int(np.max(labels))
+    if lowest < 0 or largest >= num_classes:
+      raise ValueError(f"labels must be from 0 to {num_classes - 1}, got {lowest} to {largest}")
+
+
+def find_objective(objective: str | Objective) -> tuple[Objective, int]:
+  """The function of an objective, and how many classes it takes."""
+  if callable(objective):
+    _check.takes_arguments("objective", objective, "logits", "labels", "clean_logits")
+    return objective, 2
+  _check.one_of("objective", objective, _OBJECTIVES)
+  return _OBJECTIVES[objective], 3 if objective == "dlr" else 2
+
+
+def difference_of_logits_ratio(logits: jax.Array, labels: jax.Array) -> jax.Array:
+  r"""DLR: the margin over the spread of the three largest logits, ``[batch]``.
+
+  .. math:: -\frac{z_y - \max_{j \ne y} z_j}{z_{\pi_1} - z_{\pi_3}}
+  """
+  top = jax.lax.top_k(logits, 3)[0]
+  return margin_loss(logits, labels) / (top[:, 0] - top[:, 2] + 1e-12)
+
+
+def targeted_dlr(logits: jax.Array, labels: jax.Array, target: jax.Array) -> jax.Array:
+  r"""The targeted DLR, towards the classes ``target``, ``[batch]``.
+
+  .. math:: -\frac{z_y - z_t}{z_{\pi_1} - (z_{\pi_3} + z_{\pi_4}) / 2}
+  """
+  top = jax.lax.top_k(logits, 4)[0]
+  margin = label_logits(logits, target) - label_logits(logits, labels)
+  return margin / (top[:, 0] - 0.5 * (top[:, 2] + top[:, 3]) + 1e-12)
+
+
+def gradient(
+  forward: Callable[[jax.Array], jax.Array],
+  objective: Objective,
+  perturbed: jax.Array,
+  labels: jax.Array,
+  clean_logits: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+  """``(gradient, values, wrong, bad)`` at ``perturbed``; the gradient is zero where it is bad."""
+
+  def total(images):
+    logits = forward(images)
+    known = (labels >= 0) & (labels < logits.shape[1])
+    values = jnp.where(known, objective(logits, labels, clean_logits), jnp.nan)
+    return jnp.sum(values), (values, is_wrong(logits, labels))
+
+  direction, (values, wrong) = jax.grad(total, has_aux=True)(perturbed)
+  axes = tuple(range(1, direction.ndim))
+  bad = ~jnp.isfinite(values) | ~jnp.all(jnp.isfinite(direction), axis=axes)
+  return jnp.where(jnp.expand_dims(bad, axes), 0, direction), values, wrong, bad
+
+
+def is_wrong(logits: jax.Array, labels: jax.Array) -> jax.Array:
+  """Whether the largest logit is not that of the label, or one is NaN; ``[batch]``."""
+  predicted = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+  return (predicted != labels.astype(jnp.int32)) | jnp.any(jnp.isnan(logits), axis=-1)
+
+
+def best(found: Found) -> Found:
+  """Chooses among the runs of ``found``, whose leaves are ``[runs, batch, ...]``.
+
+  For each example the run that is misclassified, and among these the one of the largest objective.
+  """
+  finite = jnp.isfinite(found.values)
+  some = jnp.any(found.wrong & finite, axis=0)
+  eligible = (found.wrong | ~some[None]) & finite
+  index = jnp.argmax(jnp.where(eligible, found.values, -jnp.inf), axis=0)
+  take = jax.vmap(lambda runs, i: jax.tree.map(lambda leaf: leaf[i], runs), in_axes=(1, 0))
+  chosen = take(found, index)
+  not_finite = jnp.any(found.info.not_finite, axis=0)
+  return chosen._replace(info=chosen.info._replace(not_finite=not_finite))
+
+
+def vary_alike(tree: Any, *others: Any) -> Any:
+  """Marks ``tree`` as different from device to device wherever one of ``others`` is.
+
+  Inside a ``shard_map`` the carry of a loop must not change its type.
+  """
+  varying = lambda x: jax.typeof(x).manual_axis_type.varying
+  axes = functools.reduce(frozenset.union, map(varying, jax.tree.leaves(others)), frozenset())
+
+  def cast(x):
+    missing = tuple(sorted(axes - varying(x)))
+    return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+  return jax.tree.map(cast, tree)
+
+
+def typed_key(key: Any) -> jax.Array:
+  """A typed key of whatever :func:`jaxbo._random.key_impl` takes."""
+  impl = _random.key_impl("key", key)
+  if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+    return key
+  return jax.random.wrap_key_data(_random.key_data(key), impl=impl)
+
+
+_OBJECTIVES: dict[str, Objective] = {
+  "cross_entropy": lambda logits, labels, clean: cross_entropy_loss(logits, labels),
+  "margin": lambda logits, labels, clean: margin_loss(logits, labels),
+  "kl": lambda logits, labels, clean: kl_divergence(clean, logits),
+  "dlr": lambda logits, labels, clean: difference_of_logits_ratio(logits, labels),
+}

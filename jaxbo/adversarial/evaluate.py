@@ -1,0 +1,266 @@
+"""How robust a model is: the worst case over attacks, per class, and whether to believe it."""
+
+import functools
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core
+
+from jaxbo import _check, _tree
+from jaxbo.adversarial import class_metrics
+from jaxbo.adversarial.apgd import apgd
+from jaxbo.adversarial.attack import Attack, check_batch, is_wrong, typed_key
+from jaxbo.adversarial.losses import cross_entropy_loss
+from jaxbo.adversarial.pgd import pgd
+from jaxbo.adversarial.square import square
+
+# A probability that others sum up to 1 with, up to the rounding of bfloat16.
+_ROUNDING = 1e-2
+
+
+class RobustnessReport(NamedTuple):
+  """What :func:`evaluate_robustness` found; NumPy arrays.
+
+  Attributes:
+    labels: ``[num_images]`` integers.
+    clean: whether each image is classified correctly, ``[num_images]`` booleans.
+    correct: by the name of the attack, whether each image is so before and after it.
+    num_not_finite: by the name of the attack, how many images met numbers that are not finite.
+    warnings: reasons to doubt the numbers; see :func:`evaluate_robustness`.
+    num_classes: the number of classes.
+  """
+
+  labels: np.ndarray
+  clean: np.ndarray
+  correct: dict[str, np.ndarray]
+  num_not_finite: dict[str, int]
+  warnings: tuple[str, ...]
+  num_classes: int
+
+  @property
+  def worst_case(self) -> np.ndarray:
+    """Whether each image is classified correctly whatever attack is tried."""
+    return functools.reduce(np.logical_and, self.correct.values(), self.clean)
+
+  def accuracies(self) -> dict[str, float]:
+    """Accuracies: clean, under each attack, and under the worst of them for each image."""
+    rows = {"clean": self.clean, **self.correct, "worst_case": self.worst_case}
+    return {name: float(np.mean(row)) for name, row in rows.items()}
+
+  def class_accuracies(self) -> np.ndarray:
+    """Worst-case accuracy of each class, ``[num_classes]``; NaN for a class without images."""
+    return class_metrics.class_accuracy(self.worst_case, self.labels, self.num_classes)
+
+  def tail_accuracy(self, fraction: float = 0.3) -> float:
+    """:func:`tail_accuracy` in the worst case: RA-Tail-30 by default."""
+    return class_metrics.tail_accuracy(self.worst_case, self.labels, self.num_classes, fraction)
+
+
+def standard_attacks(
+  model: Callable[..., jax.Array],
+  *,
+  epsilon: float,
+  low: float = 0.0,
+  high: float = 1.0,
+  num_steps: int = 100,
+  num_queries: int = 5000,
+  num_classes: int | None = None,
+) -> dict[str, Attack]:
+  """The attacks of :func:`evaluate_robustness`, in the ``linf`` ball.
+
+  Args:
+    model: as in :func:`pgd`.
+    epsilon: as in :func:`pgd`.
+    low: as in :func:`pgd`.
+    high: as in :func:`pgd`.
+    num_steps: the steps of the longer attacks.
+    num_queries: the queries of :func:`square`; its images have four axes. 0 leaves it out.
+    num_classes: with fewer than four classes there is no targeted DLR, and the margin is taken in
+      its place; ``None`` for more.
+
+  Returns:
+    ``{"pgd_20": ..., "pgd_100": ..., "apgd_ce": ..., "apgd_t": ..., "square": ...}``: PGD with 20
+    and ``num_steps`` steps of a quarter of epsilon, :func:`apgd` on the cross entropy and on
+    targeted DLR, and :func:`square`. The second is named by its steps.
+
+  Example:
+    >>> import jaxbo
+    >>> attacks = jaxbo.standard_attacks(lambda params, images: images @ params, epsilon=8 / 255)
+    >>> list(attacks)
+    ['pgd_20', 'pgd_100', 'apgd_ce', 'apgd_t', 'square']
+  """
+  size = jnp.maximum(_check.non_negative("epsilon", epsilon) / 4, jnp.finfo(jnp.float32).tiny)
+  inside = {"epsilon": epsilon, "low": low, "high": high}
+  objective = "targeted_dlr" if num_classes is None or num_classes > 3 else "margin"
+  few = pgd(model, step_size=size, num_steps=20, **inside)
+  many = pgd(model, step_size=size, num_steps=num_steps, **inside)
+  found = {
+    "pgd_20": few,
+    f"pgd_{num_steps}": many,
+    "apgd_ce": apgd(model, num_steps=num_steps, **inside),
+    "apgd_t": apgd(model, num_steps=num_steps, objective=objective, **inside),
+  }
+  if num_queries:
+    found["square"] = square(model, num_queries=num_queries, **inside)
+  return found
+
+
+def evaluate_robustness(
+  model: Callable[..., jax.Array],
+  params: Any,
+  batch: tuple[Any, Any],
+  key: Any,
+  attacks: Mapping[str, Attack],
+  *,
+  batch_size: int = 256,
+) -> RobustnessReport:
+  """Accuracy on clean images, under every attack, and in the worst case for each image.
+
+  Every attack sees every image, so that each one's own number is known too.
+
+  *Checks.* A model that hides its gradients looks robust and is not. What follows is warned of, by
+  ``UserWarning`` and in ``report.warnings``:
+
+  * the model gives probabilities, not logits: objectives saturate;
+  * two calls on the same images differ: the model is random;
+  * gradients of the cross entropy are exactly zero for more than a tenth of the images;
+  * an attack without gradients, named ``square``, breaks images that withstood all others;
+  * the model runs a loop of unknown length (``while``), as optimization at inference does: gradient
+    attacks may not see through it.
+
+  Cost: that of the attacks; three forward passes and one backward pass for the checks.
+
+  Args:
+    model: as in :func:`pgd`.
+    params: its parameters.
+    batch: ``(images, labels)``, all of them, arrays of the host or of a device.
+    key: an int, a raw key array or a typed key.
+    attacks: :func:`standard_attacks`, or others, by name.
+    batch_size: how many images are attacked at once, at least 1; the last batch is filled up.
+
+  Returns:
+    A :class:`RobustnessReport`.
+
+  Raises:
+    ValueError: if images or labels are out of range.
+
+  Example:
+    >>> import jax.numpy as jnp, jaxbo
+    >>> def model(params, images):
+    ...   return jnp.concatenate([images, -images], axis=1) * params
+    >>> attacks = {"pgd": jaxbo.pgd(model, epsilon=0.3, step_size=0.2, num_steps=4, low=-1.0)}
+    >>> batch = jnp.array([[0.5], [0.1], [-0.2]]), jnp.array([0, 0, 0])
+    >>> report = jaxbo.evaluate_robustness(model, jnp.float32(2.0), batch, 0, attacks)
+    >>> {name: round(value, 2) for name, value in report.accuracies().items()}
+    {'clean': 0.67, 'pgd': 0.33, 'worst_case': 0.33}
+
+  References:
+    Croce and Hein, `Reliable Evaluation of Adversarial Robustness with an Ensemble of Diverse
+    Parameter-free Attacks <https://arxiv.org/abs/2003.01690>`_, 2020.
+  """
+  _check.takes_arguments("model", model, "params", "images")
+  batch_size = _check.positive_int("batch_size", batch_size)
+  images, labels = map(np.asarray, check_batch(batch, -math.inf, math.inf))
+  batch_size = min(batch_size, len(labels))
+  key = typed_key(key)
+  look = _looker(model)
+  correct = {name: [] for name in ["clean", *attacks]}
+  bad = dict.fromkeys(attacks, 0)
+  seen = []
+  num_classes = 0
+  for index, part, count in _cut(images, labels, batch_size):
+    logits, again, zero_gradient = look(params, *part)
+    num_classes = logits.shape[1]
+    seen.append([np.asarray(x)[:count] for x in (logits, again, zero_gradient)])
+    clean = ~np.asarray(_wrong(logits, part[1]))[:count]
+    correct["clean"].append(clean)
+    for number, (name, attack) in enumerate(attacks.items()):
+      own_key = jax.random.fold_in(jax.random.fold_in(jax.random.clone(key), index), number)
+      perturbed, info = attack.run(params, part, own_key)
+      withstood = ~np.asarray(_wrong(look(params, perturbed, part[1])[0], part[1]))[:count]
+      correct[name].append(clean & withstood)
+      bad[name] += int(np.sum(np.asarray(info.not_finite)[:count]))
+  rows = {name: np.concatenate(parts) for name, parts in correct.items()}
+  clean = rows.pop("clean")
+  logits, again, zero = (np.concatenate(column) for column in zip(*seen, strict=True))
+  reasons = [
+    *_doubts_about_model(model, params, images[:1], logits, again, zero),
+    *_doubts_about_gradients(rows),
+  ]
+  for reason in reasons:
+    warnings.warn(f"evaluate_robustness: {reason}", stacklevel=2)
+  return RobustnessReport(labels, clean, rows, bad, tuple(reasons), num_classes)
+
+
+def _looker(model):
+  @jax.jit
+  def look(params, images, labels):
+    def total(images):
+      logits = _tree.at_least_float32(model(params, images))
+      loss = cross_entropy_loss(logits, labels)
+      return jnp.sum(loss), logits
+
+    images = _tree.at_least_float32(images)
+    slope, logits = jax.grad(total, has_aux=True)(images)
+    # Behind a barrier, lest the compiler makes one call of two.
+    again = _tree.at_least_float32(model(params, jax.lax.optimization_barrier(images)))
+    return logits, again, jnp.all(slope == 0, axis=tuple(range(1, slope.ndim)))
+
+  return look
+
+
+_wrong = jax.jit(is_wrong)
+
+
+def _doubts_about_model(model, params, image, logits, again, zero) -> Iterator[str]:
+  if np.min(logits) >= 0 and np.all(np.abs(np.sum(logits, axis=1) - 1) < _ROUNDING):
+    yield "the model gives probabilities; it must give logits, before the softmax"
+  # Another order of summation is no randomness.
+  scale = np.max(np.abs(logits), axis=1, keepdims=True)
+  if np.any(np.abs(logits - again) > 1e-3 * scale):
+    yield "the model is random: two calls on the same images differ; attacks must average over it"
+  if np.mean(zero) > 0.1:
+    yield (
+      f"gradients of the cross entropy are exactly zero for {np.mean(zero):.0%} of the images; "
+      "attacks that follow them find nothing there"
+    )
+  if _has_while(jax.make_jaxpr(model)(params, image).jaxpr):
+    yield (
+      "the model runs a loop of unknown length, as optimization at inference does; attacks by "
+      "gradients may not see through it"
+    )
+
+
+def _doubts_about_gradients(correct: dict[str, np.ndarray]) -> Iterator[str]:
+  others = [row for name, row in correct.items() if name != "square"]
+  if "square" in correct and others:
+    left = functools.reduce(np.logical_and, others)
+    broken = int(np.sum(left & ~correct["square"]))
+    if broken:
+      yield (
+        f"square, which uses no gradients, breaks {broken} images that withstood all other "
+        "attacks; gradients may be masked"
+      )
+
+
+def _has_while(jaxpr: core.Jaxpr) -> bool:
+  for equation in jaxpr.eqns:
+    if equation.primitive.name == "while":
+      return True
+    if any(map(_has_while, core.jaxprs_in_params(equation.params))):
+      return True
+  return False
+
+
+def _cut(images, labels, batch_size) -> Iterator[tuple[int, tuple[np.ndarray, np.ndarray], int]]:
+  """``(index, (images, labels), count)`` of batches of one size; the last is filled up."""
+  for index, first in enumerate(range(0, len(labels), batch_size)):
+    rows = np.arange(first, first + batch_size)
+    count = int(np.sum(rows < len(labels)))
+    rows = np.minimum(rows, len(labels) - 1)
+    yield index, (images[rows], labels[rows]), count

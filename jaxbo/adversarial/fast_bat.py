@@ -1,0 +1,120 @@
+"""Fast-BAT: one linearised step of attack, differentiated off the walls of its box."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxbo import _check, _tree
+from jaxbo.adversarial.attack import check_batch, typed_key
+from jaxbo.adversarial.barrier import solve_active_set
+from jaxbo.adversarial.box import along, check_range, pixel_box
+from jaxbo.adversarial.implicit import DoneInfo, PerturbedLoss, corrected_losses, image_gradient
+from jaxbo.dro.per_example import PerExampleGrads, per_example_grad
+
+
+def fast_bat_grad(
+  loss: PerturbedLoss,
+  attack_loss: PerturbedLoss,
+  *,
+  epsilon: float | jax.Array,
+  step_size: float | jax.Array,
+  curvature: float | jax.Array = 10.0,
+  low: float = 0.0,
+  high: float = 1.0,
+  tolerance: float = 1e-7,
+  microbatch_size: int | None = None,
+  repair: bool = True,
+) -> Callable[..., PerExampleGrads]:
+  r"""Per-example gradients of Fast-BAT: a linearised attack, and its active-set implicit term.
+
+  .. math:: \delta = \Pi\big(z - \alpha \nabla_\delta \ell'(\theta, z)\big), \qquad
+    g = \nabla_\theta \ell(\theta, \delta) - \nabla_\theta \big\langle \nabla_\delta
+      \ell'(\theta, z), \tfrac{1}{\lambda}\, 1[\delta \text{ off the walls}] \odot
+      \nabla_\delta \ell(\theta, \delta) \big\rangle
+
+  :math:`z` is one such step from a random start. It is the limit of a vanishing barrier of
+  :func:`done_grad` for the lower level :math:`\langle \nabla \ell'(z), \delta - z \rangle +
+  \frac{\lambda}{2} \|\delta - z\|^2`, which :math:`\delta` minimises for :math:`\lambda = 1 /
+  \alpha`; published code has :math:`\alpha` and :math:`\lambda` apart.
+
+  Cost: three forward and backward passes by the images, and one by the parameters of about twice
+  the cost of an ordinary one.
+
+  Args:
+    loss: as in :func:`done_grad`.
+    attack_loss: as in :func:`done_grad`.
+    epsilon: the largest change of a pixel, positive.
+    step_size: :math:`\alpha > 0`; published code takes 5000 / 255 at 8 / 255 or less, and 2000 /
+      255 above, on minus the cross entropy.
+    curvature: :math:`\lambda > 0`; the default is the published one.
+    low: the smallest value of a pixel.
+    high: the largest.
+    tolerance: how near to a wall, in units of the images, counts as on it.
+    microbatch_size: as in :func:`per_example_grad`, for the pass by the parameters.
+    repair: as in :func:`per_example_grad`.
+
+  Returns:
+    A function ``(params, (images, labels), key) -> PerExampleGrads``, as :func:`done_grad`'s.
+    ``aux.last_step`` is the change from :math:`z` to :math:`\delta`.
+
+  Raises:
+    ValueError: if an argument is outside its range, or losses are not ``[batch]``.
+    TypeError: if a loss does not take three arguments, or images are no floats.
+
+  Example:
+    >>> import jax.numpy as jnp, jaxbo
+    >>> def loss(params, images, labels):
+    ...   return (images @ params) * (1.0 - 2.0 * labels)
+    >>> def attack_loss(params, images, labels):
+    ...   return -loss(params, images, labels)
+    >>> grad = jaxbo.fast_bat_grad(loss, attack_loss, epsilon=0.1, step_size=1.0)
+    >>> params, batch = jnp.array([2.0, -1.0]), (jnp.array([[0.5, 0.0]]), jnp.array([0]))
+    >>> print(grad(params, batch, key=0).pullback(jnp.ones(1)).round(3))     # at the walls
+    [0.6 0. ]
+
+  References:
+    Zhang et al., `Revisiting and Advancing Fast Adversarial Training through the Lens of Bi-level
+    Optimization <https://arxiv.org/abs/2112.12376>`_, 2022.
+  """
+  _check.takes_arguments("loss", loss, "params", "images", "labels")
+  _check.takes_arguments("attack_loss", attack_loss, "params", "images", "labels")
+  check_range(low, high)
+  _check.positive("epsilon", epsilon)
+  _check.positive("step_size", step_size)
+  _check.positive("curvature", curvature)
+  _check.non_negative("tolerance", tolerance)
+
+  @jax.jit
+  def attack(params, images, labels, key):
+    params, images = jax.lax.stop_gradient((params, _tree.at_least_float32(images)))
+    images = jnp.clip(images, low, high)
+    box = pixel_box(images, epsilon, low, high)
+
+    def step(delta):
+      slope, bad = image_gradient(attack_loss, params, images + delta, labels)
+      moved = box.project(delta - step_size * slope)
+      return jnp.where(along(bad, delta), delta, moved), bad
+
+    start = box.low + jax.random.uniform(key, images.shape, images.dtype) * (box.high - box.low)
+    z, bad_start = step(start)
+    delta, bad_end = step(z)
+    v, bad = image_gradient(loss, params, images + delta, labels)
+    q = solve_active_set(v, delta, box, curvature, tolerance)
+    last_step = jnp.max(jnp.abs(delta - z), axis=tuple(range(1, z.ndim)))
+    bad |= bad_start | bad_end
+    return images + z, q, DoneInfo(images + delta, last_step, jnp.zeros_like(last_step), bad)
+
+  def corrected(params, batch):
+    return corrected_losses(loss, attack_loss, params, *batch)
+
+  lazy = per_example_grad(corrected, microbatch_size=microbatch_size, repair=repair)
+
+  def gradients(params: optax.Params, batch: Any, key: Any) -> PerExampleGrads:
+    images, labels = check_batch(batch, low, high)
+    linearised, q, info = attack(params, images, labels, typed_key(key))
+    return lazy(params, (info.perturbed, linearised, labels, q))._replace(aux=info)
+
+  return gradients

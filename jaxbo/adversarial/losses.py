@@ -1,0 +1,208 @@
+"""Losses of adversarial training, example by example, from logits."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxbo import _check, _tree
+
+
+def cross_entropy_loss(logits: Any, labels: Any) -> jax.Array:
+  r"""The cross entropy :math:`\log \sum_j e^{z_j} - z_y`.
+
+  Args:
+    logits: ``[batch, num_classes]`` floats.
+    labels: ``[batch]`` integers.
+
+  Returns:
+    ``[batch]``, float32 at least; NaN where a label is no class.
+
+  Example:
+    >>> import jax.numpy as jnp, jaxbo
+    >>> print(jaxbo.cross_entropy_loss(jnp.array([[0.0, 0.0]]), jnp.array([1])).round(4))
+    [0.6931]
+  """
+  logits = _checked(logits, labels)
+  return jax.nn.logsumexp(logits, axis=-1) - label_logits(logits, labels)
+
+
+def margin_loss(logits: Any, labels: Any) -> jax.Array:
+  r"""The margin :math:`\max_{j \ne y} z_j - z_y`, positive if misclassified (Carlini and Wagner).
+
+  Args:
+    logits: ``[batch, num_classes]`` floats.
+    labels: ``[batch]`` integers.
+
+  Returns:
+    ``[batch]``, float32 at least; NaN where a label is no class.
+
+  Example:
+    >>> import jax.numpy as jnp, jaxbo
+    >>> print(jaxbo.margin_loss(jnp.array([[1.0, 3.0, 2.0]]), jnp.array([1])))
+    [-1.]
+
+  References:
+    Carlini and Wagner, `Towards Evaluating the Robustness of Neural Networks
+    <https://arxiv.org/abs/1608.04644>`_, 2017.
+  """
+  logits = _checked(logits, labels)
+  return jnp.max(other_logits(logits, labels), axis=-1) - label_logits(logits, labels)
+
+
+def probabilistic_margin(logits: Any, labels: Any) -> jax.Array:
+  r"""The margin of probabilities :math:`\max_{j \ne y} p_j - p_y`, from -1 to 1.
+
+  Args:
+    logits: ``[batch, num_classes]`` floats.
+    labels: ``[batch]`` integers.
+
+  Returns:
+    ``[batch]``, float32 at least: the scores that :func:`mail` takes.
+
+  Example:
+    >>> import jax.numpy as jnp, jaxbo
+    >>> print(jaxbo.probabilistic_margin(jnp.log(jnp.array([[0.5, 0.3, 0.2]])), jnp.array([0])))
+    [-0.2]
+
+  References:
+    Wang et al., `Probabilistic Margins for Instance Reweighting in Adversarial Training
+    <https://arxiv.org/abs/2106.07904>`_, 2021.
+  """
+  return margin_loss(jax.nn.softmax(_checked(logits, labels)), labels)
+
+
+def trades_loss(
+  clean_logits: Any,
+  adversarial_logits: Any,
+  labels: Any,
+  beta: float | jax.Array = 6.0,
+  *,
+  weights: Any = None,
+) -> jax.Array:
+  r"""TRADES: cross entropy on clean images, and how far predictions move under attack.
+
+  .. math:: \ell_i = \operatorname{CE}(x_i, y_i)
+    + \beta w_i \operatorname{KL}\big(p(x_i) \,\|\, p(x_i + \delta_i)\big)
+
+  The attack maximises the second term: ``objective="kl"``.
+
+  Args:
+    clean_logits: ``[batch, num_classes]``.
+    adversarial_logits: the same at perturbed images.
+    labels: ``[batch]`` integers.
+    beta: :math:`\beta \ge 0`; the default is that of the published script.
+    weights: ``[batch]`` factors of the second term, 1 by default; those of MAIL-TRADES.
+
+  Returns:
+    ``[batch]``, float32 at least.
+
+  Raises:
+    ValueError: if ``beta`` is negative, or shapes differ.
+
+  Example:
+    >>> import jax.numpy as jnp, jaxbo
+    >>> clean, moved = jnp.array([[1.0, 0.0]]), jnp.array([[0.0, 0.0]])
+    >>> print(jaxbo.trades_loss(clean, moved, jnp.array([0]), beta=1.0).round(4))
+    [0.4241]
+
+  References:
+    Zhang et al., `Theoretically Principled Trade-off between Robustness and Accuracy
+    <https://arxiv.org/abs/1901.08573>`_, 2019.
+  """
+  _check.non_negative("beta", beta)
+  _check_pair(clean_logits, adversarial_logits)
+  divergence = kl_divergence(clean_logits, adversarial_logits)
+  if weights is not None:
+    if jnp.shape(weights) != divergence.shape:
+      raise ValueError(f"weights must be {divergence.shape}, got shape {jnp.shape(weights)}")
+    divergence = jnp.asarray(weights, divergence.dtype) * divergence
+  return cross_entropy_loss(clean_logits, labels) + beta * divergence
+
+
+def mart_loss(
+  clean_logits: Any, adversarial_logits: Any, labels: Any, beta: float | jax.Array = 5.0
+) -> jax.Array:
+  r"""MART: a boosted cross entropy, and a divergence that counts more for misclassified examples.
+
+  .. math::
+    \ell_i = \operatorname{CE}(x_i + \delta_i, y_i)
+      - \log\Big(1 - \max_{j \ne y_i} p_j(x_i + \delta_i)\Big)
+      + \beta \operatorname{KL}\big(p(x_i) \,\|\, p(x_i + \delta_i)\big) (1 - p_{y_i}(x_i))
+
+  The second term is :math:`\log \sum_j e^{z_j} - \log \sum_{j \ne m} e^{z_j}` with :math:`m` the
+  largest other class, which does not cancel; published code adds constants inside instead.
+
+  Args:
+    clean_logits: ``[batch, num_classes]``.
+    adversarial_logits: the same at perturbed images.
+    labels: ``[batch]`` integers.
+    beta: :math:`\beta \ge 0`; the default is that of the published script.
+
+  Returns:
+    ``[batch]``, float32 at least.
+
+  Raises:
+    ValueError: if ``beta`` is negative, or shapes differ.
+
+  Example:
+    >>> import jax.numpy as jnp, jaxbo
+    >>> logits = jnp.array([[0.0, 0.0]])                       # 2 log 2: nothing moved
+    >>> print(jaxbo.mart_loss(logits, logits, jnp.array([0])).round(4))
+    [1.3863]
+
+  References:
+    Wang et al., `Improving Adversarial Robustness Requires Revisiting Misclassified Examples
+    <https://openreview.net/forum?id=rklOg6EFwS>`_, 2020.
+  """
+  _check.non_negative("beta", beta)
+  _check_pair(clean_logits, adversarial_logits)
+  clean, logits = _checked(clean_logits, labels), _checked(adversarial_logits, labels)
+  largest = jnp.argmax(other_logits(logits, labels), axis=-1)
+  without = jax.nn.logsumexp(other_logits(logits, largest), axis=-1)
+  boosted = cross_entropy_loss(logits, labels) + jax.nn.logsumexp(logits, axis=-1) - without
+  # 1 - p_y without cancellation.
+  others = jax.nn.logsumexp(other_logits(clean, labels), axis=-1)
+  missing = jnp.exp(others - jax.nn.logsumexp(clean, axis=-1))
+  return boosted + beta * kl_divergence(clean, logits) * missing
+
+
+def kl_divergence(logits: Any, other: Any) -> jax.Array:
+  """The relative entropy of the predictions of ``logits`` to those of ``other``, ``[batch]``."""
+  log_p = jax.nn.log_softmax(_tree.at_least_float32(logits))
+  log_q = jax.nn.log_softmax(_tree.at_least_float32(other))
+  return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+
+
+def label_logits(logits: jax.Array, labels: jax.Array) -> jax.Array:
+  """The logits of the labels, ``[batch]``; NaN where a label is no class."""
+  is_label = _is_label(logits, labels)
+  value = jnp.sum(jnp.where(is_label, logits, 0), axis=-1)
+  return jnp.where(jnp.any(is_label, axis=-1), value, jnp.nan)
+
+
+def other_logits(logits: jax.Array, labels: jax.Array) -> jax.Array:
+  """The logits with those of the labels set to minus infinity."""
+  return jnp.where(_is_label(logits, labels), -jnp.inf, logits)
+
+
+def _is_label(logits: jax.Array, labels: jax.Array) -> jax.Array:
+  classes = jnp.arange(logits.shape[-1], dtype=jnp.int32)
+  return jnp.asarray(labels, jnp.int32)[:, None] == classes[None]
+
+
+def _checked(logits: Any, labels: Any) -> jax.Array:
+  if jnp.ndim(logits) != 2 or jnp.shape(labels) != jnp.shape(logits)[:1]:
+    raise ValueError(
+      "logits must be [batch, num_classes] and labels [batch], got shapes "
+      f"{jnp.shape(logits)} and {jnp.shape(labels)}"
+    )
+  return _tree.at_least_float32(logits)
+
+
+def _check_pair(clean_logits: Any, adversarial_logits: Any) -> None:
+  if jnp.shape(clean_logits) != jnp.shape(adversarial_logits):
+    raise ValueError(
+      "adversarial_logits must have the shape of clean_logits, "
+      f"{jnp.shape(clean_logits)}, got {jnp.shape(adversarial_logits)}"
+    )

@@ -1,0 +1,232 @@
+"""Projected gradient ascent on the images: PGD, FGSM, and FAT's early-stopped PGD."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxbo import _check
+from jaxbo.adversarial import attack as attacks
+from jaxbo.adversarial.attack import Attack, AttackInfo, Found, Objective, make_attack
+from jaxbo.adversarial.box import Ball, along, make_ball
+
+
+def pgd(
+  model: Callable[..., jax.Array],
+  *,
+  epsilon: float | jax.Array,
+  step_size: float | jax.Array,
+  num_steps: int,
+  norm: str = "linf",
+  low: float = 0.0,
+  high: float = 1.0,
+  random_start: bool | float = True,
+  objective: str | Objective = "cross_entropy",
+  direction: str = "steepest",
+  restarts: int = 1,
+  stop_after: int | None = None,
+) -> Attack:
+  r"""Projected gradient ascent (PGD) on an objective, within a ball around every image.
+
+  .. math:: \delta \leftarrow \Pi\big(\delta + \alpha\, d(\nabla_\delta\, \ell'(x + \delta, y))\big)
+
+  :math:`d` is the sign for ``linf`` and division by the norm for ``l2``. The projection is on the
+  ball and on the range of the values.
+
+  Cost: ``num_steps`` forward and backward passes, without gradients of the parameters; two forward
+  passes more where there are restarts, and one where the objective looks at clean logits.
+
+  Args:
+    model: ``model(params, images) -> logits``, ``[batch, num_classes]``. How batch normalisation
+      and dropout behave is the caller's; the logits of an example must not depend on others.
+    epsilon: the radius of the ball, at least 0, in units of the images.
+    step_size: :math:`\alpha > 0`.
+    num_steps: the number of steps, at least 1.
+    norm: ``"linf"`` or ``"l2"``.
+    low: the smallest value of a pixel.
+    high: the largest.
+    random_start: whether the start is drawn uniformly from the ball; or, as TRADES does, the
+      standard deviation of Gaussian noise, projected. ``False`` starts at the image.
+    objective: what is maximised: ``"cross_entropy"``, ``"margin"`` (:func:`margin_loss`), ``"kl"``
+      (the divergence from clean predictions, TRADES), ``"dlr"``, or a function ``(logits, labels,
+      clean_logits) -> [batch]``.
+    direction: ``"steepest"``: the :math:`d` above; ``"gradient"``: the gradient itself, which needs
+      far larger steps; ``"adam"``: Adam's.
+    restarts: from how many starts, side by side under ``vmap``; the best is chosen for each
+      example: a misclassified one, and among these the one of the largest objective.
+    stop_after: :math:`\tau \ge 0`: an example stays where it is once it was misclassified at
+      :math:`\tau + 1` of its points (FAT's early stop). ``None`` for never.
+
+  Returns:
+    An :class:`Attack`.
+
+  Raises:
+    ValueError: if an argument is outside its range; if the start of ``"kl"``, whose gradient is
+      zero there, is the image itself; if several restarts would start at the same point.
+    TypeError: if ``model`` does not take ``(params, images)``.
+
+  Example:
+    >>> import jax.numpy as jnp, jaxbo
+    >>> def model(params, images):                              # two classes, one pixel
+    ...   return jnp.concatenate([images, -images], axis=1) * params
+    >>> attack = jaxbo.pgd(model, epsilon=0.3, step_size=0.1, num_steps=4, low=-1.0)
+    >>> attack(jnp.float32(2.0), (jnp.array([[0.2]]), jnp.array([0])), key=0).round(2).tolist()
+    [[-0.10000000149011612]]
+
+  References:
+    Madry et al., `Towards Deep Learning Models Resistant to Adversarial Attacks
+    <https://arxiv.org/abs/1706.06083>`_, 2018; Zhang et al., `Attacks Which Do Not Kill Training
+    Make Adversarial Learning Stronger <https://arxiv.org/abs/2002.11242>`_, 2020 (FAT).
+  """
+  ball = make_ball(norm, epsilon, low, high)
+  _check.positive("step_size", step_size)
+  num_steps = _check.positive_int("num_steps", num_steps)
+  restarts = _check.positive_int("restarts", restarts)
+  value_of, min_classes = attacks.find_objective(objective)
+  start = find_start(ball, random_start)
+  if random_start is False:
+    if objective == "kl":
+      raise ValueError(
+        "random_start must not be False with objective='kl', whose gradient is zero at the image; "
+        "TRADES uses random_start=0.001"
+      )
+    if restarts > 1:
+      raise ValueError(f"random_start must not be False with restarts={restarts}")
+  if stop_after is not None:
+    _check.positive_int("stop_after + 1", stop_after + 1)
+  optimizer = _ascent(direction, ball, step_size)
+
+  def climb(forward, images, labels, clean, key):
+    delta = start(key, images)
+    batch = labels.shape
+    patience = jnp.full(batch, -1 if stop_after is None else stop_after, jnp.int32)
+    nothing = jnp.zeros(batch, bool)
+    carry = (delta, optimizer.init(delta), nothing, patience, jnp.zeros(batch, jnp.int32), nothing)
+    carry = attacks.vary_alike(carry, forward(images), images, labels, delta)
+
+    def step(_, carry):
+      delta, state, stopped, patience, num_correct, not_finite = carry
+      ascent, _, wrong, bad = attacks.gradient(forward, value_of, images + delta, labels, clean)
+      stopped |= wrong & (patience == 0)
+      patience -= (wrong & ~stopped).astype(jnp.int32)
+      updates, state = optimizer.update(-ascent, state)
+      moved = ball.project(delta + updates, images)
+      delta = jnp.where(along(stopped | bad, delta), delta, moved)
+      return delta, state, stopped, patience, num_correct + ~wrong, not_finite | bad
+
+    delta, _, _, _, num_correct, not_finite = jax.lax.fori_loop(0, num_steps, step, carry)
+    return jnp.clip(images + delta, low, high), AttackInfo(num_correct, not_finite)
+
+  def find(forward, images, labels, key):
+    clean = forward(images)
+    if restarts == 1:
+      perturbed, info = climb(forward, images, labels, clean, key)
+      return Found(perturbed, jnp.zeros(labels.shape), jnp.zeros(labels.shape, bool), info)
+
+    def run(key):
+      perturbed, info = climb(forward, images, labels, clean, key)
+      return judge(forward, value_of, perturbed, labels, clean, info)
+
+    return attacks.best(jax.vmap(run)(jax.random.split(key, restarts)))
+
+  needs_key = random_start is not False
+  return make_attack(model, find, low, high, needs_key=needs_key, min_classes=min_classes)
+
+
+def fgsm(
+  model: Callable[..., jax.Array],
+  *,
+  epsilon: float | jax.Array,
+  step_size: float | jax.Array | None = None,
+  norm: str = "linf",
+  low: float = 0.0,
+  high: float = 1.0,
+  random_start: bool | float = True,
+  objective: str | Objective = "cross_entropy",
+) -> Attack:
+  r"""The fast gradient sign method: one step of :func:`pgd`.
+
+  Cost: one forward and one backward pass.
+
+  Args:
+    model: as in :func:`pgd`.
+    epsilon: as in :func:`pgd`.
+    step_size: :math:`1.25\, \epsilon` by default with a random start, as published, and
+      :math:`\epsilon` without.
+    norm: as in :func:`pgd`.
+    low: as in :func:`pgd`.
+    high: as in :func:`pgd`.
+    random_start: as in :func:`pgd`.
+    objective: as in :func:`pgd`.
+
+  Returns:
+    An :class:`Attack`.
+
+  Raises:
+    ValueError: as :func:`pgd`.
+
+  Example:
+    >>> import jax.numpy as jnp, jaxbo
+    >>> def model(params, images):
+    ...   return jnp.concatenate([images, -images], axis=1) * params
+    >>> attack = jaxbo.fgsm(model, epsilon=0.25, random_start=False)
+    >>> attack(jnp.float32(2.0), (jnp.array([[0.5]]), jnp.array([0]))).tolist()
+    [[0.25]]
+
+  References:
+    Goodfellow, Shlens and Szegedy, `Explaining and Harnessing Adversarial Examples
+    <https://arxiv.org/abs/1412.6572>`_, 2015; Wong, Rice and Kolter, `Fast Is Better than Free
+    <https://arxiv.org/abs/2001.03994>`_, 2020.
+  """
+  _check.non_negative("epsilon", epsilon)
+  if step_size is None:
+    size = epsilon if random_start is False else 1.25 * epsilon
+    step_size = jnp.maximum(size, jnp.finfo(jnp.float32).tiny)
+  return pgd(
+    model,
+    epsilon=epsilon,
+    step_size=step_size,
+    num_steps=1,
+    norm=norm,
+    low=low,
+    high=high,
+    random_start=random_start,
+    objective=objective,
+  )
+
+
+def find_start(ball: Ball, random_start: bool | float) -> Callable[..., jax.Array]:
+  """The function ``(key, images) -> delta`` of the argument ``random_start``."""
+  if isinstance(random_start, bool):
+    if random_start:
+      return ball.random
+    return lambda key, images: jnp.zeros_like(images)
+  _check.positive("random_start", random_start)
+  noise = lambda key, images: jax.random.normal(key, images.shape, images.dtype)
+  return lambda key, images: ball.project(random_start * noise(key, images), images)
+
+
+def judge(
+  forward: Callable[..., jax.Array],
+  value_of: Objective,
+  perturbed: jax.Array,
+  labels: jax.Array,
+  clean: jax.Array,
+  info: AttackInfo,
+) -> Found:
+  """Looks at where a run of an attack ended, by one forward pass."""
+  logits = forward(perturbed)
+  values = value_of(logits, labels, clean)
+  return Found(perturbed, values, attacks.is_wrong(logits, labels), info)
+
+
+def _ascent(direction: str, ball: Ball, step_size: Any) -> optax.GradientTransformation:
+  """The optimizer of the perturbation; it descends on minus the objective."""
+  _check.one_of("direction", direction, ("steepest", "gradient", "adam"))
+  if direction == "adam":
+    return optax.adam(step_size)
+  steepest = optax.stateless(lambda gradient, params: ball.steepest(gradient))
+  parts = [steepest] if direction == "steepest" else []
+  return optax.chain(*parts, optax.scale(-step_size))

@@ -1,0 +1,124 @@
+"""The Square attack: random search with squares of one colour, which needs no gradient."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from jaxbo import _check
+from jaxbo.adversarial import attack as attacks
+from jaxbo.adversarial.attack import Attack, AttackInfo, Found, Objective, make_attack
+from jaxbo.adversarial.box import along, make_ball
+
+# After these shares of the queries the area of the square is halved.
+_HALVINGS = (0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8)
+
+
+def square(
+  model: Callable[..., jax.Array],
+  *,
+  epsilon: float | jax.Array,
+  num_queries: int = 5000,
+  area: float = 0.8,
+  low: float = 0.0,
+  high: float = 1.0,
+  objective: str | Objective = "margin",
+) -> Attack:
+  r"""The Square attack: random search in the ``linf`` ball, without gradients.
+
+  It starts with vertical stripes of :math:`\pm \epsilon`. A query then sets a random square to
+  :math:`\pm \epsilon`, with one sign for each channel, and keeps it if the objective grows. The
+  area of the squares shrinks with the queries by the published schedule. An example that is
+  misclassified is left alone. A defence that hides gradients does not stop it: where it breaks what
+  the others left, their gradients were masked.
+
+  Cost: ``num_queries + 1`` forward passes.
+
+  Args:
+    model: as in :func:`pgd`; images are ``[batch, height, width, channels]``.
+    epsilon: as in :func:`pgd`.
+    num_queries: the number of squares tried, at least 1.
+    area: the share of the image that the first square covers, in (0, 1].
+    low: as in :func:`pgd`.
+    high: as in :func:`pgd`.
+    objective: as in :func:`pgd`.
+
+  Returns:
+    An :class:`Attack`.
+
+  Raises:
+    ValueError: if an argument is outside its range, or images do not have four axes.
+
+  Example:
+    >>> import jax.numpy as jnp, jaxbo
+    >>> def model(params, images):
+    ...   mean = jnp.mean(images, axis=(1, 2, 3))
+    ...   return params * jnp.stack([mean - 0.5, 0.5 - mean], axis=1)
+    >>> attack = jaxbo.square(model, epsilon=0.1, num_queries=50)
+    >>> images = jnp.full((1, 4, 4, 1), 0.55)
+    >>> perturbed = attack(jnp.float32(1.0), (images, jnp.array([0])), key=0)
+    >>> print(perturbed.mean() < 0.5)                          # misclassified
+    True
+
+  References:
+    Andriushchenko et al., `Square Attack: a Query-efficient Black-box Adversarial Attack via Random
+    Search <https://arxiv.org/abs/1912.00049>`_, 2020.
+  """
+  ball = make_ball("linf", epsilon, low, high)
+  num_queries = _check.positive_int("num_queries", num_queries)
+  _check.within("area", area, 0, 1, ends="(]")
+  value_of, min_classes = attacks.find_objective(objective)
+
+  def find(forward, images, labels, key):
+    if images.ndim != 4:
+      raise ValueError(f"images must be [batch, height, width, channels], got {images.shape}")
+    clean = forward(images)
+    first, rest = jax.random.split(key)
+    batch, _, width, channels = images.shape
+    stripes = jax.random.rademacher(first, (batch, 1, width, channels), images.dtype)
+
+    def look(delta):
+      logits = forward(images + delta)
+      values = value_of(logits, labels, clean)
+      wrong = attacks.is_wrong(logits, labels)
+      return values, wrong, ~jnp.isfinite(values)
+
+    def query(i, carry):
+      delta, value, wrong, num_correct, not_finite = carry
+      share = area * 0.5 ** jnp.sum(i > num_queries * jnp.array(_HALVINGS))
+      moved = _paint(jax.random.fold_in(rest, i), delta, share, epsilon)
+      moved = ball.project(moved, images)
+      new_value, new_wrong, bad = look(moved)
+      better = ~wrong & ~bad & ((new_value > value) | ~jnp.isfinite(value))
+      delta = jnp.where(along(better, delta), moved, delta)
+      value = jnp.where(better, new_value, value)
+      num_correct += ~new_wrong & ~wrong
+      return delta, value, jnp.where(better, new_wrong, wrong), num_correct, not_finite | bad
+
+    delta = ball.project(jnp.broadcast_to(epsilon * stripes, images.shape), images)
+    value, wrong, bad = look(delta)
+    # A point whose objective is not finite is no success.
+    carry = (delta, value, wrong & ~bad, jnp.zeros(batch, jnp.int32) + ~wrong, bad)
+    carry = attacks.vary_alike(carry, carry, images, clean)
+    delta, value, wrong, *counts = jax.lax.fori_loop(0, num_queries, query, carry)
+    return Found(jnp.clip(images + delta, low, high), value, wrong, AttackInfo(*counts))
+
+  return make_attack(model, find, low, high, min_classes=min_classes)
+
+
+def _paint(key: jax.Array, delta: jax.Array, share: jax.Array, epsilon: float | jax.Array):
+  """Sets a random square of each example to plus or minus epsilon, channel by channel."""
+  batch, height, width, channels = delta.shape
+  at_row, at_column, of_sign = jax.random.split(key, 3)
+  side = jnp.round(jnp.sqrt(share * height * width)).astype(jnp.int32)
+  side = jnp.clip(side, 1, max(min(height, width) - 1, 1))
+
+  def inside(key, length):
+    start = jax.random.randint(key, (batch, 1), 0, length - side + 1)
+    position = jnp.arange(length, dtype=jnp.int32)[None]
+    return (position >= start) & (position < start + side)
+
+  rows, columns = inside(at_row, height), inside(at_column, width)
+  where = rows[:, :, None, None] & columns[:, None, :, None]
+  signs = jax.random.rademacher(of_sign, (batch, 1, 1, channels), delta.dtype)
+  return jnp.where(where, epsilon * signs, delta)

@@ -1,0 +1,182 @@
+"""Instance weights of adversarial training: GAIRAT's, MAIL's, and WAT's of classes."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxbo import _check
+from jaxbo.dro import temperature as temperatures
+from jaxbo.dro.batch import Batch, at_least_tiny
+from jaxbo.dro.weighting import Response, Weighting, make_weighting
+
+
+class WatState(NamedTuple):
+  """State of :func:`wat`.
+
+  Attributes:
+    class_costs: the robust losses of each class on validation data, summed over past evaluations,
+      ``[num_classes]``.
+  """
+
+  class_costs: jax.Array
+
+
+def gairat(
+  num_steps: int,
+  shift: float | jax.Array | Callable[[Any], Any] = -1.0,
+  *,
+  shape: str = "tanh",
+) -> Weighting:
+  r"""GAIRAT's weights: more for examples that fewer steps of an attack push over the boundary.
+
+  .. math:: w_i \propto \tfrac12 \big(1 + \tanh(\Lambda + 5 (1 - 2 \kappa_i / K))\big)
+
+  :math:`\kappa_i` is at how many of its :math:`K` points the attack found the example still
+  correct: ``info.num_correct`` of :func:`pgd`, which is given as ``scores=``. Published code
+  halves odd :math:`K` by integer division; this is the formula. Models trained so withstand PGD
+  better than other attacks: evaluate with :func:`evaluate_robustness`.
+
+  Args:
+    num_steps: :math:`K`, at least 1.
+    shift: :math:`\Lambda`, a number, infinity for uniform weights, or a schedule of the number of
+      batches so far (published runs have infinity for the first half). The default is published.
+    shape: ``"tanh"``; ``"sigmoid"``, :math:`w \propto \sigma(\Lambda + 5 (1 - 2 \kappa / K))`; or
+      ``"discrete"``, :math:`w \propto 1 - \kappa / (K + 1)`, which knows no shift.
+
+  Returns:
+    A :class:`Weighting` for ``scores=`` of :func:`reweight`, floats.
+
+  Raises:
+    ValueError: if an argument is outside its range.
+
+  Example:
+    >>> import jax.numpy as jnp, jaxbo, numpy as np
+    >>> weighting = jaxbo.gairat(num_steps=10)
+    >>> weights, _, _ = weighting.weigh(jnp.array([0.0, 5.0, 10.0]), weighting.init())
+    >>> print(np.asarray(weights).round(3))
+    [0.893 0.107 0.   ]
+
+  References:
+    Zhang et al., `Geometry-aware Instance-reweighted Adversarial Training
+    <https://arxiv.org/abs/2010.01736>`_, 2021.
+  """
+  num_steps = _check.positive_int("num_steps", num_steps)
+  _check.one_of("shape", shape, ("tanh", "sigmoid", "discrete"))
+  temperatures.check_schedule("shift", shift, _check.not_nan)
+
+  def respond(batch, state):
+    if shape == "discrete":
+      logs = jnp.log1p(-jnp.clip(batch.losses, 0, num_steps) / (num_steps + 1))
+      return Response(_normalized(batch, logs), temperatures.advance(state))
+    score = 5 * (1 - 2 * batch.losses / num_steps)
+    score += temperatures.scheduled(shift, state, batch.losses.dtype)
+    # (1 + tanh(x)) / 2 is the sigmoid of 2 x.
+    logs = jax.nn.log_sigmoid(2 * score if shape == "tanh" else score)
+    return Response(_normalized(batch, logs), temperatures.advance(state))
+
+  return make_weighting(respond, temperatures.init_temperature)
+
+
+def mail(
+  slope: float | jax.Array | Callable[[Any], Any] = 10.0, bias: float | jax.Array = -0.5
+) -> Weighting:
+  r"""MAIL's weights: more for examples whose probabilistic margin is large under attack.
+
+  .. math:: w_i \propto \sigma\big(s\, (\mathrm{PM}_i + b)\big), \qquad
+    \mathrm{PM}_i = \max_{j \ne y} p_j - p_y
+
+  Margins, :func:`probabilistic_margin` of the perturbed images, are given as ``scores=``. Published
+  code multiplies by 3 and does not normalise, which changes the learning rate along training; ours
+  sum to 1. MAIL-TRADES weighs the second term of :func:`trades_loss` alone, by its ``weights=``.
+
+  Args:
+    slope: :math:`s \ge 0`, or a schedule of the number of batches so far; 0 is uniform.
+    bias: :math:`b`. Published: 10 and -0.5 for plain and MART training, 2 and 0 for TRADES.
+
+  Returns:
+    A :class:`Weighting` for ``scores=`` of :func:`reweight`.
+
+  Raises:
+    ValueError: if ``slope`` is negative, or ``bias`` is not finite.
+
+  Example:
+    >>> import jax.numpy as jnp, jaxbo, numpy as np
+    >>> weighting = jaxbo.mail(slope=2.0, bias=0.0)
+    >>> weights, _, _ = weighting.weigh(jnp.array([-1.0, 0.0, 1.0]), weighting.init())
+    >>> print(np.asarray(weights).round(3))
+    [0.079 0.333 0.587]
+
+  References:
+    Wang et al., `Probabilistic Margins for Instance Reweighting in Adversarial Training
+    <https://arxiv.org/abs/2106.07904>`_, 2021.
+  """
+  temperatures.check_schedule("slope", slope, _check.non_negative)
+  _check.finite("bias", bias)
+
+  def respond(batch, state):
+    steepness = temperatures.scheduled(slope, state, batch.losses.dtype)
+    logs = jax.nn.log_sigmoid(steepness * (batch.losses + bias))
+    return Response(_normalized(batch, logs), temperatures.advance(state))
+
+  return make_weighting(respond, temperatures.init_temperature)
+
+
+def wat(num_classes: int, step_size: float | jax.Array = 0.1) -> Weighting:
+  r"""WAT's weights of classes, by Hedge on their robust losses on validation data.
+
+  .. math:: (\pi_1, \dots, \pi_C, \pi_0) = \operatorname{softmax}(\eta\, (s_1, \dots, s_C, \bar s)),
+    \qquad w_i \propto \pi_{y_i} + \pi_0 / C
+
+  :math:`s_c` are the costs of class :math:`c` summed over past evaluations. The expert more,
+  :math:`\pi_0`, stands for the average over classes. The costs come from outside, between epochs::
+
+    state = optax.tree.set(state, class_costs=optax.tree.get(state, "class_costs") + new_costs)
+
+  Args:
+    num_classes: :math:`C`, at least 1.
+    step_size: :math:`\eta > 0`; the default is the published one.
+
+  Returns:
+    A :class:`Weighting` that needs ``groups=``, the labels.
+
+  Raises:
+    ValueError: if an argument is outside its range.
+
+  Example:
+    >>> import jax.numpy as jnp, jaxbo, numpy as np
+    >>> weighting = jaxbo.wat(num_classes=2, step_size=1.0)
+    >>> state = jaxbo.WatState(class_costs=jnp.array([0.0, 2.0]))
+    >>> losses, labels = jnp.array([1.0, 1.0]), jnp.array([0, 1])
+    >>> print(np.asarray(weighting.weigh(losses, state, groups=labels)[0]).round(3))
+    [0.212 0.788]
+
+  References:
+    Li and Liu, `WAT: Improve the Worst-class Robustness in Adversarial Training
+    <https://arxiv.org/abs/2302.04025>`_, 2023.
+  """
+  num_classes = _check.positive_int("num_classes", num_classes)
+  _check.positive("step_size", step_size)
+
+  def init(dtype: jax.typing.DTypeLike = jnp.float32) -> WatState:
+    return WatState(jnp.zeros(num_classes, dtype))
+
+  def respond(batch, state):
+    costs = state.class_costs.astype(batch.losses.dtype)
+    experts = jnp.concatenate([costs, jnp.mean(costs)[None]])
+    shares = jax.nn.softmax(jnp.asarray(step_size, costs.dtype) * experts)
+    of_class = shares[:-1] + shares[-1] / num_classes
+    ids = jnp.arange(num_classes, dtype=jnp.int32)
+    member = batch.groups.astype(jnp.int32)[:, None] == ids[None]
+    weights = batch.reference * jnp.sum(jnp.where(member, of_class[None], 0), axis=1)
+    return Response(weights / at_least_tiny(batch.over.sum(weights)), state)
+
+  return make_weighting(respond, init, num_groups=num_classes)
+
+
+def _normalized(batch: Batch, logs: jax.Array) -> jax.Array:
+  """Weights ``p exp(logs)``, divided by their sum; without underflow where all are small."""
+  largest = batch.over.max(jnp.where(batch.valid, logs, -jnp.inf))
+  powers = batch.reference * jnp.exp(jnp.where(batch.valid, logs - largest, 0))
+  return powers / at_least_tiny(batch.over.sum(powers))
