@@ -140,8 +140,7 @@ def step_by_hand(
     return jnp.clip(attacked + epsilon / 4 * ascent, low, high)
 
   low, high = jnp.maximum(images - epsilon, 0.0), jnp.minimum(images + epsilon, 1.0)
-  start = jnp.clip(images + jax.random.uniform(key, images.shape, minval=-epsilon, maxval=epsilon),
-                   low, high)  # fmt: skip
+  start = low + jax.random.uniform(key, images.shape) * (high - low)
   attacked = jax.lax.fori_loop(0, num_steps, ascend, start)
   mean = lambda params: loss(params, attacked) / len(images)
   value, grads = jax.value_and_grad(mean)(params)

@@ -182,12 +182,12 @@ def mart(setting: Setting) -> Parts:
 
 def fat(setting: Setting) -> Parts:
   """FAT: an example is attacked for a few steps more than it takes to misclassify it."""
-  attacks = [sign_attack(setting, stop_after=steps) for steps in range(3)]
+  runs = [sign_attack(setting, stop_after=steps).run for steps in range(3)]
   begins = jnp.asarray(setting.rates.fat_steps)
 
   def gradients(params, batch, key, progress):
     phase = jnp.sum(progress >= begins, dtype=jnp.int32)
-    attacked = jax.lax.switch(phase, attacks, params, batch, key)
+    attacked, _ = jax.lax.switch(phase, runs, params, batch, key)
     return lazy(cross_entropy(setting), params, attacked, batch[1]), {}
 
   return Parts(gradients, jaxbo.uniform())

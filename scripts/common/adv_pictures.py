@@ -56,11 +56,11 @@ def weights_against_margins(
   rows = adv_run.first_rows(config, data, NUM_WEIGHTS)
   batch = as_floats(jnp.asarray(data.pool.images[rows])), jnp.asarray(data.pool.labels[rows])
   setting = setting_of(config, runner)
-  key = jax.random.key(config.first_seed)
+  make_key = lambda: jax.random.key(config.first_seed)
 
   @jax.jit
   def margins_of(params, batch):
-    attacked = sign_attack(setting)(params, batch, key)
+    attacked = sign_attack(setting)(params, batch, make_key())
     return -jaxbo.probabilistic_margin(runner.model(params, attacked), batch[1])
 
   margins, curves = np.asarray(margins_of(params, batch)), {}
@@ -71,7 +71,7 @@ def weights_against_margins(
 
     @jax.jit
     def weights_of(params, batch, parts=parts):
-      grads, extra = parts.gradients(params, batch, key, jnp.float32(1.0))
+      grads, extra = parts.gradients(params, batch, make_key(), jnp.float32(1.0))
       scores = extra.get("scores", grads.losses)
       return len(scores) * parts.weighting.weigh(scores, parts.weighting.init())[0]
 
