@@ -62,8 +62,8 @@ def probabilistic_margin(logits: Any, labels: Any) -> jax.Array:
 
   Example:
     >>> import jax.numpy as jnp, jaxbo
-    >>> print(jaxbo.probabilistic_margin(jnp.log(jnp.array([[0.5, 0.3, 0.2]])), jnp.array([0])))
-    [-0.2]
+    >>> print(jaxbo.probabilistic_margin(jnp.array([[5.0, 5.0]]), jnp.array([0])))
+    [0.]
 
   References:
     Wang et al., `Probabilistic Margins for Instance Reweighting in Adversarial Training
@@ -104,7 +104,7 @@ def trades_loss(
     >>> import jax.numpy as jnp, jaxbo
     >>> clean, moved = jnp.array([[1.0, 0.0]]), jnp.array([[0.0, 0.0]])
     >>> print(jaxbo.trades_loss(clean, moved, jnp.array([0]), beta=1.0).round(4))
-    [0.4241]
+    [0.4242]
 
   References:
     Zhang et al., `Theoretically Principled Trade-off between Robustness and Accuracy

@@ -71,9 +71,9 @@ def pgd(
     >>> import jax.numpy as jnp, jaxbo
     >>> def model(params, images):                              # two classes, one pixel
     ...   return jnp.concatenate([images, -images], axis=1) * params
-    >>> attack = jaxbo.pgd(model, epsilon=0.3, step_size=0.1, num_steps=4, low=-1.0)
-    >>> attack(jnp.float32(2.0), (jnp.array([[0.2]]), jnp.array([0])), key=0).round(2).tolist()
-    [[-0.10000000149011612]]
+    >>> attack = jaxbo.pgd(model, epsilon=0.25, step_size=0.1, num_steps=6)
+    >>> attack(jnp.float32(2.0), (jnp.array([[0.5]]), jnp.array([0])), key=0).tolist()
+    [[0.25]]
 
   References:
     Madry et al., `Towards Deep Learning Models Resistant to Adversarial Attacks
@@ -95,7 +95,7 @@ def pgd(
     if restarts > 1:
       raise ValueError(f"random_start must not be False with restarts={restarts}")
   if stop_after is not None:
-    _check.positive_int("stop_after + 1", stop_after + 1)
+    _check.non_negative("stop_after", stop_after)
   optimizer = _ascent(direction, ball, step_size)
 
   def climb(forward, images, labels, clean, key):

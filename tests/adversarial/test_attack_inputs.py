@@ -1,0 +1,231 @@
+"""What attacks are given: bad input, numbers that are not finite, narrow floats, many devices."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxbo
+from tests.adversarial import problem
+from tests.adversarial.problem import EPSILON, model
+
+pytestmark = pytest.mark.slow
+
+PARAMS, (IMAGES, LABELS) = problem.params(), problem.batch()
+TINY = {"epsilon": EPSILON, "step_size": 0.03, "num_steps": 4}
+PGD = jaxbo.pgd(model, random_start=False, **TINY)
+
+
+def test_errors_name_the_argument():
+  pgd = functools.partial(jaxbo.pgd, model)
+  cases = {
+    "epsilon must be non-negative": {"epsilon": -0.1},
+    "step_size must be positive": {"step_size": 0.0},
+    "num_steps must be at least 1": {"num_steps": 0},
+    "restarts must be at least 1": {"restarts": 0},
+    "norm must be one of 'linf', 'l2'": {"norm": "l1"},
+    "direction must be one of 'steepest', 'gradient', 'adam'": {"direction": "newton"},
+    "objective must be one of 'cross_entropy', 'margin', 'kl', 'dlr'": {"objective": "ce"},
+    "random_start must be positive": {"random_start": 0.0},
+    "random_start must not be False with objective='kl'": {
+      "random_start": False,
+      "objective": "kl",
+    },
+    "random_start must not be False with restarts=2": {"random_start": False, "restarts": 2},
+    "stop_after must be non-negative": {"stop_after": -1},
+    "low must be below high": {"low": 2.0},
+    "low must be finite": {"low": float("nan")},
+  }
+  for message, change in cases.items():
+    with pytest.raises(ValueError, match=message):
+      pgd(**{**TINY, **change})
+  for make, options, message in [
+    (jaxbo.fgsm, {"epsilon": -1.0}, "epsilon must be non-negative"),
+    (jaxbo.apgd, {"epsilon": 0.1, "num_steps": 0}, "num_steps must be at least 1"),
+    (jaxbo.apgd, {"epsilon": 0.1, "num_targets": 0}, "num_targets must be at least 1"),
+    (jaxbo.apgd, {"epsilon": 0.1, "objective": "targeted"}, "objective must be one of"),
+    (jaxbo.square, {"epsilon": 0.1, "num_queries": 0}, "num_queries must be at least 1"),
+    (jaxbo.square, {"epsilon": 0.1, "area": 0.0}, r"area must be in \(0, 1\]"),
+  ]:
+    with pytest.raises(ValueError, match=message):
+      make(model, **options)
+  with pytest.raises(TypeError, match=r"model must be a function model\(params, images\)"):
+    jaxbo.pgd(lambda images: images, **TINY)
+  with pytest.raises(TypeError, match="objective must be a function"):
+    pgd(objective=lambda logits: logits, **TINY)
+
+
+def test_errors_name_what_is_wrong_with_the_batch():
+  for images, message in [
+    (IMAGES * 255, "images must be from low=0.0 to high=1.0, got values from 0 to 255"),
+    (IMAGES - 0.5, "images must be from low=0.0 to high=1.0, got values from -0.5 to"),
+    (IMAGES[:, 0, 0, 0], r"images must be \[batch, ...\], got shape \(8,\)"),
+  ]:
+    with pytest.raises(ValueError, match=message):
+      PGD(PARAMS, (images, LABELS))
+  for labels, message in [
+    (LABELS.at[0].set(5), "labels must be from 0 to 4, got 0 to 5"),
+    (LABELS.at[0].set(-1), "labels must be from 0 to 4, got -1 to 4"),
+    (LABELS[:3], r"labels must be \[batch\], one for each of 8 images, got shape \(3,\)"),
+  ]:
+    with pytest.raises(ValueError, match=message):
+      PGD(PARAMS, (IMAGES, labels))
+  with pytest.raises(TypeError, match="labels must be integers, got dtype float32"):
+    PGD(PARAMS, (IMAGES, LABELS.astype(jnp.float32)))
+  with pytest.raises(TypeError, match="images must be real floats, got dtype uint8"):
+    PGD(PARAMS, (IMAGES.astype(jnp.uint8), LABELS))
+  with pytest.raises(TypeError, match=r"batch must be a pair \(images, labels\), got dict"):
+    PGD(PARAMS, {"images": IMAGES})
+  with pytest.raises(TypeError, match="key must be an int, a raw key array or a typed key"):
+    jaxbo.pgd(model, **TINY)(PARAMS, (IMAGES, LABELS))
+  with pytest.raises(ValueError, match=r"model must return logits, \[8, num_classes\], got \(8,\)"):
+    jaxbo.pgd(lambda p, x: x[:, 0, 0, 0], **TINY)(PARAMS, (IMAGES, LABELS), 0)
+  two = lambda p, x: model(p, x)[:, :3]
+  with pytest.raises(ValueError, match="must have at least 4 classes to compare, got 3"):
+    jaxbo.apgd(two, epsilon=0.1, objective="targeted_dlr")(PARAMS, (IMAGES, LABELS), 0)
+  flat = jaxbo.square(lambda p, x: model(p, x.reshape(-1, 4, 4, 1)), epsilon=0.1)
+  with pytest.raises(ValueError, match=r"images must be \[batch, height, width, channels\]"):
+    flat(PARAMS, (IMAGES.reshape(8, 16), LABELS), 0)
+
+
+def test_under_jit_images_are_clipped_and_unknown_labels_left_alone():
+  run = jax.jit(lambda images, labels: PGD.run(PARAMS, (images, labels)))
+  outside = IMAGES.at[0, 0, 0, 0].set(7.0).at[1, 0, 0, 0].set(-3.0)
+  clipped = IMAGES.at[0, 0, 0, 0].set(1.0).at[1, 0, 0, 0].set(0.0)
+  ours, expected = run(outside, LABELS), run(clipped, LABELS)
+  np.testing.assert_array_equal(ours[0], expected[0])
+  perturbed, info = run(IMAGES, LABELS.at[3].set(99).at[4].set(-1))
+  np.testing.assert_array_equal(perturbed[3:5], IMAGES[3:5])
+  assert np.flatnonzero(info.not_finite).tolist() == [3, 4]
+  assert info.num_not_finite == 2
+  others, expected = np.array([0, 1, 2, 5, 6, 7]), run(IMAGES, LABELS)[0]
+  np.testing.assert_array_equal(perturbed[others], expected[others])
+
+
+def brittle(params, images):
+  """The logits of the third image are NaN, and so is the gradient of the sixth."""
+  logits = model(params, images)
+  row = jnp.arange(images.shape[0])[:, None]
+  # The root has no slope at zero, where its argument always is.
+  nothing = jnp.sum(images - jax.lax.stop_gradient(images), axis=(1, 2, 3))[:, None]
+  rough = jnp.sqrt(jnp.where(row == 5, nothing, 1.0)) * jnp.arange(1.0, 6.0)[None]
+  return jnp.where(row == 2, jnp.nan, logits + jnp.where(row == 5, rough, 0))
+
+
+@jax.jit
+def attack_brittle(images, labels, key):
+  pgd = functools.partial(jaxbo.pgd, **TINY)
+  results = {}
+  for name, make in {
+    "whole": lambda model: pgd(model, random_start=False),
+    "adam": lambda model: pgd(model, random_start=False, direction="adam"),
+    "apgd": lambda model: jaxbo.apgd(model, epsilon=EPSILON, num_steps=6),
+    "square": lambda model: jaxbo.square(model, epsilon=EPSILON, num_queries=6),
+  }.items():
+    run = lambda f, make=make: make(f).run(PARAMS, (images, labels), jax.random.clone(key))
+    results[name] = run(brittle), run(model)
+  return results
+
+
+def test_examples_that_are_not_finite_stay_where_they_were_and_are_counted():
+  for name, (ours, sound) in attack_brittle(IMAGES, LABELS, jax.random.key(0)).items():
+    expected = [2] if name == "square" else [2, 5]
+    assert np.flatnonzero(ours[1].not_finite).tolist() == expected, name
+    assert np.isfinite(ours[0]).all(), name
+    others = np.array([i for i in range(problem.BATCH) if i not in expected])
+    np.testing.assert_allclose(ours[0][others], sound[0][others], atol=1e-6)
+    np.testing.assert_array_equal(ours[1].num_correct[others], sound[1].num_correct[others])
+    if name in ("whole", "adam"):
+      np.testing.assert_array_equal(ours[0][np.array([2, 5])], IMAGES[np.array([2, 5])])
+    assert not sound[1].not_finite.any()
+
+
+def test_a_gradient_that_breaks_on_the_way_leaves_the_last_finite_point():
+  """Beyond 0.55 the loss is NaN: a climb from 0.5 by 0.02 ends at 0.56, and stays there."""
+  cliff = lambda p, x: jnp.where(x > 0.55, jnp.nan, jnp.concatenate([-x, x], axis=1))
+  batch = jnp.full((1, 1), 0.5), jnp.zeros(1, jnp.int32)
+  attack = jaxbo.pgd(cliff, epsilon=0.3, step_size=0.02, num_steps=9, random_start=False)
+  perturbed, info = attack.run((), batch)
+  assert float(perturbed[0, 0]) == pytest.approx(0.56, abs=1e-6)
+  assert bool(info.not_finite[0])
+
+
+def test_bfloat16_images_and_parameters_are_perturbed_in_float32():
+  narrow = jax.tree.map(lambda p: p.astype(jnp.bfloat16), PARAMS)
+  images = IMAGES.astype(jnp.bfloat16)
+  for attack in (PGD, jaxbo.apgd(model, epsilon=EPSILON, num_steps=4)):
+    perturbed, info = attack.run(narrow, (images, LABELS), 0)
+    assert perturbed.dtype == jnp.float32
+    assert np.abs(perturbed - images.astype(jnp.float32)).max() <= EPSILON + 1e-6
+    assert info.num_correct.dtype == jnp.int32
+  near = PGD(PARAMS, (images.astype(jnp.float32), LABELS))
+  assert np.mean(np.abs(PGD(narrow, (images, LABELS)) - near) < 1e-3) > 0.9
+
+
+def equations(jaxpr):
+  for equation in jaxpr.eqns:
+    yield equation
+    for inner in jax.extend.core.jaxprs_in_params(equation.params):
+      yield from equations(inner)
+
+
+def test_no_gradient_of_the_parameters_is_taken():
+  """No product has the shape of a weight; with the gradient of the parameters two have."""
+  shapes = {p.shape for p in jax.tree.leaves(PARAMS) if p.ndim == 2}
+
+  def products(function):
+    jaxpr = jax.make_jaxpr(function)(PARAMS).jaxpr
+    found = [e.outvars[0].aval.shape for e in equations(jaxpr) if "dot" in e.primitive.name]
+    assert found
+    return sum(shape in shapes or shape[::-1] in shapes for shape in found)
+
+  batch = (IMAGES, LABELS)
+  assert products(lambda params: PGD(params, batch)) == 0
+  attack = jaxbo.apgd(model, epsilon=EPSILON, num_steps=3, objective="targeted_dlr")
+  assert products(lambda params: attack(params, batch, 0)) == 0
+  trained = jax.grad(lambda p: jnp.sum(problem.loss(p, PGD(p, batch), LABELS)))
+  assert products(trained) == 2
+
+
+def test_no_gradient_flows_through_an_attack():
+  total = lambda p, x: jnp.sum(problem.loss(p, x, LABELS))
+  batch = (IMAGES, LABELS)
+  noisy = jaxbo.pgd(model, direction="gradient", **TINY)
+  through = jax.grad(lambda p: total(p, noisy(p, batch, 0)))(PARAMS)
+  constant = jax.grad(total)(PARAMS, noisy(PARAMS, batch, 0))
+  for a, b in zip(*map(jax.tree.leaves, (through, constant)), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("check_vma", [True, False], ids=["checked", "unchecked"])
+def test_eight_devices_attack_as_one(check_vma):
+  mesh, rows = jax.make_mesh((8,), ("d",)), jax.sharding.PartitionSpec("d")
+  attacks = [
+    jaxbo.pgd(model, direction="adam", random_start=False, stop_after=1, **TINY),
+    jaxbo.apgd(model, epsilon=EPSILON, num_steps=3, objective="targeted_dlr", num_targets=2),
+    jaxbo.square(model, epsilon=EPSILON, num_queries=3),
+  ]
+  step = lambda images, labels: [a.run(PARAMS, (images, labels), 0) for a in attacks]
+  sharded = jax.shard_map(step, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=check_vma)
+  ours, alone = jax.jit(sharded)(IMAGES, LABELS), step(IMAGES, LABELS)
+  np.testing.assert_allclose(np.asarray(ours[0][0]), alone[0][0], atol=1e-6)
+  # Where something is drawn, all devices draw the same; the first one's images are ours.
+  single = step(IMAGES[:1], LABELS[:1])
+  for mine, theirs in zip(ours[1:], single[1:], strict=True):
+    np.testing.assert_allclose(np.asarray(mine[0])[:1], theirs[0], atol=1e-6)
+
+
+def test_foolbox_agrees_on_which_images_fall():
+  """An independent implementation, where it is installed: the same attack, the same images."""
+  foolbox = pytest.importorskip("foolbox")
+  wide = problem.batch(seed=5)
+  bounded = foolbox.JAXModel(lambda x: model(PARAMS, x), bounds=(0, 1))
+  theirs = foolbox.attacks.LinfPGD(abs_stepsize=0.02, steps=10, random_start=False)
+  points, _, success = theirs(bounded, *wide, epsilons=EPSILON)
+  attack = jaxbo.pgd(model, epsilon=EPSILON, step_size=0.02, num_steps=10, random_start=False)
+  ours = attack(PARAMS, wide)
+  np.testing.assert_allclose(ours, np.asarray(points), atol=1e-6)
+  wrong = np.argmax(model(PARAMS, ours), axis=1) != np.asarray(wide[1])
+  np.testing.assert_array_equal(wrong, np.asarray(success))

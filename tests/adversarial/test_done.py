@@ -1,0 +1,444 @@
+"""DONE's gradient is that of the solution of its lower level, and its limits are known methods."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxbo
+from jaxbo.adversarial import barrier as lower_level
+from jaxbo.adversarial.box import pixel_box
+from tests.adversarial import problem
+from tests.adversarial.problem import EPSILON
+
+pytestmark = pytest.mark.slow
+
+# The specification's problem: a softplus network 6-8-3, five examples, epsilon 0.1, r = 0.5.
+DIM, NUM, R = 6, 5, 0.5
+
+
+def network(params, images):
+  hidden = jax.nn.softplus(images @ params["w"] + params["b"][None])
+  return hidden @ params["v"]
+
+
+def make(dtype=jnp.float64):
+  rng = np.random.default_rng(0)
+  draw = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)
+  images = rng.uniform(-0.2, 1.2, (NUM, DIM)).clip(0, 1)
+  labels = jnp.asarray(rng.integers(0, 3, NUM), jnp.int32)
+  return {"w": draw(DIM, 8), "b": draw(8), "v": draw(8, 3)}, (jnp.asarray(images, dtype), labels)
+
+
+def loss(params, images, labels):
+  return optax.softmax_cross_entropy_with_integer_labels(network(params, images), labels)
+
+
+def margin(params, images, labels):
+  """Another objective than the loss: the label's logit against a smooth maximum of the others."""
+  logits = network(params, images)
+  is_label = jax.nn.one_hot(labels, 3, dtype=bool)
+  others = jax.nn.logsumexp(jnp.where(is_label, -jnp.inf, logits), axis=1)
+  return jnp.sum(jnp.where(is_label, logits, 0), axis=1) - others
+
+
+def opposite(params, images, labels):
+  return -loss(params, images, labels)
+
+
+CURVATURE = 3.0
+
+
+def linearised(params, images, labels):
+  """Fast-BAT's lower level, around the clean images."""
+  center = make(images.dtype)[1][0]
+  slope = jax.grad(lambda x: jnp.sum(margin(params, x, labels)))(center)
+  move = images - center
+  return jnp.sum(slope * move + CURVATURE / 2 * move**2, axis=1)
+
+
+def grads_of(attack_loss, barrier=1e-2, num_steps=3000, step_size=0.2, **options):
+  options = {"barrier": barrier, "num_steps": num_steps, "step_size": step_size, **options}
+  return jaxbo.done_grad(loss, attack_loss, epsilon=0.1, margin=1e-9, **options)
+
+
+@functools.cache
+def compiled(name, inverse, barrier=1e-2):
+  """``params -> (robust value, its gradient, info)``; one compilation for every use."""
+  attack_loss = {"margin": margin, "opposite": opposite, "linearised": linearised}[name]
+  options = {"curvature": CURVATURE} if name == "linearised" and inverse == "diagonal" else {}
+  inverse = jaxbo.conjugate_gradient(2 * DIM) if inverse == "cg" else inverse
+  grad = grads_of(attack_loss, barrier, inverse=inverse, **options)
+  tx = jaxbo.reweight(jaxbo.kl(R))
+
+  @jax.jit
+  def value_and_grad(params):
+    grads = grad(params, make()[1])
+    gradient, state = tx.update(grads, tx.init(params), params)
+    return state.info.objective, gradient, grads.aux
+
+  return value_and_grad
+
+
+def by_differences(value_and_grad, params, direction, size=1e-5):
+  ends = [
+    value_and_grad(jax.tree.map(lambda p, d, s=s: p + s * size * d, params, direction))[0]
+    for s in (1, -1)
+  ]
+  return float(ends[0] - ends[1]) / (2 * size)
+
+
+def directions(params):
+  rng = np.random.default_rng(1)
+  for _ in range(3):
+    yield jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape)), params)
+
+
+def along(gradient, direction):
+  leaves = zip(jax.tree.leaves(gradient), jax.tree.leaves(direction), strict=True)
+  return sum(float(jnp.sum(a * b)) for a, b in leaves)
+
+
+@pytest.mark.parametrize(
+  "name, inverse", [("margin", "cg"), ("linearised", "diagonal"), ("linearised", "cg")]
+)
+def test_the_gradient_is_that_of_finite_differences(name, inverse, x64):
+  params, _ = make()
+  value_and_grad = compiled(name, inverse)
+  _, gradient, info = value_and_grad(params)
+  without = compiled(name, "none")(params)[1]
+  assert info.last_step.max() < 1e-11
+  assert info.residual.max() < 1e-9
+  worst = 0.0
+  for direction in directions(params):
+    expected = by_differences(value_and_grad, params, direction)
+    assert along(gradient, direction) == pytest.approx(expected, abs=1e-8)
+    worst = max(worst, abs(along(without, direction) - expected))
+  assert worst > 1e-3  # the implicit term is not small
+
+
+def test_the_diagonal_is_near_where_the_hessian_is_left_out(x64):
+  params, _ = make()
+  exact, near = compiled("margin", "cg")(params)[1], compiled("margin", "diagonal")(params)[1]
+  none = compiled("margin", "none")(params)[1]
+  error = lambda a: float(optax.tree.norm(optax.tree.sub(a, exact)))
+  assert 1e-6 < error(near) < 0.3 * error(none)
+
+
+def test_the_implicit_term_of_the_same_loss_vanishes_with_the_barrier(x64):
+  """The envelope theorem; for another attack objective it stays."""
+  params, _ = make()
+  shares = {"opposite": [], "linearised": []}
+  for name, values in shares.items():
+    inverse = "diagonal" if name == "linearised" else "cg"
+    for barrier in (1e-1, 1e-2, 1e-3):
+      whole = compiled(name, inverse, barrier)(params)[1]
+      explicit = compiled(name, "none", barrier)(params)[1]
+      term = optax.tree.norm(optax.tree.sub(whole, explicit))
+      values.append(float(term / optax.tree.norm(explicit)))
+  assert shares["opposite"][0] > 2 * shares["opposite"][1] > 4 * shares["opposite"][2] or (
+    shares["opposite"][2] < 0.3 * max(shares["opposite"])
+  )
+  assert shares["opposite"][2] < 0.01
+  assert shares["linearised"][2] > 3 * shares["opposite"][2]
+
+
+def test_fast_bat_is_the_limit_of_a_vanishing_barrier(x64):
+  """Its mask off the walls, and its gradient, with the linearised attack at the same point."""
+  params, (images, labels) = make()
+  center = images
+  # A start that a vanishing epsilon of noise cannot move: the first step is to the walls and back.
+  slope = jax.grad(lambda x: jnp.sum(margin(params, x, labels)))(center)
+  box = pixel_box(center, 0.1, 0.0, 1.0)
+  minimum = box.project(-slope / CURVATURE)
+  v = jax.grad(lambda x: jnp.sum(loss(params, x, labels)))(center + minimum)
+  mask = lower_level.solve_active_set(v, minimum, box, CURVATURE)
+  assert 0.2 < np.mean(mask == 0) < 0.8
+  errors = []
+  for barrier in (1e-4, 1e-5, 1e-6):
+    grads = jax.jit(
+      lambda p, c=barrier: grads_of(linearised, c, curvature=CURVATURE)(p, (center, labels)).aux
+    )
+    delta = grads(params).perturbed - center
+    v_there = jax.grad(lambda x: jnp.sum(loss(params, x, labels)))(center + delta)
+    exact = lower_level.solve_diagonal(v_there, delta, box, barrier, CURVATURE)
+    errors.append(float(jnp.linalg.norm(exact - mask) / jnp.linalg.norm(mask)))
+  assert errors[0] > 5 * errors[1] / 2 > errors[2]
+  assert errors[2] < 2e-3
+
+
+def test_fast_bat_is_its_formula(x64):
+  """Every piece by reverse-mode derivatives of its own."""
+  params, (images, labels) = make()
+  grad = jaxbo.fast_bat_grad(loss, margin, epsilon=0.1, step_size=0.05, curvature=CURVATURE)
+  key = jax.random.key(3)
+  grads = jax.jit(grad)(params, (images, labels), jax.random.clone(key))
+  box = pixel_box(images, 0.1, 0.0, 1.0)
+  slope = jax.grad(lambda x, p: jnp.sum(margin(p, x, labels)))
+  z = box.low + jax.random.uniform(key, images.shape, images.dtype) * (box.high - box.low)
+  z = box.project(z - 0.05 * slope(images + z, params))
+  delta = box.project(z - 0.05 * slope(images + z, params))
+  np.testing.assert_allclose(grads.aux.perturbed, images + delta, atol=1e-12)
+  v = jax.grad(lambda x: jnp.sum(loss(params, x, labels)))(images + delta)
+  off = (delta > box.low + 1e-7) & (delta < box.high - 1e-7)
+  assert 0 < off.sum() < off.size
+  q = jnp.where(off, v, 0) / CURVATURE
+  weights = jnp.linspace(0.1, 0.5, NUM)
+
+  def surrogate(p):
+    cross = jnp.sum(slope(images + z, p) * q, axis=1)
+    return jnp.sum(weights * (loss(p, images + delta, labels) - cross))
+
+  pair = grads.pullback(weights), jax.grad(surrogate)(params)
+  for ours, expected in zip(*map(jax.tree.leaves, pair), strict=True):
+    np.testing.assert_allclose(ours, expected, atol=1e-12)
+  np.testing.assert_allclose(grads.losses, loss(params, images + delta, labels), rtol=1e-12)
+
+
+# The lower level alone: one pixel, pushed up the slope s, has its minimum in closed form.
+
+
+def stationary(slope, barrier, epsilon):
+  """The root of ``s = 2 c d / (e^2 - d^2)``."""
+  return (-barrier + np.sqrt(barrier**2 + (slope * epsilon) ** 2)) / slope
+
+
+@functools.partial(jax.jit, static_argnames="direction")
+def solve(slopes, barrier, step_size, direction="gradient", num_steps=400):
+  images = jnp.full((slopes.size, 1), 0.5)
+  box = pixel_box(images, EPSILON, 0.0, 1.0)
+  attack_loss = lambda x: -slopes * x[:, 0]
+  return lower_level.minimize(
+    attack_loss,
+    images,
+    box,
+    box.center + 0.4 * EPSILON,
+    barrier=barrier,
+    num_steps=num_steps,
+    step_size=step_size,
+    direction=direction,
+  )
+
+
+SLOPES = np.array([0.3, 1.0, 10.0, -2.0])
+
+
+def test_steps_of_any_size_find_the_minimum_of_the_barrier():
+  """Also where plain descent, whose safe step is d^2 / c, would bounce between the walls."""
+  for barrier in (1e-1, 1e-2, 1e-3):
+    expected = stationary(SLOPES, barrier, EPSILON)
+    for step_size in (0.1, 10.0, 1e4):
+      minimum = solve(jnp.asarray(SLOPES, jnp.float32), barrier, step_size)
+      np.testing.assert_allclose(minimum.delta[:, 0], expected, atol=2e-6)
+      assert minimum.last_step.max() < 1e-6
+    # Plain descent with one of these steps, cut at the walls, does not.
+    delta, path = 0.04, []
+    for _ in range(400):
+      slope = -SLOPES[1] + barrier * (1 / (EPSILON - delta) - 1 / (EPSILON + delta))
+      delta = np.clip(delta - 10.0 * slope, -0.999 * EPSILON, 0.999 * EPSILON)
+      path.append(delta)
+    assert np.abs(np.diff(path[-20:])).max() > EPSILON
+
+
+def test_one_step_has_the_barriers_curvature_in_it():
+  minimum = solve(jnp.asarray(SLOPES, jnp.float32), 1e-2, 0.02, num_steps=1)
+  below, above = 1.4 * EPSILON, 0.6 * EPSILON
+  slope = -SLOPES + 1e-2 * (1 / above - 1 / below)
+  move = -slope / (1 / 0.02 + 1e-2 * (above**-2 + below**-2))
+  move = np.clip(move, -0.9 * below, 0.9 * above)
+  np.testing.assert_allclose(minimum.delta[:, 0], 0.4 * EPSILON + move, rtol=1e-5)
+  np.testing.assert_allclose(minimum.last_step, np.abs(move), rtol=1e-4)
+  far = solve(jnp.full(4, 1e6), 1e-2, 1e6, num_steps=1)
+  np.testing.assert_allclose(far.delta[:, 0], 0.4 * EPSILON + 0.9 * above, rtol=1e-5)
+
+
+def test_adam_ends_within_a_step_of_the_minimum():
+  slopes = jnp.asarray(SLOPES, jnp.float32)
+  minimum = solve(slopes, 1e-2, 1e-3, direction="adam")
+  np.testing.assert_allclose(minimum.delta[:, 0], stationary(SLOPES, 1e-2, EPSILON), atol=1e-3)
+  first = solve(slopes, 1e-2, 1e-3, direction="adam", num_steps=1)
+  slope = -SLOPES + 1e-2 * (1 / 0.06 - 1 / 0.14)
+  np.testing.assert_allclose(first.delta[:, 0] - 0.04, -1e-3 * np.sign(slope), rtol=1e-3)
+
+
+# On images, in float32.
+
+PARAMS, BATCH = problem.params(), problem.batch()
+OPTIONS = {"epsilon": EPSILON, "barrier": 1e-2, "num_steps": 8, "step_size": 1.0}
+
+
+@functools.cache
+def image_grads(**options):
+  grad = jaxbo.done_grad(problem.loss, problem.margin_attack_loss, **{**OPTIONS, **options})
+  pull = lambda params, batch, weights, key: (
+    (grads := grad(params, batch, key)).pullback(weights),
+    grads.losses,
+    grads.aux,
+  )
+  return jax.jit(pull)
+
+
+WEIGHTS = jnp.linspace(0.05, 0.2, problem.BATCH)
+
+
+@pytest.mark.parametrize("direction", ["gradient", "adam"])
+def test_perturbations_are_strictly_inside_also_at_pixels_0_and_1(direction):
+  images = BATCH[0]
+  assert (images == 0).any()
+  assert (images == 1).any()
+  step_size = 1e3 if direction == "gradient" else 0.05
+  run = image_grads(direction=direction, step_size=step_size, barrier=1e-6)
+  for key in (None, jax.random.key(0)):
+    _, losses, info = run(PARAMS, BATCH, WEIGHTS, key)
+    low, high = np.maximum(images - EPSILON, 0), np.minimum(images + EPSILON, 1)
+    assert np.all(info.perturbed > low)
+    assert np.all(info.perturbed < high)
+    assert np.mean(losses) > np.mean(problem.loss(PARAMS, *BATCH))
+    assert info.num_not_finite == 0
+  start = image_grads(direction=direction, step_size=1e-12)(PARAMS, BATCH, WEIGHTS, None)[2]
+  np.testing.assert_allclose(start.perturbed, (low + high) / 2, atol=1e-6)
+
+
+def test_weights_are_a_softmax_at_rate_1():
+  grad = jaxbo.done_grad(problem.loss, problem.margin_attack_loss, **OPTIONS)
+  tx = jaxbo.done(1.0, temperature=R, rate=1.0)
+
+  @jax.jit
+  def step(params, state):
+    grads = grad(params, BATCH)
+    updates, state = tx.update(grads, state, params)
+    return updates, state, grads.losses
+
+  state = tx.init(PARAMS)
+  for _ in range(2):  # The second batch too: nothing is remembered.
+    updates, state, losses = step(PARAMS, state)
+    expected, again, _ = image_grads()(PARAMS, BATCH, jax.nn.softmax(losses / R), None)
+    np.testing.assert_allclose(losses, again, rtol=1e-5)
+    for ours, theirs in zip(jax.tree.leaves(updates), jax.tree.leaves(expected), strict=True):
+      np.testing.assert_allclose(ours, -theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_the_running_normaliser_follows_its_rate():
+  """Step 4 and 5 of the algorithm, by hand: weights exp(l / r - log u) / n."""
+  tx = jaxbo.done(1.0, temperature=R, rate=0.3)
+  gradient = lambda losses: jaxbo.per_example_grad(lambda p, b: p * b)(jnp.float32(1.0), losses)
+  state, log_u = tx.init(jnp.float32(1.0)), None
+  for losses in (jnp.array([1.0, 2.0]), jnp.array([3.0, 0.5])):
+    updates, state = tx.update(gradient(losses), state, jnp.float32(1.0))
+    log_g = np.log(np.mean(np.exp(np.asarray(losses, np.float64) / R)))
+    log_u = log_g if log_u is None else np.logaddexp(np.log(0.7) + log_u, np.log(0.3) + log_g)
+    weights = np.exp(np.asarray(losses) / R - log_u) / 2
+    assert float(updates) == pytest.approx(-np.sum(weights * losses), rel=1e-5)
+
+
+def test_adversarial_training_is_the_limit_without_weights_and_implicit_term():
+  grad = jaxbo.done_grad(problem.loss, problem.margin_attack_loss, inverse="none", **OPTIONS)
+  tx = jaxbo.done(1.0, temperature=1e8, rate=0.5)
+
+  @jax.jit
+  def both(params):
+    grads = grad(params, BATCH)
+    updates, _ = tx.update(grads, tx.init(params), params)
+    mean = lambda p: jnp.mean(problem.loss(p, grads.aux.perturbed, BATCH[1]))
+    return updates, jax.grad(mean)(params)
+
+  for ours, theirs in zip(*map(jax.tree.leaves, both(PARAMS)), strict=True):
+    np.testing.assert_allclose(ours, -theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_microbatches_and_narrow_parameters_give_the_same():
+  whole, losses, _ = image_grads()(PARAMS, BATCH, WEIGHTS, None)
+  cut, same, _ = image_grads(microbatch_size=4)(PARAMS, BATCH, WEIGHTS, None)
+  np.testing.assert_allclose(losses, same, rtol=1e-5)
+  narrow = jax.tree.map(lambda p: p.astype(jnp.bfloat16), PARAMS)
+  images = BATCH[0].astype(jnp.bfloat16)
+  rounded, near, info = image_grads()(narrow, (images, BATCH[1]), WEIGHTS, None)
+  assert info.perturbed.dtype == jnp.float32
+  np.testing.assert_allclose(near, losses, rtol=0.1, atol=0.05)
+  for a, b, c in zip(*map(jax.tree.leaves, (whole, cut, rounded)), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    assert c.dtype == jnp.bfloat16
+    assert np.linalg.norm(c.astype(np.float32) - a) < 0.1 * np.linalg.norm(a)
+
+
+@pytest.mark.parametrize("inverse", ["diagonal", "cg"])
+@pytest.mark.parametrize("check_vma", [True, False], ids=["checked", "unchecked"])
+def test_eight_devices_give_the_gradient_of_one(inverse, check_vma):
+  tx = {axis: jaxbo.done(1.0, R, axis_name=axis) for axis in (None, "d")}
+  grad = jaxbo.done_grad(problem.loss, problem.margin_attack_loss, inverse=inverse, **OPTIONS)
+
+  def step(images, labels, axis):
+    state = tx[axis].init(PARAMS)
+    return tx[axis].update(grad(PARAMS, (images, labels)), state, PARAMS)[0]
+
+  mesh, rows = jax.make_mesh((8,), ("d",)), jax.sharding.PartitionSpec("d")
+  sharded = jax.shard_map(
+    functools.partial(step, axis="d"),
+    mesh=mesh,
+    in_specs=rows,
+    out_specs=jax.sharding.PartitionSpec(),
+    check_vma=check_vma,
+  )
+  alone = jax.jit(functools.partial(step, axis=None))(*BATCH)
+  for a, b in zip(*map(jax.tree.leaves, (jax.jit(sharded)(*BATCH), alone)), strict=True):
+    np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("which", ["attack", "loss"])
+def test_a_gradient_that_is_not_finite_leaves_the_example_alone(which):
+  """The square root has no slope at zero, where the third image always is."""
+  spoiled = jnp.arange(problem.BATCH) == 2
+
+  def spoil(function):
+    def spoilt(params, images, labels):
+      nothing = jax.lax.stop_gradient(images) - images
+      bad = jnp.sqrt(jnp.where(spoiled, jnp.sum(nothing, axis=(1, 2, 3)), 1.0))
+      return function(params, images, labels) + jnp.where(spoiled, bad, 0)
+
+    return spoilt
+
+  losses = {"loss": problem.loss, "attack": problem.margin_attack_loss}
+  losses[which] = spoil(losses[which])
+  grad = jaxbo.done_grad(losses["loss"], losses["attack"], **OPTIONS)
+  grads = jax.jit(lambda params: grad(params, BATCH).aux)(PARAMS)
+  expected = image_grads()(PARAMS, BATCH, WEIGHTS, None)[2]
+  assert grads.num_not_finite >= 1
+  assert grads.not_finite[2]
+  others = np.arange(problem.BATCH) != 2
+  np.testing.assert_allclose(grads.perturbed[others], expected.perturbed[others], atol=1e-5)
+  if which == "attack":
+    low, high = np.maximum(BATCH[0] - EPSILON, 0), np.minimum(BATCH[0] + EPSILON, 1)
+    np.testing.assert_allclose(grads.perturbed[2], ((low + high) / 2)[2], atol=1e-6)
+
+
+def test_errors_name_the_argument():
+  make = functools.partial(jaxbo.done_grad, problem.loss, problem.margin_attack_loss)
+  cases = {
+    "epsilon must be positive": {"epsilon": 0.0},
+    "barrier must be positive": {"barrier": 0.0},
+    "step_size must be positive": {"step_size": -1.0},
+    "num_steps must be at least 1": {"num_steps": 0},
+    "curvature must be non-negative": {"curvature": -1.0},
+    "inverse must be one of 'diagonal', 'cg', 'none'": {"inverse": "dense"},
+    "direction must be one of": {"direction": "sign"},
+    "margin must be in": {"margin": 0.5},
+    "low must be below high": {"low": 1.0},
+  }
+  for message, change in cases.items():
+    with pytest.raises(ValueError, match=message):
+      make(**{**OPTIONS, **change})
+  with pytest.raises(TypeError, match="attack_loss must be a function"):
+    jaxbo.done_grad(problem.loss, lambda params: 0.0, **OPTIONS)
+  with pytest.raises(ValueError, match=r"images must be from low=0\.0 to high=1\.0, got values"):
+    make(**OPTIONS)(PARAMS, (BATCH[0] * 255, BATCH[1]))
+  mean = lambda p, x, y: jnp.mean(problem.loss(p, x, y))
+  with pytest.raises(ValueError, match=r"losses must be \(8,\), one for each image"):
+    jaxbo.done_grad(mean, problem.margin_attack_loss, **OPTIONS)(PARAMS, BATCH)
+  fast = functools.partial(jaxbo.fast_bat_grad, problem.loss, problem.margin_attack_loss)
+  for name in ("epsilon", "step_size", "curvature"):
+    options = {"epsilon": 0.1, "step_size": 1.0, name: 0.0}
+    with pytest.raises(ValueError, match=f"{name} must be positive"):
+      fast(**options)

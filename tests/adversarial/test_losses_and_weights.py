@@ -1,0 +1,194 @@
+"""Losses and weights of the competitors are their published formulas."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from scipy.special import log_softmax, logsumexp, softmax
+
+import jaxbo
+
+pytestmark = pytest.mark.slow
+
+RNG = np.random.default_rng(0)
+CLEAN, MOVED = RNG.normal(size=(2, 6, 4)) * 3
+LABELS = np.array([0, 1, 2, 3, 0, 1])
+ROWS = np.arange(6)
+
+
+def kl(a, b):
+  return np.sum(softmax(a, 1) * (log_softmax(a, 1) - log_softmax(b, 1)), axis=1)
+
+
+def others(values):
+  values = values.copy()
+  values[ROWS, LABELS] = -np.inf
+  return values
+
+
+def cross_entropy(logits):
+  return logsumexp(logits, axis=1) - logits[ROWS, LABELS]
+
+
+def close(a, b, rtol=2e-5):
+  np.testing.assert_allclose(np.asarray(a), b, rtol=rtol, atol=1e-6)
+
+
+def test_losses_are_their_formulas():
+  close(jaxbo.cross_entropy_loss(CLEAN, LABELS), cross_entropy(CLEAN))
+  close(jaxbo.margin_loss(CLEAN, LABELS), others(CLEAN).max(axis=1) - CLEAN[ROWS, LABELS])
+  p = softmax(CLEAN, 1)
+  close(jaxbo.probabilistic_margin(CLEAN, LABELS), others(p).max(axis=1) - p[ROWS, LABELS])
+  trades = cross_entropy(CLEAN) + 6 * kl(CLEAN, MOVED)
+  close(jaxbo.trades_loss(CLEAN, MOVED, LABELS), trades)
+  weights = np.linspace(0, 2, 6)
+  weighted = cross_entropy(CLEAN) + 0.5 * weights * kl(CLEAN, MOVED)
+  close(jaxbo.trades_loss(CLEAN, MOVED, LABELS, 0.5, weights=weights), weighted)
+  q = softmax(MOVED, 1)
+  mart = cross_entropy(MOVED) - np.log(1 - others(q).max(axis=1))
+  mart += 5 * kl(CLEAN, MOVED) * (1 - p[ROWS, LABELS])
+  close(jaxbo.mart_loss(CLEAN, MOVED, LABELS), mart)
+
+
+def test_losses_and_their_gradients_are_finite_where_logits_are_extreme():
+  """1 - p is zero in float32 here, from whichever side."""
+  logits = jnp.array([[200.0, 0.0, -200.0], [-200.0, 200.0, 0.0]])
+  labels = jnp.array([0, 0])
+
+  def total(clean, moved):
+    return jnp.sum(jaxbo.mart_loss(clean, moved, labels) + jaxbo.trades_loss(clean, moved, labels))
+
+  for moved in (logits, logits[::-1]):
+    value, slopes = jax.value_and_grad(total, (0, 1))(logits, moved)
+    assert np.isfinite(value)
+    assert all(np.isfinite(s).all() for s in slopes)
+  # -log(1 - p) of the second row is the gap of the two largest.
+  boosted = jaxbo.mart_loss(logits, logits, labels, beta=0.0)
+  close(boosted, [0.0, 400.0 + 200.0])
+
+
+def test_losses_take_narrow_floats_and_any_integers():
+  narrow = jnp.asarray(CLEAN, jnp.bfloat16)
+  for dtype in (np.uint8, np.int8, np.int64):
+    value = jaxbo.cross_entropy_loss(narrow, LABELS.astype(dtype))
+    assert value.dtype == jnp.float32
+    close(value, cross_entropy(np.asarray(narrow, np.float64)), rtol=1e-4)
+  assert np.isnan(jaxbo.margin_loss(CLEAN[:1], jnp.array([7])))[0]
+  many = jnp.zeros((1, 300)).at[0, 290].set(50.0)
+  close(jaxbo.margin_loss(many, np.array([34], np.uint8)), [50.0])
+
+
+def test_errors_of_losses_name_the_argument():
+  for loss in (jaxbo.trades_loss, jaxbo.mart_loss):
+    with pytest.raises(ValueError, match="beta must be non-negative"):
+      loss(CLEAN, MOVED, LABELS, beta=-1.0)
+    with pytest.raises(ValueError, match="adversarial_logits must have the shape of clean_logits"):
+      loss(CLEAN, MOVED[:, :2], LABELS)
+  with pytest.raises(ValueError, match=r"weights must be \(6,\), got shape \(2,\)"):
+    jaxbo.trades_loss(CLEAN, MOVED, LABELS, weights=np.ones(2))
+  for loss in (jaxbo.cross_entropy_loss, jaxbo.margin_loss, jaxbo.probabilistic_margin):
+    with pytest.raises(ValueError, match=r"logits must be \[batch, num_classes\] and labels"):
+      loss(CLEAN[0], LABELS)
+
+
+def weights(weighting, scores, state=None, **options):
+  state = weighting.init() if state is None else state
+  return weighting.weigh(jnp.asarray(scores, jnp.float32), state, **options)[:2]
+
+
+def test_gairat_weights_are_their_formula():
+  kappa, steps = np.array([0.0, 3, 5, 7, 10]), 10
+  inside = 5 * (1 - 2 * kappa / steps)
+  expected = {
+    "tanh": (1 + np.tanh(-1 + inside)) / 2,
+    "sigmoid": 1 / (1 + np.exp(1 - inside)),
+    "discrete": (steps + 1 - kappa) / (steps + 1),
+  }
+  for shape, w in expected.items():
+    close(weights(jaxbo.gairat(steps, shape=shape), kappa)[0], w / w.sum(), rtol=1e-4)
+  close(weights(jaxbo.gairat(steps, np.inf), kappa)[0], np.full(5, 0.2))
+  # An odd number of steps is not rounded; where all are hopeless they share.
+  w = (1 + np.tanh(0.5 + 5 * (1 - 2 * kappa / 7))) / 2
+  close(weights(jaxbo.gairat(7, 0.5), kappa)[0], w / w.sum(), rtol=1e-4)
+  close(weights(jaxbo.gairat(10, -1e3), [10.0, 10.0])[0], [0.5, 0.5])
+
+
+def test_mail_weights_are_their_formula():
+  margins = np.array([-1.0, -0.2, 0.0, 0.7])
+  for slope, bias in [(10.0, -0.5), (2.0, 0.0)]:
+    w = 1 / (1 + np.exp(-slope * (margins + bias)))
+    close(weights(jaxbo.mail(slope, bias), margins)[0], w / w.sum(), rtol=1e-4)
+  default = 1 / (1 + np.exp(-10 * (margins - 0.5)))
+  close(weights(jaxbo.mail(), margins)[0], default / default.sum(), rtol=1e-4)
+  close(weights(jaxbo.mail(slope=0.0), margins)[0], np.full(4, 0.25))
+  close(weights(jaxbo.mail(1e4), [-1.0, -1.0])[0], [0.5, 0.5])
+
+
+def test_schedules_follow_the_number_of_batches():
+  switch = lambda first, then: lambda count: jnp.where(count < 1, first, then)
+  for weighting, plain in [
+    (jaxbo.gairat(4, switch(jnp.inf, -1.0)), jaxbo.gairat(4)),
+    (jaxbo.mail(switch(0.0, 10.0)), jaxbo.mail()),
+  ]:
+    scores = [0.0, 0.5, 1.0]
+    first, state = weights(weighting, scores)
+    close(first, np.full(3, 1 / 3))
+    close(weights(weighting, scores, state)[0], weights(plain, scores)[0])
+
+
+def test_masks_and_priors_count_for_weights_of_instances():
+  for weighting in (jaxbo.gairat(4), jaxbo.mail(), jaxbo.gairat(4, shape="discrete")):
+    scores = np.array([0.3, 0.1, 0.9, np.nan])
+    mask, prior = jnp.array([True, False, True, True]), jnp.array([1.0, 5.0, 3.0, 1.0])
+    w = weights(weighting, scores, mask=mask, prior=prior)[0]
+    pair = weights(weighting, scores[[0, 2]])[0] * np.array([1.0, 3.0])
+    close(w, [pair[0] / pair.sum(), 0, pair[1] / pair.sum(), 0])
+
+
+def test_wat_weights_are_those_of_hedge():
+  costs, labels = np.array([0.5, 2.0, 1.0]), np.array([0, 1, 2, 1])
+  weighting = jaxbo.wat(3, step_size=0.7)
+  state = jaxbo.WatState(jnp.asarray(costs, jnp.float32))
+  shares = softmax(0.7 * np.append(costs, costs.mean()))
+  expected = (shares[:3] + shares[3] / 3)[labels]
+  w, after = weights(weighting, np.ones(4), state, groups=labels)
+  close(w, expected / expected.sum())
+  np.testing.assert_array_equal(after.class_costs, state.class_costs)
+  # Untouched, all classes weigh the same.
+  close(weights(weighting, np.ones(4), groups=labels)[0], np.full(4, 0.25))
+
+
+def test_costs_of_classes_are_set_in_the_state_of_the_optimizer():
+  tx = optax.chain(jaxbo.reweight(jaxbo.wat(2, 1.0)), optax.sgd(1.0))
+  params, labels = jnp.float32(1.0), jnp.array([0, 1])
+  state = tx.init(params)
+  old = optax.tree.get(state, "class_costs")
+  state = optax.tree.set(state, class_costs=old + jnp.array([0.0, 50.0]))
+  grads = jaxbo.per_example_grad(lambda p, x: p * x)(params, jnp.array([1.0, 3.0]))
+  updates, _ = tx.update(grads, state, params, groups=labels)
+  assert float(updates) == pytest.approx(-3.0, rel=1e-4)
+
+
+def test_scores_of_gairat_go_through_reweight():
+  tx = jaxbo.reweight(jaxbo.gairat(10))
+  params, kappa = jnp.float32(1.0), jnp.array([0, 10], jnp.int32)
+  grads = jaxbo.per_example_grad(lambda p, x: p * x)(params, jnp.array([1.0, 3.0]))
+  gradient, _ = tx.update(grads, tx.init(params), params, scores=kappa.astype(jnp.float32))
+  assert float(gradient) == pytest.approx(1.0, rel=1e-3)
+
+
+def test_errors_of_weightings_name_the_argument():
+  for make, message in [
+    (lambda: jaxbo.gairat(0), "num_steps must be at least 1"),
+    (lambda: jaxbo.gairat(5, float("nan")), "shift must be a number or an infinity"),
+    (lambda: jaxbo.gairat(5, shape="relu"), "shape must be one of 'tanh', 'sigmoid', 'discrete'"),
+    (lambda: jaxbo.mail(-1.0), "slope must be non-negative"),
+    (lambda: jaxbo.mail(1.0, np.inf), "bias must be finite"),
+    (lambda: jaxbo.wat(0), "num_classes must be at least 1"),
+    (lambda: jaxbo.wat(3, 0.0), "step_size must be positive"),
+    (lambda: jaxbo.done(0.1, 0.0), "temperature must be positive"),
+    (lambda: jaxbo.done(0.1, rate=0.0), "rate must be in"),
+  ]:
+    with pytest.raises(ValueError, match=message):
+      make()
