@@ -65,7 +65,7 @@ class Preset(NamedTuple):
 PRESETS = {
   "small": Preset(SmallCNN, (28, 28, 1), 0.1, "float32", (128,), tuple(METHODS)),
   "resnet18": Preset(
-    PreActResNet18, (32, 32, 3), 8 / 255, "bfloat16", (128, 256), (BASELINE, "trades", DONE)
+    PreActResNet18, (32, 32, 3), 8 / 255, "bfloat16", (128, 256), (BASELINE, DONE)
   ),
 }
 
@@ -79,7 +79,7 @@ class Config:
   batches: tuple[int, ...] | None = None
   """Images of a batch; by default 128 (small), or 128 and 256 (resnet18)."""
   methods: tuple[str, ...] | None = None
-  """What to time beside adversarial training; by default all (small), or TRADES and DONE."""
+  """What to time beside adversarial training; by default all (small), or DONE (resnet18)."""
   attack_steps: int = 10
   """Steps of the attack, K."""
   dtype: Literal["bfloat16", "float32"] | None = None

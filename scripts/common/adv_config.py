@@ -39,10 +39,10 @@ class Config:
   """Passes over the training set."""
   batch_size: int = 128
   """Images of a batch, over all devices."""
-  learning_rate: float = 0.1
+  learning_rate: float = 3e-3
   """The highest of a schedule that rises for a quarter of the steps and then falls to zero."""
-  weight_decay: float = 5e-4
-  """Of the parameters, added to the gradient."""
+  weight_decay: float = 1e-4
+  """Of the parameters, times the learning rate."""
   widths: tuple[int, int] = (8, 16)
   """Channels of the network's convolutions."""
   num_hidden: int = 64
@@ -122,7 +122,7 @@ class Config:
     return SmallCNN(num_classes, self.widths, self.num_hidden)
 
   def optimizer(self, num_steps: int) -> optax.GradientTransformation:
-    """SGD with momentum, the same for all methods."""
+    """Adam, the same for all methods."""
     rise = max(num_steps // 4, 1)
     schedule = optax.join_schedules(
       [
@@ -131,9 +131,7 @@ class Config:
       ],
       [rise],
     )
-    return optax.chain(
-      optax.add_decayed_weights(self.weight_decay), optax.sgd(schedule, momentum=0.9)
-    )
+    return optax.adamw(schedule, weight_decay=self.weight_decay)
 
   def identity(self) -> dict[str, Any]:
     """What a resumed run must have in common with the run that it continues, as JSON has it."""
