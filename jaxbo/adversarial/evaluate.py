@@ -14,7 +14,7 @@ from jax.extend import core
 from jaxbo import _check, _tree
 from jaxbo.adversarial import class_metrics
 from jaxbo.adversarial.apgd import apgd
-from jaxbo.adversarial.attack import Attack, check_batch, is_wrong, typed_key
+from jaxbo.adversarial.attack import Attack, check_batch, check_labels, is_wrong, typed_key
 from jaxbo.adversarial.losses import cross_entropy_loss
 from jaxbo.adversarial.pgd import pgd
 from jaxbo.adversarial.square import square
@@ -176,6 +176,7 @@ def evaluate_robustness(
   for index, part, count in _cut(images, labels, batch_size):
     logits, again, zero_gradient = look(params, *part)
     num_classes = logits.shape[1]
+    check_labels(labels, num_classes)
     seen.append([np.asarray(x)[:count] for x in (logits, again, zero_gradient)])
     clean = ~np.asarray(_wrong(logits, part[1]))[:count]
     correct["clean"].append(clean)

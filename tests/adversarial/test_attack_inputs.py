@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, PartitionSpec
 
 import jaxbo
 from tests.adversarial import problem
@@ -201,7 +202,8 @@ def test_no_gradient_flows_through_an_attack():
 
 @pytest.mark.parametrize("check_vma", [True, False], ids=["checked", "unchecked"])
 def test_eight_devices_attack_as_one(check_vma):
-  mesh, rows = jax.make_mesh((8,), ("d",)), jax.sharding.PartitionSpec("d")
+  mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
+  rows = PartitionSpec("d")
   attacks = [
     jaxbo.pgd(model, direction="adam", random_start=False, stop_after=1, **TINY),
     jaxbo.apgd(model, epsilon=EPSILON, num_steps=3, objective="targeted_dlr", num_targets=2),

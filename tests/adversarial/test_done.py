@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType, PartitionSpec
 
 import jaxbo
 from jaxbo.adversarial import barrier as lower_level
@@ -49,7 +50,7 @@ def opposite(params, images, labels):
   return -loss(params, images, labels)
 
 
-CURVATURE = 3.0
+CURVATURE = 20.0
 
 
 def linearised(params, images, labels):
@@ -60,22 +61,27 @@ def linearised(params, images, labels):
   return jnp.sum(slope * move + CURVATURE / 2 * move**2, axis=1)
 
 
-def grads_of(attack_loss, barrier=1e-2, num_steps=3000, step_size=0.2, **options):
-  options = {"barrier": barrier, "num_steps": num_steps, "step_size": step_size, **options}
-  return jaxbo.done_grad(loss, attack_loss, epsilon=0.1, margin=1e-9, **options)
-
-
 @functools.cache
-def compiled(name, inverse, barrier=1e-2):
-  """``params -> (robust value, its gradient, info)``; one compilation for every use."""
+def compiled(name, inverse):
+  """``(params, barrier) -> (robust value, its gradient, info)``; compiled once for all tests."""
   attack_loss = {"margin": margin, "opposite": opposite, "linearised": linearised}[name]
   options = {"curvature": CURVATURE} if name == "linearised" and inverse == "diagonal" else {}
-  inverse = jaxbo.conjugate_gradient(2 * DIM) if inverse == "cg" else inverse
-  grad = grads_of(attack_loss, barrier, inverse=inverse, **options)
+  options["inverse"] = jaxbo.conjugate_gradient(2 * DIM) if inverse == "cg" else inverse
   tx = jaxbo.reweight(jaxbo.kl(R))
 
   @jax.jit
-  def value_and_grad(params):
+  def value_and_grad(params, barrier=1e-2):
+    grad = jaxbo.done_grad(
+      loss,
+      attack_loss,
+      epsilon=0.1,
+      barrier=barrier,
+      num_steps=3000,
+      step_size=1 / CURVATURE,
+      margin=1e-9,
+      repair=False,
+      **options,
+    )
     grads = grad(params, make()[1])
     gradient, state = tx.update(grads, tx.init(params), params)
     return state.info.objective, gradient, grads.aux
@@ -102,9 +108,7 @@ def along(gradient, direction):
   return sum(float(jnp.sum(a * b)) for a, b in leaves)
 
 
-@pytest.mark.parametrize(
-  "name, inverse", [("margin", "cg"), ("linearised", "diagonal"), ("linearised", "cg")]
-)
+@pytest.mark.parametrize("name, inverse", [("margin", "cg"), ("linearised", "diagonal")])
 def test_the_gradient_is_that_of_finite_differences(name, inverse, x64):
   params, _ = make()
   value_and_grad = compiled(name, inverse)
@@ -135,13 +139,11 @@ def test_the_implicit_term_of_the_same_loss_vanishes_with_the_barrier(x64):
   for name, values in shares.items():
     inverse = "diagonal" if name == "linearised" else "cg"
     for barrier in (1e-1, 1e-2, 1e-3):
-      whole = compiled(name, inverse, barrier)(params)[1]
-      explicit = compiled(name, "none", barrier)(params)[1]
+      whole = compiled(name, inverse)(params, barrier)[1]
+      explicit = compiled(name, "none")(params, barrier)[1]
       term = optax.tree.norm(optax.tree.sub(whole, explicit))
       values.append(float(term / optax.tree.norm(explicit)))
-  assert shares["opposite"][0] > 2 * shares["opposite"][1] > 4 * shares["opposite"][2] or (
-    shares["opposite"][2] < 0.3 * max(shares["opposite"])
-  )
+  assert shares["opposite"][2] < 0.3 * shares["opposite"][0]
   assert shares["opposite"][2] < 0.01
   assert shares["linearised"][2] > 3 * shares["opposite"][2]
 
@@ -149,24 +151,18 @@ def test_the_implicit_term_of_the_same_loss_vanishes_with_the_barrier(x64):
 def test_fast_bat_is_the_limit_of_a_vanishing_barrier(x64):
   """Its mask off the walls, and its gradient, with the linearised attack at the same point."""
   params, (images, labels) = make()
-  center = images
-  # A start that a vanishing epsilon of noise cannot move: the first step is to the walls and back.
-  slope = jax.grad(lambda x: jnp.sum(margin(params, x, labels)))(center)
-  box = pixel_box(center, 0.1, 0.0, 1.0)
+  slope = jax.grad(lambda x: jnp.sum(margin(params, x, labels)))(images)
+  box = pixel_box(images, 0.1, 0.0, 1.0)
   minimum = box.project(-slope / CURVATURE)
-  v = jax.grad(lambda x: jnp.sum(loss(params, x, labels)))(center + minimum)
-  mask = lower_level.solve_active_set(v, minimum, box, CURVATURE)
+  v_at = jax.jit(jax.grad(lambda delta: jnp.sum(loss(params, images + delta, labels))))
+  mask = lower_level.solve_active_set(v_at(minimum), minimum, box, CURVATURE)
   assert 0.2 < np.mean(mask == 0) < 0.8
   errors = []
   for barrier in (1e-4, 1e-5, 1e-6):
-    grads = jax.jit(
-      lambda p, c=barrier: grads_of(linearised, c, curvature=CURVATURE)(p, (center, labels)).aux
-    )
-    delta = grads(params).perturbed - center
-    v_there = jax.grad(lambda x: jnp.sum(loss(params, x, labels)))(center + delta)
-    exact = lower_level.solve_diagonal(v_there, delta, box, barrier, CURVATURE)
+    delta = compiled("linearised", "diagonal")(params, barrier)[2].perturbed - images
+    exact = lower_level.solve_diagonal(v_at(delta), delta, box, barrier, CURVATURE)
     errors.append(float(jnp.linalg.norm(exact - mask) / jnp.linalg.norm(mask)))
-  assert errors[0] > 5 * errors[1] / 2 > errors[2]
+  assert errors[0] > 3 * errors[1] > 9 * errors[2]
   assert errors[2] < 2e-3
 
 
@@ -206,7 +202,7 @@ def stationary(slope, barrier, epsilon):
   return (-barrier + np.sqrt(barrier**2 + (slope * epsilon) ** 2)) / slope
 
 
-@functools.partial(jax.jit, static_argnames="direction")
+@functools.partial(jax.jit, static_argnames=("direction", "num_steps"))
 def solve(slopes, barrier, step_size, direction="gradient", num_steps=400):
   images = jnp.full((slopes.size, 1), 0.5)
   box = pixel_box(images, EPSILON, 0.0, 1.0)
@@ -272,13 +268,18 @@ OPTIONS = {"epsilon": EPSILON, "barrier": 1e-2, "num_steps": 8, "step_size": 1.0
 
 @functools.cache
 def image_grads(**options):
-  grad = jaxbo.done_grad(problem.loss, problem.margin_attack_loss, **{**OPTIONS, **options})
-  pull = lambda params, batch, weights, key: (
-    (grads := grad(params, batch, key)).pullback(weights),
-    grads.losses,
-    grads.aux,
-  )
-  return jax.jit(pull)
+  """``(params, batch, key, step_size, barrier) -> (gradient, losses, info)``."""
+
+  @jax.jit
+  def pull(params, batch, key=None, step_size=1.0, barrier=1e-2):
+    sizes = {"step_size": step_size, "barrier": barrier}
+    grad = jaxbo.done_grad(
+      problem.loss, problem.margin_attack_loss, repair=False, **{**OPTIONS, **sizes, **options}
+    )
+    grads = grad(params, batch, key)
+    return grads.pullback(WEIGHTS), grads.losses, grads.aux
+
+  return pull
 
 
 WEIGHTS = jnp.linspace(0.05, 0.2, problem.BATCH)
@@ -290,15 +291,15 @@ def test_perturbations_are_strictly_inside_also_at_pixels_0_and_1(direction):
   assert (images == 0).any()
   assert (images == 1).any()
   step_size = 1e3 if direction == "gradient" else 0.05
-  run = image_grads(direction=direction, step_size=step_size, barrier=1e-6)
+  run = image_grads(direction=direction)
   for key in (None, jax.random.key(0)):
-    _, losses, info = run(PARAMS, BATCH, WEIGHTS, key)
+    _, losses, info = run(PARAMS, BATCH, key, step_size, 1e-6)
     low, high = np.maximum(images - EPSILON, 0), np.minimum(images + EPSILON, 1)
     assert np.all(info.perturbed > low)
     assert np.all(info.perturbed < high)
     assert np.mean(losses) > np.mean(problem.loss(PARAMS, *BATCH))
     assert info.num_not_finite == 0
-  start = image_grads(direction=direction, step_size=1e-12)(PARAMS, BATCH, WEIGHTS, None)[2]
+  start = run(PARAMS, BATCH, None, 1e-12, 1e-6)[2]
   np.testing.assert_allclose(start.perturbed, (low + high) / 2, atol=1e-6)
 
 
@@ -310,13 +311,12 @@ def test_weights_are_a_softmax_at_rate_1():
   def step(params, state):
     grads = grad(params, BATCH)
     updates, state = tx.update(grads, state, params)
-    return updates, state, grads.losses
+    weights = jax.nn.softmax(grads.losses / R)
+    return updates, state, grads.pullback(weights)
 
   state = tx.init(PARAMS)
   for _ in range(2):  # The second batch too: nothing is remembered.
-    updates, state, losses = step(PARAMS, state)
-    expected, again, _ = image_grads()(PARAMS, BATCH, jax.nn.softmax(losses / R), None)
-    np.testing.assert_allclose(losses, again, rtol=1e-5)
+    updates, state, expected = step(PARAMS, state)
     for ours, theirs in zip(jax.tree.leaves(updates), jax.tree.leaves(expected), strict=True):
       np.testing.assert_allclose(ours, -theirs, rtol=1e-4, atol=1e-5)
 
@@ -331,7 +331,7 @@ def test_the_running_normaliser_follows_its_rate():
     log_g = np.log(np.mean(np.exp(np.asarray(losses, np.float64) / R)))
     log_u = log_g if log_u is None else np.logaddexp(np.log(0.7) + log_u, np.log(0.3) + log_g)
     weights = np.exp(np.asarray(losses) / R - log_u) / 2
-    assert float(updates) == pytest.approx(-np.sum(weights * losses), rel=1e-5)
+    assert float(updates) == pytest.approx(-float(np.sum(weights * losses)), rel=1e-5)
 
 
 def test_adversarial_training_is_the_limit_without_weights_and_implicit_term():
@@ -350,12 +350,12 @@ def test_adversarial_training_is_the_limit_without_weights_and_implicit_term():
 
 
 def test_microbatches_and_narrow_parameters_give_the_same():
-  whole, losses, _ = image_grads()(PARAMS, BATCH, WEIGHTS, None)
-  cut, same, _ = image_grads(microbatch_size=4)(PARAMS, BATCH, WEIGHTS, None)
+  whole, losses, _ = image_grads()(PARAMS, BATCH)
+  cut, same, _ = image_grads(microbatch_size=4)(PARAMS, BATCH)
   np.testing.assert_allclose(losses, same, rtol=1e-5)
   narrow = jax.tree.map(lambda p: p.astype(jnp.bfloat16), PARAMS)
   images = BATCH[0].astype(jnp.bfloat16)
-  rounded, near, info = image_grads()(narrow, (images, BATCH[1]), WEIGHTS, None)
+  rounded, near, info = image_grads()(narrow, (images, BATCH[1]))
   assert info.perturbed.dtype == jnp.float32
   np.testing.assert_allclose(near, losses, rtol=0.1, atol=0.05)
   for a, b, c in zip(*map(jax.tree.leaves, (whole, cut, rounded)), strict=True):
@@ -374,12 +374,13 @@ def test_eight_devices_give_the_gradient_of_one(inverse, check_vma):
     state = tx[axis].init(PARAMS)
     return tx[axis].update(grad(PARAMS, (images, labels)), state, PARAMS)[0]
 
-  mesh, rows = jax.make_mesh((8,), ("d",)), jax.sharding.PartitionSpec("d")
+  mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
+  rows = PartitionSpec("d")
   sharded = jax.shard_map(
     functools.partial(step, axis="d"),
     mesh=mesh,
     in_specs=rows,
-    out_specs=jax.sharding.PartitionSpec(),
+    out_specs=PartitionSpec(),
     check_vma=check_vma,
   )
   alone = jax.jit(functools.partial(step, axis=None))(*BATCH)
@@ -404,7 +405,7 @@ def test_a_gradient_that_is_not_finite_leaves_the_example_alone(which):
   losses[which] = spoil(losses[which])
   grad = jaxbo.done_grad(losses["loss"], losses["attack"], **OPTIONS)
   grads = jax.jit(lambda params: grad(params, BATCH).aux)(PARAMS)
-  expected = image_grads()(PARAMS, BATCH, WEIGHTS, None)[2]
+  expected = image_grads()(PARAMS, BATCH)[2]
   assert grads.num_not_finite >= 1
   assert grads.not_finite[2]
   others = np.arange(problem.BATCH) != 2
