@@ -14,17 +14,19 @@ def convolution(
   kernel_size: int,
   *,
   padding: int = 0,
+  stride: int = 1,
   use_bias: bool = True,
   kernel_init: nn.initializers.Initializer = nn.linear.default_kernel_init,
   dtype: jax.typing.DTypeLike | None = None,
   name: str | None = None,
 ) -> nn.Conv:
-  """Returns the convolution layer that every model here uses: square, stride 1.
+  """Returns the convolution layer that every model here uses: square, with a square stride.
 
   The parameters are those of :class:`flax.linen.Conv`, ``kernel [size, size, inputs, features]``
   and ``bias [features]``, and the numbers are the same up to rounding, whatever ``conv`` is.
   ``"native"`` is XLA's convolution. ``"patches"`` lays the ``size ** 2`` shifted images side by
-  side, which takes ``size ** 2`` times the memory of the input, and multiplies matrices.
+  side, which takes ``size ** 2`` times the memory of the input divided by ``stride ** 2``, and
+  multiplies matrices.
   ``"auto"`` is decided when the model is traced: ``"patches"`` if ``jax.default_backend()`` is the
   CPU, else ``"native"``.
 
@@ -41,6 +43,7 @@ def convolution(
   return nn.Conv(
     features,
     (kernel_size, kernel_size),
+    strides=stride,
     padding=padding,
     use_bias=use_bias,
     kernel_init=kernel_init,
@@ -53,12 +56,16 @@ def convolution(
 def _patches_conv(
   images: jax.Array, kernel: jax.Array, strides: Any, padding: Any, **_: Any
 ) -> jax.Array:
-  """``lax.conv_general_dilated`` of NHWC images with stride 1: all that is asked for here."""
-  del strides
+  """``lax.conv_general_dilated`` of NHWC images without dilation: all that is asked for here."""
   images = jnp.pad(images, ((0, 0), *padding, (0, 0)))
   height, width, inputs, features = kernel.shape
   rows, columns = images.shape[1] - height + 1, images.shape[2] - width + 1
-  patches = [images[:, i : i + rows, j : j + columns] for i in range(height) for j in range(width)]
+  down, right = strides
+  patches = [
+    images[:, i : i + rows : down, j : j + columns : right]
+    for i in range(height)
+    for j in range(width)
+  ]
   return jnp.concatenate(patches, axis=-1) @ kernel.reshape(height * width * inputs, features)
 
 

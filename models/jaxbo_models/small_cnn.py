@@ -1,0 +1,64 @@
+"""The small convolutional network of robust classification."""
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import jax.typing
+
+from jaxbo_models.layers import check_images, convolution
+
+
+class SmallCNN(nn.Module):
+  """Two 4 by 4 convolutions of stride 2 and two dense layers, with rectifiers between them.
+
+  Images ``[n, height, width, channels]`` of any real dtype, at least 8 by 8, are mapped to logits
+  ``[n, num_classes]`` in float32. Strides take the place of maxima: they cost less, and leave the
+  loss as smooth in the images as rectifiers do. There is no normalization, so an example does not
+  depend on others.
+
+  >>> model = SmallCNN()
+  >>> images = jax.ShapeDtypeStruct((5, 28, 28, 1), jnp.float32)
+  >>> variables = jax.eval_shape(model.init, jax.random.key(0), images)
+  >>> jax.eval_shape(model.apply, variables, images).shape
+  (5, 10)
+  >>> sum(leaf.size for leaf in jax.tree.leaves(variables))
+  166406
+
+  Parameters are float32: ``params/Conv_i/kernel [4, 4, inputs, widths[i]]``, ``params/Conv_i/bias
+  [widths[i]]``, ``params/Dense_i/kernel`` and ``params/Dense_i/bias``.
+
+  Source: Wong and Kolter, *Provable defenses against adversarial examples via the convex outer
+  adversarial polytope* (https://arxiv.org/abs/1711.00851), their network for MNIST. The first
+  parameters are Flax's default.
+
+  Attributes:
+    num_classes: how many logits.
+    widths: the channels of the two convolutions.
+    num_hidden: the width of the first dense layer.
+    conv: ``"auto"``, ``"patches"`` or ``"native"``; see :func:`jaxbo_models.layers.convolution`.
+    dtype: the dtype of products and activations; None takes what images and parameters promote to.
+  """
+
+  num_classes: int = 10
+  widths: Sequence[int] = (16, 32)
+  num_hidden: int = 100
+  conv: str = "auto"
+  dtype: jax.typing.DTypeLike | None = None
+
+  @nn.compact
+  def __call__(self, images: jax.Array) -> jax.Array:
+    """Returns the logits ``[n, num_classes]`` of ``images``, in float32.
+
+    Raises ``ValueError`` for images of another rank or smaller than 8 by 8, other than two widths,
+    or an unknown ``conv``.
+    """
+    check_images(images, smallest=8)
+    if len(self.widths) != 2:
+      raise ValueError(f"widths must be two numbers, got {self.widths}")
+    x = images
+    for width in self.widths:
+      x = nn.relu(convolution(self.conv, width, 4, padding=1, stride=2, dtype=self.dtype)(x))
+    x = nn.relu(nn.Dense(self.num_hidden, dtype=self.dtype)(x.reshape(len(x), -1)))
+    return nn.Dense(self.num_classes, dtype=self.dtype)(x).astype(jnp.float32)

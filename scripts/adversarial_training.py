@@ -1,0 +1,114 @@
+"""Adversarial training: DONE beside nine other methods, on balanced and on long-tailed data.
+
+A small network is trained on images that an attack changes within a box: plain adversarial training
+(AT), TRADES, MART, friendly adversarial training (FAT), GAIRAT, MAIL, Fast-BAT, AT with KL weights,
+and DONE, whose lower level is smoothed by a barrier and answered by its implicit gradient, with
+gradient descent and with Adam as the attack. Model, images, batches, steps of the attack, steps of
+training and optimizer are the same for all methods.
+
+CLAIM
+
+Accuracies are of test images, the same number of each class, in percent. "APGD worst case" counts
+an image only if it resists PGD-20, APGD on the cross-entropy and APGD on the targeted DLR loss.
+"RA-Tail-30" is its mean over the worst 30 % of the classes (three of ten), "worst class" the worst
+one. Tables have the mean and the standard deviation over seeds; seconds of an epoch are those of
+training alone. Methods that reweight can look better under PGD than they are: that is what the
+worst case is for.
+
+  python -m scripts.adversarial_training                     MINUTES minutes on 2 CPU cores
+  python -m scripts.adversarial_training --tune              one rate at a time, on validation data
+  python -m scripts.adversarial_training --dataset cifar10   after a download by TFDS
+  ... --resume                                               goes on bit for bit
+
+Batches are divided among all devices.
+"""
+
+import sys
+
+import tyro
+from rich.console import Console
+
+from scripts.common import adv_data, adv_pictures, adv_report, adv_run, adv_tune, report
+from scripts.common.adv_config import Config
+from scripts.common.adv_data import SETS, AdversarialData
+from scripts.common.adv_methods import BASELINE, METHODS
+from scripts.common.adv_report import Row
+from scripts.common.adv_run import Outcome, Runner
+
+CSV, METRICS = "results.csv", "metrics.jsonl"
+
+
+def read(config: Config) -> AdversarialData:
+  """The images, enough for every training set."""
+  data = adv_data.read(
+    config.dataset, config.data_dir, config.validation_per_class, config.test_per_class
+  )
+  for kind in config.sets:
+    rows = adv_data.training_rows(data, kind, config.largest, config.ratio, config.first_seed)
+    if len(rows) < config.batch_size:
+      raise ValueError(
+        f"batch_size must be at most {len(rows)}, the images for training; got {config.batch_size}"
+      )
+  return data
+
+
+def prepare_output(config: Config) -> list[Row]:
+  """Checks and writes the identity of the run; returns the lines of the run that goes on."""
+  if config.resume:
+    lines = report.read_run(config.output_dir, config.identity(), METRICS)
+    return adv_run.lines_to_keep(config, lines)
+  report.start_run(config.output_dir, config.identity())
+  return []
+
+
+def print_and_draw(config: Config, data: AdversarialData, runner: Runner, console: Console) -> None:
+  """Prints tables, and writes the rows and pictures of what there is."""
+  outcome = runner.outcome
+  report.write_csv(config.output_dir / CSV, outcome.rows)
+  labels = {name: method.label for name, method in METHODS.items()}
+  for kind in config.sets:
+    if not adv_report.runs_of(outcome.rows, kind):
+      continue
+    counts = adv_run.counts_of_sets(config, data)[kind]
+    title = (
+      f"{config.dataset}, {SETS[kind]} ({counts.max()} to {counts.min()} images of a class), "
+      f"epsilon {config.largest_change():.3g}, {config.epochs} epochs"
+    )
+    report.print_table(console, title, *adv_report.table(outcome.rows, kind, labels))
+    if BASELINE in adv_report.runs_of(outcome.rows, kind):
+      gains = adv_report.difference_table(outcome.rows, kind, BASELINE, labels)
+      report.print_table(console, f"{title}; gain over {labels[BASELINE]}", *gains)
+  adv_pictures.draw(config, data, runner)
+  console.print(f"{METRICS}, {CSV} and pictures are in {config.output_dir}")
+
+
+def run_and_report(config: Config) -> int:
+  """Runs, prints and saves; returns the exit status."""
+  with report.bad_input():
+    config.check()
+    data = read(config)
+    outcome = Outcome([] if config.tune else prepare_output(config))
+  console, status = report.console(), 0
+  if config.tune:
+    return adv_tune.tune_and_report(config, data, console)
+  log = report.MetricsLog(config.output_dir / METRICS, outcome.lines)
+  with log, report.progress_bar(console) as progress:
+    runner = Runner(config, data, outcome, log.write, progress)
+    try:
+      runner.run_all()
+    except KeyboardInterrupt:
+      status = 130
+  if status:
+    console.print("Interrupted; --resume goes on. What was finished until then:")
+  if outcome.rows:
+    print_and_draw(config, data, runner, console)
+  return status
+
+
+def main(config: Config) -> int:
+  """Runs, prints and saves. Returns the exit status: 130 if interrupted, with what was finished."""
+  return report.exit_status(run_and_report, config)
+
+
+if __name__ == "__main__":
+  sys.exit(main(tyro.cli(Config)))
