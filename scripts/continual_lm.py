@@ -51,6 +51,7 @@ CSV, METRICS, PICTURES = "results.csv", "metrics.jsonl", ("continual_lm.png", "c
 
 def connect(config: Config) -> None:
   """Meets the other processes; before anything is computed."""
+  config.check_processes()
   if config.coordinator_address is not None:
     jax.distributed.initialize(config.coordinator_address, config.num_processes, config.process_id)
   elif config.distributed:
@@ -129,13 +130,15 @@ def print_and_draw(config: Config, data: LanguageData, outcome: Outcome, console
     report.print_table(console, f"{title}; test loss minus that of uniform weights", *compared)
   begun = lambda line: of_this_run(config, line) and line["seed"] in outcome.start
   lines = [line for line in outcome.lines if begun(line)]
+  written = f"{METRICS} and {CSV}"
   if any(of_this_run(config, row) for row in outcome.rows):
+    written = f"{METRICS}, {CSV} and pictures"
     overview, curves = (config.output_dir / name for name in PICTURES)
     kind = config.corruption_kind
     lm_plots.draw_overview(outcome.rows, lines, data.domains, kind, overview)
     by_size = looked_at(config, outcome.start_losses)
     lm_plots.draw_curves(lines, outcome.start, by_size, kind, curves)
-  console.print(f"{METRICS}, {CSV} and pictures are in {config.output_dir}")
+  console.print(f"{written} are in {config.output_dir}")
 
 
 def run_and_report(config: Config) -> int:

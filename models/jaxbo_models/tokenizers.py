@@ -54,7 +54,7 @@ class BPETokenizer:
 
   Raises:
     FileNotFoundError: the folder has none of these files.
-    ValueError: there is no token ``end_of_text``.
+    ValueError: there is no token ``end_of_text``, or ``tokenizer.json`` is broken.
   """
 
   vocab_size: int
@@ -83,7 +83,13 @@ def _read(path: pathlib.Path) -> Any:
   from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
   if (path / "tokenizer.json").exists():
-    return Tokenizer.from_file(str(path / "tokenizer.json"))
+    try:
+      tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+    except Exception as error:  # The package raises no other.
+      raise ValueError(f"{path / 'tokenizer.json'} is no tokenizer: {error}") from error
+    tokenizer.no_truncation()  # These are saved along, and would cut off or add ids.
+    tokenizer.no_padding()
+    return tokenizer
   for vocabulary, merges in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")):
     if (path / vocabulary).exists() and (path / merges).exists():
       model = models.BPE.from_file(str(path / vocabulary), str(path / merges))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,18 @@ class Config:
   process_id: int | None = None
   """Which of them this is."""
 
+  def check_processes(self) -> None:
+    """Raises ``ValueError`` if processes cannot meet by what is said about them."""
+    address, number, process = self.coordinator_address, self.num_processes, self.process_id
+    if address is None and number is None and process is None:
+      return
+    if address is None or number is None or process is None:
+      raise ValueError("coordinator_address, num_processes and process_id must be given together")
+    if not 0 <= process < number:
+      raise ValueError(
+        f"process_id must be at least 0 and below num_processes = {number}, got {process}"
+      )
+
   def check(self) -> None:
     """Raises ``ValueError`` for what cannot run; it counts devices, so processes have met."""
     for name, allowed in (
@@ -97,16 +110,13 @@ class Config:
       raise ValueError(f"corruptions must be in [0, 1), got {self.corruptions}")
     if (self.init == "hf") != (self.model_dir is not None):
       raise ValueError(f"model_dir must be given with init=hf and only then, got {self.model_dir}")
-    if (self.coordinator_address is None) != (self.num_processes is None) or (
-      self.coordinator_address is None
-    ) != (self.process_id is None):
-      raise ValueError("coordinator_address, num_processes and process_id must be given together")
     for field in dataclasses.fields(self):
       value = getattr(self, field.name)
       number = isinstance(value, (int, float)) and not isinstance(value, bool)
       may_be_zero = field.name in ("first_seed", "timing_rounds", "process_id")
-      if number and (value < 0 or (value == 0 and not may_be_zero)):
-        allowed = "at least 0" if may_be_zero else "positive"
+      if number and not (0 < value < math.inf or (value == 0 and may_be_zero)):  # NaN neither.
+        finite = " and finite" if isinstance(value, float) else ""
+        allowed = "at least 0" if may_be_zero else f"positive{finite}"
         raise ValueError(f"{field.name} must be {allowed}, got {value}")
     for method in self.methods:
       METHODS[method].weighting(self.rates, 1)

@@ -123,8 +123,8 @@ def _every_tenth(texts: Mapping[str, Mapping[str, str]]) -> Corpus:
 def text_domains(data_dir: str | os.PathLike | None = None) -> Corpus:
   """``text_domains``: an encyclopedia, novels, politics, economics, captions of images."""
   preparation = (
-    "It is not in the catalogue of tensorflow-datasets: passages with the features text and domain "
-    "(a class label), in the splits\ntrain, validation and test. "
+    "It is not in the catalogue of tensorflow-datasets: passages with the features text, domain "
+    "(a class label),\nsource and position (their order), in the splits train, validation and test. "
     "tfds.dataset_builders.store_as_tfds_dataset writes such a folder."
   )
 

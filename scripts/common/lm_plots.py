@@ -182,7 +182,8 @@ def _seeds(lines: Sequence[Row], corruption: float, method: str) -> list[int]:
 def _curves(
   lines: Sequence[Row], corruption: float, method: str, name: str
 ) -> tuple[np.ndarray, list[list[float]]]:
-  """Steps, and a number over them for each seed."""
+  """Steps, and a number over them for each seed; NaN where a file has none that is finite."""
   runs = _of_run(lines, corruption, method)
   steps = [line["step"] for line in next(iter(runs.values()), [])]
-  return np.array(steps), [[line[name] for line in run] for run in runs.values()]
+  values = [np.array([line[name] for line in run], float).tolist() for run in runs.values()]
+  return np.array(steps), values

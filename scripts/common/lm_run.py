@@ -46,6 +46,11 @@ def make_language(config: Config) -> Language:
   if config.model_dir is not None:
     model, params = transformer.from_safetensors(config.model_dir)
     tokenizer = tokenizers.BPETokenizer(config.model_dir, _end_of_text(config.model_dir))
+    if tokenizer.vocab_size > model.config.vocab_size:  # What is beyond has the loss NaN.
+      raise ValueError(
+        f"the tokenizer in model_dir must have at most the model's {model.config.vocab_size} "
+        f"tokens, got {tokenizer.vocab_size} in {config.model_dir}"
+      )
     init = lambda key: params
   else:
     tokenizer = tokenizers.ByteTokenizer()

@@ -43,9 +43,14 @@ def test_the_text_that_ships_with_python_has_four_domains_in_three_disjoint_part
     assert min(sizes) > 0.03 * sum(sizes)
 
 
-@pytest.mark.slow
-def test_the_text_that_ships_with_python_is_the_same_each_time():
-  assert lm_documents.read("python") == python()
+def test_no_order_of_files_and_no_text_that_is_there_twice_changes_the_parts():
+  texts = {f"{i:02}": f"text {i}" for i in range(20)} | {"03": "text 2", "99": ""}
+  parts = lm_documents._every_tenth({"domain": texts})
+  assert lm_documents._every_tenth({"domain": dict(reversed(texts.items()))}) == parts
+  found = [[document.text for document in part] for part in parts[1:]]
+  left = [i for i in range(20) if i != 3]
+  assert found[1:] == [[f"text {left[5]}", f"text {left[15]}"], ["text 0", f"text {left[10]}"]]
+  assert sorted(sum(found, [])) == sorted(f"text {i}" for i in left)
 
 
 @pytest.mark.slow
@@ -83,7 +88,7 @@ def test_text_domains_and_plays_are_read():
 
 
 def test_a_missing_data_set_says_what_is_expected(tmp_path):
-  with pytest.raises(FileNotFoundError, match="no text_domains in"):
+  with pytest.raises(FileNotFoundError, match=r"no text_domains in(.|\n)*text, domain(.|\n)*source and position"):
     lm_documents.read("text_domains", tmp_path)
 
 
@@ -113,6 +118,13 @@ def test_held_out_sequences_count_as_domains_do_in_training():
   np.testing.assert_array_equal(data.validation.sequences.tokens[:2], first_and_last)
 
 
+def test_each_part_is_packed_from_its_own_documents():
+  parts = [[Document(letter * 7, 0)] for letter in "abc"]
+  data = lm_data.make(Corpus(("one",), *parts), Letters(), 4, 2, 2)
+  packed = (data.train, data.validation.sequences, data.test.sequences)
+  assert [set(part.tokens.ravel().tolist()) for part in packed] == [{0, 26}, {1, 26}, {2, 26}]
+
+
 def test_a_length_beyond_a_domain_is_refused():
   with pytest.raises(ValueError, match=r"length must leave a sequence of .*, got 20: .*few"):
     lm_data.make(corpus(), Letters(), 20, 2, 1)
@@ -132,6 +144,8 @@ def test_noise_is_in_so_many_sequences_and_nowhere_else(kind):
   assert (other.corrupted != noisy.corrupted).any()
   if kind == "shuffled":
     np.testing.assert_array_equal(np.sort(noisy.tokens, axis=1), clean.tokens)
+    orders = noisy.tokens[noisy.corrupted] % 16
+    assert len(np.unique(orders, axis=0)) == 15  # Each its own: one order of all can be learned.
   else:
     drawn = noisy.tokens[noisy.corrupted]
     assert drawn.min() >= 0

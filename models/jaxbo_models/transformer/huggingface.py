@@ -39,16 +39,20 @@ def from_safetensors(
 
   Raises:
     FileNotFoundError: there is no configuration, or there are no safetensors.
-    ValueError: the model is none that :class:`Transformer` can be, such as OPT-350M, or tensors
-      are missing, unknown or of another shape than the configuration says.
+    ValueError: the model is none that :class:`Transformer` can be, such as OPT-350M, a file is
+      broken, or tensors are missing, unknown or of another shape than the configuration says.
   """
   path = pathlib.Path(path)
-  settings = json.loads(_existing(path / "config.json").read_text())
+  settings = _read_json(path / "config.json")
   model_type = settings.get("model_type")
   if model_type not in FAMILIES:
     raise ValueError(f"model_type must be one of {list(FAMILIES)}, got {model_type!r} in {path}")
   family = FAMILIES[model_type]
-  config = TransformerConfig(**(family.configure(settings) | overrides))
+  try:
+    fields = family.configure(settings)
+  except KeyError as error:
+    raise ValueError(f"config.json must have {error.args[0]}, got none in {path}") from error
+  config = TransformerConfig(**(fields | overrides))
   tensors = _Tensors(path, family.prefixes)
   params = _params(tensors, family, config)
   tensors.check_all_read(config.tied_head, family.head)
@@ -69,17 +73,20 @@ class _Tensors:
   """The tensors in a folder, by their names without prefix; each is read once."""
 
   def __init__(self, path: pathlib.Path, prefixes: Sequence[str]):
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     index = path / "model.safetensors.index.json"
     files = ["model.safetensors"]
     if index.exists():
-      files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+      files = sorted(set(_read_json(index)["weight_map"].values()))
     self._path = path
     self._unread: dict[str, Callable[[], Any]] = {}
     for file in files:
       # As jax arrays, since NumPy has no bfloat16.
-      opened = safe_open(_existing(path / file), framework="flax")
+      try:
+        opened = safe_open(_existing(path / file), framework="flax")
+      except SafetensorError as error:  # A half download, or a pointer of Git LFS.
+        raise ValueError(f"{path / file} is no whole file of safetensors: {error}") from error
       names = opened.keys()
       for name in names:
         short = functools.reduce(str.removeprefix, prefixes, name)
@@ -162,6 +169,13 @@ def _params(tensors: _Tensors, family: Family, config: TransformerConfig) -> dic
     # A head is a Linear in all families.
     params["head"] = {"kernel": tensors.read(f"{family.head}.weight", config.vocab_size, width).T}
   return jax.tree.map(jnp.asarray, params)
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+  try:
+    return json.loads(_existing(path).read_text())
+  except json.JSONDecodeError as error:
+    raise ValueError(f"{path} is no JSON: {error}") from error
 
 
 def _existing(path: pathlib.Path) -> pathlib.Path:
