@@ -136,7 +136,7 @@ def test_the_loss_is_the_sum_over_tokens_or_their_mean_and_terms_are_off_by_defa
     output = model.apply(
       {"params": params},
       arguments["features"],
-      TOKENS[:, :-1],
+      jnp.asarray(TOKENS[:, :-1]),
       mask[:, 1:],
       cell_mask=arguments["cell_mask"],
     )
