@@ -7,6 +7,8 @@
 **Streams of tasks** for :func:`jaxbo.online_meta_learner`: :func:`osaka_stream`, few-shot tasks
 that change without notice; :func:`moving_gaussian_stream` and :func:`jumping_gaussian_stream`,
 whose answers are known exactly.
+
+**Images with captions** whose entropy is known exactly: :class:`ShapesCaptions`.
 """
 
 from jaxbo.tasks.episodes import Episode, sample_episode
@@ -18,6 +20,8 @@ from jaxbo.tasks.gaussian_streams import (
   jumping_gaussian_stream,
   moving_gaussian_stream,
 )
+from jaxbo.tasks.shapes_captions import CaptionedShapes, ShapesCaptions
+from jaxbo.tasks.shapes_language import CaptionEntropies
 from jaxbo.tasks.streams import minibatch_stream, phase_stream
 from jaxbo.tasks.task_streams import (
   OsakaState,
@@ -28,11 +32,14 @@ from jaxbo.tasks.task_streams import (
 )
 
 __all__ = [
+  "CaptionEntropies",
+  "CaptionedShapes",
   "Episode",
   "GaussianBatch",
   "GaussianState",
   "GaussianTruth",
   "OsakaState",
+  "ShapesCaptions",
   "StreamBatch",
   "StreamTruth",
   "TaskStream",
