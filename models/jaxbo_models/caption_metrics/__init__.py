@@ -10,7 +10,7 @@ METEOR and SPICE are Java programs, which :func:`meteor` and :func:`spice` run w
 >>> print(caption_metrics.bleu(candidates, references).round(3))
 [0.846 0.757 0.495 0.   ]
 >>> print(caption_metrics.rouge_l(candidates, references).round(3))
-[0.772]
+[0.759]
 """
 
 from jaxbo_models.caption_metrics.bleu import bleu

@@ -39,6 +39,6 @@ def tokenize(text: str) -> list[str]:
   >>> print(*tokenize("The dog doesn't like Bob's half-eaten hot dog (50% off)!"))
   the dog does n't like bob 's half-eaten hot dog -lrb- 50 % off -rrb-
   """
-  tokens = _TOKEN.findall(text.lower().translate(_TYPOGRAPHY))
-  tokens = (_BRACKETS.get(token, token) for token in tokens)
+  found: list[str] = _TOKEN.findall(text.lower().translate(_TYPOGRAPHY))
+  tokens = (_BRACKETS.get(token, token) for token in found)
   return [token for token in tokens if token.strip("-.") and token not in _DROPPED]
