@@ -1,9 +1,18 @@
 """Flax models for the scripts and tests of jaxbo."""
 
-from jaxbo_models import tokenizers, transformer
+from jaxbo_models import captioner, tokenizers, transformer
 from jaxbo_models.conv4 import Conv4
 from jaxbo_models.lenet5 import LeNet5
 from jaxbo_models.mlp import MLP
 from jaxbo_models.resnet12 import ResNet12, drop_block
 
-__all__ = ["MLP", "Conv4", "LeNet5", "ResNet12", "drop_block", "tokenizers", "transformer"]
+__all__ = [
+  "MLP",
+  "Conv4",
+  "LeNet5",
+  "ResNet12",
+  "captioner",
+  "drop_block",
+  "tokenizers",
+  "transformer",
+]

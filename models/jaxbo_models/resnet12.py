@@ -59,6 +59,8 @@ class ResNet12(nn.Module):
     conv: ``"auto"``, ``"patches"`` or ``"native"``; see :func:`jaxbo_models.layers.convolution`.
     dtype: the dtype of convolutions and activations (``jnp.bfloat16`` halves their memory); None
       takes what images and parameters promote to. Normalization is in float32 at least.
+    pool: whether the mean over the pixels is taken; without it the features are
+      ``[n, height // 16, width // 16, widths[-1]]``, for attention.
   """
 
   widths: Sequence[int] = (64, 160, 320, 640)
@@ -68,10 +70,11 @@ class ResNet12(nn.Module):
   block_sizes: Sequence[int] = (1, 1, 5, 5)
   conv: str = "auto"
   dtype: jax.typing.DTypeLike | None = None
+  pool: bool = True
 
   @nn.compact
   def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
-    """Returns the features ``[n, widths[-1]]`` of ``images``, in float32.
+    """Returns the features ``[n, widths[-1]]`` (or a grid) of ``images``, in float32.
 
     Args:
       images: ``[n, height, width, channels]``.
@@ -95,7 +98,8 @@ class ResNet12(nn.Module):
       )
       if train and drop:
         x = drop_block(x, self.make_rng("dropout"), self.drop_rate, block_size)
-    return x.astype(jnp.float32).mean(axis=(1, 2))
+    x = x.astype(jnp.float32)
+    return x.mean(axis=(1, 2)) if self.pool else x
 
 
 class ResidualBlock(nn.Module):

@@ -1,0 +1,234 @@
+"""Captions from a model: the step of a search, greedy decoding, sampling."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.core
+import jax.numpy as jnp
+
+# step_fn(tokens [batch, beam], state) -> (log_probabilities [batch, beam, vocab_size], state)
+StepFn = Callable[[jax.Array, Any], tuple[jax.Array, Any]]
+
+
+def make_step(
+  model: nn.Module, params: Any, features: jax.Array, cell_mask: jax.Array | None = None
+) -> tuple[StepFn, Any]:
+  """A captioner's step and first state, as :func:`beam_search`, :func:`greedy` and others take.
+
+  Images are encoded once; the cells of an image are shared by its beams, not copied.
+
+  >>> from jaxbo_models import captioner
+  >>> model = captioner.GuidedCaptioner(19, embed_dim=8, hidden_dim=16, attention_dim=8)
+  >>> features = jnp.ones((2, 4, 6))
+  >>> params = model.init(jax.random.key(0), features, jnp.ones((2, 5), int))["params"]
+  >>> step_fn, state = make_step(model, params, features)
+  >>> tokens, _ = greedy(step_fn, state, batch_size=2, max_length=7, bos_id=1, eos_id=2)
+  >>> tokens.shape
+  (2, 7)
+
+  Args:
+    model: a :class:`GuidedCaptioner`.
+    params: its parameters.
+    features: ``[batch, num_cells, dim]``, or images.
+    cell_mask: ``[batch, num_cells]``, bool; None for all.
+
+  Returns:
+    ``step_fn`` and a state with leaves ``[batch, hidden_dim]``.
+  """
+  apply = lambda method, *args: model.apply({"params": params}, *args, method=method)
+  encoded: Any = apply("encode", features, cell_mask)
+
+  def step_fn(tokens: jax.Array, state: Any) -> tuple[jax.Array, Any]:
+    result: Any = apply("step", tokens, state, encoded)
+    return result
+
+  return step_fn, apply("initial_state", encoded)
+
+
+def greedy(
+  step_fn: StepFn,
+  init_state: Any,
+  *,
+  batch_size: int,
+  max_length: int,
+  bos_id: int,
+  eos_id: int,
+  forced: jax.Array | None = None,
+  forbidden: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+  """The most probable token at each step; arguments as those of :func:`beam_search`.
+
+  Returns:
+    Tokens ``[batch, max_length]``, filled up with ``eos_id``, and the log-probabilities ``[batch]``
+    that the model gives them.
+
+  Raises:
+    ValueError: an argument is out of its range or has another shape.
+  """
+  pick = lambda log_probabilities, position: jnp.argmax(log_probabilities, axis=-1)
+  tokens, sums = _roll(
+    step_fn, init_state, pick, (batch_size, 1), max_length, bos_id, eos_id, forced, forbidden
+  )
+  return tokens[:, 0], sums[:, 0]
+
+
+def sample(
+  step_fn: StepFn,
+  init_state: Any,
+  key: jax.Array,
+  *,
+  batch_size: int,
+  num_samples: int = 1,
+  max_length: int,
+  bos_id: int,
+  eos_id: int,
+  temperature: float | jax.Array = 1.0,
+  forced: jax.Array | None = None,
+  forbidden: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+  """Captions drawn from the model; further arguments as those of :func:`beam_search`.
+
+  Args:
+    step_fn: see there.
+    init_state: see there.
+    key: the randomness.
+    batch_size: see there.
+    num_samples: captions for each image, at least 1.
+    max_length: see there.
+    bos_id: see there.
+    eos_id: see there.
+    temperature: what log-probabilities are divided by before a token is drawn, positive.
+    forced: see there.
+    forbidden: see there; what is left is normalized for the draw.
+
+  Returns:
+    Tokens ``[batch, num_samples, max_length]``, filled up with ``eos_id``, and the
+    log-probabilities ``[batch, num_samples]`` that the model gives them: at temperature 1 and
+    without forbidden tokens.
+
+  Raises:
+    ValueError: an argument is out of its range or has another shape.
+  """
+  if num_samples < 1:
+    raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+  if not isinstance(temperature, jax.core.Tracer) and not temperature > 0:
+    raise ValueError(f"temperature must be positive, got {temperature}")
+
+  def pick(log_probabilities, position):
+    return jax.random.categorical(
+      jax.random.fold_in(key, position), log_probabilities / temperature
+    )
+
+  shape = (batch_size, num_samples)
+  return _roll(step_fn, init_state, pick, shape, max_length, bos_id, eos_id, forced, forbidden)
+
+
+def _roll(
+  step_fn: StepFn,
+  init_state: Any,
+  pick: Callable[[jax.Array, jax.Array], jax.Array],
+  shape: tuple[int, int],
+  max_length: int,
+  bos_id: int,
+  eos_id: int,
+  forced: jax.Array | None,
+  forbidden: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+  """Picks tokens until every caption has ended or is ``max_length`` long."""
+  state = over_beams(init_state, shape)
+  dtype = check_search(step_fn, state, shape, max_length, bos_id, eos_id, forced, forbidden)[1]
+
+  def is_open(carry):
+    position, ended, *_ = carry
+    return (position < max_length) & ~jnp.all(ended)
+
+  def step(carry):
+    position, ended, last, tokens, sums, state = carry
+    log_probabilities, state = step_fn(last, state)
+    allowed = allow(log_probabilities.astype(dtype), position, forced, forbidden)
+    token = pick(allowed, position).astype(jnp.int32)
+    gained = jnp.take_along_axis(allowed, token[..., None], axis=-1)[..., 0]
+    token, sums = jnp.where(ended, eos_id, token), sums + jnp.where(ended, 0, gained)
+    tokens = tokens.at[:, :, position].set(token)
+    return position + 1, ended | (token == eos_id), token, tokens, sums, state
+
+  first = (
+    jnp.int32(0),
+    jnp.zeros(shape, bool),
+    jnp.full(shape, bos_id, jnp.int32),
+    jnp.full((*shape, max_length), eos_id, jnp.int32),
+    jnp.zeros(shape, dtype),
+    state,
+  )
+  _, _, _, tokens, sums, _ = jax.lax.while_loop(is_open, step, first)
+  return tokens, sums
+
+
+def over_beams(init_state: Any, shape: tuple[int, int]) -> Any:
+  """Leaves ``[batch, ...]`` become ``[batch, beam, ...]``."""
+  for leaf in jax.tree.leaves(init_state):
+    if not leaf.ndim or len(leaf) != shape[0]:
+      raise ValueError(
+        f"init_state must have leaves [batch_size = {shape[0]}, ...], got one of shape {leaf.shape}"
+      )
+  repeat = lambda x: jnp.broadcast_to(x[:, None], (*shape, *x.shape[1:]))
+  return jax.tree.map(repeat, init_state)
+
+
+def allow(
+  log_probabilities: jax.Array,
+  position: jax.Array,
+  forced: jax.Array | None,
+  forbidden: jax.Array | None,
+) -> jax.Array:
+  """Log-probabilities ``[batch, beam, vocab_size]``, -inf for all that may not come."""
+  good = jnp.ones((1, 1, log_probabilities.shape[-1]), bool)
+  if forbidden is not None:
+    good = ~forbidden[None, None]
+  if forced is not None:
+    wanted = forced[:, position][:, None, None]
+    ids = jnp.arange(log_probabilities.shape[-1])[None, None]
+    good = jnp.where(wanted >= 0, ids == wanted, good)
+  return jnp.where(good, log_probabilities, -jnp.inf)
+
+
+def check_search(
+  step_fn: StepFn,
+  state: Any,
+  shape: tuple[int, int],
+  max_length: int,
+  bos_id: int,
+  eos_id: int,
+  forced: jax.Array | None,
+  forbidden: jax.Array | None,
+) -> tuple[int, Any]:
+  """Returns the size of the vocabulary and the dtype of sums; raises ``ValueError`` for misuse."""
+  if max_length < 1:
+    raise ValueError(f"max_length must be at least 1, got {max_length}")
+  words = jax.ShapeDtypeStruct(shape, jnp.int32)
+  log_probabilities, _ = jax.eval_shape(step_fn, words, state)
+  if log_probabilities.ndim != 3 or log_probabilities.shape[:2] != shape:
+    raise ValueError(
+      f"step_fn must return log-probabilities [batch, beam, vocab_size] = {shape} and more, got "
+      f"{log_probabilities.shape}"
+    )
+  vocab_size = log_probabilities.shape[2]
+  for name, token in (("bos_id", bos_id), ("eos_id", eos_id)):
+    if not 0 <= token < vocab_size:
+      raise ValueError(f"{name} must be in [0, vocab_size = {vocab_size}), got {token}")
+  expected = (shape[0], max_length)
+  if forced is not None and (
+    forced.shape != expected or not jnp.issubdtype(forced.dtype, jnp.integer)
+  ):
+    raise ValueError(
+      f"forced must be integers [batch, max_length] = {expected}, got {forced.dtype} of shape "
+      f"{forced.shape}"
+    )
+  if forbidden is not None and (forbidden.shape != (vocab_size,) or forbidden.dtype != jnp.bool_):
+    raise ValueError(
+      f"forbidden must be bool [vocab_size = {vocab_size}], got {forbidden.dtype} of shape "
+      f"{forbidden.shape}"
+    )
+  return vocab_size, jnp.promote_types(log_probabilities.dtype, jnp.float32)

@@ -1,0 +1,81 @@
+"""Captions of images, with a map of attention for every word."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxbo_models.captioner.beam import beam_search
+from jaxbo_models.captioner.decoding import make_step
+from jaxbo_models.captioner.model import GuidedCaptioner
+
+
+class Captions(NamedTuple):
+  """What :func:`caption_images` returns.
+
+  Attributes:
+    tokens: ``[batch, beam, max_length]``, the best first, filled up with ``eos_id``.
+    log_probabilities: ``[batch, beam]``.
+    attention: ``[batch, max_length, num_cells]``: where the model looked when it wrote the tokens
+      of the best caption.
+  """
+
+  tokens: jax.Array
+  log_probabilities: jax.Array
+  attention: jax.Array
+
+
+def caption_images(
+  model: GuidedCaptioner,
+  params: Any,
+  features: jax.Array,
+  *,
+  bos_id: int,
+  eos_id: int,
+  beam_size: int = 5,
+  max_length: int = 20,
+  cell_mask: jax.Array | None = None,
+  **options: Any,
+) -> Captions:
+  """Beam search on images, and the attention of the best captions.
+
+  >>> from jaxbo_models import captioner
+  >>> model = captioner.GuidedCaptioner(19, embed_dim=8, hidden_dim=16, attention_dim=8)
+  >>> features = jnp.ones((2, 4, 6))
+  >>> params = model.init(jax.random.key(0), features, jnp.ones((2, 5), int))["params"]
+  >>> captions = caption_images(model, params, features, bos_id=1, eos_id=2, max_length=7)
+  >>> captions.tokens.shape, captions.attention.shape
+  ((2, 5, 7), (2, 7, 4))
+
+  Args:
+    model: the captioner.
+    params: its parameters.
+    features: ``[batch, num_cells, dim]``, or images if it has an encoder.
+    bos_id: the token that stands for the beginning.
+    eos_id: the token that ends a caption.
+    beam_size: in [1, vocab_size].
+    max_length: the most tokens of a caption, the one for the end among them.
+    cell_mask: ``[batch, num_cells]``, bool; None for all.
+    **options: ``length_penalty``, ``forced`` and ``forbidden`` of :func:`beam_search`.
+
+  Raises:
+    ValueError: an argument is out of its range or has another shape; the beam is wider than the
+      vocabulary, of which the first step could not fill it.
+  """
+  if not 1 <= beam_size <= model.vocab_size:
+    raise ValueError(f"beam_size must be in [1, vocab_size = {model.vocab_size}], got {beam_size}")
+  step_fn, state = make_step(model, params, features, cell_mask)
+  tokens, log_probabilities = beam_search(
+    step_fn,
+    state,
+    batch_size=len(features),
+    beam_size=beam_size,
+    max_length=max_length,
+    bos_id=bos_id,
+    eos_id=eos_id,
+    **options,
+  )
+  first = jnp.full((len(features), 1), bos_id, jnp.int32)
+  read = jnp.concatenate([first, tokens[:, 0, :-1]], axis=1)
+  output: Any = model.apply({"params": params}, features, read, cell_mask=cell_mask)
+  return Captions(tokens, log_probabilities, output.attention)

@@ -1,0 +1,304 @@
+"""The sequential guiding captioner."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import jax.typing
+
+from jaxbo_models.captioner import cell, recurrence
+from jaxbo_models.captioner.attention import AttentionParameters, matmul
+from jaxbo_models.captioner.check import check_features, check_flags, check_tokens
+from jaxbo_models.captioner.recurrence import CaptionerOutput, DecoderState, Encoded
+
+
+class GuidedCaptioner(nn.Module):
+  r"""Captions of images by a decoder that a second LSTM guides, word by word.
+
+  Features :math:`a_i` of an image's cells are embedded once; then a step reads the word
+  :math:`w_t` and predicts the next one:
+
+  .. math::
+    A_i &= \mathrm{relu}(W_a a_i + b_a), \quad f = \mathrm{relu}(W_f \bar a + b_f), \quad
+    k_i = U A_i + b_u, \quad e_t = \mathrm{relu}(E_{w_t}) \\
+    (v_t, c^g_t) &= \mathrm{LSTM}_g([e_t; f; h_{t-1}], (v, c^g)_{t-1}) \\
+    \alpha_t &= \mathrm{softmax}_i(w^\top \tanh(k_i + W_q q_t)), \quad
+    z_t = \textstyle\sum_i \alpha_{ti} A_i \\
+    (h_t, c_t) &= \mathrm{LSTM}_d([e_t; v_t; z_t], (h, c)_{t-1}), \quad
+    \mathrm{logits}_t = W_o h_t + b_o
+
+  This is a *reconstruction*: of the paper (Sow, Qin, Niasse and Wan, *A sequential guiding network
+  with attention for image captioning*, ICASSP 2019, https://arxiv.org/abs/1811.00228) only the
+  abstract was at hand. It says that there are a CNN, a decoder with attention, and an LSTM that
+  guides the decoder during the generation. What the guide reads and where its output goes, the
+  attention's query, the initial states and all sizes are our choices, after the code of the models
+  around it; each is an attribute. With other values it *is* one of these models:
+
+  * ``guide="none"``, ``attention_query="hidden"``, ``candidate="maxout"`` and
+    ``context_gates="candidate"``: Att2in; with ``context_gates="all"``: Att2all (Rennie et al.,
+    https://arxiv.org/abs/1612.00563);
+  * ``decoder_word=False``: Up-Down, whose attention LSTM is the guide (Anderson et al.,
+    https://arxiv.org/abs/1707.07998);
+  * ``guide="static"``: a guide that is a function of the image, as in LTG (Jiang et al.,
+    https://arxiv.org/abs/1804.00887): :math:`v = \tanh(W_v f + b_v)` is ours;
+  * ``guide="none"``: an LSTM with attention.
+
+  >>> model = GuidedCaptioner(vocab_size=9488)
+  >>> features = jax.ShapeDtypeStruct((5, 196, 2048), jnp.float32)
+  >>> tokens = jax.ShapeDtypeStruct((5, 17), jnp.int32)
+  >>> variables = jax.eval_shape(model.init, jax.random.key(0), features, tokens)
+  >>> output = jax.eval_shape(model.apply, variables, features, tokens)
+  >>> output.logits.shape, output.attention.shape
+  ((5, 17, 9488), (5, 17, 196))
+  >>> sum(leaf.size for leaf in jax.tree.leaves(variables))
+  20741905
+
+  Parameters are float32: ``embedding [vocab_size, embed_dim]``, normal; ``cells``, ``pooled``,
+  ``keys`` and, where they exist, ``static_guide``, ``initial``, ``attributes`` and ``encoder``
+  (:class:`flax.linen.Dense` and its defaults); ``attention/{query,bias,score,score_bias}``;
+  ``guide_lstm`` and ``decoder_lstm``, each with a kernel for every input, ``recurrent`` and
+  ``bias``, the blocks being input, forget and output gate and the candidates; ``output_kernel`` and
+  ``output_bias``.
+
+  The cost: words are multiplied before the scan over words and logits after it; a step of the scan
+  has the recurrent products, the guide's, and ``num_cells * attention_dim`` tanhs for each caption,
+  which ``remat`` computes again instead of keeping them.
+
+  Attributes:
+    vocab_size: how many tokens there are; ids are in [0, vocab_size).
+    embed_dim: the width of words.
+    hidden_dim: the units of both LSTMs and the width of embedded cells.
+    attention_dim: the width of keys.
+    guide: ``"sequential"``, ``"static"`` or ``"none"``.
+    attention_query: :math:`q_t`: ``"guide"`` for :math:`v_t`, ``"hidden"`` for :math:`h_{t-1}`, or
+      ``"hidden_word"`` for :math:`[h_{t-1}; e_t]`. A query that has not read the last word did not
+      learn to find the object that it names.
+    guide_pooled: whether the sequential guide reads :math:`f`.
+    guide_scale: what the guiding vector is multiplied by; 0 mutes it.
+    decoder_word: whether the decoder reads :math:`e_t`; without, the sequential guide alone does.
+    context_gates: ``"all"``, or ``"candidate"``: :math:`z_t` goes into no gate.
+    candidate: the decoder's: ``"tanh"`` or ``"maxout"``, the larger of two.
+    init_state: the states before the first word: ``"zeros"``, or ``"pooled"``: tanh of a layer on
+      :math:`f`.
+    num_attributes: how many words :math:`W_s \max_t v_t + b_s` scores, for the discriminative term
+      of :func:`caption_losses`; 0 for none.
+    dropout: the probability to drop an entry of :math:`A`, :math:`f`, :math:`e_t` and of
+      :math:`h_t` before the logits, in [0, 1), with ``train=True``. Published models take 0.5.
+    encoder: a module from images to features ``[batch, num_cells, dim]``, such as
+      :class:`PatchEncoder`; then images take the place of features.
+    unroll: the words in one step of the scan, at least 1: compile time for run time.
+    remat: recompute a step in the backward pass.
+    dtype: the dtype of products and hidden states; parameters, cells of LSTMs, softmax and logits
+      are float32 at least.
+
+  Raises:
+    ValueError: an attribute is out of its range, or two exclude each other.
+  """
+
+  vocab_size: int
+  embed_dim: int = 512
+  hidden_dim: int = 512
+  attention_dim: int = 512
+  guide: str = "sequential"
+  attention_query: str = "guide"
+  guide_pooled: bool = True
+  guide_scale: float = 1.0
+  decoder_word: bool = True
+  context_gates: str = "all"
+  candidate: str = "tanh"
+  init_state: str = "zeros"
+  num_attributes: int = 0
+  dropout: float = 0.0
+  encoder: nn.Module | None = None
+  unroll: int = 1
+  remat: bool = False
+  dtype: jax.typing.DTypeLike = jnp.float32
+
+  def __post_init__(self):
+    check_flags(self)
+    super().__post_init__()
+
+  def setup(self):
+    """Declares all parts; those that no flag calls for make no parameters."""
+    width = self.hidden_dim
+    dense = lambda features: nn.Dense(features, dtype=self.dtype)
+    init = nn.initializers.normal(1.0)
+    self.embedding = self.param("embedding", init, (self.vocab_size, self.embed_dim), jnp.float32)
+    self.cells, self.keys = dense(width), dense(self.attention_dim)
+    self.pooled = dense(width)
+    self.static_guide = dense(width)
+    self.initial = dense(4 * width if self.guide == "sequential" else 2 * width)
+    self.attributes = dense(self.num_attributes)
+    query = width + self.embed_dim if self.attention_query == "hidden_word" else width
+    self.attention = AttentionParameters(query, self.attention_dim, self.dtype)
+    inputs = {"word": self.embed_dim, "hidden": width}
+    inputs |= {"pooled": width} if self.guide_pooled else {}
+    self.guide_cell = cell.CellParameters(inputs, width, "tanh", (), self.dtype, name="guide_lstm")
+    inputs = {"context": width}
+    inputs |= {"word": self.embed_dim} if self.decoder_word else {}
+    inputs |= {"guide": width} if self.guide != "none" else {}
+    partial = ("context",) if self.context_gates == "candidate" else ()
+    self.decoder_cell = cell.CellParameters(
+      inputs, width, self.candidate, partial, self.dtype, name="decoder_lstm"
+    )
+    init = nn.initializers.lecun_normal()
+    self.output_kernel = self.param("output_kernel", init, (width, self.vocab_size), jnp.float32)
+    zeros = nn.initializers.zeros
+    self.output_bias = self.param("output_bias", zeros, (self.vocab_size,), jnp.float32)
+    self.drop = nn.Dropout(self.dropout)
+
+  def __call__(
+    self,
+    features: jax.Array,
+    tokens: jax.Array,
+    mask: jax.Array | None = None,
+    *,
+    cell_mask: jax.Array | None = None,
+    train: bool = False,
+    sampling_rate: float | jax.Array = 0.0,
+  ) -> CaptionerOutput:
+    """Returns logits, attention, guiding vectors and attribute scores of given captions.
+
+    Args:
+      features: ``[batch, num_cells, dim]`` floats, or whatever the encoder takes.
+      tokens: ``[batch, length]``, integers in [0, vocab_size), each caption from its first token
+        (the one that stands for the beginning) on. Logits are those of the tokens that follow. An
+        id that is none makes the logits of its caption NaN, from there on.
+      mask: ``[batch, length]``, bool: which tokens are there; padding is at the end and may be
+        anything. What the model returns there means nothing.
+      cell_mask: ``[batch, num_cells]``, bool: which cells are there; None for all.
+      train: drops entries; ``apply`` needs ``rngs={"dropout": key}`` if ``dropout`` is not 0.
+      sampling_rate: the probability that a word (but the first) is not the given one but drawn from
+        the model's own prediction (scheduled sampling, https://arxiv.org/abs/1506.03099); ``apply``
+        needs ``rngs={"sampling": key}`` then. Which word is drawn has no derivative: leave it at 0
+        where hypergradients are taken.
+
+    Raises:
+      ValueError: an array has another shape or dtype.
+    """
+    check_tokens(tokens, mask)
+    if mask is not None:
+      tokens = jnp.where(mask, tokens, 0)  # An id that is none would be NaN, and 0 * NaN is NaN.
+    encoded = self.encode(features, cell_mask, train=train)
+    weights, state = self._weights(), self.initial_state(encoded)
+
+    if isinstance(sampling_rate, (int, float)) and sampling_rate == 0:
+      embedded = self.drop(self._embed(tokens), deterministic=not train)
+      xs = recurrence.inputs(self, weights, encoded, embedded)
+      body = lambda state, words: recurrence.advance(self, weights, encoded, words, state)
+    else:
+      ones = jnp.ones((*tokens.shape, self.embed_dim), self.dtype)
+      kept = self.drop(ones, deterministic=not train)
+      keys = jax.random.split(self.make_rng("sampling"), tokens.shape[1])
+      first = jnp.arange(tokens.shape[1]) == 0
+      rates = jnp.where(first, 0, sampling_rate)
+      xs = tokens, kept, keys[None], rates[None]
+      body = self._sampling_body(weights, encoded)
+      state = state, jnp.zeros((len(tokens), self.vocab_size), self._high)
+
+    if self.remat:
+      body = jax.checkpoint(body, prevent_cse=self.unroll > 1)  # pyright: ignore
+    time_major = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), xs)
+    _, steps = jax.lax.scan(body, state, time_major, unroll=self.unroll)
+    steps = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), steps)
+    scores = None
+    if self.num_attributes:
+      guide = steps.guide
+      if mask is not None:
+        guide = jnp.where(mask[:, :, None], guide, jnp.finfo(guide.dtype).min)
+        guide = jnp.where(mask.any(axis=1)[:, None, None], guide, 0)
+      scores = self.attributes(guide.max(axis=1)).astype(self._high)
+    logits = self._logits(self.drop(steps.hidden, deterministic=not train))
+    return CaptionerOutput(logits, steps.attention, steps.guide, scores)
+
+  def encode(
+    self, features: jax.Array, cell_mask: jax.Array | None = None, *, train: bool = False
+  ) -> Encoded:
+    """Returns what is computed once for each image; arguments as in ``__call__``."""
+    if self.encoder is not None:
+      features = self.encoder(features)  # pyright: ignore[reportCallIssue]
+    made_for = None
+    if not self.is_initializing():
+      made_for = self.variables["params"]["cells"]["kernel"].shape[0]
+    check_features(features, cell_mask, made_for)
+    features = features.astype(self.dtype)
+    if cell_mask is None:
+      mean = features.mean(axis=1, dtype=self._high)
+    else:
+      features = jnp.where(cell_mask[:, :, None], features, 0)
+      count = jnp.maximum(cell_mask.sum(axis=1, keepdims=True), 1)
+      mean = features.sum(axis=1, dtype=self._high) / count
+    drop = lambda x: self.drop(nn.relu(x), deterministic=not train)
+    cells = drop(self.cells(features))
+    sequential = self.guide == "sequential" and self.guide_pooled
+    pooled, vector = None, None
+    if sequential or self.guide == "static" or self.init_state == "pooled":
+      pooled = drop(self.pooled(mean.astype(self.dtype)))
+    if self.guide == "static":
+      vector = jnp.tanh(self.static_guide(pooled))
+    return Encoded(cells, self.keys(cells), cell_mask, pooled, vector)
+
+  def initial_state(self, encoded: Encoded) -> DecoderState:
+    """Returns the state before the first word, ``[batch, hidden_dim]``."""
+    parts = 4 if self.guide == "sequential" else 2
+    if self.init_state == "pooled":
+      states = jnp.split(jnp.tanh(self.initial(encoded.pooled)), parts, axis=-1)
+    else:
+      states = [jnp.zeros((len(encoded.cells), self.hidden_dim), self.dtype)] * parts
+    hidden, new_cell, *guide = states
+    guide_hidden, guide_cell = guide or (None, None)
+    if guide_cell is not None:
+      guide_cell = guide_cell.astype(self._high)
+    return DecoderState(hidden, new_cell.astype(self._high), guide_hidden, guide_cell)
+
+  def step(
+    self, tokens: jax.Array, state: DecoderState, encoded: Encoded
+  ) -> tuple[jax.Array, DecoderState]:
+    """Reads one word of each caption and returns log-probabilities of the next and the state.
+
+    Args:
+      tokens: ``[batch, ...]``; axes after the first, say of beams, share an image.
+      state: ``[batch, ..., hidden_dim]``.
+      encoded: what :meth:`encode` returned.
+
+    Returns:
+      Log-probabilities ``[batch, ..., vocab_size]``, in float32 at least, and the new state.
+    """
+    weights = self._weights()
+    words = recurrence.inputs(self, weights, encoded, self._embed(tokens))
+    state, output = recurrence.advance(self, weights, encoded, words, state)
+    return jax.nn.log_softmax(self._logits(output.hidden)), state
+
+  @property
+  def _high(self) -> Any:
+    return jnp.promote_types(self.dtype, jnp.float32)
+
+  def _weights(self) -> recurrence.Weights:
+    guide = self.guide_cell() if self.guide == "sequential" else None
+    return recurrence.Weights(guide, self.attention(), self.decoder_cell())
+
+  def _embed(self, tokens: jax.Array) -> jax.Array:
+    # Rows in float32: gradients of equal words must not be summed in bfloat16.
+    rows = self.embedding.at[tokens].get(
+      mode="fill", fill_value=jnp.nan, wrap_negative_indices=False
+    )
+    return nn.relu(rows).astype(self.dtype)
+
+  def _logits(self, hidden: jax.Array) -> jax.Array:
+    bias = self.output_bias.astype(self._high)
+    return matmul(hidden, self.output_kernel) + bias.reshape((1,) * (hidden.ndim - 1) + (-1,))
+
+  def _sampling_body(self, weights: recurrence.Weights, encoded: Encoded) -> Any:
+    """A step that may read a word of its own; its carry has the last logits, too."""
+
+    def body(carry, xs):
+      (state, logits), (given, kept, key, rate) = carry, xs
+      word_key, coin_key = jax.random.split(key[0])
+      drawn = jax.random.categorical(word_key, logits)
+      tokens = jnp.where(jax.random.bernoulli(coin_key, rate[0], given.shape), drawn, given)
+      words = recurrence.inputs(self, weights, encoded, self._embed(tokens) * kept)
+      state, output = recurrence.advance(self, weights, encoded, words, state)
+      return (state, self._logits(output.hidden)), output
+
+    return body
