@@ -1,7 +1,7 @@
 """Captioning of images from files: vocabulary, batches by length, and the usual scores."""
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +12,10 @@ from jaxbo_models.vocabulary import Vocabulary
 from scripts.common import caption_batches, caption_data, caption_model
 from scripts.common.caption_config import Config, Settings
 from scripts.common.caption_data import CaptionData, CaptionedImages
+from scripts.common.caption_plots import Captioned
 from scripts.common.resumable import Resumable
 
+NUM_EXAMPLES = 6
 NUM_LENGTHS = 3  # Groups of captions by length; each is compiled for.
 
 
@@ -78,21 +80,54 @@ class FilesProgram:
       self.model, max_length=settings.max_words + 1, beam_size=beam_size, forbidden=never
     )
 
+  def check(self) -> None:
+    """Raises ``ValueError`` if it cannot be trained."""
+    jax.eval_shape(self.init, jax.random.key(0))
+    self._batches(0)
+
+  def trainer(self, seed: int, checkpoints: Path) -> "FilesTrainer":
+    """A run of it."""
+    return FilesTrainer(self, seed, checkpoints, self._batches(seed))
+
+  def _batches(self, seed: int) -> caption_batches.LengthBatches:
+    return caption_batches.LengthBatches(
+      self.rows.num_tokens, self.settings.batch_size, NUM_LENGTHS, seed
+    )
+
+  def validation(self, params: Any) -> float:
+    """The mean loss of a token of the captions for validation."""
+    return token_nll(self, params, self.data.validation)
+
+  def test(self, params: Any) -> dict[str, Any]:
+    """The scores on the images for the test."""
+    return score(self, params, self.data.test)
+
+  def examples(self, params: Any) -> list[Captioned]:
+    """Some images for the test, spread over the set, with the best caption of each."""
+    images = self.data.test.images
+    images = images[np.linspace(0, len(images) - 1, NUM_EXAMPLES).astype(int)]
+    return caption_model.captioned(
+      images, self.ask.beam(params, jnp.asarray(images)), self.vocabulary
+    )
+
 
 class FilesTrainer(Resumable):
   """A run of a captioner of images from files."""
 
-  def __init__(self, program: FilesProgram, seed: int, checkpoints: Path):
+  def __init__(
+    self,
+    program: FilesProgram,
+    seed: int,
+    checkpoints: Path,
+    batches: caption_batches.LengthBatches,
+  ):
     super().__init__(program.init(jax.random.key(seed)), checkpoints)
-    self._program = program
+    self._program, self._batches = program, batches
     self._key_data = jax.random.key_data(jax.random.key(seed))
-    self.batches = caption_batches.LengthBatches(
-      program.rows.num_tokens, program.settings.batch_size, NUM_LENGTHS, seed
-    )
 
   def advance(self, t: int) -> jax.Array:
     """Trains on the captions whose turn it is; returns their mean loss."""
-    batch, rows = self.batches(t), self._program.rows
+    batch, rows = self._batches(t), self._program.rows
     self.state, loss = self._program.step(
       self.state,
       self._program.images,
@@ -104,20 +139,6 @@ class FilesTrainer(Resumable):
     return loss
 
 
-class FilesScores(NamedTuple):
-  """How good a captioner of images from files is.
-
-  Attributes:
-    nll: the mean loss of a token of people's captions, in nats; unknown words count as one word.
-    metrics: what :func:`jaxbo_models.caption_metrics.summary` says of the captions it gives.
-    captions: these, as words.
-  """
-
-  nll: float
-  metrics: dict[str, float]
-  captions: list[list[str]]
-
-
 def token_nll(program: FilesProgram, params: Any, images: CaptionedImages) -> float:
   """The mean loss of a token, the end of a caption among them."""
   rows = caption_batches.encode(images.captions, program.vocabulary, program.settings.max_words)
@@ -127,9 +148,22 @@ def token_nll(program: FilesProgram, params: Any, images: CaptionedImages) -> fl
   return float(losses.sum() / (rows.num_tokens - 1).sum())
 
 
-def score(program: FilesProgram, params: Any, images: CaptionedImages) -> FilesScores:
-  """Captions images by beam search and compares with what people wrote."""
-  tokens, _ = caption_model.in_batches(program.ask.beam, params, images.images, size=100)
-  captions = [program.vocabulary.decode(of_image[0]) for of_image in tokens]
-  metrics = caption_metrics.summary(captions, images.captions)
-  return FilesScores(token_nll(program, params, images), metrics, captions)
+def score(program: FilesProgram, params: Any, images: CaptionedImages) -> dict[str, Any]:
+  """Captions images by beam search and compares with what people wrote.
+
+  Returns:
+    ``token_nll``, the scores of :func:`jaxbo_models.caption_metrics.summary`, and ``meteor`` and
+    ``spice``: NaN where they were skipped, with the reason in ``skipped``.
+  """
+  captions = caption_model.in_batches(program.ask.beam, params, images.images, size=100)
+  said = [program.vocabulary.decode(of_image[0]) for of_image in captions.tokens]
+  java = [
+    of_java(said, images.captions) for of_java in (caption_metrics.meteor, caption_metrics.spice)
+  ]
+  return {
+    "token_nll": token_nll(program, params, images),
+    **caption_metrics.summary(said, images.captions),
+    "meteor": java[0].value,
+    "spice": java[1].value,
+    "skipped": "; ".join(score.reason for score in java if score.reason),
+  }

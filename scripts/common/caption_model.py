@@ -10,8 +10,10 @@ import numpy as np
 import optax
 from jaxbo_models import captioner
 from jaxbo_models.captioner import GuidedCaptioner, PatchEncoder
+from jaxbo_models.vocabulary import Vocabulary
 
 from scripts.common.caption_config import MODELS, Settings
+from scripts.common.caption_plots import Captioned
 
 
 class MeanEncoder(nn.Module):
@@ -46,11 +48,14 @@ def make_model(name: str, settings: Settings, vocab_size: int) -> GuidedCaptione
   )
 
 
+def as_floats(images: jax.Array) -> jax.Array:
+  """Images in [0, 1]; those of uint8 are divided by 255."""
+  return images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images
+
+
 def as_batch(images: jax.Array, tokens: jax.Array, pad: int = 0) -> dict[str, jax.Array]:
-  """What :func:`jaxbo_models.captioner.caption_losses` takes; uint8 images become [0, 1]."""
-  if images.dtype == jnp.uint8:
-    images = images.astype(jnp.float32) / 255
-  return {"features": images, "tokens": tokens, "mask": tokens != pad}
+  """What :func:`jaxbo_models.captioner.caption_losses` takes."""
+  return {"features": as_floats(images), "tokens": tokens, "mask": tokens != pad}
 
 
 def make_optimizer(settings: Settings) -> optax.GradientTransformation:
@@ -104,13 +109,13 @@ class Asked(NamedTuple):
     attention: ``attention(params, images, tokens) -> [n, length - 1, cells]``, where it looks when
       it predicts the tokens that follow.
     greedy: ``greedy(params, images) -> [n, length]``, the tokens after the first.
-    beam: ``beam(params, images) -> (tokens [n, beam, length], log-probabilities [n, beam])``.
+    beam: ``beam(params, images)``, the :class:`jaxbo_models.captioner.Captions`.
   """
 
   losses: Callable[..., jax.Array]
   attention: Callable[..., jax.Array]
   greedy: Callable[..., jax.Array]
-  beam: Callable[..., tuple[jax.Array, jax.Array]]
+  beam: Callable[..., captioner.Captions]
 
 
 def ask(
@@ -145,18 +150,13 @@ def ask(
     output: Any = model.apply({"params": params}, batch["features"], tokens[:, :-1])
     return output.attention
 
-  def begin(params, images):
-    features = as_batch(images, jnp.zeros((len(images), 1), jnp.int32))["features"]
-    return captioner.make_step(model, params, features)
-
   def greedy(params, images):
-    step_fn, state = begin(params, images)
+    step_fn, state = captioner.make_step(model, params, as_floats(images))
     return captioner.greedy(step_fn, state, batch_size=len(images), **options)[0]
 
   def beam(params, images):
-    step_fn, state = begin(params, images)
-    return captioner.beam_search(
-      step_fn, state, batch_size=len(images), beam_size=beam_size, **options
+    return captioner.caption_images(
+      model, params, as_floats(images), beam_size=beam_size, **options
     )
 
   return Asked(*map(jax.jit, (losses, attention, greedy, beam)))
@@ -171,3 +171,14 @@ def in_batches(function: Callable[..., Any], params: Any, *arrays: Any, size: in
     rows = np.arange(begin, begin + size) % num  # All parts have one shape.
     parts.append(jax.tree.map(np.asarray, function(params, *(array[rows] for array in arrays))))
   return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:num], *parts)
+
+
+def captioned(images: Any, captions: captioner.Captions, vocabulary: Vocabulary) -> list[Captioned]:
+  """The best caption of each image, to be drawn, with its end."""
+  examples = []
+  for image, tokens, of_beam, attention in zip(images, *captions, strict=False):
+    words = [*vocabulary.decode(np.asarray(tokens[0])), "(end)"]
+    probability = float(np.exp(of_beam[0]))
+    title = f"probability {probability:.2f}"
+    examples.append(Captioned(image, words, np.asarray(attention)[: len(words)], title))
+  return examples

@@ -7,13 +7,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxbo_models.vocabulary import Vocabulary
 
 from jaxbo.tasks import CaptionedShapes, ShapesCaptions
 from jaxbo.tasks import shapes_language as language
 from scripts.common import caption_model
 from scripts.common.caption_config import Settings
+from scripts.common.caption_model import captioned, in_batches
+from scripts.common.caption_plots import Captioned
 from scripts.common.resumable import Resumable
 
+NUM_EXAMPLES = 6
 _TRAINING, _VALIDATION, _TEST = range(3)  # Streams of keys, beside the seed.
 
 
@@ -27,8 +31,9 @@ class ShapesProgram:
     ask: what it can be asked; beam search keeps as many captions as are right.
   """
 
-  def __init__(self, data: ShapesCaptions, name: str, settings: Settings):
+  def __init__(self, data: ShapesCaptions, name: str, settings: Settings, test_examples: int):
     self.data, self.settings = data, settings
+    self._test_examples = test_examples
     self.model = caption_model.make_model(name, settings, len(data.vocabulary))
     tx = caption_model.make_optimizer(settings)
     train = caption_model.make_step(self.model, tx)
@@ -47,8 +52,31 @@ class ShapesProgram:
     self.init = jax.jit(init)
     self._step = jax.jit(step, donate_argnums=0)
     self._compiled: Any = None
-    orders = 1 if data.order == "canonical" else 2
+    orders = 1 if data.order == "canonical" else 2  # Right captions of an image.
     self.ask = caption_model.ask(self.model, max_length=data.length - 1, beam_size=orders)
+
+  def check(self) -> None:
+    """Raises ``ValueError`` if it cannot be trained."""
+    jax.eval_shape(self.init, jax.random.key(0))
+
+  def trainer(self, seed: int, checkpoints: Path) -> "ShapesTrainer":
+    """A run of it."""
+    return ShapesTrainer(self, seed, checkpoints)
+
+  def validation(self, params: Any) -> float:
+    """The mean loss of a caption of scenes for validation."""
+    scenes = held_out(self.data, "validation", max(1, self._test_examples // 2))
+    return float(in_batches(self.ask.losses, params, scenes.images, scenes.tokens).mean())
+
+  def test(self, params: Any) -> dict[str, Any]:
+    """The scores on scenes for the test."""
+    return score(self, params, "test", self._test_examples)._asdict()
+
+  def examples(self, params: Any) -> list[Captioned]:
+    """The first scenes of the test, with the best caption of each."""
+    scenes = held_out(self.data, "test", self._test_examples)
+    captions = self.ask.beam(params, jnp.asarray(scenes.images[:NUM_EXAMPLES]))
+    return captioned(scenes.images, captions, Vocabulary(self.data.vocabulary))
 
   def compile(self, *arguments: Any) -> Any:
     """Returns ``step(state, key_data, t) -> (state, loss)``, which takes the state's memory."""
@@ -127,20 +155,19 @@ def score(program: ShapesProgram, params: Any, part: str, num: int) -> ShapesSco
   """Judges a captioner on scenes of a part."""
   data, ask = program.data, program.ask
   batch, entropies = held_out(data, part, num), data.entropies(part)
-  losses = caption_model.in_batches(ask.losses, params, batch.images, batch.tokens)
-  said = caption_model.in_batches(ask.greedy, params, batch.images)
+  losses = in_batches(ask.losses, params, batch.images, batch.tokens)
+  said = in_batches(ask.greedy, params, batch.images)
   mass = attention_mass(program, params, batch)
   both, gap, total = (float("nan"),) * 3
   if data.order == "either":
-    tokens, log_probabilities = caption_model.in_batches(ask.beam, params, batch.images)
+    tokens, log_probabilities, _ = in_batches(ask.beam, params, batch.images)
     # Both orders of the beam against both right captions.
     same = lambda a, b: _equal(tokens[:, a], batch.valid[:, b])
     both = float(np.mean((same(0, 0) & same(1, 1)) | (same(0, 1) & same(1, 0))))
     gap = float(np.mean(log_probabilities[:, 0] - log_probabilities[:, 1]))
     total = float(np.mean(np.exp(log_probabilities).sum(axis=1)))
-  right = np.any([_equal(said, batch.valid[:, v]) for v in range(batch.valid.shape[1])], axis=0)
   return ShapesScores(
-    exact_match=float(np.mean(right)),
+    exact_match=exact_match(said, batch.valid),
     nll=float(losses.mean()),
     standard_error=float(losses.std(ddof=1) / np.sqrt(len(losses))),
     entropy=entropies.given_image,
@@ -160,7 +187,7 @@ def attention_mass(
 
   Without attention over the cells of the grid, NaN.
   """
-  attention = caption_model.in_batches(program.ask.attention, params, batch.images, batch.tokens)
+  attention = in_batches(program.ask.attention, params, batch.images, batch.tokens)
   if attention.shape[-1] == 1:
     return (float("nan"),) * (2 * program.data.num_objects)
   targets, rows = batch.tokens[:, 1:], np.arange(len(attention))
@@ -174,7 +201,13 @@ def attention_mass(
   return tuple(masses)
 
 
-def _equal(said: np.ndarray, caption: np.ndarray) -> np.ndarray:
+def exact_match(said: Any, valid: Any) -> float:
+  """The share of what was said, ``[n, length - 1]``, that is right, ``valid [n, v, length]``."""
+  right = [_equal(said, valid[:, v]) for v in range(valid.shape[1])]
+  return float(np.mean(np.any(right, axis=0)))
+
+
+def _equal(said: Any, caption: Any) -> np.ndarray:
   """Whether what was said, ``[n, length - 1]``, is the caption ``[n, length]`` up to its end."""
   targets = caption[:, 1:]
   counts = (np.cumsum(targets == language.EOS, axis=1) - (targets == language.EOS)) == 0
