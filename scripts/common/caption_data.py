@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -202,18 +202,17 @@ def read_json(
   return CaptionData(*sets)
 
 
-def _entries(path: Path) -> Iterable[tuple[str, list[str], str]]:
+def _entries(path: Path) -> list[tuple[str, list[str], str]]:
   """``(name, captions, split)`` of each image of a JSON file."""
   try:
     content = json.loads(path.read_text())
     images = content["images"]
-    if all(isinstance(image, dict) for image in images):
-      for image in images:
-        name = str(Path(image.get("filepath", "")) / image["filename"])
-        yield name, [sentence["raw"] for sentence in image["sentences"]], image["split"]
-    else:
-      yield from zip(images, content["captions"], content["split"], strict=True)
-  except (KeyError, TypeError, json.JSONDecodeError) as error:
+    if images and all(isinstance(image, dict) for image in images):
+      name = lambda image: str(Path(image.get("filepath", "")) / image["filename"])
+      texts = lambda image: [sentence["raw"] for sentence in image["sentences"]]
+      return [(name(image), texts(image), image["split"]) for image in images]
+    return list(zip(images, content["captions"], content["split"], strict=True))
+  except (KeyError, TypeError, ValueError) as error:
     raise ValueError(
       f"{path} must have lists images, captions and split of the same length, {error!r}"
     ) from error
