@@ -111,6 +111,7 @@ def draw_curves(
     for style, (name, value) in zip(("--", ":"), bounds.get(order, {}).items(), strict=False):
       axes.axhline(value, color="0.3", linestyle=style, linewidth=1, label=f"{name}: {value:.3f}")
     axes.set(xlabel="steps", ylabel=ylabel)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     if order:
       axes.set_title(f"captions in {order} order", loc="left", fontsize="medium")
       axes.set_yscale("symlog", linthresh=0.1)

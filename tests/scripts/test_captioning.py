@@ -1,4 +1,4 @@
-"""The captioning script: from data to tables and pictures, stopped and resumed, on a user's files."""
+"""The captioning script: from data to tables and pictures, stopped, resumed, on files of a user."""
 
 import csv
 import dataclasses
