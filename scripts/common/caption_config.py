@@ -48,6 +48,8 @@ class Settings:
     attention_dim: the width of keys.
     dropout: the probability to drop an entry.
     steps: of training.
+    canonical_steps: of these, the first ones with captions of shapes in canonical order, whatever
+      comes then.
     batch_size: captions of a step.
     learning_rate: of Adam, after a warm-up; a cosine takes it down to zero.
     max_words: of a caption; longer ones are cut.
@@ -57,16 +59,17 @@ class Settings:
 
   image_size: tuple[int, int] = (32, 32)
   patch_size: int = 8
-  embed_dim: int = 64
-  hidden_dim: int = 128
+  embed_dim: int = 32
+  hidden_dim: int = 64
   attention_dim: int = 64
   dropout: float = 0.0
-  steps: int = 1500
+  steps: int = 2400
+  canonical_steps: int = 1200
   batch_size: int = 128
-  learning_rate: float = 3e-3
+  learning_rate: float = 4e-3
   max_words: int = 8
   min_count: int = 1
-  eval_every: int = 100
+  eval_every: int = 200
 
 
 _PHOTOGRAPHS = Settings(
@@ -135,7 +138,7 @@ class Config:
   """Images of shapes to test on; half of them for validation."""
   resume: bool = False
   """Goes on from the checkpoints in output_dir; the other arguments must be those of that run."""
-  checkpoint_every: int = 100
+  checkpoint_every: int = 200
   """Steps between checkpoints."""
   json_file: Path | None = None
   """The file of the data set json: {"images": [...], "captions": [[...], ...], "split": [...]}."""
@@ -149,6 +152,8 @@ class Config:
   """Where results and checkpoints go."""
   steps: int | None = None
   """Steps of training, instead of the data set's default (as for all below)."""
+  canonical_steps: int | None = None
+  """The first steps, with captions of shapes in canonical order."""
   batch_size: int | None = None
   """Captions of a step."""
   learning_rate: float | None = None
@@ -184,7 +189,9 @@ class Config:
     for field in dataclasses.fields(self):
       value = getattr(self, field.name)
       number = isinstance(value, (int, float)) and not isinstance(value, bool)
-      if number and field.name not in ("first_seed", "dropout") and not value > 0:
+      if (
+        number and field.name not in ("first_seed", "dropout", "canonical_steps") and not value > 0
+      ):
         raise ValueError(f"{field.name} must be positive, got {value}")
     if self.dropout is not None and not 0 <= self.dropout < 1:
       raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
