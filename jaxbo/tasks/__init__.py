@@ -12,6 +12,8 @@ whose answers are known exactly.
 :func:`imbalanced_subset`.
 
 **Augmentation**: :func:`random_crop`, :func:`random_flip`.
+
+**Images with captions** whose entropy is known exactly: :class:`ShapesCaptions`.
 """
 
 from jaxbo.tasks.augmentation import random_crop, random_flip
@@ -25,6 +27,8 @@ from jaxbo.tasks.gaussian_streams import (
   jumping_gaussian_stream,
   moving_gaussian_stream,
 )
+from jaxbo.tasks.shapes_captions import CaptionedShapes, ShapesCaptions
+from jaxbo.tasks.shapes_language import CaptionEntropies
 from jaxbo.tasks.streams import minibatch_stream, phase_stream
 from jaxbo.tasks.task_streams import (
   OsakaState,
@@ -35,11 +39,14 @@ from jaxbo.tasks.task_streams import (
 )
 
 __all__ = [
+  "CaptionEntropies",
+  "CaptionedShapes",
   "Episode",
   "GaussianBatch",
   "GaussianState",
   "GaussianTruth",
   "OsakaState",
+  "ShapesCaptions",
   "StreamBatch",
   "StreamTruth",
   "TaskStream",

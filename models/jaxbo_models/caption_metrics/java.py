@@ -1,0 +1,157 @@
+"""METEOR 1.5 and SPICE, which exist as Java programs alone, where those are."""
+
+import importlib.util
+import json
+import math
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxbo_models.caption_metrics.ngrams import References, Tokens, check
+
+
+class JavaScore(NamedTuple):
+  """A score, or why there is none.
+
+  Attributes:
+    value: of the corpus; NaN if there is none.
+    per_caption: ``[n]``; empty if there is none.
+    reason: why it was skipped; empty if it was not.
+  """
+
+  value: float
+  per_caption: np.ndarray
+  reason: str = ""
+
+
+def meteor(
+  candidates: Sequence[Tokens], references: References, *, jar: str | Path | None = None
+) -> JavaScore:
+  """METEOR 1.5 with its English paraphrases, by its own program, which needs Java.
+
+  Its corpus value is of summed statistics and no mean over captions.
+
+  Args:
+    candidates: the tokens of a caption for each image.
+    references: the tokens of one or more right captions for each image.
+    jar: ``meteor-1.5.jar``, with ``data/paraphrase-en.gz`` beside it; by default that of the
+      package pycocoevalcap, if it is installed.
+
+  Returns:
+    The score; without Java or the program, the reason why there is none.
+
+  Raises:
+    TypeError: if a caption is a string.
+    ValueError: if there are no images, a different number of them, or one without reference.
+
+  References:
+    Denkowski, Lavie, `Meteor Universal <https://aclanthology.org/W14-3348>`_,
+    https://www.cs.cmu.edu/~alavie/METEOR
+  """
+  check(candidates, references)
+  found = _find("METEOR", jar, "meteor/meteor-1.5.jar", ("data/paraphrase-en.gz",))
+  if isinstance(found, JavaScore):
+    return found
+  command = ["java", "-Xmx2G", "-jar", str(found), "-", "-", "-stdio", "-l", "en", "-norm"]
+  score_lines = [
+    " ||| ".join(["SCORE", *map(_text, of_image), _text(candidate)])
+    for candidate, of_image in zip(candidates, references, strict=True)
+  ]
+  try:
+    statistics = _run(command, found.parent, score_lines)
+    values = _run(command, found.parent, [" ||| ".join(["EVAL", *statistics])])
+  except (OSError, subprocess.SubprocessError) as error:
+    return _skipped(f"METEOR was skipped: {error}")
+  if len(statistics) != len(candidates) or len(values) != len(candidates) + 1:
+    return _skipped(f"METEOR was skipped: {found} gave {len(values)} numbers")
+  *per_caption, value = map(float, values)
+  return JavaScore(value, np.array(per_caption))
+
+
+def spice(
+  candidates: Sequence[Tokens], references: References, *, jar: str | Path | None = None
+) -> JavaScore:
+  """SPICE: agreement of scene graphs, by its own program, which needs Java 8 or 11.
+
+  Args:
+    candidates: the tokens of a caption for each image.
+    references: the tokens of one or more right captions for each image.
+    jar: ``spice-1.0.jar``, with ``lib/`` beside it, in which the models of Stanford CoreNLP 3.6.0
+      are (``stanford-corenlp-3.6.0.jar`` and ``stanford-corenlp-3.6.0-models.jar``; nothing is
+      downloaded here); by default that of the package pycocoevalcap, if it is installed.
+
+  Returns:
+    The mean F score; without Java or the program, the reason why there is none.
+
+  Raises:
+    TypeError: if a caption is a string.
+    ValueError: if there are no images, a different number of them, or one without reference.
+
+  References:
+    Anderson et al., `SPICE: Semantic Propositional Image Caption Evaluation
+    <https://arxiv.org/abs/1607.08822>`_, https://panderson.me/spice
+  """
+  check(candidates, references)
+  models = ("lib/stanford-corenlp-3.6.0.jar", "lib/stanford-corenlp-3.6.0-models.jar")
+  found = _find("SPICE", jar, "spice/spice-1.0.jar", models)
+  if isinstance(found, JavaScore):
+    return found
+  images = [
+    {"image_id": i, "test": _text(candidate), "refs": [_text(r) for r in of_image]}
+    for i, (candidate, of_image) in enumerate(zip(candidates, references, strict=True))
+  ]
+  with tempfile.TemporaryDirectory() as folder:
+    given, written = Path(folder) / "in.json", Path(folder) / "out.json"
+    given.write_text(json.dumps(images))
+    command = ["java", "-Xmx8G", "-jar", str(found), str(given)]
+    try:
+      _run([*command, "-out", str(written), "-subset", "-silent"], found.parent, [])
+      results = json.loads(written.read_text())
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+      return _skipped(f"SPICE was skipped: {error}")
+  scores = {result["image_id"]: result["scores"]["All"]["f"] for result in results}
+  per_caption = np.array([float(scores[i]) for i in range(len(images))])
+  return JavaScore(float(np.mean(per_caption)), per_caption)
+
+
+def _find(
+  name: str, jar: str | Path | None, in_package: str, beside: Sequence[str]
+) -> Path | JavaScore:
+  """The program, or why it cannot run."""
+  if shutil.which("java") is None:
+    return _skipped(f"{name} was skipped: there is no java")
+  if jar is None:
+    package = importlib.util.find_spec("pycocoevalcap")
+    if package is None or not package.submodule_search_locations:
+      return _skipped(
+        f"{name} was skipped: give {Path(in_package).name} as jar, or install pycocoevalcap"
+      )
+    jar = Path(package.submodule_search_locations[0]) / in_package
+  path = Path(jar).absolute()
+  for file in (path, *(path.parent / other for other in beside)):
+    if not file.exists():
+      return _skipped(f"{name} was skipped: there is no {file}")
+  return path
+
+
+def _run(command: Sequence[str], folder: Path, lines: Sequence[str]) -> list[str]:
+  """Runs a program on lines of text; returns the lines that it writes."""
+  given = "".join(line + "\n" for line in lines)
+  done = subprocess.run(
+    command, cwd=folder, input=given, capture_output=True, text=True, check=True, encoding="utf-8"
+  )
+  return done.stdout.splitlines()
+
+
+def _text(tokens: Tokens) -> str:
+  """The tokens with spaces between them, without what separates captions."""
+  return " ".join(map(str, tokens)).replace("|||", "")
+
+
+def _skipped(reason: str) -> JavaScore:
+  return JavaScore(math.nan, np.zeros(0), reason)

@@ -1,0 +1,115 @@
+"""Image captioning by a guided decoder with attention, where the best loss is known.
+
+CLAIM
+
+  python -m scripts.captioning                                   drawn on the spot, no download
+  python -m scripts.captioning --ablation                        7 captioners, 3 seeds each
+  python -m scripts.captioning --noise                           wrong captions: who finds them
+  python -m scripts.captioning --dataset nlvr_captions           people's sentences on drawings
+  python -m scripts.captioning --dataset coco_captions           113,287 photographs; for GPUs
+  python -m scripts.captioning --dataset json --json-file F      your own images and captions
+  ... --resume                                                   goes on where a run was stopped
+  ... --predict IMAGE...                                         captions files from a checkpoint
+
+METEOR and SPICE are printed where Java and their programs are (with the package pycocoevalcap);
+otherwise it is said why not.
+"""
+
+import itertools
+import json
+import sys
+from typing import Any
+
+import tyro
+from rich.console import Console
+
+from scripts.common import caption_noise, caption_predict, caption_report, caption_run, report
+from scripts.common.caption_config import Config
+from scripts.common.caption_noise import RESPONSES, WEIGHTINGS, NoiseSettings
+from scripts.common.caption_report import METRICS
+from scripts.common.caption_run import Line, Outcome
+
+
+def prepare_output(config: Config, files: Any) -> list[Line]:
+  """Checks and writes the identity of the run; returns the lines of the run that goes on."""
+  wanted = json.loads(json.dumps(config.identity()))
+  if config.resume:
+    lines = report.read_run(config.output_dir, wanted, METRICS)
+    return caption_run.lines_to_keep(config, lines)
+  report.start_run(config.output_dir, wanted)
+  caption_predict.save_vocabulary(config.output_dir, None if files is None else files[1])
+  return []
+
+
+def train(config: Config) -> int:
+  """Trains and judges captioners; returns the exit status."""
+  with report.bad_input():
+    config.check()
+    files = caption_run.read_files(config)
+    caption_run.check_shapes(config, files)
+    outcome = Outcome(prepare_output(config, files), [], {}, {})
+  console, status = report.console(), 0
+  log = report.MetricsLog(config.output_dir / METRICS, outcome.lines)
+  with log, report.progress_bar(console) as progress:
+    try:
+      caption_run.run_all(config, files, outcome, log.write, progress)
+    except KeyboardInterrupt:
+      status = 130
+  if status:
+    console.print("Interrupted; --resume goes on from the last checkpoint.")
+  caption_report.print_and_draw(config, outcome, console)
+  console.print(f"{METRICS}, {caption_report.RESULTS} and pictures are in {config.output_dir}")
+  return status
+
+
+def run_noise(config: Config, settings: NoiseSettings) -> int:
+  """Runs reweighting and hyper-cleaning on captions with noise; returns the exit status."""
+  with report.bad_input():
+    config.check()
+    log = report.start_output(config.output_dir, METRICS, caption_report.NOISE_TABLES)
+  console, status = report.console(), 0
+  reweighting, cleaned = [], []
+  with log, report.progress_bar(console) as progress:
+    try:
+      for seed, name in itertools.product(config.all_seeds(), WEIGHTINGS):
+        bar = progress.add_task(
+          f"seed {seed}, {WEIGHTINGS[name][0]}", total=settings.reweighting_steps, loss=""
+        )
+        advance = lambda steps, bar=bar: progress.advance(bar, steps)
+        reweighting.append(caption_noise.reweight(name, settings, seed, advance))
+        log.write(**reweighting[-1]._asdict())
+      for seed, name in itertools.product(config.all_seeds(), RESPONSES):
+        bar = progress.add_task(f"seed {seed}, {name}", total=settings.outer_steps, loss="")
+        advance = lambda steps, bar=bar: progress.advance(bar, steps)
+        cleaned.append(caption_noise.clean(name, settings, seed, advance))
+        log.write(**cleaned[-1]._asdict())
+    except KeyboardInterrupt:
+      status = 130
+  if status:
+    console.print("Interrupted. What was finished until then:")
+  caption_report.print_noise(config, reweighting, cleaned, console)
+  return status
+
+
+def predict(config: Config, console: Console) -> int:
+  """Captions image files; returns the exit status."""
+  with report.bad_input():
+    config.check()
+    caption_predict.predict(config, console)
+  return 0
+
+
+def run_and_report(config: Config) -> int:
+  """Runs, prints and saves; returns the exit status."""
+  if config.predict:
+    return predict(config, report.console())
+  return run_noise(config, NoiseSettings()) if config.noise else train(config)
+
+
+def main(config: Config) -> int:
+  """Runs, prints and saves. Returns the exit status: 130 if interrupted, with what was finished."""
+  return report.exit_status(run_and_report, config)
+
+
+if __name__ == "__main__":
+  sys.exit(main(tyro.cli(Config)))

@@ -1,0 +1,120 @@
+"""Pictures of captioning: images with one attention map a word, and training curves."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from scripts.common import plots
+from scripts.common.plots import plt
+
+
+class Captioned(NamedTuple):
+  """An image with its caption, to be drawn.
+
+  Attributes:
+    image: ``[height, width, 3]``, uint8 or in [0, 1].
+    words: of the caption.
+    attention: where the captioner looked at each word, ``[words, cells]``; one cell for all of the
+      image where it did not look.
+    title: what stands above the image.
+  """
+
+  image: np.ndarray
+  words: Sequence[str]
+  attention: np.ndarray
+  title: str
+
+
+def draw_attention(examples: Sequence[Captioned], patch_size: int, path: Path) -> None:
+  """One row an image: the image, and then for each word where the captioner looked.
+
+  The picture is dark where it did not look; the brightest cell has the greatest weight, which
+  stands below as a share.
+  """
+  columns = 1 + max(len(example.words) for example in examples)
+  height, width = examples[0].image.shape[:2]
+  panel = (1.15 * width / height, 1.15) if width > height else (1.15, 1.15 * height / width)
+  fig, grid = plt.subplots(
+    len(examples),
+    columns,
+    figsize=(panel[0] * columns, (panel[1] + 0.45) * len(examples)),
+    layout="constrained",
+    squeeze=False,
+  )
+  for row, example in zip(grid, examples, strict=True):
+    for axes in row:
+      axes.set_axis_off()
+    image = np.asarray(example.image, float)
+    image = image / 255 if image.max() > 1 else image
+    row[0].imshow(image, interpolation="nearest")
+    row[0].set_title(example.title, fontsize="x-small", loc="left")
+    for axes, word, weights in zip(row[1:], example.words, example.attention, strict=False):
+      _draw_word(axes, image, word, weights, patch_size)
+  plots.save(fig, path)
+
+
+def _draw_word(
+  axes: Axes, image: np.ndarray, word: str, weights: np.ndarray, patch_size: int
+) -> None:
+  """The image, lit where the captioner looked when it said a word."""
+  height, width = (side // patch_size for side in image.shape[:2])
+  if weights.size == 1:
+    weights = np.full(height * width, 1 / (height * width))
+  cells = weights.reshape(height, width)
+  light = np.kron(cells / cells.max(), np.ones((patch_size, patch_size)))[..., None]
+  # A little grey where it looked, so that black paper is seen to be lit.
+  lit = (0.12 + 0.88 * light) * image + 0.25 * light * (1 - image)
+  axes.imshow(np.clip(lit, 0, 1), interpolation="nearest")
+  axes.set_title(word, fontsize="small")
+  axes.text(
+    0.5, -0.02, f"{cells.max():.2f}", transform=axes.transAxes, ha="center", va="top", fontsize=6
+  )
+
+
+def draw_curves(
+  lines: Sequence[Mapping[str, Any]],
+  bounds: Mapping[str, Mapping[str, float]],
+  labels: Mapping[str, str],
+  path: Path,
+  ylabel: str,
+) -> None:
+  """Validation losses over steps: a panel for each kind of captions, a line for each captioner.
+
+  Args:
+    lines: with ``order``, ``model``, ``seed``, ``step`` and ``validation_nll``.
+    bounds: for each order, numbers by name that are drawn as horizontal lines.
+    labels: of the captioners.
+    path: of the picture.
+    ylabel: what the loss is.
+  """
+  orders = list(dict.fromkeys(line["order"] for line in lines))
+  fig, panels = plt.subplots(
+    1, len(orders), figsize=(6.2 * len(orders), 4.4), layout="constrained", squeeze=False
+  )
+  models = [name for name in labels if any(line["model"] == name for line in lines)]
+  for axes, order in zip(panels[0], orders, strict=True):
+    for i, model in enumerate(models):
+      by_seed: dict[int, list[tuple[int, float]]] = {}
+      for line in lines:
+        if line["order"] == order and line["model"] == model:
+          point = line["step"], line["validation_nll"]
+          by_seed.setdefault(line["seed"], []).append(point)
+      longest = max(map(len, by_seed.values()), default=0)
+      curves = [curve for curve in by_seed.values() if len(curve) == longest]
+      if longest:
+        steps = np.array([step for step, _ in curves[0]])
+        values = [[value for _, value in curve] for curve in curves]
+        plots.mean_and_range(axes, steps, values, label=labels[model], color=f"C{i}")
+    for style, (name, value) in zip(("--", ":"), bounds.get(order, {}).items(), strict=False):
+      axes.axhline(value, color="0.3", linestyle=style, linewidth=1, label=f"{name}: {value:.3f}")
+    axes.set(xlabel="steps", ylabel=ylabel)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    if order:
+      axes.set_title(f"captions in {order} order", loc="left", fontsize="medium")
+      axes.set_yscale("symlog", linthresh=0.1)
+      axes.set_ylim(bottom=0)
+    axes.legend(fontsize="small")
+  plots.save(fig, path)

@@ -1,0 +1,242 @@
+"""The captioning script: from data to tables and pictures, stopped, resumed, on files of a user."""
+
+import csv
+import dataclasses
+import functools
+import json
+import math
+
+import chex
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from jaxbo_models.captioner import Captions
+from jaxbo_models.vocabulary import Vocabulary
+from PIL import Image
+
+from jaxbo.tasks import ShapesCaptions
+from scripts import captioning as script
+from scripts.common import caption_files, caption_model, caption_noise, caption_shapes
+from scripts.common.caption_config import Config, Settings
+from scripts.common.caption_noise import NoiseSettings
+
+pytestmark = pytest.mark.slow  # All together, not each.
+
+TINY = {"hidden_dim": 8, "embed_dim": 8, "attention_dim": 8, "batch_size": 8, "test_examples": 40}
+SMALL = TINY | {"steps": 4, "eval_every": 2, "checkpoint_every": 2, "orders": ("either",)}
+
+
+def metrics(folder):
+  lines = (folder / "metrics.jsonl").read_text().splitlines()
+  return [json.loads(line) | {"seconds": 0} for line in lines]
+
+
+def state_of(folder, name, step):
+  with ocp.CheckpointManager(folder / "checkpoints" / name) as manager:
+    assert manager.latest_step() == step
+    return manager.restore(step, args=ocp.args.StandardRestore())["state"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+  """A run from its beginning to its end."""
+  folder = tmp_path_factory.mktemp("whole")
+  assert script.main(Config(output_dir=folder, **SMALL)) == 0
+  return folder
+
+
+def test_a_run_leaves_metrics_results_pictures_and_checkpoints(whole):
+  assert [(line["step"], line["order"]) for line in metrics(whole)] == [
+    (2, "either"),
+    (4, "either"),
+  ]
+  [row] = csv.DictReader((whole / "results.csv").read_text().splitlines())
+  assert row["model"] == "sequential"
+  assert float(row["entropy"]) == pytest.approx(math.log(2))
+  assert float(row["nll"]) > 5  # Nothing was learnt yet.
+  assert 0 <= float(row["exact_match"]) <= 1
+  for name in ("curves.png", "attention_either_sequential.png"):
+    with Image.open(whole / name) as picture:
+      assert picture.width > 300
+  assert state_of(whole, "either_sequential_seed0", 4)
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(whole, tmp_path, monkeypatch, capsys):
+  advance = caption_shapes.ShapesTrainer.advance
+
+  def stopped(self, t):
+    if t == 3:
+      raise KeyboardInterrupt
+    return advance(self, t)
+
+  config = Config(output_dir=tmp_path, **SMALL)
+  with monkeypatch.context() as patch:
+    patch.setattr(caption_shapes.ShapesTrainer, "advance", stopped)
+    assert script.main(config) == 130
+  assert "Interrupted; --resume goes on" in capsys.readouterr().out
+  assert len(metrics(tmp_path)) == 1
+  for wrong, message in (
+    ({}, "has checkpoints of an earlier run"),
+    ({"resume": True, "learning_rate": 1.0}, "learning_rate must be"),
+  ):
+    assert script.main(dataclasses.replace(config, **wrong)) == 2
+    assert message in capsys.readouterr().err
+  assert script.main(dataclasses.replace(config, resume=True)) == 0
+  assert metrics(tmp_path) == metrics(whole)
+  name = "either_sequential_seed0"
+  chex.assert_trees_all_equal(state_of(tmp_path, name, 4), state_of(whole, name, 4))
+  rows = [
+    (folder / "results.csv").read_text().splitlines()[1].rsplit(",", 1)[0]  # Without the time.
+    for folder in (tmp_path, whole)
+  ]
+  assert rows[0] == rows[1]
+
+
+def test_a_checkpoint_captions_a_users_own_files(whole, tmp_path, capsys):
+  paths = (tmp_path / "mine.png", tmp_path / "other.jpg")
+  for path, color in zip(paths, ("red", "blue"), strict=True):
+    Image.new("RGB", (50, 70), color).save(path)
+  config = Config(output_dir=whole, orders=("either",), predict=paths)
+  assert script.main(config) == 0
+  printed = capsys.readouterr().out
+  assert all(path.name in printed for path in paths)
+  with Image.open(whole / "predictions.png") as picture:
+    assert picture.width > 100
+  broken = tmp_path / "broken.png"
+  broken.write_text("no image")
+  for wrong, message in (
+    ({"predict": (tmp_path / "nowhere.png",)}, "there is no image"),
+    ({"predict": (broken,)}, "must be an image"),
+    ({"output_dir": tmp_path}, "predict needs a run in output_dir"),
+    ({"first_seed": 7}, "no checkpoint of either_sequential_seed7"),
+  ):
+    assert script.main(dataclasses.replace(config, **wrong)) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_users_own_images_are_trained_on_and_scored(tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(caption_files, "NUM_LENGTHS", 1)
+  colors = ["red", "green", "blue", "yellow"] * 3
+  for i, color in enumerate(colors):
+    Image.new("RGB", (40, 40), color).save(tmp_path / f"{i}.png")
+  content = {
+    "images": [f"{i}.png" for i in range(12)],
+    "captions": [[f"A {color} image.", f"all is {color}"] for color in colors],
+    "split": ["train"] * 8 + ["val"] * 2 + ["test"] * 2,
+  }
+  (tmp_path / "captions.json").write_text(json.dumps(content))
+  config = Config(
+    dataset="json",
+    json_file=tmp_path / "captions.json",
+    output_dir=tmp_path / "out",
+    **SMALL | {"steps": 2, "models": ("no_attention",), "beam_size": 2},
+  )
+  assert script.main(config) == 0
+  printed = capsys.readouterr().out
+  assert "BLEU-4" in printed
+  assert "SPICE was skipped" in printed
+  [row] = csv.DictReader((tmp_path / "out" / "results.csv").read_text().splitlines())
+  assert float(row["token_nll"]) > 1
+  words = Vocabulary.load(tmp_path / "out" / "vocabulary.json").words
+  assert words == ("<pad>", "<bos>", "<eos>", "<unk>", *("a", "all", "blue", "green", "image"),
+                   *("is", "red", "yellow"))  # fmt: skip
+
+
+def test_scores_of_a_captioner_that_knows_everything(monkeypatch):
+  """Answers that are right by construction have the best scores, and wrong ones have not."""
+  data = ShapesCaptions(order="either")
+  batch = caption_shapes.held_out(data, "test", 40)
+  place = np.arange(9)
+
+  def attention(params, images, tokens):
+    """All on the cell of the object whose colour or shape comes next, in the first five words."""
+    del params, images
+    rows = [np.flatnonzero((batch.tokens == row).all(axis=1))[0] for row in np.asarray(tokens)]
+    object_of_word = np.where(place < 4, 0, 1)
+    return np.eye(16)[batch.cells[rows][:, object_of_word]]
+
+  right = batch.valid[:, :, 1:]
+  log = np.log(np.full((40, 2), 0.5))
+  asked = caption_model.Asked(
+    losses=lambda params, images, tokens: np.full(len(images), math.log(2)),
+    attention=attention,
+    greedy=lambda params, images: right[:, 0],
+    beam=lambda params, images: Captions(right[:, ::-1], log, np.zeros((40, 9, 16))),
+  )
+  program = type("Program", (), {"data": data, "ask": asked})
+  monkeypatch.setattr(caption_model.in_batches, "__kwdefaults__", {"size": 40})
+  scores = caption_shapes.score(program, None, "test", 40)
+  assert scores.exact_match == scores.both_orders == 1
+  assert scores.excess == pytest.approx(0)
+  assert scores.mass == (1, 1, 1, 1)
+  assert scores.beam_sum == pytest.approx(1)
+  assert not scores.leaks
+  wrong = asked._replace(
+    losses=lambda params, images, tokens: np.linspace(0.5, 0.6, len(images)),
+    greedy=lambda params, images: np.where(right[:, 0] == 15, 16, right[:, 0]),
+    beam=lambda params, images: Captions(right[:, [0, 0]], log, np.zeros((40, 9, 16))),
+  )
+  scores = caption_shapes.score(type("P", (), {"data": data, "ask": wrong}), None, "test", 40)
+  assert 0 < scores.exact_match < 1
+  assert scores.both_orders == 0
+  assert scores.leaks
+
+
+TINY_NOISE = NoiseSettings(
+  reweighting_steps=2,
+  reweighting=Settings(embed_dim=8, hidden_dim=8, attention_dim=8, batch_size=64),
+  num_train=40,
+  num_val=8,
+  batch_size=8,
+  inner_steps=2,
+  outer_steps=2,
+  captioner=Settings(embed_dim=8, hidden_dim=8, attention_dim=8),
+)
+
+
+def test_captioners_are_the_loss_of_reweighting_and_of_hyper_cleaning(
+  tmp_path, monkeypatch, capsys
+):
+  kept = caption_noise.WEIGHTINGS["ir_dro"]
+  monkeypatch.setattr(script, "WEIGHTINGS", {"ir_dro": kept})
+  monkeypatch.setattr(script, "RESPONSES", ("esj",))
+  config = Config(noise=True, output_dir=tmp_path)
+  assert script.run_noise(config, TINY_NOISE) == 0
+  printed = capsys.readouterr().out
+  assert "IR-DRO" in printed
+  assert "ESJ" in printed
+  [row] = csv.DictReader((tmp_path / "cleaning.csv").read_text().splitlines())
+  assert 0 <= float(row["auc"]) <= 1
+  assert float(row["outer_loss"]) > 1
+  [row] = csv.DictReader((tmp_path / "reweighting.csv").read_text().splitlines())
+  # It prefers great losses: detection by small weights is the reverse of that by great losses.
+  assert float(row["auc"]) + float(row["loss_auc"]) == pytest.approx(1, abs=0.1)
+
+
+def test_an_image_in_batches_is_the_image_alone():
+  images = np.arange(7, dtype=np.float32)
+  double = functools.partial(lambda params, x: params * x, 2)
+  result = caption_model.in_batches(lambda params, x: double(x), None, images, size=3)
+  np.testing.assert_array_equal(result, 2 * images)
+  assert jax.tree.leaves(result)[0].shape == (7,)
+
+
+@pytest.mark.parametrize(
+  "wrong, message",
+  [
+    ({"dataset": "flickr"}, "dataset must be one of shapes, nlvr_captions"),
+    ({"orders": ()}, "orders must be different ones of canonical, either; got none"),
+    ({"models": ("magic",)}, "models must be different ones of sequential"),
+    ({"models": ("none_word", "none_word")}, "got none_word none_word"),
+    ({"dataset": "json"}, "json_file must be given for the dataset json"),
+    ({"dataset": "nlvr_captions", "noise": True}, "ablation and noise are for the dataset shapes"),
+    ({"steps": 0}, "steps must be positive, got 0"),
+    ({"dropout": 1.0}, "dropout must be in [0, 1), got 1.0"),
+    ({"first_seed": -1}, "first_seed must not be negative, got -1"),
+    ({"resume": True}, "resume needs an earlier run in output_dir"),
+  ],
+)
+def test_bad_input_says_what_is_allowed(tmp_path, capsys, wrong, message):
+  assert script.main(Config(**({"output_dir": tmp_path / "out"} | SMALL | wrong))) == 2
+  assert message in capsys.readouterr().err
