@@ -124,7 +124,7 @@ def text_domains(data_dir: str | os.PathLike | None = None) -> Corpus:
   """``text_domains``: an encyclopedia, novels, politics, economics, captions of images."""
   preparation = (
     "It is not in the catalogue of tensorflow-datasets: passages with the features text, domain "
-    "(a class label),\nsource and position (their order), in the splits train, validation and test. "
+    "(a class label),\nsource and position (their order), in splits train, validation and test. "
     "tfds.dataset_builders.store_as_tfds_dataset writes such a folder."
   )
 

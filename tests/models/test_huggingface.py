@@ -149,6 +149,19 @@ def test_what_the_transformer_cannot_be_is_refused(copy, family, settings, messa
     transformer.from_safetensors(path)
 
 
+def test_broken_files_are_refused(copy):
+  path = copy("gpt2")
+  (path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+  with pytest.raises(ValueError, match=r"model\.safetensors is no whole file of safetensors: "):
+    transformer.from_safetensors(path)
+  (path / "config.json").write_text('{"model_type": "gpt2"}')
+  with pytest.raises(ValueError, match=r"config.json must have vocab_size, got none in"):
+    transformer.from_safetensors(path)
+  (path / "config.json").write_text("Not found")
+  with pytest.raises(ValueError, match=r"config.json is no JSON: Expecting value"):
+    transformer.from_safetensors(path)
+
+
 def test_a_folder_without_a_model_is_refused(tmp_path):
   with pytest.raises(FileNotFoundError, match=r"config.json does not exist: a model is a folder"):
     transformer.from_safetensors(tmp_path)

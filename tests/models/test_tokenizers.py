@@ -36,6 +36,8 @@ def folder(request, tmp_path):
     show_progress=False,
   )
   if request.param == "tokenizer.json":
+    trained.enable_truncation(5)  # Saved along; no text may be cut off, and none be filled up.
+    trained.enable_padding(length=5)
     trained.save(str(tmp_path / "tokenizer.json"))
   else:
     trained.save_model(str(tmp_path))
@@ -57,6 +59,10 @@ def test_missing_files_and_tokens_are_refused(folder, tmp_path):
   with pytest.raises(ValueError, match=r"end_of_text must be a token of .*, got '</s>'"):
     tokenizers.BPETokenizer(folder, end_of_text="</s>")
   (tmp_path / "empty").mkdir()
+  (tmp_path / "broken").mkdir()
+  (tmp_path / "broken" / "tokenizer.json").write_text("{}")
+  with pytest.raises(ValueError, match=r"tokenizer\.json is no tokenizer: Model missing"):
+    tokenizers.BPETokenizer(tmp_path / "broken")
   with pytest.raises(FileNotFoundError, match=r"empty must have tokenizer\.json, vocab\.json and"):
     tokenizers.BPETokenizer(tmp_path / "empty")
 

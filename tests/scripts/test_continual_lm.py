@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import chex
@@ -26,7 +28,7 @@ from PIL import Image
 
 import jaxbo
 from scripts import continual_lm as script
-from scripts.common import lm_data, lm_documents, lm_methods, lm_report, lm_train
+from scripts.common import lm_data, lm_documents, lm_methods, lm_plots, lm_report, lm_run, lm_train
 from scripts.common.lm_config import Config
 from scripts.common.lm_methods import METHODS, Rates
 from tests.scripts import small_lm
@@ -102,6 +104,12 @@ def test_eight_devices_do_what_one_does(name, tmp_path):
     weighting = METHODS[name].weighting(Rates(), DOMAINS)
     one = trainer(tmp_path / str(number), weighting, devices(number))
     windows += list(one.fit(0, 3, 5))
+    if number == 1:  # Weights are those before each update, and groups are domains.
+      weigh, state = jax.jit(weighting.weigh), weighting.init()
+      for step, rows in enumerate(windows[0].rows):
+        losses, shown = windows[0].shown.losses[step], windows[0].shown.weights[step]
+        weights, state, _ = weigh(losses, state, groups=SEQUENCES.domain[rows])
+        np.testing.assert_allclose(shown, BATCH * weights, rtol=1e-4)
     params.append(jax.device_get(one.state.params))
     one.close()
   chex.assert_trees_all_close(windows[0].shown, windows[1].shown, rtol=1e-4)
@@ -109,11 +117,17 @@ def test_eight_devices_do_what_one_does(name, tmp_path):
   chex.assert_trees_all_close(*params, rtol=1e-5)
 
 
-def test_windows_end_at_evaluations_and_at_the_end_and_count_all_steps(tmp_path):
+def test_windows_end_at_evaluations_and_at_the_end_and_count_all_steps(tmp_path, monkeypatch):
+  clock = types.SimpleNamespace(perf_counter=itertools.count().__next__)
+  monkeypatch.setattr(lm_train, "time", clock)
   one = trainer(tmp_path, jaxbo.uniform(), devices(1))
-  steps = []
-  windows = list(one.fit(0, 5, 2, steps.append))
+  steps, windows = [], []
+  for window in one.fit(0, 5, 2, steps.append):
+    windows.append(window)
+    one._checkpoints.wait_until_finished()
+    assert lm_train.latest_step(tmp_path) < window.done  # What is done with it comes first.
   one.close()
+  assert [window.seconds for window in windows] == [1, 2, 3]
   assert [window.done for window in windows] == [2, 4, 5]
   assert [len(window.rows) for window in windows] == [2, 2, 1]
   assert steps == list(range(5))
@@ -177,11 +191,32 @@ def test_every_method_weighs_as_the_library_does():
     np.testing.assert_array_equal(mine, theirs)
 
 
+def test_the_optimizer_is_adamw_with_decay_on_clipped_gradients():
+  """In float64 NumPy; the gradient of the first step alone is clipped."""
+  tx = lm_methods.make_optimizer(jaxbo.uniform(), 0.1)
+  w = np.array([2.0, -1.0])
+  params = {"w": jnp.asarray(w, jnp.float32)}
+  state, update = tx.init(params), jax.jit(tx.update)
+  first = second = np.zeros(2)
+  for step, gradient in enumerate(([3.0, 4.0], [0.3, -0.1]), 1):
+    each = {"w": jnp.asarray([gradient, gradient], jnp.float32)}
+    updates, state = update(each, state, params, losses=jnp.ones(2))
+    params = optax.apply_updates(params, updates)
+    gradient = np.array(gradient) / max(1, np.hypot(*gradient))
+    first, second = 0.9 * first + 0.1 * gradient, 0.95 * second + 0.05 * gradient**2
+    adam = first / (1 - 0.9**step) / (np.sqrt(second / (1 - 0.95**step)) + 1e-8)
+    w = w - 0.1 * (adam + 0.1 * w)
+    np.testing.assert_allclose(params["w"], w, rtol=1e-5)
+
+
 def test_learning_rates_warm_up_and_then_fall_or_stay():
   first = lm_methods.pretraining_schedule(1.0, 100)
   np.testing.assert_allclose([first(0), first(5), first(100)], [0.2, 1.0, 0.1], rtol=1e-6)
   second = lm_methods.continual_schedule(1.0, 40)
   np.testing.assert_allclose([second(0), second(4), second(39)], [0.25, 1.0, 1.0], rtol=1e-6)
+  scratch, hf = Config(), Config(init="hf")
+  assert (scratch.sequence_length(), scratch.continual_learning_rate()) == (64, 3e-4)
+  assert (hf.sequence_length(), hf.continual_learning_rate()) == (512, 2e-6)
 
 
 # -- What is said about runs.
@@ -189,7 +224,8 @@ def test_learning_rates_warm_up_and_then_fall_or_stay():
 
 def window(weights, rows):
   weights = np.asarray(weights, np.float64)
-  shown = lm_train.Shown(np.full(weights.shape, 2.0), weights, np.full(len(weights), 0.5))
+  losses, share = np.arange(weights.size).reshape(weights.shape), np.linspace(0, 1, len(weights))
+  shown = lm_train.Shown(losses, weights, share)
   return lm_train.Window(len(weights), 1.0, shown, np.asarray(rows))
 
 
@@ -200,7 +236,7 @@ def test_weights_are_told_by_domain_and_noise():
     np.array([False, True, False, True]),
   )
   told = lm_report.of_window(window([[1, 3], [0, 4]], [[0, 1], [2, 1]]), sequences, ["a", "b", "c"])
-  assert told["train_loss"] == 2
+  assert told["train_loss"] == 1.5
   assert told["ess"] == 0.5
   assert told["weight_clean"] == 0.5
   assert told["weight_noise"] == 3.5
@@ -210,16 +246,16 @@ def test_weights_are_told_by_domain_and_noise():
 
 
 def test_held_out_losses_count_by_the_mixture():
-  """One domain of three quarters with the losses 1 and 2, one of a quarter with 5."""
+  """One domain of a quarter with the losses 1 and 2, one of three quarters with 5."""
   sequences = lm_data.Sequences(
     np.zeros((3, 1), np.int32), np.array([0, 0, 1], np.int32), np.zeros(3, bool)
   )
-  held_out = lm_data.HeldOut(sequences, np.array([0.375, 0.375, 0.25]))
+  held_out = lm_data.HeldOut(sequences, np.array([0.125, 0.125, 0.75]))
   told = lm_report.of_held_out(np.array([1.0, 2.0, 5.0]), held_out, ["a", "b"])
-  assert told["loss"] == 0.75 * 1.5 + 0.25 * 5
+  assert told["loss"] == 0.25 * 1.5 + 0.75 * 5
   assert (told["worst"], told["worst_domain"]) == (5, "b")
   assert (told["loss/a"], told["loss/b"]) == (1.5, 5)
-  assert (told["median"], told["q90"], told["q99"]) == (2, 5, 5)
+  assert (told["median"], told["q90"], told["q99"]) == (5, 5, 5)
 
 
 def test_a_run_is_the_mean_over_its_steps():
@@ -282,6 +318,79 @@ def test_tables_have_means_and_spreads():
   assert table[0][0] == "checkpoint (no training on)"
   assert table[0][6:] == ["-", "-", "-", "-"]
   assert lm_report.equal_keys([{"a": 1}, {"b": 2}]) == [{"a": 1, "b": ""}, {"a": "", "b": 2}]
+
+
+def lines():
+  """Curves of IR-DRO; that of seed 2 was stopped, and one of seed 1 has no finite loss."""
+  line = {"corruption": 0.2, "method": "ir_dro"}
+  found = [
+    (0, 2, 4.0, 0.5),
+    (0, 4, 3.0, 0.7),
+    (1, 2, 6.0, 0.7),
+    (1, 4, None, 0.9),
+    (2, 2, 9.0, 0.1),
+  ]
+  names = ("seed", "step", "validation_loss", "ess")
+  return [line | dict(zip(names, values, strict=True)) for values in found]
+
+
+def test_pictures_show_differences_weights_and_curves_of_finished_runs(tmp_path, monkeypatch):
+  figures = []
+  monkeypatch.setattr(lm_plots.plots, "save", lambda fig, path: figures.append(fig))
+  told = [row | {"weight/a": 2.0} for row in rows()]
+  told_lines = [*lines(), lines()[0] | {"method": "uniform"}]
+  lm_plots.draw_overview(told, told_lines, ["a"], "random", tmp_path)
+  looked_at = {"ir_dro": ([1, 2], [3.0, 4.0]), "": ([1, 2], [5.0, 5.0])}
+  lm_plots.draw_curves(lines(), {0: 5.0, 1: 7.0, 2: 8.0}, looked_at, "random", tmp_path)
+  differences, weights, ess = figures[0].axes
+  assert differences.get_title("left") == "20% of the sequences of random tokens: test loss"
+  for container, shift in zip(differences.containers, (-0.12, 0.12), strict=True):
+    assert container[0].get_xydata().tolist() == [[-2, 1 + shift]]
+  assert [text.get_text() for text in weights.texts] == ["2.00", "0.25"] * 2
+  ir_dro = {line.get_label(): line for line in ess.lines}["IR-DRO"]
+  np.testing.assert_allclose(ir_dro.get_xydata(), [[2, 0.6], [4, 0.8]])
+  curves, sizes = figures[1].axes
+  np.testing.assert_allclose(curves.lines[0].get_xydata(), [[0, 6], [2, 5], [4, np.nan]])
+  assert [line.get_ydata().tolist() for line in sizes.lines] == [[3, 4], [5, 5]]
+
+
+def test_what_is_looked_at_is_compared_with_uniform_weights_and_with_all_at_once(monkeypatch):
+  monkeypatch.setattr(lm_report, "weighted_losses", lambda *_: [])
+  losses = np.array([1.0, 3.0])
+  looked_at = script.looked_at(Config(rates=Rates(temperature=2.0)), losses)
+  assert looked_at["uniform"][1] == [2, 2]
+  of_all = (1 + 3 * np.e) / (1 + np.e)
+  assert looked_at[""][1] == pytest.approx([of_all, of_all])
+
+
+def test_only_what_was_asked_for_is_told(tmp_path, capsys):
+  config = Config(output_dir=tmp_path, methods=("ir_dro",), corruptions=(0.2,), first_seed=1)
+  seeds = [row["seed"] for row in rows() if script.of_this_run(config, row)]
+  assert seeds == [1, 2]
+  assert not any(script.of_this_run(Config(corruptions=(0.0,)), row) for row in rows())
+  data = lm_data.LanguageData(("a",), *[None] * 3)
+  outcome = script.Outcome([], rows()[:1])  # Stopped before the first method was done.
+  script.print_and_draw(config, data, outcome, script.report.console())
+  assert "metrics.jsonl and results.csv are in" in capsys.readouterr().out
+  assert [path.name for path in tmp_path.iterdir()] == ["results.csv"]
+
+
+def test_a_run_that_goes_on_keeps_lines_up_to_its_checkpoint(tmp_path):
+  config = Config(output_dir=tmp_path)
+  (lm_run.checkpoint_folder(config, 0.2, "ir_dro", 0) / "2").mkdir(parents=True)
+  assert lm_run.lines_to_keep(config, lines()) == lines()[:1]
+
+
+def test_a_run_is_the_same_if_all_that_matters_is():
+  may_differ = {
+    "methods": ("cvar",), "corruptions": (0.5,), "seeds": 9, "first_seed": 9, "timing_rounds": 9,
+    "resume": True, "data_dir": Path("x"), "output_dir": Path("x"), "distributed": True,
+    "coordinator_address": "x", "num_processes": 9, "process_id": 9,
+  }  # fmt: skip
+  identity = Config().identity()
+  assert Config(**may_differ).identity() == identity
+  assert identity.keys() | may_differ == Config.__dataclass_fields__.keys()
+  assert Config(rates=Rates(level=0.5)).identity() != identity
 
 
 # -- Whole runs.
@@ -378,6 +487,10 @@ def test_weights_from_a_folder_are_trained_on_as_they_are(family, tmp_path, smal
     assert [line["method"] for line in lines_of(tmp_path / "out")] == ["uniform"]
   with pytest.raises(ValueError, match="length must be at most 16, that of the model; got 17"):
     script.read(dataclasses.replace(config, length=17))
+  more = letters + [f"{i}#" for i in range(13)]
+  (folder / "vocab.json").write_text(json.dumps({letter: i for i, letter in enumerate(more)}))
+  with pytest.raises(ValueError, match="must have at most the model's 50 tokens, got 51 in"):
+    script.read(config)
 
 
 @pytest.mark.parametrize(
@@ -392,7 +505,8 @@ def test_weights_from_a_folder_are_trained_on_as_they_are(family, tmp_path, smal
     ({"corruptions": ()}, "corruptions must name each one once, got"),
     ({"corruption_kind": "typos"}, "corruption_kind must be one of shuffled, random; got 'typos'"),
     ({"steps": 0}, "steps must be positive, got 0"),
-    ({"learning_rate": -1.0}, "learning_rate must be positive, got -1.0"),
+    ({"learning_rate": -1.0}, "learning_rate must be positive and finite, got -1.0"),
+    ({"learning_rate": np.nan}, "learning_rate must be positive and finite, got nan"),
     ({"pretrain_steps": 1}, "pretrain_steps must be at least 2, got 1"),
     ({"first_seed": -1}, "first_seed must be at least 0, got -1"),
     ({"rates": Rates(temperature=-1.0)}, "temperature must be positive"),
@@ -401,6 +515,11 @@ def test_weights_from_a_folder_are_trained_on_as_they_are(family, tmp_path, smal
     ({"length": 100_000}, "length must leave a sequence of every domain"),
     ({"width": 9}, "width must be a multiple of num_heads"),
     ({"process_id": 0}, "coordinator_address, num_processes and process_id must be given together"),
+    ({"coordinator_address": "x:1"}, "num_processes and process_id must be given together"),
+    (
+      {"coordinator_address": "x:1", "num_processes": 2, "process_id": 2},
+      "process_id must be at least 0 and below num_processes = 2, got 2",
+    ),
     ({"resume": True}, "resume needs an earlier run in output_dir"),
     ({"dataset": "text_domains", "data_dir": Path("/nowhere")}, "no text_domains in /nowhere"),
     ({"output_dir": Path("/dev/null/x")}, "output_dir must be a folder to write to"),
