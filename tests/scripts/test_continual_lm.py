@@ -338,8 +338,8 @@ def test_pictures_show_differences_weights_and_curves_of_finished_runs(tmp_path,
   figures = []
   monkeypatch.setattr(lm_plots.plots, "save", lambda fig, path: figures.append(fig))
   told = [row | {"weight/a": 2.0} for row in rows()]
-  uniform = [line | {"method": "uniform"} for line in lines()]
-  lm_plots.draw_overview(told, [*lines(), *uniform], ["a"], "random", tmp_path)
+  told_lines = [*lines(), lines()[0] | {"method": "uniform"}]
+  lm_plots.draw_overview(told, told_lines, ["a"], "random", tmp_path)
   looked_at = {"ir_dro": ([1, 2], [3.0, 4.0]), "": ([1, 2], [5.0, 5.0])}
   lm_plots.draw_curves(lines(), {0: 5.0, 1: 7.0, 2: 8.0}, looked_at, "random", tmp_path)
   differences, weights, ess = figures[0].axes
