@@ -26,7 +26,7 @@ def test_a_cell_sees_its_patch_and_no_other_and_positions_differ():
       layer = {k: np.asarray(v) for k, v in params[f"Dense_{i}"].items()}
       x = np.maximum(x @ layer["kernel"] + layer["bias"], 0)
     np.testing.assert_allclose(
-      features[:, cell], x + np.asarray(params["position"][cell]), rtol=1e-4, atol=1e-5
+      features[:, cell], x + np.asarray(params["position"])[cell], rtol=1e-4, atol=1e-5
     )
 
 
