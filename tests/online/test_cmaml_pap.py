@@ -135,7 +135,7 @@ def test_a_round_that_is_not_finite_moves_nothing():
 
 def test_bad_arguments():
   make = functools.partial(jaxbo.c_maml_pap, loss, INNER, optax.sgd(1.0))
-  with pytest.raises(ValueError, match="drop_threshold must not be NaN"):
+  with pytest.raises(ValueError, match="drop_threshold must be a number or an infinity, got nan"):
     make(drop_threshold=float("nan"))
   with pytest.raises(ValueError, match="buffer_size must be at least 1, got 0"):
     make(drop_threshold=1.0, buffer_size=0)
