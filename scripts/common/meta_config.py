@@ -68,8 +68,8 @@ class Config:
   pretrain_rate: float = 3e-3
   """Learning rate of Adam in it."""
   query: str = "same"
-  """What judges the adapted model in a meta-update: same, the images that it was adapted to, so that
-  all methods see the same images; given, as many other ones (not for C-MAML, which waits a round)."""
+  """What judges the adapted model in a meta-update: same, the images that it was adapted to, so
+  that all methods see the same; given, as many other ones (not for C-MAML, which waits a round)."""
   first_order: bool = False
   """Drops the response in all methods."""
   bgd_samples: int = 2

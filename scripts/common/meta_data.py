@@ -78,21 +78,21 @@ def by_label(name: str, split: str, data_dir: Path | None, size: int, per_class:
 
 
 def glyphs(size: int, per_class: int) -> Domains:
-  """Characters drawn on the spot, for a quick look: the second domain is negatives, the third mirrors.
+  """Characters drawn on the spot, for a quick look.
 
-  Both are of ten glyphs each.
+  The second domain are ten in black on white, the third ten that are smeared to stripes.
   """
   draw = lambda classes, images, seed: fewshot_data.synthetic_glyphs(classes, images, size, seed)
   others = [draw(NUM_CLASSES, per_class, seed).images for seed in (3, 4, 5, 6)]
-  negative, blurred = (lambda x: 255 - x), (lambda x: np.repeat(x[:, :, ::4], 4, axis=2))
-  crop = lambda x: blurred(x)[:, :, :size]
+  negative = lambda x: 255 - x
+  smeared = lambda x: np.repeat(x[:, :, ::4], 4, axis=2)[:, :, :size]
   validation, test = draw(24, 20, 1), draw(40, 20, 2)
   return Domains(
     ("glyphs", "negatives", "stripes"),
     draw(60, 20, 0),
     validation,
-    (validation.images, negative(others[0]), crop(others[1])),
-    (test.images, negative(others[2]), crop(others[3])),
+    (validation.images, negative(others[0]), smeared(others[1])),
+    (test.images, negative(others[2]), smeared(others[3])),
   )
 
 

@@ -40,7 +40,7 @@ class Model(NamedTuple):
 
 
 def conv4(width: int, size: int, num_ways: int, adapt: str = "all") -> Model:
-  """Conv4 of ``width`` channels for images of ``size`` pixels; adapts ``"all"`` or the ``"head"``."""
+  """Conv4 of ``width`` channels for images of ``size`` pixels; adapts all or the ``"head"``."""
   backbone = Conv4(width)
 
   def init(key):

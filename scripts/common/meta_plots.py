@@ -76,8 +76,8 @@ def mark_detections(axes: Axes, trace: Trace) -> None:
     for true, face in ((True, color), (False, "none")):
       chosen = flags[(trace.shift[flags] == shift) & (trace.task_switch[flags] == true)]
       axes.scatter(
-        chosen, np.full(len(chosen), 1.03), marker="^", s=22, color=color, facecolors=face, zorder=3,
-        label=f"detected {'shift' if shift else 'switch'}{'' if true else ', false'}",
+        chosen, np.full(len(chosen), 1.03), marker="^", s=22, color=color, facecolors=face,
+        zorder=3, label=f"detected {'shift' if shift else 'switch'}{'' if true else ', false'}",
       )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Runs of online meta-learners: a stream is one compiled scan, of one seed or of several at once."""
+"""Runs of online meta-learners: a stream is one compiled scan, for one seed or for several."""
 
 import time
 from collections.abc import Callable

@@ -35,7 +35,7 @@ def score(runs: Sequence[Run]) -> float:
   return float(np.mean(accuracies)) if finite else -INFINITY
 
 
-def search(name: str, play: Play) -> tuple[Rates, Sequence[Run], float]:
+def search(name: str, play: Play) -> tuple[Rates, float]:
   """One rate after the other, from the middle of the grids; thresholds at the end.
 
   The thresholds of LEEDS are those that its version that is told the switches would like: the same
@@ -67,7 +67,7 @@ def search(name: str, play: Play) -> tuple[Rates, Sequence[Run], float]:
       rates = calibrated._replace(shift=found.shift)
     elif try_out(calibrated) > best:  # C-MAML: no meta-updates where the task seems to change.
       rates, best = calibrated, try_out(calibrated)
-  return rates, runs, best
+  return rates, best
 
 
 def thresholds(runs: Sequence[Run]) -> jaxbo.Thresholds:
