@@ -116,12 +116,19 @@ def prepare_output(config: Config) -> None:
 
 
 def chosen_rates(config: Config) -> dict[str, Rates]:
-  """The rates of all methods, with what was given on the command line."""
+  """The rates of all methods, with what was given on the command line.
+
+  Raises:
+    ValueError: if some were not chosen, or a threshold is NaN.
+  """
   names = config.methods
   rates = dict(meta_tuning.all_rates(config.rates_file, config.name(), names))
-  if config.in_distribution_scale is not None:
-    for name in {"leeds", "leeds_told"} & set(rates):
-      rates[name] = rates[name]._replace(in_scale=config.in_distribution_scale)
+  for name, mine in rates.items():
+    for threshold in METHODS[name].thresholds:
+      if np.isnan(getattr(mine, threshold)):
+        raise ValueError(f"{name}: {threshold} must be a number or an infinity, got nan")
+    if name.startswith("leeds") and config.in_distribution_scale is not None:
+      rates[name] = mine._replace(in_scale=config.in_distribution_scale)
   return rates
 
 

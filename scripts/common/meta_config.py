@@ -53,7 +53,7 @@ class Config:
   """Height and width of the images; 28 in the published protocol."""
   width: int = 16
   """Channels of Conv4; 64 in the published protocol."""
-  images_per_class: int = 1000
+  images_per_class: int = 800
   """Digits and clothes of each class."""
   inner_steps: int = 3
   """Inner steps of a round, of all methods."""
