@@ -26,7 +26,7 @@ kept with the traces in checkpoints/, for sweeps of thresholds after the fact.
   python -m scripts.online_meta --dataset glyphs        drawn on the spot; --tune first
   ... --resume                                          goes on where a run was stopped
 
-What is cut by default: images of 16 pixels instead of 28, 16 channels instead of 64, streams of 400
+What is cut by default: images of 16 pixels instead of 28, 16 channels instead of 64, streams of 200
 rounds instead of 10,000, 2 draws of BGD instead of 5, one pre-training for all seeds.
 """
 

@@ -33,7 +33,7 @@ class Config:
   """Which methods to run."""
   stay_probabilities: tuple[float, ...] = (0.9, 0.98)
   """The probability p that a task stays, one stream for each."""
-  rounds: int = 400
+  rounds: int = 200
   """Rounds of a stream; the published protocol has 10,000."""
   seeds: int = 3
   """How many seeds; each draws a stream, and the parameters of what was not trained before."""
@@ -123,8 +123,8 @@ class Config:
         "first_seed", "no_switch_scale", "in_distribution_scale", "domain_switch_probability"
       )  # fmt: skip
       if number and not (math.isfinite(value) and (value >= 0 if may_be_zero else value > 0)):
-        allowed = "not be negative" if may_be_zero else "be positive"
-        raise ValueError(f"{field.name} must {allowed}, got {value}")
+        allowed = "non-negative" if may_be_zero else "positive"
+        raise ValueError(f"{field.name} must be {allowed} and finite, got {value}")
     if not 16 <= self.size <= 28:
       raise ValueError(f"size must be in [16, 28], got {self.size}")
     if self.seeds % self.seeds_at_once:

@@ -14,10 +14,10 @@ from scripts.common.meta_runs import Run, Trace
 
 FIRST_SEED = 1000
 GRIDS: dict[str, tuple[float, ...]] = {  # The second number is where a search begins.
-  "inner": (0.1, 0.2, 0.4),
-  "outer": (3e-4, 1e-3, 3e-3),
+  "inner": (0.1, 0.2, 0.4, 0.8),
+  "outer": (3e-4, 1e-3, 3e-3, 1e-2),
   "in_scale": (0.1, 0.3, 1.0),
-  "modulation": (0.5, 2.0),
+  "modulation": (0.5, 2.0, 5.0),
 }
 DEVIATIONS = (0.003, 0.01, 0.03)  # of BGD, instead of inner rates
 Play = Callable[[str, Rates], Sequence[Run]]
@@ -43,7 +43,9 @@ def search(name: str, play: Play) -> tuple[Rates, float]:
   """
   method = METHODS[name]
   fields = ("inner", *method.moves)
-  rates = Rates(**{field: grid_of(name, field)[1] for field in fields}, switch=INFINITY)
+  rates = Rates(**{field: grid_of(name, field)[1] for field in fields})
+  if method.thresholds:
+    rates = rates._replace(switch=INFINITY)
   tried: dict[Rates, tuple[float, Sequence[Run]]] = {}
 
   def try_out(rates: Rates) -> float:
