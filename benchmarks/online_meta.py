@@ -129,7 +129,8 @@ def kept(name: str, model: Model) -> dict[str, int]:
 def main() -> None:
   """Measures, prints, and saves if asked to."""
   args = arguments(__doc__, rounds=(60, "rounds of a run"), turns=(3, "turns of each program"))
-  sections, data = [f"Hardware: {hardware()}."], {"hardware": hardware()}
+  sections = [f"Hardware: {hardware()}."]
+  data: dict[str, Any] = {"hardware": hardware()}
   print(sections[0])
   conv4 = meta_model.conv4(WIDTH, SIZE, WAYS)
   head = meta_model.conv4(WIDTH, SIZE, WAYS, "head")

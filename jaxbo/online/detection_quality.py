@@ -30,8 +30,8 @@ class DetectionQuality(NamedTuple):
   @classmethod
   def start(cls) -> "DetectionQuality":
     """Before the first round."""
-    counts = [jnp.int32(0)] * 5
-    return cls(*counts, jnp.bool_(False), jnp.int32(0))
+    zero = jnp.int32(0)
+    return cls(zero, zero, zero, zero, zero, jnp.bool_(False), zero)
 
   def update(
     self,

@@ -152,7 +152,7 @@ class Config:
     """The name of the table of rates."""
     return f"{self.dataset}/{self.size}px/width{self.width}/steps{self.inner_steps}"
 
-  def groups(self) -> list[list[int]]:
+  def groups(self) -> list[np.ndarray]:
     """The seeds, by those that run side by side."""
     seeds = np.arange(self.first_seed, self.first_seed + self.seeds)
     return np.split(seeds, self.seeds // self.seeds_at_once)

@@ -156,7 +156,11 @@ def _response(inner: jaxbo.InnerSolver, switches: Switches) -> optax.GradientTra
   return jaxbo.drop_response() if switches.first_order else jaxbo.add_unrolled_response(inner)
 
 
-DROP = {"moves": ("outer",), "thresholds": ("switch",), "detects": True}
+def _drop_detector(label: str, make: Any, *moves: str) -> Method:
+  """A kind of C-MAML."""
+  return Method(label, make, moves=("outer", *moves), thresholds=("switch",), detects=True)
+
+
 METHODS = {
   "online_sgd": Method("online SGD", _tune, begins="random"),
   "fine_tuning": Method("fine-tuning", _tune),
@@ -165,13 +169,9 @@ METHODS = {
   "maml": Method("MAML", _frozen),
   "anil": Method("ANIL", _frozen, begins="anil"),
   "meta_ogd": Method("MetaOGD", _meta_ogd, moves=("outer",)),
-  "c_maml": Method("C-MAML", _c_maml(False, False), **DROP),
-  "c_maml_um": Method(
-    "C-MAML, modulated", _c_maml(False, True), **DROP | {"moves": ("outer", "modulation")}
-  ),
-  "c_maml_pap": Method(
-    "C-MAML, mod., prolonged", _c_maml(True, True), **DROP | {"moves": ("outer", "modulation")}
-  ),
+  "c_maml": _drop_detector("C-MAML", _c_maml(False, False)),
+  "c_maml_um": _drop_detector("C-MAML, modulated", _c_maml(False, True), "modulation"),
+  "c_maml_pap": _drop_detector("C-MAML, mod., prolonged", _c_maml(True, True), "modulation"),
   "leeds": Method(
     "LEEDS", _leeds(False), moves=("outer", "in_scale"), thresholds=("switch", "shift"),
     detects=True,

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.patches import Patch
 
 from scripts.common import plots
 from scripts.common.meta_methods import METHODS
@@ -55,7 +56,7 @@ def draw_rounds(runs: Runs, names: Sequence[str], path: Path, window: int = 30) 
       mark_detections(axes, Trace(*(leaf[0] for leaf in mine["leeds"].trace)))
   grid[-1, 0].set_xlabel("round")
   handles, labels = grid[0, 0].get_legend_handles_labels()
-  patches = [plt.Rectangle((0, 0), 1, 1, fc=color, ec="0.7") for color in DOMAIN_COLORS]
+  patches = [Patch(facecolor=color, edgecolor="0.7") for color in DOMAIN_COLORS]
   fig.legend(
     [*handles, *patches], [*labels, *names], loc="outside lower center", ncols=6, fontsize="small"
   )

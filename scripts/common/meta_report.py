@@ -56,25 +56,32 @@ def result_of(
   judged = lambda value: float(value) if METHODS[method].detects else nan
   tells_shifts = method.startswith("leeds")
   of_shift = lambda value: float(value) if tells_shifts else nan
+  accuracies = {"accuracy": trace.before, "accuracy_after": trace.after}
+  names = ("precision", "recall", "mean_delay", "num_false_alarms")
+  fields = ("precision", "recall", "delay", "false_alarms")
+  kinds = {"switch": (quality, judged), "shift": (shifts, of_shift)}
   return Result(
-    stay_probability,
-    method,
-    seed,
-    float(np.mean(trace.before)),
-    *(of_domain(trace.before, mask) for mask in domains),
-    of_domain(trace.before, ~domains[0]),
-    float(np.mean(trace.after)),
-    *(of_domain(trace.after, mask) for mask in domains),
-    float(jaxbo.task_averaged_regret(trace.loss, best, trace.task_switch)),
-    int(quality.num_changes),
-    *map(judged, (quality.precision, quality.recall, quality.mean_delay)),
-    judged(quality.num_false_alarms),
-    int(shifts.num_changes),
-    *map(of_shift, (shifts.precision, shifts.recall, shifts.mean_delay)),
-    of_shift(shifts.num_false_alarms),
-    int(np.sum(trace.meta_updated)),
-    run.seconds / trace.before.size / len(run.trace.before),
-    run.state_bytes,
+    stay_probability=stay_probability,
+    method=method,
+    seed=seed,
+    **{name: float(np.mean(values)) for name, values in accuracies.items()},
+    **{
+      f"{name}_domain_{number}": of_domain(values, mask)
+      for name, values in accuracies.items()
+      for number, mask in enumerate(domains)
+    },
+    accuracy_out=of_domain(trace.before, ~domains[0]),
+    regret=float(jaxbo.task_averaged_regret(trace.loss, best, trace.task_switch)),
+    num_switches=int(quality.num_changes),
+    num_shifts=int(shifts.num_changes),
+    **{
+      f"{kind}_{field}": known(getattr(found, name))
+      for kind, (found, known) in kinds.items()
+      for field, name in zip(fields, names, strict=True)
+    },
+    meta_updates=int(np.sum(trace.meta_updated)),
+    seconds_per_round=run.seconds / run.trace.before.size,
+    state_bytes=run.state_bytes,
   )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 import jaxbo
@@ -81,7 +82,8 @@ def thresholds(runs: Sequence[Run]) -> jaxbo.Thresholds:
     return np.concatenate([first, *rows])
 
   scores = jaxbo.Scores(
-    joined(lambda trace: trace.switch_score), joined(lambda trace: trace.shift_score)
+    jnp.asarray(joined(lambda trace: trace.switch_score)),
+    jnp.asarray(joined(lambda trace: trace.shift_score)),
   )
   truth = joined(lambda trace: trace.task_switch), joined(lambda trace: trace.domain != 0)
   return jaxbo.calibrate(scores, *truth, rule="roc")
