@@ -39,11 +39,15 @@ def test_the_command_prints_and_saves(tmp_path, capsys, monkeypatch):
   monkeypatch.setattr(online_meta, "METHODS", {name: METHODS[name] for name in names})
   monkeypatch.setattr(online_meta, "SMALL", names[:1])
   monkeypatch.setattr(online_meta.meta_model, "conv4", lambda *sizes: online_meta.perceptron(2))
+  speeds = lambda names, *sizes: {name: {"scan": 8.0, "Python loop": 4.0} for name in names}
+  monkeypatch.setattr(online_meta, "rounds_per_second", speeds)
   arguments = ["online_meta", "--save", str(path), "--rounds", "2", "--turns", "1"]
   monkeypatch.setattr(sys, "argv", arguments)
   online_meta.main()
   assert "perceptron, 20 rounds" in capsys.readouterr().out
   data = json.loads(path.with_suffix(".json").read_text())
   assert set(data["Conv4"]) == set(names)
-  assert data["Conv4"]["maml"]["scan"] > 0
-  assert "| ANIL " in path.with_suffix(".md").read_text()
+  assert data["Conv4"]["maml"]["scan"] == 8
+  text = path.with_suffix(".md").read_text()
+  assert "| ANIL " in text
+  assert " 2.00 |" in text
