@@ -35,7 +35,7 @@ with the metrics :func:`local_regret` and :func:`path_length`.
 **Online meta-learning**, where tasks change without notice: the loop :func:`online_meta_learner`;
 :func:`threshold_detector` and :func:`oracle_detector` of task switches and distribution shifts,
 with :func:`quantile_threshold` and :func:`calibrate`; :func:`gate_by_detection` around an
-optimizer.
+optimizer; the metrics :func:`detection_quality` and :func:`task_averaged_regret`.
 
 **Tasks**: :func:`jaxbo.tasks.sample_episode`; streams, :func:`jaxbo.tasks.minibatch_stream` and
 :func:`jaxbo.tasks.phase_stream`; streams of tasks, :func:`jaxbo.tasks.osaka_stream`.
@@ -55,8 +55,9 @@ optimizer.
 :func:`bilevel`; :func:`pdbo`, :func:`proximal_pdbo`, :func:`bome`, :func:`v_pbgd`, :func:`f2sa`;
 :func:`sobow`, :func:`oagd`, :func:`ogd`, :func:`sogd`; :func:`leeds`, and beside it
 :func:`fine_tuning`, :func:`frozen_maml`, :func:`train_from_scratch`, :func:`meta_ogd`,
-:func:`c_maml` with :func:`modulate_by_loss`, :func:`bayesian_gradient_descent`; :func:`ir_dro`,
-:func:`group_dro`, :func:`cvar_dro`, :func:`chi2_dro`, :func:`term`; :func:`done`.
+:func:`c_maml` and :func:`c_maml_pap` with :func:`modulate_by_loss`,
+:func:`bayesian_gradient_descent`; :func:`ir_dro`, :func:`group_dro`, :func:`cvar_dro`,
+:func:`chi2_dro`, :func:`term`; :func:`done`.
 """
 
 from jaxbo import tasks as tasks
@@ -157,6 +158,7 @@ from jaxbo.dro.temperature import TargetEss, TemperatureState, target_ess
 from jaxbo.dro.weighting import Weighting
 from jaxbo.online.bgd import BgdInfo, BgdState, bayesian_gradient_descent
 from jaxbo.online.cmaml import ModulationInfo, ModulationState, c_maml, modulate_by_loss
+from jaxbo.online.cmaml_pap import SupportBuffer, c_maml_pap
 from jaxbo.online.detection import (
   Detection,
   Detector,
@@ -165,6 +167,7 @@ from jaxbo.online.detection import (
   oracle_detector,
   threshold_detector,
 )
+from jaxbo.online.detection_quality import DetectionQuality, detection_quality
 from jaxbo.online.driver import Online, OnlineInfo, OnlineState, online
 from jaxbo.online.gate import GateInfo, GateScales, GateState, gate_by_detection
 from jaxbo.online.leeds import leeds
@@ -188,6 +191,7 @@ from jaxbo.online.sogd import (
   add_corrected_response,
   sogd,
 )
+from jaxbo.online.task_regret import task_averaged_regret
 from jaxbo.online.thresholds import (
   FixedThresholdState,
   QuantileThresholdState,
@@ -214,6 +218,7 @@ __all__ = [
   "CorrectedResponseInfo",
   "CorrectedResponseState",
   "Detection",
+  "DetectionQuality",
   "Detector",
   "DetectorState",
   "DoneInfo",
@@ -258,6 +263,7 @@ __all__ = [
   "RobustnessReport",
   "RunningRangeState",
   "Scores",
+  "SupportBuffer",
   "TargetEss",
   "TaskModel",
   "TemperatureState",
@@ -290,6 +296,7 @@ __all__ = [
   "bilevel",
   "bome",
   "c_maml",
+  "c_maml_pap",
   "calibrate",
   "chi2_dro",
   "chi_square",
@@ -300,8 +307,12 @@ __all__ = [
   "cross_entropy_loss",
   "cvar",
   "cvar_dro",
+<<<<<<< HEAD
   "done",
   "done_grad",
+=======
+  "detection_quality",
+>>>>>>> onlinemeta
   "doro",
   "drop_response",
   "energy_score",
@@ -368,6 +379,7 @@ __all__ = [
   "streaming_grad",
   "tail_accuracy",
   "target_ess",
+  "task_averaged_regret",
   "term",
   "threshold_detector",
   "tilted",

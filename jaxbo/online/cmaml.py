@@ -112,8 +112,8 @@ def c_maml(
     **options: ``start``, ``shift_score`` and ``metric`` of :func:`jaxbo.online_meta_learner`.
 
   Returns:
-    An :class:`jaxbo.OnlineMetaLearner`. Its prolonged adaptation phase (a buffer of rounds) is not
-    part of it.
+    An :class:`jaxbo.OnlineMetaLearner`. With the prolonged adaptation phase (a buffer of rounds) it
+    is :func:`jaxbo.c_maml_pap`.
 
   Raises:
     ValueError: if ``drop_threshold`` is NaN or ``modulation`` is not positive.

@@ -31,7 +31,8 @@ class OnlineMetaState(NamedTuple):
     meta_state: the state of the outer transformation; ``()`` without one.
     detector_state: the state of the detector.
     initial_params: the meta-model at the start; ``()`` unless ``shift_model="initial"``.
-    last_support: the last data; ``()`` unless ``query="next"``.
+    last_support: the last data; ``()`` unless ``query="next"``; for :func:`jaxbo.c_maml_pap` the
+      :class:`jaxbo.SupportBuffer`.
     has_support: whether there was a round before, bool.
     task_stream_state: the state of the stream; ``()`` without one.
   """

@@ -1,0 +1,254 @@
+"""C-MAML with its prolonged adaptation phase: one model as long as a task lasts."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxbo import _check, _tree
+from jaxbo.bilevel.driver import checked_outer_loss
+from jaxbo.bilevel.inner import InnerSolver
+from jaxbo.bilevel.response import check_solver
+from jaxbo.bilevel.unrolled import add_unrolled_response
+from jaxbo.online.cmaml import modulate_by_loss
+from jaxbo.online.detection import Detection, Scores, threshold_detector
+from jaxbo.online.meta_learner import OnlineMetaLearner
+from jaxbo.online.meta_rounds import OnlineMetaInfo, OnlineMetaState, Prediction, TaskModel
+from jaxbo.online.ood_scores import mean_score
+from jaxbo.online.rounds import as_batch
+
+
+class SupportBuffer(NamedTuple):
+  """The rounds that :func:`c_maml_pap` collects; it is ``last_support`` of the learner's state.
+
+  Attributes:
+    supports: the data of the rounds, leaves ``[buffer_size, ...]``.
+    num_supports: how many of them are there, int32.
+    after_boundary: whether a boundary was detected in the last round, bool.
+  """
+
+  supports: Any
+  num_supports: jax.Array
+  after_boundary: jax.Array
+
+  def push(self, support: Any) -> "SupportBuffer":
+    """With one round more."""
+    put = lambda slots, leaf: jax.lax.dynamic_update_index_in_dim(
+      slots, jnp.asarray(leaf, slots.dtype), self.num_supports, axis=0
+    )
+    return self._replace(
+      supports=jax.tree.map(put, self.supports, support), num_supports=self.num_supports + 1
+    )
+
+  def get(self, index: jax.Array) -> Any:
+    """The data of a round."""
+    take = lambda slots: jax.lax.dynamic_index_in_dim(slots, index, keepdims=False)
+    return jax.tree.map(take, self.supports)
+
+
+def c_maml_pap(
+  outer_loss: Callable[..., Any],
+  inner: InnerSolver,
+  optimizer: optax.GradientTransformation,
+  *,
+  drop_threshold: jax.typing.ArrayLike,
+  buffer_size: int = 101,
+  modulation: jax.typing.ArrayLike | None = None,
+  response: optax.GradientTransformation | None = None,
+  start: Callable[[optax.Params], optax.Params] = optax.tree.zeros_like,
+  shift_score: str | Callable[[Any], jax.Array] = "energy",
+  metric: Callable[[Any, Any], Any] | None = None,
+) -> OnlineMetaLearner:
+  r"""C-MAML with its prolonged adaptation phase (PAP): the whole of the published method.
+
+  The task's model goes on from round to round, and the rounds are collected. Where the loss drops
+  by more than :math:`\gamma` in a round's adaptation, a boundary is detected:
+
+  .. math::
+    \phi_t = U(\phi_{t-1}; S_t), \quad \text{or } U(\theta_t; S_t) \text{ if there was a boundary
+    in round } t - 1; \qquad
+    L(\phi_{t-1}; S_t) - L(\phi_t; S_t) > \gamma
+
+  Then the :math:`n` rounds of the buffer, or of one that is full, are one meta-batch, its first
+  half supports and its second half queries,
+
+  .. math::
+    \theta_{t+1} = \theta_t - \beta \frac1{\lfloor n / 2 \rfloor} \sum_{i=1}^{\lfloor n / 2 \rfloor}
+      \nabla_\theta L\big(U(\theta_t; S_i); S_{\lceil n / 2 \rceil + i}\big),
+
+  and the buffer is empty again; the data of that very round are not kept. A single round is support
+  and query. So it is coded, hence two things that are easily read over: the model restarts one
+  round *after* the boundary, and the round that shows a boundary still adapts the old model.
+
+  Cost: an inner run a round; :math:`\lfloor n / 2 \rfloor` inner runs and responses at a boundary.
+  Memory: the meta-model, the task's model, and ``buffer_size`` rounds of data.
+
+  Args:
+    outer_loss: as in :func:`jaxbo.online_meta_learner`.
+    inner: the inner solver.
+    optimizer: for the meta-model; Adam in the published code.
+    drop_threshold: :math:`\gamma`; infinity leaves boundaries to the size of the buffer.
+    buffer_size: rounds in the buffer, at least 1; when it is full, the next round is a meta-update.
+      The published 101 is ``2 * 10 * 5 + 1`` for 10 ways and 5 shots.
+    modulation: :math:`\lambda` of :func:`jaxbo.modulate_by_loss`, of the mean loss, or ``None``.
+    response: :func:`jaxbo.add_unrolled_response` if not given.
+    start: as in :func:`jaxbo.online_meta_learner`, like the next two.
+    shift_score: it is logged; nothing depends on it.
+    metric: what to report beside the loss.
+
+  Returns:
+    An :class:`jaxbo.OnlineMetaLearner`, whose state keeps a :class:`SupportBuffer` in
+    ``last_support``. ``info.meta_updated`` says where there was a meta-update, and
+    ``info.outer_loss`` is its mean loss.
+
+  Raises:
+    ValueError: if ``drop_threshold`` is NaN, ``buffer_size < 1`` or ``modulation`` is not positive.
+
+  Example:
+    >>> import jax.numpy as jnp, jaxbo, optax
+    >>> loss = lambda x, y, u: (0.5 * jnp.sum((x + y - u) ** 2), x + y)
+    >>> inner = jaxbo.inner_solver(lambda *args: loss(*args)[0], optax.sgd(0.5), 1)
+    >>> learner = jaxbo.c_maml_pap(loss, inner, optax.sgd(1.0), drop_threshold=1.0)
+    >>> state = learner.init(jnp.zeros(1), batch=(jnp.ones(1), jnp.ones(1)))
+    >>> for u in (1.0, 1.0, 9.0):                                     # the last is another task
+    ...   state, info = learner.step(state, (jnp.full(1, u), jnp.ones(1)))
+    ...   print(state.meta_params, state.task.y)
+    [0.] [0.5]
+    [0.] [0.75]
+    [0.25] [4.875]
+
+  References:
+    Caccia et al., `Online Fast Adaptation and Knowledge Accumulation
+    <https://arxiv.org/abs/2003.05856>`_, 2020; ``observe_accumulate`` in the branch
+    ``camera_ready`` of https://github.com/ServiceNow/osaka.
+  """
+  check_solver(inner)
+  _check.transformation("optimizer", optimizer)
+  buffer_size = _check.positive_int("buffer_size", buffer_size)
+  _check.takes_arguments("start", start, "x")
+  if metric is not None:
+    _check.takes_arguments("metric", metric, "logits", "batch")
+  detector = threshold_detector(_check.not_nan("drop_threshold", drop_threshold), float("inf"))
+  score_of = mean_score("shift_score", shift_score)
+  response_tx = optax.with_extra_args_support(
+    add_unrolled_response(inner) if response is None else response
+  )
+  tail = optax.chain(*([] if modulation is None else [modulate_by_loss(modulation)]), optimizer)
+  loss_and_logits = checked_outer_loss(outer_loss, has_aux=True)
+
+  def predict(x, y, data):
+    value, logits = loss_and_logits(x, y, data)
+    return Prediction(value, metric(logits, data) if metric is not None else ()), logits
+
+  def init(x, batch=None, *, stream=None, key=0):
+    _check.floating("x", x)
+    if (batch is None) == (stream is None):
+      raise ValueError("init must be given either a stream or a batch, whose shapes are enough")
+    stream_state = ()
+    if stream is not None:
+      stream_state = stream.init(key)
+      batch = jax.eval_shape(lambda state: stream.step(state)[1], stream_state)
+    support = as_batch(batch).train
+    solution = inner.init(start(x), x, support)
+    slots = lambda leaf: jnp.zeros((buffer_size, *jnp.shape(leaf)), jnp.result_type(leaf))
+    state = OnlineMetaState(
+      meta_params=x,
+      task=TaskModel(x, solution.params, solution.opt_state),
+      meta_state=(response_tx.init(x), tail.init(x)),
+      detector_state=detector.init(),
+      initial_params=(),
+      last_support=SupportBuffer(jax.tree.map(slots, support), jnp.int32(0), jnp.bool_(False)),
+      has_support=jnp.bool_(False),
+      task_stream_state=stream_state,
+    )
+    return _tree.copy(state)
+
+  def hypergradient(meta, state, support, judged):
+    solution = inner.solve(meta, inner.init(start(meta), meta, support), support)
+    (value, _), grads = jax.value_and_grad(loss_and_logits, argnums=(0, 1), has_aux=True)(
+      meta, solution.params, judged
+    )
+    grads, state = response_tx.update(grads, state, meta, solution=solution, batch=support)
+    return _tree.at_least_float32(grads), state, value
+
+  def meta_update(meta, states, buffer, zero, **extra_args):
+    """Takes one step along the mean over the pairs of the buffer."""
+    count = buffer.num_supports
+    half, num_pairs = (count + 1) // 2, jnp.maximum(count // 2, 1)
+
+    def add(i, carry):
+      total, state, loss = carry
+      judged = buffer.get(jnp.minimum(half + i, count - 1))
+      grads, state, value = hypergradient(meta, state, buffer.get(i), judged)
+      return optax.tree.add(total, grads), state, loss + value
+
+    carry = (_tree.zeros_at_least_float32(meta), states[0], zero)
+    total, response_state, value = jax.lax.fori_loop(0, num_pairs, add, carry)
+    grads, value = jax.tree.map(lambda leaf: leaf / num_pairs, (total, value))
+    updates, tail_state = tail.update(
+      _tree.cast_like(grads, meta), states[1], meta, value=value, **extra_args
+    )
+    new = optax.apply_updates(meta, updates)
+    finite = _tree.all_finite(new)
+    return *_tree.where(finite, (new, (response_state, tail_state)), (meta, states)), value, finite
+
+  def step(state, batch, **extra_args):
+    played = as_batch(batch)
+    support, meta, task, buffer = played.train, state.meta_params, state.task, state.last_support
+    before, _ = predict(task.x, task.y, support)
+    fresh = inner.init(start(meta), meta, support)
+    goes_on = fresh._replace(
+      params=task.y, opt_state=task.opt_state, start=(task.y, task.opt_state)
+    )
+    x, begins = _tree.where(
+      buffer.after_boundary | ~state.has_support, (meta, fresh), (task.x, goes_on)
+    )
+    solution = inner.solve(x, begins, support)
+    task = TaskModel(x, solution.params, solution.opt_state)
+    after, logits = predict(task.x, task.y, support)
+
+    scores = Scores(before.loss - after.loss, score_of(logits))
+    switch, detector_state = detector.detect_switch(scores.switch, state.detector_state, batch)
+    shift, detector_state = detector.detect_shift(scores.shift, detector_state, switch=switch)
+    boundary = switch & state.has_support  # The first round is a switch, with nothing before it.
+    is_open = (boundary & (buffer.num_supports > 0)) | (buffer.num_supports == buffer_size)
+    meta, meta_state, value, finite = jax.lax.cond(
+      is_open,
+      lambda: meta_update(
+        meta, state.meta_state, buffer, jnp.zeros_like(before.loss), **extra_args
+      ),
+      lambda: (meta, state.meta_state, jnp.full_like(before.loss, jnp.nan), jnp.bool_(True)),
+    )
+    emptied = buffer._replace(num_supports=jnp.zeros_like(buffer.num_supports))
+    buffer = jax.lax.cond(is_open, lambda: emptied, lambda: buffer.push(support))
+    info = OnlineMetaInfo(
+      before,
+      after,
+      Detection(switch, shift, scores),
+      outer_loss=value,
+      meta_updated=is_open,
+      meta_finite=finite,
+      extra=played.extra,
+    )
+    state = state._replace(
+      meta_params=meta,
+      task=task,
+      meta_state=meta_state,
+      detector_state=detector_state,
+      last_support=buffer._replace(after_boundary=boundary),
+      has_support=jnp.ones_like(state.has_support),
+    )
+    return state, info
+
+  def run(state, stream, num_rounds):
+    num_rounds = _check.positive_int("num_rounds", num_rounds)
+
+    def body(state, _):
+      stream_state, batch = stream.step(state.task_stream_state)
+      return step(state._replace(task_stream_state=stream_state), batch)
+
+    return jax.lax.scan(body, state, length=num_rounds)
+
+  return OnlineMetaLearner(init, step, run)

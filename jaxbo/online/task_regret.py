@@ -1,0 +1,63 @@
+"""The task-averaged regret of an online meta-learner."""
+
+import jax
+import jax.numpy as jnp
+
+
+def task_averaged_regret(
+  losses: jax.typing.ArrayLike,
+  comparator_losses: jax.typing.ArrayLike,
+  task_switch: jax.typing.ArrayLike,
+) -> jax.Array:
+  r"""The regret against the best fixed model of each task, averaged over tasks.
+
+  With :math:`N` tasks, of which task :math:`n` takes the rounds :math:`I_n`,
+
+  .. math::
+    \mathrm{TAR} = \frac1N \sum_{n=1}^N \Big[ \sum_{t \in I_n} l_t(\phi_{t-1})
+      - \min_\phi \sum_{t \in I_n} l_t(\phi) \Big]
+
+  where :math:`\phi_{t-1}` is what was played in round :math:`t`, before its labels were used:
+  ``history.before.loss``. The minimum is over the models whose losses are given, for each task
+  another: of :math:`M` candidates, or of the one that was found by training on all rounds of the
+  task at once. Where that is not the very best, the regret is underestimated, by the same for all
+  learners on that stream.
+
+  Args:
+    losses: :math:`l_t(\phi_{t-1})`, ``[rounds]``.
+    comparator_losses: ``[rounds]``, the losses of the best model of the round's task; or ``[rounds,
+      candidates]``, of models that stay what they are within a task.
+    task_switch: ``[rounds]`` bool, where a task begins; the first round begins one in any case.
+
+  Returns:
+    A scalar, in the dtype of the losses, float32 at least. Pure: it may be jitted and vmapped.
+
+  Raises:
+    ValueError: if the shapes do not fit.
+
+  Example:
+    >>> import jax.numpy as jnp, jaxbo
+    >>> losses, switches = jnp.array([2.0, 1.0, 3.0, 0.0]), jnp.array([1, 0, 1, 0], bool)
+    >>> candidates = jnp.array([[0.5, 2.0], [0.5, 2.0], [4.0, 1.0], [4.0, 0.0]])
+    >>> print(jaxbo.task_averaged_regret(losses, candidates, switches))   # (3 - 1 + 3 - 1) / 2
+    2.0
+
+  References:
+    Sow, Lin, Liang and Zhang, `Algorithm Design for Online Meta-Learning with Task Boundary
+    Detection <https://arxiv.org/abs/2302.00857>`_, 2024. The definition is the usual one; their
+    text was not available to us.
+  """
+  played, others = jnp.asarray(losses), jnp.asarray(comparator_losses)
+  switches = jnp.asarray(task_switch, bool)
+  others = others[:, None] if others.ndim == 1 else others
+  if played.ndim != 1 or others.ndim != 2 or not len(played) == len(others) == len(switches):
+    raise ValueError(
+      "losses and task_switch must have the shape [rounds], comparator_losses [rounds] or [rounds, "
+      f"candidates], got {played.shape}, {switches.shape} and {jnp.shape(comparator_losses)}"
+    )
+  dtype = jnp.result_type(played, others, jnp.float32)
+  switches = switches.at[0].set(True)
+  tasks = jnp.cumsum(switches, dtype=jnp.int32) - 1
+  sums = jax.ops.segment_sum(others.astype(dtype), tasks, num_segments=len(played))
+  best = jnp.min(sums, axis=1)  # Zero behind the last task.
+  return (jnp.sum(played.astype(dtype)) - jnp.sum(best)) / jnp.sum(switches, dtype=dtype)

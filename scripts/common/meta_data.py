@@ -1,0 +1,99 @@
+"""Three domains for online meta-learning: characters, digits and clothes, in one size."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from scripts.common import fewshot_data
+from scripts.common.data import tfds_source
+from scripts.common.fewshot_data import ImageClasses
+
+NUM_CLASSES = 10
+
+
+class Domains(NamedTuple):
+  """What an experiment is played on; images are ``[classes, per_class, size, size, 1]`` uint8.
+
+  Attributes:
+    names: of the three domains; the first is that of the pre-training.
+    train: the characters to pre-train on.
+    early: the characters that say when to stop, and what is chosen.
+    validation: the three domains of the streams that thresholds and rates are chosen on.
+    test: those of the streams that are reported. No character is in two sets; digits and clothes
+      are other images of the same classes.
+  """
+
+  names: tuple[str, str, str]
+  train: ImageClasses
+  early: ImageClasses
+  validation: tuple[np.ndarray, ...]
+  test: tuple[np.ndarray, ...]
+
+
+def omniglot_mnist_fashion(data_dir: Path | None, size: int, per_class: int) -> Domains:
+  """Omniglot's characters, then MNIST and Fashion-MNIST; white on black all of them.
+
+  Args:
+    data_dir: as in :func:`scripts.common.data.tfds_images`.
+    size: height and width, 16 to 28.
+    per_class: how many digits and clothes of each class to read.
+
+  Raises:
+    FileNotFoundError: if a data set is not there; the message says how to prepare it.
+    ValueError: if there are not so many images.
+  """
+  sources = [
+    by_label(name, split, data_dir, size, per_class)
+    for split in ("test", "train")
+    for name in ("mnist", "fashion_mnist")
+  ]
+  characters = fewshot_data.omniglot(data_dir, size=size)
+  return Domains(
+    ("Omniglot", "MNIST", "Fashion-MNIST"),
+    characters.train,
+    characters.validation,
+    (characters.validation.images, *sources[:2]),
+    (characters.test.images, *sources[2:]),
+  )
+
+
+def by_label(name: str, split: str, data_dir: Path | None, size: int, per_class: int) -> np.ndarray:
+  """The first ``per_class`` images of each of ten classes, ``[10, per_class, size, size, 1]``."""
+  source = tfds_source(name, split, data_dir)
+  count = min(len(source), 13 * per_class + 200)  # A class has 9 % of MNIST at least.
+  images, labels = [], []
+  for begin in range(0, count, 1000):
+    rows = source.__getitems__(range(begin, min(begin + 1000, count)))
+    images.append(np.stack([row["image"][..., 0] for row in rows]))
+    labels += [row["label"] for row in rows]
+  pixels, numbers = np.concatenate(images), np.asarray(labels)
+  members = [np.flatnonzero(numbers == label)[:per_class] for label in range(NUM_CLASSES)]
+  if min(map(len, members)) < per_class:
+    raise ValueError(
+      f"images_per_class must be at most {min(map(len, members))}, what {name} has in {split}, got "
+      f"{per_class}"
+    )
+  return fewshot_data.shrink(pixels, size)[np.stack(members)][..., None]
+
+
+def glyphs(size: int, per_class: int) -> Domains:
+  """Characters drawn on the spot, for a quick look.
+
+  The second domain are ten in black on white, the third ten that are smeared to stripes.
+  """
+  draw = lambda classes, images, seed: fewshot_data.synthetic_glyphs(classes, images, size, seed)
+  others = [draw(NUM_CLASSES, per_class, seed).images for seed in (3, 4, 5, 6)]
+  negative = lambda x: 255 - x
+  smeared = lambda x: np.repeat(x[:, :, ::4], 4, axis=2)[:, :, :size]
+  validation, test = draw(24, 20, 1), draw(40, 20, 2)
+  return Domains(
+    ("glyphs", "negatives", "stripes"),
+    draw(60, 20, 0),
+    validation,
+    (validation.images, negative(others[0]), smeared(others[1])),
+    (test.images, negative(others[2]), smeared(others[3])),
+  )
+
+
+READERS = {"omniglot": omniglot_mnist_fashion, "glyphs": lambda _, *sizes: glyphs(*sizes)}
