@@ -307,12 +307,9 @@ __all__ = [
   "cross_entropy_loss",
   "cvar",
   "cvar_dro",
-<<<<<<< HEAD
+  "detection_quality",
   "done",
   "done_grad",
-=======
-  "detection_quality",
->>>>>>> onlinemeta
   "doro",
   "drop_response",
   "energy_score",
