@@ -48,8 +48,7 @@ class Settings:
     attention_dim: the width of keys.
     dropout: the probability to drop an entry.
     steps: of training.
-    canonical_steps: of these, the first ones with captions of shapes in canonical order, whatever
-      comes then.
+    canonical_steps: as many before, in canonical order, where captions of shapes have either.
     batch_size: captions of a step.
     learning_rate: of Adam, after a warm-up; a cosine takes it down to zero.
     max_words: of a caption; longer ones are cut.
@@ -63,8 +62,8 @@ class Settings:
   hidden_dim: int = 64
   attention_dim: int = 64
   dropout: float = 0.0
-  steps: int = 2400
-  canonical_steps: int = 1200
+  steps: int = 2000
+  canonical_steps: int = 1600
   batch_size: int = 128
   learning_rate: float = 4e-3
   max_words: int = 8
@@ -153,7 +152,7 @@ class Config:
   steps: int | None = None
   """Steps of training, instead of the data set's default (as for all below)."""
   canonical_steps: int | None = None
-  """The first steps, with captions of shapes in canonical order."""
+  """Steps before, in canonical order, where captions of shapes have either."""
   batch_size: int | None = None
   """Captions of a step."""
   learning_rate: float | None = None
@@ -196,11 +195,14 @@ class Config:
     if self.dropout is not None and not 0 <= self.dropout < 1:
       raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
 
-  def settings(self) -> Settings:
-    """The data set's settings, with what was given instead."""
+  def settings(self, order: str = "") -> Settings:
+    """The data set's settings, with what was given instead; ``steps`` are all, for an order."""
     given = {field.name: getattr(self, field.name, None) for field in dataclasses.fields(Settings)}
     given = {name: value for name, value in given.items() if value is not None}
-    return dataclasses.replace(SETTINGS[self.dataset], **given)
+    settings = dataclasses.replace(SETTINGS[self.dataset], **given)
+    if order == "either":
+      return dataclasses.replace(settings, steps=settings.steps + settings.canonical_steps)
+    return settings
 
   def all_models(self) -> tuple[str, ...]:
     """The captioners to run."""

@@ -59,7 +59,7 @@ def print_and_draw(config: Config, outcome: Outcome, console: Console) -> None:
   if outcome.rows:
     rows = [_flat(row) for row in outcome.rows]
     report.write_csv(folder / RESULTS, rows)
-    title = f"{config.dataset}: {config.settings().steps} steps, test set"
+    title = f"{config.dataset}: test set; mean ± standard deviation over seeds"
     report.print_table(console, title, *results_table(config, outcome.rows))
     for reason in dict.fromkeys(row.get("skipped", "") for row in outcome.rows):
       if reason:

@@ -65,7 +65,7 @@ def run_name(order: str, model: str, seed: int) -> str:
 
 def make_program(config: Config, order: str, model: str, files: Any) -> Program:
   """The captioner of that name for captions of that order, or for ``files``."""
-  settings = config.settings()
+  settings = config.settings(order)
   if config.dataset == "shapes":
     return ShapesProgram(ShapesCaptions(order=order), model, settings, config.test_examples)
   data, vocabulary = files
@@ -99,8 +99,8 @@ def run_all(
   progress: Progress,
 ) -> None:
   """Trains and judges every captioner; fills ``outcome`` as it goes."""
-  settings = config.settings()
   for order in config.all_orders():
+    settings = config.settings(order)
     if order:
       entropies = ShapesCaptions(order=order).entropies("validation")
       outcome.bounds[order] = {
