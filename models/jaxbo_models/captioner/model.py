@@ -183,25 +183,25 @@ class GuidedCaptioner(nn.Module):
     encoded = self.encode(features, cell_mask, train=train)
     weights, state = self._weights(), self.initial_state(encoded)
 
+    time_major = lambda tree: jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), tree)
     if isinstance(sampling_rate, (int, float)) and sampling_rate == 0:
       embedded = self.drop(self._embed(tokens), deterministic=not train)
-      xs = recurrence.inputs(self, weights, encoded, embedded)
+      xs = time_major(recurrence.inputs(self, weights, encoded, embedded))
       body = lambda state, words: recurrence.advance(self, weights, encoded, words, state)
     else:
       ones = jnp.ones((*tokens.shape, self.embed_dim), self.dtype)
       kept = self.drop(ones, deterministic=not train)
-      keys = jax.random.split(self.make_rng("sampling"), tokens.shape[1])
-      first = jnp.arange(tokens.shape[1]) == 0
-      rates = jnp.where(first, 0, sampling_rate)
-      xs = tokens, kept, keys[None], rates[None]
+      length = tokens.shape[1]
+      keys = jax.random.split(self.make_rng("sampling"), length)
+      rates = jnp.where(jnp.arange(length) == 0, 0, sampling_rate)
+      xs = *time_major((tokens, kept)), keys, rates
       body = self._sampling_body(weights, encoded)
       state = state, jnp.zeros((len(tokens), self.vocab_size), self._high)
 
     if self.remat:
       body = jax.checkpoint(body, prevent_cse=self.unroll > 1)  # pyright: ignore
-    time_major = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), xs)
-    _, steps = jax.lax.scan(body, state, time_major, unroll=self.unroll)
-    steps = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), steps)
+    _, steps = jax.lax.scan(body, state, xs, unroll=self.unroll)
+    steps = time_major(steps)
     scores = None
     if self.num_attributes:
       guide = steps.guide
@@ -294,9 +294,9 @@ class GuidedCaptioner(nn.Module):
 
     def body(carry, xs):
       (state, logits), (given, kept, key, rate) = carry, xs
-      word_key, coin_key = jax.random.split(key[0])
+      word_key, coin_key = jax.random.split(key)
       drawn = jax.random.categorical(word_key, logits)
-      tokens = jnp.where(jax.random.bernoulli(coin_key, rate[0], given.shape), drawn, given)
+      tokens = jnp.where(jax.random.bernoulli(coin_key, rate, given.shape), drawn, given)
       words = recurrence.inputs(self, weights, encoded, self._embed(tokens) * kept)
       state, output = recurrence.advance(self, weights, encoded, words, state)
       return (state, self._logits(output.hidden)), output
