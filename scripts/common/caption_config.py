@@ -38,7 +38,7 @@ MODELS = {
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """Sizes and rates; the defaults are for shapes.
+  """Sizes and rates; the defaults are for shapes in canonical order.
 
   Attributes:
     image_size: height and width of images.
@@ -48,7 +48,7 @@ class Settings:
     attention_dim: the width of keys.
     dropout: the probability to drop an entry.
     steps: of training.
-    canonical_steps: as many before, in canonical order, where captions of shapes have either.
+    canonical_steps: of these, the first ones with captions of shapes in canonical order.
     batch_size: captions of a step.
     learning_rate: of Adam, after a warm-up; a cosine takes it down to zero.
     max_words: of a caption; longer ones are cut.
@@ -63,7 +63,7 @@ class Settings:
   attention_dim: int = 64
   dropout: float = 0.0
   steps: int = 2000
-  canonical_steps: int = 1600
+  canonical_steps: int = 0
   batch_size: int = 128
   learning_rate: float = 4e-3
   max_words: int = 8
@@ -71,6 +71,7 @@ class Settings:
   eval_every: int = 200
 
 
+EITHER_ORDER = Settings(steps=4600, canonical_steps=1600)
 _PHOTOGRAPHS = Settings(
   image_size=(96, 96),
   patch_size=16,
@@ -152,7 +153,7 @@ class Config:
   steps: int | None = None
   """Steps of training, instead of the data set's default (as for all below)."""
   canonical_steps: int | None = None
-  """Steps before, in canonical order, where captions of shapes have either."""
+  """The first steps with captions of shapes in canonical order, where they have either."""
   batch_size: int | None = None
   """Captions of a step."""
   learning_rate: float | None = None
@@ -196,13 +197,11 @@ class Config:
       raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
 
   def settings(self, order: str = "") -> Settings:
-    """The data set's settings, with what was given instead; ``steps`` are all, for an order."""
+    """The settings of the data set and order, with what was given instead."""
     given = {field.name: getattr(self, field.name, None) for field in dataclasses.fields(Settings)}
     given = {name: value for name, value in given.items() if value is not None}
-    settings = dataclasses.replace(SETTINGS[self.dataset], **given)
-    if order == "either":
-      return dataclasses.replace(settings, steps=settings.steps + settings.canonical_steps)
-    return settings
+    settings = EITHER_ORDER if order == "either" else SETTINGS[self.dataset]
+    return dataclasses.replace(settings, **given)
 
   def all_models(self) -> tuple[str, ...]:
     """The captioners to run."""

@@ -73,7 +73,7 @@ def print_and_draw(config: Config, outcome: Outcome, console: Console) -> None:
   if outcome.lines:
     labels = {name: model.label for name, model in MODELS.items()}
     ylabel = "validation loss, nats a " + ("caption" if config.dataset == "shapes" else "token")
-    settings = config.settings()
+    settings = config.settings("either")
     caption_plots.draw_curves(
       outcome.lines, outcome.bounds, labels, folder / CURVES, ylabel, settings.canonical_steps
     )

@@ -31,7 +31,7 @@ from scripts.common.caption_noise import NoiseSettings
 pytestmark = pytest.mark.slow  # All together, not each.
 
 TINY = {"hidden_dim": 8, "embed_dim": 8, "attention_dim": 8, "batch_size": 8, "test_examples": 40}
-SMALL = TINY | {"steps": 3, "canonical_steps": 1, "eval_every": 2, "checkpoint_every": 2}
+SMALL = TINY | {"steps": 4, "canonical_steps": 1, "eval_every": 2, "checkpoint_every": 2}
 SMALL |= {"orders": ("either",)}
 
 
