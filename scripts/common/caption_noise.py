@@ -60,7 +60,7 @@ class NoiseSettings:
   """
 
   color_flips: float = 0.2
-  reweighting_steps: int = 1000
+  reweighting_steps: int = 600
   reweighting: Settings = _REWEIGHTING
   swaps: float = 0.3
   num_train: int = 256
@@ -68,7 +68,7 @@ class NoiseSettings:
   batch_size: int = 64
   inner_steps: int = 20
   inner_learning_rate: float = 5e-3
-  outer_steps: int = 150
+  outer_steps: int = 60
   outer_learning_rate: float = 0.1
   captioner: Settings = _CLEANING
   responses: cleaning.Settings = _RESPONSES
