@@ -29,7 +29,7 @@ import jaxbo
 from jaxbo.tasks import ShapesCaptions
 from scripts.common import caption_model, cleaning
 from scripts.common.caption_config import Settings
-from scripts.common.caption_shapes import exact_match, held_out
+from scripts.common.caption_shapes import exact_match, held_out, like
 
 Advance = Callable[[int], None]
 
@@ -235,6 +235,5 @@ def clean(name: str, settings: NoiseSettings, seed: int, advance: Advance) -> Cl
 
 def _init(model: captioner.GuidedCaptioner, tx: optax.GradientTransformation, seed: int) -> Any:
   """Parameters and the state of an optimizer."""
-  batch = ShapesCaptions().sample(jax.random.key(0), 1)
-  given = caption_model.as_batch(batch.images, batch.tokens)
+  given = like(ShapesCaptions())
   return tuple(caption_model.init_state(model, tx, given, jax.random.key(seed)))
