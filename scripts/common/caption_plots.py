@@ -121,6 +121,6 @@ def draw_curves(
     if order:
       axes.set_title(f"captions in {order} order", loc="left", fontsize="medium")
       axes.set_yscale("symlog", linthresh=0.1)
-      axes.set_ylim(bottom=0)
+      axes.set_ylim(bottom=0 if order == "canonical" else 0.5)
     axes.legend(fontsize="small")
   plots.save(fig, path)
