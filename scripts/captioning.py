@@ -13,8 +13,8 @@ else. There, attention at the first colour is divided evenly between both object
 settled yet which one it will be.
 
 What it needs: captioners for either order spend their first 1,600 steps on captions in canonical
-order. Without, none of ten settings (both kinds of guide and of query, up to 1,500 steps) learnt
-any relation on held-out pairs: they learn by heart which pairs stand in which direction.
+order. Without, none of nine runs (a guide or none, several queries, 800 to 2,000 steps) learnt any
+relation on held-out pairs: they learn by heart which pairs stand in which direction.
 
   python -m scripts.captioning                                   no download; 10 minutes on one of
                                                                  2 CPU cores that others shared
