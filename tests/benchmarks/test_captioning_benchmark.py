@@ -16,12 +16,12 @@ from scripts.common import measure
 
 pytestmark = pytest.mark.slow
 
-SIZES = Preset(captioner.GuidedCaptioner(9, 4, 6, 5), 4, 7, batch=2, length=4)
+SIZES = Preset(captioner.GuidedCaptioner(9, 4, 6, 5), 4, 7, batch=2, length=2)
 
 
 @functools.cache
 def programs():
-  return captioning.make_programs(SIZES, beam=3, max_length=4)
+  return captioning.make_programs(SIZES, beam=3, max_length=3)
 
 
 def test_both_programs_take_the_same_step_of_training():

@@ -59,9 +59,9 @@ class CellParameters(nn.Module):
 
     def orthogonal(key, shape, dtype):
       square = (self.hidden_dim, self.hidden_dim)
-      make = nn.initializers.orthogonal()
-      parts = [make(part, square, dtype) for part in jax.random.split(key, blocks)]
-      return jnp.concatenate(parts, axis=1).reshape(shape)
+      make = lambda part: nn.initializers.orthogonal()(part, square, dtype)
+      parts = jax.vmap(make)(jax.random.split(key, blocks))  # one decomposition to compile
+      return jnp.swapaxes(parts, 0, 1).reshape(shape)
 
     columns = blocks * self.hidden_dim
     recurrent = self.param("recurrent", orthogonal, (self.hidden_dim, columns), jnp.float32)

@@ -21,11 +21,14 @@ def make_step(
 
   >>> from jaxbo_models import captioner
   >>> model = captioner.GuidedCaptioner(19, embed_dim=8, hidden_dim=16, attention_dim=8)
-  >>> features = jnp.ones((2, 4, 6))
-  >>> params = model.init(jax.random.key(0), features, jnp.ones((2, 5), int))["params"]
-  >>> step_fn, state = make_step(model, params, features)
-  >>> tokens, _ = greedy(step_fn, state, batch_size=2, max_length=7, bos_id=1, eos_id=2)
-  >>> tokens.shape
+  >>> @jax.jit
+  ... def describe(params, features):
+  ...   step_fn, state = make_step(model, params, features)
+  ...   return greedy(step_fn, state, batch_size=len(features), max_length=7, bos_id=1, eos_id=2)
+  >>> features, tokens = jnp.ones((2, 4, 6)), jnp.ones((2, 5), int)
+  >>> params = jax.eval_shape(model.init, jax.random.key(0), features, tokens)["params"]
+  >>> found, _ = jax.eval_shape(describe, params, features)
+  >>> found.shape
   (2, 7)
 
   Args:

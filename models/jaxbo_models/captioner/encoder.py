@@ -22,9 +22,9 @@ class PatchEncoder(nn.Module):
   position :math:`p_i` is added.
 
   >>> encoder = PatchEncoder(image_shape=(32, 32, 3), patch_size=8, features=64)
-  >>> images = jnp.ones((5, 32, 32, 3))
-  >>> variables = encoder.init(jax.random.key(0), images)
-  >>> encoder.apply(variables, images).shape
+  >>> images = jax.ShapeDtypeStruct((5, 32, 32, 3), jnp.uint8)
+  >>> variables = jax.eval_shape(encoder.init, jax.random.key(0), images)
+  >>> jax.eval_shape(encoder.apply, variables, images).shape
   (5, 16, 64)
 
   Parameters are float32: ``Dense_i/{kernel,bias}`` and ``position [cells, features]``, normal with

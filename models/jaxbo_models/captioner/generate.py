@@ -37,13 +37,16 @@ def caption_images(
   cell_mask: jax.Array | None = None,
   **options: Any,
 ) -> Captions:
-  """Beam search on images, and the attention of the best captions.
+  """Beam search on images, and the attention of the best captions; to be jitted.
 
   >>> from jaxbo_models import captioner
   >>> model = captioner.GuidedCaptioner(19, embed_dim=8, hidden_dim=16, attention_dim=8)
-  >>> features = jnp.ones((2, 4, 6))
-  >>> params = model.init(jax.random.key(0), features, jnp.ones((2, 5), int))["params"]
-  >>> captions = caption_images(model, params, features, bos_id=1, eos_id=2, max_length=7)
+  >>> @jax.jit
+  ... def describe(params, features):
+  ...   return caption_images(model, params, features, bos_id=1, eos_id=2, max_length=7)
+  >>> features, tokens = jnp.ones((2, 4, 6)), jnp.ones((2, 5), int)
+  >>> params = jax.eval_shape(model.init, jax.random.key(0), features, tokens)["params"]
+  >>> captions = jax.eval_shape(describe, params, features)
   >>> captions.tokens.shape, captions.attention.shape
   ((2, 5, 7), (2, 7, 4))
 

@@ -33,9 +33,8 @@ def caption_losses(
   >>> from jaxbo_models import captioner
   >>> model = captioner.GuidedCaptioner(19, embed_dim=8, hidden_dim=16, attention_dim=8)
   >>> batch = {"features": jnp.zeros((2, 4, 6)), "tokens": jnp.ones((2, 5), int)}
-  >>> params = model.init(jax.random.key(0), **batch)["params"]
-  >>> losses = caption_losses(model)(params, batch)
-  >>> losses.shape
+  >>> params = jax.eval_shape(model.init, jax.random.key(0), **batch)["params"]
+  >>> jax.eval_shape(caption_losses(model), params, batch).shape
   (2,)
 
   Sources: the sum over time is that of RFN's training code, and so are the discriminative term

@@ -39,14 +39,14 @@ def self_critical_batch(
 
   >>> from jaxbo_models import captioner
   >>> model = captioner.GuidedCaptioner(19, embed_dim=8, hidden_dim=16, attention_dim=8)
-  >>> features = jnp.ones((2, 4, 6))
-  >>> params = model.init(jax.random.key(0), features, jnp.ones((2, 5), int))["params"]
+  >>> features, tokens = jnp.ones((2, 4, 6)), jnp.ones((2, 5), int)
+  >>> params = jax.jit(model.init)(jax.random.key(0), features, tokens)["params"]
   >>> reward = lambda candidates, references: [c.count(r) for c, r in zip(candidates, references)]
   >>> draw = self_critical_batch(model, reward, bos_id=1, eos_id=2, max_length=7)
   >>> batch = draw(params, {"features": features}, [5, 6], jax.random.key(1))
   >>> batch["tokens"].shape, batch["advantages"].shape
   ((10, 8), (10,))
-  >>> self_critical_losses(model)(params, batch).shape
+  >>> jax.eval_shape(self_critical_losses(model), params, batch).shape
   (10,)
 
   Source: Rennie et al., *Self-critical sequence training* (https://arxiv.org/abs/1612.00563); the
