@@ -29,7 +29,7 @@ import jaxbo
 from jaxbo.tasks import ShapesCaptions
 from scripts.common import caption_model, cleaning
 from scripts.common.caption_config import Settings
-from scripts.common.caption_shapes import exact_match, held_out
+from scripts.common.caption_shapes import exact_match, held_out, like
 
 Advance = Callable[[int], None]
 
@@ -60,7 +60,7 @@ class NoiseSettings:
   """
 
   color_flips: float = 0.2
-  reweighting_steps: int = 1000
+  reweighting_steps: int = 600
   reweighting: Settings = _REWEIGHTING
   swaps: float = 0.3
   num_train: int = 256
@@ -68,7 +68,7 @@ class NoiseSettings:
   batch_size: int = 64
   inner_steps: int = 20
   inner_learning_rate: float = 5e-3
-  outer_steps: int = 150
+  outer_steps: int = 60
   outer_learning_rate: float = 0.1
   captioner: Settings = _CLEANING
   responses: cleaning.Settings = _RESPONSES
@@ -235,6 +235,5 @@ def clean(name: str, settings: NoiseSettings, seed: int, advance: Advance) -> Cl
 
 def _init(model: captioner.GuidedCaptioner, tx: optax.GradientTransformation, seed: int) -> Any:
   """Parameters and the state of an optimizer."""
-  batch = ShapesCaptions().sample(jax.random.key(0), 1)
-  given = caption_model.as_batch(batch.images, batch.tokens)
+  given = like(ShapesCaptions())
   return tuple(caption_model.init_state(model, tx, given, jax.random.key(seed)))

@@ -80,6 +80,7 @@ def draw_curves(
   labels: Mapping[str, str],
   path: Path,
   ylabel: str,
+  canonical_steps: int = 0,
 ) -> None:
   """Validation losses over steps: a panel for each kind of captions, a line for each captioner.
 
@@ -89,6 +90,8 @@ def draw_curves(
     labels: of the captioners.
     path: of the picture.
     ylabel: what the loss is.
+    canonical_steps: the first steps of captioners for either order, which they spend on captions in
+      canonical order alone; their loss means nothing then.
   """
   orders = list(dict.fromkeys(line["order"] for line in lines))
   fig, panels = plt.subplots(
@@ -99,7 +102,8 @@ def draw_curves(
     for i, model in enumerate(models):
       by_seed: dict[int, list[tuple[int, float]]] = {}
       for line in lines:
-        if line["order"] == order and line["model"] == model:
+        means_something = order != "either" or line["step"] > canonical_steps
+        if line["order"] == order and line["model"] == model and means_something:
           point = line["step"], line["validation_nll"]
           by_seed.setdefault(line["seed"], []).append(point)
       longest = max(map(len, by_seed.values()), default=0)
@@ -108,6 +112,8 @@ def draw_curves(
         steps = np.array([step for step, _ in curves[0]])
         values = [[value for _, value in curve] for curve in curves]
         plots.mean_and_range(axes, steps, values, label=labels[model], color=f"C{i}")
+    if order == "either" and canonical_steps:
+      axes.axvspan(0, canonical_steps, color="0.93", label="trained in canonical order")
     for style, (name, value) in zip(("--", ":"), bounds.get(order, {}).items(), strict=False):
       axes.axhline(value, color="0.3", linestyle=style, linewidth=1, label=f"{name}: {value:.3f}")
     axes.set(xlabel="steps", ylabel=ylabel)
@@ -115,6 +121,6 @@ def draw_curves(
     if order:
       axes.set_title(f"captions in {order} order", loc="left", fontsize="medium")
       axes.set_yscale("symlog", linthresh=0.1)
-      axes.set_ylim(bottom=0)
+      axes.set_ylim(bottom=0 if order == "canonical" else 0.5)
     axes.legend(fontsize="small")
   plots.save(fig, path)

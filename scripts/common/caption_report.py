@@ -59,7 +59,7 @@ def print_and_draw(config: Config, outcome: Outcome, console: Console) -> None:
   if outcome.rows:
     rows = [_flat(row) for row in outcome.rows]
     report.write_csv(folder / RESULTS, rows)
-    title = f"{config.dataset}: {config.settings().steps} steps, test set"
+    title = f"{config.dataset}: test set; mean ± standard deviation over seeds"
     report.print_table(console, title, *results_table(config, outcome.rows))
     for reason in dict.fromkeys(row.get("skipped", "") for row in outcome.rows):
       if reason:
@@ -73,7 +73,10 @@ def print_and_draw(config: Config, outcome: Outcome, console: Console) -> None:
   if outcome.lines:
     labels = {name: model.label for name, model in MODELS.items()}
     ylabel = "validation loss, nats a " + ("caption" if config.dataset == "shapes" else "token")
-    caption_plots.draw_curves(outcome.lines, outcome.bounds, labels, folder / CURVES, ylabel)
+    settings = config.settings("either")
+    caption_plots.draw_curves(
+      outcome.lines, outcome.bounds, labels, folder / CURVES, ylabel, settings.canonical_steps
+    )
 
 
 def print_noise(

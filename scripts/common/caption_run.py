@@ -65,7 +65,7 @@ def run_name(order: str, model: str, seed: int) -> str:
 
 def make_program(config: Config, order: str, model: str, files: Any) -> Program:
   """The captioner of that name for captions of that order, or for ``files``."""
-  settings = config.settings()
+  settings = config.settings(order)
   if config.dataset == "shapes":
     return ShapesProgram(ShapesCaptions(order=order), model, settings, config.test_examples)
   data, vocabulary = files
@@ -99,8 +99,8 @@ def run_all(
   progress: Progress,
 ) -> None:
   """Trains and judges every captioner; fills ``outcome`` as it goes."""
-  settings = config.settings()
   for order in config.all_orders():
+    settings = config.settings(order)
     if order:
       entropies = ShapesCaptions(order=order).entropies("validation")
       outcome.bounds[order] = {
@@ -117,8 +117,9 @@ def run_all(
         folder = config.output_dir / "checkpoints" / run_name(order, model, seed)
         trainer = program.trainer(seed, folder)
         done = trainer.restore() if config.resume else 0
-        show(completed=i * settings.steps + done)
-        on_step = lambda done, i=i, show=show: show(completed=i * settings.steps + done)
+        before = i * settings.steps
+        show(completed=before + done)
+        on_step = lambda done, before=before, show=show: show(completed=before + done)
         every = settings.eval_every, config.checkpoint_every
         for step, loss in trainer.fit(done, settings.steps, *every, on_step):
           validation = program.validation(trainer.state.params)
@@ -133,7 +134,7 @@ def run_all(
           }
           outcome.lines.append(line)
           write(**line)
-          show(completed=i * settings.steps + step, loss=f"validation loss {validation:.3f}")
+          show(completed=before + step, loss=f"validation loss {validation:.3f}")
         trainer.checkpoints.close()  # Waits until all is written.
         row = {"order": order, "model": model, "seed": seed}
         row |= program.test(trainer.state.params)

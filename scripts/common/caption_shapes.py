@@ -18,6 +18,7 @@ from scripts.common.caption_plots import Captioned
 from scripts.common.resumable import Resumable
 
 NUM_EXAMPLES = 6
+IMAGE_SHAPE = (32, 32, 3)
 _TRAINING, _VALIDATION, _TEST = range(3)  # Streams of keys, beside the seed.
 
 
@@ -42,16 +43,11 @@ class ShapesProgram:
       key = jax.random.fold_in(jax.random.wrap_key_data(key_data), t)
       scene_key, dropout_key = jax.random.split(key)
       batch = data.sample(scene_key, settings.batch_size, "train")
-      # In reading order at first: to learn what a relation is, when also the order is open, takes
-      # many times as long.
-      turned = (batch.cells[:, 0] > batch.cells[:, -1]) & (t < settings.canonical_steps)
-      tokens = jnp.where(turned[:, None], batch.valid[:, -1], batch.tokens)
+      tokens = captions_of_step(batch, t, settings.canonical_steps)
       return train(state, caption_model.as_batch(batch.images, tokens), dropout_key)
 
     def init(key):
-      batch = data.sample(key, 1, "train")
-      batch = caption_model.as_batch(batch.images, batch.tokens)
-      return caption_model.init_state(self.model, tx, batch, key)
+      return caption_model.init_state(self.model, tx, like(data), key)
 
     self.init = jax.jit(init)
     self._step = jax.jit(step, donate_argnums=0)
@@ -87,6 +83,22 @@ class ShapesProgram:
     if self._compiled is None:
       self._compiled = self._step.lower(*arguments).compile()
     return self._compiled
+
+
+def like(data: ShapesCaptions) -> dict[str, jax.Array]:
+  """A batch of the shapes of those of ``data``."""
+  images = jnp.zeros((1, *IMAGE_SHAPE))
+  return caption_model.as_batch(images, jnp.zeros((1, data.length), jnp.int32))
+
+
+def captions_of_step(batch: CaptionedShapes, t: jax.Array, canonical_steps: int) -> jax.Array:
+  """The captions to train on in step ``t``: at first those in reading order.
+
+  To learn what a relation is, while it is open with which object the caption begins, takes many
+  times as long.
+  """
+  turned = (batch.cells[:, 0] > batch.cells[:, -1]) & (t < canonical_steps)
+  return jnp.where(turned[:, None], batch.valid[:, -1], batch.tokens)
 
 
 class ShapesTrainer(Resumable):

@@ -91,7 +91,8 @@ def tfds_source(
     return tfds.data_source(name, split=split, data_dir=root)
   except ModuleNotFoundError:  # The code that prepares it needs TensorFlow; its files do not.
     version = max(path.parent for path in root.glob(f"{name}/*/dataset_info.json"))
-    return tfds.builder_from_directory(version).as_data_source(split=split)
+    builder: Any = tfds.builder_from_directory(version)
+    return builder.as_data_source(split=split)
 
 
 def newsgroups(
