@@ -44,8 +44,8 @@ def draw_rounds(runs: Runs, names: Sequence[str], path: Path, window: int = 30) 
     first = Trace(*(leaf[0] for leaf in next(iter(mine.values())).trace))
     shade_domains(axes, first.domain)
     for method, run in mine.items():
-      width = 2.2 if method.startswith("leeds") else 1.0
-      style = {"color": COLORS[method], "lw": width, "label": METHODS[method].label}
+      style = {"color": COLORS[method], "lw": 2.2 if method == "leeds" else 1.0}
+      style |= {"label": METHODS[method].label, "ls": ":" if method == "leeds_told" else "-"}
       axes.plot(smoothed(run.trace.before[0], window), **style)
     axes.set(
       ylim=(0, 1.12), xlim=(0, len(first.before) - 1), ylabel="accuracy before adaptation",
@@ -74,8 +74,9 @@ def mark_detections(axes: Axes, trace: Trace) -> None:
   """Triangles under the true switches: what was detected; red where it is a shift."""
   flags = np.flatnonzero(trace.switch)
   for shift, color in ((False, "C0"), (True, "C3")):
+    truth = trace.task_switch & (trace.domain != 0) if shift else trace.task_switch
     for true, face in ((True, color), (False, "none")):
-      chosen = flags[(trace.shift[flags] == shift) & (trace.task_switch[flags] == true)]
+      chosen = flags[(trace.shift[flags] == shift) & (truth[flags] == true)]
       axes.scatter(
         chosen, np.full(len(chosen), 1.03), marker="^", s=22, color=color, facecolors=face,
         zorder=3, label=f"detected {'shift' if shift else 'switch'}{'' if true else ', false'}",
