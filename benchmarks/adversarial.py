@@ -117,16 +117,23 @@ class Config:
 
 
 def robust_step(
-  parts: Any, tx: Any, params: Any, state: Any, batch: Any, key: jax.Array
+  parts: Any, tx: Any, params: Any, state: Any, batch: Any, key_data: jax.Array
 ) -> tuple[Any, Any, jax.Array]:
   """A step of a method."""
+  key = jax.random.wrap_key_data(key_data)
   grads, extra = parts.gradients(params, batch, key, jnp.float32(1.0))
   updates, state = tx.update(grads, state, params, **extra)
   return optax.apply_updates(params, updates), state, jnp.mean(grads.losses)
 
 
 def step_by_hand(
-  model: Any, epsilon: float, num_steps: int, params: Any, state: Any, batch: Any, key: jax.Array
+  model: Any,
+  epsilon: float,
+  num_steps: int,
+  params: Any,
+  state: Any,
+  batch: Any,
+  key_data: jax.Array,
 ) -> tuple[Any, Any, jax.Array]:
   """A step of plain adversarial training without jaxbo."""
   images, labels = batch
@@ -140,6 +147,7 @@ def step_by_hand(
     return jnp.clip(attacked + epsilon / 4 * ascent, low, high)
 
   low, high = jnp.maximum(images - epsilon, 0.0), jnp.minimum(images + epsilon, 1.0)
+  key = jax.random.wrap_key_data(key_data)
   start = low + jax.random.uniform(key, images.shape) * (high - low)
   attacked = jax.lax.fori_loop(0, num_steps, ascend, start)
   mean = lambda params: loss(params, attacked) / len(images)
@@ -156,7 +164,7 @@ def make_steps(config: Config, size: int) -> dict[str, Step]:
   images = jax.random.uniform(image_key, (size, *preset.shape))
   labels = jax.random.randint(label_key, (size,), 0, NUM_CLASSES)
   params = jax.jit(model.init)(params_key, images[:2])
-  rest = ((images, labels), key)
+  rest = ((images, labels), jax.random.key_data(key))
   setting = Setting(model.apply, preset.epsilon, config.attack_steps, Rates())
   steps = {}
   for name in config.all_methods():

@@ -1,5 +1,6 @@
 """Adversarial training with every method, training set and seed, and what comes of it."""
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -76,23 +77,23 @@ class Runner:
     show = functools.partial(self._progress.update, self._bar)
     show(description=f"seed {seed}, {SETS[kind]}, {label}")
     trainer = self.trainer(kind, method, seed)
-    done = trainer.restore() if config.resume else 0
-    self._progress.advance(self._bar, done)
     run = {"set": kind, "method": method, "seed": seed}
-    for epoch, told in trainer.fit(done, config.epochs):
-      clean = self.evaluator.accuracy(trainer.state.params, self._data.validation)
-      line = run | {
-        "epoch": epoch,
-        "seconds": trainer.seconds,
-        "train_loss": float(told.loss),
-        "ess": float(told.ess),
-        "validation_clean": clean,
-      }
-      self.outcome.lines.append(line)
-      self._write(**line)
-      self._progress.advance(self._bar)
-      show(loss=f"loss {told.loss:.3f}, {clean:.1f} %")
-    trainer.close()
+    with contextlib.closing(trainer):  # Waits for checkpoints, also after Ctrl-C.
+      done = trainer.restore() if config.resume else 0
+      self._progress.advance(self._bar, done)
+      for epoch, told in trainer.fit(done, config.epochs):
+        clean = self.evaluator.accuracy(trainer.state.params, self._data.validation)
+        line = run | {
+          "epoch": epoch,
+          "seconds": trainer.seconds,
+          "train_loss": float(told.loss),
+          "ess": float(told.ess),
+          "validation_clean": clean,
+        }
+        self.outcome.lines.append(line)
+        self._write(**line)
+        self._progress.advance(self._bar)
+        show(loss=f"loss {told.loss:.3f}, {clean:.1f} %")
     params = trainer.state.params
     if seed == config.first_seed:
       self.outcome.params[kind, method] = params

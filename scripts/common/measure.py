@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.interpreters import partial_eval
 
 
 def temporary_bytes(compiled: jax.stages.Compiled) -> int:
@@ -26,14 +27,17 @@ def count_flops(fn: Callable[..., Any], *args: Any, while_steps: int = 1) -> int
   XLA's own analysis counts the body of a loop once, so the count is made here: two operations for
   a multiply-add of a matrix product or a convolution (zeros of its padding and dilation included),
   one for each element that any other operation computes, and none for moving data. A scan's body
-  counts once a step; a ``while`` has no number of steps that could be read off, so it is given.
+  counts once a step; a ``while`` has no number of steps that could be read off, so it is given. Of
+  the branches of a conditional the costliest counts, and what no output depends on does not.
 
   Args:
     fn: a traceable function.
     *args: its arguments.
     while_steps: the number of steps of every ``while`` loop in ``fn``.
   """
-  return _count(jax.make_jaxpr(fn)(*args).jaxpr, while_steps)
+  jaxpr = jax.make_jaxpr(fn)(*args).jaxpr
+  live, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+  return _count(live, while_steps)
 
 
 _MOVES_DATA = frozenset(
@@ -47,7 +51,8 @@ def _count(jaxpr, while_steps: int) -> int:
   total = 0
   for eqn in jaxpr.eqns:
     name = eqn.primitive.name
-    inner = sum(_count(sub, while_steps) for sub in sub_jaxprs(eqn.params))
+    inside = [_count(sub, while_steps) for sub in sub_jaxprs(eqn.params)]
+    inner = max(inside) if name == "cond" else sum(inside)
     if name == "scan":
       total += eqn.params["length"] * inner
     elif name == "while":

@@ -261,6 +261,7 @@ def test_tables_have_means_and_spreads_and_gains_are_of_pairs():
 # -- Whole runs.
 
 SMALL = {
+  "sets": ("long_tailed",),
   "largest": 20,
   "ratio": 4.0,
   "epochs": 2,
@@ -273,8 +274,8 @@ SMALL = {
   "test_per_class": 4,
   "test_steps": 2,
   "worst_steps": 2,
-  "test_batch_size": 12,
-  "methods": ("at", "done"),
+  "num_targets": 1,
+  "test_batch_size": 16,
 }
 
 
@@ -283,6 +284,21 @@ def small(monkeypatch):
   """Small images on one device, which saves seconds."""
   monkeypatch.setattr(adv_data, "read", lambda *arguments: DATA)
   monkeypatch.setattr(lm_train, "all_devices", lambda: devices(1))
+
+
+@pytest.fixture
+def looked_at(monkeypatch):
+  """Evaluates clean images alone and draws nothing; the images that were evaluated on."""
+  seen = []
+
+  def of_test(self, params, part, names):
+    seen.append(part)
+    names = ["clean", "pgd", "worst", "tail", "worst_class", *(f"robust/{name}" for name in names)]
+    return dict.fromkeys(names, self.accuracy(params, part))
+
+  monkeypatch.setattr(Evaluator, "of_test", of_test)
+  monkeypatch.setattr(adv_pictures, "draw", lambda *arguments: None)
+  return seen
 
 
 def lines_of(folder):
@@ -297,28 +313,38 @@ def rows_of(folder):
   return [row | {"seconds_per_epoch": 0} for row in found]
 
 
-def test_an_interrupted_run_says_what_there_is_and_goes_on_bit_for_bit(
-  tmp_path, capsys, small, monkeypatch
-):
-  whole, broken = tmp_path / "whole", tmp_path / "broken"
-  config = Config(output_dir=whole, **SMALL)
+def test_a_run_prints_tables_and_draws(tmp_path, capsys, small):
+  config = Config(output_dir=tmp_path, **SMALL | {"epochs": 1, "methods": ("at", "done")})
   assert script.main(config) == 0
   table = capsys.readouterr().out
-  for word in ("balanced (", "long-tailed (20 to 5 images", "DONE, GD", "gain over AT", "worst cl"):
+  for word in (
+    "long-tailed (20 to 5 images of a class)",
+    "DONE, GD",
+    "gain over AT",
+    "worst class",
+  ):
     assert word in table
-  of_line = lambda line: (line["set"], line["method"], line["epoch"])
-  assert [of_line(line) for line in lines_of(whole)] == [
-    (kind, method, epoch)
-    for kind in ("balanced", "long_tailed")
-    for method in ("at", "done")
-    for epoch in (1, 2)
+  assert [(line["method"], line["epoch"]) for line in lines_of(tmp_path)] == [
+    ("at", 1),
+    ("done", 1),
   ]
   for name in (adv_pictures.PER_CLASS, adv_pictures.WEIGHTS, adv_pictures.EXAMPLES):
-    with Image.open(whole / name) as picture:
+    with Image.open(tmp_path / name) as picture:
       assert picture.width > 100
-  assert all(0 <= float(row["worst"]) <= float(row["pgd"]) <= 100 for row in rows_of(whole))
-  assert len({row["tail"] + row["clean"] + row["pgd"] for row in rows_of(whole)}) > 1
+  for row in rows_of(tmp_path):
+    assert 0 <= float(row["worst"]) <= float(row["pgd"]) <= float(row["clean"]) <= 100
+    classes = sorted(float(row[f"robust/{name}"]) for name in NAMES)
+    assert float(row["worst"]) == pytest.approx(np.mean(classes))  # As many images of each.
+    assert float(row["worst_class"]) == classes[0]
+    assert float(row["tail"]) == pytest.approx(np.mean(classes[:2]))  # 30 % of four
 
+
+def test_an_interrupted_run_says_what_there_is_and_goes_on_bit_for_bit(
+  tmp_path, capsys, small, looked_at, monkeypatch
+):
+  whole, broken = tmp_path / "whole", tmp_path / "broken"
+  config = Config(output_dir=whole, **SMALL | {"methods": ("at_kl",), "seeds": 2})
+  assert script.main(config) == 0
   write, left = script.report.MetricsLog.write, [4]
 
   def until_it_breaks(self, **values):
@@ -331,13 +357,12 @@ def test_an_interrupted_run_says_what_there_is_and_goes_on_bit_for_bit(
   config = dataclasses.replace(config, output_dir=broken)
   assert script.main(config) == 130
   assert "Interrupted; --resume goes on" in capsys.readouterr().out
-  assert len(lines_of(broken)) == 3
-  monkeypatch.undo()
-  monkeypatch.setattr(adv_data, "read", lambda *arguments: DATA)
-  monkeypatch.setattr(lm_train, "all_devices", lambda: devices(1))
+  assert [(line["seed"], line["epoch"]) for line in lines_of(broken)] == [(0, 1), (0, 2), (1, 1)]
   assert script.main(dataclasses.replace(config, resume=True)) == 0
   assert lines_of(broken) == lines_of(whole)
   assert rows_of(broken) == rows_of(whole)
+  assert len({line["train_loss"] for line in lines_of(whole)}) == 4
+  assert all(part is DATA.test for part in looked_at)
 
   for wrong, message in (
     ({}, "has checkpoints of an earlier run"),
@@ -347,20 +372,16 @@ def test_an_interrupted_run_says_what_there_is_and_goes_on_bit_for_bit(
     assert message in capsys.readouterr().err
 
 
-def test_rates_are_varied_one_at_a_time_on_validation_images(tmp_path, capsys, small, monkeypatch):
-  monkeypatch.setitem(GRIDS, "done", {"temperature": (1.0, 3.0)})
-  config = Config(output_dir=tmp_path, **SMALL | {"sets": ("long_tailed",), "methods": ("done",)})
-  seen, of_test = [], Evaluator.of_test
-  monkeypatch.setattr(
-    Evaluator,
-    "of_test",
-    lambda self, p, part, names: seen.append(part) or of_test(self, p, part, names),
-  )
+def test_rates_are_varied_one_at_a_time_on_validation_images(
+  tmp_path, capsys, small, looked_at, monkeypatch
+):
+  monkeypatch.setitem(GRIDS, "at_kl", {"temperature": (1.0, 3.0)})
+  config = Config(output_dir=tmp_path, **SMALL | {"methods": ("at_kl",)})
   assert script.main(dataclasses.replace(config, tune=True)) == 0
   table = capsys.readouterr().out
-  assert "DONE, GD, as given" in table
-  assert "DONE, GD, temperature 3" in table
-  assert [part is DATA.validation for part in seen] == [True, True]
+  assert "AT + KL weights, as given" in table
+  assert "AT + KL weights, temperature 3" in table
+  assert [part is DATA.validation for part in looked_at] == [True, True]
   found = list(csv.DictReader((tmp_path / "tune.csv").read_text().splitlines()))
   assert [row["changed"] for row in found] == ["as given", "temperature 3"]
   assert not (tmp_path / "checkpoints").exists()
@@ -395,7 +416,8 @@ def test_rates_are_varied_one_at_a_time_on_validation_images(tmp_path, capsys, s
   ],
 )
 def test_bad_input_says_what_is_allowed(tmp_path, capsys, small, wrong, message):
-  config = Config(**(SMALL | {"output_dir": tmp_path / "out"} | wrong))
+  both = {"sets": ("balanced", "long_tailed"), "methods": ("at", "done")}
+  config = Config(**(SMALL | both | {"output_dir": tmp_path / "out"} | wrong))
   assert script.main(config) == 2
   assert message in capsys.readouterr().err
 
