@@ -99,7 +99,7 @@ def make_attack(
     params, images = jax.lax.stop_gradient((params, _tree.at_least_float32(images)))
     forward = lambda x: _tree.at_least_float32(model(params, x))
     found = find(forward, jnp.clip(images, low, high), labels, key)
-    return jax.lax.stop_gradient(found.perturbed), found.info
+    return found.perturbed, found.info
 
   def run(params, batch, key=None):
     images, labels = check_batch(batch, low, high)
@@ -126,7 +126,8 @@ def check_batch(batch: Any, low: float, high: float) -> tuple[jax.Array, jax.Arr
       f"{jnp.shape(labels)}"
     )
   if _check.is_known(images) and np.size(images):
-    smallest, largest = float(np.nanmin(images)), float(np.nanmax(images))
+    values = np.asarray(images)
+    smallest, largest = float(np.nanmin(values)), float(np.nanmax(values))
     if smallest < low or largest > high:
       raise ValueError(
         f"images must be from low={low} to high={high}, got values from {smallest:.6g} to "
@@ -150,10 +151,11 @@ def check_logits(logits: Any, images: jax.Array, min_classes: int = 2) -> int:
   return shape[1]
 
 
-def check_labels(labels: jax.Array, num_classes: int) -> None:
+def check_labels(labels: Any, num_classes: int) -> None:
   """Raises ``ValueError`` if a known label is no class."""
-  if _check.is_known(labels) and labels.size:
-    lowest, largest = int(np.min(labels)), int(np.max(labels))
+  if _check.is_known(labels) and np.size(labels):
+    values = np.asarray(labels)  # The methods of a jax.Array would be traced under jit.
+    lowest, largest = int(np.min(values)), int(np.max(values))
     if lowest < 0 or largest >= num_classes:
       raise ValueError(f"labels must be from 0 to {num_classes - 1}, got {lowest} to {largest}")
 

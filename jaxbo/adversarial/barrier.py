@@ -96,7 +96,8 @@ def minimize(
     slope, bad = gradient(delta)
     slope += barrier * barrier_gradient(delta, box)
     if direction == "adam":
-      move, state = adam.update(slope, state)
+      updates, state = adam.update(slope, state)
+      move = jnp.asarray(updates)
     else:
       move = -slope / (1 / step_size + barrier * barrier_curvature(delta, box))
     below, above = box.room(delta)

@@ -29,6 +29,7 @@ def class_accuracy(correct: Any, labels: Any, num_classes: int) -> np.ndarray:
   """
   num_classes = _check.positive_int("num_classes", num_classes)
   correct, labels = np.asarray(correct), np.asarray(labels)
+  labels = labels if labels.size else labels.astype(int)
   if correct.shape != labels.shape or correct.ndim != 1:
     raise ValueError(
       f"correct must be [num_images] like labels, {labels.shape}, got {correct.shape}"

@@ -95,7 +95,7 @@ def standard_attacks(
     ['pgd_20', 'pgd_100', 'apgd_ce', 'apgd_t', 'square']
   """
   size = jnp.maximum(_check.non_negative("epsilon", epsilon) / 4, jnp.finfo(jnp.float32).tiny)
-  inside = {"epsilon": epsilon, "low": low, "high": high}
+  inside: dict[str, Any] = {"epsilon": epsilon, "low": low, "high": high}
   objective = "targeted_dlr" if num_classes is None or num_classes > 3 else "margin"
   few = pgd(model, step_size=size, num_steps=20, **inside)
   many = pgd(model, step_size=size, num_steps=num_steps, **inside)
@@ -168,7 +168,7 @@ def evaluate_robustness(
   images, labels = map(np.asarray, check_batch(batch, -math.inf, math.inf))
   batch_size = min(batch_size, len(labels))
   key = typed_key(key)
-  look = _looker(model)
+  look, falls = _looker(model), jax.jit(lambda p, x, y: is_wrong(model(p, x), y))
   correct = {name: [] for name in ["clean", *attacks]}
   bad = dict.fromkeys(attacks, 0)
   seen = []
@@ -183,7 +183,7 @@ def evaluate_robustness(
     for number, (name, attack) in enumerate(attacks.items()):
       own_key = jax.random.fold_in(jax.random.fold_in(jax.random.clone(key), index), number)
       perturbed, info = attack.run(params, part, own_key)
-      withstood = ~np.asarray(_wrong(look(params, perturbed, part[1])[0], part[1]))[:count]
+      withstood = ~np.asarray(falls(params, perturbed, part[1]))[:count]
       correct[name].append(clean & withstood)
       bad[name] += int(np.sum(np.asarray(info.not_finite)[:count]))
   rows = {name: np.concatenate(parts) for name, parts in correct.items()}

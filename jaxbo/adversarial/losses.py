@@ -23,7 +23,7 @@ def cross_entropy_loss(logits: Any, labels: Any) -> jax.Array:
     >>> print(jaxbo.cross_entropy_loss(jnp.array([[0.0, 0.0]]), jnp.array([1])).round(4))
     [0.6931]
   """
-  logits = _checked(logits, labels)
+  logits, labels = _checked(logits, labels)
   return jax.nn.logsumexp(logits, axis=-1) - label_logits(logits, labels)
 
 
@@ -46,7 +46,7 @@ def margin_loss(logits: Any, labels: Any) -> jax.Array:
     Carlini and Wagner, `Towards Evaluating the Robustness of Neural Networks
     <https://arxiv.org/abs/1608.04644>`_, 2017.
   """
-  logits = _checked(logits, labels)
+  logits, labels = _checked(logits, labels)
   return jnp.max(other_logits(logits, labels), axis=-1) - label_logits(logits, labels)
 
 
@@ -69,7 +69,8 @@ def probabilistic_margin(logits: Any, labels: Any) -> jax.Array:
     Wang et al., `Probabilistic Margins for Instance Reweighting in Adversarial Training
     <https://arxiv.org/abs/2106.07904>`_, 2021.
   """
-  return margin_loss(jax.nn.softmax(_checked(logits, labels)), labels)
+  logits, labels = _checked(logits, labels)
+  return margin_loss(jax.nn.softmax(logits), labels)
 
 
 def trades_loss(
@@ -157,7 +158,8 @@ def mart_loss(
   """
   _check.non_negative("beta", beta)
   _check_pair(clean_logits, adversarial_logits)
-  clean, logits = _checked(clean_logits, labels), _checked(adversarial_logits, labels)
+  clean, labels = _checked(clean_logits, labels)
+  logits, labels = _checked(adversarial_logits, labels)
   largest = jnp.argmax(other_logits(logits, labels), axis=-1)
   without = jax.nn.logsumexp(other_logits(logits, largest), axis=-1)
   boosted = cross_entropy_loss(logits, labels) + jax.nn.logsumexp(logits, axis=-1) - without
@@ -188,16 +190,16 @@ def other_logits(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 def _is_label(logits: jax.Array, labels: jax.Array) -> jax.Array:
   classes = jnp.arange(logits.shape[-1], dtype=jnp.int32)
-  return jnp.asarray(labels, jnp.int32)[:, None] == classes[None]
+  return labels.astype(jnp.int32)[:, None] == classes[None]
 
 
-def _checked(logits: Any, labels: Any) -> jax.Array:
+def _checked(logits: Any, labels: Any) -> tuple[jax.Array, jax.Array]:
   if jnp.ndim(logits) != 2 or jnp.shape(labels) != jnp.shape(logits)[:1]:
     raise ValueError(
       "logits must be [batch, num_classes] and labels [batch], got shapes "
       f"{jnp.shape(logits)} and {jnp.shape(labels)}"
     )
-  return _tree.at_least_float32(logits)
+  return _tree.at_least_float32(logits), jnp.asarray(labels)
 
 
 def _check_pair(clean_logits: Any, adversarial_logits: Any) -> None:

@@ -227,6 +227,6 @@ def _ascent(direction: str, ball: Ball, step_size: Any) -> optax.GradientTransfo
   _check.one_of("direction", direction, ("steepest", "gradient", "adam"))
   if direction == "adam":
     return optax.adam(step_size)
-  steepest = optax.stateless(lambda gradient, params: ball.steepest(gradient))
+  steepest = optax.stateless(lambda gradient, params: ball.steepest(jnp.asarray(gradient)))
   parts = [steepest] if direction == "steepest" else []
   return optax.chain(*parts, optax.scale(-step_size))

@@ -270,7 +270,7 @@ def _first_iterate(matvec, b, x0, warm_start: bool) -> _Iterate:
     best=(),
     residual_sq=residual_sq,
     max_curvature=jnp.zeros_like(residual_sq),
-    num_steps=jnp.int32(0),
+    num_steps=jnp.zeros_like(residual_sq, jnp.int32),  # as varying over devices as the rest
     breakdown=~jnp.isfinite(residual_sq),
   )
 

@@ -63,28 +63,21 @@ def linearised(params, images, labels):
 
 @functools.cache
 def compiled(name, inverse):
-  """``(params, barrier) -> (robust value, its gradient, info)``; compiled once for all tests."""
+  """``(params, barrier) -> (robust value, gradient, its explicit part, info)``."""
   attack_loss = {"margin": margin, "opposite": opposite, "linearised": linearised}[name]
-  options = {"curvature": CURVATURE} if name == "linearised" and inverse == "diagonal" else {}
+  options = {"curvature": CURVATURE} if name == "linearised" else {}
   options["inverse"] = jaxbo.conjugate_gradient(2 * DIM) if inverse == "cg" else inverse
   tx = jaxbo.reweight(jaxbo.kl(R))
 
   @jax.jit
   def value_and_grad(params, barrier=1e-2):
-    grad = jaxbo.done_grad(
-      loss,
-      attack_loss,
-      epsilon=0.1,
-      barrier=barrier,
-      num_steps=3000,
-      step_size=1 / CURVATURE,
-      margin=1e-9,
-      repair=False,
-      **options,
-    )
-    grads = grad(params, make()[1])
+    sizes = {"epsilon": 0.1, "barrier": barrier, "num_steps": 1500, "step_size": 1 / CURVATURE}
+    options.update(margin=1e-9, repair=False)
+    grads = jaxbo.done_grad(loss, attack_loss, **sizes, **options)(params, make()[1])
     gradient, state = tx.update(grads, tx.init(params), params)
-    return state.info.objective, gradient, grads.aux
+    weights = jax.nn.softmax(grads.losses / R)
+    of_params = lambda p: jnp.sum(weights * loss(p, grads.aux.perturbed, make()[1][1]))
+    return state.info.objective, gradient, jax.grad(of_params)(params), grads.aux
 
   return value_and_grad
 
@@ -112,8 +105,7 @@ def along(gradient, direction):
 def test_the_gradient_is_that_of_finite_differences(name, inverse, x64):
   params, _ = make()
   value_and_grad = compiled(name, inverse)
-  _, gradient, info = value_and_grad(params)
-  without = compiled(name, "none")(params)[1]
+  _, gradient, without, info = value_and_grad(params)
   assert info.last_step.max() < 1e-11
   assert info.residual.max() < 1e-9
   worst = 0.0
@@ -126,8 +118,8 @@ def test_the_gradient_is_that_of_finite_differences(name, inverse, x64):
 
 def test_the_diagonal_is_near_where_the_hessian_is_left_out(x64):
   params, _ = make()
-  exact, near = compiled("margin", "cg")(params)[1], compiled("margin", "diagonal")(params)[1]
-  none = compiled("margin", "none")(params)[1]
+  _, exact, none, _ = compiled("margin", "cg")(params)
+  near = compiled("margin", "diagonal")(params)[1]
   error = lambda a: float(optax.tree.norm(optax.tree.sub(a, exact)))
   assert 1e-6 < error(near) < 0.3 * error(none)
 
@@ -139,8 +131,7 @@ def test_the_implicit_term_of_the_same_loss_vanishes_with_the_barrier(x64):
   for name, values in shares.items():
     inverse = "diagonal" if name == "linearised" else "cg"
     for barrier in (1e-1, 1e-2, 1e-3):
-      whole = compiled(name, inverse)(params, barrier)[1]
-      explicit = compiled(name, "none")(params, barrier)[1]
+      _, whole, explicit, _ = compiled(name, inverse)(params, barrier)
       term = optax.tree.norm(optax.tree.sub(whole, explicit))
       values.append(float(term / optax.tree.norm(explicit)))
   assert shares["opposite"][2] < 0.3 * shares["opposite"][0]
@@ -159,7 +150,7 @@ def test_fast_bat_is_the_limit_of_a_vanishing_barrier(x64):
   assert 0.2 < np.mean(mask == 0) < 0.8
   errors = []
   for barrier in (1e-4, 1e-5, 1e-6):
-    delta = compiled("linearised", "diagonal")(params, barrier)[2].perturbed - images
+    delta = compiled("linearised", "diagonal")(params, barrier)[3].perturbed - images
     exact = lower_level.solve_diagonal(v_at(delta), delta, box, barrier, CURVATURE)
     errors.append(float(jnp.linalg.norm(exact - mask) / jnp.linalg.norm(mask)))
   assert errors[0] > 3 * errors[1] > 9 * errors[2]
@@ -169,29 +160,39 @@ def test_fast_bat_is_the_limit_of_a_vanishing_barrier(x64):
 def test_fast_bat_is_its_formula(x64):
   """Every piece by reverse-mode derivatives of its own."""
   params, (images, labels) = make()
-  grad = jaxbo.fast_bat_grad(loss, margin, epsilon=0.1, step_size=0.05, curvature=CURVATURE)
-  key = jax.random.key(3)
-  grads = jax.jit(grad)(params, (images, labels), jax.random.clone(key))
-  box = pixel_box(images, 0.1, 0.0, 1.0)
-  slope = jax.grad(lambda x, p: jnp.sum(margin(p, x, labels)))
-  z = box.low + jax.random.uniform(key, images.shape, images.dtype) * (box.high - box.low)
-  z = box.project(z - 0.05 * slope(images + z, params))
-  delta = box.project(z - 0.05 * slope(images + z, params))
-  np.testing.assert_allclose(grads.aux.perturbed, images + delta, atol=1e-12)
-  v = jax.grad(lambda x: jnp.sum(loss(params, x, labels)))(images + delta)
-  off = (delta > box.low + 1e-7) & (delta < box.high - 1e-7)
+  options = {"epsilon": 0.1, "step_size": 0.05, "curvature": CURVATURE, "repair": False}
+  weights, key = jnp.linspace(0.1, 0.5, NUM), jax.random.key(3)
+
+  @jax.jit
+  def ours(params):
+    grad = jaxbo.fast_bat_grad(loss, margin, **options)
+    grads = grad(params, (images, labels), jax.random.clone(key))
+    return grads.pullback(weights), grads.losses, grads.aux
+
+  @jax.jit
+  def expected(params):
+    box = pixel_box(images, 0.1, 0.0, 1.0)
+    slope = jax.grad(lambda x, p: jnp.sum(margin(p, x, labels)))
+    z = box.low + jax.random.uniform(key, images.shape, images.dtype) * (box.high - box.low)
+    z = box.project(z - 0.05 * slope(images + z, params))
+    delta = box.project(z - 0.05 * slope(images + z, params))
+    v = jax.grad(lambda x: jnp.sum(loss(params, x, labels)))(images + delta)
+    off = (delta > box.low + 1e-7) & (delta < box.high - 1e-7)
+    q = jnp.where(off, v, 0) / CURVATURE
+
+    def surrogate(p):
+      cross = jnp.sum(slope(images + z, p) * q, axis=1)
+      return jnp.sum(weights * (loss(p, images + delta, labels) - cross))
+
+    return jax.grad(surrogate)(params), loss(params, images + delta, labels), images + delta, off
+
+  gradient, losses, info = ours(params)
+  reference, values, perturbed, off = expected(params)
   assert 0 < off.sum() < off.size
-  q = jnp.where(off, v, 0) / CURVATURE
-  weights = jnp.linspace(0.1, 0.5, NUM)
-
-  def surrogate(p):
-    cross = jnp.sum(slope(images + z, p) * q, axis=1)
-    return jnp.sum(weights * (loss(p, images + delta, labels) - cross))
-
-  pair = grads.pullback(weights), jax.grad(surrogate)(params)
-  for ours, expected in zip(*map(jax.tree.leaves, pair), strict=True):
-    np.testing.assert_allclose(ours, expected, atol=1e-12)
-  np.testing.assert_allclose(grads.losses, loss(params, images + delta, labels), rtol=1e-12)
+  np.testing.assert_allclose(info.perturbed, perturbed, atol=1e-12)
+  np.testing.assert_allclose(losses, values, rtol=1e-12)
+  for mine, theirs in zip(*map(jax.tree.leaves, (gradient, reference)), strict=True):
+    np.testing.assert_allclose(mine, theirs, atol=1e-12)
 
 
 # The lower level alone: one pixel, pushed up the slope s, has its minimum in closed form.
@@ -264,61 +265,126 @@ def test_adam_ends_within_a_step_of_the_minimum():
 
 PARAMS, BATCH = problem.params(), problem.batch()
 OPTIONS = {"epsilon": EPSILON, "barrier": 1e-2, "num_steps": 8, "step_size": 1.0}
+LOW, HIGH = np.maximum(BATCH[0] - EPSILON, 0), np.minimum(BATCH[0] + EPSILON, 1)
+WEIGHTS = jnp.linspace(0.05, 0.2, problem.BATCH)
 
 
-@functools.cache
-def image_grads(**options):
-  """``(params, batch, key, step_size, barrier) -> (gradient, losses, info)``."""
+def pulled(loss=problem.loss, attack_loss=problem.margin_attack_loss, rate=1.0, r=R, **options):
+  """``(params, batch, key, step_size, barrier)`` to all that is asked of a gradient."""
+  tx = jaxbo.done(1.0, temperature=r, rate=rate)
 
   @jax.jit
   def pull(params, batch, key=None, step_size=1.0, barrier=1e-2):
-    sizes = {"step_size": step_size, "barrier": barrier}
-    grad = jaxbo.done_grad(
-      problem.loss, problem.margin_attack_loss, repair=False, **{**OPTIONS, **sizes, **options}
-    )
-    grads = grad(params, batch, key)
-    return grads.pullback(WEIGHTS), grads.losses, grads.aux
+    sizes = {"step_size": step_size, "barrier": barrier, "repair": False}
+    grad = jaxbo.done_grad(loss, attack_loss, **{**OPTIONS, **sizes, **options})
+    grads, state = grad(params, batch, key), tx.init(params)
+    for _ in range(2):  # The second time too: at rate 1 nothing is remembered.
+      updates, state = tx.update(grads, state, params)
+    mean = lambda p: jnp.mean(loss(p, grads.aux.perturbed, batch[1]))
+    pullback = grads.pullback
+    soft = jax.nn.softmax(grads.losses / R)
+    return {
+      "updates": updates,
+      "softmax": jax.tree.map(jnp.negative, pullback(soft)),
+      "plain": jax.tree.map(jnp.negative, jax.grad(mean)(params)),
+      "gradient": pullback(WEIGHTS),
+      "losses": grads.losses,
+      "info": grads.aux,
+    }
 
   return pull
 
 
-WEIGHTS = jnp.linspace(0.05, 0.2, problem.BATCH)
+DIAGONAL, ADAM = pulled(), pulled(direction="adam", inverse="none", r=1e8, rate=0.5)
 
 
-@pytest.mark.parametrize("direction", ["gradient", "adam"])
-def test_perturbations_are_strictly_inside_also_at_pixels_0_and_1(direction):
-  images = BATCH[0]
-  assert (images == 0).any()
-  assert (images == 1).any()
-  step_size = 1e3 if direction == "gradient" else 0.05
-  run = image_grads(direction=direction)
+def close(a, b, rtol=1e-4, atol=1e-5):
+  for mine, theirs in zip(*map(jax.tree.leaves, (a, b)), strict=True):
+    np.testing.assert_allclose(np.asarray(mine), np.asarray(theirs), rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("pull, step_size", [(DIAGONAL, 1e3), (ADAM, 0.05)], ids=["plain", "adam"])
+def test_perturbations_are_strictly_inside_also_at_pixels_0_and_1(pull, step_size):
+  assert (BATCH[0] == 0).any()
+  assert (BATCH[0] == 1).any()
   for key in (None, jax.random.key(0)):
-    _, losses, info = run(PARAMS, BATCH, key, step_size, 1e-6)
-    low, high = np.maximum(images - EPSILON, 0), np.minimum(images + EPSILON, 1)
-    assert np.all(info.perturbed > low)
-    assert np.all(info.perturbed < high)
-    assert np.mean(losses) > np.mean(problem.loss(PARAMS, *BATCH))
-    assert info.num_not_finite == 0
-  start = run(PARAMS, BATCH, None, 1e-12, 1e-6)[2]
-  np.testing.assert_allclose(start.perturbed, (low + high) / 2, atol=1e-6)
+    found = pull(PARAMS, BATCH, key, step_size, 1e-6)
+    assert np.all(found["info"].perturbed > LOW)
+    assert np.all(found["info"].perturbed < HIGH)
+    assert np.mean(found["losses"]) > np.mean(problem.loss(PARAMS, *BATCH))
+    assert found["info"].num_not_finite == 0
+  start = pull(PARAMS, BATCH, None, 1e-12, 1e-6)["info"]
+  np.testing.assert_allclose(start.perturbed, (LOW + HIGH) / 2, atol=1e-6)
 
 
 def test_weights_are_a_softmax_at_rate_1():
-  grad = jaxbo.done_grad(problem.loss, problem.margin_attack_loss, **OPTIONS)
-  tx = jaxbo.done(1.0, temperature=R, rate=1.0)
+  found = DIAGONAL(PARAMS, BATCH)
+  close(found["updates"], found["softmax"])
 
-  @jax.jit
-  def step(params, state):
-    grads = grad(params, BATCH)
-    updates, state = tx.update(grads, state, params)
-    weights = jax.nn.softmax(grads.losses / R)
-    return updates, state, grads.pullback(weights)
 
-  state = tx.init(PARAMS)
-  for _ in range(2):  # The second batch too: nothing is remembered.
-    updates, state, expected = step(PARAMS, state)
-    for ours, theirs in zip(jax.tree.leaves(updates), jax.tree.leaves(expected), strict=True):
-      np.testing.assert_allclose(ours, -theirs, rtol=1e-4, atol=1e-5)
+def test_adversarial_training_is_the_limit_without_weights_and_implicit_term():
+  found = ADAM(PARAMS, BATCH, None, 0.01, 1e-2)
+  close(found["updates"], found["plain"])
+  with_term = DIAGONAL(PARAMS, BATCH)
+  difference = optax.tree.sub(with_term["softmax"], with_term["plain"])
+  assert optax.tree.norm(difference) > 1e-2  # neither is what the other is by chance
+
+
+def test_narrow_parameters_and_microbatches_give_the_same():
+  whole = DIAGONAL(PARAMS, BATCH)
+  narrow = jax.tree.map(lambda p: p.astype(jnp.bfloat16), PARAMS)
+  images = BATCH[0].astype(jnp.bfloat16)
+  rounded = pulled(microbatch_size=4)(narrow, (images, BATCH[1]))
+  assert rounded["info"].perturbed.dtype == jnp.float32
+  np.testing.assert_allclose(rounded["losses"], whole["losses"], rtol=0.1, atol=0.05)
+  for a, b in zip(*map(jax.tree.leaves, (whole["gradient"], rounded["gradient"])), strict=True):
+    assert b.dtype == jnp.bfloat16
+    assert np.linalg.norm(b.astype(np.float32) - a) < 0.1 * np.linalg.norm(a)
+
+
+def test_eight_devices_give_the_gradient_of_one():
+  """The full system of each example too, with the replication check on."""
+  options = {**OPTIONS, "inverse": jaxbo.conjugate_gradient(3), "repair": False}
+  tx = {axis: jaxbo.done(1.0, R, axis_name=axis) for axis in (None, "d")}
+  grad = jaxbo.done_grad(problem.loss, problem.margin_attack_loss, **options)
+
+  def step(images, labels, axis):
+    state = tx[axis].init(PARAMS)
+    return tx[axis].update(grad(PARAMS, (images, labels)), state, PARAMS)[0]
+
+  mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
+  sharded = jax.shard_map(
+    functools.partial(step, axis="d"),
+    mesh=mesh,
+    in_specs=PartitionSpec("d"),
+    out_specs=PartitionSpec(),
+  )
+  close(jax.jit(sharded)(*BATCH), jax.jit(functools.partial(step, axis=None))(*BATCH))
+
+
+def test_a_gradient_that_is_not_finite_leaves_the_example_alone():
+  """The square root has no slope at zero: the attack breaks on image 2, the loss on image 5."""
+
+  def spoil(function, index):
+    def spoilt(params, images, labels):
+      nothing = jax.lax.stop_gradient(images) - images
+      spoiled = jnp.arange(problem.BATCH) == index
+      bad = jnp.sqrt(jnp.where(spoiled, jnp.sum(nothing, axis=(1, 2, 3)), 1.0))
+      return function(params, images, labels) + jnp.where(spoiled, bad, 0)
+
+    return spoilt
+
+  losses = spoil(problem.loss, 5), spoil(problem.margin_attack_loss, 2)
+  found, sound = (
+    pull(PARAMS, BATCH, jax.random.key(0), 1.0, 1e-2) for pull in (pulled(*losses), DIAGONAL)
+  )
+  assert np.flatnonzero(found["info"].not_finite).tolist() == [2, 5]
+  assert found["info"].num_not_finite == 2
+  others = np.arange(problem.BATCH) != 2
+  close(found["info"].perturbed[others], sound["info"].perturbed[others])
+  start = LOW + jax.random.uniform(jax.random.key(0), LOW.shape) * (HIGH - LOW)
+  np.testing.assert_allclose(found["info"].perturbed[2], start[2], atol=1e-5)
+  np.testing.assert_allclose(found["losses"][others], sound["losses"][others], rtol=1e-4)
 
 
 def test_the_running_normaliser_follows_its_rate():
@@ -332,87 +398,6 @@ def test_the_running_normaliser_follows_its_rate():
     log_u = log_g if log_u is None else np.logaddexp(np.log(0.7) + log_u, np.log(0.3) + log_g)
     weights = np.exp(np.asarray(losses) / R - log_u) / 2
     assert float(updates) == pytest.approx(-float(np.sum(weights * losses)), rel=1e-5)
-
-
-def test_adversarial_training_is_the_limit_without_weights_and_implicit_term():
-  grad = jaxbo.done_grad(problem.loss, problem.margin_attack_loss, inverse="none", **OPTIONS)
-  tx = jaxbo.done(1.0, temperature=1e8, rate=0.5)
-
-  @jax.jit
-  def both(params):
-    grads = grad(params, BATCH)
-    updates, _ = tx.update(grads, tx.init(params), params)
-    mean = lambda p: jnp.mean(problem.loss(p, grads.aux.perturbed, BATCH[1]))
-    return updates, jax.grad(mean)(params)
-
-  for ours, theirs in zip(*map(jax.tree.leaves, both(PARAMS)), strict=True):
-    np.testing.assert_allclose(ours, -theirs, rtol=1e-4, atol=1e-6)
-
-
-def test_microbatches_and_narrow_parameters_give_the_same():
-  whole, losses, _ = image_grads()(PARAMS, BATCH)
-  cut, same, _ = image_grads(microbatch_size=4)(PARAMS, BATCH)
-  np.testing.assert_allclose(losses, same, rtol=1e-5)
-  narrow = jax.tree.map(lambda p: p.astype(jnp.bfloat16), PARAMS)
-  images = BATCH[0].astype(jnp.bfloat16)
-  rounded, near, info = image_grads()(narrow, (images, BATCH[1]))
-  assert info.perturbed.dtype == jnp.float32
-  np.testing.assert_allclose(near, losses, rtol=0.1, atol=0.05)
-  for a, b, c in zip(*map(jax.tree.leaves, (whole, cut, rounded)), strict=True):
-    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
-    assert c.dtype == jnp.bfloat16
-    assert np.linalg.norm(c.astype(np.float32) - a) < 0.1 * np.linalg.norm(a)
-
-
-@pytest.mark.parametrize("inverse", ["diagonal", "cg"])
-@pytest.mark.parametrize("check_vma", [True, False], ids=["checked", "unchecked"])
-def test_eight_devices_give_the_gradient_of_one(inverse, check_vma):
-  tx = {axis: jaxbo.done(1.0, R, axis_name=axis) for axis in (None, "d")}
-  grad = jaxbo.done_grad(problem.loss, problem.margin_attack_loss, inverse=inverse, **OPTIONS)
-
-  def step(images, labels, axis):
-    state = tx[axis].init(PARAMS)
-    return tx[axis].update(grad(PARAMS, (images, labels)), state, PARAMS)[0]
-
-  mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
-  rows = PartitionSpec("d")
-  sharded = jax.shard_map(
-    functools.partial(step, axis="d"),
-    mesh=mesh,
-    in_specs=rows,
-    out_specs=PartitionSpec(),
-    check_vma=check_vma,
-  )
-  alone = jax.jit(functools.partial(step, axis=None))(*BATCH)
-  for a, b in zip(*map(jax.tree.leaves, (jax.jit(sharded)(*BATCH), alone)), strict=True):
-    np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("which", ["attack", "loss"])
-def test_a_gradient_that_is_not_finite_leaves_the_example_alone(which):
-  """The square root has no slope at zero, where the third image always is."""
-  spoiled = jnp.arange(problem.BATCH) == 2
-
-  def spoil(function):
-    def spoilt(params, images, labels):
-      nothing = jax.lax.stop_gradient(images) - images
-      bad = jnp.sqrt(jnp.where(spoiled, jnp.sum(nothing, axis=(1, 2, 3)), 1.0))
-      return function(params, images, labels) + jnp.where(spoiled, bad, 0)
-
-    return spoilt
-
-  losses = {"loss": problem.loss, "attack": problem.margin_attack_loss}
-  losses[which] = spoil(losses[which])
-  grad = jaxbo.done_grad(losses["loss"], losses["attack"], **OPTIONS)
-  grads = jax.jit(lambda params: grad(params, BATCH).aux)(PARAMS)
-  expected = image_grads()(PARAMS, BATCH)[2]
-  assert grads.num_not_finite >= 1
-  assert grads.not_finite[2]
-  others = np.arange(problem.BATCH) != 2
-  np.testing.assert_allclose(grads.perturbed[others], expected.perturbed[others], atol=1e-5)
-  if which == "attack":
-    low, high = np.maximum(BATCH[0] - EPSILON, 0), np.minimum(BATCH[0] + EPSILON, 1)
-    np.testing.assert_allclose(grads.perturbed[2], ((low + high) / 2)[2], atol=1e-6)
 
 
 def test_errors_name_the_argument():
