@@ -48,7 +48,7 @@ class Config:
   num_hidden: int = 64
   """Width of its dense layer."""
   epsilon: float | None = None
-  """The largest change of a pixel in [0, 1]; by default 0.05 (fashion_mnist), 0.2 (mnist) or 8/255."""
+  """The largest change of a pixel; by default 0.05 (fashion_mnist), 0.2 (mnist) or 8/255."""
   attack_steps: int = 5
   """Steps of the attack in training; K."""
   validation_per_class: int = 100
