@@ -84,7 +84,8 @@ def read(
     images = np.stack([example["image"] for example in examples])
     parts.append(Images(images, np.array([example["label"] for example in examples], np.int32)))
   names = tuple(source.dataset_info.features["label"].names)
-  return split_up(*parts, names, per_class_validation, per_class_test)
+  train, test = parts
+  return split_up(train, test, names, per_class_validation, per_class_test)
 
 
 def split_up(

@@ -29,7 +29,7 @@ def draw_per_class(
   rows: Sequence[Row],
   methods: Mapping[str, str],
   sets: Mapping[str, str],
-  counts: Mapping[str, Sequence[int]],
+  counts: Mapping[str, np.ndarray],
   names: Sequence[str],
   path: Path,
 ) -> None:
