@@ -63,7 +63,7 @@ def random_flip(key: Any, images: jax.Array) -> jax.Array:
   Example:
     >>> import jax.numpy as jnp, jaxbo
     >>> images = jnp.arange(6.0).reshape(2, 1, 3, 1)
-    >>> jaxbo.tasks.random_flip(0, images)[:, 0, :, 0]
+    >>> jaxbo.tasks.random_flip(6, images)[:, 0, :, 0]
     Array([[0., 1., 2.],
            [5., 4., 3.]], dtype=float32)
   """
