@@ -6,6 +6,10 @@ and DONE, whose lower level is smoothed by a barrier and answered by its implici
 gradient descent and with Adam as the attack. Model, images, batches, steps of the attack, steps of
 training and optimizer are the same for all methods.
 
+What was seen so far is one seed of the long-tailed Fashion-MNIST set, on images for validation, at
+epsilon 0.05: KL weights cost robustness where the temperature is low. RA-Tail-30 was 38.3 % for AT,
+36.3 % for DONE at the temperature 3 and 26.3 % at 1, the same with and without the implicit term.
+
 Accuracies are of test images, the same number of each class, in percent. "APGD worst case" counts
 an image only if it resists PGD-20, APGD on the cross-entropy and APGD on the targeted DLR loss.
 "RA-Tail-30" is its mean over the worst 30 % of the classes (three of ten), "worst class" the worst
@@ -13,7 +17,7 @@ one. Tables have the mean and the standard deviation over seeds; seconds of an e
 training alone. Methods that reweight can look better under PGD than they are: that is what the
 worst case is for.
 
-  python -m scripts.adversarial_training                     Fashion-MNIST, 3 seeds
+  python -m scripts.adversarial_training                     all methods, both sets, 3 seeds
   python -m scripts.adversarial_training --tune              one rate at a time, on validation data
   python -m scripts.adversarial_training --dataset cifar10   after a download by TFDS
   ... --resume                                               goes on bit for bit

@@ -63,9 +63,9 @@ def random_flip(key: Any, images: jax.Array) -> jax.Array:
   Example:
     >>> import jax.numpy as jnp, jaxbo
     >>> images = jnp.arange(6.0).reshape(2, 1, 3, 1)
-    >>> jaxbo.tasks.random_flip(1, images)[:, 0, :, 0]
-    Array([[2., 1., 0.],
-           [3., 4., 5.]], dtype=float32)
+    >>> jaxbo.tasks.random_flip(6, images)[:, 0, :, 0]
+    Array([[0., 1., 2.],
+           [5., 4., 3.]], dtype=float32)
   """
   key = _check_arguments(key, images)
   flips = jax.random.bernoulli(key, 0.5, (len(images), 1, 1, 1))

@@ -13,7 +13,7 @@ from jaxbo_models import SmallCNN
 from scripts.common.adv_data import DATASETS, LONG_TAILED, SETS
 from scripts.common.adv_methods import METHODS, Rates
 
-EPSILONS = {"fashion_mnist": 0.1, "mnist": 0.3, "cifar10": 8 / 255, "cifar10_subset": 8 / 255}
+EPSILONS = {"fashion_mnist": 0.05, "mnist": 0.2, "cifar10": 8 / 255, "cifar10_subset": 8 / 255}
 COLOUR = ("cifar10", "cifar10_subset")
 
 
@@ -37,7 +37,7 @@ class Config:
   """How many times as many images the most frequent class has as the rarest one."""
   epochs: int = 12
   """Passes over the training set."""
-  batch_size: int = 128
+  batch_size: int = 64
   """Images of a batch, over all devices."""
   learning_rate: float = 3e-3
   """The highest of a schedule that rises for a quarter of the steps and then falls to zero."""
@@ -48,8 +48,8 @@ class Config:
   num_hidden: int = 64
   """Width of its dense layer."""
   epsilon: float | None = None
-  """The largest change of a pixel in [0, 1]; by default 0.1 (fashion_mnist), 0.3 or 8/255."""
-  attack_steps: int = 7
+  """The largest change of a pixel; by default 0.05 (fashion_mnist), 0.2 (mnist) or 8/255."""
+  attack_steps: int = 5
   """Steps of the attack in training; K."""
   validation_per_class: int = 100
   """Images of each class for curves and for --tune."""
@@ -57,7 +57,7 @@ class Config:
   """Images of each class for the report."""
   test_steps: int = 20
   """Steps of PGD for the report."""
-  worst_steps: int = 20
+  worst_steps: int = 10
   """Steps of each APGD for the report."""
   num_targets: int = 3
   """How many classes the targeted APGD aims at, one after the other."""

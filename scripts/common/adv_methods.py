@@ -51,11 +51,11 @@ class Rates:
   mail_bias: float = -0.5
   fast_bat_step_size: float = 5000 / 255
   fast_bat_curvature: float = 10.0
-  temperature: float = 1.0
+  temperature: float = 3.0
   compositional_rate: float = 0.1
-  barrier: float = 1e-3
+  barrier: float = 1e-5
   curvature: float = 10.0
-  step_size: float = 1.0
+  step_size: float = 5.0
   adam_step_size: float = 0.25
 
   def check(self) -> None:
@@ -295,12 +295,12 @@ GRIDS: dict[str, dict[str, tuple[float, ...]]] = {
   "mail": {"mail_bias": (-0.5, 0.0)},
   "gairat": {"gairat_shift": (-1.0, 0.0, 2.0)},
   "fast_bat": {"fast_bat_step_size": (1.0, 5.0, 20.0)},
-  "at_kl": {"temperature": (0.5, 1.0, 2.0, 4.0)},
+  "at_kl": {"temperature": (1.0, 3.0, 10.0)},
   "done": {
-    "temperature": (0.5, 1.0, 2.0, 4.0),
+    "temperature": (1.0, 3.0, 10.0),
     "compositional_rate": (0.02, 0.1, 1.0),
-    "barrier": (1e-4, 1e-3, 1e-2),
-    "step_size": (0.1, 0.3, 1.0, 3.0),
+    "barrier": (1e-5, 1e-4, 1e-3),
+    "step_size": (1.0, 5.0, 20.0),
     "curvature": (1.0, 10.0, 1e6),
   },
   "done_adam": {"adam_step_size": (0.1, 0.25, 0.5)},

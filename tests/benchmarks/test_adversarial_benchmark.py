@@ -47,7 +47,7 @@ def test_plain_training_takes_k_plus_one_passes_and_done_a_third_more_at_most(gf
   for name in ("done", "done_adam"):
     assert gflop[BASELINE] < gflop[name] < 1.35 * gflop[BASELINE]
   assert gflop["at_kl"] < 1.01 * gflop[BASELINE]
-  assert gflop["fast_bat"] < 0.6 * gflop[BASELINE]
+  assert gflop["fast_bat"] < 0.7 * gflop[BASELINE]
 
 
 # -- Attacks take no gradients of the parameters.

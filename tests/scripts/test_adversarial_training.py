@@ -380,10 +380,10 @@ def test_rates_are_varied_one_at_a_time_on_validation_images(
   assert script.main(dataclasses.replace(config, tune=True)) == 0
   table = capsys.readouterr().out
   assert "AT + KL weights, as given" in table
-  assert "AT + KL weights, temperature 3" in table
+  assert "AT + KL weights, temperature 1" in table
   assert [part is DATA.validation for part in looked_at] == [True, True]
   found = list(csv.DictReader((tmp_path / "tune.csv").read_text().splitlines()))
-  assert [row["changed"] for row in found] == ["as given", "temperature 3"]
+  assert [row["changed"] for row in found] == ["as given", "temperature 1"]
   assert not (tmp_path / "checkpoints").exists()
 
 
