@@ -190,7 +190,7 @@ def table(steps: dict[str, Step], config: Config, size: int) -> list[dict[str, A
   rows = []
   for name, timing in timings.items():
     step = steps[name]
-    flops = measure.count_flops(step.fn, *step.args, while_steps=0)
+    flops = measure.count_flops(step.fn, *step.args, while_steps=0, dead_code=False)
     rows.append(
       {
         "step": METHODS[name].label if name in METHODS else name,

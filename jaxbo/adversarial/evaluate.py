@@ -168,13 +168,12 @@ def evaluate_robustness(
   images, labels = map(np.asarray, check_batch(batch, -math.inf, math.inf))
   batch_size = min(batch_size, len(labels))
   key = typed_key(key)
-  look, falls = _looker(model), jax.jit(lambda p, x, y: is_wrong(model(p, x), y))
   correct = {name: [] for name in ["clean", *attacks]}
   bad = dict.fromkeys(attacks, 0)
   seen = []
   num_classes = 0
   for index, part, count in _cut(images, labels, batch_size):
-    logits, again, zero_gradient = look(params, *part)
+    logits, again, zero_gradient = _look(model, params, *part)
     num_classes = logits.shape[1]
     check_labels(labels, num_classes)
     seen.append([np.asarray(x)[:count] for x in (logits, again, zero_gradient)])
@@ -183,7 +182,7 @@ def evaluate_robustness(
     for number, (name, attack) in enumerate(attacks.items()):
       own_key = jax.random.fold_in(jax.random.fold_in(jax.random.clone(key), index), number)
       perturbed, info = attack.run(params, part, own_key)
-      withstood = ~np.asarray(falls(params, perturbed, part[1]))[:count]
+      withstood = ~np.asarray(_falls(model, params, perturbed, part[1]))[:count]
       correct[name].append(clean & withstood)
       bad[name] += int(np.sum(np.asarray(info.not_finite)[:count]))
   rows = {name: np.concatenate(parts) for name, parts in correct.items()}
@@ -198,21 +197,23 @@ def evaluate_robustness(
   return RobustnessReport(labels, clean, rows, bad, tuple(reasons), num_classes)
 
 
-def _looker(model):
-  @jax.jit
-  def look(params, images, labels):
-    def total(images):
-      logits = _tree.at_least_float32(model(params, images))
-      loss = cross_entropy_loss(logits, labels)
-      return jnp.sum(loss), logits
+@functools.partial(jax.jit, static_argnums=0)  # Compiled once for each model.
+def _look(model, params, images, labels):
+  def total(images):
+    logits = _tree.at_least_float32(model(params, images))
+    loss = cross_entropy_loss(logits, labels)
+    return jnp.sum(loss), logits
 
-    images = _tree.at_least_float32(images)
-    slope, logits = jax.grad(total, has_aux=True)(images)
-    # Behind a barrier, lest the compiler makes one call of two.
-    again = _tree.at_least_float32(model(params, jax.lax.optimization_barrier(images)))
-    return logits, again, jnp.all(slope == 0, axis=tuple(range(1, slope.ndim)))
+  images = _tree.at_least_float32(images)
+  slope, logits = jax.grad(total, has_aux=True)(images)
+  # Behind a barrier, lest the compiler makes one call of two.
+  again = _tree.at_least_float32(model(params, jax.lax.optimization_barrier(images)))
+  return logits, again, jnp.all(slope == 0, axis=tuple(range(1, slope.ndim)))
 
-  return look
+
+@functools.partial(jax.jit, static_argnums=0)
+def _falls(model, params, images, labels):
+  return is_wrong(model(params, images), labels)
 
 
 _wrong = jax.jit(is_wrong)

@@ -21,23 +21,27 @@ def temporary_bytes(compiled: jax.stages.Compiled) -> int:
   return -1 if analysis is None else analysis.temp_size_in_bytes
 
 
-def count_flops(fn: Callable[..., Any], *args: Any, while_steps: int = 1) -> int:
+def count_flops(
+  fn: Callable[..., Any], *args: Any, while_steps: int = 1, dead_code: bool = True
+) -> int:
   """Counts floating-point operations in the jaxpr of ``fn(*args)``, loops included.
 
   XLA's own analysis counts the body of a loop once, so the count is made here: two operations for
   a multiply-add of a matrix product or a convolution (zeros of its padding and dilation included),
   one for each element that any other operation computes, and none for moving data. A scan's body
   counts once a step; a ``while`` has no number of steps that could be read off, so it is given. Of
-  the branches of a conditional the costliest counts, and what no output depends on does not.
+  the branches of a conditional the costliest counts.
 
   Args:
     fn: a traceable function.
     *args: its arguments.
     while_steps: the number of steps of every ``while`` loop in ``fn``.
+    dead_code: whether that counts which no output depends on, and which XLA leaves out.
   """
   jaxpr = jax.make_jaxpr(fn)(*args).jaxpr
-  live, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
-  return _count(live, while_steps)
+  if not dead_code:
+    jaxpr, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+  return _count(jaxpr, while_steps)
 
 
 _MOVES_DATA = frozenset(

@@ -28,7 +28,8 @@ def steps():
 @pytest.fixture(scope="module")
 def gflop(steps):
   return {
-    name: measure.count_flops(step.fn, *step.args, while_steps=0) for name, step in steps.items()
+    name: measure.count_flops(step.fn, *step.args, while_steps=0, dead_code=False)
+    for name, step in steps.items()
   }
 
 
@@ -107,7 +108,7 @@ def test_the_command_prints_and_saves(tmp_path, capsys, monkeypatch):
   }
   monkeypatch.setattr(measure, "time_together", fixed)
   monkeypatch.setattr(measure, "temporary_bytes", lambda compiled: 2**20)
-  monkeypatch.setattr(measure, "count_flops", lambda fn, *args, while_steps: 10**12)
+  monkeypatch.setattr(measure, "count_flops", lambda fn, *args, **options: 10**12)
   names = [BASELINE, "done", BY_HAND]
   idle = {name: Step(jax.jit(lambda x: x), (jnp.ones(()),)) for name in names}
   monkeypatch.setattr(adversarial, "make_steps", lambda config, size: idle)

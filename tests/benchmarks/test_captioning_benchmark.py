@@ -62,7 +62,8 @@ def test_the_formula_counts_the_products_of_the_model():
 def test_the_command_prints_and_saves(tmp_path, capsys, monkeypatch):
   fixed = lambda programs, *args: {name: measure.Timing(0.5, 1.0, 0.0) for name in programs}
   monkeypatch.setattr(measure, "time_together", fixed)
-  monkeypatch.setattr(captioning, "make_programs", lambda *args: programs())
+  made = programs()
+  monkeypatch.setattr(captioning, "make_programs", lambda *args: made)
   config = Config(batch=2, peak=1e-3, save=tmp_path / "out")
   captioning.main(config)
   text = (tmp_path / "out.md").read_text()

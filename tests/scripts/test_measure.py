@@ -28,6 +28,15 @@ def test_loops_count_once_a_step_however_nested():
   assert measure.count_flops(scan(3, scan(5, step)), a) == 15 * 128
   loop = lambda a: jax.lax.while_loop(lambda a: jnp.bool_(True), step, a)
   assert measure.count_flops(loop, a, while_steps=7) == 7 * 128
+  either = lambda a: jax.lax.cond(a[0, 0] > 0, lambda a: step(step(a)), step, a)
+  assert measure.count_flops(either, a) == pytest.approx(2 * 128, abs=1)  # And the comparison.
+
+
+def test_what_no_output_depends_on_counts_if_asked_for():
+  two = lambda a: (a @ a, a + 1)[1]
+  a = jnp.ones((4, 4))
+  assert measure.count_flops(two, a) == 128 + 16
+  assert measure.count_flops(two, a, dead_code=False) == 16
 
 
 def test_a_mark_is_counted_for_every_value_and_gradient_but_no_product():
