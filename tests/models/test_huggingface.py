@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jaxbo_models import transformer
+from jaxbo_models.transformer import families
 from safetensors import flax as safetensors
 
 pytestmark = pytest.mark.slow  # All together, not each.
@@ -135,6 +136,8 @@ def test_rotary_settings_are_read_from_old_configurations(golden, copy):
     # OPT-350M
     ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before .* must be True, got False"),
     ("opt", {"word_embed_proj_dim": 16}, "word_embed_proj_dim .* must be 32, got 16"),
+    ("opt", {"layer_norm_elementwise_affine": False}, "layer_norm_elementwise_affine .* True, got"),
+    ("gpt_neox", {"attention_bias": False}, "attention_bias .* must be True, got False"),
     ("gpt_neox", {"rope_scaling": {"type": "linear"}}, "rope_scaling .* must be None, got"),
     ("gpt_neox", {"rope_parameters": {"rope_type": "yarn"}}, "rope_type .* must be default"),
     ("gpt2", {"n_head": 5}, "width must be a multiple of num_heads, got 32 and 5"),
@@ -147,6 +150,26 @@ def test_what_the_transformer_cannot_be_is_refused(copy, family, settings, messa
   path = copy(family, settings)
   with pytest.raises(ValueError, match=message):
     transformer.from_safetensors(path)
+
+
+@pytest.mark.parametrize(
+  "family, settings, field, value",
+  [
+    ("gpt2", {"tie_word_embeddings": False}, "tied_head", False),
+    ("gpt2", {"layer_norm_epsilon": 0.5}, "epsilon", 0.5),
+    ("opt", {"tie_word_embeddings": False}, "tied_head", False),
+    ("opt", {"activation_function": "gelu"}, "activation", "gelu"),
+    ("gpt_neox", {"tie_word_embeddings": True}, "tied_head", True),
+    ("gpt_neox", {"use_parallel_residual": False}, "parallel_residual", False),
+    ("gpt_neox", {"layer_norm_eps": 0.5}, "epsilon", 0.5),
+    ("gpt_neox", {"hidden_act": "gelu_new"}, "activation", "gelu_tanh"),
+  ],
+)
+def test_settings_that_are_not_the_default_are_read(copy, family, settings, field, value):
+  read = json.loads((copy(family, settings) / "config.json").read_text())
+  configure = families.FAMILIES[family].configure
+  assert configure(read)[field] == value
+  assert configure({name: read[name] for name in read if name not in settings})[field] != value
 
 
 def test_broken_files_are_refused(copy):
