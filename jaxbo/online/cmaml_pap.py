@@ -15,7 +15,13 @@ from jaxbo.bilevel.unrolled import add_unrolled_response
 from jaxbo.online.cmaml import modulate_by_loss
 from jaxbo.online.detection import Detection, Scores, threshold_detector
 from jaxbo.online.meta_learner import OnlineMetaLearner
-from jaxbo.online.meta_rounds import OnlineMetaInfo, OnlineMetaState, Prediction, TaskModel
+from jaxbo.online.meta_rounds import (
+  OnlineMetaInfo,
+  OnlineMetaState,
+  Prediction,
+  TaskModel,
+  make_run,
+)
 from jaxbo.online.ood_scores import mean_score
 from jaxbo.online.rounds import as_batch
 
@@ -242,13 +248,4 @@ def c_maml_pap(
     )
     return state, info
 
-  def run(state, stream, num_rounds):
-    num_rounds = _check.positive_int("num_rounds", num_rounds)
-
-    def body(state, _):
-      stream_state, batch = stream.step(state.task_stream_state)
-      return step(state._replace(task_stream_state=stream_state), batch)
-
-    return jax.lax.scan(body, state, length=num_rounds)
-
-  return OnlineMetaLearner(init, step, run)
+  return OnlineMetaLearner(init, step, make_run(step))

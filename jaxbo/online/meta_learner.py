@@ -13,7 +13,13 @@ from jaxbo.bilevel.inner import InnerSolution, InnerSolver
 from jaxbo.bilevel.response import check_solver
 from jaxbo.online.detection import Detection, Detector, Scores
 from jaxbo.online.gate import gate_is_open
-from jaxbo.online.meta_rounds import OnlineMetaInfo, OnlineMetaState, Prediction, TaskModel
+from jaxbo.online.meta_rounds import (
+  OnlineMetaInfo,
+  OnlineMetaState,
+  Prediction,
+  TaskModel,
+  make_run,
+)
 from jaxbo.online.ood_scores import mean_score
 from jaxbo.online.rounds import as_batch
 from jaxbo.tasks.task_streams import TaskStream
@@ -284,13 +290,4 @@ def online_meta_learner(
     )
     return state, info
 
-  def run(state, stream, num_rounds):
-    num_rounds = _check.positive_int("num_rounds", num_rounds)
-
-    def body(state, _):
-      stream_state, batch = stream.step(state.task_stream_state)
-      return step(state._replace(task_stream_state=stream_state), batch)
-
-    return jax.lax.scan(body, state, length=num_rounds)
-
-  return OnlineMetaLearner(init, step, run)
+  return OnlineMetaLearner(init, step, make_run(step))

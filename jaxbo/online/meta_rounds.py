@@ -1,10 +1,12 @@
-"""What an online meta-learner keeps between rounds, and what it reports of one."""
+"""Rounds of an online meta-learner: what it keeps between them, what it reports, and their scan."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import optax
 
+from jaxbo import _check
 from jaxbo.online.detection import Detection
 
 
@@ -81,3 +83,18 @@ class OnlineMetaInfo(NamedTuple):
   meta_updated: jax.Array
   meta_finite: jax.Array
   extra: Any
+
+
+def make_run(step: Callable[..., Any]) -> Callable[..., Any]:
+  """The function ``run(state, stream, num_rounds)`` of a learner's ``step``: one scan."""
+
+  def run(state, stream, num_rounds):
+    num_rounds = _check.positive_int("num_rounds", num_rounds)
+
+    def body(state, _):
+      stream_state, batch = stream.step(state.task_stream_state)
+      return step(state._replace(task_stream_state=stream_state), batch)
+
+    return jax.lax.scan(body, state, length=num_rounds)
+
+  return run
