@@ -16,7 +16,7 @@ What it needs: captioners for either order spend their first 1,600 steps on capt
 order. Without, none of nine runs (a guide or none, several queries, 800 to 2,000 steps) learnt any
 relation on held-out pairs: they learn by heart which pairs stand in which direction.
 
-  python -m scripts.captioning                                   no download; 4 minutes on 2 CPU cores
+  python -m scripts.captioning                                   no download; 4 minutes on 2 cores
   python -m scripts.captioning --ablation                        7 captioners, 3 seeds each
   python -m scripts.captioning --noise                           wrong captions: who finds them
   python -m scripts.captioning --dataset nlvr_captions           people's sentences on drawings
