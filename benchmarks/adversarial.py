@@ -1,6 +1,6 @@
 """Adversarial training: what one step of every method costs beside plain adversarial training.
 
-  PYTHONPATH=.:models python3 -m benchmarks.adversarial                (the small preset)
+  PYTHONPATH=.:models python3 -m benchmarks.adversarial                (a minute on 2 cores)
   ... --save benchmarks/results/adversarial_cpu                       (writes .md and .json as well)
   ... --preset resnet18 --save benchmarks/results/adversarial_gpu      (for a GPU)
 
