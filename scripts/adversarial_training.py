@@ -13,9 +13,10 @@ epsilon 0.05: KL weights cost robustness where the temperature is low. RA-Tail-3
 Accuracies are of test images, the same number of each class, in percent. "APGD worst case" counts
 an image only if it resists PGD-20, APGD on the cross-entropy and APGD on the targeted DLR loss.
 "RA-Tail-30" is its mean over the worst 30 % of the classes (three of ten), "worst class" the worst
-one. Tables have the mean and the standard deviation over seeds; seconds of an epoch are those of
-training alone. Methods that reweight can look better under PGD than they are: that is what the
-worst case is for.
+one; "loss of the worst 10 %" is the mean cross-entropy under PGD-20 of the tenth of the images
+where it is highest. Tables have the mean and the standard deviation over seeds; seconds of an epoch
+are those of training alone. Methods that reweight can look better under PGD than they are: that is
+what the worst case is for, and what the checks against masked gradients find is printed below.
 
   python -m scripts.adversarial_training                     all methods, both sets, 3 seeds
   python -m scripts.adversarial_training --tune              one rate at a time, on validation data
@@ -80,6 +81,8 @@ def print_and_draw(config: Config, data: AdversarialData, runner: Runner, consol
     if BASELINE in adv_report.runs_of(outcome.rows, kind):
       gains = adv_report.difference_table(outcome.rows, kind, BASELINE, labels)
       report.print_table(console, f"{title}; gain over {labels[BASELINE]}", *gains)
+  for line in adv_report.doubts(outcome.rows, labels):
+    console.print(f"Doubtful: {line}", style="red")
   adv_pictures.draw(config, data, runner)
   console.print(f"{METRICS}, {CSV} and pictures are in {config.output_dir}")
 

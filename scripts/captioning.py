@@ -87,7 +87,7 @@ def run_noise(config: Config, settings: NoiseSettings) -> int:
     try:
       for seed, name in itertools.product(config.all_seeds(), WEIGHTINGS):
         bar = progress.add_task(
-          f"seed {seed}, {WEIGHTINGS[name][0]}", total=settings.reweighting_steps, loss=""
+          f"seed {seed}, {WEIGHTINGS[name][0]}", total=settings.reweighting.steps, loss=""
         )
         advance = lambda steps, bar=bar: progress.advance(bar, steps)
         reweighting.append(caption_noise.reweight(name, settings, seed, advance))

@@ -8,7 +8,7 @@ import numpy as np
 import jaxbo
 from scripts.common.data import tfds_source
 
-DATASETS = ("fashion_mnist", "mnist", "cifar10", "cifar10_subset")
+DATASETS = ("mnist", "fashion_mnist", "cifar10", "cifar10_subset")
 BALANCED, LONG_TAILED, STEP = "balanced", "long_tailed", "step"
 SETS = {
   BALANCED: "balanced",

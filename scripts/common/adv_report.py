@@ -4,18 +4,25 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from scripts.common import report
+from scripts.common.adv_data import SETS
 
 Row = dict[str, Any]  # a line of metrics.jsonl, or a row of results.csv
 
-# Columns of the table: percentages, but for the last.
+# Columns of the table: percentages, nats and seconds.
 COLUMNS = {
   "clean": "clean",
   "pgd": "PGD-20",
   "worst": "APGD worst case",
   "tail": "RA-Tail-30",
   "worst_class": "worst class",
+  "tail_loss": "loss of the worst 10 %",
   "seconds_per_epoch": "s / epoch",
 }
+
+
+def digits(name: str) -> int:
+  """How many digits a column has behind the point."""
+  return 2 if name in ("tail_loss", "seconds_per_epoch") else 1
 
 
 def runs_of(rows: Sequence[Row], kind: str) -> dict[str, list[Row]]:
@@ -33,7 +40,6 @@ def table(
   """Columns and rows of a training set: mean and spread over seeds."""
   cells = []
   for method, mine in runs_of(rows, kind).items():
-    digits = lambda name: 2 if name == "seconds_per_epoch" else 1
     numbers = [report.mean_and_spread((row[n] for row in mine), digits(n)) for n in COLUMNS]
     cells.append([labels[method], str(len(mine)), *numbers])
   return ["method", "seeds", *COLUMNS.values()], cells
@@ -57,7 +63,17 @@ def difference_table(
   for method in runs_of(rows, kind):
     if method != base:
       gains = [
-        report.mean_and_spread(differences(rows, kind, method, base, name), 1) for name in names
+        report.mean_and_spread(differences(rows, kind, method, base, name), digits(name))
+        for name in names
       ]
       cells.append([labels[method], *gains])
   return [f"minus {labels[base]}", *(COLUMNS[name] for name in names)], cells
+
+
+def doubts(rows: Sequence[Row], labels: Mapping[str, str]) -> list[str]:
+  """What each run's robust accuracies are doubted for, a line a run."""
+  return [
+    f"{SETS[row['set']]}, {labels[row['method']]}, seed {row['seed']}: {row['doubts']}"
+    for row in rows
+    if row["doubts"]
+  ]

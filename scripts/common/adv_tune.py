@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from scripts.common import report
+from scripts.common import adv_report, report
 from scripts.common.adv_config import Config
 from scripts.common.adv_data import SETS, AdversarialData
 from scripts.common.adv_methods import GRIDS, METHODS, Rates
@@ -23,6 +23,7 @@ COLUMNS = {
   "worst": "APGD worst case",
   "tail": "RA-Tail-30",
   "worst_class": "worst class",
+  "tail_loss": "loss of the worst 10 %",
 }
 
 
@@ -74,7 +75,10 @@ def table(rows: list[Row], kind: str) -> tuple[list[str], list[list[str]]]:
   cells = [
     [
       f"{METHODS[method].label}, {changed}",
-      *(report.mean_and_spread((row[name] for row in mine), 1) for name in COLUMNS),
+      *(
+        report.mean_and_spread((row[name] for row in mine), adv_report.digits(name))
+        for name in COLUMNS
+      ),
     ]
     for (method, changed), mine in runs.items()
   ]

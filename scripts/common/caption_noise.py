@@ -3,14 +3,17 @@ r"""The captioner as the loss of other methods, where captions are wrong.
 **Reweighting.** Colour words are flipped in training; batches are weighted by the losses of their
 captions. What prefers great losses prefers wrong captions.
 
-**Hyper-cleaning.** Some captions are those of other scenes. A weight for each caption is learnt so
-that the captioner, trained on weighted captions, does well on a few clean ones:
+**Hyper-cleaning.** Some captions are those of other scenes. A captioner is trained on such
+scenes; then a weight for each of some captions is learnt so that a few more steps on weighted
+captions, from there, do well on a few clean ones:
 
 .. math::
-  \min_x \frac{1}{|V|} \sum_{j \in V} \ell_j(y^*(x)), \qquad
-  y^*(x) = \arg\min_y \frac{1}{n} \sum_{i=1}^n \sigma(x_i)\, \ell_i(y)
+  \min_x \frac{1}{|V|} \sum_{j \in V} \ell_j(y^N(x)), \qquad
+  y^{n+1} = y^n - \beta\, \nabla_y \frac{1}{b} \sum_{i \in B_n} \sigma(x_i)\, \ell_i(y^n)
 
-with the losses :math:`\ell` of captions, through the scan of the decoder and its attention.
+with the losses :math:`\ell` of captions, through the scan of the decoder and its attention. All
+inner runs begin at the same captioner: one that goes on where the last run ended learns the few
+captions by heart, the swapped ones too.
 """
 
 import dataclasses
@@ -34,8 +37,8 @@ from scripts.common.caption_shapes import exact_match, held_out, like
 Advance = Callable[[int], None]
 
 
-_REWEIGHTING = Settings(embed_dim=32, hidden_dim=64, attention_dim=32, batch_size=64)
-_CLEANING = Settings(embed_dim=16, hidden_dim=32, attention_dim=16)
+_REWEIGHTING = Settings(attention_dim=32, batch_size=64, steps=2000)
+_CLEANING = dataclasses.replace(_REWEIGHTING, steps=1000)
 _RESPONSES = cleaning.Settings(num_samples=16, smoothing=0.1, linear_steps=5, damping=1.0)
 
 
@@ -45,29 +48,27 @@ class NoiseSettings:
 
   Attributes:
     color_flips: the probability that a colour word is wrong, for reweighting.
-    reweighting_steps: of training with each weighting.
     reweighting: the captioner and its training, for reweighting.
     swaps: the share of captions of other scenes, for hyper-cleaning.
     num_train: captions that get a weight.
     num_val: clean captions.
     batch_size: captions of an inner step.
     inner_steps: inner steps for one outer step.
-    inner_learning_rate: of Adam, inside.
+    inner_learning_rate: of SGD, inside.
     outer_steps: outer steps.
     outer_learning_rate: of Adam, on the logits of the weights.
-    captioner: its sizes, for hyper-cleaning.
+    captioner: its sizes and its training before, for hyper-cleaning.
     responses: what the responses take; see :class:`scripts.common.cleaning.Settings`.
   """
 
   color_flips: float = 0.2
-  reweighting_steps: int = 600
   reweighting: Settings = _REWEIGHTING
   swaps: float = 0.3
   num_train: int = 256
   num_val: int = 128
   batch_size: int = 64
-  inner_steps: int = 20
-  inner_learning_rate: float = 5e-3
+  inner_steps: int = 8
+  inner_learning_rate: float = 0.05
   outer_steps: int = 60
   outer_learning_rate: float = 0.1
   captioner: Settings = _CLEANING
@@ -111,27 +112,11 @@ def reweight(name: str, settings: NoiseSettings, seed: int, advance: Advance) ->
   """Trains a captioner on flipped colour words with a weighting; judges both."""
   clean = ShapesCaptions()
   noisy = dataclasses.replace(clean, color_flips=settings.color_flips)
-  sizes = dataclasses.replace(settings.reweighting, steps=settings.reweighting_steps)
+  sizes = settings.reweighting
   model = caption_model.make_model("sequential_word", sizes, len(clean.vocabulary))
   ask = caption_model.ask(model, max_length=clean.length - 1, beam_size=1)
   weighting = WEIGHTINGS[name][1]()
-  gradients = jaxbo.per_example_grad(captioner.caption_losses(model), repair=False)
-  tx: Any = optax.chain(jaxbo.reweight(weighting), caption_model.make_optimizer(sizes))
-
-  def step(state, t):
-    params, opt_state = state
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 1), t)
-    batch = noisy.sample(key, sizes.batch_size, "train")
-    grads = gradients(params, caption_model.as_batch(batch.images, batch.tokens))
-    updates, opt_state = tx.update(grads, opt_state, params)
-    return optax.apply_updates(params, updates), opt_state
-
-  state: Any = _init(model, tx, seed)
-  compiled = jax.jit(step, donate_argnums=0)
-  for t in range(settings.reweighting_steps):
-    state = jax.block_until_ready(compiled(state, jnp.int32(t)))
-    advance(1)
-  params, opt_state = state
+  params, opt_state = _train(model, weighting, noisy, sizes, seed, advance)
 
   test = held_out(clean, "test", 1000)
   said = caption_model.in_batches(ask.greedy, params, test.images)
@@ -162,6 +147,7 @@ class CleaningRow(NamedTuple):
     auc: of "the caption is another scene's" by small weights.
     f1: of the same, by weights below one half.
     outer_loss: on the clean captions, at the end.
+    loss_auc: of the same by great losses before.
     test_nll: mean loss of clean captions of held-out scenes.
     seconds_per_step: of an outer step, without compilation.
   """
@@ -170,6 +156,7 @@ class CleaningRow(NamedTuple):
   seed: int
   auc: float
   f1: float
+  loss_auc: float
   outer_loss: float
   test_nll: float
   seconds_per_step: float
@@ -198,9 +185,10 @@ def clean(name: str, settings: NoiseSettings, seed: int, advance: Advance) -> Cl
 
   inner = jaxbo.inner_solver(
     inner_loss,
-    optax.adam(settings.inner_learning_rate),
+    optax.sgd(settings.inner_learning_rate),
     settings.inner_steps,
     per_step_batches=True,
+    warm_start=False,
   )
   head = cleaning.METHODS[name].head
   assert head is not None
@@ -218,9 +206,10 @@ def clean(name: str, settings: NoiseSettings, seed: int, advance: Advance) -> Cl
     state, info = step(state, batch, val, linear_batch=union)
     return state, info.outer_loss
 
-  y = _init(model, optax.identity(), seed)[0]
+  y, _ = _train(model, jaxbo.uniform(), swapped, settings.captioner, seed, lambda steps: None)
   state = init(jnp.zeros(settings.num_train), y)
   arguments = as_batch(train), as_batch(val)
+  loss_auc = roc_auc_score(train.swapped, jax.jit(losses)(y, arguments[0]))
   compiled = jax.jit(outer_step, donate_argnums=0).lower(state, jnp.int32(0), *arguments).compile()
   start, loss = time.perf_counter(), jnp.nan
   for t in range(settings.outer_steps):
@@ -230,10 +219,32 @@ def clean(name: str, settings: NoiseSettings, seed: int, advance: Advance) -> Cl
   weights = np.asarray(jax.nn.sigmoid(jnp.asarray(state.x)), np.float64)
   auc, f1 = cleaning.detection_scores(weights, np.asarray(train.swapped))
   test_nll = float(jnp.mean(jax.jit(losses)(state.solution.params, as_batch(test))))
-  return CleaningRow(name, seed, auc, f1, float(loss), test_nll, seconds)
+  return CleaningRow(name, seed, auc, f1, float(loss_auc), float(loss), test_nll, seconds)
 
 
-def _init(model: captioner.GuidedCaptioner, tx: optax.GradientTransformation, seed: int) -> Any:
-  """Parameters and the state of an optimizer."""
-  given = like(ShapesCaptions())
-  return tuple(caption_model.init_state(model, tx, given, jax.random.key(seed)))
+def _train(
+  model: captioner.GuidedCaptioner,
+  weighting: jaxbo.Weighting,
+  data: ShapesCaptions,
+  sizes: Settings,
+  seed: int,
+  advance: Advance,
+) -> Any:
+  """Trains on fresh scenes of ``data``; returns the parameters and the optimizer's state."""
+  gradients = jaxbo.per_example_grad(captioner.caption_losses(model), repair=False)
+  tx: Any = optax.chain(jaxbo.reweight(weighting), caption_model.make_optimizer(sizes))
+
+  def step(state, t):
+    params, opt_state = state
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 1), t)
+    batch = data.sample(key, sizes.batch_size, "train")
+    grads = gradients(params, caption_model.as_batch(batch.images, batch.tokens))
+    updates, opt_state = tx.update(grads, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state
+
+  state = tuple(caption_model.init_state(model, tx, like(data), jax.random.key(seed)))
+  compiled = jax.jit(step, donate_argnums=0)
+  for t in range(sizes.steps):
+    state = jax.block_until_ready(compiled(state, jnp.int32(t)))
+    advance(1)
+  return state

@@ -236,6 +236,8 @@ def rows():
     "clean": clean,
     "tail": tail,
     **dict.fromkeys(("pgd", "worst", "worst_class"), 50.0),
+    "tail_loss": 2.0,
+    "doubts": "gradients are zero" if (method, seed) == ("at", 1) else "",
     "seconds_per_epoch": 1.0,
   }
   return [row("at", 0, 80.0, 20.0), row("at", 1, 82.0, 30.0),
@@ -249,13 +251,30 @@ LABELS = {name: method.label for name, method in METHODS.items()}
 def test_tables_have_means_and_spreads_and_gains_are_of_pairs():
   columns, table = adv_report.table(rows(), "long_tailed", LABELS)
   assert columns[:3] == ["method", "seeds", "clean"]
-  assert table[0] == [
-    "AT", "2", "81.0 ± 1.4", *["50.0 ± 0.0"] * 2, "25.0 ± 7.1", "50.0 ± 0.0", "1.00 ± 0.00",
-  ]  # fmt: skip
+  same = ["50.0 ± 0.0"]
+  means = ["81.0 ± 1.4", *2 * same, "25.0 ± 7.1", *same, "2.00 ± 0.00", "1.00 ± 0.00"]
+  assert table[0] == ["AT", "2", *means]
   columns, table = adv_report.difference_table(rows(), "long_tailed", "at", LABELS)
   assert columns[0] == "minus AT"
-  assert table == [["DONE, GD", "-1.0 ± 0.0", "0.0 ± 0.0", "0.0 ± 0.0", "3.0 ± 1.4", "0.0 ± 0.0"]]
+  gains = ["-1.0 ± 0.0", "0.0 ± 0.0", "0.0 ± 0.0", "3.0 ± 1.4", "0.0 ± 0.0", "0.00 ± 0.00"]
+  assert table == [["DONE, GD", *gains]]
+  assert adv_report.doubts(rows(), LABELS) == ["long-tailed, AT, seed 1: gradients are zero"]
   assert adv_report.runs_of(rows(), "balanced") == {}
+
+
+def test_the_loss_of_the_tail_is_the_mean_of_the_highest_tenth():
+  model = lambda params, images: images.reshape(len(images), -1) @ params
+  images = np.random.default_rng(0).uniform(size=(25, 1, 1, 2)).astype(np.float32)
+  labels = np.arange(25) % 3
+  params = jnp.array([[2.0, -1.0, 0.5], [0.0, 3.0, -2.0]])
+  logits = images.reshape(25, 2) @ np.asarray(params)
+  losses = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(25), labels]
+  found = []
+  for epsilon in (1e-6, 0.1):
+    evaluator = Evaluator(model, Config(epsilon=epsilon, test_batch_size=10, test_steps=3))
+    found.append(evaluator.tail_loss(params, images, labels))
+  assert found[0] == pytest.approx(np.sort(losses)[-2:].mean(), rel=1e-4)  # Hardly an attack.
+  assert found[1] > found[0] + 0.1
 
 
 # -- Whole runs.
@@ -293,8 +312,9 @@ def looked_at(monkeypatch):
 
   def of_test(self, params, part, names):
     seen.append(part)
-    names = ["clean", "pgd", "worst", "tail", "worst_class", *(f"robust/{name}" for name in names)]
-    return dict.fromkeys(names, self.accuracy(params, part))
+    names = ["clean", "pgd", "worst", "tail", "worst_class", "tail_loss"]
+    names += [f"robust/{name}" for name in NAMES]
+    return dict.fromkeys(names, self.accuracy(params, part)) | {"doubts": ""}
 
   monkeypatch.setattr(Evaluator, "of_test", of_test)
   monkeypatch.setattr(adv_pictures, "draw", lambda *arguments: None)
@@ -336,6 +356,7 @@ def test_a_run_prints_tables_and_draws(tmp_path, capsys, small):
     classes = sorted(float(row[f"robust/{name}"]) for name in NAMES)
     assert float(row["worst"]) == pytest.approx(np.mean(classes))  # As many images of each.
     assert float(row["worst_class"]) == classes[0]
+    assert float(row["tail_loss"]) > 0
     assert float(row["tail"]) == pytest.approx(np.mean(classes[:2]))  # 30 % of four
 
 
