@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import math
+import types
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +19,13 @@ from scripts import online_meta as script
 from scripts.common import (
   meta_config,
   meta_data,
+  meta_methods,
   meta_model,
   meta_report,
   meta_runs,
   meta_tuning,
   meta_workplace,
+  report,
 )
 from scripts.common.meta_config import Config
 from scripts.common.meta_methods import INFINITY, METHODS, Rates
@@ -116,6 +119,17 @@ def test_images_by_label_are_the_first_of_each(monkeypatch):
   )
   with pytest.raises(ValueError, match="images_per_class must be at most 20, what mnist has in te"):
     meta_data.by_label("mnist", "test", None, 16, 21)
+
+
+def test_no_image_is_in_a_validation_stream_and_in_a_reported_one(monkeypatch):
+  monkeypatch.setattr(meta_data, "by_label", lambda name, split, *sizes: f"{name}/{split}")
+  classes = [types.SimpleNamespace(images=name) for name in ("train", "validation", "test")]
+  characters = types.SimpleNamespace(train=classes[0], validation=classes[1], test=classes[2])
+  monkeypatch.setattr(meta_data.fewshot_data, "omniglot", lambda *args, **options: characters)
+  domains = meta_data.omniglot_mnist_fashion(None, 16, 5)
+  assert (domains.train, domains.early) == (characters.train, characters.validation)
+  assert domains.validation == ("validation", "mnist/test", "fashion_mnist/test")
+  assert domains.test == ("test", "mnist/train", "fashion_mnist/train")
 
 
 def test_conv4_adapts_all_or_the_head():
@@ -318,12 +332,36 @@ def test_a_run_is_stopped_and_goes_on_to_the_same_results(tmp_path, capsys, monk
     (method, seed) for method in mine.methods for seed in "01"
   ]
   assert all(math.isfinite(float(row["regret"])) for row in rows)
+  check_traces(mine)
   for name in (script.PICTURE, script.SWEEP):
     with Image.open(mine.output_dir / name) as picture:
       assert picture.width > 800
-  bad = dataclasses.replace(mine, resume=True, num_shots=3)
+  bad = dataclasses.replace(mine, resume=True, pretrain_tasks=3)
   assert script.main(bad) == 2
-  assert "num_shots must be 2 to resume, got 3" in capsys.readouterr().err
+  assert "pretrain_tasks must be 2 to resume, got 3" in capsys.readouterr().err
+
+
+def check_traces(mine):
+  """The first seed of LEEDS (thresholds 1.2 and -1.5), and the ends of its sweeps."""
+  load = lambda folder: meta_runs.load_run(mine.output_dir / "checkpoints" / folder / "0")
+  run, maml = load("0.7_leeds"), load("0.7_maml")
+  found, later = run.trace, np.arange(ROUNDS)[None] > 0
+  assert run.seconds > 0
+  np.testing.assert_array_equal(found.switch_score, found.loss)
+  np.testing.assert_array_equal(found.switch, ~later | (found.loss > np.float32(1.2)))
+  np.testing.assert_array_equal(found.shift, found.switch & (found.shift_score > -1.5))
+  np.testing.assert_array_equal(found.meta_updated, found.switch)
+  np.testing.assert_array_equal(found.task_switch, maml.trace.task_switch)
+  assert np.any(found.before != found.after)
+  assert not np.any(maml.trace.meta_updated)
+  assert np.all(load("0.7_sweep_switch_0").trace.switch)  # A threshold of zero.
+  assert np.sum(load("0.7_sweep_switch_6").trace.switch) == 1  # One of 4.8.
+  assert not np.any(load(f"0.7_sweep_shift_{last_shift(mine)}").trace.shift[found.switch])
+
+
+def last_shift(mine):
+  folders = (mine.output_dir / "checkpoints").glob("0.7_sweep_shift_*")
+  return max(int(folder.name.rsplit("_", 1)[1]) for folder in folders)
 
 
 def traces(mine, name, seeds):
@@ -347,12 +385,16 @@ def test_seeds_side_by_side_are_as_one_after_the_other(tmp_path):
   assert np.any(both.loss[0] != both.loss[1])
 
 
-@pytest.mark.parametrize("options", [{}, {"query": "given", "first_order": True}])
+@pytest.mark.parametrize(
+  "options", [{}, {"query": "given", "first_order": True}, {"query": "next"}]
+)
 def test_every_method_can_be_traced(options, tmp_path):
   """Their numbers are tested in tests/online; a compilation of each would take minutes."""
   mine = config(tmp_path, **options)
   stream, rates = mine.stream(glyphs(16, 6).test, 0.7), Rates(*[0.5] * len(Rates._fields))
   for name, method in METHODS.items():
+    if options.get("query") == "next" and name not in ("leeds", "meta_ogd"):
+      continue
     model = mine.model("head" if method.begins == "anil" else "all")
 
     def run(x, stream, method=method, model=model):
@@ -362,6 +404,67 @@ def test_every_method_can_be_traced(options, tmp_path):
 
     found = jax.eval_shape(run, model.init(jax.random.key(0)), stream)
     assert {leaf.shape for leaf in found} == {(ROUNDS,)}, name
+
+
+def test_what_methods_are_made_of(tmp_path):
+  """From their first states: scales of gates, thresholds, modulation, bytes."""
+  mine = config(tmp_path, no_switch_scale=0.125)
+  rates, batch = Rates(0.5, 0.01, 0.25, 2.0, 1.5, -2.0), (jnp.zeros((6, 16, 16, 1)), jnp.arange(6))
+  states = {}
+  for name in ("maml", "c_maml", "c_maml_um", "leeds", "leeds_told"):
+    x = mine.model().init(jax.random.key(0))
+    states[name] = METHODS[name].make(mine.model(), rates, mine.switches()).init(x, (batch, batch))
+  scales = {name: optax.tree.get(state, "gate_scales") for name, state in states.items()}
+  assert scales["leeds"] == scales["leeds_told"] == (0.125, 0.25, 1.0)
+  assert scales["c_maml"] == (1.0, 0.0, 0.0)
+  rules = {name: tuple(state.detector_state[1:]) for name, state in states.items()}
+  assert rules["leeds"] == ((1.5,), (-2.0,))
+  assert rules["leeds_told"] == ((), ())
+  assert rules["c_maml"][0] == (1.5,)
+  modulated = {name: optax.tree.get(states[name], "modulation") for name in states}
+  assert [name for name, value in modulated.items() if value is not None] == ["c_maml_um"]
+  # The task's x and y are 28 numbers each; two thresholds; two flags.
+  streaming = states["maml"]._replace(task_stream_state=jnp.zeros(99))
+  assert meta_methods.state_bytes(streaming, x) == 2 * 28 * 4 + 2 * 4 + 2
+  begins = {name: method.begins for name, method in METHODS.items() if method.begins != "maml"}
+  assert begins == {"online_sgd": "random", "scratch": "random", "anil": "anil"}
+
+
+def test_thresholds_for_other_scores_are_calibrated_on_validation_streams(tmp_path):
+  """Scores are 3 at switches and 1 elsewhere, and by domain."""
+  played = []
+  switch, domain = np.tile([True, False], 10)[None], np.repeat([0, 1], 10)[None]
+
+  def play(name, rates, p, seeds, *, test):
+    played.append((name, p, seeds.tolist(), test))
+    return Run(
+      trace(switch_score=0)._replace(
+        switch_score=1.0 + 2 * switch, shift_score=-5.0 + domain, task_switch=switch, domain=domain
+      ),
+      1.0,
+      1,
+    )
+
+  def own(**options):
+    mine = config(tmp_path, stay_probabilities=(0.5, 0.75), **options)
+    place = types.SimpleNamespace(
+      config=mine, play=play, progress=types.SimpleNamespace(console=report.console())
+    )
+    return script.with_own_thresholds(place, {"leeds": Rates(0.5, 0.01, 0.5, math.nan, 9.0, 9.0)})
+
+  assert own()["leeds"][4:] == (9.0, 9.0)
+  assert not played
+  assert own(shift_model="meta")["leeds"][4:] == (2.0, -5.0)
+  assert played == [("leeds_told", p, [meta_tuning.FIRST_SEED], False) for p in (0.5, 0.75)]
+
+
+def test_choices_are_tried_on_validation_images(tmp_path):
+  domains = glyphs(16, 6)
+  for validation, expected in ((True, domains.validation), (False, domains.test)):
+    with report.progress_bar(report.console()) as progress:
+      place = meta_workplace.Workplace(config(tmp_path, validation=validation), domains, progress)
+    np.testing.assert_array_equal(place.arrays[1][0], expected[0])
+    np.testing.assert_array_equal(place.arrays[0][0], domains.validation[0])
 
 
 def test_tuning_writes_rates_that_a_run_uses(tmp_path, capsys, monkeypatch):
@@ -381,7 +484,7 @@ def test_tuning_writes_rates_that_a_run_uses(tmp_path, capsys, monkeypatch):
   "wrong, message",
   [
     ({"dataset": "cifar"}, "dataset must be one of omniglot, glyphs; got 'cifar'"),
-    ({"query": "next"}, "query must be one of same, given; got 'next'"),
+    ({"query": "all"}, "query must be one of same, given, next; got 'all'"),
     ({"methods": ()}, "methods must be among online_sgd, fine_tuning"),
     ({"methods": ("maml", "maml")}, "methods must name each one once, got maml maml"),
     ({"stay_probabilities": ()}, "stay_probabilities must have at least one number, got none"),
@@ -390,6 +493,7 @@ def test_tuning_writes_rates_that_a_run_uses(tmp_path, capsys, monkeypatch):
     ({"num_shots": 11}, "num_ways must be at most 0, the characters with 22 drawings, got 3"),
     ({"domain_probabilities": (0.5, 0.5, 0.5)}, "must be non-negative and sum to 1, got [0.5, 0.5"),
     ({"domain_switch_probability": 2.0}, "domain_switch_probability must be in [0, 1], got 2"),
+    ({"tune": True, "shift_score": "entropy"}, "tune must have the default scores: thresholds for"),
     ({"rounds": 1}, "rounds must be at least 2, got 1"),
     ({"inner_steps": 0}, "inner_steps must be positive and finite, got 0"),
     ({"no_switch_scale": -0.1}, "no_switch_scale must be non-negative and finite, got -0.1"),
@@ -400,7 +504,10 @@ def test_tuning_writes_rates_that_a_run_uses(tmp_path, capsys, monkeypatch):
     ({"size": 8}, "size must be in [16, 28], got 8"),
     ({"seeds": 3, "seeds_at_once": 2}, "seeds must be a multiple of seeds_at_once=2, got 3"),
     ({"resume": True}, "resume needs an earlier run in output_dir, none in"),
-    ({"width": 3}, "no rates were chosen for leeds on glyphs/16px/width3/steps1: choose them with"),
+    (
+      {"width": 3},
+      "no rates were chosen for leeds on glyphs/3way2shot/16px/width3/steps1: choose them with",
+    ),
   ],
 )
 def test_bad_input(wrong, message, tmp_path, capsys):
