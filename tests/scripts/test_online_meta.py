@@ -261,7 +261,8 @@ def test_rates_are_searched_one_after_the_other_and_thresholds_are_calibrated():
     value = 1 - abs(math.log(rates.inner / 0.4)) - abs(math.log(rates.outer / 3e-4)) / 10
     loss = np.full((1, 400), np.nan if rates.in_scale == 1.0 else 1.0)
     mine = trace()._replace(
-      before=np.full((1, 400), value), loss=loss, switch_score=scores, shift_score=shift_scores,
+      before=np.full((1, 400), value), loss=loss, switch_score=scores,
+      shift_score=shift_scores + 50 * (rates.inner != 0.4),  # Of the best rates, not of others.
       task_switch=switches, domain=domain,
     )  # fmt: skip
     return [Run(mine, 1.0, 1)]
@@ -277,6 +278,31 @@ def test_rates_are_searched_one_after_the_other_and_thresholds_are_calibrated():
   diverged = lambda name, rates: [Run(trace(loss=np.float32([np.nan] * 6)), 1.0, 1)]
   with pytest.raises(ValueError, match="every rate of the grid diverged for maml"):
     meta_tuning.search("maml", diverged)
+
+
+@pytest.mark.parametrize("with_detector", [0.6, 0.4])
+def test_c_maml_leaves_updates_out_where_that_is_better(with_detector):
+  """Without a detector the accuracy is 0.5; scores are 3 at switches and 1 elsewhere."""
+  switch = np.arange(6)[None] % 2 == 0
+
+  def play(name, rates):
+    accuracy = 0.5 if math.isinf(rates.switch) else with_detector
+    before = np.full((1, 6), accuracy)
+    mine = trace()._replace(before=before, switch_score=1.0 + 2 * switch, task_switch=switch)
+    return [Run(mine, 1.0, 1)]
+
+  rates, value = meta_tuning.search("c_maml", play)
+  assert (rates.switch, value) == ((2.0, 0.6) if with_detector > 0.5 else (INFINITY, 0.5))
+
+
+def test_thresholds_leave_out_the_first_round_of_every_stream():
+  mine = trace(switch_score=np.float32([99, 1, 5, 1, 5, 1]), task_switch=np.arange(6) % 2 == 0)
+  assert meta_tuning.thresholds([Run(mine, 1.0, 1)] * 2).switch == 3.0
+
+
+def test_the_grid_of_bgd_is_of_deviations():
+  assert meta_tuning.grid_of("bgd", "inner") == meta_tuning.DEVIATIONS
+  assert meta_tuning.grid_of("maml", "inner") == meta_tuning.GRIDS["inner"]
 
 
 def test_rates_are_kept_by_setting_and_method(tmp_path):
