@@ -101,12 +101,12 @@ def test_the_domains_share_no_character_and_have_one_form():
 
 
 def test_images_by_label_are_the_first_of_each(monkeypatch):
-  """Of a source in the order 0, 1, ..., 9, 0, 1, ... whose pixels say their place."""
-  images = lambda i: {"image": np.full((28, 28, 1), i, np.uint8), "label": i % 10}
+  """Of a source in the order 0, 1, ..., 9, 0, 0, 1, ... whose pixels say their place."""
+  images = lambda i: {"image": np.full((28, 28, 1), i, np.uint8), "label": i % 11 % 10}
 
   class Source:
     def __len__(self):
-      return 200
+      return 220
 
     def __getitems__(self, rows):
       return [images(i) for i in rows]
@@ -115,8 +115,9 @@ def test_images_by_label_are_the_first_of_each(monkeypatch):
   found = meta_data.by_label("mnist", "train", None, 16, 3)
   assert found.shape == (10, 3, 16, 16, 1)
   np.testing.assert_array_equal(
-    found[..., 0, 0, 0], np.arange(10)[:, None] + 10 * np.arange(3)[None]
+    found[1:, :, 0, 0, 0], np.arange(1, 10)[:, None] + 11 * np.arange(3)[None]
   )
+  np.testing.assert_array_equal(found[0, :, 0, 0, 0], [0, 10, 11])
   with pytest.raises(ValueError, match="images_per_class must be at most 20, what mnist has in te"):
     meta_data.by_label("mnist", "test", None, 16, 21)
 
@@ -164,7 +165,7 @@ def test_pre_training_stops_early_and_returns_the_best(tmp_path, monkeypatch):
   best, history = train(setting, lambda epoch, value: seen.append((epoch, value)))
   assert history == [0.2, 0.5, 0.4, 0.3]
   assert seen == list(enumerate(history))
-  values = iter([0.2, 0.5])
+  values = iter([0.5, 0.5])
   two, _ = train(setting._replace(max_epochs=2))
   for a, b in zip(jax.tree.leaves(best), jax.tree.leaves(two), strict=True):
     np.testing.assert_array_equal(a, b)
@@ -186,6 +187,7 @@ def trace(**fields):
 def test_a_row_of_results_counted_by_hand():
   mine = trace(
     before=np.float32([0.1, 0.5, 0.1, 0.7, 0.3, 0.9]),
+    after=np.float32([0.5, 0.5, 0.5, 0.7, 0.9, 0.9]),
     loss=np.float32([2, 1, 3, 1, 2, 1]),
     domain=np.int32([0, 0, 1, 1, 0, 0]),
     task_switch=np.array([1, 0, 1, 0, 1, 0], bool),
@@ -194,7 +196,11 @@ def test_a_row_of_results_counted_by_hand():
     meta_updated=np.array([1, 0, 1, 1, 0, 0], bool),
   )
   best = np.float32([0.5, 0.5, 1, 1, 1, 1])
-  row = meta_report.result_of(0.9, "leeds", 7, Run(mine, 6.0, 1024), 0, best)
+  two = Trace(*(np.concatenate(leaves) for leaves in zip(trace(), mine, strict=True)))
+  row_of = lambda method, both: meta_report.result_of(
+    0.9, method, 7, Run(both, 12.0, 102400), 1, best
+  )
+  row = row_of("leeds", two)
   np.testing.assert_allclose(row.accuracy, 2.6 / 6, rtol=1e-6)
   np.testing.assert_allclose(row.accuracy_domain_0, 1.8 / 4, rtol=1e-6)
   np.testing.assert_allclose((row.accuracy_domain_1, row.accuracy_out), 0.4, rtol=1e-6)
@@ -203,10 +209,17 @@ def test_a_row_of_results_counted_by_hand():
   assert (row.num_switches, row.switch_precision, row.switch_recall) == (2, 0.5, 0.5)
   assert (row.num_shifts, row.shift_precision, row.shift_recall) == (1, 0.5, 1.0)
   assert (row.meta_updates, row.seconds_per_round, row.seed) == (3, 1.0, 7)
-  silent = meta_report.result_of(0.9, "maml", 7, Run(mine, 6.0, 1024), 0, best)
+  np.testing.assert_allclose((row.accuracy_after, row.accuracy_after_domain_1), (4 / 6, 0.6))
+  silent = row_of("maml", two)
   assert math.isnan(silent.switch_recall)
+  # A shift that is flagged when its task is over is missed; the third domain is out, too.
+  late = row_of("leeds", two._replace(shift=np.tile(np.arange(6) == 4, (2, 1))))
+  assert late.shift_recall == 0
+  three = row_of("leeds", two._replace(domain=np.tile([0, 0, 1, 1, 2, 2], (2, 1))))
+  np.testing.assert_allclose((three.accuracy_out, three.accuracy_domain_2), (0.5, 0.6), rtol=1e-6)
   text = meta_report.accuracy_rows([row])[0]
   assert text[:3] == ["LEEDS", "43.3", "45.0"]
+  assert text[-1] == "100"
   assert meta_report.detection_rows([row])[1] == [
     "LEEDS",
     "1 shifts",
@@ -342,7 +355,7 @@ def test_a_run_is_stopped_and_goes_on_to_the_same_results(tmp_path, capsys, monk
     return play(self, *args, **kwargs)
 
   monkeypatch.setattr(meta_workplace.Workplace, "play", interrupted)
-  assert script.main(mine) == 130
+  assert script.main(dataclasses.replace(mine, sweep=False)) == 130
   output = capsys.readouterr().out
   assert "Interrupted; --resume goes on. What was finished until then:" in output
   assert {row["method"] for row in rows_of(mine.output_dir)} == {"leeds"}
@@ -456,6 +469,17 @@ def test_what_methods_are_made_of(tmp_path):
   assert begins == {"online_sgd": "random", "scratch": "random", "anil": "anil"}
 
 
+def test_a_round_has_as_many_queries_as_images_where_they_are_given(tmp_path):
+  shapes = {}
+  for query in ("same", "given"):
+    mine = config(tmp_path, query=query)
+    assert mine.switches().num_examples == 6
+    stream = mine.stream(glyphs(16, 6).test, 0.7)
+    shapes[query] = jax.eval_shape(stream.step, stream.init(0))[1]
+  assert shapes["same"].query_images is None
+  assert shapes["given"].query_images.shape == shapes["same"].images.shape == (6, 16, 16, 1)
+
+
 def test_thresholds_for_other_scores_are_calibrated_on_validation_streams(tmp_path):
   """Scores are 3 at switches and 1 elsewhere, and by domain."""
   played = []
@@ -528,6 +552,7 @@ def test_tuning_writes_rates_that_a_run_uses(tmp_path, capsys, monkeypatch):
       "in_distribution_scale must be non-negative and finite, got nan",
     ),
     ({"size": 8}, "size must be in [16, 28], got 8"),
+    ({"size": 32}, "size must be in [16, 28], got 32"),
     ({"seeds": 3, "seeds_at_once": 2}, "seeds must be a multiple of seeds_at_once=2, got 3"),
     ({"resume": True}, "resume needs an earlier run in output_dir, none in"),
     (
