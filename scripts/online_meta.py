@@ -20,11 +20,15 @@ Claim (default size, 3 seeds, percent before adaptation): LEEDS reaches 78.3 (3.
 (3.8), MetaOGD 67.7 (3.3) and 80.7 (2.8), fine-tuning 75.4 (3.6) and 90.1 (1.5).
 
 "told" methods know the switches. Rates and thresholds are from scripts/common/meta_rates.json: they
-were chosen with `--tune` on streams of other characters and other images. Scores of every round are
-kept with the traces in checkpoints/, for sweeps of thresholds after the fact.
+were chosen with `--tune` on streams of other characters and other images; for other scores than the
+default ones (`--shift-score entropy`) thresholds are calibrated on such streams first. Scores of
+every round are kept with the traces in checkpoints/, for sweeps of thresholds after the fact.
 
   python -m scripts.online_meta                         11 minutes on 2 cores
   python -m scripts.online_meta --tune                  chooses rates and thresholds
+  python -m scripts.online_meta --validation --methods leeds leeds_told --switch-score drop
+                                                        an open choice of LEEDS, on validation
+                                                        streams
   python -m scripts.online_meta --size 28 --width 64 --rounds 10000 --seeds 5 --seeds-at-once 5
                                                         the published size, for a GPU; --tune first
   python -m scripts.online_meta --dataset glyphs        drawn on the spot; --tune first
@@ -62,6 +66,18 @@ def run_all(place: Workplace, rates: dict[str, Rates], runs: Runs) -> None:
   for name, mine in rates.items():
     for p in streams:
       runs[p, name] = joined([place.kept(f"{p:g}_{name}", name, mine, p, s) for s in groups])
+
+
+def with_own_thresholds(place: Workplace, rates: dict[str, Rates]) -> dict[str, Rates]:
+  """The thresholds of LEEDS for the scores of this run, if they are not those of the rates file."""
+  if "leeds" not in rates or not place.config.has_other_scores():
+    return rates
+  seeds = np.arange(place.config.seeds_at_once) + meta_tuning.FIRST_SEED
+  streams = place.config.stay_probabilities
+  runs = [place.play("leeds_told", rates["leeds"], p, seeds, test=False) for p in streams]
+  found = meta_tuning.thresholds(runs)
+  place.progress.console.print(f"LEEDS with its scores: {found}")
+  return rates | {"leeds": rates["leeds"]._replace(switch=found.switch, shift=found.shift)}
 
 
 def joined(parts: Sequence[Run]) -> Run:
@@ -140,8 +156,8 @@ def run_and_report(config: Config) -> int:
   """Runs, prints and saves; returns the exit status."""
   with report.bad_input():
     config.check()
-    rates = {} if config.tune else chosen_rates(config)
     domains = read(config)
+    rates = {} if config.tune else chosen_rates(config)
     if not config.tune:
       prepare_output(config)
   console, status = report.console(), 0
@@ -154,6 +170,7 @@ def run_and_report(config: Config) -> int:
       if config.tune:
         tune(place)
         return 0
+      rates = with_own_thresholds(place, rates)
       run_all(place, rates, runs)
       best = meta_workplace.best_losses(place)
       if config.sweep and "leeds" in rates:

@@ -92,6 +92,7 @@ def online_meta_learner(
   how far the meta-model goes in each case   the scales of :func:`jaxbo.gate_by_detection`
   what judges the adapted model              ``query``, and ``num_queries`` of the stream
   first or second order                      the response in ``outer``
+  learned inner rates                        a part of ``x`` that scales ``y`` in both losses
   thresholds                                 ``detector``, :func:`jaxbo.calibrate`
   =========================================  ================================================
 

@@ -90,6 +90,8 @@ def make_run(step: Callable[..., Any]) -> Callable[..., Any]:
 
   def run(state, stream, num_rounds):
     num_rounds = _check.positive_int("num_rounds", num_rounds)
+    if type(state.task_stream_state) is tuple and not state.task_stream_state:
+      raise ValueError("run needs a state from init(x, stream=stream), got one without a stream")
 
     def body(state, _):
       stream_state, batch = stream.step(state.task_stream_state)

@@ -33,7 +33,7 @@ def task_averaged_regret(
     A scalar, in the dtype of the losses, float32 at least. Pure: it may be jitted and vmapped.
 
   Raises:
-    ValueError: if the shapes do not fit.
+    ValueError: if the shapes do not fit, or there is no round.
 
   Example:
     >>> import jax.numpy as jnp, jaxbo
@@ -50,7 +50,8 @@ def task_averaged_regret(
   played, others = jnp.asarray(losses), jnp.asarray(comparator_losses)
   switches = jnp.asarray(task_switch, bool)
   others = others[:, None] if others.ndim == 1 else others
-  if played.ndim != 1 or others.ndim != 2 or not len(played) == len(others) == len(switches):
+  fit = played.ndim == 1 and others.ndim == 2 and len(played) == len(others) == len(switches)
+  if not fit or not len(played):
     raise ValueError(
       "losses and task_switch must have the shape [rounds], comparator_losses [rounds] or [rounds, "
       f"candidates], got {played.shape}, {switches.shape} and {jnp.shape(comparator_losses)}"

@@ -171,6 +171,7 @@ def calibrate(
   Raises:
     ValueError: for another ``rule``, a ``level`` outside [0, 1], shapes that differ, or a stream
       without a round of each of the three kinds.
+    TypeError: if ``scores`` is something else, say a :class:`jaxbo.Detection`.
 
   Example:
     >>> import numpy as np, jaxbo
@@ -181,6 +182,10 @@ def calibrate(
   """
   _check.one_of("rule", rule, ("midpoint", "roc"))
   _check.within("level", level, 0, 1)
+  if not hasattr(scores, "switch") or not hasattr(scores, "shift") or len(scores) != 2:
+    raise TypeError(
+      f"scores must be a jaxbo.Scores, as in history.detection.scores, got {type(scores).__name__}"
+    )
   switch_scores, shift_scores = (np.asarray(leaf, np.float64) for leaf in scores)
   switches, unknown = np.asarray(task_switch, bool), np.asarray(out_of_distribution, bool)
   shapes = {leaf.shape for leaf in (switch_scores, shift_scores, switches, unknown)}

@@ -16,7 +16,7 @@ from scripts.common.meta_model import Model, Pretraining
 RATES_FILE = Path(__file__).with_name("meta_rates.json")
 CHOICES = {
   "dataset": tuple(meta_data.READERS),
-  "query": ("same", "given"),
+  "query": ("same", "given", "next"),
   "switch_score": ("loss", "drop"),
   "shift_score": ("energy", "entropy", "max_softmax"),
   "shift_model": ("adapted", "meta", "initial"),
@@ -69,7 +69,8 @@ class Config:
   """Learning rate of Adam in it."""
   query: str = "same"
   """What judges the adapted model in a meta-update: same, the images that it was adapted to, so
-  that all methods see the same; given, as many other ones (not for C-MAML, which waits a round)."""
+  that all methods see the same; given, as many other ones; next, those of the next round (C-MAML
+  always does that)."""
   first_order: bool = False
   """Drops the response in all methods."""
   bgd_samples: int = 2
@@ -77,7 +78,7 @@ class Config:
   buffer_size: int = 101
   """Rounds that C-MAML's prolonged adaptation collects."""
   switch_score: str = "loss"
-  """LEEDS: loss or drop."""
+  """LEEDS: loss or drop. Thresholds for other scores than the defaults are calibrated first."""
   shift_score: str = "energy"
   """LEEDS: energy, entropy or max_softmax."""
   shift_model: str = "adapted"
@@ -88,6 +89,8 @@ class Config:
   """LEEDS: the scale after a switch in distribution, instead of the chosen one."""
   sweep: bool = True
   """Whether to run LEEDS with other thresholds too, on the first seed."""
+  validation: bool = False
+  """Plays streams of the validation images instead of those that are reported, to try choices."""
   tune: bool = False
   """Chooses rates and thresholds on validation streams and writes them to rates_file; no report."""
   tune_rounds: int = 150
@@ -133,6 +136,8 @@ class Config:
       )
     if self.rounds < 2:
       raise ValueError(f"rounds must be at least 2, got {self.rounds}")
+    if self.tune and self.has_other_scores():
+      raise ValueError("tune must have the default scores: thresholds for others are not kept")
 
   def identity(self) -> dict[str, Any]:
     """What a resumed run must have in common with the run that it continues."""
@@ -150,7 +155,13 @@ class Config:
 
   def name(self) -> str:
     """The name of the table of rates."""
-    return f"{self.dataset}/{self.size}px/width{self.width}/steps{self.inner_steps}"
+    tasks = f"{self.num_ways}way{self.num_shots}shot"
+    return f"{self.dataset}/{tasks}/{self.size}px/width{self.width}/steps{self.inner_steps}"
+
+  def has_other_scores(self) -> bool:
+    """Whether the scores of LEEDS are others than those whose thresholds are in the rates file."""
+    names = ("switch_score", "shift_score", "shift_model")
+    return any(getattr(self, name) != getattr(Config, name) for name in names)
 
   def groups(self) -> list[np.ndarray]:
     """The seeds, by those that run side by side."""

@@ -37,7 +37,8 @@ class Switches(NamedTuple):
 
   Attributes:
     inner_steps: inner steps of a round, of all methods.
-    query: what judges the adapted model in a meta-update: ``"same"`` or ``"given"``.
+    query: what judges the adapted model in a meta-update: ``"same"``, ``"given"``
+      or ``"next"``.
     first_order: whether responses are dropped, in all methods.
     bgd_samples: draws of BGD.
     num_examples: images of a round.

@@ -26,9 +26,10 @@ class Workplace:
 
   def __init__(self, config: Config, domains: Domains, progress: Progress):
     self.config, self.domains, self.progress = config, domains, progress
-    self.arrays = tuple(jax.device_put((domains.validation, domains.test)))
+    reported = domains.validation if config.validation else domains.test
+    self.arrays = tuple(jax.device_put((domains.validation, reported)))
     self.trained: dict[str, Any] = {}
-    self.programs: dict[tuple[str, int], Program] = {}
+    self.programs: dict[tuple[str, bool], Program] = {}
     self.task = progress.add_task("", total=1, loss="")
 
   def say(self, what: str, now: str = "", advance: int = 0) -> None:
@@ -69,14 +70,14 @@ class Workplace:
     xs = meta_runs.initial(model, method.begins, self.trained, seeds)
     rounds = config.rounds if test else config.tune_rounds
     stream = config.stream(self.arrays[test], stay_probability)
-    if (name, rounds) not in self.programs:
+    if (name, test) not in self.programs:
       self.say(method.label, "compiling")
       x = jax.tree.map(lambda leaf: leaf[0], xs)
-      self.programs[name, rounds] = meta_runs.make_program(
+      self.programs[name, test] = meta_runs.make_program(
         name, model, config.switches(), rounds, x, stream, seeds
       )
     self.say(f"{method.label}, p = {stay_probability:g}, seed {seeds[0]}")
-    run = meta_runs.play(self.programs[name, rounds], rates, xs, stream, seeds)
+    run = meta_runs.play(self.programs[name, test], rates, xs, stream, seeds)
     self.say(method.label, f"accuracy {100 * np.mean(run.trace.before):.1f} %", 1)
     return run
 

@@ -104,12 +104,12 @@ def test_a_quantile_of_the_last_active_scores():
   """The second detector sees scores at switches only; the first leaves out the first round."""
   rng = np.random.default_rng(1)
   scores = rng.normal(size=400).astype(np.float32)
-  switch = jaxbo.quantile_threshold(0.9, 50, initial=1.0)
+  switch = jaxbo.quantile_threshold(0.9, 50, initial=-INF)
   found = detections(switch, jaxbo.quantile_threshold(0.5, 9), scores, -scores)
   expected = [True]
   for t in range(1, 400):
     old = scores[max(t - 50, 1) : t]
-    expected.append(scores[t] > (np.quantile(old, 0.9) if len(old) == 50 else 1.0))
+    expected.append(scores[t] > (np.quantile(old, 0.9) if len(old) == 50 else -INF))
   np.testing.assert_array_equal(found.switch, expected)
   at_switches = np.flatnonzero(expected)
   for i, t in enumerate(at_switches):
@@ -202,6 +202,8 @@ def test_calibration_finds_the_thresholds_of_two_normals():
     density = stats.norm.pdf(stats.norm.ppf(0.95))
     error = np.sqrt(0.95 * 0.05 / known) / density
     assert abs(found.shift - stats.norm.ppf(0.95, 1, 1)) < 4 * error
+  median = jaxbo.calibrate(scores, switch, unknown, level=0.5).shift
+  assert abs(median - 1) < 4 * np.sqrt(np.pi / 2 / known)
 
 
 def test_the_roc_threshold_is_the_best_of_all():
@@ -210,6 +212,7 @@ def test_the_roc_threshold_is_the_best_of_all():
   with_switch, without = scores.switch[1:][switch[1:]], scores.switch[1:][~switch[1:]]
   youden = lambda threshold: np.mean(with_switch > threshold) - np.mean(without > threshold)
   assert youden(found) == max(youden(value) for value in scores.switch)
+  assert found not in scores.switch  # Halfway to the next one.
 
 
 def test_the_first_round_and_what_is_not_finite_do_not_count():
@@ -247,6 +250,8 @@ def test_bad_arguments():
     jaxbo.calibrate(scores, switch[:-1], unknown)
   with pytest.raises(ValueError, match="at least one finite round with a switch, after"):
     jaxbo.calibrate(scores, np.zeros(4000, bool), unknown)
+  with pytest.raises(TypeError, match="scores must be a jaxbo"):
+    jaxbo.calibrate(jaxbo.Detection(switch, unknown, scores), switch, unknown)
   with pytest.raises(ValueError, match="at least one finite round without a switch"):
     jaxbo.calibrate(scores, np.ones(4000, bool), unknown)
   with pytest.raises(ValueError, match="a switch to an in-distribution task"):

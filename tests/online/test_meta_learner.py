@@ -417,6 +417,9 @@ def test_bad_arguments():
     make(gated(), oracle).init(jnp.zeros(2))
   with pytest.raises(ValueError, match="num_rounds must be at least 1, got 0"):
     threshold_learner().run(with_thresholds(0.0, 0.0), STREAM, 0)
+  without = make(None, oracle).init(jnp.zeros(2), (jnp.zeros((5, 2)), jnp.zeros((5, 2))))
+  with pytest.raises(ValueError, match=r"run needs a state from init\(x, stream=stream\)"):
+    make(None, oracle).run(without, STREAM, 3)
   with pytest.raises(TypeError, match=r"metric must be a function metric\(logits, batch\)"):
     make(gated(), oracle, metric=lambda logits: logits)
   with pytest.raises(TypeError, match=r"start must be a function start\(x\)"):

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import math
+import types
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +19,13 @@ from scripts import online_meta as script
 from scripts.common import (
   meta_config,
   meta_data,
+  meta_methods,
   meta_model,
   meta_report,
   meta_runs,
   meta_tuning,
   meta_workplace,
+  report,
 )
 from scripts.common.meta_config import Config
 from scripts.common.meta_methods import INFINITY, METHODS, Rates
@@ -98,12 +101,12 @@ def test_the_domains_share_no_character_and_have_one_form():
 
 
 def test_images_by_label_are_the_first_of_each(monkeypatch):
-  """Of a source in the order 0, 1, ..., 9, 0, 1, ... whose pixels say their place."""
-  images = lambda i: {"image": np.full((28, 28, 1), i, np.uint8), "label": i % 10}
+  """Of a source in the order 0, 1, ..., 9, 0, 0, 1, ... whose pixels say their place."""
+  images = lambda i: {"image": np.full((28, 28, 1), i, np.uint8), "label": i % 11 % 10}
 
   class Source:
     def __len__(self):
-      return 200
+      return 220
 
     def __getitems__(self, rows):
       return [images(i) for i in rows]
@@ -112,10 +115,22 @@ def test_images_by_label_are_the_first_of_each(monkeypatch):
   found = meta_data.by_label("mnist", "train", None, 16, 3)
   assert found.shape == (10, 3, 16, 16, 1)
   np.testing.assert_array_equal(
-    found[..., 0, 0, 0], np.arange(10)[:, None] + 10 * np.arange(3)[None]
+    found[1:, :, 0, 0, 0], np.arange(1, 10)[:, None] + 11 * np.arange(3)[None]
   )
+  np.testing.assert_array_equal(found[0, :, 0, 0, 0], [0, 10, 11])
   with pytest.raises(ValueError, match="images_per_class must be at most 20, what mnist has in te"):
     meta_data.by_label("mnist", "test", None, 16, 21)
+
+
+def test_no_image_is_in_a_validation_stream_and_in_a_reported_one(monkeypatch):
+  monkeypatch.setattr(meta_data, "by_label", lambda name, split, *sizes: f"{name}/{split}")
+  classes = [types.SimpleNamespace(images=name) for name in ("train", "validation", "test")]
+  characters = types.SimpleNamespace(train=classes[0], validation=classes[1], test=classes[2])
+  monkeypatch.setattr(meta_data.fewshot_data, "omniglot", lambda *args, **options: characters)
+  domains = meta_data.omniglot_mnist_fashion(None, 16, 5)
+  assert (domains.train, domains.early) == (characters.train, characters.validation)
+  assert domains.validation == ("validation", "mnist/test", "fashion_mnist/test")
+  assert domains.test == ("test", "mnist/train", "fashion_mnist/train")
 
 
 def test_conv4_adapts_all_or_the_head():
@@ -150,7 +165,7 @@ def test_pre_training_stops_early_and_returns_the_best(tmp_path, monkeypatch):
   best, history = train(setting, lambda epoch, value: seen.append((epoch, value)))
   assert history == [0.2, 0.5, 0.4, 0.3]
   assert seen == list(enumerate(history))
-  values = iter([0.2, 0.5])
+  values = iter([0.5, 0.5])
   two, _ = train(setting._replace(max_epochs=2))
   for a, b in zip(jax.tree.leaves(best), jax.tree.leaves(two), strict=True):
     np.testing.assert_array_equal(a, b)
@@ -172,6 +187,7 @@ def trace(**fields):
 def test_a_row_of_results_counted_by_hand():
   mine = trace(
     before=np.float32([0.1, 0.5, 0.1, 0.7, 0.3, 0.9]),
+    after=np.float32([0.5, 0.5, 0.5, 0.7, 0.9, 0.9]),
     loss=np.float32([2, 1, 3, 1, 2, 1]),
     domain=np.int32([0, 0, 1, 1, 0, 0]),
     task_switch=np.array([1, 0, 1, 0, 1, 0], bool),
@@ -180,7 +196,11 @@ def test_a_row_of_results_counted_by_hand():
     meta_updated=np.array([1, 0, 1, 1, 0, 0], bool),
   )
   best = np.float32([0.5, 0.5, 1, 1, 1, 1])
-  row = meta_report.result_of(0.9, "leeds", 7, Run(mine, 6.0, 1024), 0, best)
+  two = Trace(*(np.concatenate(leaves) for leaves in zip(trace(), mine, strict=True)))
+  row_of = lambda method, both: meta_report.result_of(
+    0.9, method, 7, Run(both, 12.0, 102400), 1, best
+  )
+  row = row_of("leeds", two)
   np.testing.assert_allclose(row.accuracy, 2.6 / 6, rtol=1e-6)
   np.testing.assert_allclose(row.accuracy_domain_0, 1.8 / 4, rtol=1e-6)
   np.testing.assert_allclose((row.accuracy_domain_1, row.accuracy_out), 0.4, rtol=1e-6)
@@ -189,10 +209,17 @@ def test_a_row_of_results_counted_by_hand():
   assert (row.num_switches, row.switch_precision, row.switch_recall) == (2, 0.5, 0.5)
   assert (row.num_shifts, row.shift_precision, row.shift_recall) == (1, 0.5, 1.0)
   assert (row.meta_updates, row.seconds_per_round, row.seed) == (3, 1.0, 7)
-  silent = meta_report.result_of(0.9, "maml", 7, Run(mine, 6.0, 1024), 0, best)
+  np.testing.assert_allclose((row.accuracy_after, row.accuracy_after_domain_1), (4 / 6, 0.6))
+  silent = row_of("maml", two)
   assert math.isnan(silent.switch_recall)
+  # A shift that is flagged when its task is over is missed; the third domain is out, too.
+  late = row_of("leeds", two._replace(shift=np.tile(np.arange(6) == 4, (2, 1))))
+  assert late.shift_recall == 0
+  three = row_of("leeds", two._replace(domain=np.tile([0, 0, 1, 1, 2, 2], (2, 1))))
+  np.testing.assert_allclose((three.accuracy_out, three.accuracy_domain_2), (0.5, 0.6), rtol=1e-6)
   text = meta_report.accuracy_rows([row])[0]
   assert text[:3] == ["LEEDS", "43.3", "45.0"]
+  assert text[-1] == "100"
   assert meta_report.detection_rows([row])[1] == [
     "LEEDS",
     "1 shifts",
@@ -247,7 +274,8 @@ def test_rates_are_searched_one_after_the_other_and_thresholds_are_calibrated():
     value = 1 - abs(math.log(rates.inner / 0.4)) - abs(math.log(rates.outer / 3e-4)) / 10
     loss = np.full((1, 400), np.nan if rates.in_scale == 1.0 else 1.0)
     mine = trace()._replace(
-      before=np.full((1, 400), value), loss=loss, switch_score=scores, shift_score=shift_scores,
+      before=np.full((1, 400), value), loss=loss, switch_score=scores,
+      shift_score=shift_scores + 50 * (rates.inner != 0.4),  # Of the best rates, not of others.
       task_switch=switches, domain=domain,
     )  # fmt: skip
     return [Run(mine, 1.0, 1)]
@@ -263,6 +291,31 @@ def test_rates_are_searched_one_after_the_other_and_thresholds_are_calibrated():
   diverged = lambda name, rates: [Run(trace(loss=np.float32([np.nan] * 6)), 1.0, 1)]
   with pytest.raises(ValueError, match="every rate of the grid diverged for maml"):
     meta_tuning.search("maml", diverged)
+
+
+@pytest.mark.parametrize("with_detector", [0.6, 0.4])
+def test_c_maml_leaves_updates_out_where_that_is_better(with_detector):
+  """Without a detector the accuracy is 0.5; scores are 3 at switches and 1 elsewhere."""
+  switch = np.arange(6)[None] % 2 == 0
+
+  def play(name, rates):
+    accuracy = 0.5 if math.isinf(rates.switch) else with_detector
+    before = np.full((1, 6), accuracy)
+    mine = trace()._replace(before=before, switch_score=1.0 + 2 * switch, task_switch=switch)
+    return [Run(mine, 1.0, 1)]
+
+  rates, value = meta_tuning.search("c_maml", play)
+  assert (rates.switch, value) == ((2.0, 0.6) if with_detector > 0.5 else (INFINITY, 0.5))
+
+
+def test_thresholds_leave_out_the_first_round_of_every_stream():
+  mine = trace(switch_score=np.float32([99, 1, 5, 1, 5, 1]), task_switch=np.arange(6) % 2 == 0)
+  assert meta_tuning.thresholds([Run(mine, 1.0, 1)] * 2).switch == 3.0
+
+
+def test_the_grid_of_bgd_is_of_deviations():
+  assert meta_tuning.grid_of("bgd", "inner") == meta_tuning.DEVIATIONS
+  assert meta_tuning.grid_of("maml", "inner") == meta_tuning.GRIDS["inner"]
 
 
 def test_rates_are_kept_by_setting_and_method(tmp_path):
@@ -302,7 +355,7 @@ def test_a_run_is_stopped_and_goes_on_to_the_same_results(tmp_path, capsys, monk
     return play(self, *args, **kwargs)
 
   monkeypatch.setattr(meta_workplace.Workplace, "play", interrupted)
-  assert script.main(mine) == 130
+  assert script.main(dataclasses.replace(mine, sweep=False)) == 130
   output = capsys.readouterr().out
   assert "Interrupted; --resume goes on. What was finished until then:" in output
   assert {row["method"] for row in rows_of(mine.output_dir)} == {"leeds"}
@@ -318,12 +371,36 @@ def test_a_run_is_stopped_and_goes_on_to_the_same_results(tmp_path, capsys, monk
     (method, seed) for method in mine.methods for seed in "01"
   ]
   assert all(math.isfinite(float(row["regret"])) for row in rows)
+  check_traces(mine)
   for name in (script.PICTURE, script.SWEEP):
     with Image.open(mine.output_dir / name) as picture:
       assert picture.width > 800
-  bad = dataclasses.replace(mine, resume=True, num_shots=3)
+  bad = dataclasses.replace(mine, resume=True, pretrain_tasks=3)
   assert script.main(bad) == 2
-  assert "num_shots must be 2 to resume, got 3" in capsys.readouterr().err
+  assert "pretrain_tasks must be 2 to resume, got 3" in capsys.readouterr().err
+
+
+def check_traces(mine):
+  """The first seed of LEEDS (thresholds 1.2 and -1.5), and the ends of its sweeps."""
+  load = lambda folder: meta_runs.load_run(mine.output_dir / "checkpoints" / folder / "0")
+  run, maml = load("0.7_leeds"), load("0.7_maml")
+  found, later = run.trace, np.arange(ROUNDS)[None] > 0
+  assert run.seconds > 0
+  np.testing.assert_array_equal(found.switch_score, found.loss)
+  np.testing.assert_array_equal(found.switch, ~later | (found.loss > np.float32(1.2)))
+  np.testing.assert_array_equal(found.shift, found.switch & (found.shift_score > -1.5))
+  np.testing.assert_array_equal(found.meta_updated, found.switch)
+  np.testing.assert_array_equal(found.task_switch, maml.trace.task_switch)
+  assert np.any(found.before != found.after)
+  assert not np.any(maml.trace.meta_updated)
+  assert np.all(load("0.7_sweep_switch_0").trace.switch)  # A threshold of zero.
+  assert np.sum(load("0.7_sweep_switch_6").trace.switch) == 1  # One of 4.8.
+  assert not np.any(load(f"0.7_sweep_shift_{last_shift(mine)}").trace.shift[found.switch])
+
+
+def last_shift(mine):
+  folders = (mine.output_dir / "checkpoints").glob("0.7_sweep_shift_*")
+  return max(int(folder.name.rsplit("_", 1)[1]) for folder in folders)
 
 
 def traces(mine, name, seeds):
@@ -347,12 +424,16 @@ def test_seeds_side_by_side_are_as_one_after_the_other(tmp_path):
   assert np.any(both.loss[0] != both.loss[1])
 
 
-@pytest.mark.parametrize("options", [{}, {"query": "given", "first_order": True}])
+@pytest.mark.parametrize(
+  "options", [{}, {"query": "given", "first_order": True}, {"query": "next"}]
+)
 def test_every_method_can_be_traced(options, tmp_path):
   """Their numbers are tested in tests/online; a compilation of each would take minutes."""
   mine = config(tmp_path, **options)
   stream, rates = mine.stream(glyphs(16, 6).test, 0.7), Rates(*[0.5] * len(Rates._fields))
   for name, method in METHODS.items():
+    if options.get("query") == "next" and name not in ("leeds", "meta_ogd"):
+      continue
     model = mine.model("head" if method.begins == "anil" else "all")
 
     def run(x, stream, method=method, model=model):
@@ -362,6 +443,78 @@ def test_every_method_can_be_traced(options, tmp_path):
 
     found = jax.eval_shape(run, model.init(jax.random.key(0)), stream)
     assert {leaf.shape for leaf in found} == {(ROUNDS,)}, name
+
+
+def test_what_methods_are_made_of(tmp_path):
+  """From their first states: scales of gates, thresholds, modulation, bytes."""
+  mine = config(tmp_path, no_switch_scale=0.125)
+  rates, batch = Rates(0.5, 0.01, 0.25, 2.0, 1.5, -2.0), (jnp.zeros((6, 16, 16, 1)), jnp.arange(6))
+  states = {}
+  for name in ("maml", "c_maml", "c_maml_um", "leeds", "leeds_told"):
+    x = mine.model().init(jax.random.key(0))
+    states[name] = METHODS[name].make(mine.model(), rates, mine.switches()).init(x, (batch, batch))
+  scales = {name: optax.tree.get(state, "gate_scales") for name, state in states.items()}
+  assert scales["leeds"] == scales["leeds_told"] == (0.125, 0.25, 1.0)
+  assert scales["c_maml"] == (1.0, 0.0, 0.0)
+  rules = {name: tuple(state.detector_state[1:]) for name, state in states.items()}
+  assert rules["leeds"] == ((1.5,), (-2.0,))
+  assert rules["leeds_told"] == ((), ())
+  assert rules["c_maml"][0] == (1.5,)
+  modulated = {name: optax.tree.get(states[name], "modulation") for name in states}
+  assert [name for name, value in modulated.items() if value is not None] == ["c_maml_um"]
+  # The task's x and y are 28 numbers each; two thresholds; two flags.
+  streaming = states["maml"]._replace(task_stream_state=jnp.zeros(99))
+  assert meta_methods.state_bytes(streaming, x) == 2 * 28 * 4 + 2 * 4 + 2
+  begins = {name: method.begins for name, method in METHODS.items() if method.begins != "maml"}
+  assert begins == {"online_sgd": "random", "scratch": "random", "anil": "anil"}
+
+
+def test_a_round_has_as_many_queries_as_images_where_they_are_given(tmp_path):
+  shapes = {}
+  for query in ("same", "given"):
+    mine = config(tmp_path, query=query)
+    assert mine.switches().num_examples == 6
+    stream = mine.stream(glyphs(16, 6).test, 0.7)
+    shapes[query] = jax.eval_shape(stream.step, stream.init(0))[1]
+  assert shapes["same"].query_images is None
+  assert shapes["given"].query_images.shape == shapes["same"].images.shape == (6, 16, 16, 1)
+
+
+def test_thresholds_for_other_scores_are_calibrated_on_validation_streams(tmp_path):
+  """Scores are 3 at switches and 1 elsewhere, and by domain."""
+  played = []
+  switch, domain = np.tile([True, False], 10)[None], np.repeat([0, 1], 10)[None]
+
+  def play(name, rates, p, seeds, *, test):
+    played.append((name, p, seeds.tolist(), test))
+    return Run(
+      trace(switch_score=0)._replace(
+        switch_score=1.0 + 2 * switch, shift_score=-5.0 + domain, task_switch=switch, domain=domain
+      ),
+      1.0,
+      1,
+    )
+
+  def own(**options):
+    mine = config(tmp_path, stay_probabilities=(0.5, 0.75), **options)
+    place = types.SimpleNamespace(
+      config=mine, play=play, progress=types.SimpleNamespace(console=report.console())
+    )
+    return script.with_own_thresholds(place, {"leeds": Rates(0.5, 0.01, 0.5, math.nan, 9.0, 9.0)})
+
+  assert own()["leeds"][4:] == (9.0, 9.0)
+  assert not played
+  assert own(shift_model="meta")["leeds"][4:] == (2.0, -5.0)
+  assert played == [("leeds_told", p, [meta_tuning.FIRST_SEED], False) for p in (0.5, 0.75)]
+
+
+def test_choices_are_tried_on_validation_images(tmp_path):
+  domains = glyphs(16, 6)
+  for validation, expected in ((True, domains.validation), (False, domains.test)):
+    with report.progress_bar(report.console()) as progress:
+      place = meta_workplace.Workplace(config(tmp_path, validation=validation), domains, progress)
+    np.testing.assert_array_equal(place.arrays[1][0], expected[0])
+    np.testing.assert_array_equal(place.arrays[0][0], domains.validation[0])
 
 
 def test_tuning_writes_rates_that_a_run_uses(tmp_path, capsys, monkeypatch):
@@ -381,7 +534,7 @@ def test_tuning_writes_rates_that_a_run_uses(tmp_path, capsys, monkeypatch):
   "wrong, message",
   [
     ({"dataset": "cifar"}, "dataset must be one of omniglot, glyphs; got 'cifar'"),
-    ({"query": "next"}, "query must be one of same, given; got 'next'"),
+    ({"query": "all"}, "query must be one of same, given, next; got 'all'"),
     ({"methods": ()}, "methods must be among online_sgd, fine_tuning"),
     ({"methods": ("maml", "maml")}, "methods must name each one once, got maml maml"),
     ({"stay_probabilities": ()}, "stay_probabilities must have at least one number, got none"),
@@ -390,6 +543,7 @@ def test_tuning_writes_rates_that_a_run_uses(tmp_path, capsys, monkeypatch):
     ({"num_shots": 11}, "num_ways must be at most 0, the characters with 22 drawings, got 3"),
     ({"domain_probabilities": (0.5, 0.5, 0.5)}, "must be non-negative and sum to 1, got [0.5, 0.5"),
     ({"domain_switch_probability": 2.0}, "domain_switch_probability must be in [0, 1], got 2"),
+    ({"tune": True, "shift_score": "entropy"}, "tune must have the default scores: thresholds for"),
     ({"rounds": 1}, "rounds must be at least 2, got 1"),
     ({"inner_steps": 0}, "inner_steps must be positive and finite, got 0"),
     ({"no_switch_scale": -0.1}, "no_switch_scale must be non-negative and finite, got -0.1"),
@@ -398,9 +552,13 @@ def test_tuning_writes_rates_that_a_run_uses(tmp_path, capsys, monkeypatch):
       "in_distribution_scale must be non-negative and finite, got nan",
     ),
     ({"size": 8}, "size must be in [16, 28], got 8"),
+    ({"size": 32}, "size must be in [16, 28], got 32"),
     ({"seeds": 3, "seeds_at_once": 2}, "seeds must be a multiple of seeds_at_once=2, got 3"),
     ({"resume": True}, "resume needs an earlier run in output_dir, none in"),
-    ({"width": 3}, "no rates were chosen for leeds on glyphs/16px/width3/steps1: choose them with"),
+    (
+      {"width": 3},
+      "no rates were chosen for leeds on glyphs/3way2shot/16px/width3/steps1: choose them with",
+    ),
   ],
 )
 def test_bad_input(wrong, message, tmp_path, capsys):

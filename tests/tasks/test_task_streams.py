@@ -73,6 +73,16 @@ def test_the_statistics_of_section_3_2(stay, redraw):
     assert abs(np.mean(truth.domain == domain) - probability) < 4 * sd
 
 
+def test_the_first_domain_is_drawn_even_where_it_never_changes():
+  stream = osaka(domain_switch_probability=0.0)
+  first = jax.jit(jax.vmap(lambda key: stream.step(stream.init(key))[1].domain))
+  with jax.debug_key_reuse(False):  # It takes the batched switch of the stream for reuse.
+    found = np.asarray(first(jax.random.split(jax.random.key(0), 1000)))
+  for domain, probability in enumerate(MIX):
+    sd = np.sqrt(probability * (1 - probability) / 1000)
+    assert abs(np.mean(found == domain) - probability) < 4 * sd
+
+
 def test_images_are_those_of_the_task_and_labels_follow_the_classes():
   stream = osaka(num_queries=2)
   _, batch = play(stream, stream.init(2), 2000)
