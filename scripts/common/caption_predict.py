@@ -63,7 +63,11 @@ def predict(config: Config, console: Console) -> None:
   model, params, vocabulary, settings = load(config)
   images = np.stack([caption_data.read_image(path, settings.image_size) for path in config.predict])
   beam_size = min(config.beam_size, len(vocabulary))
-  ask = caption_model.ask(model, max_length=settings.max_words + 1, beam_size=beam_size)
+  never = [vocabulary.pad, vocabulary.bos]
+  never += [] if vocabulary.unk is None else [vocabulary.unk]
+  ask = caption_model.ask(
+    model, max_length=settings.max_words + 1, beam_size=beam_size, forbidden=tuple(never)
+  )
   captions = jax.tree.map(np.asarray, ask.beam(params, images))
   examples = caption_model.captioned(images, captions, vocabulary)
   for path, example in zip(config.predict, examples, strict=True):

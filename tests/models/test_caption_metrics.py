@@ -241,3 +241,10 @@ def test_a_vocabulary_has_frequent_words_and_ends(tmp_path):
 def test_bad_input_of_a_vocabulary_says_what_is_allowed(call, message):
   with pytest.raises(ValueError, match=message):
     call(Vocabulary(["<pad>", "<bos>", "<eos>", "a"]))
+
+
+def test_words_as_frequent_are_in_alphabetical_order_and_no_negative_id_is_decoded():
+  vocabulary = Vocabulary.build([["b", "c", "a", "c"]])
+  assert vocabulary.words[4:] == ("c", "a", "b")
+  with pytest.raises(ValueError, match="got -1"):
+    vocabulary.decode([1, 4, -1])
