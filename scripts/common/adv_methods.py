@@ -87,7 +87,7 @@ class Setting(NamedTuple):
   """
 
   model: Callable[..., Any]
-  epsilon: float
+  epsilon: float | jax.Array
   num_steps: int
   rates: Rates
 

@@ -111,9 +111,14 @@ class Runner:
     key = (method, name, num_steps)
     if key not in self._programs:
       setting = Setting(self.model, used.largest_change(), used.attack_steps, used.rates)
-      parts = METHODS[method].make(setting)
       self._programs[key] = Program(
-        parts, used.optimizer(num_steps), num_steps, used.augment(), self._devices
+        METHODS[method],
+        setting,
+        used.epsilon_rise,
+        used.optimizer(num_steps),
+        num_steps,
+        used.augment(),
+        self._devices,
       )
     return Trainer(
       self._programs[key],

@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 import jaxbo
 from scripts.common import adv_data
 from scripts.common.adv_data import Images
-from scripts.common.adv_methods import Parts
+from scripts.common.adv_methods import Method, Setting
 from scripts.common.lm_train import Devices
 
 
@@ -62,13 +62,17 @@ class Program:
 
   def __init__(
     self,
-    parts: Parts,
+    method: Method,
+    setting: Setting,
+    epsilon_rise: float,
     optimizer: optax.GradientTransformation,
     num_steps: int,
     augment: bool,
     devices: Devices,
   ):
-    tx: Any = optax.chain(jaxbo.reweight(parts.weighting), optimizer)
+    weighting = method.make(setting).weighting
+    tx: Any = optax.chain(jaxbo.reweight(weighting), optimizer)
+    num_rising = max(1.0, epsilon_rise * num_steps)
 
     def init(params):
       return State(jax.tree.map(jnp.copy, params), tx.init(params), jnp.int32(0))
@@ -80,6 +84,8 @@ class Program:
       if augment:
         images = jaxbo.tasks.random_flip(flip_key, jaxbo.tasks.random_crop(crop_key, images))
       batch = jax.lax.with_sharding_constraint((as_floats(images), labels), devices.rows)
+      risen = jnp.minimum((state.num_done + 1) / num_rising, 1)
+      parts = method.make(setting._replace(epsilon=setting.epsilon * risen))
       progress = state.num_done / num_steps
       grads, extra = parts.gradients(state.params, batch, key, progress)
       updates, opt_state = tx.update(grads, state.opt_state, state.params, **extra)

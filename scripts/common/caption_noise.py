@@ -9,7 +9,8 @@ captions, from there, do well on a few clean ones:
 
 .. math::
   \min_x \frac{1}{|V|} \sum_{j \in V} \ell_j(y^N(x)), \qquad
-  y^{n+1} = y^n - \beta\, \nabla_y \frac{1}{b} \sum_{i \in B_n} \sigma(x_i)\, \ell_i(y^n)
+  y^{n+1} = y^n - \beta\, \nabla_y
+    \frac{\sum_{i \in B_n} \sigma(x_i)\, \ell_i(y^n)}{\sum_{i \in B_n} \sigma(x_i)}
 
 with the losses :math:`\ell` of captions, through the scan of the decoder and its attention. All
 inner runs begin at the same captioner: one that goes on where the last run ended learns the few
@@ -38,8 +39,9 @@ Advance = Callable[[int], None]
 
 
 _REWEIGHTING = Settings(attention_dim=32, batch_size=64, steps=2000)
-_CLEANING = dataclasses.replace(_REWEIGHTING, steps=1000)
-_RESPONSES = cleaning.Settings(num_samples=16, smoothing=0.1, linear_steps=5, damping=1.0)
+_CLEANING = dataclasses.replace(_REWEIGHTING, steps=300)
+_RESPONSES = cleaning.Settings(num_samples=32, smoothing=1.0, linear_steps=5, damping=10.0)
+_TRAINING, _WEIGHTED, _CLEAN, _TEST, _ORDER = range(5)  # Streams of keys, beside the seed.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,11 +67,11 @@ class NoiseSettings:
   reweighting: Settings = _REWEIGHTING
   swaps: float = 0.3
   num_train: int = 256
-  num_val: int = 128
+  num_val: int = 1024
   batch_size: int = 64
-  inner_steps: int = 8
-  inner_learning_rate: float = 0.05
-  outer_steps: int = 60
+  inner_steps: int = 4
+  inner_learning_rate: float = 5e-3
+  outer_steps: int = 100
   outer_learning_rate: float = 0.1
   captioner: Settings = _CLEANING
   responses: cleaning.Settings = _RESPONSES
@@ -82,7 +84,7 @@ WEIGHTINGS = {
   "mid_rank": ("MidRanking, band 3", lambda: jaxbo.mid_rank(0.125, 3)),
   "quadratic": ("Quadratic", lambda: jaxbo.quadratic(0.4)),
 }
-RESPONSES = ("first_order", "esj", "aid")
+RESPONSES = ("first_order", "itd", "esj", "aid")
 
 
 class ReweightingRow(NamedTuple):
@@ -171,13 +173,14 @@ def clean(name: str, settings: NoiseSettings, seed: int, advance: Advance) -> Cl
   draw = lambda data, stream, num, part: jax.jit(lambda key: data.sample(key, num, part))(
     jax.random.fold_in(jax.random.key(seed), stream)
   )
-  train = draw(swapped, 1, settings.num_train, "train")
-  val = draw(data, 2, settings.num_val, "train")
-  test = draw(data, 3, 1000, "test")
+  train = draw(swapped, _WEIGHTED, settings.num_train, "train")
+  val = draw(data, _CLEAN, settings.num_val, "train")
+  test = draw(data, _TEST, 1000, "test")
   as_batch = lambda scenes: caption_model.as_batch(scenes.images, scenes.tokens)
 
   def inner_loss(x, y, batch):
-    return jnp.mean(jax.nn.sigmoid(x[batch["rows"]]) * losses(y, batch))
+    weights = jax.nn.sigmoid(x[batch["rows"]])
+    return jnp.sum(weights * losses(y, batch)) / jnp.sum(weights)
 
   def outer_loss(x, y, batch):
     del x  # The weights matter through y alone.
@@ -197,7 +200,7 @@ def clean(name: str, settings: NoiseSettings, seed: int, advance: Advance) -> Cl
   init, step = jaxbo.bilevel(outer_loss, inner, outer)
 
   def outer_step(state, t, train, val):
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 4), t)
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _ORDER), t)
     shape = (settings.inner_steps, settings.batch_size)
     rows = jax.random.randint(key, shape, 0, settings.num_train)
     batch = jax.tree.map(lambda leaf: leaf[rows], train) | {"rows": rows}
@@ -236,7 +239,7 @@ def _train(
 
   def step(state, t):
     params, opt_state = state
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 1), t)
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _TRAINING), t)
     batch = data.sample(key, sizes.batch_size, "train")
     grads = gradients(params, caption_model.as_batch(batch.images, batch.tokens))
     updates, opt_state = tx.update(grads, opt_state, params)

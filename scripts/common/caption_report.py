@@ -119,11 +119,12 @@ def print_noise(
             str(len(mine)),
             report_seeds(row.auc for row in mine),
             report_seeds(row.f1 for row in mine),
+            report_seeds(row.loss_auc for row in mine),
             report_seeds(row.test_nll for row in mine),
             report_seeds((1e3 * row.seconds_per_step for row in mine), 0),
           ]
         )
-    columns = ["response", "seeds", "AUC", "F1", "test NLL", "ms/step"]
+    columns = ["response", "seeds", "AUC", "F1", "AUC of losses", "test NLL", "ms/step"]
     report.print_table(console, "Swapped captions: hyper-cleaning", columns, table)
 
 

@@ -187,8 +187,7 @@ def devices(number):
 
 def trainer(folder, where, augment=False):
   """Four epochs of two batches of DONE, whose weights have a memory."""
-  parts = METHODS["done"].make(SETTING)
-  program = adv_train.Program(parts, optax.sgd(0.1), 8, augment, where)
+  program = adv_train.Program(METHODS["done"], SETTING, 0.5, optax.sgd(0.1), 8, augment, where)
   pool = adv_data.Images(*jax.device_put(tuple(DATA.pool), where.everywhere))
   params = jax.device_put(PARAMS, where.everywhere)
   return adv_train.Trainer(program, params, pool, np.arange(40), 16, (3, 1), folder, where)

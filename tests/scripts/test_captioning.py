@@ -221,14 +221,13 @@ def test_scores_of_a_captioner_that_knows_everything(monkeypatch):
 
 
 TINY_NOISE = NoiseSettings(
-  reweighting_steps=2,
-  reweighting=Settings(embed_dim=8, hidden_dim=8, attention_dim=8, batch_size=64),
+  reweighting=Settings(embed_dim=8, hidden_dim=8, attention_dim=8, batch_size=64, steps=2),
   num_train=40,
   num_val=8,
   batch_size=8,
   inner_steps=2,
   outer_steps=2,
-  captioner=Settings(embed_dim=8, hidden_dim=8, attention_dim=8),
+  captioner=Settings(embed_dim=8, hidden_dim=8, attention_dim=8, batch_size=8, steps=2),
 )
 
 
