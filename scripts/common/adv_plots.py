@@ -93,14 +93,16 @@ def draw_weights(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], path: Path
   for axes in grid.ravel()[len(curves) :]:
     axes.set_visible(False)
   largest = max(float(weights.max()) for _, weights in curves.values())
+  smallest = 1e-3  # Weights below are drawn there.
   for i, (axes, (label, (margins, weights))) in enumerate(
     zip(grid.ravel(), curves.items(), strict=False)
   ):
     axes.axhline(1, color="0.6", lw=1, ls="--")
     axes.axvline(0, color="0.6", lw=1, ls="--")
-    axes.scatter(margins, weights, s=6, alpha=0.5, color=f"C{i}", linewidths=0)
+    shown = np.maximum(weights, smallest)
+    axes.scatter(margins, shown, s=6, alpha=0.5, color=f"C{i}", linewidths=0)
     axes.set_title(label, loc="left", fontsize="medium")
-    axes.set(xlim=(-1.05, 1.05), ylim=(-0.03 * largest, 1.05 * largest))
+    axes.set(xlim=(-1.05, 1.05), yscale="log", ylim=(0.7 * smallest, 1.5 * largest))
   for axes in grid[:, 0]:
     axes.set_ylabel("weight (uniform: 1)")
   for axes in grid[-1]:

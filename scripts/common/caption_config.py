@@ -184,8 +184,9 @@ class Config:
       raise ValueError(f"ablation and noise are for the dataset shapes, got {self.dataset}")
     if self.dataset == "json" and self.json_file is None and not self.predict:
       raise ValueError("json_file must be given for the dataset json")
-    if self.first_seed < 0:
-      raise ValueError(f"first_seed must not be negative, got {self.first_seed}")
+    for name in ("first_seed", "canonical_steps"):
+      if (getattr(self, name) or 0) < 0:
+        raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
     for field in dataclasses.fields(self):
       value = getattr(self, field.name)
       number = isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -58,15 +58,14 @@ def predict(config: Config, console: Console) -> None:
 
   Raises:
     FileNotFoundError: if an image is not there.
-    ValueError: if there is no checkpoint, or a file is no image.
+    ValueError: if there is no checkpoint, a file is no image, or beam_size exceeds the vocabulary.
   """
   model, params, vocabulary, settings = load(config)
   images = np.stack([caption_data.read_image(path, settings.image_size) for path in config.predict])
-  beam_size = min(config.beam_size, len(vocabulary))
   never = [vocabulary.pad, vocabulary.bos]
   never += [] if vocabulary.unk is None else [vocabulary.unk]
   ask = caption_model.ask(
-    model, max_length=settings.max_words + 1, beam_size=beam_size, forbidden=tuple(never)
+    model, max_length=settings.max_words + 1, beam_size=config.beam_size, forbidden=tuple(never)
   )
   captions = jax.tree.map(np.asarray, ask.beam(params, images))
   examples = caption_model.captioned(images, captions, vocabulary)

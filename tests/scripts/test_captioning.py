@@ -144,6 +144,7 @@ def test_a_checkpoint_captions_a_users_own_files(whole, tmp_path, capsys):
   for wrong, message in (
     ({"predict": (tmp_path / "nowhere.png",)}, "there is no image"),
     ({"predict": (broken,)}, "must be an image"),
+    ({"predict": (paths[0],), "beam_size": 1000}, "beam_size must be in [1, vocab_size"),
     ({"output_dir": tmp_path}, "predict needs a run in output_dir"),
     ({"first_seed": 7}, "no checkpoint of either_sequential_seed7"),
   ):
@@ -269,6 +270,7 @@ def test_an_image_in_batches_is_the_image_alone():
     ({"steps": 0}, "steps must be positive, got 0"),
     ({"dropout": 1.0}, "dropout must be in [0, 1), got 1.0"),
     ({"first_seed": -1}, "first_seed must not be negative, got -1"),
+    ({"canonical_steps": -2}, "canonical_steps must not be negative, got -2"),
     ({"resume": True}, "resume needs an earlier run in output_dir"),
   ],
 )
