@@ -6,9 +6,11 @@ and DONE, whose lower level is smoothed by a barrier and answered by its implici
 gradient descent and with Adam as the attack. Model, images, batches, steps of the attack, steps of
 training and optimizer are the same for all methods.
 
-What was seen so far is one seed of the long-tailed Fashion-MNIST set, on images for validation, at
-epsilon 0.05: KL weights cost robustness where the temperature is low. RA-Tail-30 was 38.3 % for AT,
-36.3 % for DONE at the temperature 3 and 26.3 % at 1, the same with and without the implicit term.
+Claim (long-tailed MNIST, epsilon 0.1, 3 seeds): DONE lowers the loss of the worst 10 % of the test
+images by 0.54 (0.06) nats against AT, but not the tail of the accuracy: RA-Tail-30 is 54.8 % (3.6)
+beside 56.1 % (4.0), 1.2 (0.3) points less in pairs of one seed, at the same clean accuracy. The
+temperature decides (--tune): the lower, the smaller the worst losses and the tail accuracy. The
+implicit term has no effect.
 
 Accuracies are of test images, the same number of each class, in percent. "APGD worst case" counts
 an image only if it resists PGD-20, APGD on the cross-entropy and APGD on the targeted DLR loss.
@@ -18,7 +20,7 @@ where it is highest. Tables have the mean and the standard deviation over seeds;
 are those of training alone. Methods that reweight can look better under PGD than they are: that is
 what the worst case is for, and what the checks against masked gradients find is printed below.
 
-  python -m scripts.adversarial_training                     all methods, both sets, 3 seeds
+  python -m scripts.adversarial_training                     20 minutes on 2 cores
   python -m scripts.adversarial_training --tune              one rate at a time, on validation data
   python -m scripts.adversarial_training --dataset cifar10   after a download by TFDS
   ... --resume                                               goes on bit for bit
