@@ -173,6 +173,26 @@ def test_pre_training_stops_early_and_returns_the_best(tmp_path, monkeypatch):
   assert np.any(best.backbone["w"] != untrained.backbone["w"])
 
 
+def test_pre_training_and_its_end_are_decided_by_the_queries(tmp_path, monkeypatch):
+  """Black queries give no gradient, and labels that are no classes are never predicted."""
+
+  def blind(*args, **options):
+    episode = jaxbo.tasks.sample_episode(*args, **options)
+    return episode._replace(
+      query_images=jnp.zeros_like(episode.query_images),
+      query_labels=jnp.full_like(episode.query_labels, -1),
+    )
+
+  monkeypatch.setattr(meta_model, "sample_episode", blind)
+  mine, domains, key = config(tmp_path), glyphs(16, 6), jax.random.key(0)
+  best, history = meta_model.pretrain(
+    mine.model(), mine.pretraining(), domains.train, domains.early, key
+  )
+  assert history == [0.0]
+  untrained = mine.model().init(jax.random.split(jax.random.key(0))[0])
+  jax.tree.map(np.testing.assert_array_equal, best, untrained)
+
+
 # -- Traces and numbers.
 
 
@@ -446,13 +466,15 @@ def test_every_method_can_be_traced(options, tmp_path):
 
 
 def test_what_methods_are_made_of(tmp_path):
-  """From their first states: scales of gates, thresholds, modulation, bytes."""
+  """From their first states: scales of gates, thresholds, modulation, responses, bytes."""
   mine = config(tmp_path, no_switch_scale=0.125)
   rates, batch = Rates(0.5, 0.01, 0.25, 2.0, 1.5, -2.0), (jnp.zeros((6, 16, 16, 1)), jnp.arange(6))
-  states = {}
-  for name in ("maml", "c_maml", "c_maml_um", "leeds", "leeds_told"):
-    x = mine.model().init(jax.random.key(0))
-    states[name] = METHODS[name].make(mine.model(), rates, mine.switches()).init(x, (batch, batch))
+  x, states = mine.model().init(jax.random.key(0)), {}
+  first = lambda name, switches: (
+    METHODS[name].make(mine.model(), rates, switches).init(x, (batch, batch))
+  )
+  for name in ("maml", "c_maml", "c_maml_um", "c_maml_pap", "leeds", "leeds_told"):
+    states[name] = first(name, mine.switches())
   scales = {name: optax.tree.get(state, "gate_scales") for name, state in states.items()}
   assert scales["leeds"] == scales["leeds_told"] == (0.125, 0.25, 1.0)
   assert scales["c_maml"] == (1.0, 0.0, 0.0)
@@ -461,7 +483,13 @@ def test_what_methods_are_made_of(tmp_path):
   assert rules["leeds_told"] == ((), ())
   assert rules["c_maml"][0] == (1.5,)
   modulated = {name: optax.tree.get(states[name], "modulation") for name in states}
-  assert [name for name, value in modulated.items() if value is not None] == ["c_maml_um"]
+  kinds = [name for name, value in modulated.items() if value is not None]
+  assert kinds == ["c_maml_um", "c_maml_pap"]
+  buffers = {name: isinstance(s.last_support, jaxbo.SupportBuffer) for name, s in states.items()}
+  assert [name for name, value in buffers.items() if value] == ["c_maml_pap"]
+  dropped = first("leeds", mine.switches()._replace(first_order=True))
+  assert optax.tree.get(dropped, "response_finite") is None
+  assert optax.tree.get(states["leeds"], "response_finite") is not None
   # The task's x and y are 28 numbers each; two thresholds; two flags.
   streaming = states["maml"]._replace(task_stream_state=jnp.zeros(99))
   assert meta_methods.state_bytes(streaming, x) == 2 * 28 * 4 + 2 * 4 + 2
