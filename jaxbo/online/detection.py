@@ -154,7 +154,8 @@ def oracle_detector(
     A :class:`Detector`. The first round is a switch in any case.
 
   Raises:
-    TypeError: if an argument is no function of a batch.
+    TypeError: if an argument is no function of a batch; in a round, if it is not given and the
+      batch has no such field.
 
   Example:
     >>> import jax.numpy as jnp, jaxbo
@@ -167,9 +168,11 @@ def oracle_detector(
     False False
     True True
   """
-  switch = (lambda batch: batch.task_switch) if switch is None else switch
   unknown = out_of_distribution
-  unknown = (lambda batch: batch.domain != 0) if unknown is None else unknown
+  if switch is None:
+    switch = lambda batch: _told(batch, "task_switch", "switch")
+  if unknown is None:
+    unknown = lambda batch: _told(batch, "domain", "out_of_distribution") != 0
   for name, function in (("switch", switch), ("out_of_distribution", unknown)):
     _check.takes_arguments(name, function, "batch")
 
@@ -186,3 +189,11 @@ def oracle_detector(
     return jnp.asarray(unknown(batch), bool) & switch, state
 
   return Detector(init, detect_switch, detect_shift)
+
+
+def _told(batch: Any, field: str, argument: str) -> jax.typing.ArrayLike:
+  if not hasattr(batch, field):
+    raise TypeError(
+      f"{argument} must be given for batches without {field}, got a {type(batch).__name__}"
+    )
+  return getattr(batch, field)

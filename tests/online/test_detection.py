@@ -243,6 +243,9 @@ def test_bad_arguments():
     jaxbo.quantile_threshold(0.5, 3, initial=float("nan"))
   with pytest.raises(TypeError, match="switch must be a function switch"):
     jaxbo.oracle_detector(lambda: True)
+  oracle, nothing = jaxbo.oracle_detector(), jaxbo.Scores(jnp.float32(0), jnp.float32(0))
+  with pytest.raises(TypeError, match="switch must be given for batches without task_switch, got"):
+    oracle.update(nothing, oracle.init(), {"images": jnp.zeros(3)})
   scores, switch, unknown = validation_scores()
   with pytest.raises(ValueError, match="rule must be one of 'midpoint', 'roc', got 'best'"):
     jaxbo.calibrate(scores, switch, unknown, rule="best")

@@ -545,6 +545,48 @@ def test_choices_are_tried_on_validation_images(tmp_path):
     np.testing.assert_array_equal(place.arrays[0][0], domains.validation[0])
 
 
+def test_tuning_plays_its_rounds_of_validation_images_and_a_report_its_own(tmp_path, monkeypatch):
+  monkeypatch.setattr(Tiny, "stream", lambda self, images, p: images[0])
+  monkeypatch.setattr(meta_workplace.Workplace, "begin", lambda self, name: None)
+  monkeypatch.setattr(meta_runs, "initial", lambda *arguments: {"x": np.zeros((1, 2))})
+  monkeypatch.setattr(meta_runs, "make_program", lambda *arguments: arguments[3:6:2])
+  monkeypatch.setattr(
+    meta_runs,
+    "play",
+    lambda program, rates, xs, stream, seeds: Run(trace(), program[0], (program[1], stream)),
+  )
+  domains = glyphs(16, 6)
+  with report.progress_bar(report.console()) as progress:
+    place = meta_workplace.Workplace(config(tmp_path, rounds=9, tune_rounds=4), domains, progress)
+  for test, rounds, images in ((False, 4, domains.validation), (True, 9, domains.test)):
+    run = place.play("leeds", Rates(0.5, 0.01), 0.5, [0], test=test)
+    assert run.seconds == rounds
+    for stream in run.state_bytes:
+      np.testing.assert_array_equal(stream, images[0])
+
+
+def test_thresholds_are_judged_by_the_scores_that_were_logged():
+  switches = np.array([1, 0, 1, 0, 1, 0], bool)
+  one = Trace(
+    *(
+      leaf[0]
+      for leaf in trace(
+        task_switch=switches,
+        switch=switches,
+        domain=np.int32([0, 0, 1, 1, 2, 2]),
+        switch_score=np.float32([9, 1, 3, 2, 5, 0]),
+        shift_score=np.float32([-9, 7, 4, 7, 6, 7]),
+      )
+    )
+  )
+  # Above 1.5 a round in between is taken for a switch; above 4 one of two switches is missed. The
+  # first round is left out.
+  found = meta_workplace.logged_quality(one, "switch", np.array([1.5, 2.5, 4.0]))
+  np.testing.assert_allclose(found, [[2 / 3, 1], [1, 1], [1, 0.5]], rtol=1e-6)
+  found = meta_workplace.logged_quality(one, "shift", np.array([0.0, 5.0]))
+  np.testing.assert_allclose(found, [[1, 1], [1, 0.5]], rtol=1e-6)
+
+
 def test_tuning_writes_rates_that_a_run_uses(tmp_path, capsys, monkeypatch):
   monkeypatch.setattr(meta_tuning, "GRIDS", {"inner": (0.1, 0.2), "outer": (0.1, 0.2)})
   mine = config(tmp_path, methods=("meta_ogd",), tune=True)
