@@ -17,7 +17,7 @@ order. Without, none of nine runs (a guide or none, several queries, 800 to 2,00
 relation on held-out pairs: they learn by heart which pairs stand in which direction.
 
   python -m scripts.captioning                                   no download; 4 minutes on 2 cores
-  python -m scripts.captioning --ablation                        7 captioners, 3 seeds each
+  python -m scripts.captioning --ablation                        7 captioners, 3 seeds; an hour
   python -m scripts.captioning --noise                           wrong captions: who finds them
   python -m scripts.captioning --dataset nlvr_captions           people's sentences on drawings
   python -m scripts.captioning --dataset coco_captions           113,287 photographs; for GPUs
