@@ -179,6 +179,6 @@ def captioned(images: Any, captions: captioner.Captions, vocabulary: Vocabulary)
   for image, tokens, of_beam, attention in zip(images, *captions, strict=False):
     words = [*vocabulary.decode(np.asarray(tokens[0])), "(end)"]
     probability = float(np.exp(of_beam[0]))
-    title = f"probability {probability:.2f}"
+    title = f"probability {probability:.2g}"
     examples.append(Captioned(image, words, np.asarray(attention)[: len(words)], title))
   return examples

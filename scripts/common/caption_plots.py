@@ -10,6 +10,8 @@ from matplotlib.axes import Axes
 from scripts.common import plots
 from scripts.common.plots import plt
 
+_WIDTH = 15  # Of a picture of attention, in inches.
+
 
 class Captioned(NamedTuple):
   """An image with its caption, to be drawn.
@@ -29,24 +31,26 @@ class Captioned(NamedTuple):
 
 
 def draw_attention(examples: Sequence[Captioned], patch_size: int, path: Path) -> None:
-  """One row an image: the image, and then for each word where the captioner looked.
+  """The image, and then for each word where the captioner looked; a row an image if it fits.
 
   The picture is dark where it did not look; the brightest cell has the greatest weight, which
   stands below as a share.
   """
-  columns = 1 + max(len(example.words) for example in examples)
+  number = 1 + max(len(example.words) for example in examples)
   height, width = examples[0].image.shape[:2]
-  panel = (1.15 * width / height, 1.15) if width > height else (1.15, 1.15 * height / width)
+  side = 1.15 * np.sqrt((width / height, height / width))  # All images have the same area.
+  columns = min(number, max(2, int(_WIDTH // side[0])))
+  lines = -(-number // columns)  # Of panels, for each image.
   fig, grid = plt.subplots(
-    len(examples),
+    lines * len(examples),
     columns,
-    figsize=(panel[0] * columns, (panel[1] + 0.45) * len(examples)),
+    figsize=(side[0] * columns, (side[1] + 0.45) * lines * len(examples)),
     layout="constrained",
     squeeze=False,
   )
-  for row, example in zip(grid, examples, strict=True):
-    for axes in row:
-      axes.set_axis_off()
+  for axes in grid.ravel():
+    axes.set_axis_off()
+  for row, example in zip(grid.reshape(len(examples), -1), examples, strict=True):
     image = np.asarray(example.image, float)
     image = image / 255 if image.max() > 1 else image
     row[0].imshow(image, interpolation="nearest")

@@ -21,6 +21,7 @@ from scripts.common import (
   caption_files,
   caption_model,
   caption_noise,
+  caption_plots,
   caption_run,
   caption_shapes,
 )
@@ -277,3 +278,11 @@ def test_an_image_in_batches_is_the_image_alone():
 def test_bad_input_says_what_is_allowed(tmp_path, capsys, wrong, message):
   assert script.main(Config(**({"output_dir": tmp_path / "out"} | SMALL | wrong))) == 2
   assert message in capsys.readouterr().err
+
+
+def test_pictures_of_wide_images_are_broken_into_lines(tmp_path):
+  words = ["word"] * 14
+  example = caption_plots.Captioned(np.ones((50, 200, 3)), words, np.full((14, 100), 0.01), "")
+  caption_plots.draw_attention([example] * 2, 10, tmp_path / "picture.png")
+  with Image.open(tmp_path / "picture.png") as picture:
+    assert picture.width < 3 * picture.height
