@@ -185,9 +185,9 @@ def devices(number):
   )
 
 
-def trainer(folder, where, augment=False):
+def trainer(folder, where, augment=False, rise=0.0):
   """Four epochs of two batches of DONE, whose weights have a memory."""
-  program = adv_train.Program(METHODS["done"], SETTING, 0.5, optax.sgd(0.1), 8, augment, where)
+  program = adv_train.Program(METHODS["done"], SETTING, rise, optax.sgd(0.1), 8, augment, where)
   pool = adv_data.Images(*jax.device_put(tuple(DATA.pool), where.everywhere))
   params = jax.device_put(PARAMS, where.everywhere)
   return adv_train.Trainer(program, params, pool, np.arange(40), 16, (3, 1), folder, where)
@@ -204,6 +204,8 @@ def test_eight_devices_do_what_one_does():
   chex.assert_trees_all_close(*states, rtol=1e-4, atol=1e-6)
   assert 0 < told[0][0].ess < 1
   assert told[0][1].loss < told[0][0].loss
+  [(_, easy)] = trainer(None, devices(1), rise=1.0).fit(0, 1)  # A quarter of epsilon at most.
+  assert easy.loss < told[0][0].loss - 0.05
 
 
 def test_a_restored_run_goes_on_bit_for_bit(tmp_path):
@@ -410,12 +412,13 @@ def test_rates_are_varied_one_at_a_time_on_validation_images(
 @pytest.mark.parametrize(
   "wrong, message",
   [
-    ({"dataset": "imagenet"}, "dataset must be one of fashion_mnist, mnist, cifar10, cifar10_sub"),
+    ({"dataset": "imagenet"}, "dataset must be one of mnist, fashion_mnist, cifar10, cifar10_sub"),
     ({"methods": ("magic",)}, "methods must be among at, trades, "),
     ({"methods": ("at", "at")}, "methods must name each one once, got at at"),
     ({"sets": ()}, "sets must be among balanced, long_tailed, step; got none"),
     ({"epsilon": -0.1}, "epsilon must be positive, got -0.1"),
     ({"epsilon": 1.5}, "epsilon must be at most 1, the range of pixels; got 1.5"),
+    ({"epsilon_rise": 1.5}, "epsilon_rise must be at most 1, got 1.5"),
     ({"attack_steps": 0}, "attack_steps must be positive, got 0"),
     ({"worst_steps": 0}, "worst_steps must be positive, got 0"),
     ({"learning_rate": float("nan")}, "learning_rate must be positive, got nan"),
