@@ -19,7 +19,7 @@ from scripts import adversarial_training as script
 from scripts.common import adv_data, adv_pictures, adv_report, adv_train, lm_train
 from scripts.common.adv_config import Config
 from scripts.common.adv_evaluate import Evaluator
-from scripts.common.adv_methods import GRIDS, METHODS, Rates, Setting
+from scripts.common.adv_methods import GRIDS, METHODS, Method, Parts, Rates, Setting, lazy
 
 pytestmark = pytest.mark.slow  # All together, not each.
 
@@ -185,9 +185,9 @@ def devices(number):
   )
 
 
-def trainer(folder, where, augment=False, rise=0.0):
-  """Four epochs of two batches of DONE, whose weights have a memory."""
-  program = adv_train.Program(METHODS["done"], SETTING, rise, optax.sgd(0.1), 8, augment, where)
+def trainer(folder, where, augment=False, rise=0.0, method=METHODS["done"]):
+  """Four epochs of two batches; of DONE, whose weights have a memory."""
+  program = adv_train.Program(method, SETTING, rise, optax.sgd(0.1), 8, augment, where)
   pool = adv_data.Images(*jax.device_put(tuple(DATA.pool), where.everywhere))
   params = jax.device_put(PARAMS, where.everywhere)
   return adv_train.Trainer(program, params, pool, np.arange(40), 16, (3, 1), folder, where)
@@ -206,6 +206,25 @@ def test_eight_devices_do_what_one_does():
   assert told[0][1].loss < told[0][0].loss
   [(_, easy)] = trainer(None, devices(1), rise=1.0).fit(0, 1)  # A quarter of epsilon at most.
   assert easy.loss < told[0][0].loss - 0.05
+
+
+def test_steps_know_how_far_training_is_and_have_keys_of_their_own():
+  def losses(values_of):
+    def make(setting):
+      def gradients(params, batch, key, progress):
+        values = values_of(setting, key, progress) * jnp.ones(len(batch[1]))
+        return lazy(lambda params, values: values + 0 * params["w"].sum(), params, values), {}
+
+      return Parts(gradients, jaxbo.uniform())
+
+    one = trainer(None, devices(1), rise=0.5, method=Method("probe", make))
+    return [told.loss for _, told in one.fit(0, 4)]
+
+  done = losses(lambda setting, key, progress: progress)
+  np.testing.assert_allclose(done, np.array([1, 5, 9, 13]) / 16)
+  radii = losses(lambda setting, key, progress: setting.epsilon / SETTING.epsilon)
+  np.testing.assert_allclose(radii, [0.375, 0.875, 1, 1], rtol=1e-6)
+  assert len({float(u) for u in losses(lambda s, key, p: jax.random.uniform(key))}) == 4
 
 
 def test_a_restored_run_goes_on_bit_for_bit(tmp_path):
