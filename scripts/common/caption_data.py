@@ -63,14 +63,14 @@ def read_image(path: Path, size: tuple[int, int]) -> np.ndarray:
 
   Raises:
     FileNotFoundError: if there is none.
-    ValueError: if it is no image.
+    ValueError: if it is no image, or so large that Pillow takes it for an attack.
   """
   if not path.is_file():
     raise FileNotFoundError(f"there is no image {path}")
   try:
     with Image.open(path) as image:
       return resize(image, size)
-  except OSError as error:
+  except (OSError, SyntaxError, Image.DecompressionBombError) as error:
     raise ValueError(f"{path} must be an image, {error}") from error
 
 
@@ -190,6 +190,8 @@ def read_json(
       raise ValueError(f"split must be one of {', '.join(SPLITS)}; got {split!r} of {name}")
     if not texts:
       raise ValueError(f"captions must hold a text for each image, got none of {name}")
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+      raise ValueError(f"captions must be lists of texts, got {texts!r} of {name}")
     found[SPLITS[split]].append((name, texts))
   sets = []
   for split, entries in found.items():

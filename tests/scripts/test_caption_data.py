@@ -174,6 +174,8 @@ def test_karpathys_files_are_read(folder):
     ({"split": ["train", "train", "train", "test"]}, "images in the split validation, got none"),
     ({"split": ["train"]}, "lists images, captions and split of the same length"),
     ({"captions": [[], ["a"], ["a"], ["a"]]}, "captions must hold a text for each image"),
+    ({"captions": ["cat", ["a"], ["a"], ["a"]]}, "captions must be lists of texts, got 'cat'"),
+    ({"captions": [[7], ["a"], ["a"], ["a"]]}, r"captions must be lists of texts, got \[7\]"),
     ({"captions": [["?"], ["a"], ["a"], ["a"]]}, "captions must have a word at least"),
     ({"images": None}, "lists images, captions and split"),
   ],
@@ -183,7 +185,11 @@ def test_a_wrong_file_says_what_is_wrong(folder, wrong, message):
     caption_data.read_json(write(folder, CONTENT | wrong), SIZE)
 
 
-def test_files_that_are_not_there_or_no_images_are_named(folder):
+def test_files_that_are_not_there_or_no_images_are_named(folder, monkeypatch):
+  with monkeypatch.context() as patch:
+    patch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    with pytest.raises(ValueError, match=r"a\.png must be an image, .* exceeds limit"):
+      caption_data.read_json(write(folder, CONTENT), SIZE)
   with pytest.raises(FileNotFoundError, match=r"there is no file .*nowhere\.json"):
     caption_data.read_json(folder / "nowhere.json", SIZE)
   (folder / "b.png").write_text("no image")
