@@ -17,6 +17,7 @@ interval over episodes. Batch statistics are those of the support and of the que
 (transductive), in training and evaluation alike.
 """
 
+import contextlib
 import csv
 import dataclasses
 import functools
@@ -197,24 +198,26 @@ def run_all(
       for name in config.methods:
         bar = progress.add_task(LABELS[name], total=config.steps, loss="compiling")
         trainer = make_trainer(name, config, data)
-        done = trainer.restore() if config.resume else 0
-        progress.update(bar, completed=done)
-        every = (config.eval_every, config.checkpoint_every)
-        show = functools.partial(progress.update, bar)
-        on_step = lambda done, show=show: show(completed=done)
-        for step, loss in trainer.fit(done, config.steps, *every, on_step):
-          accuracy, _ = trainer.accuracy(validation, -(-config.eval_episodes // 3), Draw.VALIDATION)
-          line = {
-            "method": name,
-            "step": step,
-            "seconds": trainer.seconds,
-            "outer_loss": loss,
-            "validation_accuracy": accuracy,
-          }
-          metrics.append(line)
-          log.write(**line)
-          show(completed=step, loss=f"loss {loss:.3f}, accuracy {accuracy:.3f}")
-        trainer.checkpoints.close()  # Waits until all is written.
+        with contextlib.closing(trainer):  # Waits for checkpoints, also after Ctrl-C.
+          done = trainer.restore() if config.resume else 0
+          progress.update(bar, completed=done)
+          every = (config.eval_every, config.checkpoint_every)
+          show = functools.partial(progress.update, bar)
+          on_step = lambda done, show=show: show(completed=done)
+          for step, loss in trainer.fit(done, config.steps, *every, on_step):
+            accuracy, _ = trainer.accuracy(
+              validation, -(-config.eval_episodes // 3), Draw.VALIDATION
+            )
+            line = {
+              "method": name,
+              "step": step,
+              "seconds": trainer.seconds,
+              "outer_loss": loss,
+              "validation_accuracy": accuracy,
+            }
+            metrics.append(line)
+            log.write(**line)
+            show(completed=step, loss=f"loss {loss:.3f}, accuracy {accuracy:.3f}")
         accuracy, half = trainer.accuracy(test, config.eval_episodes, Draw.TEST)
         memory = measure.temporary_bytes(trainer.compiled)
         results.append(

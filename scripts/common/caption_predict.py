@@ -49,7 +49,7 @@ def load(config: Config) -> tuple[GuidedCaptioner, Any, Vocabulary, Settings]:
   }
   trainer = Resumable(caption_model.init_state(model, tx, given, jax.random.key(0)), folder)
   trainer.restore()
-  trainer.checkpoints.close()
+  trainer.close()
   return model, trainer.state.params, vocabulary, settings
 
 

@@ -1,5 +1,6 @@
 """Runs captioners: programs, checkpoints, evaluations, and what is left of each run."""
 
+import contextlib
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -116,28 +117,25 @@ def run_all(
       for i, seed in enumerate(config.all_seeds()):
         folder = config.output_dir / "checkpoints" / run_name(order, model, seed)
         trainer = program.trainer(seed, folder)
-        done = trainer.restore() if config.resume else 0
         before = i * settings.steps
-        show(completed=before + done)
-        on_step = lambda done, before=before, show=show: show(completed=before + done)
-        every = settings.eval_every, config.checkpoint_every
-        for step, loss in trainer.fit(done, settings.steps, *every, on_step):
-          validation = program.validation(trainer.state.params)
-          line = {
-            "order": order,
-            "model": model,
-            "seed": seed,
-            "step": step,
-            "seconds": trainer.seconds,
-            "train_loss": loss,
-            "validation_nll": validation,
-          }
-          outcome.lines.append(line)
-          write(**line)
-          show(completed=before + step, loss=f"validation loss {validation:.3f}")
-        trainer.checkpoints.close()  # Waits until all is written.
-        row = {"order": order, "model": model, "seed": seed}
-        row |= program.test(trainer.state.params)
+        run = {"order": order, "model": model, "seed": seed}
+        with contextlib.closing(trainer):  # Waits for checkpoints, also after Ctrl-C.
+          done = trainer.restore() if config.resume else 0
+          show(completed=before + done)
+          on_step = lambda done, before=before, show=show: show(completed=before + done)
+          every = settings.eval_every, config.checkpoint_every
+          for step, loss in trainer.fit(done, settings.steps, *every, on_step):
+            validation = program.validation(trainer.state.params)
+            line = run | {
+              "step": step,
+              "seconds": trainer.seconds,
+              "train_loss": loss,
+              "validation_nll": validation,
+            }
+            outcome.lines.append(line)
+            write(**line)
+            show(completed=before + step, loss=f"validation loss {validation:.3f}")
+        row = run | program.test(trainer.state.params)
         row["ms_per_step"] = 1e3 * trainer.seconds / settings.steps
         outcome.rows.append(row)
         if (order, model) not in outcome.examples:

@@ -1,5 +1,6 @@
 """Continual training with every method, seed and share of noise, from one checkpoint each."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -181,25 +182,25 @@ class Runner:
       checkpoint_folder(config, corruption, method, seed),
       self._devices,
     )
-    done = trainer.restore() if config.resume else 0
-    self._progress.advance(self._bar, done)
-    advance = lambda step: self._progress.advance(self._bar)
-    for window in trainer.fit(done, steps, config.eval_every, advance):
-      losses = self._evaluate(trainer.state.params, data.validation.sequences)
-      validation = lm_report.of_held_out(losses, data.validation, data.domains)
-      line = {
-        "corruption": corruption,
-        "method": method,
-        "seed": seed,
-        "step": window.done,
-        "seconds": window.seconds,
-        **lm_report.of_window(window, train, data.domains),
-        **{f"validation_{name}": value for name, value in validation.items()},
-      }
-      self.outcome.lines.append(line)
-      self._write(**line)
-      show(loss=f"loss {validation['loss']:.3f}")
-    trainer.close()
+    with contextlib.closing(trainer):  # Waits for checkpoints, also after Ctrl-C.
+      done = trainer.restore() if config.resume else 0
+      self._progress.advance(self._bar, done)
+      advance = lambda step: self._progress.advance(self._bar)
+      for window in trainer.fit(done, steps, config.eval_every, advance):
+        losses = self._evaluate(trainer.state.params, data.validation.sequences)
+        validation = lm_report.of_held_out(losses, data.validation, data.domains)
+        line = {
+          "corruption": corruption,
+          "method": method,
+          "seed": seed,
+          "step": window.done,
+          "seconds": window.seconds,
+          **lm_report.of_window(window, train, data.domains),
+          **{f"validation_{name}": value for name, value in validation.items()},
+        }
+        self.outcome.lines.append(line)
+        self._write(**line)
+        show(loss=f"loss {validation['loss']:.3f}")
     return trainer.state.params
 
   def _program(self, method: str) -> Program:

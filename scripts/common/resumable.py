@@ -49,6 +49,10 @@ class Resumable:
     tree = {"state": copy, "seconds": np.float64(self.seconds)}
     self.checkpoints.save(done, args=ocp.args.StandardSave(tree))
 
+  def close(self) -> None:
+    """Waits until all checkpoints are written."""
+    self.checkpoints.close()
+
   def fit(
     self,
     done: int,

@@ -100,17 +100,24 @@ def test_a_run_leaves_metrics_results_pictures_and_checkpoints(whole):
 
 
 def test_a_stopped_run_goes_on_bit_for_bit(whole, tmp_path, monkeypatch, capsys):
-  advance = caption_shapes.ShapesTrainer.advance
+  kind, closed = caption_shapes.ShapesTrainer, []
+  advance, close = kind.advance, kind.close
 
   def stopped(self, t):
     if t == 3:
       raise KeyboardInterrupt
     return advance(self, t)
 
+  def closing(self):
+    close(self)
+    closed.append(self.checkpoints.latest_step())
+
   config = Config(output_dir=tmp_path, **SMALL)
   with monkeypatch.context() as patch:
-    patch.setattr(caption_shapes.ShapesTrainer, "advance", stopped)
+    patch.setattr(kind, "advance", stopped)
+    patch.setattr(kind, "close", closing)
     assert script.main(config) == 130
+  assert closed == [2]  # What was written in the background is there.
   assert "Interrupted; --resume goes on" in capsys.readouterr().out
   assert len(metrics(tmp_path)) == 1
   for wrong, message in (
