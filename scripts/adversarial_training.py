@@ -69,7 +69,8 @@ def prepare_output(config: Config) -> list[Row]:
 def print_and_draw(config: Config, data: AdversarialData, runner: Runner, console: Console) -> None:
   """Prints tables, and writes the rows and pictures of what there is."""
   outcome = runner.outcome
-  report.write_csv(config.output_dir / CSV, outcome.rows)
+  kept_by = ("set", "method", "seed") if config.resume else ()
+  report.write_csv(config.output_dir / CSV, outcome.rows, kept_by)
   labels = {name: method.label for name, method in METHODS.items()}
   for kind in config.sets:
     if not adv_report.runs_of(outcome.rows, kind):

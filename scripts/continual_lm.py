@@ -116,7 +116,8 @@ def of_this_run(config: Config, row: Row) -> bool:
 
 def print_and_draw(config: Config, data: LanguageData, outcome: Outcome, console: Console) -> None:
   """Prints tables, and writes the rows and pictures of what there is."""
-  report.write_csv(config.output_dir / CSV, lm_report.equal_keys(outcome.rows))
+  kept_by = ("corruption", "method", "seed") if config.resume else ()
+  report.write_csv(config.output_dir / CSV, outcome.rows, kept_by)
   for corruption in config.corruptions:
     if not any(of_this_run(config, r) and r["corruption"] == corruption for r in outcome.rows):
       continue

@@ -18,7 +18,6 @@ interval over episodes. Batch statistics are those of the support and of the que
 """
 
 import contextlib
-import csv
 import dataclasses
 import functools
 import itertools
@@ -223,7 +222,9 @@ def run_all(
         results.append(
           Result(name, config.steps, accuracy, half, trainer.seconds / config.steps, memory)
         )
-        write_results(config, results)
+        rows = [result._asdict() for result in results]
+        kept_by = ("method",) if config.resume else ()
+        report.write_csv(config.output_dir / "results.csv", rows, kept_by)
         few_shot_plots.draw_episode(
           LABELS[name],
           trainer,
@@ -243,16 +244,6 @@ def latest_step(config: Config, name: str) -> int:
     return 0
   with ocp.CheckpointManager(folder) as checkpoints:
     return checkpoints.latest_step() or 0
-
-
-def write_results(config: Config, results: list[Result]) -> None:
-  """Writes ``results.csv``; rows of methods that a resumed run leaves out stay."""
-  path = config.output_dir / "results.csv"
-  rows = {result.method: {k: str(v) for k, v in result._asdict().items()} for result in results}
-  if config.resume and path.exists():
-    with path.open(newline="") as file:
-      rows = {row["method"]: row for row in csv.DictReader(file)} | rows
-  report.write_csv(path, list(rows.values()))
 
 
 def check_shapes(config: Config, data: fewshot_data.FewShotData) -> None:

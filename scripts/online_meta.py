@@ -197,7 +197,8 @@ def write_report(
   nothing = np.full((config.seeds, config.rounds), np.nan, np.float32)
   known = {p: best.get(p, nothing) for p in config.stay_probabilities}
   results = meta_report.summarize(runs, seeds, known)
-  report.write_csv(config.output_dir / CSV, [result._asdict() for result in results])
+  kept_by = ("stay_probability", "method", "seed") if config.resume else ()
+  report.write_csv(config.output_dir / CSV, [result._asdict() for result in results], kept_by)
   print_tables(config, names, results, console)
   meta_plots.draw_rounds(runs, names, config.output_dir / PICTURE)
   if sweeps:

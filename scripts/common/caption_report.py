@@ -58,7 +58,8 @@ def print_and_draw(config: Config, outcome: Outcome, console: Console) -> None:
   folder = config.output_dir
   if outcome.rows:
     rows = [_flat(row) for row in outcome.rows]
-    report.write_csv(folder / RESULTS, rows)
+    kept_by = ("order", "model", "seed") if config.resume else ()
+    report.write_csv(folder / RESULTS, rows, kept_by)
     title = f"{config.dataset}: test set; mean ± standard deviation over seeds"
     report.print_table(console, title, *results_table(config, outcome.rows))
     for reason in dict.fromkeys(row.get("skipped", "") for row in outcome.rows):

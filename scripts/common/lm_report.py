@@ -89,12 +89,6 @@ def weighted_losses(
   return [float(of_size(batches, size)) for size in sizes]
 
 
-def equal_keys(rows: Sequence[Row]) -> list[Row]:
-  """The rows with the keys of all, empty where a row has none."""
-  names = dict.fromkeys(name for row in rows for name in row)
-  return [{name: row.get(name, "") for name in names} for row in rows]
-
-
 # -- Tables: means over seeds, and differences to uniform weights in pairs of runs of one seed.
 
 

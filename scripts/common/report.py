@@ -194,9 +194,25 @@ def read_run(output_dir: Path, identity: Mapping[str, Any], metrics: str) -> lis
   return [json.loads(line) for line in lines if line.endswith("}")]
 
 
-def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-  """Writes rows that have the same keys."""
-  with path.open("w", newline="") as file:
-    writer = csv.DictWriter(file, list(rows[0]) if rows else [])
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], kept_by: Sequence[str] = ()) -> None:
+  """Writes rows; a column that a row does not have is empty.
+
+  Args:
+    path: of the file.
+    rows: columns and values of each.
+    kept_by: the columns by which rows are told apart. If there are any, rows of the earlier file
+      that are not among ``rows`` stay, as those of methods that a resumed run leaves out.
+  """
+  name_of = lambda row: tuple(str(row.get(column)) for column in kept_by)
+  earlier: list[Mapping[str, Any]] = []
+  if kept_by and path.exists():
+    with path.open(newline="") as file:
+      earlier = list(csv.DictReader(file))
+  found = {name_of(row) for row in rows}
+  everything = [row for row in earlier if name_of(row) not in found] + list(rows)
+  new = path.with_name(path.name + ".new")
+  with new.open("w", newline="") as file:
+    writer = csv.DictWriter(file, list(dict.fromkeys(name for row in everything for name in row)))
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows(everything)
+  new.replace(path)  # What was there is never lost on the way.

@@ -402,6 +402,8 @@ def test_an_interrupted_run_says_what_there_is_and_goes_on_bit_for_bit(
   assert script.main(dataclasses.replace(config, resume=True)) == 0
   assert lines_of(broken) == lines_of(whole)
   assert rows_of(broken) == rows_of(whole)
+  assert script.main(dataclasses.replace(config, resume=True, seeds=1)) == 0
+  assert sorted(row["seed"] for row in rows_of(broken)) == ["0", "1"]  # Nothing is lost.
   assert len({line["train_loss"] for line in lines_of(whole)}) == 4
   assert all(part is DATA.test for part in looked_at)
 

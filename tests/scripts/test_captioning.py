@@ -135,6 +135,9 @@ def test_a_stopped_run_goes_on_bit_for_bit(whole, tmp_path, monkeypatch, capsys)
     for folder in (tmp_path, whole)
   ]
   assert rows[0] == rows[1]
+  assert script.main(dataclasses.replace(config, resume=True, first_seed=1)) == 0
+  found = csv.DictReader((tmp_path / "results.csv").read_text().splitlines())
+  assert [row["seed"] for row in found] == ["0", "1"]  # Nothing is lost.
 
 
 def test_a_checkpoint_captions_a_users_own_files(whole, tmp_path, capsys):

@@ -317,7 +317,6 @@ def test_tables_have_means_and_spreads():
   }
   assert table[0][0] == "checkpoint (no training on)"
   assert table[0][6:] == ["-", "-", "-", "-"]
-  assert lm_report.equal_keys([{"a": 1}, {"b": 2}]) == [{"a": 1, "b": ""}, {"a": "", "b": 2}]
 
 
 def lines():
@@ -452,6 +451,12 @@ def test_a_run_writes_its_files_and_a_resumed_one_repeats_nothing(tmp_path, caps
   assert script.main(dataclasses.replace(config, resume=True)) == 0
   assert (tmp_path / "metrics.jsonl").read_text() == metrics
   assert rows_of(tmp_path) == found
+  less = dataclasses.replace(config, resume=True, corruptions=(0.5,))
+  assert script.main(less) == 0
+  without_time = lambda rows: sorted(
+    tuple(v for k, v in row.items() if "second" not in k) for row in rows
+  )
+  assert without_time(rows_of(tmp_path)) == without_time(found)  # Nothing is lost.
 
   for wrong, message in (
     ({}, "has checkpoints of an earlier run"),

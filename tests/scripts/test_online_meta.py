@@ -395,6 +395,10 @@ def test_a_run_is_stopped_and_goes_on_to_the_same_results(tmp_path, capsys, monk
   for name in (script.PICTURE, script.SWEEP):
     with Image.open(mine.output_dir / name) as picture:
       assert picture.width > 800
+  less = dataclasses.replace(mine, resume=True, methods=("leeds",), sweep=False)
+  assert script.main(less) == 0
+  rows_of_others = [row for row in rows_of(mine.output_dir) if row["method"] != "leeds"]
+  assert rows_of_others == [row for row in rows if row["method"] != "leeds"]  # Nothing is lost.
   bad = dataclasses.replace(mine, resume=True, pretrain_tasks=3)
   assert script.main(bad) == 2
   assert "pretrain_tasks must be 2 to resume, got 3" in capsys.readouterr().err
