@@ -1,5 +1,6 @@
 """Captions of a user's own images from a checkpoint."""
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from jaxbo.tasks import ShapesCaptions
 from scripts.common import caption_data, caption_model, caption_plots
 from scripts.common.caption_config import Config, Settings
 from scripts.common.caption_run import run_name
-from scripts.common.resumable import Resumable
+from scripts.common.checkpoints import Checkpoints
 
 VOCABULARY, PICTURE = "vocabulary.json", "predictions.png"
 
@@ -47,10 +48,9 @@ def load(config: Config) -> tuple[GuidedCaptioner, Any, Vocabulary, Settings]:
     "features": np.zeros((1, *settings.image_size, 3), np.float32),
     "tokens": np.zeros((1, 3), np.int32),
   }
-  trainer = Resumable(caption_model.init_state(model, tx, given, jax.random.key(0)), folder)
-  trainer.restore()
-  trainer.close()
-  return model, trainer.state.params, vocabulary, settings
+  with contextlib.closing(Checkpoints(folder)) as checkpoints:
+    state, _, _ = checkpoints.restore(caption_model.init_state(model, tx, given, jax.random.key(0)))
+  return model, state.params, vocabulary, settings
 
 
 def predict(config: Config, console: Console) -> None:

@@ -27,6 +27,7 @@ from scripts.common import (
 )
 from scripts.common.caption_config import Config, Settings
 from scripts.common.caption_noise import NoiseSettings
+from scripts.common.checkpoints import latest_step
 
 pytestmark = pytest.mark.slow  # All together, not each.
 
@@ -110,7 +111,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(whole, tmp_path, monkeypatch, capsys)
 
   def closing(self):
     close(self)
-    closed.append(self.checkpoints.latest_step())
+    closed.append(latest_step(tmp_path / "checkpoints" / "either_sequential_seed0"))
 
   config = Config(output_dir=tmp_path, **SMALL)
   with monkeypatch.context() as patch:
