@@ -8,7 +8,7 @@ first order not at all; MAML adapts every parameter, and ProtoNet has no inner p
 episodes of characters have quarter turns as classes of their own, evaluation episodes have none.
 
   python -m scripts.few_shot                                  glyphs drawn on the spot, no download
-  python -m scripts.few_shot --dataset omniglot               1,100 characters; see README.md
+  python -m scripts.few_shot --dataset omniglot               1,100 characters
   python -m scripts.few_shot --dataset caltech101_fewshot     84 x 84 x 3; ResNet-12, for GPUs
   ... --resume                                                goes on where a run was stopped
 
