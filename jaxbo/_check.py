@@ -14,14 +14,23 @@ from jax.interpreters import partial_eval
 
 def positive_int(name: str, value: Any) -> int:
   """Returns ``value`` as an int; raises if it is no Python integer or is below 1."""
+  return _int(name, value, 1, "positive")
+
+
+def non_negative_int(name: str, value: Any) -> int:
+  """Returns ``value`` as an int; raises if it is no Python integer or is below 0."""
+  return _int(name, value, 0, "non-negative")
+
+
+def _int(name: str, value: Any, smallest: int, kind: str) -> int:
   try:
     if isinstance(value, bool):
       raise TypeError
     number = operator.index(value)
   except TypeError:
-    raise TypeError(f"{name} must be a positive Python int, got {value!r}") from None
-  if number < 1:
-    raise ValueError(f"{name} must be at least 1, got {number}")
+    raise TypeError(f"{name} must be a {kind} Python int, got {value!r}") from None
+  if number < smallest:
+    raise ValueError(f"{name} must be at least {smallest}, got {number}")
   return number
 
 

@@ -36,6 +36,11 @@ def at_least_float32(tree: PyTree) -> PyTree:
   return jax.tree.map(_at_least_float32, tree)
 
 
+def at_least_int32(ints: Any) -> jax.Array:
+  """Casts narrower integers to int32: those do not compare with numbers that they cannot hold."""
+  return jnp.asarray(ints).astype(jnp.result_type(ints, jnp.int32))
+
+
 def zeros_at_least_float32(tree: PyTree) -> PyTree:
   """Zeros shaped and sharded like ``tree``, arrays or ``ShapeDtypeStruct``, as float32 at least."""
   return jax.tree.map(lambda x: jnp.zeros_like(x, dtype=_at_least_float32_dtype(x)), tree)

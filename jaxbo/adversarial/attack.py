@@ -105,6 +105,7 @@ def make_attack(
     images, labels = check_batch(batch, low, high)
     num_classes = check_logits(jax.eval_shape(of_model, params, images), images, min_classes)
     check_labels(labels, num_classes)
+    labels = _tree.at_least_int32(labels)
     return compiled(params, images, labels, typed_key(key) if needs_key else None)
 
   return Attack(run)
@@ -116,8 +117,8 @@ def check_batch(batch: Any, low: float, high: float) -> tuple[jax.Array, jax.Arr
     raise TypeError(f"batch must be a pair (images, labels), got {type(batch).__name__}")
   images, labels = batch
   _check.floating("images", images)
-  if jnp.ndim(images) < 2:
-    raise ValueError(f"images must be [batch, ...], got shape {jnp.shape(images)}")
+  if jnp.ndim(images) < 2 or not jnp.shape(images)[0]:
+    raise ValueError(f"images must be [batch, ...], one at least, got shape {jnp.shape(images)}")
   if not jnp.issubdtype(jnp.result_type(labels), jnp.integer):
     raise TypeError(f"labels must be integers, got dtype {jnp.result_type(labels)}")
   if jnp.shape(labels) != jnp.shape(images)[:1]:
@@ -127,7 +128,8 @@ def check_batch(batch: Any, low: float, high: float) -> tuple[jax.Array, jax.Arr
     )
   if _check.is_known(images) and np.size(images):
     values = np.asarray(images)
-    smallest, largest = float(np.nanmin(values)), float(np.nanmax(values))
+    # Without the warning of nanmin where there is nothing but NaN.
+    smallest, largest = (float(f.reduce(values, axis=None)) for f in (np.fmin, np.fmax))
     if smallest < low or largest > high:
       raise ValueError(
         f"images must be from low={low} to high={high}, got values from {smallest:.6g} to "
@@ -140,9 +142,8 @@ def check_logits(logits: Any, images: jax.Array, min_classes: int = 2) -> int:
   """Returns the number of classes; raises unless logits are ``[batch, num_classes]``."""
   shape = getattr(logits, "shape", None)
   if shape is None or len(shape) != 2 or shape[0] != images.shape[0]:
-    raise ValueError(
-      f"model must return logits, [{images.shape[0]}, num_classes], got {shape or logits}"
-    )
+    got = type(logits).__name__ if shape is None else shape
+    raise ValueError(f"model must return logits, [{images.shape[0]}, num_classes], got {got}")
   _check.floating("logits", logits)
   if shape[1] < min_classes:
     raise ValueError(
@@ -188,6 +189,18 @@ def targeted_dlr(logits: jax.Array, labels: jax.Array, target: jax.Array) -> jax
   return margin / (top[:, 0] - 0.5 * (top[:, 2] + top[:, 3]) + 1e-12)
 
 
+def values_of(
+  objective: Objective, logits: jax.Array, labels: jax.Array, clean_logits: jax.Array
+) -> jax.Array:
+  """The objective, ``[batch]`` or an error; NaN where a label is no class."""
+  values = objective(logits, labels, clean_logits)
+  shape = getattr(values, "shape", type(values).__name__)
+  if shape != labels.shape:
+    raise ValueError(f"objective must return {labels.shape}, one for each image, got {shape}")
+  _check.floating("objective", values)
+  return jnp.where((labels >= 0) & (labels < logits.shape[1]), values, jnp.nan)
+
+
 def gradient(
   forward: Callable[[jax.Array], jax.Array],
   objective: Objective,
@@ -199,8 +212,7 @@ def gradient(
 
   def total(images):
     logits = forward(images)
-    known = (labels >= 0) & (labels < logits.shape[1])
-    values = jnp.where(known, objective(logits, labels, clean_logits), jnp.nan)
+    values = values_of(objective, logits, labels, clean_logits)
     return jnp.sum(values), (values, is_wrong(logits, labels))
 
   direction, (values, wrong) = jax.grad(total, has_aux=True)(perturbed)

@@ -46,7 +46,8 @@ class Ball(NamedTuple):
     project: ``project(delta, images)``: a feasible perturbation near ``delta``. For ``l2`` it is
       shortened to the ball, then clipped, which keeps it in the ball; where the range cuts, that
       is feasible and not the nearest point.
-    random: ``random(key, images)``: a perturbation drawn uniformly from the ball, then clipped.
+    random: ``random(key, images)``: a perturbation drawn uniformly, for ``linf`` from what the
+      range leaves of the ball, for ``l2`` from the ball, then clipped.
     steepest: ``steepest(gradient)``: the direction of steepest ascent whose norm is 1: the sign,
       or the gradient divided by its norm; zero where the gradient is.
   """

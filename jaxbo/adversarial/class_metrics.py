@@ -21,6 +21,7 @@ def class_accuracy(correct: Any, labels: Any, num_classes: int) -> np.ndarray:
 
   Raises:
     ValueError: if shapes differ, or a label is no class.
+    TypeError: if labels are no integers.
 
   Example:
     >>> import jaxbo
@@ -34,6 +35,8 @@ def class_accuracy(correct: Any, labels: Any, num_classes: int) -> np.ndarray:
     raise ValueError(
       f"correct must be [num_images] like labels, {labels.shape}, got {correct.shape}"
     )
+  if not np.issubdtype(labels.dtype, np.integer):
+    raise TypeError(f"labels must be integers, got dtype {labels.dtype}")
   if labels.size and not 0 <= labels.min() <= labels.max() < num_classes:
     raise ValueError(
       f"labels must be from 0 to {num_classes - 1}, got {labels.min()} to {labels.max()}"

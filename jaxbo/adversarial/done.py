@@ -11,7 +11,13 @@ from jaxbo import _check, _tree
 from jaxbo.adversarial import barrier as lower_level
 from jaxbo.adversarial.attack import check_batch, typed_key
 from jaxbo.adversarial.box import check_range, pixel_box
-from jaxbo.adversarial.implicit import DoneInfo, PerturbedLoss, corrected_losses, image_gradient
+from jaxbo.adversarial.implicit import (
+  DoneInfo,
+  PerturbedLoss,
+  checked,
+  corrected_losses,
+  image_gradient,
+)
 from jaxbo.bilevel.linear_solvers import LinearSolver, conjugate_gradient
 from jaxbo.dro.aliases import Optimizer
 from jaxbo.dro.batch import AxisName
@@ -100,7 +106,7 @@ def done_grad(
 
   Raises:
     ValueError: if an argument is outside its range, or losses are not ``[batch]``.
-    TypeError: if a loss does not take three arguments, or images are no floats.
+    TypeError: if a loss does not take three arguments, or images or losses are no floats.
 
   Example:
     >>> import jax.numpy as jnp, jaxbo
@@ -145,7 +151,7 @@ def done_grad(
     if key is not None:
       start = box.low + jax.random.uniform(key, images.shape, images.dtype) * (box.high - box.low)
     minimum = lower_level.minimize(
-      lambda perturbed: attack_loss(params, perturbed, labels),
+      lambda perturbed: checked("attack_loss", attack_loss(params, perturbed, labels), labels),
       images,
       box,
       start,
@@ -161,7 +167,7 @@ def done_grad(
     )
     if inverse == "none":
       return None, info
-    v, bad = image_gradient(loss, params, perturbed, labels)
+    v, bad = image_gradient("loss", loss, params, perturbed, labels)
     if isinstance(solver, LinearSolver):
       diagonal = barrier * lower_level.barrier_curvature(minimum.delta, box)
       of_images = lambda images, labels: attack_loss(params, images, labels)

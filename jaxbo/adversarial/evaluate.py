@@ -133,7 +133,8 @@ def evaluate_robustness(
   * the model runs a loop of unknown length (``while``), as optimization at inference does: gradient
     attacks may not see through it.
 
-  Cost: that of the attacks; three forward passes and one backward pass for the checks.
+  Cost: that of the attacks and a forward pass after each; two forward passes and one backward pass
+  for the checks.
 
   Args:
     model: as in :func:`pgd`.
@@ -147,7 +148,8 @@ def evaluate_robustness(
     A :class:`RobustnessReport`.
 
   Raises:
-    ValueError: if images or labels are out of range.
+    ValueError: if images or labels are out of range, or an attack has the name of another row.
+    TypeError: if ``attacks`` is no dict of attacks.
 
   Example:
     >>> import jax.numpy as jnp, jaxbo
@@ -165,6 +167,7 @@ def evaluate_robustness(
   """
   _check.takes_arguments("model", model, "params", "images")
   batch_size = _check.positive_int("batch_size", batch_size)
+  _check_attacks(attacks)
   images, labels = map(np.asarray, check_batch(batch, -math.inf, math.inf))
   batch_size = min(batch_size, len(labels))
   key = typed_key(key)
@@ -195,6 +198,15 @@ def evaluate_robustness(
   for reason in reasons:
     warnings.warn(f"evaluate_robustness: {reason}", stacklevel=2)
   return RobustnessReport(labels, clean, rows, bad, tuple(reasons), num_classes)
+
+
+def _check_attacks(attacks: Any) -> None:
+  is_attack = lambda value: callable(getattr(value, "run", None))
+  if not (isinstance(attacks, Mapping) and all(map(is_attack, attacks.values()))):
+    raise TypeError(f"attacks must be a dict of attacks by name, got {attacks!r}")
+  # The report has rows of these names.
+  if taken := {"clean", "worst_case"} & set(attacks):
+    raise ValueError(f"attacks must have other names than 'clean' and 'worst_case', got {taken}")
 
 
 @functools.partial(jax.jit, static_argnums=0)  # Compiled once for each model.

@@ -62,7 +62,7 @@ def fast_bat_grad(
 
   Raises:
     ValueError: if an argument is outside its range, or losses are not ``[batch]``.
-    TypeError: if a loss does not take three arguments, or images are no floats.
+    TypeError: if a loss does not take three arguments, or images or losses are no floats.
 
   Example:
     >>> import jax.numpy as jnp, jaxbo
@@ -94,14 +94,14 @@ def fast_bat_grad(
     box = pixel_box(images, epsilon, low, high)
 
     def step(delta):
-      slope, bad = image_gradient(attack_loss, params, images + delta, labels)
+      slope, bad = image_gradient("attack_loss", attack_loss, params, images + delta, labels)
       moved = box.project(delta - step_size * slope)
       return jnp.where(along(bad, delta), delta, moved), bad
 
     start = box.low + jax.random.uniform(key, images.shape, images.dtype) * (box.high - box.low)
     z, bad_start = step(start)
     delta, bad_end = step(z)
-    v, bad = image_gradient(loss, params, images + delta, labels)
+    v, bad = image_gradient("loss", loss, params, images + delta, labels)
     q = solve_active_set(v, delta, box, curvature, tolerance)
     last_step = jnp.max(jnp.abs(delta - z), axis=tuple(range(1, z.ndim)))
     bad |= bad_start | bad_end

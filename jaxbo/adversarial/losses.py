@@ -199,6 +199,8 @@ def _checked(logits: Any, labels: Any) -> tuple[jax.Array, jax.Array]:
       "logits must be [batch, num_classes] and labels [batch], got shapes "
       f"{jnp.shape(logits)} and {jnp.shape(labels)}"
     )
+  if not jnp.issubdtype(jnp.result_type(labels), jnp.integer):
+    raise TypeError(f"labels must be integers, got dtype {jnp.result_type(labels)}")
   return _tree.at_least_float32(logits), jnp.asarray(labels)
 
 

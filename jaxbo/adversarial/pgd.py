@@ -35,8 +35,9 @@ def pgd(
   :math:`d` is the sign for ``linf`` and division by the norm for ``l2``. The projection is on the
   ball and on the range of the values.
 
-  Cost: ``num_steps`` forward and backward passes, without gradients of the parameters; two forward
-  passes more where there are restarts, and one where the objective looks at clean logits.
+  Cost: ``num_steps`` forward and backward passes, without gradients of the parameters, from each
+  start; a forward pass more for each of several starts, and one where the objective looks at clean
+  logits.
 
   Args:
     model: ``model(params, images) -> logits``, ``[batch, num_classes]``. How batch normalisation
@@ -47,8 +48,9 @@ def pgd(
     norm: ``"linf"`` or ``"l2"``.
     low: the smallest value of a pixel.
     high: the largest.
-    random_start: whether the start is drawn uniformly from the ball; or, as TRADES does, the
-      standard deviation of Gaussian noise, projected. ``False`` starts at the image.
+    random_start: whether the start is drawn uniformly from the ball (``linf``: from what the range
+      leaves of it; published code clips a draw from all of it); or, as TRADES does, the standard
+      deviation of Gaussian noise, projected. ``False`` starts at the image.
     objective: what is maximised: ``"cross_entropy"``, ``"margin"`` (:func:`margin_loss`), ``"kl"``
       (the divergence from clean predictions, TRADES), ``"dlr"``, or a function ``(logits, labels,
       clean_logits) -> [batch]``.
@@ -95,7 +97,7 @@ def pgd(
     if restarts > 1:
       raise ValueError(f"random_start must not be False with restarts={restarts}")
   if stop_after is not None:
-    _check.non_negative("stop_after", stop_after)
+    stop_after = _check.non_negative_int("stop_after", stop_after)
   optimizer = _ascent(direction, ball, step_size)
 
   def climb(forward, images, labels, clean, key):
@@ -218,7 +220,7 @@ def judge(
 ) -> Found:
   """Looks at where a run of an attack ended, by one forward pass."""
   logits = forward(perturbed)
-  values = value_of(logits, labels, clean)
+  values = attacks.values_of(value_of, logits, labels, clean)
   return Found(perturbed, values, attacks.is_wrong(logits, labels), info)
 
 

@@ -79,7 +79,7 @@ def square(
 
     def look(delta):
       logits = forward(images + delta)
-      values = value_of(logits, labels, clean)
+      values = attacks.values_of(value_of, logits, labels, clean)
       wrong = attacks.is_wrong(logits, labels)
       return values, wrong, ~jnp.isfinite(values)
 

@@ -195,4 +195,4 @@ def _check_groups(groups: Any, num_groups: int, losses: jax.Array) -> jax.Array 
     low, high = np.min(np.asarray(groups)), np.max(np.asarray(groups))
     if low < 0 or high >= num_groups:
       raise ValueError(f"groups must be from 0 to {num_groups - 1}, got {low} to {high}")
-  return groups
+  return _tree.at_least_int32(groups)

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxbo import _random
+from jaxbo import _check, _random
 
 
 def random_crop(key: Any, images: jax.Array, padding: int = 4) -> jax.Array:
@@ -24,8 +24,8 @@ def random_crop(key: Any, images: jax.Array, padding: int = 4) -> jax.Array:
     Images of the same shape and dtype.
 
   Raises:
-    TypeError: if ``key`` is no key.
-    ValueError: if ``padding`` is no int or negative, or ``images`` have another rank.
+    TypeError: if ``key`` is no key, or ``padding`` no int.
+    ValueError: if ``padding`` is negative, or ``images`` have another rank.
 
   Example:
     >>> import jax.numpy as jnp, jaxbo
@@ -35,8 +35,7 @@ def random_crop(key: Any, images: jax.Array, padding: int = 4) -> jax.Array:
            [1., 1., 1., 0.]], dtype=float32)
   """
   key = _check_arguments(key, images)
-  if not isinstance(padding, int) or padding < 0:
-    raise ValueError(f"padding must be an int of at least 0, got {padding!r}")
+  padding = _check.non_negative_int("padding", padding)
   wide = jnp.pad(images, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
   corners = jax.random.randint(key, (len(images), 2), 0, 2 * padding + 1)
 

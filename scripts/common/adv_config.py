@@ -90,9 +90,10 @@ class Config:
         raise ValueError(f"{name} must name each one once, got {' '.join(values)}")
     for field in dataclasses.fields(self):
       value = getattr(self, field.name)
-      number = isinstance(value, (int, float)) and not isinstance(value, bool)
       may_be_zero = field.name in ("first_seed", "weight_decay", "epsilon_rise")
-      if number and not (math.isfinite(value) and (value > 0 or (value == 0 and may_be_zero))):
+      is_number = lambda x: isinstance(x, (int, float)) and not isinstance(x, bool)
+      numbers = filter(is_number, value if isinstance(value, tuple) else (value,))
+      if any(not (math.isfinite(x) and (x > 0 or (x == 0 and may_be_zero))) for x in numbers):
         allowed = "at least 0" if may_be_zero else "positive"
         raise ValueError(f"{field.name} must be {allowed}, got {value}")
     if self.largest_change() > 1:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import jaxbo
 
@@ -62,6 +63,8 @@ class Rates:
     """Raises ``ValueError`` for what no method can take."""
     for field in dataclasses.fields(self):
       value = getattr(self, field.name)
+      if not np.all(np.isfinite(value)):
+        raise ValueError(f"{field.name} must be finite, got {value}")
       if field.name == "fat_steps":
         if not 0 <= value[0] <= value[1] <= 1:
           raise ValueError(f"fat_steps must be two shares that do not fall, got {value}")
@@ -69,10 +72,10 @@ class Rates:
         raise ValueError(f"{field.name} must be in [0, 1], got {value}")
       elif field.name == "compositional_rate" and not 0 < value <= 1:
         raise ValueError(f"compositional_rate must be in (0, 1], got {value}")
-      elif field.name in ("temperature", "barrier") or field.name.endswith("step_size"):
+      elif field.name.endswith(("temperature", "barrier", "step_size", "fast_bat_curvature")):
         if not value > 0:
           raise ValueError(f"{field.name} must be positive, got {value}")
-      elif field.name.endswith(("beta", "curvature")) and not value >= 0:
+      elif field.name.endswith(("beta", "curvature", "slope")) and not value >= 0:
         raise ValueError(f"{field.name} must be at least 0, got {value}")
 
 

@@ -40,6 +40,11 @@ def settings(config: Config) -> Iterator[tuple[str, str, Config]]:
 
 def tune_and_report(config: Config, data: AdversarialData, console: Console) -> int:
   """Trains and prints; returns the exit status."""
+  with report.bad_input():
+    try:
+      config.output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+      raise report.not_writable(config.output_dir, error) from error
   rows: list[Row] = []
   status, all_settings = 0, list(settings(config))
   with report.progress_bar(console) as progress:
@@ -58,8 +63,8 @@ def tune_and_report(config: Config, data: AdversarialData, console: Console) -> 
             progress.update(bar, loss=f"{METHODS[method].label}, {changed}: {told['tail']:.1f} %")
     except KeyboardInterrupt:
       status = 130
-  config.output_dir.mkdir(parents=True, exist_ok=True)
-  report.write_csv(config.output_dir / CSV, rows)
+  if rows:
+    report.write_csv(config.output_dir / CSV, rows)
   for kind in config.sets:
     title = f"{config.dataset}, {SETS[kind]}: validation images, one rate changed at a time"
     report.print_table(console, title, *table(rows, kind))

@@ -19,7 +19,7 @@ TINY = {"epsilon": EPSILON, "step_size": 0.03, "num_steps": 4}
 PGD = jaxbo.pgd(model, random_start=False, **TINY)
 
 
-def test_errors_name_the_argument():
+def test_errors_name_the_argument(as_users_run):
   pgd = functools.partial(jaxbo.pgd, model)
   cases = {
     "epsilon must be non-negative": {"epsilon": -0.1},
@@ -35,7 +35,7 @@ def test_errors_name_the_argument():
       "objective": "kl",
     },
     "random_start must not be False with restarts=2": {"random_start": False, "restarts": 2},
-    "stop_after must be non-negative": {"stop_after": -1},
+    "stop_after must be at least 0": {"stop_after": -1},
     "low must be below high": {"low": 2.0},
     "low must be finite": {"low": float("nan")},
   }
@@ -56,13 +56,16 @@ def test_errors_name_the_argument():
     jaxbo.pgd(lambda images: images, **TINY)
   with pytest.raises(TypeError, match="objective must be a function"):
     pgd(objective=lambda logits: logits, **TINY)
+  with pytest.raises(TypeError, match=r"stop_after must be a non-negative Python int, got 1\.5"):
+    pgd(stop_after=1.5, **TINY)
 
 
 def test_errors_name_what_is_wrong_with_the_batch():
   for images, message in [
     (IMAGES * 255, "images must be from low=0.0 to high=1.0, got values from 0 to 255"),
     (IMAGES - 0.5, "images must be from low=0.0 to high=1.0, got values from -0.5 to"),
-    (IMAGES[:, 0, 0, 0], r"images must be \[batch, ...\], got shape \(8,\)"),
+    (IMAGES[:, 0, 0, 0], r"images must be \[batch, ...\], one at least, got shape \(8,\)"),
+    (IMAGES[:0], r"images must be \[batch, ...\], one at least, got shape \(0, 4, 4, 1\)"),
   ]:
     with pytest.raises(ValueError, match=message):
       PGD(PARAMS, (images, LABELS))
@@ -91,6 +94,41 @@ def test_errors_name_what_is_wrong_with_the_batch():
     flat(PARAMS, (IMAGES.reshape(8, 16), LABELS), 0)
 
 
+def test_objectives_give_a_number_for_each_image():
+  """A mean would be the same for all: neither step sizes nor restarts could be told apart."""
+  make = {
+    "pgd": functools.partial(jaxbo.pgd, **TINY),
+    "apgd": functools.partial(jaxbo.apgd, epsilon=EPSILON, num_steps=2),
+    "square": functools.partial(jaxbo.square, epsilon=EPSILON, num_queries=2),
+  }
+  for attack in make.values():
+    for objective, shape in [
+      (lambda logits, labels, clean: jnp.mean(logits), r"\(\)"),
+      (lambda logits, labels, clean: logits, r"\(8, 5\)"),
+    ]:
+      message = rf"objective must return \(8,\), one for each image, got {shape}"
+      with pytest.raises(ValueError, match=message):
+        attack(model, objective=objective)(PARAMS, (IMAGES, LABELS), 0)
+  count = lambda logits, labels, clean: jnp.argmax(logits, axis=1)
+  with pytest.raises(TypeError, match="objective must be real floats, got dtype int32"):
+    make["pgd"](model, objective=count)(PARAMS, (IMAGES, LABELS), 0)
+
+
+def test_labels_of_few_bits_are_as_good_as_others():
+  """With 200 classes, which int8 cannot count."""
+  wide = jnp.asarray(np.random.default_rng(0).normal(size=(16, 200)), jnp.float32)
+  linear = lambda params, images: images.reshape(len(images), 16) @ params
+  labels = np.arange(8, dtype=np.int8)
+  for attack in (
+    jaxbo.pgd(linear, **TINY),
+    jaxbo.apgd(linear, epsilon=EPSILON, num_steps=2, objective="targeted_dlr", num_targets=1),
+  ):
+    ours, info = attack.run(wide, (IMAGES, labels), 0)
+    expected, _ = attack.run(wide, (IMAGES, labels.astype(np.int32)), 0)
+    np.testing.assert_array_equal(ours, expected)
+    assert not info.not_finite.any()
+
+
 def test_under_jit_images_are_clipped_and_unknown_labels_left_alone():
   run = jax.jit(lambda images, labels: PGD.run(PARAMS, (images, labels)))
   outside = IMAGES.at[0, 0, 0, 0].set(7.0).at[1, 0, 0, 0].set(-3.0)
@@ -102,9 +140,14 @@ def test_under_jit_images_are_clipped_and_unknown_labels_left_alone():
   assert np.flatnonzero(info.not_finite).tolist() == [3, 4]
   assert info.num_not_finite == 2
   # An objective that does not look at labels knows them no better.
-  moved = jaxbo.pgd(model, objective="kl", random_start=0.001, **TINY)
-  info = jax.jit(lambda labels: moved.run(PARAMS, (IMAGES, labels), 0)[1])(LABELS.at[3].set(99))
-  assert np.flatnonzero(info.not_finite).tolist() == [3]
+  for moved in (
+    jaxbo.pgd(model, objective="kl", random_start=0.001, **TINY),
+    jaxbo.square(model, objective="kl", epsilon=EPSILON, num_queries=2),
+  ):
+    info = jax.jit(lambda y, moved=moved: moved.run(PARAMS, (IMAGES, y), 0)[1])(
+      LABELS.at[3].set(99)
+    )
+    assert np.flatnonzero(info.not_finite).tolist() == [3]
   others, expected = np.array([0, 1, 2, 5, 6, 7]), run(IMAGES, LABELS)[0]
   np.testing.assert_array_equal(perturbed[others], expected[others])
 
@@ -145,6 +188,7 @@ def test_examples_that_are_not_finite_stay_where_they_were_and_are_counted():
     if name in ("whole", "adam"):
       np.testing.assert_array_equal(ours[0][np.array([2, 5])], IMAGES[np.array([2, 5])])
     assert not sound[1].not_finite.any()
+  assert PGD.run(PARAMS, (jnp.nan * IMAGES, LABELS))[1].num_not_finite == problem.BATCH
 
 
 @pytest.mark.parametrize("direction", ["steepest", "adam"])

@@ -385,6 +385,7 @@ def test_a_gradient_that_is_not_finite_leaves_the_example_alone():
   start = LOW + jax.random.uniform(jax.random.key(0), LOW.shape) * (HIGH - LOW)
   np.testing.assert_allclose(found["info"].perturbed[2], start[2], atol=1e-5)
   np.testing.assert_allclose(found["losses"][others], sound["losses"][others], rtol=1e-4)
+  assert np.isnan(found["losses"][2])  # It has no implicit term.
 
 
 def test_the_running_normaliser_follows_its_rate():
@@ -420,9 +421,19 @@ def test_errors_name_the_argument():
     jaxbo.done_grad(problem.loss, lambda params: 0.0, **OPTIONS)
   with pytest.raises(ValueError, match=r"images must be from low=0\.0 to high=1\.0, got values"):
     make(**OPTIONS)(PARAMS, (BATCH[0] * 255, BATCH[1]))
+  sound = problem.loss, problem.margin_attack_loss
   mean = lambda p, x, y: jnp.mean(problem.loss(p, x, y))
-  with pytest.raises(ValueError, match=r"losses must be \(8,\), one for each image"):
-    jaxbo.done_grad(mean, problem.margin_attack_loss, **OPTIONS)(PARAMS, BATCH)
+  whole = lambda p, x, y: jnp.argmax(problem.model(p, x), axis=1)
+  for place, name in enumerate(("loss", "attack_loss")):
+    with_mean, with_whole = ([*sound[:place], bad, *sound[place + 1 :]] for bad in (mean, whole))
+    for inverse in ("diagonal", "none"):
+      message = rf"{name} must return \(8,\), one loss for each image, got \(\)"
+      with pytest.raises(ValueError, match=f"^{message}"):
+        jaxbo.done_grad(*with_mean, inverse=inverse, **OPTIONS)(PARAMS, BATCH)
+    with pytest.raises(ValueError, match=f"^{message}"):
+      jaxbo.fast_bat_grad(*with_mean, epsilon=0.1, step_size=1.0)(PARAMS, BATCH, 0)
+    with pytest.raises(TypeError, match=f"^{name} must be real floats, got dtype int32"):
+      jaxbo.done_grad(*with_whole, **OPTIONS)(PARAMS, BATCH)
   fast = functools.partial(jaxbo.fast_bat_grad, problem.loss, problem.margin_attack_loss)
   for name in ("epsilon", "step_size", "curvature"):
     options = {"epsilon": 0.1, "step_size": 1.0, name: 0.0}

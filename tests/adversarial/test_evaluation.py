@@ -141,7 +141,7 @@ def test_standard_attacks_adapt_to_the_task():
   np.testing.assert_array_equal(nothing(PARAMS, (IMAGES, LABELS), 0), IMAGES)
 
 
-def test_errors_name_the_argument():
+def test_errors_name_the_argument(as_users_run):
   attacks = jaxbo.standard_attacks(model, **CHEAP)
   evaluate = functools.partial(jaxbo.evaluate_robustness, model, PARAMS)
   with pytest.raises(ValueError, match="batch_size must be at least 1"):
@@ -150,6 +150,14 @@ def test_errors_name_the_argument():
     evaluate((255 * IMAGES, LABELS), 0, attacks)
   with pytest.raises(ValueError, match="labels must be from 0 to 4, got 0 to 9"):
     evaluate((IMAGES, LABELS.at[0].set(0).at[1].set(9)), 0, {})
+  for name in ("clean", "worst_case"):
+    with pytest.raises(ValueError, match=f"attacks must have other names than .*, got .'{name}'."):
+      evaluate((IMAGES, LABELS), 0, {name: attacks["pgd_5"]})
+  for wrong in (attacks["pgd_5"], [attacks["pgd_5"]], {"pgd": model}):
+    with pytest.raises(TypeError, match="attacks must be a dict of attacks by name, got"):
+      evaluate((IMAGES, LABELS), 0, wrong)
+  with pytest.raises(TypeError, match="labels must be integers, got dtype float64"):
+    jaxbo.class_accuracy([True], [0.0], 2)
   with pytest.raises(ValueError, match="fraction must be in"):
     jaxbo.tail_accuracy([True], [0], 1, 0.0)
   with pytest.raises(ValueError, match="labels must be from 0 to 1, got 2 to 2"):

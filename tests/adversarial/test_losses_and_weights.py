@@ -94,6 +94,8 @@ def test_errors_of_losses_name_the_argument():
   for loss in (jaxbo.cross_entropy_loss, jaxbo.margin_loss, jaxbo.probabilistic_margin):
     with pytest.raises(ValueError, match=r"logits must be \[batch, num_classes\] and labels"):
       loss(CLEAN[0], LABELS)
+    with pytest.raises(TypeError, match="labels must be integers, got dtype float"):
+      loss(CLEAN, LABELS + 0.5)
 
 
 def weights(weighting, scores, state=None, **options):
@@ -161,6 +163,9 @@ def test_wat_weights_are_those_of_hedge():
   np.testing.assert_array_equal(after.class_costs, state.class_costs)
   # Untouched, all classes weigh the same.
   close(weights(weighting, np.ones(4), groups=labels)[0], np.full(4, 0.25))
+  # Of more classes than labels of few bits can count too.
+  narrow = labels.astype(np.int8)
+  close(weights(jaxbo.wat(200), np.ones(4), groups=narrow)[0], np.full(4, 0.25))
 
 
 def test_costs_of_classes_are_set_in_the_state_of_the_optimizer():

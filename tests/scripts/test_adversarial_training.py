@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import chex
 import jax
@@ -297,6 +298,17 @@ def test_the_loss_of_the_tail_is_the_mean_of_the_highest_tenth():
   assert found[1] > found[0] + 0.1
 
 
+def test_the_attacks_of_the_report_are_those_that_are_asked_for(monkeypatch):
+  asked = []
+  for name in ("pgd", "apgd"):
+    monkeypatch.setattr(jaxbo, name, lambda model, **options: asked.append(options))
+  Evaluator(model, Config(epsilon=0.2, test_steps=7, worst_steps=5, num_targets=2))
+  pgd, apgd, targeted = asked
+  assert pgd == {"epsilon": 0.2, "step_size": 0.05, "num_steps": 7}
+  assert apgd == {"epsilon": 0.2, "num_steps": 5}
+  assert targeted == apgd | {"objective": "targeted_dlr", "num_targets": 2}
+
+
 # -- Whole runs.
 
 SMALL = {
@@ -325,19 +337,29 @@ def small(monkeypatch):
   monkeypatch.setattr(lm_train, "all_devices", lambda: devices(1))
 
 
+class LookedAt(NamedTuple):
+  """Images and parameters of all evaluations, and the parameters of all pictures."""
+
+  images: list
+  params: list
+  drawn: list
+
+
 @pytest.fixture
 def looked_at(monkeypatch):
-  """Evaluates clean images alone and draws nothing; the images that were evaluated on."""
-  seen = []
+  """Evaluates clean images alone and draws nothing."""
+  seen = LookedAt([], [], [])
 
   def of_test(self, params, part, names):
-    seen.append(part)
+    seen.images.append(part)
+    seen.params.append(params)
     names = ["clean", "pgd", "worst", "tail", "worst_class", "tail_loss"]
     names += [f"robust/{name}" for name in NAMES]
     return dict.fromkeys(names, self.accuracy(params, part)) | {"doubts": ""}
 
   monkeypatch.setattr(Evaluator, "of_test", of_test)
-  monkeypatch.setattr(adv_pictures, "draw", lambda *arguments: None)
+  draw = lambda config, data, runner: seen.drawn.append(dict(runner.outcome.params))
+  monkeypatch.setattr(adv_pictures, "draw", draw)
   return seen
 
 
@@ -386,6 +408,7 @@ def test_an_interrupted_run_says_what_there_is_and_goes_on_bit_for_bit(
   whole, broken = tmp_path / "whole", tmp_path / "broken"
   config = Config(output_dir=whole, **SMALL | {"methods": ("at_kl",), "seeds": 2})
   assert script.main(config) == 0
+  assert looked_at.drawn[0]["long_tailed", "at_kl"] is looked_at.params[0]  # The first seed's.
   write, left = script.report.MetricsLog.write, [4]
 
   def until_it_breaks(self, **values):
@@ -405,7 +428,7 @@ def test_an_interrupted_run_says_what_there_is_and_goes_on_bit_for_bit(
   assert script.main(dataclasses.replace(config, resume=True, seeds=1)) == 0
   assert sorted(row["seed"] for row in rows_of(broken)) == ["0", "1"]  # Nothing is lost.
   assert len({line["train_loss"] for line in lines_of(whole)}) == 4
-  assert all(part is DATA.test for part in looked_at)
+  assert all(part is DATA.test for part in looked_at.images)
 
   for wrong, message in (
     ({}, "has checkpoints of an earlier run"),
@@ -424,7 +447,7 @@ def test_rates_are_varied_one_at_a_time_on_validation_images(
   table = capsys.readouterr().out
   assert "AT + KL weights, as given" in table
   assert "AT + KL weights, temperature 1" in table
-  assert [part is DATA.validation for part in looked_at] == [True, True]
+  assert [part is DATA.validation for part in looked_at.images] == [True, True]
   found = list(csv.DictReader((tmp_path / "tune.csv").read_text().splitlines()))
   assert [row["changed"] for row in found] == ["as given", "temperature 1"]
   assert not (tmp_path / "checkpoints").exists()
@@ -453,10 +476,16 @@ def test_rates_are_varied_one_at_a_time_on_validation_images(
     ({"rates": Rates(trades_beta=-1.0)}, "trades_beta must be at least 0, got -1.0"),
     ({"rates": Rates(mail_begin=2.0)}, "mail_begin must be in [0, 1], got 2.0"),
     ({"rates": Rates(fat_steps=(0.5, 0.2))}, "fat_steps must be two shares that do not fall"),
+    ({"rates": Rates(temperature=np.inf)}, "temperature must be finite, got inf"),
+    ({"rates": Rates(gairat_shift=np.nan)}, "gairat_shift must be finite, got nan"),
+    ({"rates": Rates(mail_slope=-1.0)}, "mail_slope must be at least 0, got -1.0"),
+    ({"rates": Rates(fast_bat_curvature=0.0)}, "fast_bat_curvature must be positive, got 0.0"),
+    ({"widths": (0, 3)}, "widths must be positive, got (0, 3)"),
     ({"rates": Rates(compositional_rate=0.0)}, "compositional_rate must be in (0, 1], got 0.0"),
     ({"resume": True}, "resume needs an earlier run in output_dir"),
     ({"resume": True, "tune": True}, "resume must not be given with tune"),
     ({"output_dir": Path("/dev/null/x")}, "output_dir must be a folder to write to"),
+    ({"output_dir": Path("/dev/null/x"), "tune": True}, "output_dir must be a folder to write to"),
   ],
 )
 def test_bad_input_says_what_is_allowed(tmp_path, capsys, small, wrong, message):

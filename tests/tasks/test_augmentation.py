@@ -46,8 +46,10 @@ def test_equal_keys_give_equal_images_and_no_padding_changes_nothing():
 
 
 def test_what_cannot_be_is_refused(as_users_run):
-  with pytest.raises(ValueError, match="padding must be an int of at least 0, got -1"):
+  with pytest.raises(ValueError, match="padding must be at least 0, got -1"):
     tasks.random_crop(0, IMAGES, -1)
+  with pytest.raises(TypeError, match="padding must be a non-negative Python int, got True"):
+    tasks.random_crop(0, IMAGES, True)
   for function in (tasks.random_crop, tasks.random_flip):
     with pytest.raises(ValueError, match=r"images must have the shape \[n, height, width, channe"):
       function(0, IMAGES[0])
