@@ -20,6 +20,7 @@ from scripts.common import (
   caption_data,
   caption_files,
   caption_model,
+  caption_noise,
   caption_plots,
   caption_report,
   caption_run,
@@ -100,6 +101,12 @@ def test_gradients_are_clipped_and_the_rate_rises_and_falls():
   _, updates = jax.lax.scan(step, tx.init(np.float32(0)), gradients)
   expected = [0, 0.05] + [0.05 * (1 + math.cos(math.pi * t / 28)) for t in range(29)]
   np.testing.assert_allclose(updates, -np.array(expected), rtol=1e-4, atol=1e-7)
+
+
+def test_weights_of_captions_are_divided_by_their_sum():
+  weights = np.array([0.2, 0.2, 0.8])
+  found = caption_noise.weighted_mean(np.log(weights / (1 - weights)), np.array([1.0, 2.0, 6.0]))
+  assert float(found) == pytest.approx(5.4 / 1.2)
 
 
 def test_only_what_is_trained_with_dropout_gets_a_key(monkeypatch):

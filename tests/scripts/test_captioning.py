@@ -13,6 +13,7 @@ import pytest
 from jaxbo_models.vocabulary import Vocabulary
 from PIL import Image
 
+import jaxbo
 from jaxbo.tasks import ShapesCaptions
 from scripts import captioning as script
 from scripts.common import (
@@ -42,6 +43,7 @@ def drawn():
     found.add((self, num, part))
     return sample(self, key, num, part)
 
+  caption_shapes.held_out.cache_clear()  # Other files draw, too.
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(ShapesCaptions, "sample", spy)
     yield found
@@ -235,8 +237,12 @@ def test_captioners_are_the_loss_of_reweighting_and_of_hyper_cleaning(
   monkeypatch.setattr(script, "RESPONSES", ("first_order",))
   config = Config(noise=True, output_dir=tmp_path)
   (tmp_path / "metrics.jsonl").write_text("a training run's")
-  before = set(drawn)
+  before, trained_with, reweight = set(drawn), [], jaxbo.reweight
+  monkeypatch.setattr(jaxbo, "reweight", lambda w: trained_with.append(w) or reweight(w))
   assert script.run_noise(config, TINY_NOISE) == 0
+  # IR-DRO where colours are flipped, and uniform weights before hyper-cleaning.
+  weights = [w.weigh(np.array([0.0, 4.0]), w.init())[0][1] for w in trained_with]
+  np.testing.assert_allclose(weights, [math.e / (1 + math.e), 0.5], rtol=1e-5)
   clean, flipped = ShapesCaptions(), ShapesCaptions(color_flips=0.2)
   swapped = ShapesCaptions(swaps=0.3)
   assert drawn - before == {
