@@ -160,12 +160,12 @@ def test_fast_bat_is_the_limit_of_a_vanishing_barrier(x64):
 def test_fast_bat_is_its_formula(x64):
   """Every piece by reverse-mode derivatives of its own."""
   params, (images, labels) = make()
-  options = {"epsilon": 0.1, "step_size": 0.05, "curvature": CURVATURE, "repair": False}
+  options = {"epsilon": 0.1, "step_size": 0.05, "curvature": CURVATURE, "tolerance": 0.02}
   weights, key = jnp.linspace(0.1, 0.5, NUM), jax.random.key(3)
 
   @jax.jit
-  def ours(params):
-    grad = jaxbo.fast_bat_grad(loss, margin, **options)
+  def ours(params, images):
+    grad = jaxbo.fast_bat_grad(loss, margin, repair=False, **options)
     grads = grad(params, (images, labels), jax.random.clone(key))
     return grads.pullback(weights), grads.losses, grads.aux
 
@@ -177,17 +177,21 @@ def test_fast_bat_is_its_formula(x64):
     z = box.project(z - 0.05 * slope(images + z, params))
     delta = box.project(z - 0.05 * slope(images + z, params))
     v = jax.grad(lambda x: jnp.sum(loss(params, x, labels)))(images + delta)
-    off = (delta > box.low + 1e-7) & (delta < box.high - 1e-7)
+    off = (delta > box.low + 0.02) & (delta < box.high - 0.02)
     q = jnp.where(off, v, 0) / CURVATURE
 
     def surrogate(p):
       cross = jnp.sum(slope(images + z, p) * q, axis=1)
       return jnp.sum(weights * (loss(p, images + delta, labels) - cross))
 
-    return jax.grad(surrogate)(params), loss(params, images + delta, labels), images + delta, off
+    last_step = jnp.max(jnp.abs(delta - z), axis=1)
+    values = loss(params, images + delta, labels)
+    return jax.grad(surrogate)(params), values, images + delta, off, last_step
 
-  gradient, losses, info = ours(params)
-  reference, values, perturbed, off = expected(params)
+  gradient, losses, info = ours(params, jnp.where(images == 1, 7.0, images))  # It is clipped.
+  reference, values, perturbed, off, last_step = expected(params)
+  assert (images == 1).any()
+  np.testing.assert_allclose(info.last_step, last_step, atol=1e-12)
   assert 0 < off.sum() < off.size
   np.testing.assert_allclose(info.perturbed, perturbed, atol=1e-12)
   np.testing.assert_allclose(losses, values, rtol=1e-12)
@@ -250,6 +254,16 @@ def test_one_step_has_the_barriers_curvature_in_it():
   np.testing.assert_allclose(minimum.last_step, np.abs(move), rtol=1e-4)
   far = solve(jnp.full(4, 1e6), 1e-2, 1e6, num_steps=1)
   np.testing.assert_allclose(far.delta[:, 0], 0.4 * EPSILON + 0.9 * above, rtol=1e-5)
+
+
+def test_a_start_on_a_wall_is_taken_inside():
+  """A uniform draw is zero now and then: the barrier would be infinite there."""
+  images = jnp.full((2, 1), 0.5)
+  box = pixel_box(images, EPSILON, 0.0, 1.0)
+  sizes = {"barrier": 1e-2, "num_steps": 1, "step_size": 1.0, "margin": 0.1}
+  minimum = lower_level.minimize(lambda x: -x[:, 0], images, box, box.low, **sizes)
+  assert np.all((minimum.delta > box.low) & (minimum.delta < box.high))
+  assert not minimum.not_finite.any()
 
 
 def test_adam_ends_within_a_step_of_the_minimum():
@@ -315,6 +329,16 @@ def test_perturbations_are_strictly_inside_also_at_pixels_0_and_1(pull, step_siz
     assert found["info"].num_not_finite == 0
   start = pull(PARAMS, BATCH, None, 1e-12, 1e-6)["info"]
   np.testing.assert_allclose(start.perturbed, (LOW + HIGH) / 2, atol=1e-6)
+  outside = jnp.where(BATCH[0] == 1, 7.0, BATCH[0]), BATCH[1]  # Under jit they are clipped.
+  close(pull(PARAMS, outside, None, step_size, 1e-6), pull(PARAMS, BATCH, None, step_size, 1e-6))
+
+
+def test_the_margin_keeps_away_from_the_walls():
+  grad = jaxbo.done_grad(problem.loss, problem.margin_attack_loss, margin=0.2, **OPTIONS)
+  perturbed = grad(PARAMS, BATCH).aux.perturbed
+  share = (perturbed - LOW) / (HIGH - LOW)
+  assert share.min() == pytest.approx(0.2, abs=1e-4)
+  assert share.max() == pytest.approx(0.8, abs=1e-4)
 
 
 def test_weights_are_a_softmax_at_rate_1():
@@ -386,6 +410,11 @@ def test_a_gradient_that_is_not_finite_leaves_the_example_alone():
   np.testing.assert_allclose(found["info"].perturbed[2], start[2], atol=1e-5)
   np.testing.assert_allclose(found["losses"][others], sound["losses"][others], rtol=1e-4)
   assert np.isnan(found["losses"][2])  # It has no implicit term.
+  # Fast-BAT looks at the outer loss once.
+  fast = jaxbo.fast_bat_grad(*losses, epsilon=EPSILON, step_size=1.0)(PARAMS, BATCH, 0).aux
+  assert np.flatnonzero(fast.not_finite).tolist() == [2, 5]
+  start = LOW + jax.random.uniform(jax.random.key(0), LOW.shape) * (HIGH - LOW)
+  np.testing.assert_allclose(fast.perturbed[2], start[2], atol=1e-5)
 
 
 def test_the_running_normaliser_follows_its_rate():
