@@ -24,7 +24,8 @@ class AttackInfo(NamedTuple):
 
   Attributes:
     num_correct: at how many of the points where it took a gradient (by :func:`jaxbo.square`: a
-      query) the example was still classified correctly, int32; what :func:`jaxbo.gairat` takes.
+      query) the example was still classified correctly, int32; as floats, the scores of
+      :func:`jaxbo.gairat`.
     not_finite: whether it met an objective or gradient that is not finite. The example was left
       where it was.
   """

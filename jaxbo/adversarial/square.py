@@ -85,7 +85,7 @@ def square(
 
     def query(i, carry):
       delta, value, wrong, num_correct, not_finite = carry
-      share = area * 0.5 ** jnp.sum(i > num_queries * jnp.array(_HALVINGS))
+      share = area * _shrunk(i, num_queries)
       moved = _paint(jax.random.fold_in(rest, i), delta, share, epsilon)
       moved = ball.project(moved, images)
       new_value, new_wrong, bad = look(moved)
@@ -104,6 +104,11 @@ def square(
     return Found(jnp.clip(images + delta, low, high), value, wrong, AttackInfo(*counts))
 
   return make_attack(model, find, low, high, min_classes=min_classes)
+
+
+def _shrunk(i: jax.Array | int, num_queries: int) -> jax.Array:
+  """The part of the first square's area that the square of query ``i`` has."""
+  return 0.5 ** jnp.sum(i > num_queries * jnp.array(_HALVINGS))
 
 
 def _paint(key: jax.Array, delta: jax.Array, share: jax.Array, epsilon: float | jax.Array):

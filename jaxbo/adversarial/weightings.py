@@ -34,9 +34,10 @@ def gairat(
   .. math:: w_i \propto \tfrac12 \big(1 + \tanh(\Lambda + 5 (1 - 2 \kappa_i / K))\big)
 
   :math:`\kappa_i` is at how many of its :math:`K` points the attack found the example still
-  correct: ``info.num_correct`` of :func:`pgd`, which is given as ``scores=``. Published code
-  halves odd :math:`K` by integer division; this is the formula. Models trained so withstand PGD
-  better than other attacks: evaluate with :func:`evaluate_robustness`.
+  correct: ``info.num_correct`` of :func:`pgd`, which is given as
+  ``scores=info.num_correct.astype(float)``. Published code halves odd :math:`K` by integer
+  division; this is the formula. Models trained so withstand PGD better than other attacks: evaluate
+  with :func:`evaluate_robustness`.
 
   Args:
     num_steps: :math:`K`, at least 1.

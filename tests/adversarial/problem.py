@@ -1,8 +1,12 @@
 """A classifier of tiny images that all tests attack, and its batch."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+import jaxbo
 
 BATCH, SIDE, HIDDEN, CLASSES = 8, 4, 12, 5
 EPSILON = 0.1
@@ -47,3 +51,17 @@ def margin_attack_loss(params, images, labels):
   is_label = jax.nn.one_hot(labels, logits.shape[1], dtype=bool)
   others = jax.nn.logsumexp(jnp.where(is_label, -jnp.inf, logits), axis=1)
   return jnp.sum(jnp.where(is_label, logits, 0), axis=1) - others
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _look(image, label, model):
+  logits_of = lambda x: model(params(), x[None])
+  value = lambda x: jaxbo.cross_entropy_loss(logits_of(x), label[None])[0]
+  loss, slope = jax.value_and_grad(value)(image)
+  return loss, slope, jnp.argmax(logits_of(image)[0])
+
+
+def look(image, label, model=model):
+  """The cross entropy of one image, its slope, and whether it is misclassified."""
+  loss, slope, predicted = _look(jnp.asarray(image), label, model)
+  return float(loss), np.asarray(slope), int(predicted) != int(label)

@@ -11,13 +11,12 @@ import pytest
 from hypothesis.extra import numpy as hnp
 
 import jaxbo
-from jaxbo.adversarial.apgd import _check_point, _start, intervals
 from jaxbo.adversarial.attack import Found, best, difference_of_logits_ratio, targeted_dlr
 from jaxbo.adversarial.box import make_ball
 from jaxbo.adversarial.losses import kl_divergence
-from jaxbo.adversarial.square import _paint
+from jaxbo.adversarial.square import _paint, _shrunk
 from tests.adversarial import problem
-from tests.adversarial.problem import EPSILON, model
+from tests.adversarial.problem import EPSILON, look, model
 
 pytestmark = pytest.mark.slow
 
@@ -97,20 +96,6 @@ def test_attacks_raise_the_loss():
       assert np.mean(attacked) > np.mean(clean) + 0.02, name
 
 
-APGD = jaxbo.apgd(model, epsilon=EPSILON, num_steps=20)
-
-
-def test_apgd_is_at_least_as_strong_as_pgd_at_equal_steps():
-  pgd = jaxbo.pgd(model, epsilon=EPSILON, step_size=EPSILON / 4, num_steps=20)
-  losses, wrong = {}, {}
-  for name, attack in {"pgd": pgd, "apgd": APGD}.items():
-    logits = model(PARAMS, attack(PARAMS, (IMAGES, LABELS), 3))
-    losses[name] = problem.cross_entropy(logits, LABELS)
-    wrong[name] = np.argmax(logits, axis=1) != np.asarray(LABELS)
-  assert np.all(losses["apgd"] >= losses["pgd"] - 1e-5)
-  assert wrong["apgd"].sum() >= wrong["pgd"].sum()
-
-
 def test_the_key_decides_what_is_drawn():
   again = jax.device_get(run_all(EPSILON, IMAGES, LABELS, jax.random.key(0)))
   for name, (perturbed, _) in results().items():
@@ -125,24 +110,6 @@ def test_the_key_decides_what_is_drawn():
 
 
 # What follows is one example and one step at a time, in NumPy.
-
-
-def wavy(params, images):
-  """Hills and valleys within the box, so that momentum and step sizes matter."""
-  return model(params, jnp.sin(9 * images))
-
-
-@functools.partial(jax.jit, static_argnums=2)
-def _look(image, label, model):
-  logits_of = lambda x: model(PARAMS, x[None])
-  value = lambda x: jaxbo.cross_entropy_loss(logits_of(x), label[None])[0]
-  loss, slope = jax.value_and_grad(value)(image)
-  return loss, slope, jnp.argmax(logits_of(image)[0])
-
-
-def look(image, label, model=model):
-  loss, slope, predicted = _look(jnp.asarray(image), label, model)
-  return float(loss), np.asarray(slope), int(predicted) != int(label)
 
 
 def pgd_by_hand(image, label, step_size, num_steps, stop_after=None):
@@ -172,49 +139,6 @@ def test_pgd_and_its_early_stop_are_those_of_the_papers(stop_after):
   assert 0 < np.mean(info.num_correct) < 6
 
 
-def apgd_by_hand(image, start, label, epsilon, num_steps):
-  """As in AutoAttack's code, for one example of the wavy model."""
-  project = lambda x: np.clip(np.clip(x, image - epsilon, image + epsilon), 0, 1)
-  look = functools.partial(globals()["look"], model=wavy)
-  x = x_old = x_best = np.asarray(start)
-  loss, slope, wrong = look(x, label)
-  best, best_slope, adversarial = loss, slope, [(loss, x)] if wrong else []
-  step, history, reduced, last_best = 2 * epsilon, [], True, loss
-  length, smallest = max(int(0.22 * num_steps), 1), max(int(0.06 * num_steps), 1)
-  shrink, counter, before = max(int(0.03 * num_steps), 1), 0, loss
-  for k in range(num_steps):
-    z = project(x + step * np.sign(slope))
-    share = 1.0 if k == 0 else 0.75
-    x, x_old = project(x + share * (z - x) + (1 - share) * (x - x_old)), x
-    loss, slope, wrong = look(x, label)
-    if wrong:
-      adversarial.append((loss, x))
-    history.append(loss > before)
-    before = loss
-    if loss > best:
-      best, x_best, best_slope = loss, x, slope
-    counter += 1
-    if counter == length:
-      few = sum(history[-length:]) <= 0.75 * length
-      if few or (not reduced and last_best >= best):
-        step /= 2
-        x, slope, before, reduced = x_best, best_slope, best, True
-      else:
-        reduced = False
-      last_best, counter, length = best, 0, max(length - shrink, smallest)
-  return max(adversarial, key=lambda pair: pair[0])[1] if adversarial else x_best
-
-
-def test_apgd_is_that_of_the_paper(x64):
-  epsilon, key, images = 0.3, jax.random.key(5), IMAGES.astype(jnp.float64)
-  attack = jaxbo.apgd(wavy, epsilon=epsilon, num_steps=30)
-  perturbed = attack(PARAMS, (images, LABELS), jax.random.clone(key))
-  start = images + make_ball("linf", epsilon, 0.0, 1.0).random(key, images)
-  for i in range(problem.BATCH):
-    expected = apgd_by_hand(np.asarray(images[i]), start[i], LABELS[i], epsilon, 30)
-    np.testing.assert_allclose(perturbed[i], expected, atol=1e-6)
-
-
 def test_the_best_run_is_a_misclassified_one_and_then_the_highest():
   """Columns: none wrong; one wrong with the lower value; two wrong; the wrong one not finite."""
   values = jnp.array([[1.0, 5.0, 1.0, jnp.inf], [2.0, 1.0, 2.0, 3.0], [0.0, 2.0, 9.0, 4.0]])
@@ -226,36 +150,6 @@ def test_the_best_run_is_a_misclassified_one_and_then_the_highest():
   assert found.wrong.tolist() == [False, True, True, False]
   assert found.info.num_correct.tolist() == [4, 5, 6, 11]
   assert found.info.not_finite.tolist() == [False, False, False, True]
-
-
-def test_checkpoints_are_those_of_autoattack():
-  lengths = intervals(100)
-  assert (np.flatnonzero(lengths) + 1).tolist() == [22, 41, 57, 70, 80, 87, 93, 99]
-  assert lengths[lengths > 0].tolist() == [22, 19, 16, 13, 10, 7, 6, 6]
-  assert intervals(1).tolist() == [1]
-
-
-def test_a_step_is_halved_where_few_steps_climb_or_nothing_improves():
-  """Three of four climb but in the first; the best value has changed in the first two alone."""
-  one = lambda *values: jnp.array(values, jnp.float32)
-  places, zeros = jnp.zeros((4, 2)), jnp.zeros(4)
-  carry = _start(places, (places, zeros, zeros > 0, zeros > 0), 0.5)._replace(
-    best_delta=places + 1,
-    best_value=one(3, 3, 2, 2),
-    checkpoint_value=one(1, 1, 2, 2),
-    num_climbs=jnp.array([3, 4, 4, 4]),
-    halved=jnp.array([False, False, False, True]),
-  )
-  after = _check_point(carry, jnp.int32(4))
-  assert (after.step_size / carry.step_size).tolist() == [0.5, 1, 0.5, 1]
-  assert after.halved.tolist() == [True, False, True, False]
-  assert after.delta[:, 0].tolist() == [1, 0, 1, 0]
-  assert after.value.tolist() == [3, 0, 2, 0]
-  assert after.num_climbs.tolist() == [0, 0, 0, 0]
-  assert after.checkpoint_value.tolist() == [3, 3, 2, 2]
-  between = _check_point(carry, jnp.int32(0))
-  for mine, theirs in zip(between, carry, strict=True):
-    np.testing.assert_array_equal(mine, theirs)
 
 
 def test_plain_and_adam_steps_are_those_of_optax():
@@ -286,6 +180,13 @@ def test_the_step_of_fgsm_is_longer_from_a_random_start():
   assert np.asarray(moved).max() == pytest.approx(-0.025, abs=0.003)
   exact = jaxbo.fgsm(linear, epsilon=0.1, random_start=False)((), (images, labels)) - 0.5
   np.testing.assert_allclose(exact, -0.1, rtol=1e-5)
+  # Otherwise it is one step of PGD.
+  options = {"norm": "l2", "low": -1.0, "high": 2.0, "random_start": False, "objective": "margin"}
+  attacks = (
+    jaxbo.fgsm(model, epsilon=0.5, **options),
+    jaxbo.pgd(model, epsilon=0.5, step_size=0.5, num_steps=1, **options),
+  )
+  np.testing.assert_array_equal(*(attack(PARAMS, (IMAGES, LABELS)) for attack in attacks))
 
 
 def test_objectives_are_their_formulas():
@@ -311,24 +212,6 @@ def test_a_restart_can_only_help():
   one = loss_at(jaxbo.pgd(hills, **options)((), (images, labels), 0))
   many = loss_at(jaxbo.pgd(hills, restarts=8, **options)((), (images, labels), 0))
   assert one.min() < 0 < many.min()
-
-
-def test_restarts_and_targets_start_at_points_of_their_own():
-  """Without a slope attacks stay where they start; the best of four is at 0.06 in the mean."""
-
-  def flat(params, images):
-    x = jax.lax.stop_gradient(images)
-    return jnp.concatenate([9 + 0 * x, x, x - 1, x - 2, x - 3], axis=1)
-
-  options = {"epsilon": 0.1, "num_steps": 1}
-  images = jnp.full((200, 1), 0.5)
-  for attack in (
-    jaxbo.pgd(flat, step_size=0.1, objective="margin", restarts=4, **options),
-    jaxbo.apgd(flat, objective="margin", restarts=4, **options),
-    jaxbo.apgd(flat, objective="targeted_dlr", num_targets=4, **options),
-  ):
-    moved = attack((), (images, jnp.zeros(200, jnp.int32)), 0) - images
-    assert np.mean(moved) == pytest.approx(0.06, abs=4 * 0.033 / np.sqrt(200))
 
 
 def test_random_starts_fill_the_ball():
@@ -369,6 +252,37 @@ def test_square_leaves_alone_what_is_misclassified():
   np.testing.assert_array_equal(short[still], long[still])
 
 
+def test_square_starts_with_vertical_stripes():
+  attack = jaxbo.square(FLAT, epsilon=EPSILON, num_queries=1, area=1e-6)  # Of one pixel.
+  moved = attack(PARAMS, (jnp.full_like(IMAGES, 0.5), LABELS), 0) - 0.5
+  of_columns = np.median(moved, axis=1)
+  np.testing.assert_allclose(np.abs(of_columns), EPSILON, rtol=1e-5)
+  assert np.ptp(of_columns, axis=1).max() > EPSILON
+
+
+def test_squares_shrink_as_published():
+  """By 10,000 queries: halved after 10, 50, 200, 500, 1000, 2000, 4000, 6000 and 8000."""
+  parts = [1 / float(_shrunk(i, 10000)) for i in (0, 10, 11, 50, 51, 1000, 1001, 8000, 8001)]
+  assert parts == [1, 1, 2, 2, 4, 16, 32, 256, 512]
+  # The last of them find a chessboard, whose fields are pixels.
+  board = 1 - 2.0 * (np.indices((4, 4)).sum(axis=0)[None, :, :, None] % 2)
+  fine = lambda params, x: jnp.stack([9 - (total := jnp.sum(board * x, (1, 2, 3))), total], axis=1)
+  attack = jaxbo.square(fine, epsilon=EPSILON, num_queries=500)
+  perturbed = attack((), (jnp.full((8, 4, 4, 1), 0.5), jnp.zeros(8, jnp.int32)), 0)
+  np.testing.assert_allclose(perturbed - 0.5, np.repeat(EPSILON * board, 8, 0), atol=1e-6)
+
+
+def test_square_leaves_points_that_are_not_finite():
+  """Where the first pixel is bright; a start there is no success."""
+  cliff = lambda params, x: jnp.where(x[:, 0, 0] > 0.5, jnp.nan, model(params, x))
+  images = jnp.full((32, 4, 4, 1), 0.5)
+  labels = jnp.argmax(model(PARAMS, images), axis=1)
+  attack = jaxbo.square(cliff, epsilon=EPSILON, num_queries=500)
+  perturbed, info = attack.run(PARAMS, (images, labels), 0)
+  assert np.all(perturbed[:, 0, 0] < 0.5)
+  assert info.num_not_finite > 10
+
+
 def test_a_square_is_one_square_of_the_asked_area():
   delta = _paint(jax.random.key(0), jnp.zeros((50, 6, 8, 3)), jnp.float32(9 / 48), 0.1)
   touched = np.asarray(delta != 0)
@@ -382,33 +296,5 @@ def test_a_square_is_one_square_of_the_asked_area():
   assert touched[:, -1].any()
   assert touched[:, :, -1].any()
   assert touched[:, 0].any()
-
-
-def test_targets_are_the_likeliest_other_classes():
-  """Where only the third class can be reached, the third target finds it."""
-
-  def steps(params, images):
-    x = images[:, 0]
-    return jnp.stack([3 + 0 * x, 2 - x, 1 - x, 40 * x - 3.9, -9 + 0 * x], axis=1)
-
-  batch = jnp.full((1, 1), 0.05), jnp.zeros(1, jnp.int32)
-  options = {"epsilon": 0.15, "num_steps": 12, "objective": "targeted_dlr", "low": -1.0}
-  attack = jaxbo.apgd(steps, num_targets=3, **options)
-  # Towards the first two classes, down the slope, nothing is found but by the start.
-  few = jaxbo.apgd(steps, num_targets=2, **options)
-  predicted = lambda attack: [int(steps((), attack((), batch, k)).argmax()) for k in range(4)]
-  assert predicted(attack) == [3, 3, 3, 3]
-  assert 0 in predicted(few)
-
-
-def test_where_all_targets_fail_the_largest_margin_is_kept():
-  """Up the slope the margin is -1 and DLR -1 / 5, down it -2 and -2 / 16.5."""
-
-  def out_of_reach(params, images):
-    x = images[:, 0]
-    return jnp.stack([0 * x + 10, 7 + 20 * x, 7 - 10 * x, 110 * x - 7, 0 * x - 60], axis=1)
-
-  batch = jnp.zeros((2, 1)), jnp.zeros(2, jnp.int32)
-  options = {"epsilon": 0.1, "num_steps": 5, "low": -1.0, "num_targets": 2}
-  attack = jaxbo.apgd(out_of_reach, objective="targeted_dlr", **options)
-  np.testing.assert_allclose(attack((), batch, 0), 0.1, rtol=1e-5)
+  places = zip(touched.any(axis=(2, 3)).argmax(1), touched.any(axis=(1, 3)).argmax(1), strict=True)
+  assert len(set(places)) > 15  # of 24: rows do not go with columns

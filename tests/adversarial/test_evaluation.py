@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import jaxbo
+from jaxbo.adversarial import evaluate
 from tests.adversarial import problem
 from tests.adversarial.problem import EPSILON, model
 
@@ -141,21 +142,37 @@ def test_standard_attacks_adapt_to_the_task():
   np.testing.assert_array_equal(nothing(PARAMS, (IMAGES, LABELS), 0), IMAGES)
 
 
+def test_standard_attacks_are_those_of_the_protocol(as_users_run, monkeypatch):
+  asked = []
+  for name in ("pgd", "apgd", "square"):
+    make = lambda model, *, name=name, **options: asked.append((name, options))
+    monkeypatch.setattr(evaluate, name, make)
+  inside = {"epsilon": 0.25, "low": -1.0, "high": 2.0}
+  jaxbo.standard_attacks(model, num_steps=50, num_queries=70, **inside)
+  assert asked == [
+    ("pgd", inside | {"step_size": 0.0625, "num_steps": 20}),
+    ("pgd", inside | {"step_size": 0.0625, "num_steps": 50}),
+    ("apgd", inside | {"num_steps": 50}),
+    ("apgd", inside | {"num_steps": 50, "objective": "targeted_dlr"}),
+    ("square", inside | {"num_queries": 70}),
+  ]
+
+
 def test_errors_name_the_argument(as_users_run):
   attacks = jaxbo.standard_attacks(model, **CHEAP)
-  evaluate = functools.partial(jaxbo.evaluate_robustness, model, PARAMS)
+  of_batch = functools.partial(jaxbo.evaluate_robustness, model, PARAMS)
   with pytest.raises(ValueError, match="batch_size must be at least 1"):
-    evaluate((IMAGES, LABELS), 0, attacks, batch_size=0)
+    of_batch((IMAGES, LABELS), 0, attacks, batch_size=0)
   with pytest.raises(ValueError, match=r"images must be from low=0\.0 to high=1\.0"):
-    evaluate((255 * IMAGES, LABELS), 0, attacks)
+    of_batch((255 * IMAGES, LABELS), 0, attacks)
   with pytest.raises(ValueError, match="labels must be from 0 to 4, got 0 to 9"):
-    evaluate((IMAGES, LABELS.at[0].set(0).at[1].set(9)), 0, {})
+    of_batch((IMAGES, LABELS.at[0].set(0).at[1].set(9)), 0, {})
   for name in ("clean", "worst_case"):
     with pytest.raises(ValueError, match=f"attacks must have other names than .*, got .'{name}'."):
-      evaluate((IMAGES, LABELS), 0, {name: attacks["pgd_5"]})
+      of_batch((IMAGES, LABELS), 0, {name: attacks["pgd_5"]})
   for wrong in (attacks["pgd_5"], [attacks["pgd_5"]], {"pgd": model}):
     with pytest.raises(TypeError, match="attacks must be a dict of attacks by name, got"):
-      evaluate((IMAGES, LABELS), 0, wrong)
+      of_batch((IMAGES, LABELS), 0, wrong)
   with pytest.raises(TypeError, match="labels must be integers, got dtype float64"):
     jaxbo.class_accuracy([True], [0.0], 2)
   with pytest.raises(ValueError, match="fraction must be in"):
