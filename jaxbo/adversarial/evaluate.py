@@ -133,7 +133,8 @@ def evaluate_robustness(
   * the model runs a loop of unknown length (``while``), as optimization at inference does: gradient
     attacks may not see through it.
 
-  Cost: that of the attacks; three forward passes and one backward pass for the checks.
+  Cost: that of the attacks, one forward pass after each of them, and two forward passes and one
+  backward pass for the checks.
 
   Args:
     model: as in :func:`pgd`.

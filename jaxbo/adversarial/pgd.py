@@ -35,8 +35,8 @@ def pgd(
   :math:`d` is the sign for ``linf`` and division by the norm for ``l2``. The projection is on the
   ball and on the range of the values.
 
-  Cost: ``num_steps`` forward and backward passes, without gradients of the parameters; two forward
-  passes more where there are restarts, and one where the objective looks at clean logits.
+  Cost: ``num_steps`` forward and backward passes, without gradients of the parameters; one forward
+  pass more where there are restarts, and one where the objective looks at clean logits.
 
   Args:
     model: ``model(params, images) -> logits``, ``[batch, num_classes]``. How batch normalisation
