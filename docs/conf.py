@@ -24,3 +24,4 @@ napoleon_use_ivar = True
 myst_enable_extensions = ["dollarmath"]
 nb_execution_mode = "cache"
 nb_execution_raise_on_error = True
+nb_execution_timeout = 300  # seconds a cell; most of it is compilation

@@ -160,9 +160,11 @@ def floating(name: str, tree: Any) -> None:
 
 def same_structure(name: str, tree: Any, like_name: str, like: Any) -> None:
   """Raises ``ValueError`` unless both trees have the same structure and leaf shapes."""
-  shapes, like_shapes = jax.tree.map(jnp.shape, tree), jax.tree.map(jnp.shape, like)
-  if jax.tree.structure(tree) != jax.tree.structure(like) or shapes != like_shapes:
+  leaves, structure = jax.tree.flatten(tree)
+  like_leaves, like_structure = jax.tree.flatten(like)
+  # Leaf by leaf: a node of a class of the user's need not know what is equal to it.
+  if structure != like_structure or [*map(jnp.shape, leaves)] != [*map(jnp.shape, like_leaves)]:
     raise ValueError(
-      f"{name} must have the structure and shapes of {like_name}, got {shapes} against "
-      f"{like_shapes}"
+      f"{name} must have the structure and shapes of {like_name}, got "
+      f"{jax.tree.map(jnp.shape, tree)} against {jax.tree.map(jnp.shape, like)}"
     )

@@ -47,11 +47,13 @@ from scripts.common.caption_run import Line, Outcome
 def prepare_output(config: Config, files: Any) -> list[Line]:
   """Checks and writes the identity of the run; returns the lines of the run that goes on."""
   wanted = json.loads(json.dumps(config.identity()))
+  vocabulary = None if files is None else files[1]
   if config.resume:
     lines = report.read_run(config.output_dir, wanted, METRICS)
+    caption_predict.check_vocabulary(config.output_dir, vocabulary)
     return caption_run.lines_to_keep(config, lines)
   report.start_run(config.output_dir, wanted)
-  caption_predict.save_vocabulary(config.output_dir, None if files is None else files[1])
+  caption_predict.save_vocabulary(config.output_dir, vocabulary)
   return []
 
 
@@ -80,7 +82,8 @@ def run_noise(config: Config, settings: NoiseSettings) -> int:
   """Runs reweighting and hyper-cleaning on captions with noise; returns the exit status."""
   with report.bad_input():
     config.check()
-    log = report.start_output(config.output_dir, METRICS, caption_report.NOISE_TABLES)
+    files = caption_report.NOISE_METRICS, caption_report.NOISE_TABLES
+    log = report.start_output(config.output_dir, *files)
   console, status = report.console(), 0
   reweighting, cleaned = [], []
   with log, report.progress_bar(console) as progress:

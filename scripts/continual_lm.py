@@ -6,10 +6,11 @@ and without the compositional normaliser, bands of MidRanking, LinUpper, Quadrat
 and group DRO over domains, beside uniform weights. Then the same with noise in a share of the
 sequences.
 
-Claim (3 seeds; README.md has the table): on clean data uniform weights have the best mean loss, and
-methods that prefer what is hard trade it for the worst domain or the hardest sequences. With 20 %
-of the sequences shuffled, IR-DRO gives noise 2.3 times its share and loses 0.11 nats to uniform
-weights; MidRanking's band 3 and Quadratic, which give it less than its share, lose nothing.
+Claim (3 seeds; docs/experiments/continual_lm.md has the table): on clean data uniform weights have
+the best mean loss, and methods that prefer what is hard trade it for the worst domain or the
+hardest sequences. With 20 % of the sequences shuffled, IR-DRO gives noise 2.3 times its share and
+loses 0.11 nats to uniform weights; MidRanking's band 3 and Quadratic, which give it less than its
+share, lose nothing.
 
 The text is what ships with Python: topics of its manual, documentation strings, code, names of
 characters. It is the same for one version of Python; losses of two versions do not compare.

@@ -8,7 +8,7 @@ first order not at all; MAML adapts every parameter, and ProtoNet has no inner p
 episodes of characters have quarter turns as classes of their own, evaluation episodes have none.
 
   python -m scripts.few_shot                                  glyphs drawn on the spot, no download
-  python -m scripts.few_shot --dataset omniglot               1,100 characters; see README.md
+  python -m scripts.few_shot --dataset omniglot               1,100 characters
   python -m scripts.few_shot --dataset caltech101_fewshot     84 x 84 x 3; ResNet-12, for GPUs
   ... --resume                                                goes on where a run was stopped
 
@@ -29,11 +29,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 import tyro
 from jaxbo_models import Conv4, ResNet12
 
 from scripts.common import few_shot, few_shot_plots, fewshot_data, measure, report
+from scripts.common.checkpoints import latest_step
 from scripts.common.few_shot import LABELS, Backbone
 from scripts.common.few_shot_setting import Draw, Settings, sampler
 from scripts.common.trainer import Trainer
@@ -187,7 +187,8 @@ def run_all(
   """Runs all methods; returns results, metrics and the exit status."""
   results: list[Result] = []
   validation, test = jax.device_put((data.validation, data.test))
-  done_before = {name: latest_step(config, name) for name in LABELS}
+  folders = {name: config.output_dir / "checkpoints" / name for name in LABELS}
+  done_before = {name: latest_step(folder) for name, folder in folders.items()}
   metrics = [line for line in earlier if line["step"] <= done_before[line["method"]]]
   with (
     report.MetricsLog(config.output_dir / "metrics.jsonl", metrics) as log,
@@ -235,15 +236,6 @@ def run_all(
     except KeyboardInterrupt:
       return results, metrics, 130
   return results, metrics, 0
-
-
-def latest_step(config: Config, name: str) -> int:
-  """The last step of a method that has a checkpoint; 0 if there is none."""
-  folder = config.output_dir.absolute() / "checkpoints" / name
-  if not config.resume or not folder.exists():
-    return 0
-  with ocp.CheckpointManager(folder) as checkpoints:
-    return checkpoints.latest_step() or 0
 
 
 def check_shapes(config: Config, data: fewshot_data.FewShotData) -> None:

@@ -6,7 +6,8 @@ model trained on the weighted examples does well on clean validation examples.
 Claim, on scikit-learn's digits (1,000 training, 300 validation, 497 test examples; softmax
 regression; mean of seeds 0 to 4): the weights find the wrong labels with an AUC of 0.97 (ITD), 0.96
 (AID-CG), 0.98 (stocBiO) and 0.98 (ESJ, 64 directions); ITD and AID-CG come within one point of a
-model trained on the truly clean examples. README.md has the whole table, with the spread.
+model trained on the truly clean examples. The whole table is in
+docs/experiments/hyper_cleaning.md.
 
 What it does not show: on so easy a task, training on the 300 validation examples alone does as
 well. What is learnt here is which labels are wrong. First order does nothing at all, since the

@@ -12,7 +12,7 @@ inner parameters as well, to the inner minimum that is best for the outer loss.
    alone: the model of a value-function method has seen the validation examples.
 
 Settings were chosen on seeds 100 and 101 by ``scripts/tune_multiple_minima.py``; the table is of
-others. Numbers are in README.md.
+others. Numbers are in docs/experiments/multiple_minima.md.
 
   python -m scripts.multiple_minima                              a minute and a half on 2 CPU cores
   python -m scripts.multiple_minima --dataset mnist --toys       20 minutes; 5,000 examples, no toys

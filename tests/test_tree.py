@@ -3,8 +3,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from jaxbo import _random, _tree
+from jaxbo import _check, _random, _tree
 from jaxbo.bilevel import response
 
 
@@ -59,3 +60,25 @@ def test_a_response_that_is_not_finite_counts_as_zero():
   assert not finite
   np.testing.assert_array_equal(result["a"], 0)
   np.testing.assert_array_equal(result["b"], 0)
+
+
+@jax.tree_util.register_pytree_node_class
+class Pair:
+  """A node of a class that does not know what is equal to it."""
+
+  def __init__(self, *leaves):
+    self.leaves = leaves
+
+  def tree_flatten(self):
+    return self.leaves, None
+
+  @classmethod
+  def tree_unflatten(cls, _, leaves):
+    return cls(*leaves)
+
+
+def test_structures_are_compared_leaf_by_leaf():
+  _check.same_structure("grads", Pair(jnp.ones(2), 1.0), "x", Pair(jnp.zeros(2), 2.0))
+  for other in (Pair(jnp.ones(3), 1.0), Pair(jnp.ones(2)), (jnp.ones(2), 1.0)):
+    with pytest.raises(ValueError, match="grads must have the structure and shapes of x"):
+      _check.same_structure("grads", Pair(jnp.ones(2), 1.0), "x", other)

@@ -63,7 +63,7 @@ def apgd(
   ``"targeted_dlr"`` these are two of the four attacks of AutoAttack.
 
   Cost: ``num_steps + 1`` forward and backward passes without gradients of the parameters; as many
-  times that as there are targets, one target after the other.
+  times that as there are targets, one target after the other, each with one forward pass more.
 
   Args:
     model: as in :func:`pgd`.

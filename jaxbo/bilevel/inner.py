@@ -242,6 +242,9 @@ def inner_solver(
 
   def solve(x, solution, batch):
     _check.floating("x", x)
+    if not isinstance(solution, InnerSolution):
+      got = type(solution).__name__
+      raise TypeError(f"solution must be an InnerSolution, say from init(y0), got {got}")
     start = (solution.params, solution.opt_state) if warm_start else solution.start
     end, (losses, aux) = solve_from(x, start, batch)
     finite = _tree.all_finite(end)

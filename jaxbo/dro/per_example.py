@@ -91,6 +91,8 @@ def per_example_grad(
   def losses_and_aux(params, batch):
     value = loss_fn(params, batch)
     losses, aux = _split_aux(value) if has_aux else (value, None)
+    if isinstance(losses, tuple):
+      raise TypeError("loss_fn must return losses, got a tuple; for (losses, aux) set has_aux=True")
     check_losses("the losses that loss_fn returns", losses)
     return losses, aux
 

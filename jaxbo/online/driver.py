@@ -161,6 +161,7 @@ def online(
     loop_init, play = _one_after_the_other(outer_loss, inner, outer, hyper_at, replay, has_aux)
 
   def init(x, y0, stream, *, key=0):
+    _check.takes_arguments("stream", stream, "key", "t")
     batch = jax.eval_shape(lambda key: as_batch(stream(key, jnp.int32(0))), jax.random.key(0))
     loop = loop_init(x, y0, batch.train)
     if hyper_at == "before":

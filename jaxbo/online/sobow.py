@@ -10,7 +10,7 @@ from jaxbo.bilevel.implicit import add_implicit_response
 from jaxbo.bilevel.inner import InnerSolver
 from jaxbo.bilevel.projection import Projection, project_params
 from jaxbo.bilevel.response import drop_response
-from jaxbo.online.window import window_average
+from jaxbo.online.window import check_window, window_average
 
 
 def sobow(
@@ -119,6 +119,7 @@ def sobow(
     Nonconvex Bilevel Optimization with Bregman Divergences <https://arxiv.org/abs/2409.10470>`_,
     2024.
   """
+  check_window(window, decay, normalization, name="window")
   if linear_solver is None:
     linear_solver = linear_solvers.conjugate_gradient(5, warm_start=True)
   return optax.chain(

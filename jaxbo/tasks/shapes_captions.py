@@ -267,4 +267,6 @@ def _frequencies(num_objects: int, split: str, tail: float, part: str) -> np.nda
   among = allowed[_check.one_of("part", part, allowed)]
   rank = np.random.default_rng(1).permutation(len(among)) + 1.0
   weights = np.where(among, rank**-tail, 0.0)
-  return weights / weights.sum()
+  frequencies = weights / weights.sum()
+  frequencies.flags.writeable = False  # All who ask get the same array.
+  return frequencies

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.progress import Progress
 
-from scripts.common import adv_data, lm_train
+from scripts.common import adv_data, checkpoints, lm_train
 from scripts.common.adv_config import Config
 from scripts.common.adv_data import SETS, AdversarialData, Images
 from scripts.common.adv_evaluate import Evaluator
@@ -140,7 +140,9 @@ def checkpoint_folder(config: Config, kind: str, method: str, seed: int) -> Path
 def lines_to_keep(config: Config, lines: list[Row]) -> list[Row]:
   """The lines of an earlier run up to the checkpoints that it goes on from."""
   of_run = lambda line: (line["set"], line["method"], line["seed"])
-  done = {run: lm_train.latest_step(checkpoint_folder(config, *run)) for run in map(of_run, lines)}
+  done = {
+    run: checkpoints.latest_step(checkpoint_folder(config, *run)) for run in map(of_run, lines)
+  }
   return [line for line in lines if line["epoch"] <= done[of_run(line)]]
 
 

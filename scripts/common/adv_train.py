@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 
 import jaxbo
 from scripts.common import adv_data
 from scripts.common.adv_data import Images
 from scripts.common.adv_methods import Method, Setting
+from scripts.common.checkpoints import Checkpoints
 from scripts.common.lm_train import Devices
 
 
@@ -138,32 +138,16 @@ class Trainer:
     self._batch_size = batch_size
     self._stream = stream
     self._devices = devices
-    self._checkpoints = None
-    if folder is not None:
-      options = ocp.CheckpointManagerOptions(max_to_keep=1, create=True)
-      self._checkpoints = ocp.CheckpointManager(folder.absolute(), options=options)
+    self.checkpoints = Checkpoints(folder)
 
   def restore(self) -> int:
     """Goes back to the last checkpoint if there is one; returns the epochs done."""
-    done = self._checkpoints.latest_step() if self._checkpoints else None
-    if self._checkpoints is None or done is None:
-      return 0
-    shape = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-    like = {"state": jax.tree.map(shape, self.state), "seconds": np.float64(0)}
-    restored = self._checkpoints.restore(done, args=ocp.args.StandardRestore(like))
-    self.state, self.seconds = restored["state"], float(restored["seconds"])
+    self.state, self.seconds, done = self.checkpoints.restore(self.state)
     return done
 
-  def save(self, done: int) -> None:
-    """Writes a checkpoint in the background, from a copy: the state will be donated."""
-    if self._checkpoints:
-      tree = {"state": _copy(self.state), "seconds": np.float64(self.seconds)}
-      self._checkpoints.save(done, args=ocp.args.StandardSave(tree))
-
   def close(self) -> None:
-    """Waits until all is written."""
-    if self._checkpoints:
-      self._checkpoints.close()
+    """Waits until all checkpoints are written."""
+    self.checkpoints.close()
 
   def fit(self, done: int, num_epochs: int) -> Iterator[tuple[int, Told]]:
     """Trains from epoch ``done`` on; yields the epochs done and what the last of them told.
@@ -184,10 +168,4 @@ class Trainer:
       self.seconds += time.perf_counter() - start
       done += 1
       yield done, jax.device_get(told)
-      self.save(done)
-
-
-@jax.jit
-def _copy(state: State) -> State:
-  """The same, which no step takes over."""
-  return jax.tree.map(jnp.copy, state)
+      self.checkpoints.save(done, self.state, self.seconds)

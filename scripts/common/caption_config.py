@@ -71,7 +71,7 @@ class Settings:
   eval_every: int = 200
 
 
-EITHER_ORDER = Settings(steps=4600, canonical_steps=1600)
+OF_EITHER_ORDER = {"steps": 4600, "canonical_steps": 1600}
 _PHOTOGRAPHS = Settings(
   image_size=(96, 96),
   patch_size=16,
@@ -182,6 +182,9 @@ class Config:
         raise ValueError(f"{name} must be different ones of {', '.join(allowed)}; got {given}")
     if (self.ablation or self.noise) and self.dataset != "shapes":
       raise ValueError(f"ablation and noise are for the dataset shapes, got {self.dataset}")
+    ignored = [*(["resume"] if self.resume else []), *self._given()]
+    if self.noise and ignored:
+      raise ValueError(f"{ignored[0]} must not be given with noise, which has settings of its own")
     if self.dataset == "json" and self.json_file is None and not self.predict:
       raise ValueError("json_file must be given for the dataset json")
     for name in ("first_seed", "canonical_steps"):
@@ -199,10 +202,13 @@ class Config:
 
   def settings(self, order: str = "") -> Settings:
     """The settings of the data set and order, with what was given instead."""
+    of_order = OF_EITHER_ORDER if order == "either" else {}
+    return dataclasses.replace(SETTINGS[self.dataset], **of_order | self._given())
+
+  def _given(self) -> dict[str, Any]:
+    """The settings that were given."""
     given = {field.name: getattr(self, field.name, None) for field in dataclasses.fields(Settings)}
-    given = {name: value for name, value in given.items() if value is not None}
-    settings = EITHER_ORDER if order == "either" else SETTINGS[self.dataset]
-    return dataclasses.replace(settings, **given)
+    return {name: value for name, value in given.items() if value is not None}
 
   def all_models(self) -> tuple[str, ...]:
     """The captioners to run."""
@@ -229,8 +235,10 @@ class Config:
     """What a resumed run must have in common with the run that it continues."""
     left_out = ("models", "orders", "seeds", "first_seed", "predict", "resume", "data_dir")
     left_out += ("output_dir", "checkpoint_every", "beam_size", "image_dir")
-    values = dataclasses.asdict(self)
-    values |= dataclasses.asdict(self.settings())
+    values = dataclasses.asdict(self) | dataclasses.asdict(self.settings())
+    if self.dataset == "shapes":  # Captions in either order have steps of their own.
+      either = self.settings("either")
+      values |= {f"{name} in either order": getattr(either, name) for name in OF_EITHER_ORDER}
     return {
       name: str(value) if isinstance(value, Path) else value
       for name, value in values.items()

@@ -186,7 +186,9 @@ def read_json(
     raise FileNotFoundError(f"there is no file {path}")
   found: dict[str, list[tuple[str, list[str]]]] = {"train": [], "validation": [], "test": []}
   for name, texts, split in _entries(path):
-    if split not in SPLITS:
+    if not isinstance(name, str):
+      raise ValueError(f"images must be names of files, got {name!r}")
+    if split not in list(SPLITS):
       raise ValueError(f"split must be one of {', '.join(SPLITS)}; got {split!r} of {name}")
     if not texts:
       raise ValueError(f"captions must hold a text for each image, got none of {name}")

@@ -20,7 +20,12 @@ NUM_LENGTHS = 3  # Groups of captions by length; each is compiled for.
 
 
 def read(config: Config) -> CaptionData:
-  """The images of a data set and their captions."""
+  """The images of a data set and their captions.
+
+  Raises:
+    FileNotFoundError: if they are not there.
+    ValueError: if a set is empty, or the data are not as they have to be.
+  """
   size = config.settings().image_size
   if config.dataset == "json":
     assert config.json_file is not None
@@ -30,7 +35,11 @@ def read(config: Config) -> CaptionData:
     "coco_captions_open": caption_data.coco_captions_open,
     "coco_captions": caption_data.coco_captions,
   }
-  return readers[config.dataset](size, config.data_dir, config.max_images)
+  data = readers[config.dataset](size, config.data_dir, config.max_images)
+  for part, images in data._asdict().items():
+    if not images.names:
+      raise ValueError(f"max_images must leave images for {part}, got {config.max_images}")
+  return data
 
 
 def make_vocabulary(data: CaptionData, settings: Settings) -> Vocabulary:
@@ -70,14 +79,17 @@ class FilesProgram:
       return train(state, caption_model.as_batch(images[image], tokens), key)
 
     def init(key):
-      batch = caption_model.as_batch(self.images[:1], jnp.asarray(self.rows.tokens[:1]))
+      images = jnp.zeros((1, *self.images.shape[1:]))  # Not a constant of all images.
+      batch = caption_model.as_batch(images, jnp.zeros((1, settings.max_words + 2), jnp.int32))
       return caption_model.init_state(self.model, tx, batch, key)
 
     self.init = jax.jit(init)
     self.step = jax.jit(step, donate_argnums=0)
-    never = (vocabulary.pad, vocabulary.bos, Vocabulary.SPECIAL.index("<unk>"))
     self.ask = caption_model.ask(
-      self.model, max_length=settings.max_words + 1, beam_size=beam_size, forbidden=never
+      self.model,
+      max_length=settings.max_words + 1,
+      beam_size=beam_size,
+      forbidden=caption_model.never_said(vocabulary),
     )
 
   def check(self) -> None:

@@ -162,6 +162,11 @@ def ask(
   return Asked(*map(jax.jit, (losses, attention, greedy, beam)))
 
 
+def never_said(vocabulary: Vocabulary) -> tuple[int, ...]:
+  """The tokens that no caption has: padding, the beginning, unknown words."""
+  return tuple(i for i in (vocabulary.pad, vocabulary.bos, vocabulary.unk) if i is not None)
+
+
 def in_batches(function: Callable[..., Any], params: Any, *arrays: Any, size: int = 250) -> Any:
   """``function(params, *arrays)`` on rows, some at a time, as NumPy arrays."""
   num = len(arrays[0])

@@ -179,8 +179,7 @@ def clean(name: str, settings: NoiseSettings, seed: int, advance: Advance) -> Cl
   as_batch = lambda scenes: caption_model.as_batch(scenes.images, scenes.tokens)
 
   def inner_loss(x, y, batch):
-    weights = jax.nn.sigmoid(x[batch["rows"]])
-    return jnp.sum(weights * losses(y, batch)) / jnp.sum(weights)
+    return weighted_mean(x[batch["rows"]], losses(y, batch))
 
   def outer_loss(x, y, batch):
     del x  # The weights matter through y alone.
@@ -223,6 +222,12 @@ def clean(name: str, settings: NoiseSettings, seed: int, advance: Advance) -> Cl
   auc, f1 = cleaning.detection_scores(weights, np.asarray(train.swapped))
   test_nll = float(jnp.mean(jax.jit(losses)(state.solution.params, as_batch(test))))
   return CleaningRow(name, seed, auc, f1, float(loss_auc), float(loss), test_nll, seconds)
+
+
+def weighted_mean(logits: jax.Array, losses: jax.Array) -> jax.Array:
+  """The mean of the losses with the weights ``sigmoid(logits)``."""
+  weights = jax.nn.sigmoid(logits)
+  return jnp.sum(weights * losses) / jnp.sum(weights)
 
 
 def _train(

@@ -51,8 +51,7 @@ def draw_attention(examples: Sequence[Captioned], patch_size: int, path: Path) -
   for axes in grid.ravel():
     axes.set_axis_off()
   for row, example in zip(grid.reshape(len(examples), -1), examples, strict=True):
-    image = np.asarray(example.image, float)
-    image = image / 255 if image.max() > 1 else image
+    image = example.image / 255 if example.image.dtype == np.uint8 else example.image
     row[0].imshow(image, interpolation="nearest")
     row[0].set_title(example.title, fontsize="x-small", loc="left")
     for axes, word, weights in zip(row[1:], example.words, example.attention, strict=False):

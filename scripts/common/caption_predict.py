@@ -1,5 +1,6 @@
 """Captions of a user's own images from a checkpoint."""
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from jaxbo.tasks import ShapesCaptions
 from scripts.common import caption_data, caption_model, caption_plots
 from scripts.common.caption_config import Config, Settings
 from scripts.common.caption_run import run_name
-from scripts.common.resumable import Resumable
+from scripts.common.checkpoints import Checkpoints
 
 VOCABULARY, PICTURE = "vocabulary.json", "predictions.png"
 
@@ -31,6 +32,8 @@ def load(config: Config) -> tuple[GuidedCaptioner, Any, Vocabulary, Settings]:
   if not path.exists():
     raise ValueError(f"predict needs a run in output_dir, none in {config.output_dir}")
   found = json.loads(path.read_text())
+  if not Settings.__dataclass_fields__.keys() <= found.keys():
+    raise ValueError(f"output_dir must have a run of captioning, got another one in {path}")
   sizes: dict[str, Any] = {name: found[name] for name in Settings.__dataclass_fields__}
   sizes["image_size"] = tuple(sizes["image_size"])
   settings = Settings(**sizes)
@@ -47,10 +50,9 @@ def load(config: Config) -> tuple[GuidedCaptioner, Any, Vocabulary, Settings]:
     "features": np.zeros((1, *settings.image_size, 3), np.float32),
     "tokens": np.zeros((1, 3), np.int32),
   }
-  trainer = Resumable(caption_model.init_state(model, tx, given, jax.random.key(0)), folder)
-  trainer.restore()
-  trainer.close()
-  return model, trainer.state.params, vocabulary, settings
+  with contextlib.closing(Checkpoints(folder)) as checkpoints:
+    state, _, _ = checkpoints.restore(caption_model.init_state(model, tx, given, jax.random.key(0)))
+  return model, state.params, vocabulary, settings
 
 
 def predict(config: Config, console: Console) -> None:
@@ -62,10 +64,11 @@ def predict(config: Config, console: Console) -> None:
   """
   model, params, vocabulary, settings = load(config)
   images = np.stack([caption_data.read_image(path, settings.image_size) for path in config.predict])
-  never = [vocabulary.pad, vocabulary.bos]
-  never += [] if vocabulary.unk is None else [vocabulary.unk]
   ask = caption_model.ask(
-    model, max_length=settings.max_words + 1, beam_size=config.beam_size, forbidden=tuple(never)
+    model,
+    max_length=settings.max_words + 1,
+    beam_size=config.beam_size,
+    forbidden=caption_model.never_said(vocabulary),
   )
   captions = jax.tree.map(np.asarray, ask.beam(params, images))
   examples = caption_model.captioned(images, captions, vocabulary)
@@ -83,3 +86,11 @@ def save_vocabulary(folder: Path, vocabulary: Vocabulary | None) -> None:
   """Writes what :func:`load` reads; that of shapes if there is no other."""
   vocabulary = vocabulary or Vocabulary(ShapesCaptions().vocabulary)
   vocabulary.save(folder / VOCABULARY)
+
+
+def check_vocabulary(folder: Path, vocabulary: Vocabulary | None) -> None:
+  """Raises ``ValueError`` if a run that goes on had other words: ids would mean something else."""
+  if vocabulary and vocabulary.words != Vocabulary.load(folder / VOCABULARY).words:
+    raise ValueError(
+      f"captions must be those of the run to resume, got other words than {folder / VOCABULARY}"
+    )

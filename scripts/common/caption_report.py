@@ -13,6 +13,7 @@ from scripts.common.caption_run import Line, Outcome
 from scripts.common.cleaning import METHODS
 
 RESULTS, METRICS, CURVES = "results.csv", "metrics.jsonl", "curves.png"
+NOISE_METRICS = "noise.jsonl"  # Another file: a training run in the same folder can go on.
 NOISE_TABLES = ("reweighting.csv", "cleaning.csv")
 
 SHAPES_COLUMNS = {
@@ -53,6 +54,11 @@ def results_table(config: Config, rows: Sequence[Line]) -> tuple[list[str], list
   return ["captioner", "seeds", *(title for title, _ in shown.values())], table
 
 
+def leaks(row: Line) -> bool:
+  """Whether the loss is less than it can be: then the captioner sees what it is to predict."""
+  return row["nll"] < row["entropy"] - 3 * row["standard_error"]
+
+
 def print_and_draw(config: Config, outcome: Outcome, console: Console) -> None:
   """Prints the table, and writes the rows and pictures of what there is."""
   folder = config.output_dir
@@ -66,7 +72,7 @@ def print_and_draw(config: Config, outcome: Outcome, console: Console) -> None:
       if reason:
         console.print(reason)
     for row in outcome.rows:
-      if config.dataset == "shapes" and row["nll"] < row["entropy"] - 3 * row["standard_error"]:
+      if config.dataset == "shapes" and leaks(row):
         console.print(f"Below the optimum by more than 3 standard errors: {row}", style="red")
   for (order, model), examples in outcome.examples.items():
     name = "_".join(part for part in ("attention", order, model) if part) + ".png"

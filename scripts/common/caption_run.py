@@ -14,6 +14,7 @@ from scripts.common.caption_config import MODELS, Config
 from scripts.common.caption_files import FilesProgram
 from scripts.common.caption_plots import Captioned
 from scripts.common.caption_shapes import ShapesProgram
+from scripts.common.checkpoints import latest_step
 from scripts.common.resumable import Resumable
 
 Line = dict[str, Any]
@@ -148,7 +149,6 @@ def lines_to_keep(config: Config, lines: list[Line]) -> list[Line]:
   for line in lines:
     name = run_name(line["order"], line["model"], line["seed"])
     folder = config.output_dir / "checkpoints" / name
-    steps = [int(path.name) for path in folder.glob("*") if path.name.isdigit()]
-    if line["step"] <= max(steps, default=0):
+    if line["step"] <= latest_step(folder):
       kept.append(line)
   return kept

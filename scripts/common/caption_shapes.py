@@ -128,7 +128,7 @@ def held_out(data: ShapesCaptions, part: str, num: int) -> CaptionedShapes:
 
 
 class ShapesScores(NamedTuple):
-  """How good a captioner of shapes is; ``excess`` and what follows is in nats a caption.
+  """How good a captioner of shapes is; losses and entropies are in nats a caption.
 
   Attributes:
     exact_match: the share of greedy captions that are right.
@@ -155,16 +155,6 @@ class ShapesScores(NamedTuple):
   both_orders: float
   beam_gap: float
   beam_sum: float
-
-  @property
-  def excess(self) -> float:
-    """How far the loss is above the least that there can be."""
-    return self.nll - self.entropy
-
-  @property
-  def leaks(self) -> bool:
-    """Whether the loss is less than it can be: then the captioner sees what it is to predict."""
-    return self.excess < -3 * self.standard_error
 
 
 def score(program: ShapesProgram, params: Any, part: str, num: int) -> ShapesScores:

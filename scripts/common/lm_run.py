@@ -15,7 +15,7 @@ from jaxbo_models import tokenizers, transformer
 from rich.progress import Progress
 
 import jaxbo
-from scripts.common import lm_data, lm_methods, lm_report, lm_train, measure
+from scripts.common import checkpoints, lm_data, lm_methods, lm_report, lm_train, measure
 from scripts.common.lm_config import Config
 from scripts.common.lm_data import LanguageData, Sequences, Tokenizer
 from scripts.common.lm_methods import BASELINE, METHODS
@@ -242,5 +242,5 @@ def lines_to_keep(config: Config, lines: list[Row]) -> list[Row]:
   of_run = lambda line: (line["corruption"], line["method"], line["seed"])
   done = {of_run(line): 0 for line in lines}
   for run in done:
-    done[run] = lm_train.latest_step(checkpoint_folder(config, *run))
+    done[run] = checkpoints.latest_step(checkpoint_folder(config, *run))
   return [line for line in lines if line["step"] <= done[of_run(line)]]

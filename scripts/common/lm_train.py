@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxbo
 from scripts.common import lm_methods
+from scripts.common.checkpoints import Checkpoints
 from scripts.common.lm_data import Sequences, rows_of_batch
 
 LossFn = Callable[[Any, dict[str, Any]], jax.Array]  # loss_fn(params, batch) -> [batch]
@@ -173,29 +173,16 @@ class Trainer:
     self._batch_size = batch_size
     self._stream = stream
     self._devices = devices
-    self._checkpoints = ocp.CheckpointManager(
-      folder.absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=1, create=True)
-    )
+    self.checkpoints = Checkpoints(folder)
 
   def restore(self) -> int:
     """Goes back to the last checkpoint if there is one; returns the steps done."""
-    done = self._checkpoints.latest_step()
-    if done is None:
-      return 0
-    shape = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-    like = {"state": jax.tree.map(shape, self.state), "seconds": np.float64(0)}
-    restored = self._checkpoints.restore(done, args=ocp.args.StandardRestore(like))
-    self.state, self.seconds = restored["state"], float(restored["seconds"])
+    self.state, self.seconds, done = self.checkpoints.restore(self.state)
     return done
 
-  def save(self, done: int) -> None:
-    """Writes a checkpoint in the background, from a copy: the state will be donated."""
-    tree = {"state": _copy(self.state), "seconds": np.float64(self.seconds)}
-    self._checkpoints.save(done, args=ocp.args.StandardSave(tree))
-
   def close(self) -> None:
-    """Waits until all is written."""
-    self._checkpoints.close()
+    """Waits until all checkpoints are written."""
+    self.checkpoints.close()
 
   def batch(self, rows: np.ndarray) -> dict[str, jax.Array]:
     """These sequences, on the devices."""
@@ -229,21 +216,10 @@ class Trainer:
       done = stop
       told = jax.tree.map(lambda *leaves: np.stack([np.asarray(leaf) for leaf in leaves]), *shown)
       yield Window(done, self.seconds, told, np.stack(all_rows))
-      self.save(done)
-
-
-@jax.jit
-def _copy(state: State) -> State:
-  """The same, which no step takes over."""
-  return jax.tree.map(jnp.copy, state)
+      self.checkpoints.save(done, self.state, self.seconds)
 
 
 def batch_of(sequences: Sequences, rows: np.ndarray, devices: Devices) -> dict[str, jax.Array]:
   """What a step takes of the sequences in these rows."""
   fields = {"tokens": sequences.tokens, "domain": sequences.domain}
   return {name: put(devices, array, rows) for name, array in fields.items()}
-
-
-def latest_step(folder: Path) -> int:
-  """The last step with a checkpoint; 0 if there is none."""
-  return max((int(path.name) for path in folder.glob("*") if path.name.isdigit()), default=0)

@@ -51,7 +51,8 @@ def draw_rounds(runs: Runs, names: Sequence[str], path: Path, window: int = 30) 
       ylim=(0, 1.12), xlim=(0, len(first.before) - 1), ylabel="accuracy before adaptation",
       title=f"a task stays with probability {stream:g}; mean of {window} rounds, one seed",
     )  # fmt: skip
-    axes.vlines(np.flatnonzero(first.task_switch), 1.06, 1.11, color="k", lw=1)
+    switches = np.flatnonzero(first.task_switch)
+    axes.vlines(switches, 1.06, 1.11, color="k", lw=1, label="true switch")
     if "leeds" in mine:
       mark_detections(axes, Trace(*(leaf[0] for leaf in mine["leeds"].trace)))
   grid[-1, 0].set_xlabel("round")

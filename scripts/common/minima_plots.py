@@ -92,6 +92,7 @@ def _landscape(ax: Any, name: str) -> None:
   x, y = toy.start
   vertical = y[1] if flat else y
   ax.plot(x, vertical, "o", ms=9, mfc="w", mec="k", zorder=5, ls="none", label="start")
+  ax.plot([], [], "X", ms=8, mfc="0.4", mec="w", ls="none", label="end")
 
 
 def _method(column: Any, name: str, method: str, trajectory: Trajectory) -> None:

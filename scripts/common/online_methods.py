@@ -217,7 +217,7 @@ METHODS = {
   "sogd": Method("SOGD", _sogd, windowed=False, responds=True),
   "ogd_replay": Method("OGD, replay", _ogd_replay, inner_per_window=True),
   "oagd": Method("OAGD", _oagd, responds=True, damped=True),
-  "ogd_published": Method("OGD*", _ogd_published, windowed=False, published=True),
-  "ogd_replay_published": Method("OGD*, replay", _ogd_replay_published, published=True),
-  "oagd_published": Method("OAGD*", _oagd_published, responds=True, published=True),
+  "ogd_published": Method("OGD, published", _ogd_published, windowed=False, published=True),
+  "ogd_replay_published": Method("OGD, published, replay", _ogd_replay_published, published=True),
+  "oagd_published": Method("OAGD, published", _oagd_published, responds=True, published=True),
 }

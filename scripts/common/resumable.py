@@ -7,8 +7,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import orbax.checkpoint as ocp
+
+from scripts.common.checkpoints import Checkpoints
 
 
 class Resumable:
@@ -19,15 +19,13 @@ class Resumable:
   Attributes:
     state: a pytree of arrays.
     seconds: of training so far, without compilation and evaluation.
-    checkpoints: where states are kept.
+    checkpoints: of the state and the seconds.
   """
 
   def __init__(self, state: Any, checkpoints: Path):
     self.state = state
     self.seconds = 0.0
-    self.checkpoints = ocp.CheckpointManager(
-      checkpoints.absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
-    )
+    self.checkpoints = Checkpoints(checkpoints)
 
   def advance(self, t: int) -> Any:
     """Does step ``t``: replaces ``state`` and returns the loss, on the device."""
@@ -35,19 +33,8 @@ class Resumable:
 
   def restore(self) -> int:
     """Goes back to the last checkpoint if there is one; returns the steps done."""
-    done = self.checkpoints.latest_step()
-    if done is None:
-      return 0
-    like = {"state": jax.tree.map(np.asarray, self.state), "seconds": np.float64(0)}
-    restored = self.checkpoints.restore(done, args=ocp.args.StandardRestore(like))
-    self.state, self.seconds = jax.device_put(restored["state"]), float(restored["seconds"])
+    self.state, self.seconds, done = self.checkpoints.restore(self.state)
     return done
-
-  def save(self, done: int) -> None:
-    """Writes a checkpoint in the background, from a copy: the state will be donated."""
-    copy = jax.tree.map(lambda leaf: np.array(leaf, copy=True), self.state)
-    tree = {"state": copy, "seconds": np.float64(self.seconds)}
-    self.checkpoints.save(done, args=ocp.args.StandardSave(tree))
 
   def close(self) -> None:
     """Waits until all checkpoints are written."""
@@ -82,4 +69,4 @@ class Resumable:
       if done % eval_every == 0 or done == num_steps:
         yield done, loss
       if done % checkpoint_every == 0 or done == num_steps:
-        self.save(done)
+        self.checkpoints.save(done, self.state, self.seconds)

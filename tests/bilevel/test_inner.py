@@ -249,6 +249,14 @@ def test_integer_parameters_are_refused():
     solver.solve(jnp.int32(1), solver.init({"w": jnp.ones(3)}), None)
 
 
+def test_solve_takes_a_solution_not_parameters():
+  solver = jaxbo.inner_solver(lambda x, y, b: jnp.sum(y * x), optax.sgd(0.1), 2)
+  with pytest.raises(
+    TypeError, match=r"solution must be an InnerSolution, say from init\(y0\), got"
+  ):
+    solver.solve(jnp.float32(1), jnp.ones(3), None)
+
+
 def test_aux_needs_x_at_init():
   solver = jaxbo.inner_solver(lambda x, y, b: (0.0, 1), optax.sgd(0.1), 2, has_aux=True)
   with pytest.raises(ValueError, match=r"init\(y0, x, batch\)"):

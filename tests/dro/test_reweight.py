@@ -227,6 +227,11 @@ class TestErrors:
       (lambda p, b: jnp.ones((2, 3)), ValueError, r"one-dimensional.*got shape \(2, 3\)"),
       (lambda p, b: jnp.ones(3, jnp.int32), TypeError, "must be real floats, got dtype int32"),
       (lambda p, b: jnp.ones(0), ValueError, "at least one example"),
+      (
+        lambda p, b: (b["y"], b["y"]),
+        TypeError,
+        r"got a tuple; for \(losses, aux\) set has_aux=True",
+      ),
     ):
       with pytest.raises(error, match=match):
         jaxbo.per_example_grad(loss_fn)(PARAMS, BATCH)

@@ -367,6 +367,8 @@ def test_a_stream_must_give_a_pair():
   loop = jaxbo.online(target_loss, INNER, jaxbo.ogd(0.1))
   with pytest.raises(ValueError, match=re.escape("a stream must return the pair (train, val)")):
     loop.init(ZERO, ZERO, lambda key, t: ZERO)
+  with pytest.raises(TypeError, match=re.escape("stream must be a function stream(key, t), got")):
+    loop.init(ZERO, ZERO, lambda t: (ZERO, ZERO))
   state = loop.init(ZERO, ZERO, STREAM)
   with pytest.raises(ValueError, match="num_rounds must be at least 1, got 0"):
     loop.run(state, STREAM, 0)
@@ -399,7 +401,7 @@ def test_oagd_needs_a_memory():
 def test_bad_arguments_of_the_aliases_and_metrics():
   with pytest.raises(ValueError, match="inner_params must be given when linear_solver has warm_st"):
     jaxbo.sobow(0.1, INNER, window=2)
-  with pytest.raises(ValueError, match="size must be at least 1, got 0"):
+  with pytest.raises(ValueError, match="window must be at least 1, got 0"):
     jaxbo.sobow(0.1, INNER, window=0, inner_params=ZERO)
   with pytest.raises(ValueError, match=re.escape("decay must be in (0, 1], got 0.0")):
     jaxbo.oagd(0.1, INNER, target_loss, decay=0.0)

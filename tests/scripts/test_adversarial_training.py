@@ -17,7 +17,7 @@ from PIL import Image
 
 import jaxbo
 from scripts import adversarial_training as script
-from scripts.common import adv_data, adv_pictures, adv_report, adv_train, lm_train
+from scripts.common import adv_data, adv_pictures, adv_report, adv_train, checkpoints, lm_train
 from scripts.common.adv_config import Config
 from scripts.common.adv_evaluate import Evaluator
 from scripts.common.adv_methods import GRIDS, METHODS, Method, Parts, Rates, Setting, lazy
@@ -242,7 +242,7 @@ def test_a_restored_run_goes_on_bit_for_bit(tmp_path):
   chex.assert_trees_all_equal(again.state, whole.state)
   for one in (whole, again):
     one.close()
-  assert lm_train.latest_step(tmp_path / "half") == 3
+  assert checkpoints.latest_step(tmp_path / "half") == 3
 
 
 # -- What is said about runs.

@@ -11,7 +11,8 @@ import pytest
 from jaxbo_models.vocabulary import Vocabulary
 from PIL import Image
 
-from scripts.common import caption_batches, caption_data
+from scripts.common import caption_batches, caption_data, caption_files
+from scripts.common.caption_config import Config
 
 pytestmark = pytest.mark.slow  # All together, not each.
 
@@ -110,6 +111,8 @@ def test_drawings_have_sentences_of_people_and_no_sentence_for_validation_is_tra
   sentences = [{" ".join(of_image[0]) for of_image in part.captions} for part in data]
   assert not sentences[0] & sentences[1]
   assert all(len(of_image) == 1 for of_image in data.test.captions)
+  with pytest.raises(ValueError, match="max_images must leave images for train, got 1"):
+    caption_files.read(Config(dataset="nlvr_captions", max_images=1))
 
 
 def test_a_missing_data_set_says_how_to_get_it(tmp_path):
@@ -152,6 +155,7 @@ def test_a_users_own_images_are_read_with_their_captions(folder):
   other.mkdir()
   data = caption_data.read_json(write(other, CONTENT), SIZE, image_dir=folder, max_images=1)
   assert data.train.names == ["a.png"]
+  assert data.train.captions == [[["a", "dog"], ["the", "dog"]]]
 
 
 def test_karpathys_files_are_read(folder):
@@ -172,6 +176,8 @@ def test_karpathys_files_are_read(folder):
   [
     ({"split": ["train", "dev", "val", "test"]}, "split must be one of train, restval"),
     ({"split": ["train", "train", "train", "test"]}, "images in the split validation, got none"),
+    ({"split": [["train"], "train", "val", "test"]}, r"split must be one of .* got \['train'\]"),
+    ({"images": [7, "b.png", "c.png", "d.png"]}, "images must be names of files, got 7"),
     ({"split": ["train"]}, "lists images, captions and split of the same length"),
     ({"captions": [[], ["a"], ["a"], ["a"]]}, "captions must hold a text for each image"),
     ({"captions": ["cat", ["a"], ["a"], ["a"]]}, "captions must be lists of texts, got 'cat'"),
@@ -245,6 +251,16 @@ def test_a_batch_depends_on_the_seed_and_the_step_alone():
     np.testing.assert_array_equal(one.rows, other.rows)
   assert any((BATCHES(0)(t).rows != BATCHES(1)(t).rows).any() for t in range(3))
   assert any((BATCHES(0)(t).rows != BATCHES(0)(t + 12).rows).any() for t in range(3))
+  assert any((BATCHES(1)(t).rows != BATCHES(0)(t + 12).rows).any() for t in range(3))
+
+
+def test_rows_are_shuffled_among_batches_and_batches_among_steps():
+  batches = BATCHES(0)
+  epochs = [[batches(step) for step in range(12 * i, 12 * i + 12)] for i in range(2)]
+  together = [{frozenset(batch.rows) for batch in epoch} for epoch in epochs]
+  assert not together[0] & together[1]
+  lengths = [[batch.length for batch in epoch] for epoch in epochs]
+  assert sorted(lengths[0]) not in lengths
 
 
 def test_more_rows_than_there_are_are_refused():

@@ -7,26 +7,25 @@ import json
 import math
 
 import chex
-import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from jaxbo_models.captioner import Captions
 from jaxbo_models.vocabulary import Vocabulary
 from PIL import Image
 
+import jaxbo
 from jaxbo.tasks import ShapesCaptions
 from scripts import captioning as script
 from scripts.common import (
   caption_files,
   caption_model,
   caption_noise,
-  caption_plots,
   caption_run,
   caption_shapes,
 )
 from scripts.common.caption_config import Config, Settings
 from scripts.common.caption_noise import NoiseSettings
+from scripts.common.checkpoints import latest_step
 
 pytestmark = pytest.mark.slow  # All together, not each.
 
@@ -35,8 +34,23 @@ SMALL = TINY | {"steps": 4, "canonical_steps": 1, "eval_every": 2, "checkpoint_e
 SMALL |= {"orders": ("either",)}
 
 
+@pytest.fixture(scope="module")
+def drawn():
+  """What was drawn from which scenes: ``(data, number, part)``."""
+  found, sample = set(), ShapesCaptions.sample
+
+  def spy(self, key, num, part="train"):
+    found.add((self, num, part))
+    return sample(self, key, num, part)
+
+  caption_shapes.held_out.cache_clear()  # Other files draw, too.
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(ShapesCaptions, "sample", spy)
+    yield found
+
+
 @pytest.fixture(scope="module", autouse=True)
-def compiled_once():
+def compiled_once(drawn):
   """One captioner of shapes for all runs: compilation is most of the time of the tests."""
   make = caption_run.make_program
   of_shapes = functools.cache(lambda order, model: make(Config(**SMALL), order, model, None))
@@ -49,19 +63,6 @@ def compiled_once():
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(caption_run, "make_program", make_program)
     yield
-
-
-def test_captions_are_in_reading_order_in_the_first_steps():
-  data = ShapesCaptions(order="either")
-  batch = caption_shapes.held_out(data, "test", 40)
-  first, later = (np.asarray(caption_shapes.captions_of_step(batch, t, 5)) for t in (4, 5))
-  said = " ".join(data.decode(tokens) for tokens in first)
-  assert "above" in said
-  assert not {"right", "below"} & set(said.split())
-  assert all(
-    (valid == tokens).all(axis=1).any() for valid, tokens in zip(batch.valid, first, strict=True)
-  )
-  np.testing.assert_array_equal(later, batch.tokens)
 
 
 def metrics(folder):
@@ -81,6 +82,22 @@ def whole(tmp_path_factory):
   folder = tmp_path_factory.mktemp("whole")
   assert script.main(Config(output_dir=folder, **SMALL)) == 0
   return folder
+
+
+def test_a_run_is_trained_validated_and_tested_on_different_scenes(whole, drawn):
+  parts = {num: part for data, num, part in drawn if data == ShapesCaptions(order="either")}
+  assert parts == {8: "train", 20: "validation", 40: "test"}
+
+
+def test_a_captioner_says_only_words(whole):
+  params = state_of(whole, "either_sequential_seed0", 4)["params"]
+  params["output_bias"][:2] = 100.0  # Padding and the beginning.
+  program = caption_run.make_program(Config(**SMALL), "either", "sequential", None)
+  images = caption_shapes.held_out(program.data, "test", 40).images
+  for said in program.ask.greedy(params, images), program.ask.beam(params, images).tokens:
+    assert np.min(said) > 1
+  assert caption_model.never_said(Vocabulary(program.data.vocabulary)) == (0, 1)
+  assert caption_model.never_said(Vocabulary.build([["cat"]])) == (0, 1, 3)
 
 
 def test_a_run_leaves_metrics_results_pictures_and_checkpoints(whole):
@@ -110,7 +127,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(whole, tmp_path, monkeypatch, capsys)
 
   def closing(self):
     close(self)
-    closed.append(self.checkpoints.latest_step())
+    closed.append(latest_step(tmp_path / "checkpoints" / "either_sequential_seed0"))
 
   config = Config(output_dir=tmp_path, **SMALL)
   with monkeypatch.context() as patch:
@@ -150,6 +167,9 @@ def test_a_checkpoint_captions_a_users_own_files(whole, tmp_path, capsys):
   assert all(path.name in printed for path in paths)
   with Image.open(whole / "predictions.png") as picture:
     assert picture.width > 100
+  other = tmp_path / "other"
+  other.mkdir()
+  (other / "config.json").write_text("{}")
   broken = tmp_path / "broken.png"
   broken.write_text("no image")
   for wrong, message in (
@@ -157,6 +177,7 @@ def test_a_checkpoint_captions_a_users_own_files(whole, tmp_path, capsys):
     ({"predict": (broken,)}, "must be an image"),
     ({"predict": (paths[0],), "beam_size": 1000}, "beam_size must be in [1, vocab_size"),
     ({"output_dir": tmp_path}, "predict needs a run in output_dir"),
+    ({"output_dir": other}, "output_dir must have a run of captioning, got another one"),
     ({"first_seed": 7}, "no checkpoint of either_sequential_seed7"),
   ):
     assert script.main(dataclasses.replace(config, **wrong)) == 2
@@ -191,45 +212,10 @@ def test_a_users_own_images_are_trained_on_and_scored(tmp_path, monkeypatch, cap
   # Four colours are twice in the training set, each in two captions; the others are in eight.
   assert set(words[4:8]) == {"a", "image", "all", "is"}
   assert set(words[8:]) == {"red", "green", "blue", "yellow"}
-
-
-def test_scores_of_a_captioner_that_knows_everything(monkeypatch):
-  """Answers that are right by construction have the best scores, and wrong ones have not."""
-  data = ShapesCaptions(order="either")
-  batch = caption_shapes.held_out(data, "test", 40)
-  place = np.arange(9)
-
-  def attention(params, images, tokens):
-    """All on the cell of the object whose colour or shape comes next."""
-    del params, images
-    assert len(tokens) == 40  # All of them, in their order.
-    return np.eye(16)[batch.cells[:, np.where(place < 4, 0, 1)]]
-
-  right = batch.valid[:, :, 1:]
-  log = np.log(np.full((40, 2), 0.5))
-  asked = caption_model.Asked(
-    losses=lambda params, images, tokens: np.full(len(images), math.log(2)),
-    attention=attention,
-    greedy=lambda params, images: right[:, 0],
-    beam=lambda params, images: Captions(right[:, ::-1], log, np.zeros((40, 9, 16))),
-  )
-  program = type("Program", (), {"data": data, "ask": asked})
-  monkeypatch.setattr(caption_model.in_batches, "__kwdefaults__", {"size": 40})
-  scores = caption_shapes.score(program, None, "test", 40)
-  assert scores.exact_match == scores.both_orders == 1
-  assert scores.excess == pytest.approx(0)
-  assert scores.mass == (1, 1, 1, 1)
-  assert scores.beam_sum == pytest.approx(1)
-  assert not scores.leaks
-  wrong = asked._replace(
-    losses=lambda params, images, tokens: np.linspace(0.5, 0.6, len(images)),
-    greedy=lambda params, images: np.where(right[:, 0] == 15, 16, right[:, 0]),
-    beam=lambda params, images: Captions(right[:, [0, 0]], log, np.zeros((40, 9, 16))),
-  )
-  scores = caption_shapes.score(type("P", (), {"data": data, "ask": wrong}), None, "test", 40)
-  assert 0 < scores.exact_match < 1
-  assert scores.both_orders == 0
-  assert scores.leaks
+  content["captions"][0] = ["a cat"]
+  (tmp_path / "captions.json").write_text(json.dumps(content))
+  assert script.main(dataclasses.replace(config, resume=True)) == 2
+  assert "captions must be those of the run to resume" in capsys.readouterr().err
 
 
 TINY_NOISE = NoiseSettings(
@@ -244,13 +230,27 @@ TINY_NOISE = NoiseSettings(
 
 
 def test_captioners_are_the_loss_of_reweighting_and_of_hyper_cleaning(
-  tmp_path, monkeypatch, capsys
+  drawn, tmp_path, monkeypatch, capsys
 ):
   """With the methods whose answers are known: IR-DRO prefers great losses, first order nothing."""
   monkeypatch.setattr(script, "WEIGHTINGS", {"ir_dro": caption_noise.WEIGHTINGS["ir_dro"]})
   monkeypatch.setattr(script, "RESPONSES", ("first_order",))
   config = Config(noise=True, output_dir=tmp_path)
+  (tmp_path / "metrics.jsonl").write_text("a training run's")
+  before, trained_with, reweight = set(drawn), [], jaxbo.reweight
+  monkeypatch.setattr(jaxbo, "reweight", lambda w: trained_with.append(w) or reweight(w))
   assert script.run_noise(config, TINY_NOISE) == 0
+  # IR-DRO where colours are flipped, and uniform weights before hyper-cleaning.
+  weights = [w.weigh(np.array([0.0, 4.0]), w.init())[0][1] for w in trained_with]
+  np.testing.assert_allclose(weights, [math.e / (1 + math.e), 0.5], rtol=1e-5)
+  clean, flipped = ShapesCaptions(), ShapesCaptions(color_flips=0.2)
+  swapped = ShapesCaptions(swaps=0.3)
+  assert drawn - before == {
+    *((flipped, 64, "train"), (flipped, 2048, "train"), (clean, 1000, "test")),
+    *((swapped, 8, "train"), (swapped, 40, "train"), (clean, 8, "train")),
+  }
+  assert (tmp_path / "metrics.jsonl").read_text() == "a training run's"
+  assert len((tmp_path / "noise.jsonl").read_text().splitlines()) == 2
   printed = capsys.readouterr().out
   assert "IR-DRO" in printed
   assert "first order" in printed
@@ -259,14 +259,9 @@ def test_captioners_are_the_loss_of_reweighting_and_of_hyper_cleaning(
   assert float(row["outer_loss"]) > 1
   [row] = csv.DictReader((tmp_path / "reweighting.csv").read_text().splitlines())
   assert float(row["auc"]) + float(row["loss_auc"]) == pytest.approx(1, abs=0.1)
-
-
-def test_an_image_in_batches_is_the_image_alone():
-  images = np.arange(7, dtype=np.float32)
-  double = functools.partial(lambda params, x: params * x, 2)
-  result = caption_model.in_batches(lambda params, x: double(x), None, images, size=3)
-  np.testing.assert_array_equal(result, 2 * images)
-  assert jax.tree.leaves(result)[0].shape == (7,)
+  assert float(row["wrong_weight"]) == pytest.approx(1, abs=0.1)
+  assert script.main(dataclasses.replace(config, resume=True)) == 2
+  assert "resume must not be given with noise" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -278,6 +273,7 @@ def test_an_image_in_batches_is_the_image_alone():
     ({"models": ("none_word", "none_word")}, "got none_word none_word"),
     ({"dataset": "json"}, "json_file must be given for the dataset json"),
     ({"dataset": "nlvr_captions", "noise": True}, "ablation and noise are for the dataset shapes"),
+    ({"noise": True}, "embed_dim must not be given with noise, which has settings of its own"),
     ({"steps": 0}, "steps must be positive, got 0"),
     ({"dropout": 1.0}, "dropout must be in [0, 1), got 1.0"),
     ({"first_seed": -1}, "first_seed must not be negative, got -1"),
@@ -288,11 +284,3 @@ def test_an_image_in_batches_is_the_image_alone():
 def test_bad_input_says_what_is_allowed(tmp_path, capsys, wrong, message):
   assert script.main(Config(**({"output_dir": tmp_path / "out"} | SMALL | wrong))) == 2
   assert message in capsys.readouterr().err
-
-
-def test_pictures_of_wide_images_are_broken_into_lines(tmp_path):
-  words = ["word"] * 14
-  example = caption_plots.Captioned(np.ones((50, 200, 3)), words, np.full((14, 100), 0.01), "")
-  caption_plots.draw_attention([example] * 2, 10, tmp_path / "picture.png")
-  with Image.open(tmp_path / "picture.png") as picture:
-    assert picture.width < 3 * picture.height

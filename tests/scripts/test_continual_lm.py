@@ -28,7 +28,16 @@ from PIL import Image
 
 import jaxbo
 from scripts import continual_lm as script
-from scripts.common import lm_data, lm_documents, lm_methods, lm_plots, lm_report, lm_run, lm_train
+from scripts.common import (
+  checkpoints,
+  lm_data,
+  lm_documents,
+  lm_methods,
+  lm_plots,
+  lm_report,
+  lm_run,
+  lm_train,
+)
 from scripts.common.lm_config import Config
 from scripts.common.lm_methods import METHODS, Rates
 from tests.scripts import small_lm
@@ -124,8 +133,8 @@ def test_windows_end_at_evaluations_and_at_the_end_and_count_all_steps(tmp_path,
   steps, windows = [], []
   for window in one.fit(0, 5, 2, steps.append):
     windows.append(window)
-    one._checkpoints.wait_until_finished()
-    assert lm_train.latest_step(tmp_path) < window.done  # What is done with it comes first.
+    one.checkpoints._manager.wait_until_finished()
+    assert checkpoints.latest_step(tmp_path) < window.done  # What is done with it comes first.
   one.close()
   assert [window.seconds for window in windows] == [1, 2, 3]
   assert [window.done for window in windows] == [2, 4, 5]
@@ -134,8 +143,8 @@ def test_windows_end_at_evaluations_and_at_the_end_and_count_all_steps(tmp_path,
   rows = np.concatenate([window.rows for window in windows])
   for step in range(5):
     assert rows[step].tolist() == lm_data.rows_of_batch(40, BATCH, (3, 1), step).tolist()
-  assert lm_train.latest_step(tmp_path) == 5
-  assert lm_train.latest_step(tmp_path / "nowhere") == 0
+  assert checkpoints.latest_step(tmp_path) == 5
+  assert checkpoints.latest_step(tmp_path / "nowhere") == 0
 
 
 def test_a_restored_run_goes_on_bit_for_bit(tmp_path):

@@ -221,9 +221,10 @@ def test_a_checkpoint_is_a_copy_of_the_state(tmp_path, monkeypatch):
   saved = []
   config = Config(output_dir=tmp_path, **SMALL)
   one = script.make_trainer("itd", config, script.read(config))
-  monkeypatch.setattr(one.checkpoints, "save", lambda step, args: saved.append(args.item["state"]))
-  one.save(1)
-  one.checkpoints.close()
+  save = lambda manager, step, args: saved.append(args.item["state"])
+  monkeypatch.setattr(ocp.CheckpointManager, "save", save)
+  one.checkpoints.save(1, one.state, one.seconds)
+  one.close()
   for copy, leaf in zip(jax.tree.leaves(saved[0]), jax.tree.leaves(one.state), strict=True):
     assert not np.shares_memory(copy, np.asarray(leaf))
 

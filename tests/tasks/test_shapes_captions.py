@@ -81,6 +81,35 @@ def test_captions_say_what_the_pixels_show(data):
     assert outside.max() < 0.35  # Noise alone.
 
 
+def test_places_colors_and_noise_are_drawn_over_their_whole_range():
+  batch = sample(EITHER)
+  shift = np.eye(3)[batch.boxes[:, :, :2].reshape(-1, 2) % 8]  # Downwards and to the right.
+  error = 4 * math.sqrt(2 / 9 / len(shift))
+  assert (abs(shift.mean(axis=0) - 1 / 3) < error).all()
+  both = np.einsum("ni,nj->ij", shift[:, 0], shift[:, 1]) / len(shift)
+  assert (abs(both - 1 / 9) < error).all()  # One says nothing of the other.
+  cells = np.bincount(batch.cells.ravel(), minlength=16) / batch.cells.size
+  assert (abs(cells - 1 / 16) < 4 * math.sqrt(1 / 16 / N)).all()
+
+  corners = batch.images[:, 0, [0, -1]]  # Two pixels: shapes are there in few images.
+  corners = corners[corners.max(axis=(1, 2)) < 0.35]
+  positive = corners[corners > 0]
+  assert abs(np.mean(corners > 0) - 0.5) < 4 * math.sqrt(0.25 / corners.size)
+  assert abs(np.sqrt(np.mean(positive**2)) / 0.05 - 1) < 4 / math.sqrt(2 * positive.size)
+  signs = np.sign(corners).reshape(-1, 6) - 0.5
+  assert (abs(signs.T @ signs / len(signs) - np.eye(6) / 4) < 1 / math.sqrt(len(signs))).all()
+
+  bright = np.array(
+    [
+      [image[top:bottom, left:right].max() for top, left, bottom, right in boxes]
+      for image, boxes in zip(batch.images, batch.boxes, strict=True)
+    ]
+  )  # The greatest of many noisy pixels, clipped: above the brightness by 0.1.
+  assert bright.min() < 0.85
+  assert np.mean(bright < 0.9) > 0.2
+  assert abs(np.corrcoef(bright.T)[0, 1]) < 4 / math.sqrt(N)
+
+
 def test_tokens_have_a_beginning_an_end_and_padding_behind_it():
   batch = sample(EITHER)
   assert (batch.tokens[:, 0] == language.BOS).all()
@@ -122,6 +151,8 @@ def test_held_out_triples_are_a_fifth_with_both_orders_and_both_ways():
     assert set(collections.Counter(triples).values()) == {2}  # Both orders of the two objects.
     of_part[part] = set(triples)
   assert len(set.union(*of_part.values())) == sum(map(len, of_part.values())) == 552
+  # A pair that is held out in one direction may be trained on in the other.
+  assert abs(len({triple[:2] for triple in of_part["test"]}) - 276 * (1 - 0.8**2)) < 15
   drawn = sample(data)
   vertical = (drawn.tokens == language.ABOVE).any(axis=1)
   pairs = np.sort(drawn.kinds, axis=1).tolist()
@@ -135,6 +166,7 @@ def test_held_out_pairs_are_never_seen_in_training_but_each_word_is():
   assert len(train) == 18 * 17 * 2
   assert len(train) + len(test) == 1104
   assert not held_out(train).any()
+  np.testing.assert_array_equal(data.frequencies("validation"), data.frequencies("train"))
   assert held_out(test).any(axis=1).all()
   assert len(set(train.ravel() // 4)) == 6
   assert len(set(train.ravel() % 4)) == 4
@@ -155,8 +187,12 @@ def test_entropies_of_all_scenes_are_those_of_the_formulas():
   assert three.caption == pytest.approx(math.log(24 * 23 * 22 * 2))
   flips = ShapesCaptions(split="iid", color_flips=0.1).entropies("test")
   assert flips.given_image == pytest.approx(2 * 0.48603, abs=1e-4)
+  one_flip = ShapesCaptions(num_objects=1, color_flips=0.1).entropies("test")
+  assert one_flip.given_image == pytest.approx(flips.given_image / 2)
   held_out = np.count_nonzero(ShapesCaptions().frequencies("test"))
   assert ShapesCaptions().entropies("test").caption == pytest.approx(math.log(held_out))
+  with pytest.raises(ValueError, match="read-only"):
+    ShapesCaptions().frequencies("test")[0] = 1.0  # All who ask get the same array.
 
 
 def enumerated(frequencies, either_order, flip, swaps):
@@ -225,17 +261,30 @@ def test_noise_comes_at_its_rates_and_is_reported():
     assert not wrong[~is_color[i]].any()
 
 
-def test_swapped_captions_are_never_right_and_flipped_colors_are_uniform():
-  one = functools.partial(ShapesCaptions, num_objects=1, split="iid")  # 24 scenes.
-  batch = sample(one(swaps=1.0))
+def test_swapped_captions_are_never_right_and_those_of_frequent_scenes_come_often():
+  data = ShapesCaptions(num_objects=1, split="iid", swaps=1.0, tail=1.0)  # 24 scenes.
+  batch = sample(data)
   assert batch.tokens.shape == (N, 5)
   assert batch.swapped.all()
   assert not (batch.tokens[:, None] == batch.valid).all(axis=2).any()
-  batch = sample(one(color_flips=1.0))
-  shift = (batch.tokens[:, 2] - batch.valid[:, 0, 2]) % 6
-  counts = np.bincount(shift, minlength=6)
-  assert counts[0] == 0
-  assert (abs(counts[1:] - N / 5) < 4 * math.sqrt(N * 0.16)).all()
+  frequencies = data.frequencies("train")
+  np.testing.assert_allclose(
+    np.sort(frequencies)[::-1], (1 / np.arange(1, 25)) / (1 / np.arange(1, 25)).sum()
+  )
+  others = frequencies[None] / (1 - frequencies[:, None]) * (1 - np.eye(24))  # Of each scene.
+  expected = frequencies @ others
+  said = 4 * (batch.tokens[:, 2] - language.FIRST_COLOR) + batch.tokens[:, 3] - language.FIRST_SHAPE
+  found = np.bincount(said, minlength=24) / N
+  assert (abs(found - expected) < 4 * np.sqrt(expected / N)).all()
+
+
+def test_flipped_colors_are_uniform_and_independent():
+  batch = sample(ShapesCaptions(color_flips=1.0))
+  is_color = (batch.valid[:, 0] >= language.FIRST_COLOR) & (batch.valid[:, 0] < 15)
+  shift = ((batch.tokens - batch.valid[:, 0])[is_color] % 6).reshape(N, 2)
+  counts = np.bincount(6 * shift[:, 0] + shift[:, 1], minlength=36).reshape(6, 6)
+  assert counts[0].sum() + counts[:, 0].sum() == 0
+  assert (abs(counts[1:, 1:] - N / 25) < 4 * math.sqrt(N / 25)).all()
 
 
 def test_scenes_come_as_often_as_frequencies_say():

@@ -130,7 +130,7 @@ def self_critical_losses(model: nn.Module) -> Callable[[Any, Mapping[str, Any]],
   .. math:: \ell_s = -A_s \log p(s)
 
   Its value means nothing; the gradient of its mean is, on average over draws, that of minus the
-  expected reward.
+  expected reward (nearly so with forbidden tokens, since :math:`p` is not normalized without them).
 
   Args:
     model: a :class:`GuidedCaptioner`.

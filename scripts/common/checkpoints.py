@@ -1,0 +1,54 @@
+"""Checkpoints of a run: its last state on disk, from which it goes on bit for bit."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+
+class Checkpoints:
+  """The last state of a run, written in the background. Without a folder nothing is kept."""
+
+  def __init__(self, folder: Path | None):
+    self._manager = None
+    if folder is not None:
+      options = ocp.CheckpointManagerOptions(max_to_keep=1, create=True)
+      self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+
+  def restore(self, state: Any) -> tuple[Any, float, int]:
+    """The last checkpoint, on the devices of ``state``: ``(state, seconds, steps done)``.
+
+    If there is none, ``(state, 0.0, 0)``.
+    """
+    done = self._manager.latest_step() if self._manager else None
+    if self._manager is None or done is None:
+      return state, 0.0, 0
+    shape = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+    like = {"state": jax.tree.map(shape, state), "seconds": np.float64(0)}
+    restored = self._manager.restore(done, args=ocp.args.StandardRestore(like))
+    return restored["state"], float(restored["seconds"]), done
+
+  def save(self, done: int, state: Any, seconds: float) -> None:
+    """Writes a checkpoint in the background, from a copy: the state will be donated."""
+    if self._manager:
+      tree = {"state": _copy(state), "seconds": np.float64(seconds)}
+      self._manager.save(done, args=ocp.args.StandardSave(tree))
+
+  def close(self) -> None:
+    """Waits until all is written."""
+    if self._manager:
+      self._manager.close()
+
+
+@jax.jit
+def _copy(state: Any) -> Any:
+  """The same, which no step takes over."""
+  return jax.tree.map(jnp.copy, state)
+
+
+def latest_step(folder: Path) -> int:
+  """The last step with a checkpoint; 0 if there is none."""
+  return max((int(path.name) for path in folder.glob("*") if path.name.isdigit()), default=0)
