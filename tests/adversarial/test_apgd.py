@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jaxbo
-from jaxbo.adversarial.apgd import _check_point, _start, intervals
+from jaxbo.adversarial.apgd import _check_point, _start, _visit, intervals
 from jaxbo.adversarial.box import make_ball
 from tests.adversarial import problem
 from tests.adversarial.problem import EPSILON, model
@@ -153,6 +153,10 @@ def test_apgd_turns_back_where_numbers_are_not_finite():
   np.testing.assert_allclose(found[lost], start[lost], atol=1e-6)
   assert np.all((found[~lost] > 0.5) & (found[~lost] <= 0.55))
   assert info.not_finite.all()
+  place, nothing, yes = jnp.zeros((1, 2)), jnp.zeros(1), jnp.ones(1, bool)
+  carry = _start(place, (place, nothing, ~yes, ~yes), 0.5)
+  after = _visit(carry, place + 1, (place, nothing + jnp.nan, yes, yes))
+  assert after.adversarial_value == carry.adversarial_value == -jnp.inf
 
 
 def test_targets_are_the_likeliest_other_classes():

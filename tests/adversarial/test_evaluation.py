@@ -122,7 +122,7 @@ def test_square_that_breaks_what_withstood_the_others_is_warned_of():
 
 def test_attacks_that_meet_nan_are_counted_once_for_an_image():
   """Also where the last batch is filled up with the last image."""
-  batch = IMAGES[:4], LABELS[:4]
+  batch = IMAGES[:4], jnp.zeros(4, jnp.int32)  # Of logits that are NaN argmax takes the first.
   broken = lambda p, x: jnp.where(x[:, 0, 0] < -1, 0.0, model(p, x) * jnp.nan)
   attack = jaxbo.pgd(broken, epsilon=0.1, step_size=0.1, num_steps=1)
   with warnings.catch_warnings():
