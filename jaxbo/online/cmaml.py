@@ -117,6 +117,7 @@ def c_maml(
 
   Raises:
     ValueError: if ``drop_threshold`` is NaN or ``modulation`` is not positive.
+    TypeError: if ``optimizer`` or ``response`` is no transformation.
 
   Example:
     >>> import jax.numpy as jnp, jaxbo, optax
@@ -135,6 +136,7 @@ def c_maml(
     Caccia et al., `Online Fast Adaptation and Knowledge Accumulation
     <https://arxiv.org/abs/2003.05856>`_, 2020; its code is https://github.com/ServiceNow/osaka.
   """
+  check_parts(drop_threshold, modulation, response)
   gate = gate_by_detection(optimizer, 0.0, 0.0, no_switch_scale=1.0)
   parts = [add_unrolled_response(inner) if response is None else response]
   parts += [] if modulation is None else [modulate_by_loss(modulation)]
@@ -148,3 +150,12 @@ def c_maml(
     switch_score="drop",
     **options,
   )
+
+
+def check_parts(drop_threshold: Any, modulation: Any, response: Any) -> None:
+  """Raises for what a kind of C-MAML cannot be made of, by the names of its own arguments."""
+  _check.not_nan("drop_threshold", drop_threshold)
+  if modulation is not None:
+    _check.positive("modulation", modulation)
+  if response is not None:
+    _check.transformation("response", response)

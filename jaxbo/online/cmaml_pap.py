@@ -12,7 +12,7 @@ from jaxbo.bilevel.driver import checked_outer_loss
 from jaxbo.bilevel.inner import InnerSolver
 from jaxbo.bilevel.response import check_solver
 from jaxbo.bilevel.unrolled import add_unrolled_response
-from jaxbo.online.cmaml import modulate_by_loss
+from jaxbo.online.cmaml import check_parts, modulate_by_loss
 from jaxbo.online.detection import Detection, Scores, threshold_detector
 from jaxbo.online.meta_learner import OnlineMetaLearner
 from jaxbo.online.meta_rounds import (
@@ -20,6 +20,7 @@ from jaxbo.online.meta_rounds import (
   OnlineMetaState,
   Prediction,
   TaskModel,
+  is_broken,
   make_run,
 )
 from jaxbo.online.ood_scores import mean_score
@@ -87,6 +88,8 @@ def c_maml_pap(
   and the buffer is empty again; the data of that very round are not kept. A single round is support
   and query. So it is coded, hence two things that are easily read over: the model restarts one
   round *after* the boundary, and the round that shows a boundary still adapts the old model.
+  Our addition: a model whose loss overflows, where that of the meta-model is finite, is at a
+  boundary; its drop would be no number.
 
   Cost: an inner run a round; :math:`\lfloor n / 2 \rfloor` inner runs and responses at a boundary.
   Memory: the meta-model, the task's model, and ``buffer_size`` rounds of data.
@@ -111,6 +114,7 @@ def c_maml_pap(
 
   Raises:
     ValueError: if ``drop_threshold`` is NaN, ``buffer_size < 1`` or ``modulation`` is not positive.
+    TypeError: if ``optimizer`` or ``response`` is no transformation.
 
   Example:
     >>> import jax.numpy as jnp, jaxbo, optax
@@ -136,7 +140,8 @@ def c_maml_pap(
   _check.takes_arguments("start", start, "x")
   if metric is not None:
     _check.takes_arguments("metric", metric, "logits", "batch")
-  detector = threshold_detector(_check.not_nan("drop_threshold", drop_threshold), float("inf"))
+  check_parts(drop_threshold, modulation, response)
+  detector = threshold_detector(drop_threshold, float("inf"))
   score_of = mean_score("shift_score", shift_score)
   response_tx = optax.with_extra_args_support(
     add_unrolled_response(inner) if response is None else response
@@ -215,7 +220,9 @@ def c_maml_pap(
     task = TaskModel(x, solution.params, solution.opt_state)
     after, logits = predict(task.x, task.y, support)
 
-    scores = Scores(before.loss - after.loss, score_of(logits))
+    broken = is_broken(before.loss, lambda: predict(meta, start(meta), support)[0].loss)
+    drop = jnp.where(broken, jnp.inf, before.loss - after.loss)
+    scores = Scores(drop, score_of(logits))
     switch, detector_state = detector.detect_switch(scores.switch, state.detector_state, batch)
     shift, detector_state = detector.detect_shift(scores.shift, detector_state, switch=switch)
     boundary = switch & state.has_support  # The first round is a switch, with nothing before it.

@@ -1,5 +1,6 @@
 """The gate: how far an optimizer may go, by what was detected."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -77,7 +78,8 @@ def gate_by_detection(
 
   A response stands before the gate: ``optax.chain(response, gate_by_detection(optimizer, ...))``.
   :func:`jaxbo.online_meta_learner` asks the gate first, and computes neither the meta-gradient nor
-  the response where it is closed.
+  the response where it is closed (unless it is a gate for some of the parameters, as in
+  ``optax.partition``).
 
   Args:
     optimizer: any optax optimizer.
@@ -147,6 +149,12 @@ def gate_by_detection(
 
 
 def gate_is_open(state: optax.OptState, detection: Detection) -> jax.Array:
-  """Whether a transformation with that state would move anything; true if it has no gate."""
-  scales = optax.tree.get(state, "gate_scales")
-  return jnp.bool_(True) if scales is None else scales.of(detection) > 0
+  """Whether a transformation with that state would move anything; true if it has no gate.
+
+  A gate for a part of the parameters (in ``optax.partition`` or ``optax.masked``) does not count:
+  the others may move.
+  """
+  stop = lambda node: isinstance(node, (GateState, optax.MaskedState))
+  nodes = jax.tree.leaves(state, is_leaf=stop)
+  scales = [node.gate_scales.of(detection) for node in nodes if isinstance(node, GateState)]
+  return functools.reduce(jnp.logical_and, [scale > 0 for scale in scales], jnp.bool_(True))

@@ -3,7 +3,9 @@
 import jax
 import optax
 
+from jaxbo import _check
 from jaxbo.bilevel.inner import InnerSolver
+from jaxbo.bilevel.response import check_solver
 from jaxbo.bilevel.unrolled import add_unrolled_response
 from jaxbo.online.gate import gate_by_detection
 
@@ -54,7 +56,7 @@ def leeds(
 
   Raises:
     ValueError: as :func:`jaxbo.gate_by_detection`.
-    TypeError: if ``solver`` is no :class:`jaxbo.InnerSolver`.
+    TypeError: if ``solver`` is no :class:`jaxbo.InnerSolver`, or ``response`` no transformation.
 
   Example:
     >>> import jax.numpy as jnp, jaxbo, optax
@@ -74,6 +76,9 @@ def leeds(
     Detection <https://arxiv.org/abs/2302.00857>`_, 2024. The rule of the three cases is our
     reading.
   """
+  check_solver(solver)
+  if response is not None:
+    _check.transformation("response", response)
   gate = gate_by_detection(
     optax.sgd(learning_rate), in_distribution_scale, out_of_distribution_scale, no_switch_scale
   )

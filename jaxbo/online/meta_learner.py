@@ -18,6 +18,7 @@ from jaxbo.online.meta_rounds import (
   OnlineMetaState,
   Prediction,
   TaskModel,
+  is_broken,
   make_run,
 )
 from jaxbo.online.ood_scores import mean_score
@@ -97,7 +98,8 @@ def online_meta_learner(
   =========================================  ================================================
 
   A round whose loss or gradient is not finite moves nothing: the solver stays where it began, and
-  the meta-update is skipped (``info.meta_finite``).
+  the meta-update is skipped (``info.meta_finite``). A task's model that overflows (its loss is not
+  finite where that of the meta-model is) has an infinite switch score, so that it is given up.
 
   Args:
     outer_loss: :math:`L`, ``outer_loss(x, y, batch) -> (scalar, logits)``, the mean loss of a model
@@ -246,6 +248,8 @@ def online_meta_learner(
     if switch_score == "drop":
       drop_run = solve_anew(support)
       score = score - loss_and_logits(meta, drop_run.params, support)[0]
+    broken = is_broken(before.loss, lambda: loss_and_logits(meta, start(meta), support)[0])
+    score = jnp.where(broken, jnp.inf, score)
     switch, detector_state = detector.detect_switch(score, state.detector_state, batch)
     new_task = jnp.ones_like(switch) if restart == "always" else switch
     solution, task = adapt(state, support, new_task)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from jaxbo import _check
@@ -83,6 +84,13 @@ class OnlineMetaInfo(NamedTuple):
   meta_updated: jax.Array
   meta_finite: jax.Array
   extra: Any
+
+
+def is_broken(loss: jax.Array, meta_loss: Callable[[], jax.Array]) -> jax.Array:
+  """Whether a task's model has no finite loss where the meta-model has: it is not the data then."""
+  return jax.lax.cond(
+    jnp.isfinite(loss), lambda: jnp.bool_(False), lambda: jnp.isfinite(meta_loss())
+  )
 
 
 def make_run(step: Callable[..., Any]) -> Callable[..., Any]:

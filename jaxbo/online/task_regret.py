@@ -50,7 +50,8 @@ def task_averaged_regret(
   played, others = jnp.asarray(losses), jnp.asarray(comparator_losses)
   switches = jnp.asarray(task_switch, bool)
   others = others[:, None] if others.ndim == 1 else others
-  fit = played.ndim == 1 and others.ndim == 2 and len(played) == len(others) == len(switches)
+  fit = played.ndim == switches.ndim == 1 and others.ndim == 2
+  fit = fit and len(played) == len(others) == len(switches)
   if not fit or not len(played):
     raise ValueError(
       "losses and task_switch must have the shape [rounds], comparator_losses [rounds] or [rounds, "

@@ -174,7 +174,7 @@ def osaka_stream(
     ValueError: if a number is outside its range; if there is no domain, one has too few classes or
       no images (or less than two with queries), or their images differ in shape or dtype; if the
       probabilities are not one for each domain, are negative, or do not sum to 1.
-    TypeError: if a number is no Python int.
+    TypeError: if a number is no Python int, or ``domains`` no list.
 
   Example:
     >>> import jax, jax.numpy as jnp, jaxbo.tasks
@@ -301,6 +301,9 @@ def _draw_rows(key, per_class, num_ways, num_shots, num_queries):
 
 
 def _checked_domains(domains, num_ways: int, num_queries: int) -> tuple[jax.Array, ...]:
+  if not isinstance(domains, Sequence):
+    kind = type(domains).__name__
+    raise TypeError(f"domains must be a list of arrays [classes, per_class, ...], got {kind}")
   if not len(domains):
     raise ValueError("domains must have at least one array [classes, per_class, ...], got none")
   arrays = tuple(jnp.asarray(domain) for domain in domains)

@@ -133,17 +133,60 @@ def test_a_round_that_is_not_finite_moves_nothing():
   assert end.last_support.num_supports == 0
 
 
+def test_a_task_model_that_overflows_is_left_at_a_boundary():
+  """The loss is infinite before and after the inner run, and infinity minus infinity is no drop."""
+  method = learner(drop_threshold=1e9)
+  begin, _ = play(method, method.init(jnp.ones(2), stream=STREAM, key=1), 2)
+  broken = begin._replace(task=begin.task._replace(y=jnp.full(2, 1e30)))
+  end, (*_, info) = play(method, broken, 3)
+  np.testing.assert_array_equal(info.detection.switch, [True, True, False])  # It goes on for one.
+  np.testing.assert_array_equal(np.isfinite(info.before.loss), [False, False, True])
+  assert np.all(np.isfinite(end.task.x + end.task.y))
+
+
+def test_the_momentum_of_the_inner_steps_goes_on_until_the_round_after_a_boundary(x64):
+  inner = jaxbo.inner_solver(
+    lambda *args: loss(*args)[0], optax.sgd(RATE, momentum=0.9), STEPS, warm_start=False
+  )
+  method = jaxbo.c_maml_pap(
+    loss, inner, optax.sgd(0.0), drop_threshold=GAMMA, buffer_size=4, shift_score=jnp.square
+  )
+  _, (batches, _, phis, info) = play(method, method.init(jnp.ones(2), stream=STREAM, key=1))
+  boundary = np.asarray(info.detection.switch)[1:]
+  assert 3 < np.sum(boundary) < 50
+  restarts, phi, momentum = {0, *(2 + np.flatnonzero(boundary))}, np.zeros(2), np.zeros(2)
+  for t, mean in enumerate(np.mean(np.asarray(batches), axis=1)):
+    if t in restarts:
+      phi, momentum = np.ones(2), np.zeros(2)
+    for _ in range(STEPS):
+      momentum = 0.9 * momentum + phi - mean
+      phi = phi - RATE * momentum
+    np.testing.assert_allclose(phis[t], phi, rtol=0, atol=1e-10)
+
+
 def test_bad_arguments():
   make = functools.partial(jaxbo.c_maml_pap, loss, INNER, optax.sgd(1.0))
-  with pytest.raises(ValueError, match="drop_threshold must be a number or an infinity, got nan"):
-    make(drop_threshold=float("nan"))
   with pytest.raises(ValueError, match="buffer_size must be at least 1, got 0"):
     make(drop_threshold=1.0, buffer_size=0)
-  with pytest.raises(ValueError, match="rate must be positive and finite, got 0"):
-    make(drop_threshold=1.0, modulation=0.0)
+  for method in (jaxbo.c_maml, jaxbo.c_maml_pap):
+    other = functools.partial(method, loss, INNER, optax.sgd(1.0))
+    with pytest.raises(ValueError, match="drop_threshold must be a number or an infinity, got nan"):
+      other(drop_threshold=float("nan"))
+    with pytest.raises(ValueError, match="modulation must be positive and finite, got 0"):
+      other(drop_threshold=1.0, modulation=0.0)
   with pytest.raises(ValueError, match="init must be given either a stream or a batch"):
     make(drop_threshold=1.0).init(jnp.zeros(2))
   method = learner()
   state = method.init(jnp.zeros(2), stream=STREAM)
   with pytest.raises(ValueError, match="num_rounds must be at least 1, got 0"):
     method.run(state, STREAM, 0)
+
+
+def test_the_response_must_be_a_transformation(as_users_run):
+  for method in (jaxbo.c_maml, jaxbo.c_maml_pap):
+    with pytest.raises(TypeError, match="response must be an optax transformation"):
+      method(loss, INNER, optax.sgd(1.0), drop_threshold=1.0, response=0.1)  # pyright: ignore
+  with pytest.raises(TypeError, match="response must be an optax transformation"):
+    jaxbo.leeds(1.0, INNER, response=0.1)  # pyright: ignore
+  with pytest.raises(TypeError, match="solver must be an InnerSolver"):
+    jaxbo.leeds(1.0, 0.1, response=jaxbo.drop_response())  # pyright: ignore

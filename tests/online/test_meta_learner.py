@@ -374,6 +374,8 @@ def test_modulation_of_losses_that_are_no_numbers():
   scale = lambda value: float(tx.update(jnp.float32(1.0), tx.init(0.0), value=value)[0])
   np.testing.assert_allclose(scale(0.3), 1 - np.exp(-0.6), rtol=1e-6)
   assert [scale(value) for value in (-1.0, 0.0, np.nan, np.inf)] == [0, 0, 1, 1]
+  info = tx.update(jnp.float32(5.0), tx.init(0.0), value=0.3)[1].info
+  np.testing.assert_allclose(info.modulation, 1 - np.exp(-0.6), rtol=1e-6)
   with pytest.raises(TypeError, match="modulate_by_loss: update must be given value="):
     tx.update(jnp.float32(1.0), tx.init(0.0))
   with pytest.raises(ValueError, match="rate must be positive and finite, got 0"):

@@ -151,3 +151,6 @@ def test_bad_shapes():
     jaxbo.task_averaged_regret(np.zeros(3), np.zeros(4), np.zeros(3, bool))
   with pytest.raises(ValueError, match=r"must have the shape \[rounds\], comparator_losses"):
     jaxbo.task_averaged_regret(*[np.zeros(0)] * 3)
+  for switches in (True, np.zeros((3, 2), bool)):
+    with pytest.raises(ValueError, match=r"losses and task_switch must have the shape \[rounds\]"):
+      jaxbo.task_averaged_regret(np.zeros(3), np.zeros(3), switches)

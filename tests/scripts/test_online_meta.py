@@ -512,6 +512,56 @@ def test_a_round_has_as_many_queries_as_images_where_they_are_given(tmp_path):
   assert shapes["given"].query_images.shape == shapes["same"].images.shape == (6, 16, 16, 1)
 
 
+def test_sizes_of_tasks_and_groups_of_seeds(tmp_path):
+  mine = config(tmp_path, num_shots=5, first_seed=7, seeds=4, seeds_at_once=2)
+  assert [group.tolist() for group in mine.groups()] == [[7, 8], [9, 10]]
+  before = mine.pretraining()
+  assert (before.num_ways, before.num_shots, before.num_queries) == (3, 5, 5)
+  assert mine.switches().num_examples == 15
+
+
+def test_thresholds_are_swept_on_the_first_stream_and_seed(tmp_path):
+  """Accuracies, domains and scores are those of the first of two seeds."""
+  rows, played = {}, []
+  for name, seed in (("leeds", 0), ("other", 1)):
+    rows[name] = trace(
+      before=np.float32([0.1, 0.3, 0.5, 0.7, 0.9, 0.5]) - 0.1 * seed,
+      domain=np.int32([0, 0, 1, 1, 2, 2]),
+      task_switch=np.array([1, 0, 1, 0, 1, 0], bool),
+      switch=np.array([1, 0, 1, 0, 1, seed], bool),
+      shift=np.array([0, 0, 1, 0, 1, 0], bool),
+      switch_score=np.float32([9, 1, 3, 1, 5, 1]),
+      shift_score=np.float32([-3, 99, -1, 99, 1, 99]),
+    )
+  both = Trace(*(np.concatenate(pair) for pair in zip(*rows.values(), strict=True)))
+
+  def kept(folder, name, rates, p, seeds):
+    played.append((folder, name, p, seeds.tolist(), rates))
+    return Run(both, 1.0, 1)
+
+  mine = config(tmp_path, stay_probabilities=(0.5, 0.75), seeds=4, seeds_at_once=2)
+  place = types.SimpleNamespace(
+    config=mine, kept=kept, task=0, progress=types.SimpleNamespace(update=lambda *_, **__: None)
+  )
+  runs = {(p, "leeds"): Run(both, 1.0, 1) for p in mine.stay_probabilities}
+  runs[0.75, "leeds"] = Run(trace(switch=np.ones(6, bool)), 1.0, 1)
+  found = meta_workplace.sweep_all(place, Rates(0.5, 0.01, 0.5, switch=2.0, shift=0.25), runs)
+  np.testing.assert_allclose(found["switch"].thresholds, [0, 0.8, 1.4, 2, 3, 4, 8])
+  # The quantiles of -3, -1 and 1, the scores where a switch was detected, and the chosen one.
+  np.testing.assert_allclose(found["shift"].thresholds, [-3, -2, -1, 0, 0.25, 1])
+  assert {(name, p, tuple(seeds)) for _, name, p, seeds, _ in played} == {("leeds", 0.5, (0, 1))}
+  assert [rates.switch for *_, rates in played[:7]] == found["switch"].thresholds.tolist()
+  assert [rates.shift for *_, rates in played[7:]] == found["shift"].thresholds.tolist()
+  assert {rates.shift for *_, rates in played[:7]} == {0.25}
+  assert len({folder for folder, *_ in played}) == 13
+  for sweep in found.values():
+    np.testing.assert_allclose(sweep.accuracy, 0.5, rtol=1e-6)
+    np.testing.assert_allclose(sweep.out, 2.6 / 4, rtol=1e-6)
+    np.testing.assert_allclose((sweep.precision, sweep.recall), 1)
+  assert (found["switch"].chosen, found["shift"].chosen) == (2.0, 0.25)
+  np.testing.assert_allclose(found["switch"].logged[:, 1], [1, 1, 1, 1, 0.5, 0.5, 0])
+
+
 def test_thresholds_for_other_scores_are_calibrated_on_validation_streams(tmp_path):
   """Scores are 3 at switches and 1 elsewhere, and by domain."""
   played = []

@@ -214,6 +214,19 @@ def test_bad_domains(domains, message):
     )
 
 
+def test_domains_are_a_list(as_users_run):
+  """Of one array the classes would be taken for domains."""
+  for domains, kind in ((np.zeros((3, 4, 5, 2)), "ndarray"), ({"a": np.zeros((4, 5))}, "dict")):
+    with pytest.raises(TypeError, match=f"domains must be a list of arrays .*, got {kind}"):
+      jaxbo.tasks.osaka_stream(
+        domains,  # pyright: ignore
+        num_ways=2,
+        num_shots=1,
+        stay_probability=0.5,
+        domain_probabilities=MIX,
+      )
+
+
 def test_queries_need_two_images_of_a_class():
   with pytest.raises(ValueError, match="with at least 2 images of each class"):
     jaxbo.tasks.osaka_stream(
