@@ -5,16 +5,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def key_impl(name: str, key: Any) -> Any:
   """Returns the generator of ``key`` (``None``: the default one); raises ``TypeError`` if no key.
 
-  A key is an int (a traced one too), a raw key array or a typed key.
+  A key is an int (a traced one too), a raw key array, also of NumPy, or a typed key.
   """
   if isinstance(key, numbers.Integral) and not isinstance(key, bool):
     return None
-  if isinstance(key, jax.Array):
+  if isinstance(key, (jax.Array, np.ndarray)):
     if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.ndim == 0:
       return jax.random.key_impl(key)
     if jnp.issubdtype(key.dtype, jnp.integer) and key.ndim == 0:

@@ -9,7 +9,7 @@ import optax
 from jaxbo import _check, _random, _tree
 from jaxbo.bilevel.directions import FAMILIES
 from jaxbo.bilevel.inner import InnerSolver
-from jaxbo.bilevel.perturbation import Run, Sampling, estimate
+from jaxbo.bilevel.perturbation import Run, Sampling, estimate, start_for, where_finite
 from jaxbo.bilevel.response import MISSING, add, check_solver, check_update, guard, zero_norm
 
 
@@ -219,7 +219,8 @@ def add_es_response(
     outer_grad, inner_grad = check_update("add_es_response", updates, params, solution, batch)
     if axis_name is not None and mesh is None:
       _check.manual_axis("axis_name", axis_name)
-    x, start, y, b = _tree.at_least_float32((params, solution.start, solution.params, inner_grad))
+    x, y, b = _tree.at_least_float32((params, solution.params, inner_grad))
+    start = start_for(solver, solution.start, x, batch)
     path, pull_back = solver.path, lambda response: response
     low_precision = _tree.has_low_precision((params, solution.params))
     through = solver.through if perturb_features else None
@@ -234,7 +235,7 @@ def add_es_response(
       y = path(x, start, batch)
     # Without a finite base run a difference to it means nothing.
     base_finite = solution.info.finite
-    b = jax.tree.map(lambda leaf: _where_finite(base_finite, leaf), b)
+    b = jax.tree.map(lambda leaf: where_finite(base_finite, leaf), b)
     run = Run(x, start, batch, y, b)
 
     update_key = jax.random.fold_in(
@@ -244,6 +245,8 @@ def add_es_response(
       path = task.through.path if through is not None and task.through else task.path
       response, num_finite = per_task_estimate(path, run, update_key, through is not None)
     else:
+      if solver.task is not None:
+        run = run._replace(counts=base_finite)
       response, num_finite = estimate(sampling, path, run, update_key)
     response, finite = guard(pull_back(optax.tree.scale(response_scale, response)))
     num_finite = jnp.where(finite & jnp.any(base_finite), num_finite, 0)
@@ -253,11 +256,6 @@ def add_es_response(
     return hypergradient, EsResponseState(state.es_key, count, info)
 
   return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _where_finite(finite: jax.Array, leaf: jax.Array) -> jax.Array:
-  """``leaf``, or zeros where ``finite``, which has its leading axes, is false."""
-  return jnp.where(jnp.reshape(finite, finite.shape + (1,) * (leaf.ndim - finite.ndim)), leaf, 0)
 
 
 def esj(

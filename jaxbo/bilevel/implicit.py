@@ -84,7 +84,8 @@ def add_implicit_response(
 
   Raises:
     ValueError: if the linear solver warm-starts and ``inner_params`` is missing.
-    TypeError: if ``linear_solver`` does not take ``(matvec, b, x0)``.
+    TypeError: if ``linear_solver`` does not take ``(matvec, b, x0)``; if ``inner_params`` have
+      other dtypes than the solution.
 
   Example:
     >>> import jax, jax.numpy as jnp, jaxbo, optax
@@ -153,6 +154,15 @@ def add_implicit_response(
       _check.same_structure("inner_params", inner_params, "solution.params", solution.params)
     x, y, b = _tree.at_least_float32((params, solution.params, inner_grad))
     b = _tree.cast_like(b, y)
+    if warm_start:
+      kept, needed = (
+        [str(v.dtype) for v in jax.tree.leaves(t)] for t in (state.linear_solution, b)
+      )
+      if kept != needed:
+        raise TypeError(
+          "inner_params must have the dtypes of solution.params (float32 at least), got "
+          f"{', '.join(kept)} against {', '.join(needed)}"
+        )
 
     def grad_y(x, y):
       return jax.grad(solver.loss, argnums=1)(x, y, linear_batch)

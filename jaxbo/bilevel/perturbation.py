@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec
 
 from jaxbo import _tree
 from jaxbo.bilevel.directions import Draw, Family
+from jaxbo.bilevel.inner import InnerSolver
 
 
 class Run(NamedTuple):
@@ -30,6 +31,8 @@ class Run(NamedTuple):
     batch: what it sees.
     y: where it ends, ``path(x, start, batch)``.
     b: a vector shaped like ``y``.
+    counts: whether the run ended at finite numbers, for each task ``[num_tasks]``: the other tasks
+      are left out of products. ``None`` if there is one task.
   """
 
   x: Any
@@ -37,6 +40,7 @@ class Run(NamedTuple):
   batch: Any
   y: Any
   b: Any
+  counts: jax.Array | None = None
 
 
 class Sampling(NamedTuple):
@@ -50,6 +54,22 @@ class Sampling(NamedTuple):
   redraw: bool
   mesh: jax.sharding.Mesh | None
   axis_name: str | None
+
+
+def where_finite(finite: jax.Array, leaf: jax.Array) -> jax.Array:
+  """``leaf``, or zeros where ``finite``, which has its leading axes, is false."""
+  return jnp.where(jnp.reshape(finite, finite.shape + (1,) * (leaf.ndim - finite.ndim)), leaf, 0)
+
+
+def start_for(solver: InnerSolver, start: Any, x: Any, batch: Any) -> Any:
+  """``start`` in float32 at least, but for what the optimizer itself keeps in less."""
+  params, opt_state = start
+  if not _tree.has_low_precision(params):
+    return start
+  params = _tree.at_least_float32(params)
+  of_one = params if solver.task is None else jax.tree.map(lambda leaf: leaf[0], params)
+  types = jax.eval_shape(solver.init, of_one, x, batch)
+  return params, _tree.cast_like(opt_state, types.opt_state)
 
 
 def estimate(
@@ -84,15 +104,18 @@ def estimate(
 def _product(sampling: Sampling, path: Callable[..., Any], run: Run, direction: Any) -> jax.Array:
   """``<delta, b>`` along one direction."""
   end = lambda x: path(x, run.start, run.batch)
-  if sampling.difference == "exact":
-    return _tree.vdot(jax.jvp(end, (run.x,), (direction,))[1], run.b)
   moved = lambda scale: end(_tree.add_scaled(run.x, scale, direction))
-  smoothing = sampling.smoothing
-  if sampling.difference == "forward":
-    return _tree.vdot(optax.tree.sub(moved(smoothing), run.y), run.b) / smoothing
-  pair = jax.vmap(moved)(jnp.stack([jnp.asarray(smoothing), -jnp.asarray(smoothing)]))
-  change = jax.tree.map(lambda leaf: leaf[0] - leaf[1], pair)
-  return _tree.vdot(change, run.b) / (2 * smoothing)
+  smoothing, length = sampling.smoothing, 1
+  if sampling.difference == "exact":
+    change = jax.jvp(end, (run.x,), (direction,))[1]
+  elif sampling.difference == "forward":
+    change, length = optax.tree.sub(moved(smoothing), run.y), smoothing
+  else:
+    pair = jax.vmap(moved)(jnp.stack([jnp.asarray(smoothing), -jnp.asarray(smoothing)]))
+    change, length = jax.tree.map(lambda leaf: leaf[0] - leaf[1], pair), 2 * smoothing
+  if run.counts is not None:
+    change = jax.tree.map(lambda leaf: where_finite(run.counts, leaf), change)
+  return _tree.vdot(change, run.b) / length
 
 
 def _products(sampling, path, run: Run, draw: Draw, samples: jax.Array) -> jax.Array:

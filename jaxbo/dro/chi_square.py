@@ -110,7 +110,9 @@ def chi_square_ball(radius: float | jax.Array) -> Weighting:
 
   def respond(batch, state):
     rho = jnp.asarray(radius, batch.losses.dtype)
-    below = batch.losses - batch.max
+    # Weights are the same at every scale, where squares of losses may not be finite.
+    spread = jax.lax.stop_gradient(batch.max - batch.min)
+    below = (batch.losses - batch.max) / jnp.where(spread > 0, spread, 1)
 
     def within(depth):  # Weights are proportional to p (losses - max + depth)_+.
       hinges = jax.nn.relu(below + depth)
@@ -119,7 +121,7 @@ def chi_square_ball(radius: float | jax.Array) -> Weighting:
     mean = batch.expectation(below)
     variance = batch.expectation((below - mean) ** 2)
     # There, all weights are positive.
-    high = at_least_tiny(batch.max - batch.min + jnp.sqrt(variance / (2 * rho))) * 1.01
+    high = (1 + jnp.sqrt(variance / (2 * rho))) * 1.01
     depth = smallest(within, jnp.asarray(jnp.finfo(high.dtype).tiny, high.dtype), high)
 
     # Given which weights are positive, the constraint is a quadratic equation.
@@ -127,8 +129,10 @@ def chi_square_ball(radius: float | jax.Array) -> Weighting:
     mass = at_least_tiny(batch.expectation(positive))
     mean = batch.expectation(jnp.where(positive, below, 0)) / mass
     variance = batch.expectation(jnp.where(positive, (below - mean) ** 2, 0)) / mass
-    excess = jnp.maximum((1 + 2 * rho) * mass - 1, 0)
-    slope = jnp.sqrt(excess / jnp.where(variance > 0, variance, 1))
+    excess = (1 + 2 * rho) * mass - 1
+    attained = (excess > 0) & (variance > 0)  # Else the slope is free, or zero.
+    slope = jnp.sqrt(jnp.where(attained, excess, 1) / jnp.where(attained, variance, 1))
+    slope = jnp.where(attained, slope, 0)
     density = jnp.where(positive, jax.nn.relu(1 + (below - mean) * slope) / mass, 0)
     weights = batch.reference * density
     return Response(weights / at_least_tiny(batch.over.sum(weights)), state)

@@ -96,6 +96,8 @@ def kl_cvar(level: float | jax.Array, temperature: Temperature) -> Weighting:
     value = temperatures.find_temperature(temperature, batch, state, weights_at)
     weights = weights_at(value)
     objective = batch.over.sum(weights * batch.losses) - value * relative_entropy(batch, weights)
+    # The reference is allowed too: less than the mean is rounding, times a high temperature.
+    objective = jnp.maximum(objective, batch.expectation(batch.losses))
     return Response(weights, temperatures.advance(state), objective, value)
 
   return make_weighting(respond, temperatures.init_temperature)

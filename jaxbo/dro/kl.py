@@ -126,7 +126,8 @@ def tilted(t: float | jax.Array | Callable[[Any], Any]) -> Weighting:
   def respond(batch, state):
     tilt = temperatures.scheduled(t, state, batch.losses.dtype)
     weights, objective = exponential(batch, tilt)
-    inverse = jnp.where(tilt == 0, 0, 1 / jnp.where(tilt == 0, 1, tilt))
+    flat = jnp.abs(tilt) < jnp.finfo(tilt.dtype).tiny
+    inverse = jnp.where(flat, 0, 1 / jnp.where(flat, 1, tilt))
     return Response(weights, temperatures.advance(state), objective, inverse)
 
   return make_weighting(
@@ -174,15 +175,17 @@ def kl_ball(radius: float | jax.Array) -> Weighting:
     high = at_least_tiny((batch.max - batch.min) / jnp.sqrt(8 * rho)) * 1.01
     tiny = jnp.asarray(jnp.finfo(high.dtype).tiny, high.dtype)
     temperature = smallest(lambda value: entropy_at(1 / value) <= rho, tiny, high)
-    # One step of Newton's method whose value is zero and whose derivative is that of the root.
-    beta = 1 / temperature
-    entropy, weights = entropy_at(beta), jax.lax.stop_gradient(exponential(batch, beta)[0])
+    weights = jax.lax.stop_gradient(exponential(batch, 1 / temperature)[0])
     losses = jax.lax.stop_gradient(batch.losses)
     mean = batch.over.sum(weights * losses)
-    slope = beta * batch.over.sum(weights * (losses - mean) ** 2)
+    slope = batch.over.sum(weights * (losses - mean) ** 2) / temperature
+    # If not, all weight is on the largest losses, and stays there.
     attained = slope > 0
-    step = (entropy - jax.lax.stop_gradient(entropy)) / jnp.where(attained, slope, 1)
-    weights, _ = exponential(batch, beta - jnp.where(attained, step, 0))
+    # One step of Newton's method whose value is zero and whose derivative is that of the root.
+    beta = jnp.where(attained, 1 / temperature, 0)
+    excess = entropy_at(beta) - rho
+    step = (excess - jax.lax.stop_gradient(excess)) / jnp.where(attained, slope, 1)
+    weights = jnp.where(attained, exponential(batch, beta - step)[0], weights)
     return Response(weights, state, temperature=temperature)
 
   return make_weighting(respond)
@@ -202,6 +205,7 @@ def exponential(batch: Batch, beta: jax.Array) -> tuple[jax.Array, jax.Array]:
   deviations = beta * (batch.losses - mean)
   near = batch.over.max(jnp.abs(deviations)) < 1
   small = batch.expectation(jnp.expm1(jnp.clip(deviations, -1, 1)))
-  nonzero = jnp.where(beta == 0, 1, beta)
+  # A number below the smallest normal one may count as zero or not.
+  nonzero = jnp.where(jnp.abs(beta) < jnp.finfo(beta.dtype).tiny, 1, beta)
   objective = jnp.where(near, mean + jnp.log1p(small) / nonzero, extreme + jnp.log(total) / nonzero)
   return powers / total, objective

@@ -1,9 +1,11 @@
 """Robust values as losses to differentiate."""
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 from jaxbo.dro.batch import AxisName
 from jaxbo.dro.weighting import Weighting, check_weighting
@@ -25,7 +27,8 @@ def robust_value(
   mean over the worst losses, and so on (``info.objective``). Its gradient is the vector of
   weights, by Danskin's theorem; second derivatives are those of the weights, so that it can be an
   inner loss too. Use it to monitor, or with ``jax.grad`` where gradients need not be per example.
-  It is a function of the losses alone: do not differentiate by parameters of the weighting.
+  The first derivative by a parameter of the weighting (a temperature, a radius, a level) is that of
+  the objective too, but by what weights are found from by other means (:func:`target_ess`).
 
   Args:
     losses: ``[batch]`` real floats.
@@ -57,18 +60,32 @@ def robust_value(
   losses = jnp.asarray(losses)
   state = weighting.init() if state is None else state
 
-  def weigh(losses, arguments):
+  def weigh_all(losses, arguments):
     return weighting.weigh(losses, axis_name=axis_name, stop_gradient=False, **arguments)
 
+  arguments = {"state": state, "mask": mask, "prior": prior, "groups": groups}
+  # Traced parameters of the weighting are made arguments: a derivative by them may be wanted.
+  weigh, parameters = jax.closure_convert(weigh_all, losses, arguments)
+
   @jax.custom_jvp
-  def value(losses, arguments):
-    return weigh(losses, arguments)[2].objective
+  def value(losses, arguments, parameters):
+    return weigh(losses, arguments, *parameters)[2].objective
 
-  @value.defjvp
+  @functools.partial(value.defjvp, symbolic_zeros=True)
   def value_jvp(primals, tangents):
-    weights, _, info = weigh(*primals)
+    losses, arguments, parameters = primals
+    weights, _, info = weigh(losses, arguments, *parameters)
     # Weights at zero are excluded, whose tangents may be anything.
-    tangent = jnp.where(weights != 0, tangents[0], 0).astype(weights.dtype)
-    return info.objective, jnp.sum(weights * tangent)
+    tangent = jnp.where(weights != 0, _instantiate(losses, tangents[0]), 0).astype(weights.dtype)
+    change = jnp.sum(weights * tangent)
+    if not all(isinstance(t, SymbolicZero) for t in tangents[2]):
+      moved = [_instantiate(p, t) for p, t in zip(parameters, tangents[2], strict=True)]
+      objective = lambda *parameters: weigh(losses, arguments, *parameters)[2].objective
+      change += jax.jvp(objective, parameters, moved)[1]
+    return info.objective, change
 
-  return value(losses, {"state": state, "mask": mask, "prior": prior, "groups": groups})
+  return value(losses, arguments, parameters)
+
+
+def _instantiate(primal: jax.Array, tangent: Any) -> jax.Array:
+  return jnp.zeros_like(primal) if isinstance(tangent, SymbolicZero) else tangent

@@ -50,6 +50,13 @@ def test_mean_is_zero_and_covariance_the_identity(name):
   assert np.max(np.abs(products.mean(axis=0) - np.eye(P)) / error) < 4.5
 
 
+def test_signs_of_orthogonal_directions_do_not_depend_on_the_row():
+  """Of one key, rows (the last bits of a word for p = 16) would be signs of the second leaf."""
+  u = many("orthogonal", 4000, shapes=[(8,), (8,)])[:, 0]
+  products = (u[:, :, None] * u[:, None, :]).mean(axis=0) - np.eye(16)
+  assert np.abs(products).max() < 4.5 * 1.5 / np.sqrt(len(u))  # |u_n u_m| <= 2
+
+
 @pytest.mark.parametrize("name", ["sphere", "rademacher", "orthogonal"])
 def test_norm_is_the_root_of_p(name):
   np.testing.assert_allclose(np.sum(many(name, 5, 3) ** 2, axis=2), P, rtol=1e-5)

@@ -72,16 +72,29 @@ def test_only_the_task_whose_run_diverges_keeps_its_start():
   np.testing.assert_array_equal(solution.info.finite, [True, False, True])
 
 
-def test_a_task_whose_run_diverges_takes_its_own_samples_alone_with_it():
-  """With directions of its own; of one outer parameter, a random sign gives the exact response."""
+@pytest.mark.parametrize("redraw", [False, True])
+@pytest.mark.parametrize("difference", ["forward", "central", "exact"])
+@pytest.mark.parametrize("per_task", [False, True])
+def test_a_task_whose_run_diverges_takes_its_own_samples_alone_with_it(
+  per_task, difference, redraw
+):
+  """Of one outer parameter, a random sign gives the exact response."""
   one = jaxbo.inner_solver(lambda x, y, batch: jnp.sum((y - batch * x) ** 2), optax.sgd(0.5), 1)
   solver = jaxbo.over_tasks(one, 3)
   x, batch = jnp.float32(1.0), jnp.array([1, np.nan, 3])
   solution = solver.solve(x, solver.init(jnp.float32(7.0)), batch)
-  head = jaxbo.add_es_response(solver, 2, 1.0, directions="rademacher", per_task=True)
+  head = jaxbo.add_es_response(
+    solver,
+    2,
+    1.0,
+    directions="rademacher",
+    difference=difference,
+    redraw=redraw,
+    per_task=per_task,
+  )
   result, state = head.update((x, jnp.ones(3)), head.init(x), x, solution=solution, batch=batch)
   np.testing.assert_allclose(result, 1 + (1 + 3), rtol=1e-6)
-  assert state.info.num_finite == 2 * 2
+  assert state.info.num_finite == (2 * 2 if per_task else 2)
 
 
 @pytest.mark.parametrize("difference", ["forward", "central", "exact"])

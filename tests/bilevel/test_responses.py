@@ -427,3 +427,18 @@ def test_bad_arguments_of_heads_are_refused(as_users_run):
   for damping in (None, "a", jnp.ones(2)):
     with pytest.raises(TypeError, match="damping must be a number, got"):
       jaxbo.conjugate_gradient(2, damping=damping)
+
+
+def test_inner_params_of_another_precision_are_refused(x64):
+  """The kept solution of the linear system would change its dtype."""
+  loss = lambda x, y, batch: 0.5 * jnp.sum((y - x) ** 2)
+  solver = jaxbo.inner_solver(loss, optax.sgd(0.5), 2)
+  x = jnp.ones(2)
+  solution = solver.solve(x, solver.init(jnp.zeros(2)), None)
+  for linear_solver in (jaxbo.conjugate_gradient, lambda n, **kw: jaxbo.fixed_point(n, 0.5, **kw)):
+    head = jaxbo.add_implicit_response(
+      solver, linear_solver(2, warm_start=True), inner_params=jnp.zeros(2, jnp.bfloat16)
+    )
+    message = r"inner_params must have the dtypes .* got float32 against float64"
+    with pytest.raises(TypeError, match=message):
+      head.update((x, x), head.init(x), x, solution=solution, batch=None)

@@ -51,6 +51,55 @@ def test_first_and_second_derivatives_are_the_weights_and_theirs(name, x64):
     assert np.max(np.abs(second)) > 0.01
 
 
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_derivatives_by_parameters_of_the_weighting(name, x64):
+  """Of the value, and of its gradient, against finite differences."""
+  parameters = [jnp.float64(parameter) for parameter in PARAMETERS[name]]
+  losses = jnp.asarray([*LOSSES, jnp.nan])
+  value = lambda losses, *p: jaxbo.robust_value(losses, families.MAKE[name](*p))
+
+  @jax.jit
+  def derivatives(*parameters):
+    by_parameters = tuple(range(1, 1 + len(parameters)))
+    first = jax.grad(value, by_parameters)(losses, *parameters)
+    mixed = jax.jacfwd(jax.grad(value), by_parameters)(losses, *parameters)
+    return value(losses, *parameters), jax.grad(value)(losses, *parameters), first, mixed
+
+  _, _, first, mixed = derivatives(*parameters)
+  for i in range(len(parameters)):
+    moved = lambda eps, i=i: derivatives(*(p + eps * (j == i) for j, p in enumerate(parameters)))
+    ahead, behind = moved(1e-5), moved(-1e-5)
+    np.testing.assert_allclose(first[i], (ahead[0] - behind[0]) / 2e-5, atol=1e-8)
+    np.testing.assert_allclose(mixed[i], (ahead[1] - behind[1]) / 2e-5, atol=1e-7)
+    assert abs(first[i]) > 0.1
+
+
+def test_a_traced_parameter_that_is_not_differentiated_changes_nothing():
+  """Its tangent is zero, though the value's slope in it is infinite: the root of a radius."""
+
+  @jax.jit
+  def gradient(losses, radius):
+    return jax.grad(lambda v: jaxbo.robust_value(v, jaxbo.chi_square_ball(radius)))(losses)
+
+  losses = jnp.array([1.0, 2.0, 4.0])
+  expected = jaxbo.chi_square_ball(1e-12).weigh(losses, ())[0]
+  np.testing.assert_array_equal(gradient(losses, jnp.float32(1e-12)), expected)
+
+
+@pytest.mark.parametrize(
+  ("name", "parameter", "losses"),
+  [
+    ("kl_ball", 0.1, [2.0, 2.0, 2.0]),
+    ("kl_ball", 2.0, [1.0, 3.0, 3.0]),  # All weight is on the maximum, inside of the ball.
+    ("chi_square_ball", 0.3, [2.0, 2.0, 2.0]),
+    ("chi_square_ball", 1.0, [1.0, 2.0, 3.0]),  # All weight is on the maximum, at its edge.
+  ],
+)
+def test_where_a_ball_has_no_second_derivative_it_is_zero(name, parameter, losses):
+  gradient = jax.grad(lambda v: jaxbo.robust_value(v, families.MAKE[name](parameter)))
+  np.testing.assert_array_equal(jax.jacfwd(gradient)(jnp.array(losses)), np.zeros((3, 3)))
+
+
 def test_what_is_masked_may_have_any_tangent():
   mask = jnp.array([True, True, False])
   value = lambda losses: jaxbo.robust_value(losses, jaxbo.kl(1.0), mask=mask)

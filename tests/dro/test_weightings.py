@@ -194,6 +194,7 @@ def test_single_precision_neither_overflows_nor_cancels():
     (100.0, 2.50624991),
     (1e-4, 4.0 - 1e-4 * np.log(4)),
     (1e-30, 4.0),
+    (3e38, 2.5),  # whose reciprocal is below the smallest normal number
   ):
     weights, _, info = weigh_kl(losses, jnp.float32(temperature))
     np.testing.assert_allclose(info.objective, value, rtol=3e-7)
@@ -206,6 +207,23 @@ def test_single_precision_neither_overflows_nor_cancels():
   weights, _, _ = weigh_kl(losses.astype(jnp.bfloat16), jnp.float32(1.0))
   assert weights.dtype == jnp.float32
   np.testing.assert_allclose(weights, weigh("kl", LOSSES, 1.0)[0], atol=1e-6)
+
+
+def test_capped_weights_at_a_high_temperature_have_the_value_of_the_mean():
+  """Rounding of the weights, times the temperature, would be -1e15."""
+  for level in (0.5, 1.0):
+    weighting = jaxbo.kl_cvar(level, 1e30)
+    info = weighting.weigh(jnp.array([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]), weighting.init())[2]
+    np.testing.assert_allclose(info.objective, 4.0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e20, 1e37])
+def test_weights_of_a_chi_square_ball_are_the_same_at_every_scale(scale):
+  """Squares of these losses are beyond the range of float32."""
+  losses = jnp.array([-4.0, 2.0, 3.0, 4.0])
+  expected = weigh("chi_square_ball", losses, 0.3)[0]
+  weights = jaxbo.chi_square_ball(0.3).weigh(scale * losses, ())[0]
+  np.testing.assert_allclose(weights, expected, atol=1e-6)
 
 
 def test_a_schedule_counts_batches_and_bad_values_give_the_limit_or_the_prior():
