@@ -113,8 +113,8 @@ def _product(sampling: Sampling, path: Callable[..., Any], run: Run, direction: 
   else:
     pair = jax.vmap(moved)(jnp.stack([jnp.asarray(smoothing), -jnp.asarray(smoothing)]))
     change, length = jax.tree.map(lambda leaf: leaf[0] - leaf[1], pair), 2 * smoothing
-  if run.counts is not None:
-    change = jax.tree.map(lambda leaf: where_finite(run.counts, leaf), change)
+  if (counts := run.counts) is not None:
+    change = jax.tree.map(lambda leaf: where_finite(counts, leaf), change)
   return _tree.vdot(change, run.b) / length
 
 
