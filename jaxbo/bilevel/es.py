@@ -131,7 +131,7 @@ def add_es_response(
     A transformation from the pair ``(df/dx, df/dy)`` to the hypergradient. ``update`` must be
     given ``solution=`` and ``batch=``, the batch that ``solver.solve`` saw. A sample whose inner
     run is not finite is left out of the average and missing in ``info.num_finite``; where the run
-    of the solution itself was not, the response is zero.
+    of the solution itself was not, the response (of a task, its part) is zero.
 
   Note:
     With ``optax.inject_hyperparams``, everything but ``smoothing`` and ``response_scale``
