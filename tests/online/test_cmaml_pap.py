@@ -128,6 +128,7 @@ def test_a_round_that_is_not_finite_moves_nothing():
   )
   end, (*_, info) = play(method, bad, 1)
   np.testing.assert_array_equal(end.meta_params, begin.meta_params)
+  jax.tree.map(np.testing.assert_array_equal, end.meta_state, begin.meta_state)
   assert info.meta_updated[0]
   assert not info.meta_finite[0]
   assert end.last_support.num_supports == 0
@@ -144,10 +145,10 @@ def test_a_task_model_that_overflows_is_left_at_a_boundary():
   assert np.all(np.isfinite(end.task.x + end.task.y))
 
 
-def test_the_momentum_of_the_inner_steps_goes_on_until_the_round_after_a_boundary(x64):
-  inner = jaxbo.inner_solver(
-    lambda *args: loss(*args)[0], optax.sgd(RATE, momentum=0.9), STEPS, warm_start=False
-  )
+@pytest.mark.parametrize("warm_start", [True, False])
+def test_the_momentum_of_inner_steps_goes_on_until_the_round_after_a_boundary(warm_start, x64):
+  optimizer = optax.sgd(RATE, momentum=0.9)
+  inner = jaxbo.inner_solver(lambda *args: loss(*args)[0], optimizer, STEPS, warm_start=warm_start)
   method = jaxbo.c_maml_pap(
     loss, inner, optax.sgd(0.0), drop_threshold=GAMMA, buffer_size=4, shift_score=jnp.square
   )

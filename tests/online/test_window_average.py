@@ -187,10 +187,11 @@ def test_a_gradient_that_is_not_finite_leaves_an_empty_slot(bad, normalization):
   assert state.info.gradient_finite
 
 
-def test_nothing_is_left_after_a_whole_window_of_bad_gradients():
+@pytest.mark.parametrize(("normalization", "first"), [("full", 2.5), ("present", 5.0)])
+def test_nothing_is_left_after_a_whole_window_of_bad_gradients(normalization, first):
   gradients = jnp.float32([5.0, 5.0, np.nan, np.nan, np.nan])
-  found, state = averages(gradients, 2)
-  np.testing.assert_array_equal(found, [2.5, 5.0, 2.5, 0.0, 0.0])
+  found, state = averages(gradients, 2, normalization=normalization)
+  np.testing.assert_array_equal(found, [first, 5.0, first, 0.0, 0.0])
   assert state.info.num_present == 0
   assert not state.info.gradient_finite
   assert state.info.average_norm == 0
