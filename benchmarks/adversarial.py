@@ -31,7 +31,8 @@ of an ordinary one; without the second derivative the step takes 0.38 of AT (all
 see below). And its 37 MiB of temporary memory are more than the 32 MiB that glibc keeps, so every
 step takes them anew: 9,600 page faults, 9 for AT. In one session it took 1.22 of AT (spread 0.10),
 0.95 (0.16) with memory kept (MALLOC_MMAP_MAX_=0 and gigabytes for MALLOC_TRIM_THRESHOLD_ and
-MALLOC_MMAP_THRESHOLD_), and 0.86 (0.07) at half the batch, with 18 MiB. No forward pass is computed twice: XLA takes two of them from the attack.
+MALLOC_MMAP_THRESHOLD_), and 0.86 (0.07) at half the batch, with 18 MiB. No forward pass is
+computed twice: XLA takes two of them from the attack.
 """
 
 import dataclasses

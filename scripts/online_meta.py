@@ -19,13 +19,13 @@ Claim (default size, 3 seeds, percent before adaptation): LEEDS reaches 78.3 (3.
 90.2 (1.3) at p = 0.98, as a version that is told all switches does; C-MAML 69.9 (5.2) and 82.1
 (3.8), MetaOGD 67.7 (3.3) and 80.7 (2.8), fine-tuning 75.4 (3.6) and 90.1 (1.5).
 
-"told" methods know the switches. Rates and thresholds are from scripts/common/meta_rates.json: they
-were chosen with `--tune` on streams of other characters and other images; for other scores than the
-default ones (`--shift-score entropy`) thresholds are calibrated on such streams first. Scores of
-every round are kept with the traces in checkpoints/, for sweeps of thresholds after the fact.
+"told" methods know the switches. Rates are from scripts/common/meta_rates.json: they were chosen
+with `--tune` on streams of other characters and other images. On such streams the thresholds of
+LEEDS are calibrated first, after the pre-training. Scores of every round are kept with the traces
+in checkpoints/, for sweeps of thresholds after the fact.
 
   python -m scripts.online_meta                         11 minutes on 2 cores
-  python -m scripts.online_meta --tune                  chooses rates and thresholds
+  python -m scripts.online_meta --tune                  chooses rates
   python -m scripts.online_meta --validation --methods leeds leeds_told --switch-score drop
                                                         an open choice of LEEDS, on validation
                                                         streams
@@ -69,15 +69,20 @@ def run_all(place: Workplace, rates: dict[str, Rates], runs: Runs) -> None:
 
 
 def with_own_thresholds(place: Workplace, rates: dict[str, Rates]) -> dict[str, Rates]:
-  """The thresholds of LEEDS for the scores of this run, if they are not those of the rates file."""
-  if "leeds" not in rates or not place.config.has_other_scores():
+  """The thresholds of LEEDS for the pre-trained model of this run, where none are given.
+
+  Another machine rounds otherwise, and pre-training then ends at another model, with other scores.
+  """
+  if "leeds" not in rates or not np.isnan([rates["leeds"].switch, rates["leeds"].shift]).any():
     return rates
   seeds = np.arange(place.config.seeds_at_once) + meta_tuning.FIRST_SEED
   streams = place.config.stay_probabilities
   runs = [place.play("leeds_told", rates["leeds"], p, seeds, test=False) for p in streams]
   found = meta_tuning.thresholds(runs)
-  place.progress.console.print(f"LEEDS with its scores: {found}")
-  return rates | {"leeds": rates["leeds"]._replace(switch=found.switch, shift=found.shift)}
+  given = rates["leeds"]
+  own = {name: getattr(found, name) for name in found._fields if np.isnan(getattr(given, name))}
+  place.progress.console.print(f"LEEDS, calibrated on validation streams: {own}")
+  return rates | {"leeds": given._replace(**own)}
 
 
 def joined(parts: Sequence[Run]) -> Run:
@@ -98,7 +103,8 @@ def tune(place: Workplace) -> None:
     place.progress.update(place.task, total=count * len(streams), completed=0)
     play = lambda name, rates: [place.play(name, rates, p, seeds, test=False) for p in streams]
     rates, value = meta_tuning.search(name, play)
-    meta_tuning.write(config.rates_file, config.name(), name, rates)
+    unknown = {"switch": np.nan, "shift": np.nan} if name == "leeds" else {}  # Of each run.
+    meta_tuning.write(config.rates_file, config.name(), name, rates._replace(**unknown))
     place.progress.console.print(f"{METHODS[name].label}: accuracy {value:.4f} with {rates}")
     if name == "leeds":
       calibrated = [place.play("leeds", rates, p, seeds, test=False) for p in streams]
@@ -139,14 +145,14 @@ def chosen_rates(config: Config) -> dict[str, Rates]:
   """The rates of all methods, with what was given on the command line.
 
   Raises:
-    ValueError: if some were not chosen, or a threshold is NaN.
+    ValueError: if some were not chosen, or one is NaN.
   """
   names = config.methods
   rates = dict(meta_tuning.all_rates(config.rates_file, config.name(), names))
   for name, mine in rates.items():
     for threshold in METHODS[name].thresholds:
-      if np.isnan(getattr(mine, threshold)):
-        raise ValueError(f"{name}: {threshold} must be a number or an infinity, got nan")
+      if np.isnan(getattr(mine, threshold)) and name != "leeds":  # LEEDS finds its own.
+        raise ValueError(f"{name}: {threshold} must be a number or an infinity, got none")
     if name.startswith("leeds") and config.in_distribution_scale is not None:
       rates[name] = mine._replace(in_scale=config.in_distribution_scale)
   return rates

@@ -78,7 +78,7 @@ class Config:
   buffer_size: int = 101
   """Rounds that C-MAML's prolonged adaptation collects."""
   switch_score: str = "loss"
-  """LEEDS: loss or drop. Thresholds for other scores than the defaults are calibrated first."""
+  """LEEDS: loss or drop."""
   shift_score: str = "energy"
   """LEEDS: energy, entropy or max_softmax."""
   shift_model: str = "adapted"
@@ -92,7 +92,7 @@ class Config:
   validation: bool = False
   """Plays streams of the validation images instead of those that are reported, to try choices."""
   tune: bool = False
-  """Chooses rates and thresholds on validation streams and writes them to rates_file; no report."""
+  """Chooses rates on validation streams and writes them to rates_file; no report."""
   tune_rounds: int = 150
   """Rounds of these streams."""
   rates_file: Path = RATES_FILE
@@ -136,8 +136,6 @@ class Config:
       )
     if self.rounds < 2:
       raise ValueError(f"rounds must be at least 2, got {self.rounds}")
-    if self.tune and self.has_other_scores():
-      raise ValueError("tune must have the default scores: thresholds for others are not kept")
 
   def identity(self) -> dict[str, Any]:
     """What a resumed run must have in common with the run that it continues."""
@@ -157,11 +155,6 @@ class Config:
     """The name of the table of rates."""
     tasks = f"{self.num_ways}way{self.num_shots}shot"
     return f"{self.dataset}/{tasks}/{self.size}px/width{self.width}/steps{self.inner_steps}"
-
-  def has_other_scores(self) -> bool:
-    """Whether the scores of LEEDS are others than those whose thresholds are in the rates file."""
-    names = ("switch_score", "shift_score", "shift_model")
-    return any(getattr(self, name) != getattr(Config, name) for name in names)
 
   def groups(self) -> list[np.ndarray]:
     """The seeds, by those that run side by side."""

@@ -111,14 +111,18 @@ def look_up(tables: dict[str, Any], setting: str, name: str) -> Rates:
   """The rates of a method.
 
   Raises:
-    ValueError: if none were chosen.
+    ValueError: if none were chosen, or one is NaN.
   """
   try:
-    return Rates(**{field: float(value) for field, value in tables[setting][name].items()})
+    found = {field: float(value) for field, value in tables[setting][name].items()}
   except KeyError:
     raise ValueError(
       f"no rates were chosen for {name} on {setting}: choose them with --tune"
     ) from None
+  for field, value in found.items():
+    if math.isnan(value):
+      raise ValueError(f"{name}: {field} must be a number or an infinity, got nan")
+  return Rates(**found)
 
 
 def all_rates(path: Path, setting: str, names: Sequence[str]) -> Iterator[tuple[str, Rates]]:

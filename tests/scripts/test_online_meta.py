@@ -562,7 +562,7 @@ def test_thresholds_are_swept_on_the_first_stream_and_seed(tmp_path):
   np.testing.assert_allclose(found["switch"].logged[:, 1], [1, 1, 1, 1, 0.5, 0.5, 0])
 
 
-def test_thresholds_for_other_scores_are_calibrated_on_validation_streams(tmp_path):
+def test_thresholds_that_are_not_given_are_calibrated_on_validation_streams(tmp_path):
   """Scores are 3 at switches and 1 elsewhere, and by domain."""
   played = []
   switch, domain = np.tile([True, False], 10)[None], np.repeat([0, 1], 10)[None]
@@ -577,16 +577,22 @@ def test_thresholds_for_other_scores_are_calibrated_on_validation_streams(tmp_pa
       1,
     )
 
-  def own(**options):
-    mine = config(tmp_path, stay_probabilities=(0.5, 0.75), **options)
+  def own(*given):
+    mine = config(tmp_path, stay_probabilities=(0.5, 0.75))
     place = types.SimpleNamespace(
       config=mine, play=play, progress=types.SimpleNamespace(console=report.console())
     )
-    return script.with_own_thresholds(place, {"leeds": Rates(0.5, 0.01, 0.5, math.nan, 9.0, 9.0)})
+    rates = {"leeds": Rates(0.5, 0.01, 0.5, math.nan, *given), "maml": Rates(0.5)}
+    found = script.with_own_thresholds(place, rates)
+    assert found["maml"] is rates["maml"]
+    assert found["leeds"][:3] == rates["leeds"][:3]
+    return found["leeds"][4:]
 
-  assert own()["leeds"][4:] == (9.0, 9.0)
+  assert own(9.0, math.inf) == (9.0, math.inf)
   assert not played
-  assert own(shift_model="meta")["leeds"][4:] == (2.0, -5.0)
+  assert own(9.0, math.nan) == (9.0, -5.0)
+  played.clear()
+  assert own() == (2.0, -5.0)
   assert played == [("leeds_told", p, [meta_tuning.FIRST_SEED], False) for p in (0.5, 0.75)]
 
 
@@ -654,6 +660,19 @@ def test_tuning_writes_rates_that_a_run_uses(tmp_path, capsys, monkeypatch):
   assert (rates.inner, rates.outer) == (table["meta_ogd"]["inner"], table["meta_ogd"]["outer"])
 
 
+def test_tuning_keeps_no_thresholds_of_leeds(tmp_path, monkeypatch):
+  """They are those of one pre-trained model."""
+  found = Rates(0.1, 0.2, 0.3, switch=1.0, shift=2.0), 0.5
+  monkeypatch.setattr(meta_tuning, "search", lambda name, play: found)
+  monkeypatch.setattr(meta_tuning, "score", lambda runs: 0.5)
+  monkeypatch.setattr(meta_workplace.Workplace, "play", lambda *arguments, **options: None)
+  mine = config(tmp_path, methods=("leeds", "c_maml"), tune=True)
+  assert script.main(mine) == 0
+  rates = meta_tuning.read(mine.rates_file)[mine.name()]
+  assert rates["leeds"] == {"inner": 0.1, "outer": 0.2, "in_scale": 0.3}
+  assert rates["c_maml"]["switch"] == 1.0
+
+
 @pytest.mark.parametrize(
   "wrong, message",
   [
@@ -667,7 +686,6 @@ def test_tuning_writes_rates_that_a_run_uses(tmp_path, capsys, monkeypatch):
     ({"num_shots": 11}, "num_ways must be at most 0, the characters with 22 drawings, got 3"),
     ({"domain_probabilities": (0.5, 0.5, 0.5)}, "must be non-negative and sum to 1, got [0.5, 0.5"),
     ({"domain_switch_probability": 2.0}, "domain_switch_probability must be in [0, 1], got 2"),
-    ({"tune": True, "shift_score": "entropy"}, "tune must have the default scores: thresholds for"),
     ({"rounds": 1}, "rounds must be at least 2, got 1"),
     ({"inner_steps": 0}, "inner_steps must be positive and finite, got 0"),
     ({"no_switch_scale": -0.1}, "no_switch_scale must be non-negative and finite, got -0.1"),
@@ -700,6 +718,11 @@ def test_thresholds_that_are_nan_and_a_missing_data_set(tmp_path, capsys):
   mine.rates_file.write_text(json.dumps(tables))
   assert script.main(mine) == 2
   assert "leeds: switch must be a number or an infinity, got nan" in capsys.readouterr().err
+  tables[mine.name()]["leeds"]["switch"] = 1.0
+  del tables[mine.name()]["c_maml"]["switch"]
+  mine.rates_file.write_text(json.dumps(tables))
+  assert script.main(dataclasses.replace(mine, methods=("c_maml",))) == 2
+  assert "c_maml: switch must be a number or an infinity, got none" in capsys.readouterr().err
   write_rates(dataclasses.replace(mine, dataset="omniglot"))
   missing = dataclasses.replace(mine, dataset="omniglot", data_dir=tmp_path)
   assert script.main(missing) == 2
