@@ -15,9 +15,9 @@ Every method then plays the same rounds, with the same number of inner steps:
 * Detectors are judged by `jaxbo.detection_quality`: precision, recall, delay in rounds, false
   alarms; of switches, and of shifts, the switches that lead out of the pre-training's domain.
 
-Claim (default size, 3 seeds, percent before adaptation): LEEDS reaches 78.3 (3.7) at p = 0.9 and
-90.2 (1.3) at p = 0.98, as a version that is told all switches does; C-MAML 69.9 (5.2) and 82.1
-(3.8), MetaOGD 67.7 (3.3) and 80.7 (2.8), fine-tuning 75.4 (3.6) and 90.1 (1.5).
+Claim (default size, 3 seeds, percent before adaptation): LEEDS reaches 78.5 (3.7) at p = 0.9 and
+90.4 (1.4) at p = 0.98, as a version that is told all switches does; C-MAML 71.1 (4.9) and 85.0
+(1.3), MetaOGD 68.3 (4.5) and 79.2 (1.7), fine-tuning 75.7 (3.6) and 90.1 (1.5).
 
 "told" methods know the switches. Rates are from scripts/common/meta_rates.json: they were chosen
 with `--tune` on streams of other characters and other images. On such streams the thresholds of

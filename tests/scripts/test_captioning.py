@@ -91,7 +91,8 @@ def test_a_run_is_trained_validated_and_tested_on_different_scenes(whole, drawn)
 
 def test_a_captioner_says_only_words(whole):
   params = state_of(whole, "either_sequential_seed0", 4)["params"]
-  params["output_bias"][:2] = 100.0  # Padding and the beginning.
+  bias = params["output_bias"]
+  params["output_bias"] = bias.at[:2].set(100.0)  # Padding and the beginning.
   program = caption_run.make_program(Config(**SMALL), "either", "sequential", None)
   images = caption_shapes.held_out(program.data, "test", 40).images
   for said in program.ask.greedy(params, images), program.ask.beam(params, images).tokens:
