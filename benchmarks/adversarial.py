@@ -49,10 +49,10 @@ import tyro
 from jaxbo_models import PreActResNet18, SmallCNN
 
 import jaxbo
+from benchmarks import measure
 from benchmarks.hypergradient import Step, Target
 from benchmarks.report import hardware, markdown, number, save
-from scripts.common import measure
-from scripts.common.adv_methods import BASELINE, METHODS, Rates, Setting
+from scripts.adversarial_training.methods import BASELINE, METHODS, Rates, Setting
 
 BY_HAND = "by hand"
 DONE = "done"

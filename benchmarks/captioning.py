@@ -31,9 +31,9 @@ import optax
 import tyro
 from jaxbo_models import captioner
 
+from benchmarks import measure
 from benchmarks.language_model import peak_flops
 from benchmarks.report import hardware, markdown, number, save
-from scripts.common import measure
 
 LOOP, SCAN = "Python loop", "scan"
 OPTIMIZER = optax.adam(5e-4)

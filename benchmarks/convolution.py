@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxbo_models import Conv4, LeNet5, ResNet12
 
+from benchmarks import measure
 from benchmarks.report import arguments, hardware, markdown, number, save
-from scripts.common import measure
 
 MODELS = {
   "LeNet5, 256 of 32x32x1": (LeNet5, (256, 32, 32, 1)),

@@ -28,9 +28,9 @@ import optax
 from jaxbo_models import MLP
 
 import jaxbo
+from benchmarks import measure
 from benchmarks.hypergradient import Step, Target
 from benchmarks.report import arguments, hardware, markdown, number, save
-from scripts.common import measure
 
 NUM_INPUTS, NUM_CLASSES, BATCH, MICROBATCH, NUM_MICROBATCHES = 64, 10, 1024, 64, (4, 16, 64)
 MODEL = MLP((512, 512, NUM_CLASSES))

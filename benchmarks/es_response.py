@@ -23,10 +23,12 @@ import optax
 from jaxbo_models import Conv4
 
 import jaxbo
-from benchmarks import problems
+from benchmarks import measure, problems
 from benchmarks.hypergradient import Step, jaxbo_step
 from benchmarks.report import arguments, hardware, markdown, number, save
-from scripts.common import few_shot, few_shot_setting, fewshot_data, measure
+from scripts.common import fewshot_data
+from scripts.few_shot import problem as few_shot
+from scripts.few_shot import setting as few_shot_setting
 
 NUM_SAMPLES, CHUNKS = 64, (1, 4, 8, 16, 32, 64)
 PLANS = [

@@ -33,10 +33,9 @@ import numpy as np
 import optax
 
 import jaxbo
-from benchmarks import problems
+from benchmarks import measure, problems
 from benchmarks.problems import Problem
 from benchmarks.report import arguments, hardware, markdown, number, save
-from scripts.common import measure
 
 NUM_DRIFT = 20
 CG_STEPS = 10

@@ -27,9 +27,9 @@ import tyro
 from jaxbo_models import transformer
 
 import jaxbo
+from benchmarks import measure
 from benchmarks.hypergradient import Step
 from benchmarks.report import hardware, markdown, number, save
-from scripts.common import measure
 
 PLAIN, REWEIGHTED = "plain", "reweighted"
 OPTIMIZER = optax.adamw(1e-4)

@@ -25,8 +25,8 @@ import optax
 from jax.interpreters import partial_eval
 
 import jaxbo
+from benchmarks import measure
 from benchmarks.report import arguments, hardware, markdown, number, save
-from scripts.common import measure
 
 WINDOW, CG_STEPS = 10, 5
 SOBOW, OAGD, OAGD_REPLAY = "SOBOW", "OAGD", "OAGD, replay"

@@ -25,10 +25,11 @@ import jax.numpy as jnp
 import optax
 
 import jaxbo.tasks
+from benchmarks import measure
 from benchmarks.report import arguments, hardware, markdown, number, save
-from scripts.common import measure, meta_model
-from scripts.common.meta_methods import METHODS, Rates, Switches, state_bytes
-from scripts.common.meta_model import Model, Params
+from scripts.online_meta import model as meta_model
+from scripts.online_meta.methods import METHODS, Rates, Switches, state_bytes
+from scripts.online_meta.model import Model, Params
 
 SIZE, WIDTH, WAYS, SHOTS = 16, 16, 10, 5
 RATES = Rates(0.1, 1e-3, 0.1, 2.0, 1e6, 1e6)

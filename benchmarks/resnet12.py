@@ -17,10 +17,12 @@ import jax.numpy as jnp
 from jaxbo_models import ResNet12
 
 import jaxbo
+from benchmarks import measure
 from benchmarks.report import arguments, hardware, markdown, number, save
-from scripts.common import few_shot, few_shot_setting, measure
 from scripts.common.fewshot_data import ImageClasses
-from scripts.few_shot import DATASETS
+from scripts.few_shot import problem as few_shot
+from scripts.few_shot import setting as few_shot_setting
+from scripts.few_shot.__main__ import DATASETS
 
 ROWS: dict[str, dict[str, Any] | str] = {
   "first order": "drop",

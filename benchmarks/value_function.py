@@ -33,6 +33,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import measure
 from benchmarks.bilevel_quadratic import (
   Quadratic,
   as_arrays,
@@ -42,8 +43,7 @@ from benchmarks.bilevel_quadratic import (
 )
 from benchmarks.report import arguments, hardware, markdown, number, save
 from benchmarks.value_methods import CG_STEPS, METHODS
-from scripts.common import measure
-from scripts.common.loops import Loop
+from scripts.multiple_minima.loops import Loop
 
 ACCURACIES = (1e-1, 1e-2, 1e-3)
 BUDGET = 60_000  # in gradients of the inner loss

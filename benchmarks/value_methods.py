@@ -8,8 +8,8 @@ import optax
 
 import jaxbo
 from benchmarks.bilevel_quadratic import NUM_INNER, inner_loss, outer_loss
-from scripts.common import loops
-from scripts.common.loops import Loop
+from scripts.multiple_minima import loops
+from scripts.multiple_minima.loops import Loop
 
 CG_STEPS = 10
 

@@ -38,8 +38,7 @@ with :func:`quantile_threshold` and :func:`calibrate`; :func:`gate_by_detection`
 optimizer; the metrics :func:`detection_quality` and :func:`task_averaged_regret`.
 
 **Tasks**: :func:`jaxbo.tasks.sample_episode`; streams, :func:`jaxbo.tasks.minibatch_stream` and
-:func:`jaxbo.tasks.phase_stream`; streams of tasks, :func:`jaxbo.tasks.osaka_stream`; images with
-captions, :class:`jaxbo.tasks.ShapesCaptions`.
+:func:`jaxbo.tasks.phase_stream`; streams of tasks, :func:`jaxbo.tasks.osaka_stream`.
 
 **Distributionally robust training**: :func:`per_example_grad` and :func:`reweight` with a
 :class:`Weighting`: :func:`kl` (IR-DRO), :func:`kl_ball`, :func:`cvar`, :func:`kl_cvar`,

@@ -1,1 +1,1 @@
-"""Reproducible claims: one file is one claim."""
+"""Reproducible claims: one package is one experiment, ``python -m scripts.<experiment>``."""

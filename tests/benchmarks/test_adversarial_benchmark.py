@@ -9,11 +9,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import adversarial
+from benchmarks import adversarial, measure
 from benchmarks.adversarial import BY_HAND, Config, make_steps
 from benchmarks.hypergradient import Step
-from scripts.common import measure
-from scripts.common.adv_methods import BASELINE, METHODS, Rates, Setting
+from scripts.adversarial_training.methods import BASELINE, METHODS, Rates, Setting
 
 pytestmark = pytest.mark.slow
 

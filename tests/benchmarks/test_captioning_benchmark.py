@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 from jaxbo_models import captioner
 
-from benchmarks import captioning
+from benchmarks import captioning, measure
 from benchmarks.captioning import LOOP, SCAN, Config, Preset
-from scripts.common import measure
 
 pytestmark = pytest.mark.slow
 

@@ -7,8 +7,7 @@ import chex
 import jax
 import pytest
 
-from benchmarks import dro
-from scripts.common import measure
+from benchmarks import dro, measure
 
 pytestmark = pytest.mark.slow
 

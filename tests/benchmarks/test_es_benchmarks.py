@@ -13,7 +13,8 @@ import pytest
 from jaxbo_models import LeNet5, ResNet12
 
 from benchmarks import convolution, es_response, hyper_representation, resnet12
-from scripts.common import few_shot, few_shot_setting
+from scripts.few_shot import problem as few_shot
+from scripts.few_shot import setting as few_shot_setting
 
 pytestmark = pytest.mark.slow  # All together, not each.
 

@@ -10,9 +10,9 @@ import optax
 import pytest
 
 import jaxbo
-from benchmarks import hypergradient, problems, report
+from benchmarks import hypergradient, measure, problems, report
 from benchmarks.hypergradient import Target
-from scripts.common import cleaning, measure
+from scripts.common import cleaning
 
 pytestmark = pytest.mark.slow  # All together, not each.
 

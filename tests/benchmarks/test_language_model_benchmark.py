@@ -9,10 +9,9 @@ import jax.numpy as jnp
 import pytest
 from jaxbo_models import transformer
 
-from benchmarks import language_model
+from benchmarks import language_model, measure
 from benchmarks.hypergradient import Step
 from benchmarks.language_model import PLAIN, REWEIGHTED, Config
-from scripts.common import measure
 
 pytestmark = pytest.mark.slow
 

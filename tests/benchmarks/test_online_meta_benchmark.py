@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks import online_meta
-from scripts.common.meta_methods import METHODS
+from scripts.online_meta.methods import METHODS
 
 pytestmark = pytest.mark.slow
 

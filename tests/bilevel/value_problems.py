@@ -5,14 +5,14 @@ import jax.numpy as jnp
 import optax
 
 import jaxbo
-from scripts.common.toys import active_outer as active_outer
-from scripts.common.toys import flat_gap as flat_gap
-from scripts.common.toys import flat_inner as flat_inner
-from scripts.common.toys import flat_outer as flat_outer
-from scripts.common.toys import pbgd_inner as pbgd_inner
-from scripts.common.toys import pbgd_outer as pbgd_outer
-from scripts.common.toys import sine_inner as sine_inner
-from scripts.common.toys import sine_outer as sine_outer
+from scripts.multiple_minima.toys import active_outer as active_outer
+from scripts.multiple_minima.toys import flat_gap as flat_gap
+from scripts.multiple_minima.toys import flat_inner as flat_inner
+from scripts.multiple_minima.toys import flat_outer as flat_outer
+from scripts.multiple_minima.toys import pbgd_inner as pbgd_inner
+from scripts.multiple_minima.toys import pbgd_outer as pbgd_outer
+from scripts.multiple_minima.toys import sine_inner as sine_inner
+from scripts.multiple_minima.toys import sine_outer as sine_outer
 
 POINTS = ((1.0, 3.0), (3.0, 1.0), (-2.0, 2.0), (-3.0, -2.0))
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jaxbo_models import captioner
 
-from scripts.common import measure
+from benchmarks import measure
 from tests.models import captioner_oracle as oracle
 from tests.models.captioner_setup import FEATURES, SMALL, TOKENS, batch, draw_params, make
 

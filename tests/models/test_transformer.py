@@ -16,7 +16,7 @@ import pytest
 from jaxbo_models import transformer
 
 import jaxbo
-from scripts.common import measure
+from benchmarks import measure
 
 pytestmark = pytest.mark.slow  # All together, not each.
 

@@ -1,0 +1,1 @@
+"""Classifiers that resist attacks, on balanced and on long-tailed data."""

@@ -1,0 +1,92 @@
+"""What a trained classifier withstands."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxbo
+from scripts.adversarial_training.config import Config
+from scripts.adversarial_training.data import Images
+from scripts.adversarial_training.report import Row
+from scripts.adversarial_training.train import as_floats
+
+PGD, APGD_CE, APGD_T = "pgd", "apgd_ce", "apgd_t"
+
+
+class Evaluator:
+  """Accuracies on images; every attack is compiled once."""
+
+  def __init__(self, model: Callable[[Any, jax.Array], jax.Array], config: Config):
+    self._model = model
+    self._batch_size = config.test_batch_size
+    self._right = jax.jit(
+      lambda params, part: jnp.argmax(model(params, as_floats(part.images)), axis=-1) == part.labels
+    )
+    epsilon = config.largest_change()
+    self._attacks = {
+      PGD: jaxbo.pgd(model, epsilon=epsilon, step_size=epsilon / 4, num_steps=config.test_steps),
+      APGD_CE: jaxbo.apgd(model, epsilon=epsilon, num_steps=config.worst_steps),
+      APGD_T: jaxbo.apgd(
+        model,
+        epsilon=epsilon,
+        num_steps=config.worst_steps,
+        objective="targeted_dlr",
+        num_targets=config.num_targets,
+      ),
+    }
+    self._losses = jax.jit(self._losses_under_attack)
+
+  def accuracy(self, params: Any, part: Images) -> float:
+    """The percentage of clean images that are named correctly."""
+    return 100 * float(np.mean(self._right(params, part)))
+
+  def of_test(self, params: Any, part: Images, names: Sequence[str]) -> Row:
+    """Accuracies in percent: clean, under PGD, in the worst case, of its tail, and of each class.
+
+    Tail and classes are those of the worst case over attacks. ``tail_loss`` is the mean
+    cross-entropy under PGD of the tenth of the images where it is highest: what is left of it is
+    what weights that prefer great losses are after. ``doubts`` are reasons not to believe it.
+    """
+    batch = np.asarray(part.images, np.float32) / 255, np.asarray(part.labels)
+    with warnings.catch_warnings():
+      warnings.simplefilter("ignore", UserWarning)
+      found = jaxbo.evaluate_robustness(
+        self._model, params, batch, 0, self._attacks, batch_size=self._batch_size
+      )
+    classes = 100 * found.class_accuracies()
+    percent = {name: 100 * value for name, value in found.accuracies().items()}
+    return {
+      "clean": percent["clean"],
+      "pgd": percent[PGD],
+      "worst": percent["worst_case"],
+      "tail": 100 * found.tail_accuracy(),
+      "worst_class": float(classes.min()),
+      "tail_loss": self.tail_loss(params, *batch),
+      "tail_pgd": 100 * jaxbo.tail_accuracy(found.correct[PGD], batch[1], len(names)),
+      "doubts": "; ".join(found.warnings),
+      **{f"robust/{name}": float(value) for name, value in zip(names, classes, strict=True)},
+    }
+
+  def _losses_under_attack(self, params: Any, images: Any, labels: Any, index: Any) -> jax.Array:
+    key = jax.random.fold_in(jax.random.key(1), index)
+    attacked = self._attacks[PGD](params, (images, labels), key)
+    return jaxbo.cross_entropy_loss(self._model(params, attacked), labels)
+
+  def tail_loss(self, params: Any, images: np.ndarray, labels: np.ndarray) -> float:
+    """The mean cross-entropy under PGD of the tenth of ``images`` where it is highest.
+
+    Args:
+      params: of the model.
+      images: ``[n, height, width, channels]`` in [0, 1].
+      labels: ``[n]``.
+    """
+    begins = range(0, len(labels), self._batch_size)
+    parts = [slice(begin, begin + self._batch_size) for begin in begins]
+    losses = np.concatenate(
+      [self._losses(params, images[part], labels[part], part.start) for part in parts]
+    )
+    return float(np.sort(losses)[-max(1, len(losses) // 10) :].mean())

@@ -1,0 +1,1 @@
+"""Image captions by a guided decoder with attention."""

@@ -1,0 +1,58 @@
+"""How :class:`~scripts.captioning.scenes.ShapesCaptions` draws its scenes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from scripts.captioning import language
+
+CELL, GRID, SHAPE = 8, 4, 6  # Pixels of a cell, cells in a row, pixels of a shape.
+# Red, green, blue, yellow, magenta, cyan.
+_RGB = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [1, 0, 1], [0, 1, 1]], np.float32)
+_MASKS = np.array(  # Square, circle, triangle, cross.
+  [
+    [[c != "." for c in row] for row in rows.split()]
+    for rows in (
+      "###### ###### ###### ###### ###### ######",
+      ".####. ###### ###### ###### ###### .####.",
+      "..##.. ..##.. .####. .####. ###### ######",
+      "..##.. ..##.. ###### ###### ..##.. ..##..",
+    )
+  ]
+)
+
+
+def draw(
+  kinds: jax.Array, vertical: jax.Array, pixel_noise: float, key: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Draws objects in a row or in a column, at random places.
+
+  Args:
+    kinds: of the objects in reading order, ``[k]``.
+    vertical: whether they stand in a column.
+    pixel_noise: standard deviation of the noise.
+    key: a key.
+
+  Returns:
+    The image ``[32, 32, 3]``, the cells ``[k]`` and the boxes ``[k, 4]``.
+  """
+  keys = jax.random.split(key, 5)
+  num_objects = len(kinds)
+  line = jax.random.randint(keys[0], (), 0, GRID)
+  along = jnp.sort(jax.random.permutation(keys[1], GRID)[:num_objects])
+  across = jnp.full(num_objects, line)
+  row, column = jnp.where(vertical, along, across), jnp.where(vertical, across, along)
+  jitter = jax.random.randint(keys[2], (2, num_objects), 0, CELL - SHAPE + 1)
+  top, left = CELL * row + jitter[0], CELL * column + jitter[1]
+  brightness = jax.random.uniform(keys[3], (num_objects, 1), minval=0.7, maxval=1.0)
+  color = jnp.asarray(_RGB)[kinds // len(language.SHAPES)] * brightness
+  pixels = jnp.arange(CELL * GRID)[:, None]
+  y, x = pixels - top[None], pixels - left[None]  # [size, k], inside the object if in [0, 6).
+  inside = ((y >= 0) & (y < SHAPE))[:, None] & ((x >= 0) & (x < SHAPE))[None]
+  y, x = (jnp.clip(offset, 0, SHAPE - 1) for offset in (y, x))
+  shape = kinds % len(language.SHAPES)
+  mask = inside & jnp.asarray(_MASKS)[shape, y[:, None], x[None]]
+  noise = pixel_noise * jax.random.normal(keys[4], (CELL * GRID, CELL * GRID, 3))
+  image = jnp.clip(mask.astype(jnp.float32) @ color + noise, 0, 1)
+  boxes = jnp.stack([top, left, top + SHAPE, left + SHAPE], axis=1)
+  return image, (GRID * row + column).astype(jnp.int32), boxes.astype(jnp.int32)

@@ -1,0 +1,186 @@
+"""Packed sequences of tokens: which there are, which are corrupted, and which a batch holds."""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from scripts.continual_lm.documents import Corpus, Document
+
+CORRUPTIONS = ("shuffled", "random")
+
+
+class Tokenizer(Protocol):
+  """What a tokenizer has to offer."""
+
+  @property
+  def vocab_size(self) -> int:
+    """The number of tokens."""
+    ...
+
+  @property
+  def end_of_text(self) -> int:
+    """The token behind a document."""
+    ...
+
+  def encode(self, text: str) -> list[int]:
+    """The tokens of a text."""
+    ...
+
+
+class Sequences(NamedTuple):
+  """Sequences of equal length, no two with a token of the same place in a text.
+
+  Attributes:
+    tokens: ``[n, length]`` int32.
+    domain: the domain of each, ``[n]`` int32.
+    corrupted: which were made noise of, ``[n]`` bool.
+  """
+
+  tokens: np.ndarray
+  domain: np.ndarray
+  corrupted: np.ndarray
+
+  def take(self, rows: np.ndarray) -> "Sequences":
+    """The sequences of these rows."""
+    return Sequences(self.tokens[rows], self.domain[rows], self.corrupted[rows])
+
+
+class HeldOut(NamedTuple):
+  """Sequences for evaluation, as many of every domain as there are, up to a limit.
+
+  Attributes:
+    sequences: the sequences.
+    weights: ``[n]``, with a sum of 1: what each has to count so that a mean is one over the mixture
+      of domains that is trained on.
+  """
+
+  sequences: Sequences
+  weights: np.ndarray
+
+
+class LanguageData(NamedTuple):
+  """What a model is trained and tested on.
+
+  Attributes:
+    domains: the names of the domains.
+    train: sequences to train on.
+    validation: of other documents, for choices and curves.
+    test: of yet others, for reports.
+  """
+
+  domains: tuple[str, ...]
+  train: Sequences
+  validation: HeldOut
+  test: HeldOut
+
+
+def make(
+  corpus: Corpus,
+  tokenizer: Tokenizer,
+  length: int,
+  num_validation: int,
+  num_test: int,
+) -> LanguageData:
+  """Packs a corpus.
+
+  Args:
+    corpus: documents in three parts.
+    tokenizer: what makes tokens of them.
+    length: tokens of a sequence.
+    num_validation: sequences for validation, of each domain at most.
+    num_test: the same for testing.
+
+  Raises:
+    ValueError: if a domain has no whole sequence in one of the parts.
+  """
+  packed = {}
+  for part in ("train", "validation", "test"):
+    packed[part] = pack(getattr(corpus, part), len(corpus.domains), tokenizer, length)
+    missing = np.flatnonzero(np.bincount(packed[part].domain, minlength=len(corpus.domains)) == 0)
+    if len(missing):
+      raise ValueError(
+        f"length must leave a sequence of every domain, got {length}: too long for the documents "
+        f"of {corpus.domains[missing[0]]} in {part}"
+      )
+  shares = np.bincount(packed["train"].domain) / len(packed["train"].domain)
+  return LanguageData(
+    corpus.domains,
+    packed["train"],
+    hold_out(packed["validation"], num_validation, shares),
+    hold_out(packed["test"], num_test, shares),
+  )
+
+
+def pack(
+  documents: Sequence[Document], num_domains: int, tokenizer: Tokenizer, length: int
+) -> Sequences:
+  """Cuts the documents of each domain, one behind another, into sequences.
+
+  What is left of a domain, less than a sequence, is not used.
+  """
+  tokens, domain = [], []
+  for number in range(num_domains):
+    stream: list[int] = []
+    for document in documents:
+      if document.domain == number:
+        stream += [*tokenizer.encode(document.text), tokenizer.end_of_text]
+    whole = len(stream) // length
+    tokens.append(np.array(stream[: whole * length], np.int32).reshape(whole, length))
+    domain += [number] * whole
+  return Sequences(np.concatenate(tokens), np.array(domain, np.int32), np.zeros(len(domain), bool))
+
+
+def hold_out(sequences: Sequences, most: int, shares: np.ndarray) -> HeldOut:
+  """At most so many sequences of each domain, from all over it; ``shares`` of the mixture."""
+  rows = []
+  for number in range(len(shares)):
+    of_domain = np.flatnonzero(sequences.domain == number)
+    places = np.linspace(0, len(of_domain) - 1, min(most, len(of_domain))).round().astype(int)
+    rows.append(of_domain[places])
+  chosen = sequences.take(np.concatenate(rows))
+  return HeldOut(chosen, (shares / np.bincount(chosen.domain))[chosen.domain])
+
+
+def corrupt(sequences: Sequences, share: float, kind: str, vocab_size: int, seed: int) -> Sequences:
+  """Makes noise of ``round(share * n)`` sequences, drawn at random.
+
+  Args:
+    sequences: what to draw from.
+    share: in [0, 1).
+    kind: ``"shuffled"`` puts the tokens of a sequence into a random order, ``"random"`` draws them
+      uniformly from the vocabulary.
+    vocab_size: the number of tokens.
+    seed: of the draw.
+  """
+  rng, tokens = np.random.default_rng(seed), sequences.tokens.copy()
+  corrupted = np.zeros(len(tokens), bool)
+  corrupted[rng.permutation(len(tokens))[: round(share * len(tokens))]] = True
+  if kind == "shuffled":
+    tokens[corrupted] = rng.permuted(tokens[corrupted], axis=1)
+  else:
+    tokens[corrupted] = rng.integers(vocab_size, size=tokens[corrupted].shape, dtype=np.int32)
+  return Sequences(tokens, sequences.domain, corrupted)
+
+
+def rows_of_batch(num_sequences: int, batch_size: int, stream: tuple[int, ...], step: int):
+  """The rows of the batch of a step, ``[batch_size]``: a function of its arguments alone.
+
+  So a run that goes on at a step sees what it would have seen. Every epoch is a new permutation,
+  whose last rows are left out if they do not fill a batch.
+
+  Args:
+    num_sequences: how many sequences there are, at least ``batch_size``.
+    batch_size: how many a batch holds.
+    stream: numbers that name a sequence of batches, such as a seed.
+    step: the number of the batch, from 0.
+  """
+  epoch, place = divmod(step, num_sequences // batch_size)
+  begin = place * batch_size
+  return _permutation(num_sequences, (*stream, epoch))[begin : begin + batch_size]
+
+
+@functools.lru_cache(maxsize=4)
+def _permutation(n: int, seed: tuple[int, ...]) -> np.ndarray:
+  return np.random.default_rng(seed).permutation(n)

@@ -1,0 +1,1 @@
+"""Few-shot meta-learning: one backbone, eight methods."""

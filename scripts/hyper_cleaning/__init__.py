@@ -1,0 +1,1 @@
+"""Which labels are wrong, learnt from a small clean set."""

@@ -1,0 +1,1 @@
+"""Inner problems with many minima: all bilevel methods side by side."""

@@ -1,0 +1,1 @@
+"""Hyperparameters of streams that change."""

@@ -1,0 +1,223 @@
+r"""Online bilevel methods side by side, each a loop of :func:`jaxbo.online`.
+
+SOBOW, OAGD and online gradient descent share one inner step of plain gradient descent, of which
+OAGD takes one on each batch in its window. OAGD's published settings for loss tuning (window 5,
+:math:`\gamma = 0.9`, a Neumann series of 5 products with step 0.5, momentum 0.9, weight decay 1e-4,
+learning rates 0.1 and 1e-3 with their warm-up and decay, :math:`x` at rest for 80 of 400 rounds)
+are a method of their own. Each method that moves :math:`x` stands beside one that does not and has
+the same inner steps, so that what :math:`x` contributes can be told from what they do.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import jaxbo
+from scripts.online_hyperopt.problems import Problem
+
+DECAY = 0.9  # of the window, for SOBOW and OAGD alike
+LINEAR_STEPS = 5  # of conjugate gradient, and products of the Neumann series
+CORRECTION = 0.9  # of SOGD, the least of those that its paper tries
+PUBLISHED_ROUNDS = 400  # what the published schedules are made for
+
+
+class Rates(NamedTuple):
+  """What is tuned: the learning rates of both levels, and the damping of conjugate gradient."""
+
+  inner: Any
+  outer: Any
+  damping: Any = 0.0
+
+
+class Method(NamedTuple):
+  """A method.
+
+  Attributes:
+    label: its name in tables.
+    make: ``make(problem, rates, window, y, rounds)``, the arguments of :func:`jaxbo.online`.
+    windowed: whether it depends on the window.
+    inner_per_window: whether the window counts for inner steps alone, so that 1 makes it another.
+    responds: whether it has a response, and so moves ``x`` by more than ``df/dx``.
+    damped: whether it has a linear solver to damp.
+    published: whether its settings are the published ones, so that it has no rates of its own.
+  """
+
+  label: str
+  make: Callable[..., dict[str, Any]]
+  windowed: bool = True
+  inner_per_window: bool = False
+  responds: bool = False
+  damped: bool = False
+  published: bool = False
+
+
+def make_loop(
+  method: str,
+  problem: Problem,
+  rates: Rates,
+  window: int,
+  y: Any,
+  rounds: int,
+  metrics: dict[str, Any] | None = None,
+) -> jaxbo.Online:
+  """The loop of the method of that name; ``y`` are inner parameters or their shapes."""
+  arguments = METHODS[method].make(problem, rates, window, y, rounds)
+  return jaxbo.online(problem.outer_loss, **arguments, metrics=metrics)
+
+
+def _single_step(problem: Problem, rates: Rates) -> jaxbo.InnerSolver:
+  return jaxbo.inner_solver(problem.inner_loss, optax.sgd(rates.inner), 1)
+
+
+def _ogd(problem, rates, window, y, rounds):
+  del window, y, rounds
+  outer = jaxbo.ogd(rates.outer, project=problem.project)
+  return {"inner": _single_step(problem, rates), "outer": outer}
+
+
+def _ogd_replay(problem, rates, window, y, rounds):
+  return _ogd(problem, rates, window, y, rounds) | {"memory": window, "replay": True}
+
+
+def _sobow(problem, rates, window, y, rounds, num_steps=1):
+  del rounds
+  inner = jaxbo.inner_solver(problem.inner_loss, optax.sgd(rates.inner), num_steps)
+  outer = jaxbo.sobow(
+    rates.outer,
+    inner,
+    window=window,
+    decay=DECAY,
+    linear_solver=_conjugate_gradient(rates, warm_start=True),
+    inner_params=y,
+    project=problem.project,
+  )
+  return {"inner": inner, "outer": outer}
+
+
+def _sobow_steps(problem, rates, window, y, rounds):
+  """As many inner steps as OAGD has, but all on the batch of the round."""
+  return _sobow(problem, rates, window, y, rounds, num_steps=window)
+
+
+def _sogd(problem, rates, window, y, rounds):
+  """Constant rates, the linear system's that of ``y``, as in the comparison of the paper."""
+  del window, y, rounds
+  outer = jaxbo.sogd(
+    rates.outer,
+    rates.inner,
+    problem.inner_loss,
+    problem.outer_loss,
+    linear_learning_rate=rates.inner,
+    correction=CORRECTION,
+    project_outer=problem.project,
+  )
+  return {"inner": None, "outer": outer}
+
+
+def _oagd(problem, rates, window, y, rounds):
+  del y, rounds
+  inner = _single_step(problem, rates)
+  outer = jaxbo.oagd(
+    rates.outer,
+    inner,
+    problem.outer_loss,
+    decay=DECAY,
+    linear_solver=_conjugate_gradient(rates, warm_start=False),
+    project=problem.project,
+  )
+  return {"inner": inner, "outer": outer, "memory": window, "replay": True}
+
+
+def _conjugate_gradient(rates: Rates, *, warm_start: bool) -> jaxbo.LinearSolver:
+  return jaxbo.conjugate_gradient(LINEAR_STEPS, 0.0, rates.damping, warm_start=warm_start)
+
+
+# -- The published code of OAGD.
+
+
+def published_rates(rounds: int) -> tuple[np.ndarray, np.ndarray, int]:
+  """The learning rates of each round inside and outside, and the first round that moves ``x``.
+
+  For 400 rounds: 0.1, from a fifth of it in 5 rounds, divided by 10 in rounds 220 and 260; 1e-3
+  from round 80, from a tenth of it in 10 rounds, divided by 10 in rounds 180 and 220. For another
+  number of rounds the milestones move with it.
+  """
+  at = lambda milestone: milestone * rounds // PUBLISHED_ROUNDS
+  t, start = np.arange(rounds), at(80)
+
+  def rate(largest, first, warm_up, milestones):
+    falls = sum((t >= at(milestone)).astype(int) for milestone in milestones)
+    age = t - first
+    return largest * np.where(age < warm_up, (age + 1) / warm_up, 0.1**falls)
+
+  inner, outer = rate(0.1, 0, 5, (220, 260)), rate(1e-3, start, 10, (180, 220))
+  return inner, np.where(t < start, 0.0, outer), start
+
+
+def _table(rates: np.ndarray) -> Callable[[Any], jax.Array]:
+  """A schedule that reads a table."""
+  return lambda count: jnp.asarray(rates, jnp.float32)[jnp.minimum(count, len(rates) - 1)]
+
+
+def _published_inner(problem: Problem, window: int, rounds: int) -> jaxbo.InnerSolver:
+  rates, _, _ = published_rates(rounds)
+  # The optimizer counts steps, of which a round has as many as there are batches in the window.
+  by_step = np.repeat(rates, np.minimum(np.arange(rounds) + 1, window))
+  optimizer = optax.chain(optax.add_decayed_weights(1e-4), optax.sgd(_table(by_step), momentum=0.9))
+  return jaxbo.inner_solver(problem.inner_loss, optimizer, 1)
+
+
+def _published_series(matvec, b, x0):
+  """The Neumann series to its end: :func:`jaxbo.neumann` stops where it begins to diverge."""
+  del x0
+  term = total = b
+  for _ in range(LINEAR_STEPS):
+    term = optax.tree.sub(term, optax.tree.scale(0.5, matvec(term)))
+    total = optax.tree.add(total, term)
+  return optax.tree.scale(0.5, total), None
+
+
+def _ogd_published(problem, rates, window, y, rounds):
+  del rates, window, y
+  return {"inner": _published_inner(problem, 1, rounds), "outer": jaxbo.ogd(0.0)}
+
+
+def _ogd_replay_published(problem, rates, window, y, rounds):
+  del rates, y
+  inner = _published_inner(problem, window, rounds)
+  return {"inner": inner, "outer": jaxbo.ogd(0.0), "memory": window, "replay": True}
+
+
+def _oagd_published(problem, rates, window, y, rounds):
+  del rates, y
+  inner = _published_inner(problem, window, rounds)
+  _, by_round, start = published_rates(rounds)
+  started: Any = lambda step, **_: step >= start
+  response = jaxbo.add_implicit_response(inner, _published_series)
+  steps = optax.chain(
+    optax.add_decayed_weights(1e-4), optax.sgd(_table(by_round[start:]), momentum=0.9)
+  )
+  outer = optax.chain(
+    jaxbo.average_over_batches(response, problem.outer_loss, decay=DECAY),
+    optax.conditionally_mask(steps, started),
+  )
+  return {"inner": inner, "outer": outer, "memory": window, "replay": True}
+
+
+METHODS = {
+  "ogd": Method("OGD", _ogd, windowed=False),
+  "sobow": Method("SOBOW", _sobow, responds=True, damped=True),
+  "sobow_steps": Method(
+    "SOBOW, K steps", _sobow_steps, inner_per_window=True, responds=True, damped=True
+  ),
+  "sogd": Method("SOGD", _sogd, windowed=False, responds=True),
+  "ogd_replay": Method("OGD, replay", _ogd_replay, inner_per_window=True),
+  "oagd": Method("OAGD", _oagd, responds=True, damped=True),
+  "ogd_published": Method("OGD, published", _ogd_published, windowed=False, published=True),
+  "ogd_replay_published": Method("OGD, published, replay", _ogd_replay_published, published=True),
+  "oagd_published": Method("OAGD, published", _oagd_published, responds=True, published=True),
+}

@@ -1,0 +1,1 @@
+"""Meta-learning from a stream of tasks that nobody announces."""

@@ -1,0 +1,187 @@
+"""The methods of the online meta-learning experiments, each a few lines over jaxbo."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+import jaxbo
+from scripts.online_meta.model import Model, accuracy
+
+INFINITY = float("inf")
+
+
+class Rates(NamedTuple):
+  """What is chosen on validation streams; numbers that a method does not use are nan.
+
+  Attributes:
+    inner: the learning rate of the inner steps; of BGD, the first deviation.
+    outer: that of the meta-updates.
+    in_scale: how much slower in-distribution tasks are learnt.
+    modulation: lambda of the update modulation.
+    switch: the threshold of the switch score.
+    shift: the threshold of the shift score.
+  """
+
+  inner: Any
+  outer: Any = float("nan")
+  in_scale: Any = float("nan")
+  modulation: Any = float("nan")
+  switch: Any = float("nan")
+  shift: Any = float("nan")
+
+
+class Switches(NamedTuple):
+  """Choices that are the same for all methods, or open in LEEDS (Q1 to Q7 of the specification).
+
+  Attributes:
+    inner_steps: inner steps of a round, of all methods.
+    query: what judges the adapted model in a meta-update: ``"same"``, ``"given"``
+      or ``"next"``.
+    first_order: whether responses are dropped, in all methods.
+    bgd_samples: draws of BGD.
+    num_examples: images of a round.
+    buffer_size: rounds that C-MAML's prolonged adaptation collects.
+    switch_score: LEEDS: ``"loss"`` or ``"drop"``.
+    shift_score: LEEDS: ``"energy"``, ``"entropy"`` or ``"max_softmax"``.
+    shift_model: LEEDS: ``"adapted"``, ``"meta"`` or ``"initial"``.
+    no_switch_scale: LEEDS: how much slower the meta-model learns from rounds without a switch.
+  """
+
+  inner_steps: int
+  query: str
+  first_order: bool
+  bgd_samples: int
+  num_examples: int
+  buffer_size: int
+  switch_score: str
+  shift_score: str
+  shift_model: str
+  no_switch_scale: float
+
+
+class Method(NamedTuple):
+  """A method.
+
+  Attributes:
+    label: its name in tables.
+    make: ``make(model, rates, switches) -> learner``.
+    begins: what it starts from: ``"maml"``, ``"anil"`` or ``"random"``.
+    moves: the rates that it has, beside ``inner``.
+    thresholds: which thresholds are calibrated on its own validation run.
+    detects: whether there is something to judge.
+  """
+
+  label: str
+  make: Callable[[Model, Rates, Switches], jaxbo.OnlineMetaLearner]
+  begins: str = "maml"
+  moves: tuple[str, ...] = ()
+  thresholds: tuple[str, ...] = ()
+  detects: bool = False
+
+
+def _tune(model: Model, rates: Rates, switches: Switches) -> jaxbo.OnlineMetaLearner:
+  inner = model.inner(optax.sgd(rates.inner), switches.inner_steps)
+  return jaxbo.fine_tuning(model.loss, inner, **_options(model))
+
+
+def _bgd(model: Model, rates: Rates, switches: Switches) -> jaxbo.OnlineMetaLearner:
+  bgd = jaxbo.bayesian_gradient_descent(
+    10.0, rates.inner, num_samples=switches.bgd_samples, num_examples=switches.num_examples
+  )
+  return jaxbo.fine_tuning(model.loss, model.inner(bgd, switches.inner_steps), **_options(model))
+
+
+def _frozen(model: Model, rates: Rates, switches: Switches) -> jaxbo.OnlineMetaLearner:
+  inner = model.inner(optax.sgd(rates.inner), switches.inner_steps)
+  return jaxbo.frozen_maml(model.loss, inner, **_options(model))
+
+
+def _scratch(model: Model, rates: Rates, switches: Switches) -> jaxbo.OnlineMetaLearner:
+  inner = model.inner(optax.sgd(rates.inner), switches.inner_steps)
+  told = jaxbo.oracle_detector()
+  return jaxbo.train_from_scratch(model.loss, inner, told, query="same", **_options(model))
+
+
+def _meta_ogd(model: Model, rates: Rates, switches: Switches) -> jaxbo.OnlineMetaLearner:
+  inner = model.inner(optax.sgd(rates.inner), switches.inner_steps)
+  outer = optax.chain(_response(inner, switches), optax.adam(rates.outer))
+  return jaxbo.meta_ogd(model.loss, inner, outer, query=switches.query, **_options(model))
+
+
+def _c_maml(pap: bool, modulated: bool) -> Callable[..., jaxbo.OnlineMetaLearner]:
+  def make(model, rates, switches):
+    inner = model.inner(optax.sgd(rates.inner), switches.inner_steps)
+    options: dict[str, Any] = {
+      "drop_threshold": rates.switch,
+      "modulation": rates.modulation if modulated else None,
+      "response": _response(inner, switches),
+      **_options(model),
+    }
+    if pap:
+      options["buffer_size"] = switches.buffer_size
+    learner = jaxbo.c_maml_pap if pap else jaxbo.c_maml
+    return learner(model.loss, inner, optax.adam(rates.outer), **options)
+
+  return make
+
+
+def _leeds(told: bool) -> Callable[..., jaxbo.OnlineMetaLearner]:
+  def make(model, rates, switches):
+    inner = model.inner(optax.sgd(rates.inner), switches.inner_steps)
+    gate = jaxbo.gate_by_detection(
+      optax.adam(rates.outer), rates.in_scale, 1.0, switches.no_switch_scale
+    )
+    thresholds = (rates.switch, rates.shift)
+    return jaxbo.online_meta_learner(
+      model.loss,
+      inner,
+      optax.chain(_response(inner, switches), gate),
+      jaxbo.oracle_detector() if told else jaxbo.threshold_detector(*thresholds),
+      query=switches.query,
+      switch_score=switches.switch_score,
+      shift_score=switches.shift_score,
+      shift_model=switches.shift_model,
+      **_options(model),
+    )
+
+  return make
+
+
+def _options(model: Model) -> dict[str, Any]:
+  return {"start": model.start, "metric": accuracy}
+
+
+def _response(inner: jaxbo.InnerSolver, switches: Switches) -> optax.GradientTransformation:
+  return jaxbo.drop_response() if switches.first_order else jaxbo.add_unrolled_response(inner)
+
+
+def _drop_detector(label: str, make: Any, *moves: str) -> Method:
+  """A kind of C-MAML."""
+  return Method(label, make, moves=("outer", *moves), thresholds=("switch",), detects=True)
+
+
+METHODS = {
+  "online_sgd": Method("online SGD", _tune, begins="random"),
+  "fine_tuning": Method("fine-tuning", _tune),
+  "bgd": Method("BGD", _bgd),
+  "scratch": Method("from scratch, told", _scratch, begins="random"),
+  "maml": Method("MAML", _frozen),
+  "anil": Method("ANIL", _frozen, begins="anil"),
+  "meta_ogd": Method("MetaOGD", _meta_ogd, moves=("outer",)),
+  "c_maml": _drop_detector("C-MAML", _c_maml(False, False)),
+  "c_maml_um": _drop_detector("C-MAML, modulated", _c_maml(False, True), "modulation"),
+  "c_maml_pap": _drop_detector("C-MAML, mod., prolonged", _c_maml(True, True), "modulation"),
+  "leeds": Method(
+    "LEEDS", _leeds(False), moves=("outer", "in_scale"), thresholds=("switch", "shift"),
+    detects=True,
+  ),
+  "leeds_told": Method("LEEDS, told", _leeds(True), moves=("outer", "in_scale"), detects=True),
+}  # fmt: skip
+
+
+def state_bytes(state: Any, x: Any) -> int:
+  """The bytes that a learner carries from round to round beside the meta-model, stream aside."""
+  size = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+  return size(state._replace(task_stream_state=())) - size(x)

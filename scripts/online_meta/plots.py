@@ -1,0 +1,139 @@
+"""Pictures of online meta-learning: accuracy over rounds, and what thresholds do to it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.patches import Patch
+
+from scripts.common import plots
+from scripts.common.plots import plt
+from scripts.online_meta.methods import METHODS
+from scripts.online_meta.report import Runs
+from scripts.online_meta.runs import Trace
+
+COLORS = {
+  "online_sgd": "0.6", "fine_tuning": "C5", "bgd": "C8", "scratch": "0.3", "maml": "C2",
+  "anil": "C6", "meta_ogd": "C1", "c_maml": "C4", "c_maml_um": "C9", "c_maml_pap": "C3",
+  "leeds": "C0", "leeds_told": "k",
+}  # fmt: skip
+DOMAIN_COLORS = ("#ffffff", "#fdebd0", "#d6eaf8")
+
+
+def smoothed(values: np.ndarray, window: int) -> np.ndarray:
+  """The mean of the last ``window`` values, of fewer at the start."""
+  sums = np.cumsum(np.concatenate([[0.0], values]))
+  ends = np.arange(1, len(values) + 1)
+  begins = np.maximum(ends - window, 0)
+  return (sums[ends] - sums[begins]) / (ends - begins)
+
+
+def draw_rounds(runs: Runs, names: Sequence[str], path: Path, window: int = 30) -> None:
+  """Accuracy before adaptation over rounds, a row for each stream; the first seed.
+
+  Above, the true switches (lines) and those that LEEDS detected (triangles; hollow: false alarms).
+  """
+  streams = list(dict.fromkeys(probability for probability, _ in runs))
+  fig, grid = plt.subplots(
+    len(streams), 1, figsize=(13, 3.9 * len(streams)), squeeze=False, layout="constrained"
+  )
+  for axes, stream in zip(grid[:, 0], streams, strict=True):
+    mine = {method: run for (p, method), run in runs.items() if p == stream}
+    first = Trace(*(leaf[0] for leaf in next(iter(mine.values())).trace))
+    shade_domains(axes, first.domain)
+    for method, run in mine.items():
+      style = {"color": COLORS[method], "lw": 2.2 if method == "leeds" else 1.0}
+      style |= {"label": METHODS[method].label, "ls": ":" if method == "leeds_told" else "-"}
+      axes.plot(smoothed(run.trace.before[0], window), **style)
+    axes.set(
+      ylim=(0, 1.12), xlim=(0, len(first.before) - 1), ylabel="accuracy before adaptation",
+      title=f"a task stays with probability {stream:g}; mean of {window} rounds, one seed",
+    )  # fmt: skip
+    switches = np.flatnonzero(first.task_switch)
+    axes.vlines(switches, 1.06, 1.11, color="k", lw=1, label="true switch")
+    if "leeds" in mine:
+      mark_detections(axes, Trace(*(leaf[0] for leaf in mine["leeds"].trace)))
+  grid[-1, 0].set_xlabel("round")
+  handles, labels = grid[0, 0].get_legend_handles_labels()
+  patches = [Patch(facecolor=color, edgecolor="0.7") for color in DOMAIN_COLORS]
+  fig.legend(
+    [*handles, *patches], [*labels, *names], loc="outside lower center", ncols=6, fontsize="small"
+  )
+  plots.save(fig, path)
+
+
+def shade_domains(axes: Axes, domains: np.ndarray) -> None:
+  """The background says which domain a round is from."""
+  begins = np.flatnonzero(np.diff(domains, prepend=-1))
+  for begin, end in zip(begins, [*begins[1:], len(domains)], strict=True):
+    axes.axvspan(begin - 0.5, end - 0.5, color=DOMAIN_COLORS[domains[begin]], lw=0, zorder=0)
+
+
+def mark_detections(axes: Axes, trace: Trace) -> None:
+  """Triangles under the true switches: what was detected; red where it is a shift."""
+  flags = np.flatnonzero(trace.switch)
+  for shift, color in ((False, "C0"), (True, "C3")):
+    truth = trace.task_switch & (trace.domain != 0) if shift else trace.task_switch
+    for true, face in ((True, color), (False, "none")):
+      chosen = flags[(trace.shift[flags] == shift) & (truth[flags] == true)]
+      axes.scatter(
+        chosen, np.full(len(chosen), 1.03), marker="^", s=22, color=color, facecolors=face,
+        zorder=3, label=f"detected {'shift' if shift else 'switch'}{'' if true else ', false'}",
+      )  # fmt: skip
+
+
+class Sweep(NamedTuple):
+  """LEEDS with other thresholds, on one seed of a stream; leaves ``[thresholds]``.
+
+  Attributes:
+    thresholds: what was tried.
+    chosen: what was calibrated on validation streams.
+    accuracy: before adaptation.
+    out: the same in rounds out of distribution.
+    precision: of the detector.
+    recall: of the detector.
+    logged: precision and recall of the same thresholds on the logged scores of the chosen run,
+      ``[thresholds, 2]``.
+  """
+
+  thresholds: np.ndarray
+  chosen: float
+  accuracy: np.ndarray
+  out: np.ndarray
+  precision: np.ndarray
+  recall: np.ndarray
+  logged: np.ndarray
+
+
+def draw_sweep(sweeps: dict[str, Sweep], told: float | None, path: Path) -> None:
+  """A column for each detector: accuracy above, precision and recall below."""
+  fig, grid = plt.subplots(
+    2, len(sweeps), figsize=(5.2 * len(sweeps), 7), sharex="col", sharey="row", squeeze=False,
+    layout="constrained",
+  )  # fmt: skip
+  for (name, sweep), (above, below) in zip(sweeps.items(), grid.T, strict=True):
+    above.plot(sweep.thresholds, sweep.accuracy, "o-", color="C0", label="LEEDS, all rounds")
+    above.plot(sweep.thresholds, sweep.out, "o--", color="C1", label="out of distribution")
+    if told is not None:
+      above.axhline(told, color="k", lw=1, ls=":", label="LEEDS, told; all rounds")
+    for values, logged, color, label in (
+      (sweep.precision, sweep.logged[:, 0], "C2", "precision"),
+      (sweep.recall, sweep.logged[:, 1], "C3", "recall"),
+    ):
+      below.plot(sweep.thresholds, values, "o-", color=color, label=label)
+      below.plot(sweep.thresholds, logged, ":", color=color, label=f"{label}, logged scores")
+    for axes in (above, below):
+      axes.axvline(sweep.chosen, color="0.6", lw=1, zorder=0)
+    above.set_title(
+      f"threshold of the task {name} score"
+      if name == "switch"
+      else "threshold of the distribution shift score"
+    )
+    below.set(xlabel="threshold (grey: calibrated)", ylim=(-0.03, 1.03))
+  grid[0, 0].set_ylabel("accuracy before adaptation")
+  grid[1, 0].set_ylabel("of the detector")
+  for row in grid:
+    row[0].legend(fontsize="small")
+  plots.save(fig, path)

@@ -1,0 +1,214 @@
+"""Parts of the captioning script without training: rates, masks, scores, pictures."""
+
+import functools
+import math
+import types
+
+import flax.linen as nn
+import jax
+import numpy as np
+import optax
+import pytest
+from jaxbo_models import captioner
+from jaxbo_models.captioner import Captions
+from jaxbo_models.vocabulary import Vocabulary
+from PIL import Image
+
+from scripts.captioning import data as caption_data
+from scripts.captioning import files as caption_files
+from scripts.captioning import language
+from scripts.captioning import model as caption_model
+from scripts.captioning import noise as caption_noise
+from scripts.captioning import plots as caption_plots
+from scripts.captioning import report as caption_report
+from scripts.captioning import run as caption_run
+from scripts.captioning import shapes as caption_shapes
+from scripts.captioning.config import Config, Settings
+from scripts.captioning.scenes import ShapesCaptions
+
+pytestmark = pytest.mark.slow  # All together, not each.
+
+
+def test_captions_are_in_reading_order_in_the_first_steps():
+  data = ShapesCaptions(order="either")
+  batch = caption_shapes.held_out(data, "test", 40)
+  first, later = (np.asarray(caption_shapes.captions_of_step(batch, t, 5)) for t in (4, 5))
+  said = " ".join(data.decode(tokens) for tokens in first)
+  assert "above" in said
+  assert not {"right", "below"} & set(said.split())
+  assert all(
+    (valid == tokens).all(axis=1).any() for valid, tokens in zip(batch.valid, first, strict=True)
+  )
+  np.testing.assert_array_equal(later, batch.tokens)
+
+
+def test_nothing_is_kept_of_a_run_behind_its_last_checkpoint(tmp_path):
+  for step in (2, 4):
+    (tmp_path / "checkpoints" / "either_none_word_seed1" / str(step)).mkdir(parents=True)
+  line = {"order": "either", "model": "none_word"}
+  lines = [line | {"seed": seed, "step": step} for seed in (0, 1) for step in (2, 4, 6)]
+  kept = caption_run.lines_to_keep(Config(output_dir=tmp_path), lines)
+  assert kept == [line | {"seed": 1, "step": step} for step in (2, 4)]
+
+
+def test_a_resumed_run_has_the_steps_of_either_order_too():
+  given = Config(steps=2000, canonical_steps=0)
+  assert given.settings("canonical") == Config().settings("canonical")
+  assert given.settings("either") != Config().settings("either")
+  assert given.identity() != Config().identity()
+
+
+def test_losses_of_files_are_those_of_a_token_of_the_set_that_was_asked_for():
+  captions = [[["a", "dog"], ["the", "dog"]], [["a", "very", "big", "cat"]]]
+  images = np.arange(2, dtype=np.uint8)[:, None, None, None]
+  part = caption_data.CaptionedImages(images, captions, ["a", "b"])
+  data = caption_data.CaptionData(part, part._replace(images=images + 5), part)
+  program = types.SimpleNamespace(
+    data=data,
+    settings=Settings(max_words=3),
+    vocabulary=Vocabulary.build([words for of_image in captions for words in of_image]),
+    ask=types.SimpleNamespace(
+      losses=lambda params, images, tokens: images[:, 0, 0, 0] * (tokens[:, 1:] > 0).sum(axis=1)
+    ),
+  )
+  # Three tokens of the first image twice; four of the second, of which the last word is cut.
+  assert caption_files.token_nll(program, None, data.train) == 4 / 10
+  assert caption_files.FilesProgram.validation(program, None) == 5 + 4 / 10
+
+
+def test_images_are_no_constant_of_the_compiled_start():
+  """A photograph data set would be written into the program: beyond 2 GiB that fails."""
+  images, captions = np.zeros((50, 8, 8, 3), np.uint8), [[["a", "dog"]]] * 50
+  part = caption_data.CaptionedImages(images, captions, ["a"] * 50)
+  sizes = Settings(image_size=(8, 8), embed_dim=4, hidden_dim=4, attention_dim=4, batch_size=2)
+  vocabulary = Vocabulary.build([["a", "dog"]])
+  data = caption_data.CaptionData(part, part, part)
+  program = caption_files.FilesProgram(data, vocabulary, "none_word", sizes, beam_size=1)
+  constants = program.init.trace(jax.random.key(0)).jaxpr.consts
+  assert all(np.size(constant) < 100 for constant in constants)
+
+
+def test_gradients_are_clipped_and_the_rate_rises_and_falls():
+  tx = caption_model.make_optimizer(Settings(steps=30, learning_rate=0.1))
+
+  def step(state, gradient):
+    updates, state = tx.update(gradient, state)
+    return state, updates
+
+  gradients = np.geomspace(1, 1e6, 31, dtype=np.float32)  # All 1 when clipped, so Adam's step is 1.
+  _, updates = jax.lax.scan(step, tx.init(np.float32(0)), gradients)
+  expected = [0, 0.05] + [0.05 * (1 + math.cos(math.pi * t / 28)) for t in range(29)]
+  np.testing.assert_allclose(updates, -np.array(expected), rtol=1e-4, atol=1e-7)
+
+
+def test_weights_of_captions_are_divided_by_their_sum():
+  weights = np.array([0.2, 0.2, 0.8])
+  found = caption_noise.weighted_mean(np.log(weights / (1 - weights)), np.array([1.0, 2.0, 6.0]))
+  assert float(found) == pytest.approx(5.4 / 1.2)
+
+
+def test_only_what_is_trained_with_dropout_gets_a_key(monkeypatch):
+  losses = lambda model: lambda params, batch: params * (2.0 if "key" in batch else 1.0)
+  monkeypatch.setattr(captioner, "caption_losses", losses)
+  tx = optax.sgd(1.0)
+  for dropout, loss in ((0.0, 1.0), (0.3, 2.0)):
+    step = caption_model.make_step(types.SimpleNamespace(dropout=dropout), tx)
+    state, found = step(caption_model.State(1.0, tx.init(1.0)), {}, jax.random.key(0))
+    assert found == loss
+    assert state.params == 1 - loss
+
+
+def test_a_batch_has_pixels_in_0_1_and_no_padding_in_its_mask():
+  images = np.full((1, 2, 2, 3), 255, np.uint8)
+  batch = caption_model.as_batch(images, np.array([[1, 5, 2, 0]]))
+  assert (batch["features"] == 1).all()
+  np.testing.assert_array_equal(batch["mask"], [[True, True, True, False]])
+  assert (caption_model.as_batch(np.ones((1, 2, 2, 3)), batch["tokens"])["features"] == 1).all()
+
+
+def test_without_attention_all_cells_are_averaged():
+  cells = np.arange(12.0).reshape(1, 4, 3)
+  encoder = caption_model.MeanEncoder(nn.Sequential([lambda images: images]))
+  np.testing.assert_array_equal(encoder.apply({}, cells), [[[4.5, 5.5, 6.5]]])
+
+
+def test_scores_of_a_captioner_that_knows_everything(monkeypatch):
+  """Answers that are right by construction have the best scores, and wrong ones have not."""
+  data = ShapesCaptions(order="either")
+  batch = caption_shapes.held_out(data, "test", 40)
+  place = np.arange(9)
+
+  def attention(params, images, tokens):
+    """On the cell of the object whose colour or shape comes next; at first it may be either."""
+    del params, images
+    assert len(tokens) == 40  # All of them, in their order.
+    cells = np.eye(16)[batch.cells]
+    return np.where(place[:, None] == 1, cells.mean(axis=1)[:, None], cells[:, (place >= 4) * 1])
+
+  # A search fills up what it returns with the end.
+  right = np.where(batch.valid == language.PAD, language.EOS, batch.valid)[:, :, 1:]
+  log = np.log(np.tile([0.6, 0.4], (40, 1)))
+  asked = caption_model.Asked(
+    losses=lambda params, images, tokens: np.full(len(images), math.log(2)),
+    attention=attention,
+    greedy=lambda params, images: right[:, 0],
+    beam=lambda params, images: Captions(right[:, ::-1], log, np.zeros((40, 9, 16))),
+  )
+  program = type("Program", (), {"data": data, "ask": asked})
+  monkeypatch.setattr(caption_model.in_batches, "__kwdefaults__", {"size": 40})
+  scores = caption_shapes.score(program, None, "test", 40)
+  assert scores.exact_match == scores.both_orders == 1
+  assert scores.nll == pytest.approx(scores.entropy)
+  assert scores.mass == (0.5, 1, 1, 1)
+  assert scores.mentioned == 1
+  assert scores.beam_sum == pytest.approx(1)
+  assert scores.beam_gap == pytest.approx(math.log(1.5))
+  assert not caption_report.leaks(scores._asdict())
+  wrong = asked._replace(
+    losses=lambda params, images, tokens: np.linspace(0.5, 0.6, len(images)),
+    greedy=lambda params, images: np.where(right[:, 0] == 15, 16, right[:, 0]),
+    beam=lambda params, images: Captions(right[:, [0, 0]], log, np.zeros((40, 9, 16))),
+  )
+  scores = caption_shapes.score(type("P", (), {"data": data, "ask": wrong}), None, "test", 40)
+  assert 0 < scores.exact_match < 1
+  assert scores.standard_error == pytest.approx(np.linspace(0.5, 0.6, 40).std(ddof=1) / 40**0.5)
+  assert scores.both_orders == 0
+  assert caption_report.leaks(scores._asdict())
+
+
+def test_an_image_in_batches_is_the_image_alone():
+  images = np.arange(7, dtype=np.float32)
+  double = functools.partial(lambda params, x: params * x, 2)
+  result = caption_model.in_batches(lambda params, x: double(x), None, images, size=3)
+  np.testing.assert_array_equal(result, 2 * images)
+  assert jax.tree.leaves(result)[0].shape == (7,)
+
+
+def test_pictures_of_wide_images_are_broken_into_lines(tmp_path, monkeypatch):
+  seen, draw = [], caption_plots._draw_word
+  spy = lambda axes, image, *rest: seen.append(image.max()) or draw(axes, image, *rest)
+  monkeypatch.setattr(caption_plots, "_draw_word", spy)
+  dark = np.ones((50, 200, 3), np.uint8)
+  example = caption_plots.Captioned(dark, ["word"] * 14, np.full((14, 100), 0.01), "")
+  caption_plots.draw_attention([example] * 2, 10, tmp_path / "picture.png")
+  with Image.open(tmp_path / "picture.png") as picture:
+    assert picture.width < 3 * picture.height
+  assert seen == [1 / 255] * 28
+
+
+def test_curves_are_drawn_of_a_run_whose_loss_was_not_finite(tmp_path):
+  run = {"order": "", "model": "sequential", "seed": 0}
+  lines = [run | {"step": t, "validation_nll": loss} for t, loss in ((1, 2.0), (2, None))]
+  caption_plots.draw_curves(lines, {}, {"sequential": "a"}, tmp_path / "curves.png", "loss")
+  assert (tmp_path / "curves.png").exists()
+
+
+def test_the_best_caption_is_drawn_with_its_end_and_its_attention():
+  tokens = np.array([[[3, 4, 2, 2], [4, 2, 2, 2]]])
+  attention = np.arange(4.0)[None, :, None]
+  captions = Captions(tokens, np.log([[0.5, 0.25]]), attention)
+  vocabulary = Vocabulary([*Vocabulary.SPECIAL[:3], "a", "dog"])
+  [example] = caption_model.captioned(np.zeros((1, 2, 2, 3)), captions, vocabulary)
+  assert example.words == ["a", "dog", "(end)"]
+  assert example.attention[:, 0].tolist() == [0, 1, 2]
+  assert example.title == "probability 0.5"
