@@ -31,6 +31,13 @@ class Checkpoints:
     restored = self._manager.restore(done, args=ocp.args.StandardRestore(like))
     return restored["state"], float(restored["seconds"]), done
 
+  def raw(self) -> Any:
+    """The state of the last checkpoint as NumPy arrays in dictionaries and lists."""
+    done = self._manager.latest_step() if self._manager else None
+    if self._manager is None or done is None:
+      raise ValueError("there is no checkpoint")
+    return self._manager.restore(done, args=ocp.args.StandardRestore())["state"]
+
   def save(self, done: int, state: Any, seconds: float) -> None:
     """Writes a checkpoint in the background, from a copy: the state will be donated."""
     if self._manager:

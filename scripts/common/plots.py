@@ -1,6 +1,6 @@
 """Pieces of pictures that several scripts draw."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import matplotlib
@@ -11,6 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from numpy.typing import ArrayLike
 
 
 def one_wide_and_a_grid(num_panels: int) -> tuple[Figure, Axes, list[Axes]]:
@@ -29,7 +30,7 @@ def one_wide_and_a_grid(num_panels: int) -> tuple[Figure, Axes, list[Axes]]:
 def mean_and_range(
   axes: Axes,
   x: np.ndarray,
-  values: Sequence[Sequence[float]],
+  values: ArrayLike,
   *,
   label: str,
   color: str,
@@ -46,12 +47,18 @@ def mean_and_range(
     axes.fill_between(x, array.min(axis=0), array.max(axis=0), color=color, alpha=0.15, lw=0)
 
 
-def broken_off(
-  axes: Axes, x: Sequence[float], values: Sequence[float], *, label: str, color: str
-) -> None:
+def broken_off(axes: Axes, x: ArrayLike, values: ArrayLike, *, label: str, color: str) -> None:
   """A thin dotted line that ends in a cross: a run that did not end."""
-  last = [len(x) - 1]
-  axes.plot(x, values, color=color, label=label, linestyle=":", marker="x", markevery=last)
+  last = [np.size(x) - 1]
+  axes.plot(
+    np.asarray(x),
+    np.asarray(values),
+    color=color,
+    label=label,
+    linestyle=":",
+    marker="x",
+    markevery=last,
+  )
 
 
 def histograms(axes: Axes, groups: Mapping[str, np.ndarray], edges: np.ndarray) -> None:

@@ -13,173 +13,187 @@ What it does not show: on so easy a task, training on the 300 validation example
 well. What is learnt here is which labels are wrong. First order does nothing at all, since the
 outer loss does not depend on the weights directly: every weight stays one half.
 
-The table's means are over the seeds that finished (column "seeds"). AUC and F1 are of "this label
-is wrong". "ms/step" is training time for one outer step, without compilation and evaluation; "temp.
-MiB" is the temporary memory that XLA plans for the compiled loop of outer steps, beside its inputs
-and outputs. Ctrl-C ends the run with what was measured so far.
+AUC and F1 are of "this label is wrong". "Gain share" is the share of the oracle's gain over
+training on everything. "ms/step" is training time for one outer step, without compilation and
+evaluation; "temp. MiB" is the temporary memory that XLA plans for the compiled loop of outer steps,
+beside its inputs and outputs.
 
   python -m scripts.hyper_cleaning                               1 minute on 2 CPU cores
   python -m scripts.hyper_cleaning --dataset mnist --seeds 1     7 minutes; a perceptron
 """
 
-import dataclasses
-import sys
+import functools
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Annotated, Any, ClassVar
 
 import jax
-import tyro
-from rich.progress import Progress
+import numpy as np
+import pandas as pd
 
-from scripts.common import cleaning, report
-from scripts.common.cleaning import METHODS, Settings
+from scripts.common import cleaning, study, table
+from scripts.common.cleaning import METHODS, CleaningData, Settings
+from scripts.common.config import FREE, Among, Count, Positive, Share, StudyConfig
 from scripts.common.data import Examples
-from scripts.hyper_cleaning import report as cleaning_report
-from scripts.hyper_cleaning import run as cleaning_run
-from scripts.hyper_cleaning.report import Runs
-from scripts.hyper_cleaning.run import Executable
+from scripts.common.study import Cell, Compiled, Program, Results, Row, Run, Spent, Study
+from scripts.common.table import Column, Table
+from scripts.hyper_cleaning import plots
 
 NUM_EVALUATIONS = 20
-CSV, PICTURE = "results.csv", "hyper_cleaning.png"
+LABELS = {name: method.label for name, method in METHODS.items()}
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
+class Config(StudyConfig):
   """Data hyper-cleaning: learns one weight per training example from a small clean set."""
 
-  dataset: str = "digits"
-  """digits (in scikit-learn's wheel), mnist or fashion_mnist (prepared by tensorflow-datasets)."""
-  methods: tuple[str, ...] = tuple(METHODS)
+  dataset: Annotated[str, Among(cleaning.DATASETS)] = "digits"
+  """Digits are in scikit-learn's wheel; the others are prepared by tensorflow-datasets."""
+  methods: Annotated[tuple[str, ...], Among(METHODS), FREE] = tuple(METHODS)
   """Which methods to run."""
-  seeds: int = 5
-  """How many seeds; each draws the split, the wrong labels and the initial parameters."""
-  first_seed: int = 0
-  """The first of them. The settings were chosen on seeds from 100 on."""
-  corruption: float = 0.5
+  seeds: Count = 5
+  """How many seeds; each draws the split, the wrong labels and the initial parameters. The settings
+  were chosen on seeds from 100 on."""
+  corruption: Share = 0.5
   """The share of wrong training labels, in [0, 1)."""
-  data_dir: Path | None = None
-  """Where tensorflow-datasets has its files, instead of TFDS_DATA_DIR or ~/tensorflow_datasets."""
-  output_dir: Path = Path("runs/hyper_cleaning")
-  """Where results go. Files of an earlier run there are replaced."""
-  outer_steps: int | None = None
+  output_dir: Annotated[Path, FREE] = Path("runs/hyper_cleaning")
+  """Where results go."""
+  outer_steps: Count | None = None
   """Outer steps, instead of the data set's default (as for all below)."""
-  inner_steps: int | None = None
+  inner_steps: Count | None = None
   """Inner steps for one outer step."""
-  inner_learning_rate: float | None = None
+  inner_learning_rate: Positive | None = None
   """Learning rate of SGD, inside."""
-  outer_learning_rate: float | None = None
+  outer_learning_rate: Positive | None = None
   """Learning rate of Adam, outside, on the logits of the weights."""
-  num_samples: int | None = None
+  num_samples: Count | None = None
   """Directions of ESJ."""
-  smoothing: float | None = None
+  smoothing: Positive | None = None
   """Smoothing radius of ESJ."""
-
-  def check(self) -> None:
-    """Raises ``ValueError`` for what cannot run."""
-    if self.dataset not in cleaning.DATASETS:
-      raise ValueError(
-        f"dataset must be one of {', '.join(cleaning.DATASETS)}; got {self.dataset!r}"
-      )
-    if not self.methods or not set(self.methods) <= set(METHODS):
-      got = " ".join(self.methods) or "none"
-      raise ValueError(f"methods must be among {', '.join(METHODS)}; got {got}")
-    if len(set(self.methods)) < len(self.methods):
-      raise ValueError(f"methods must name each method once, got {' '.join(self.methods)}")
-    if not 0 <= self.corruption < 1:
-      raise ValueError(f"corruption must be in [0, 1), got {self.corruption}")
-    if self.first_seed < 0:
-      raise ValueError(f"first_seed must not be negative, got {self.first_seed}")
-    for name in ("seeds", "outer_steps", "inner_steps", "num_samples"):
-      value = getattr(self, name)
-      if value is not None and value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
-    for name in ("inner_learning_rate", "outer_learning_rate", "smoothing"):
-      value = getattr(self, name)
-      if value is not None and not value > 0:
-        raise ValueError(f"{name} must be positive, got {value}")
 
   def settings(self) -> Settings:
     """The data set's settings, with what was given instead."""
-    given = {field.name: getattr(self, field.name, None) for field in dataclasses.fields(Settings)}
-    given = {name: value for name, value in given.items() if value is not None}
-    return dataclasses.replace(cleaning.DATASETS[self.dataset], **given)
+    return self.override(cleaning.DATASETS[self.dataset])
+
+  def steps_per_call(self) -> int:
+    """The outer steps between two evaluations, of about ``NUM_EVALUATIONS``: a divisor of all."""
+    steps = self.settings().outer_steps
+    most = -(-steps // NUM_EVALUATIONS)
+    return max(divisor for divisor in range(1, most + 1) if steps % divisor == 0)
 
 
-def run_all(
-  config: Config,
-  examples: Examples,
-  test: Examples | None,
-  log: report.MetricsLog,
-  progress: Progress,
-  runs: Runs,
-) -> None:
-  """Runs every method on every seed; fills ``runs`` as it goes."""
-  settings = config.settings()
-  steps = max(
-    divisor
-    for divisor in range(1, -(-settings.outer_steps // NUM_EVALUATIONS) + 1)
-    if settings.outer_steps % divisor == 0
-  )
-  num_runs = settings.outer_steps // steps
-  accuracy = jax.jit(lambda y, examples: cleaning.accuracy(settings, y, examples))
-  executables: dict[str, Executable] = {}
-  task = progress.add_task("", total=config.seeds * len(config.methods) * num_runs, loss="")
-  for seed in range(config.first_seed, config.first_seed + config.seeds):
-    data = cleaning.split(examples, test, settings, config.corruption, seed)
-    for method in config.methods:
-      progress.update(task, description=f"seed {seed}, {METHODS[method].label}")
-      program = cleaning.make_program(method, data, settings, seed, steps)
-      if method not in executables:
-        executables[method] = cleaning_run.compile_program(program, data.val)
-      fit = cleaning_run.fit(program, executables[method], data, num_runs, seed, accuracy)
-      for run in fit:
-        runs[method, seed] = run
-        loss = run.outer_loss[-1]
-        progress.update(task, advance=1, loss=f"outer loss {loss:.4f}")
-        values = {"seconds": run.seconds[-1], "outer_loss": loss, "accuracy": run.accuracy[-1]}
-        log.write(method=method, seed=seed, **values)
-
-
-def title(config: Config) -> str:
-  """What the numbers are of."""
-  settings = config.settings()
-  batch = "all examples" if settings.batch_size is None else f"{settings.batch_size} examples"
-  return (
-    f"{config.dataset}: {settings.num_train} training examples, {config.corruption:.0%} of labels "
-    f"wrong; {settings.num_val} clean validation examples\n{settings.outer_steps} outer steps of "
-    f"{settings.inner_steps} inner steps on {batch}; mean ± standard deviation over seeds"
+def data_of(run: Run[Config], seed: int) -> CleaningData:
+  """The data of a seed."""
+  examples, test = run.data
+  settings, corruption = run.config.settings(), run.config.corruption
+  return run.shared(
+    ("data", seed), lambda: cleaning.split(examples, test, settings, corruption, seed)
   )
 
 
-def run_and_report(config: Config) -> int:
-  """Runs, prints and saves; returns the exit status."""
-  with report.bad_input():
-    config.check()
-    examples, test = cleaning.read(config.dataset, config.data_dir)
-    log = report.start_output(config.output_dir, "metrics.jsonl", stale=(CSV, PICTURE))
-  console, status = report.console(), 0
-  runs: Runs = {}
-  with log, report.progress_bar(console) as progress:
-    try:
-      run_all(config, examples, test, log, progress, runs)
-    except KeyboardInterrupt:
-      status = 130
-  if status:
-    console.print("Interrupted." + (" What was measured until then:" if runs else ""))
-  if runs:
-    outer_steps = config.settings().outer_steps
-    results = [cleaning_report.summarize(method, seed, run) for (method, seed), run in runs.items()]
-    report.write_csv(config.output_dir / CSV, [result._asdict() for result in results])
-    rows = cleaning_report.table_rows(results, outer_steps)
-    report.print_table(console, title(config), cleaning_report.COLUMNS, rows)
-    cleaning_report.draw(runs, outer_steps, config.output_dir / PICTURE)
-    console.print(f"metrics.jsonl, {CSV} and {PICTURE} are in {config.output_dir}")
-  return status
+class Cleaning(Compiled):
+  """A method on one seed; a step is as many outer steps as there are between evaluations."""
+
+  def __init__(self, run: Run[Config], method: str, seed: int):
+    settings = run.config.settings()
+    self.method, self.steps_per_call = method, run.config.steps_per_call()
+    self.of_seed = data_of(run, seed)
+    made = cleaning.make_program(method, self.of_seed, settings, seed, self.steps_per_call)
+
+    def step(state, t, key, train, val):
+      key = jax.random.fold_in(jax.random.wrap_key_data(key), t)
+      return made.run(state, key, train, val)
+
+    program = run.shared(method, lambda: Program(step))
+    score = lambda y, examples: cleaning.accuracy(settings, y, examples)
+    self._accuracy = run.shared("accuracy", lambda: jax.jit(score))
+    key = jax.random.key_data(jax.random.key(seed))
+    super().__init__(program, made.state, key, made.train, self.of_seed.val)
+    self._test: Examples = jax.device_put(self.of_seed.test)
+
+  def evaluate(self, state: Any, told: list[Any]) -> Row:
+    """Losses and accuracy so far."""
+    accuracy = float(self._accuracy(state.solution.params, self._test))
+    return {"outer_loss": float(told[-1][-1]), "accuracy": accuracy}
+
+  def result(self, state: Any, spent: Spent) -> Row:
+    """What the weights say of the labels, and what they cost."""
+    auc, f1 = np.nan, np.nan
+    if METHODS[self.method].head is not None:
+      weights = np.asarray(jax.nn.sigmoid(state.x), np.float64)
+      auc, f1 = cleaning.detection_scores(weights, self.of_seed.corrupted)
+    steps = len(spent.lines) * self.steps_per_call
+    return {
+      "outer_steps": steps,
+      "test_accuracy": spent.lines[-1]["accuracy"],
+      "auc": auc,
+      "f1": f1,
+      "seconds_per_step": spent.seconds / steps,
+      "temporary_bytes": self.program.temporary_bytes,
+      "compile_seconds": self.program.compile_seconds,
+    }
 
 
-def main(config: Config) -> int:
-  """Runs, prints and saves. Returns the exit status: 130 if interrupted, with what was measured."""
-  return report.exit_status(run_and_report, config)
+def gain_share(rows: pd.DataFrame) -> pd.Series:
+  """The share of the oracle's gain over training on everything, on the same seed."""
+  accuracy = rows.pivot(index="seed", columns="method", values="test_accuracy")
+  accuracy = accuracy.reindex(columns=["everything", "oracle"]).loc[rows["seed"]].to_numpy().T
+  worst, best = (pd.Series(of_row, rows.index) for of_row in accuracy)
+  return ((rows["test_accuracy"] - worst) / (best - worst)).where(best > worst)
+
+
+COLUMNS = {
+  "test_accuracy": Column("accuracy"),
+  "gain_share": Column("gain share", 2),
+  "auc": Column("AUC"),
+  "f1": Column("F1"),
+  "seconds_per_step": Column("ms/step", 1, 1e3),
+  "temporary_bytes": Column("temp. MiB", 1, 2**-20, mean_only=True),
+}
+
+
+class HyperCleaning(Study[Config]):
+  """The experiment."""
+
+  config = Config
+  smoke: ClassVar = {"seeds": 1, "outer_steps": 40}
+  step_name = "evaluation"
+
+  def prepare(self, config: Config) -> tuple[Examples, Examples | None]:
+    """All examples, and the official test set where there is one."""
+    return cleaning.read(config.dataset, config.data_dir)
+
+  def cells(self, run: Run[Config]) -> Iterable[Cell]:
+    """Every method on every seed."""
+    steps = run.config.settings().outer_steps // run.config.steps_per_call()
+    for seed in run.config.all_seeds():
+      for method in run.config.methods:
+        make = functools.partial(Cleaning, run, method, seed)
+        label = f"seed {seed}, {LABELS[method]}"
+        yield Cell({"method": method, "seed": seed}, make, steps, label, every=1)
+
+  def tables(self, results: Results[Config]) -> Iterable[Table]:
+    """Means over seeds."""
+    config, settings = results.config, results.config.settings()
+    batch = "all examples" if settings.batch_size is None else f"{settings.batch_size} examples"
+    title = (
+      f"{config.dataset}: {settings.num_train} training examples, {config.corruption:.0%} of labels"
+      f" wrong; {settings.num_val} clean validation examples\n{settings.outer_steps} outer steps "
+      f"of {settings.inner_steps} inner steps on {batch}; mean ± standard deviation over seeds"
+    )
+    rows = results.rows.assign(gain_share=gain_share(results.rows))
+    yield table.spread(title, rows, "method", LABELS, COLUMNS)
+
+  def draw(self, run: Run[Config]) -> None:
+    """Accuracy against seconds, and the learnt weights of finished runs."""
+    weights: dict[str, list[plots.Weights]] = {}
+    for cell in run.finished():
+      method, seed = cell.key["method"], cell.key["seed"]
+      if METHODS[method].head is not None:
+        values = np.asarray(jax.nn.sigmoid(run.saved(cell)["x"]))
+        of_seed = plots.Weights(values, data_of(run, seed).corrupted)
+        weights.setdefault(method, []).append(of_seed)
+    plots.draw(run.results().lines, weights, LABELS, run.path / "hyper_cleaning.png")
 
 
 if __name__ == "__main__":
-  sys.exit(main(tyro.cli(Config)))
+  study.main(Config, functools.partial(study.run, HyperCleaning()), __doc__)

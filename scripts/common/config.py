@@ -1,0 +1,157 @@
+"""What an experiment can be told: each field carries its range, its help, and who may change it.
+
+>>> class Config(StudyConfig):
+...   methods: Annotated[tuple[str, ...], Among(("itd", "aid"))] = ("itd", "aid")
+...   '''Which methods to run.'''
+...   learning_rate: Positive = 0.1
+...   '''Of Adam.'''
+>>> Config(learning_rate=-1)
+Traceback (most recent call last):
+ValueError: learning_rate should be greater than 0, got -1
+"""
+
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, ValidationError
+from pydantic_core import CoreSchema, core_schema
+
+Settings = TypeVar("Settings")
+
+Count = Annotated[int, Field(ge=1)]
+Index = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+FREE = "free"  # Marks a field that a resumed run may have otherwise.
+
+
+@dataclasses.dataclass(frozen=True)
+class Among:
+  """A name, or several ones without repetition, of those that there are; ``--help`` lists them."""
+
+  names: Iterable[str]
+  least: int = 1
+
+  def check(self, value: Any) -> Any:
+    """Raises ``ValueError`` for what is not among the names."""
+    chosen, names = (value,) if isinstance(value, str) else value, tuple(self.names)
+    unknown = [name for name in chosen or () if name not in names]
+    if unknown:
+      raise ValueError(f"should be among {', '.join(names)}; got {' '.join(unknown)}")
+    if chosen is not None and len(set(chosen)) < len(chosen):
+      raise ValueError(f"should name each one once, got {' '.join(chosen)}")
+    if chosen is not None and len(chosen) < self.least:
+      raise ValueError(f"should name at least {self.least} of {', '.join(names)}; got none")
+    return value
+
+  def __get_pydantic_core_schema__(self, kind: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+    return core_schema.no_info_after_validator_function(self.check, handler(kind))
+
+
+class Checked(BaseModel):
+  """A group of fields; what is out of its range raises ``ValueError`` with a sentence for each."""
+
+  model_config = ConfigDict(
+    frozen=True,
+    extra="forbid",
+    use_attribute_docstrings=True,
+    allow_inf_nan=False,
+    protected_namespaces=(),
+  )
+
+  def __init__(self, **values: Any):
+    try:
+      super().__init__(**values)
+    except ValidationError as error:
+      raise ValueError("; ".join(map(_sentence, error.errors()))) from None
+
+  @classmethod
+  def __pydantic_init_subclass__(cls, **options: Any) -> None:
+    super().__pydantic_init_subclass__(**options)
+    for field in cls.model_fields.values():
+      for mark in field.metadata:
+        if isinstance(mark, Among) and field.description and "Among:" not in field.description:
+          field.description += f" Among: {', '.join(mark.names)}."
+
+  def but(self, **changes: Any) -> Self:
+    """The same with other values, checked again."""
+    return type(self)(**(dict(self) | changes))
+
+
+class StudyConfig(Checked):
+  """The fields that every experiment has."""
+
+  seeds: Count = 3
+  """How many seeds."""
+  first_seed: Index = 0
+  """The first of them."""
+  resume: Annotated[bool, FREE] = False
+  """Goes on with the run in output_dir. Methods and seeds may be others, the rest must be equal."""
+  overwrite: Annotated[bool, FREE] = False
+  """Deletes the run in output_dir first."""
+  smoke: Annotated[bool, FREE] = False
+  """The smallest run: what is not given is cut until the whole takes less than a minute."""
+  save_results: Annotated[str | None, FREE] = None
+  """Keeps the run's tables under this name in the experiment's results/, for the docs."""
+  data_dir: Annotated[Path | None, FREE] = None
+  """Where tensorflow-datasets has its files, instead of TFDS_DATA_DIR or ~/tensorflow_datasets."""
+  output_dir: Annotated[Path, FREE] = Path("runs")
+  """Where results and checkpoints go."""
+
+  def all_seeds(self) -> range:
+    """The seeds."""
+    return range(self.first_seed, self.first_seed + self.seeds)
+
+  def given(self) -> dict[str, Any]:
+    """The values that are not the defaults."""
+    fields = type(self).model_fields
+    return {name: value for name, value in self if value != fields[name].get_default()}
+
+  def override(self, settings: Settings) -> Settings:
+    """``settings``, a dataclass, with the fields of the same names that are not ``None`` here."""
+    names = [field.name for field in dataclasses.fields(settings)]  # type: ignore[arg-type]
+    mine = {name: getattr(self, name, None) for name in names}
+    changes = {name: value for name, value in mine.items() if value is not None}
+    return dataclasses.replace(settings, **changes)  # type: ignore[type-var]
+
+  def identity(self) -> dict[str, Any]:
+    """What a resumed run must have in common with the run that it continues, as JSON has it."""
+    free = {name for name, field in type(self).model_fields.items() if FREE in field.metadata}
+    return self.model_dump(mode="json", exclude=free | {"seeds", "first_seed"})
+
+  def flags(self) -> str:
+    """The flags that repeat the run, without what is only about this machine."""
+    words = list[str]()
+    for name, value in _flat(self.model_dump(mode="json"), type(self)().model_dump(mode="json")):
+      flag = f"--{name.replace('_', '-')}"
+      if isinstance(value, bool):
+        words.append(flag if value else flag.replace("--", "--no-", 1))
+      else:
+        words += [flag, *map(str, value if isinstance(value, list) else [value])]
+    return " ".join(words)
+
+
+ONLY_HERE = ("resume", "overwrite", "save_results", "data_dir", "output_dir")
+
+
+def _flat(values: dict[str, Any], defaults: dict[str, Any], prefix: str = "") -> Iterable[Any]:
+  """Names, with their groups, and values that are not the defaults."""
+  for name, value in values.items():
+    if isinstance(value, dict) and isinstance(defaults[name], dict):
+      yield from _flat(value, defaults[name], f"{prefix}{name}.")
+    elif value != defaults[name] and prefix + name not in ONLY_HERE:
+      yield prefix + name, value
+
+
+def _sentence(error: Any) -> str:
+  """What is wrong with a field: its name, what is allowed, and what was given."""
+  name = ".".join(str(part) for part in error["loc"] if not isinstance(part, int))
+  message = error["msg"].removeprefix("Value error, ")
+  if not name:  # Of several fields together: the message names them.
+    return message
+  message = message.removeprefix("Input ")
+  return f"{name} {message}" if "got" in message else f"{name} {message}, got {error['input']!r}"

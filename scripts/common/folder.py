@@ -1,0 +1,217 @@
+"""The folder of a run: whose it is, what was measured, and that nothing of it is lost.
+
+``config.json`` has the settings and where they ran, ``metrics.jsonl`` a line for each evaluation,
+``results.csv`` a row for each finished cell, ``notes.json`` what was measured once for all cells,
+and ``checkpoints/`` the states.
+"""
+
+import datetime
+import fcntl
+import json
+import math
+import os
+import platform
+import shutil
+import socket
+import subprocess
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import pandas as pd
+from jax.experimental import multihost_utils
+
+from scripts.common.config import StudyConfig
+
+CONFIG, METRICS, RESULTS, NOTES, LOCK = (
+  "config.json", "metrics.jsonl", "results.csv", "notes.json", "lock",
+)  # fmt: skip
+CHECKPOINTS = "checkpoints"
+Row = dict[str, Any]
+
+
+class RunFolder:
+  """The files of one run; a second run in the same folder is refused while the first one goes on.
+
+  Attributes:
+    path: where it is.
+    lines: what ``metrics.jsonl`` has.
+    rows: what ``results.csv`` has.
+    notes: what ``notes.json`` has.
+  """
+
+  def __init__(self, config: StudyConfig, study: str, program: str):
+    """Begins a run, or goes on with the one that is there.
+
+    Raises:
+      ValueError: if the folder cannot be written to, is in use, belongs to another run, or has one
+        that neither ``resume`` nor ``overwrite`` speaks of.
+    """
+    self.path = config.output_dir
+    self.lines, self.rows, self.notes = list[Row](), list[Row](), dict[str, Any]()
+    self._writes = jax.process_index() == 0  # The others work along.
+    try:
+      self.path.mkdir(parents=True, exist_ok=True)
+      if self._writes:
+        self._lock = _lock(self.path)
+      if config.overwrite and self._writes:
+        self._clear()
+      saved = self._look(config)
+      if jax.process_count() > 1:  # No process may write what another is still to read.
+        multihost_utils.sync_global_devices("output_dir was looked at")
+      if self._writes:
+        saved |= {"study": study, "config": config.model_dump(mode="json")}
+        saved["runs"].append(provenance(config, program))
+        _write(self.path / CONFIG, json.dumps(saved, indent=1) + "\n")
+        self._log = (self.path / METRICS).open("a")
+    except OSError as error:
+      raise ValueError(
+        f"output_dir must be a folder to write to, got {self.path} ({error.strerror})"
+      ) from error
+
+  def _look(self, config: StudyConfig) -> dict[str, Any]:
+    """What ``config.json`` has of the run, after comparing; reads what was measured."""
+    path, identity = self.path / CONFIG, config.identity()
+    if not config.resume:
+      if path.exists() and not config.overwrite:
+        raise ValueError(
+          f"output_dir {self.path} has an earlier run: continue it with --resume, delete it with "
+          "--overwrite, or choose another folder"
+        )
+      return {"identity": identity, "runs": []}
+    if not path.exists():
+      raise ValueError(f"resume needs an earlier run in output_dir, none in {self.path}")
+    saved = json.loads(path.read_text())
+    for name, wanted in identity.items():
+      found = saved["identity"].get(name)
+      if found != wanted:
+        raise ValueError(f"{name} must be {found!r} to resume, got {wanted!r}")
+    self.lines, self.rows, self.notes = read(self.path)
+    return saved
+
+  def _clear(self) -> None:
+    for name in (CONFIG, METRICS, RESULTS, NOTES):
+      (self.path / name).unlink(missing_ok=True)
+    shutil.rmtree(self.path / CHECKPOINTS, ignore_errors=True)
+
+  def checkpoints(self, key: Mapping[str, Any]) -> Path:
+    """Where the checkpoints of the cell of that key are."""
+    name = "_".join(f"{column}-{value}" for column, value in key.items() if value != "")
+    return self.path / CHECKPOINTS / name.replace("/", "-")
+
+  def add_lines(self, lines: Sequence[Row]) -> None:
+    """Appends lines, on disk when this returns; numbers that are not finite become ``null``."""
+    self.lines += lines
+    if self._writes:
+      self._log.writelines(_json_line(line) for line in lines)
+      self._log.flush()
+      os.fsync(self._log.fileno())
+
+  def keep_lines(self, lines: Sequence[Row]) -> None:
+    """Replaces all lines by these: those that an interrupted run will not write again."""
+    self.lines = list(lines)
+    if self._writes:
+      self._log.close()
+      _write(self.path / METRICS, "".join(map(_json_line, lines)))
+      self._log = (self.path / METRICS).open("a")
+
+  def add_rows(self, rows: Sequence[Row]) -> None:
+    """Adds rows to the table."""
+    self.rows += rows
+    if self._writes:
+      _write(self.path / RESULTS, pd.DataFrame(self.rows).to_csv(index=False))
+
+  def note(self, name: str, value: Any) -> None:
+    """Keeps what was measured once for all cells, as JSON."""
+    self.notes[name] = value
+    if self._writes:
+      _write(self.path / NOTES, json.dumps(self.notes, indent=1) + "\n")
+
+  def save_results(self, folder: Path) -> None:
+    """Copies what a table needs into the repository, without what is only about this machine."""
+    folder.mkdir(parents=True, exist_ok=True)
+    saved = json.loads((self.path / CONFIG).read_text())
+    del saved["config"]
+    _write(folder / CONFIG, json.dumps(saved, indent=1) + "\n")
+    for name in (RESULTS, METRICS, NOTES):
+      if (self.path / name).exists():
+        shutil.copy(self.path / name, folder / name)
+
+  def close(self) -> None:
+    """Lets other runs in."""
+    if self._writes:
+      self._log.close()
+      self._lock.close()
+
+
+def read(folder: Path) -> tuple[list[Row], list[Row], dict[str, Any]]:
+  """``(lines, rows, notes)`` of the files in a folder, as far as there are any."""
+  lines, rows, notes = list[Row](), list[Row](), dict[str, Any]()
+  if (folder / METRICS).exists():
+    text = (folder / METRICS).read_text().splitlines()
+    lines = [json.loads(line) for line in text if line.endswith("}")]
+  if (folder / RESULTS).exists():
+    frame = pd.read_csv(folder / RESULTS, float_precision="round_trip")
+    rows = [{str(name): value for name, value in row.items()} for row in frame.to_dict("records")]
+  if (folder / NOTES).exists():
+    notes = json.loads((folder / NOTES).read_text())
+  return lines, rows, notes
+
+
+def provenance(config: StudyConfig, program: str) -> dict[str, Any]:
+  """What ran where: commit, versions, devices, date and command."""
+  devices = jax.devices()
+  return {
+    "command": f"python -m {program} {config.flags()}".strip(),
+    "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    "commit": _git("rev-parse", "HEAD"),
+    "clean": _git("status", "--porcelain", "--untracked-files=no") == "",
+    "python": platform.python_version(),
+    **{name: metadata.version(name) for name in ("jax", "jaxlib", "optax")},
+    "device": devices[0].device_kind,
+    "num_devices": len(devices),
+    "num_processes": jax.process_count(),
+    "cores": os.cpu_count(),
+  }
+
+
+def _git(*arguments: str) -> str | None:
+  command = ["git", "-C", str(Path(__file__).parent), *arguments]
+  try:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+  except (OSError, subprocess.CalledProcessError):  # Not a clone.
+    return None
+
+
+def _lock(folder: Path) -> Any:
+  """Holds the folder until the file is closed or the process is gone."""
+  file = (folder / LOCK).open("a+")
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    file.seek(0)
+    owner = file.read().strip() or "another process"
+    file.close()
+    raise ValueError(f"output_dir {folder} is in use by {owner}") from None
+  file.truncate(0)
+  file.write(f"process {os.getpid()} on {socket.gethostname()}")
+  file.flush()
+  return file
+
+
+def _json_line(line: Mapping[str, Any]) -> str:
+  finite = lambda value: not isinstance(value, float) or math.isfinite(value)
+  values = {name: value if finite(value) else None for name, value in line.items()}
+  return json.dumps(values, allow_nan=False) + "\n"
+
+
+def _write(path: Path, text: str) -> None:
+  """Replaces a file in one move: an interruption leaves the old one or the new one."""
+  new = path.with_name(path.name + ".new")
+  with new.open("w") as file:
+    file.write(text)
+    file.flush()
+    os.fsync(file.fileno())
+  new.replace(path)

@@ -1,0 +1,80 @@
+"""What a run shows while it goes on: a console, and one bar for all of its cells."""
+
+from collections.abc import Sequence
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import (
+  BarColumn,
+  MofNCompleteColumn,
+  Progress,
+  ProgressColumn,
+  Task,
+  TextColumn,
+  TimeRemainingColumn,
+)
+from rich.text import Text
+
+
+def console() -> Console:
+  """A console that does not break tables when the output goes to a file."""
+  plain = Console()
+  return plain if plain.is_terminal else Console(width=160)
+
+
+class RateColumn(ProgressColumn):
+  """Steps a second."""
+
+  def render(self, task: Task) -> Text:
+    """The rate of the last half minute, or nothing before there is one."""
+    rate = task.finished_speed or task.speed
+    return Text(f"{rate:.3g} steps/s" if rate else "")
+
+
+class Bar:
+  """A bar of steps with the name of the cell and its last numbers."""
+
+  def __init__(self, console: Console):
+    self._progress = Progress(
+      TextColumn("{task.description}"),
+      BarColumn(),
+      MofNCompleteColumn(),
+      RateColumn(),
+      TimeRemainingColumn(),
+      TextColumn("{task.fields[told]}"),
+      console=console,
+    )
+    self._task = self._progress.add_task("", total=None, told="")
+
+  @classmethod
+  def silent(cls) -> Self:
+    """One that nobody sees."""
+    return cls(Console(quiet=True))
+
+  def total(self, steps: int) -> None:
+    """Says how many steps there are."""
+    self._progress.update(self._task, total=steps)
+
+  def label(self, text: str) -> None:
+    """Names the cell that runs."""
+    self._progress.update(self._task, description=text, told="compiling")
+
+  def advance(self, steps: int = 1) -> None:
+    """Counts steps."""
+    self._progress.advance(self._task, steps)
+
+  skip = advance
+
+  def tell(self, lines: Sequence[dict[str, Any]]) -> None:
+    """Shows the numbers of the last line."""
+    if lines:
+      numbers = [(k, v) for k, v in lines[-1].items() if isinstance(v, float) and k != "seconds"]
+      told = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in numbers[:3])
+      self._progress.update(self._task, told=told)
+
+  def __enter__(self) -> Self:
+    self._progress.start()
+    return self
+
+  def __exit__(self, *exc_info: Any) -> None:
+    self._progress.stop()

@@ -1,0 +1,337 @@
+"""Experiments as sets of cells: one mechanism trains, measures, resumes and reports all of them.
+
+A *cell* is a method with a seed and a setting. It makes a *task*: a state (all that a checkpoint
+holds), a step, an evaluation (a line of ``metrics.jsonl``) and a result (a row of ``results.csv``).
+A *study* says which cells there are, and which tables and pictures come of them.
+"""
+
+import contextlib
+import inspect
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar
+
+import jax
+import jax.numpy as jnp
+import pandas as pd
+import tyro
+
+from scripts.common import folder
+from scripts.common.checkpoints import Checkpoints
+from scripts.common.config import StudyConfig
+from scripts.common.folder import Row, RunFolder
+from scripts.common.program import Program
+from scripts.common.progress import Bar, console
+from scripts.common.table import Table
+
+Config = TypeVar("Config", bound=StudyConfig)
+Rows = Row | Sequence[Row]
+
+
+@dataclass
+class Spent:
+  """What a cell took: seconds of its steps, without compilation and evaluation, and its lines."""
+
+  seconds: float
+  lines: list[Row]
+
+
+class Task:
+  """A cell at work.
+
+  Step ``t`` depends on the state and on ``t`` alone, so a restored task goes on bit for bit.
+
+  Attributes:
+    state: where it starts, a pytree of arrays; a step may reuse its memory.
+  """
+
+  state: Any
+
+  def step(self, state: Any, t: int) -> tuple[Any, Any]:
+    """Does step ``t``; returns the new state, and what the step tells."""
+    raise NotImplementedError
+
+  def evaluate(self, state: Any, told: list[Any]) -> Rows:
+    """The line of an evaluation, or several; ``told`` is of the steps since the last stop."""
+    del state, told
+    return []
+
+  def result(self, state: Any, spent: Spent) -> Rows:
+    """The row of the finished cell, or several."""
+    del state, spent
+    return []
+
+
+class Compiled(Task):
+  """A task whose step is a :class:`Program` on data that stay on the device."""
+
+  def __init__(self, program: Program, state: Any, *data: Any):
+    self.program = program
+    self.state, self.data = jax.device_put((state, data))
+    self._step = program.compile(self.state, *self.data)
+
+  def step(self, state: Any, t: int) -> tuple[Any, Any]:
+    """Does step ``t``."""
+    return self._step(state, jnp.int32(t), *self.data)
+
+
+@dataclass(frozen=True)
+class Cell:
+  """A method with a seed and a setting.
+
+  Attributes:
+    key: the columns that name it, in ``metrics.jsonl`` and ``results.csv``.
+    make: makes its task, from the final states of the cells that it ``needs``.
+    steps: how many steps it has.
+    label: its name beside the bar.
+    every: steps between evaluations; there is one after the last step in any case.
+    checkpoint_every: steps between checkpoints; there is one after the last step in any case.
+    needs: cells that must be finished before.
+  """
+
+  key: Mapping[str, Any]
+  make: Callable[..., Task]
+  steps: int
+  label: str
+  every: int | None = None
+  checkpoint_every: int | None = None
+  needs: tuple["Cell", ...] = ()
+
+
+class Results(Generic[Config]):
+  """What tables are made of.
+
+  Attributes:
+    config: of the run.
+    rows: what ``results.csv`` has.
+    lines: what ``metrics.jsonl`` has; NaN where a number was not finite.
+    notes: what was measured once for all cells.
+  """
+
+  def __init__(self, config: Config, lines: list[Row], rows: list[Row], notes: dict[str, Any]):
+    self.config, self.notes = config, notes
+    self.rows, self.lines = pd.DataFrame(rows), pd.DataFrame(lines)
+
+
+class Study(Generic[Config]):
+  """An experiment. A room gives its cells, tables and pictures; the rest is here.
+
+  Attributes:
+    config: the class of its settings.
+    smoke: what ``--smoke`` changes of settings that were not given.
+    step_name: the column of lines that counts steps.
+  """
+
+  config: type[Config]
+  smoke: ClassVar[Mapping[str, Any]] = {}
+  step_name: ClassVar[str] = "step"
+
+  def connect(self, config: Config) -> None:
+    """Meets other processes, before anything is computed."""
+
+  def prepare(self, config: Config) -> Any:
+    """Reads the data; raises ``ValueError`` or ``FileNotFoundError`` for what cannot be run."""
+
+  def cells(self, run: "Run[Config]") -> Iterable[Cell]:
+    """All cells, in the order in which they run."""
+    raise NotImplementedError
+
+  def finish(self, run: "Run[Config]") -> None:
+    """What is measured after the last cell, beside its rows."""
+
+  def tables(self, results: Results[Config]) -> Iterable[Table]:
+    """The tables of the rows that there are."""
+    raise NotImplementedError
+
+  def remarks(self, results: Results[Config]) -> Iterable[str]:
+    """What is to be said under the tables."""
+    return ()
+
+  def draw(self, run: "Run[Config]") -> None:
+    """Writes pictures into ``run.path``."""
+
+  def room(self) -> Path:
+    """The folder of the experiment's files."""
+    return Path(inspect.getfile(type(self))).parent
+
+  def load(self, name: str) -> Results[Config]:
+    """The results that were kept under a name in the repository."""
+    path = self.room() / "results" / name
+    saved = json.loads((path / folder.CONFIG).read_text())
+    lines, rows, notes = folder.read(path)
+    seeds = [row["seed"] for row in rows if "seed" in row] or [0]
+    seeds = {"seeds": int(max(seeds) - min(seeds)) + 1, "first_seed": int(min(seeds))}
+    return Results(self.config(**(saved["identity"] | seeds)), lines, rows, notes)
+
+
+class Run(Generic[Config]):
+  """A study at work in a folder.
+
+  Attributes:
+    config: of the run.
+    data: what ``prepare`` read.
+    path: where its files are.
+  """
+
+  def __init__(self, study: Study[Config], config: Config, data: Any, files: RunFolder):
+    self.study, self.config, self.data = study, config, data
+    self.path, self._files = files.path, files
+    self._memory: dict[Hashable, Any] = {}
+    self._last: tuple[Any, Any] = (None, None)  # The final state of one cell.
+
+  def results(self) -> Results[Config]:
+    """What there is so far, for the methods and seeds of this run."""
+    return Results(self.config, self._files.lines, self._files.rows, self._files.notes)
+
+  def note(self, name: str, compute: Callable[[], Any]) -> Any:
+    """What ``compute`` gives, as JSON has it; computed once for a run and all that resume it."""
+    if name not in self._files.notes:
+      self._files.note(name, json.loads(json.dumps(compute())))
+    return self._files.notes[name]
+
+  def shared(self, name: Hashable, make: Callable[[], Any]) -> Any:
+    """What ``make`` gives, made once in this process: a program that several cells share, say."""
+    if name not in self._memory:
+      self._memory[name] = make()
+    return self._memory[name]
+
+  def play(self, bar: Bar) -> None:
+    """Finishes all cells; rows of finished ones are there already."""
+    cells = list(self.study.cells(self))
+    bar.total(sum(cell.steps for cell in cells))
+    for cell in cells:
+      if self._finished(cell):
+        bar.skip(cell.steps)
+      else:
+        self._train(cell, bar)
+
+  def finished(self) -> list[Cell]:
+    """The cells that have a row."""
+    return [cell for cell in self.study.cells(self) if self._finished(cell)]
+
+  def saved(self, cell: Cell) -> Any:
+    """The final state of a finished cell as NumPy arrays in dictionaries and lists."""
+    with contextlib.closing(Checkpoints(self._files.checkpoints(cell.key))) as checkpoints:
+      return checkpoints.raw()
+
+  def state(self, cell: Cell) -> Any:
+    """The final state of a finished cell; it may be given to several, which must not reuse it."""
+    if self._last[0] != cell.key:
+      self._train(cell, None)
+    return self._last[1]
+
+  def task(self, cell: Cell) -> Task:
+    """The task of a cell, before its first step."""
+    return cell.make(*(self.state(needed) for needed in cell.needs))
+
+  def _finished(self, cell: Cell) -> bool:
+    return any(cell.key.items() <= row.items() for row in self._files.rows)
+
+  def _train(self, cell: Cell, bar: Bar | None) -> None:
+    show = bar or Bar.silent()
+    show.label(cell.label)
+    task = self.task(cell)
+    with contextlib.closing(Checkpoints(self._files.checkpoints(cell.key))) as checkpoints:
+      state, seconds, done = checkpoints.restore(task.state)
+      show.skip(done)
+      name = self.study.step_name
+      of_cell = lambda line: cell.key.items() <= line.items()
+      late = [line for line in self._files.lines if of_cell(line) and line[name] > done]
+      if late:  # An interrupted run wrote them after its last checkpoint.
+        self._files.keep_lines([line for line in self._files.lines if line not in late])
+      while done < cell.steps:
+        state, told, seconds, done = self._steps(cell, task, state, seconds, done, show)
+        if done == cell.steps or (cell.every and done % cell.every == 0):
+          line = {**cell.key, name: done, "seconds": seconds}
+          lines = [line | values for values in _as_list(task.evaluate(state, told))]
+          self._files.add_lines(lines)
+          show.tell(lines)
+        if done == cell.steps or (cell.checkpoint_every and done % cell.checkpoint_every == 0):
+          checkpoints.save(done, state, seconds)
+    if not self._finished(cell):
+      spent = Spent(seconds, [line for line in self._files.lines if of_cell(line)])
+      rows = _as_list(task.result(state, spent))
+      self._files.add_rows([{**cell.key, **row} for row in rows])
+    self._last = (cell.key, state)
+
+  def _steps(
+    self, cell: Cell, task: Task, state: Any, seconds: float, done: int, bar: Bar
+  ) -> tuple[Any, list[Any], float, int]:
+    """Goes on to where an evaluation or a checkpoint is due."""
+    every = [n for n in (cell.every, cell.checkpoint_every) if n]
+    stop = min(cell.steps, *((done // n + 1) * n for n in every)) if every else cell.steps
+    told, start = list[Any](), time.perf_counter()
+    while done < stop:
+      state, one = task.step(state, done)
+      jax.block_until_ready(told[-1:])  # One step waits while another runs.
+      told.append(one)
+      done += 1
+      bar.advance()
+    jax.block_until_ready((state, told))
+    return state, told, seconds + time.perf_counter() - start, done
+
+
+def _as_list(rows: Rows) -> list[Row]:
+  return [dict(rows)] if isinstance(rows, Mapping) else [dict(row) for row in rows]
+
+
+def run(study: Study[Config], config: Config) -> int:
+  """Runs, prints and saves; returns the exit status.
+
+  It is 0, 2 after bad input, and 130 after Ctrl-C, with what was finished until then.
+  """
+  try:
+    if config.smoke:
+      config = config.but(**{k: v for k, v in study.smoke.items() if k not in config.given()})
+    study.connect(config)
+    data = study.prepare(config)
+    room = study.room().name
+    files = RunFolder(config, type(study).__name__, f"scripts.{room}")
+  except (ValueError, FileNotFoundError) as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+  except KeyboardInterrupt:
+    print("Interrupted.", file=sys.stderr)
+    return 130
+  with contextlib.closing(files):
+    return _play(study, Run(study, config, data, files), files)
+
+
+def _play(study: Study[Config], run: Run[Config], files: RunFolder) -> int:
+  terminal, status = console(), 0
+  with Bar(terminal) as bar:
+    try:
+      run.play(bar)
+      study.finish(run)
+    except KeyboardInterrupt:
+      status = 130
+  if jax.process_index():
+    return status
+  if status:
+    terminal.print("Interrupted; --resume goes on. What was finished until then:")
+  results = run.results()
+  if len(results.rows):
+    for table in study.tables(results):
+      table.print(terminal)
+    for remark in study.remarks(results):
+      terminal.print(remark)
+    study.draw(run)
+  if run.config.save_results and not status:
+    files.save_results(study.room() / "results" / run.config.save_results)
+  terminal.print(f"{folder.METRICS}, {folder.RESULTS} and pictures are in {run.path}")
+  return status
+
+
+def main(config: type[Config], run: Callable[[Config], int], doc: str | None) -> None:
+  """The program of an experiment: reads the command line, runs, and ends the process."""
+  status = run(tyro.cli(config, description=doc))
+  sys.stdout.flush()
+  sys.stderr.flush()
+  if status == 130:  # Not by way of the runtime's destructors: a compilation may still be going on.
+    os._exit(status)
+  sys.exit(status)
