@@ -55,17 +55,29 @@ class Method(NamedTuple):
   published: bool = False
 
 
+class Variant(NamedTuple):
+  """A method with a window."""
+
+  method: str
+  window: int
+
+  @property
+  def label(self) -> str:
+    """Its name in tables."""
+    method = METHODS[self.method]
+    return f"{method.label}, K={self.window}" if method.windowed else method.label
+
+
 def make_loop(
-  method: str,
+  variant: Variant,
   problem: Problem,
   rates: Rates,
-  window: int,
   y: Any,
   rounds: int,
   metrics: dict[str, Any] | None = None,
 ) -> jaxbo.Online:
-  """The loop of the method of that name; ``y`` are inner parameters or their shapes."""
-  arguments = METHODS[method].make(problem, rates, window, y, rounds)
+  """The loop of a method; ``y`` are inner parameters or their shapes."""
+  arguments = METHODS[variant.method].make(problem, rates, variant.window, y, rounds)
   return jaxbo.online(problem.outer_loss, **arguments, metrics=metrics)
 
 

@@ -23,10 +23,7 @@ from scripts.online_hyperopt.streams import Batch
 
 MODELS = ("linear", "mlp", "conv4")
 RIDGE_BOX = (-7.0, -2.0)  # of the logarithms of the ridge
-EXACT_STEPS = (
-  400,
-  100,
-)  # of the inner solver and of conjugate gradient, for the true hypergradient
+EXACT_STEPS = (400, 100)  # of inner solver and conjugate gradient, for the true hypergradient
 
 
 class Features(NamedTuple):
@@ -67,10 +64,10 @@ class Problem(NamedTuple):
 
 
 def make_features(model: str, num_inputs: int, width: int) -> Features:
-  """The features of that name; ``"linear"`` has no parameters.
+  """The features of that name, of ``MODELS``; ``"linear"`` has no parameters.
 
   Raises:
-    ValueError: for another name, or images too small for convolutions.
+    ValueError: if images are too small for convolutions.
   """
   if model == "linear":
     apply = lambda params, images: images
@@ -80,9 +77,7 @@ def make_features(model: str, num_inputs: int, width: int) -> Features:
     init = lambda key: {"w": he(key, (num_inputs, width)), "b": jnp.zeros(width)}
     apply = lambda params, images: jax.nn.relu(images @ params["w"] + params["b"][None])
     return Features(init, apply, lambda params, images, _: apply(params, images), width)
-  if model == "conv4":
-    return _conv4(num_inputs, width)
-  raise ValueError(f"model must be one of {', '.join(MODELS)}; got {model!r}")
+  return _conv4(num_inputs, width)
 
 
 def _conv4(num_inputs: int, width: int) -> Features:
@@ -159,14 +154,7 @@ def loss_tuning(features: Features, num_classes: int) -> Problem:
 
 
 def feature_ridge(num_inputs: int, num_classes: int, log_ridge: float, *, exact: bool) -> Problem:
-  """A ridge for each feature; with ``exact`` the true hypergradient is computed too.
-
-  Raises:
-    ValueError: if ``log_ridge``, where all of them begin, is outside the box.
-  """
-  low, high = RIDGE_BOX
-  if not low <= log_ridge <= high:
-    raise ValueError(f"log_ridge must be in [{low:g}, {high:g}], got {log_ridge}")
+  """A ridge for each feature; with ``exact`` the true hypergradient is computed too."""
 
   def init(key):
     del key
@@ -190,7 +178,7 @@ def feature_ridge(num_inputs: int, num_classes: int, log_ridge: float, *, exact:
     inner_loss,
     outer_loss,
     lambda x, y, images, _: images @ y,
-    project=lambda x: optax.projections.projection_box(x, low, high),
+    project=lambda x: optax.projections.projection_box(x, *RIDGE_BOX),
     hypergradient=hypergradient if exact else None,
   )
 

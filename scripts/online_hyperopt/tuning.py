@@ -1,15 +1,29 @@
-"""Learning rates of online methods: chosen on seeds that are not reported, kept in a file."""
+"""Learning rates of online methods: chosen on seeds that are not reported, by cumulative loss."""
 
+import functools
 import itertools
 import json
+import math
+from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import pandas as pd
 
-from scripts.online_hyperopt.methods import Rates
+from scripts.common.study import Cell, Results, Row, Run, Spent, Study, Task
+from scripts.common.table import Table
+from scripts.online_hyperopt import runs
+from scripts.online_hyperopt.config import RATES_FILE, Config, Data, read
+from scripts.online_hyperopt.methods import METHODS, Rates, Variant
 
-FIRST_SEED, NUM_SEEDS = 100, 3
+SEEDS = range(100, 103)
+SMOKE = {
+  "streams": ("static",), "methods": ("ogd", "sobow", "oagd"), "windows": (5,), "rounds": 20,
+  "batch_size": 16, "seeds": 2,
+}  # fmt: skip
 
 
 class Grid(NamedTuple):
@@ -28,7 +42,14 @@ GRIDS = {  # by problem and data set; coarse where a run takes long
   "representation/digits": Grid((0.1, 0.3, 1.0), (0.1, 0.3, 1.0, 3.0), (0.0, 0.1)),
   "representation/mnist": Grid((0.03, 0.1, 0.3), (0.01, 0.03, 0.1), (0.1,)),
 }
-Table = dict[str, dict[str, list[float]]]  # by method and window
+
+
+def grid_of(config: Config) -> Grid:
+  """The grid of a problem and a data set."""
+  name = f"{config.problem}/{config.dataset}"
+  if name not in GRIDS:
+    raise ValueError(f"tune must be of one of {', '.join(GRIDS)}; got {name}")
+  return GRIDS[name]
 
 
 def candidates(grid: Grid, *, moves_x: bool, damped: bool) -> Rates:
@@ -38,45 +59,89 @@ def candidates(grid: Grid, *, moves_x: bool, damped: bool) -> Rates:
   return Rates(*np.asarray(list(values), np.float32).T)
 
 
-def choose(rates: Rates, losses: np.ndarray) -> Rates:
-  """The candidate of the least loss; what is not finite is never chosen.
+class Trial(Task):
+  """All candidates of a method, side by side; a step is a stream with all seeds."""
 
-  Raises:
-    ValueError: if nothing is finite.
-  """
-  if not np.isfinite(losses).any():
-    raise ValueError("every learning rate of the grid diverged")
-  best = np.argmin(np.where(np.isfinite(losses), losses, np.inf))
-  return Rates(*(float(f"{values[best]:.6g}") for values in rates))
+  def __init__(self, run: Run[Config], variant: Variant):
+    config, method = run.config, METHODS[variant.method]
+    moves_x = config.problem == "representation" or method.responds
+    self.rates = candidates(grid_of(config), moves_x=moves_x, damped=method.damped)
+    self.losses = runs.player_of(run, variant).losses
+    names = config.stream_names()
+    draw = lambda name: runs.draw(config, run.data, name, SEEDS)
+    self.stream = lambda t: run.shared(names[t], lambda: draw(names[t]))
+    self.state = jnp.zeros((len(names), len(self.rates.inner)))
+
+  def step(self, state: jax.Array, t: int) -> tuple[jax.Array, None]:
+    """Plays stream ``t``."""
+    return state.at[t].set(self.losses(self.rates, self.stream(t))), None
+
+  def result(self, state: jax.Array, spent: Spent) -> list[Row]:
+    """A row for each candidate, with the mean over streams."""
+    del spent
+    mean = np.sum(np.asarray(state) / len(state), axis=0, dtype=np.float64)
+    rounded = np.array([[float(f"{value:.6g}") for value in of] for of in np.array(self.rates).T])
+    frame = pd.DataFrame(rounded, columns=list(Rates._fields)).assign(cumulative_loss=mean)
+    return [{str(name): value for name, value in row.items()} for row in frame.to_dict("records")]
 
 
-def read(path: Path) -> dict[str, Table]:
-  """The tables in a file, by problem, data set and model; empty if there is no file."""
-  return json.loads(path.read_text()) if path.exists() else {}
+def chosen(rows: pd.DataFrame) -> dict[Variant, tuple[Rates, float]]:
+  """For each method the candidate of the least finite loss, and that loss."""
+  found = dict[Variant, tuple[Rates, float]]()
+  for row in rows.to_dict("records"):
+    variant, loss = Variant(row["method"], row["window"]), row["cumulative_loss"]
+    if loss < (found[variant][1] if variant in found else math.inf):  # Never what is not finite.
+      found[variant] = (Rates(*(row[name] for name in Rates._fields)), loss)
+  return found
 
 
-def write(path: Path, name: str, table: Table) -> None:
-  """Replaces the entries of ``table`` in the table ``name`` of a file."""
-  tables = read(path)
-  old = tables.setdefault(name, {})
-  for method, windows in table.items():
-    old[method] = old.get(method, {}) | windows
-  path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_text(json.dumps(tables, indent=1, sort_keys=True) + "\n")
+class Tuning(Study[Config]):
+  """The choice of rates."""
+
+  config = Config
+  smoke: ClassVar = SMOKE
+
+  def prepare(self, config: Config) -> Data:
+    """The examples and the problem."""
+    grid_of(config)
+    return read(config)
+
+  def cells(self, run: Run[Config]) -> Iterable[Cell]:
+    """Every method that has rates of its own."""
+    for variant in run.config.variants():
+      if not METHODS[variant.method].published:
+        make = functools.partial(Trial, run, variant)
+        yield Cell(variant._asdict(), make, len(run.config.stream_names()), variant.label)
+
+  def tables(self, results: Results[Config]) -> Iterable[Table]:
+    """What was chosen."""
+    columns = ("method", "inner", "outer", "damping", "cum. loss")
+    rows = [
+      [variant.label, *(f"{rate:g}" for rate in rates), f"{loss:.2f}"]
+      for variant, (rates, loss) in chosen(results.rows).items()
+    ]
+    yield Table(f"Rates for {results.config.name()}", columns, rows)
+
+  def remarks(self, results: Results[Config]) -> Iterable[str]:
+    """What has no rates, and where the others are."""
+    found = chosen(results.rows)
+    for variant in results.config.variants():
+      if variant not in found and not METHODS[variant.method].published:
+        yield f"{variant.label}: every learning rate of the grid diverged"
+    yield f"The rates are in {file_of(results.config)}, for --rates-file"
+
+  def draw(self, run: Run[Config]) -> None:
+    """Writes the rates beside those that the file has already."""
+    path = file_of(run.config)
+    tables: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    table = tables.setdefault(run.config.name(), {})
+    for variant, (rates, _) in chosen(run.results().rows).items():
+      table.setdefault(variant.method, {})[str(variant.window)] = list(rates)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(tables, indent=1, sort_keys=True) + "\n")
 
 
-def look_up(tables: dict[str, Table], name: str, method: str, window: int) -> Rates:
-  """The rates chosen for a window; else for the largest smaller one, or the smallest there is.
-
-  Raises:
-    ValueError: if none were chosen.
-  """
-  windows = tables.get(name, {}).get(method)
-  if not windows:
-    raise ValueError(
-      f"no learning rates were chosen for {method} on {name}: choose them with --tune, or give "
-      "inner_learning_rate and outer_learning_rate"
-    )
-  sizes = sorted(map(int, windows))
-  size = max((size for size in sizes if size <= window), default=sizes[0])
-  return Rates(*windows[str(size)])
+def file_of(config: Config) -> Path:
+  """Where rates are written: never into the sources."""
+  given = config.rates_file
+  return given if given and given.resolve() != RATES_FILE else config.output_dir / "rates.json"

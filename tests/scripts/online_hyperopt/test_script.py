@@ -1,31 +1,31 @@
 """Online hyperparameter optimization: losses and steps against plain NumPy, files, errors."""
 
-import csv
-import itertools
 import json
-import math
 import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pandas as pd
 import pytest
 from PIL import Image
 from sklearn.metrics import balanced_accuracy_score
 
-from scripts.common import data, report
+from scripts.common import data
 from scripts.common.data import Examples
 from scripts.online_hyperopt import __main__ as script
+from scripts.online_hyperopt import config as settings
 from scripts.online_hyperopt import methods as online_methods
 from scripts.online_hyperopt import plots as online_plots
-from scripts.online_hyperopt import problems, streams
-from scripts.online_hyperopt import report as online_report
-from scripts.online_hyperopt import runs as online_runs
-from scripts.online_hyperopt import tuning as online_tuning
-from scripts.online_hyperopt.config import Config, Variant
-from scripts.online_hyperopt.methods import METHODS, Rates
+from scripts.online_hyperopt import problems, runs, streams, tuning
+from scripts.online_hyperopt.config import Config
+from scripts.online_hyperopt.methods import METHODS, Rates, Variant
 
 pytestmark = pytest.mark.slow  # All together, not each.
 
@@ -38,8 +38,16 @@ POOLS = [streams.split_by_class(EXAMPLES, 20, 8, seed) for seed in (0, 1)]
 TUNING = problems.loss_tuning(problems.make_features("linear", FEATURES, FEATURES), CLASSES)
 
 
-def schedules(kind=streams.IMBALANCED["static"]):
-  return online_runs.draw_data(kind, EXAMPLES, POOLS, (0, 1), ROUNDS, BATCH)
+@pytest.fixture(scope="module", autouse=True)
+def _small_pools():
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setitem(settings.DATASETS, "digits", settings.Sizes(20, 8))
+    yield
+
+
+def stream(seeds=(0, 1), examples=EXAMPLES, kind="static", problem="loss_tuning"):
+  config = Config(problem=problem, rounds=ROUNDS, batch_size=BATCH)
+  return runs.draw(config, settings.Data(examples, None, TUNING), kind, seeds)
 
 
 # -- Losses and steps, written anew in float64.
@@ -53,9 +61,9 @@ def weighted(z, batch):
 
 def batches(seed=0):
   """The pairs of batches of the rounds, as the stream of the run gives them."""
-  schedule = jax.tree.map(lambda leaf: leaf[seed], schedules().schedules)
-  stream = streams.stream_of(EXAMPLES.images, schedule)
-  return [stream(jax.random.key(0), t) for t in range(ROUNDS)]
+  schedule = jax.tree.map(lambda leaf: leaf[seed], stream().schedules)
+  of_seed = streams.stream_of(EXAMPLES.images, schedule)
+  return [of_seed(jax.random.key(0), t) for t in range(ROUNDS)]
 
 
 def flat_losses():
@@ -83,11 +91,11 @@ GRAD_F = jax.jit(jax.grad(OUTER))
 def played(method, rates, window, rounds):
   """``x`` and ``y`` after some rounds of a method of the script, flat."""
   y = jax.eval_shape(TUNING.init, jax.random.key(0))[1]
-  loop = online_methods.make_loop(method, TUNING, rates, window, y, ROUNDS)
-  schedule = jax.tree.map(lambda leaf: leaf[0], schedules().schedules)
-  stream = streams.stream_of(jnp.asarray(EXAMPLES.images), schedule)
-  state = loop.init(*TUNING.init(jax.random.key(0)), stream)
-  state, _ = jax.jit(loop.run, static_argnums=2)(state, stream, rounds)
+  loop = online_methods.make_loop(Variant(method, window), TUNING, rates, y, ROUNDS)
+  schedule = jax.tree.map(lambda leaf: leaf[0], stream().schedules)
+  of_seed = streams.stream_of(jnp.asarray(EXAMPLES.images), schedule)
+  state = loop.init(*TUNING.init(jax.random.key(0)), of_seed)
+  state, _ = jax.jit(loop.run, static_argnums=2)(state, of_seed, rounds)
   head = state.y["head"]
   return (
     np.stack([state.x["temperature"], state.x["shift"]]),
@@ -258,111 +266,99 @@ def test_hyper_representation_has_a_strongly_convex_inner_loss():
 
 # -- Runs.
 
-
-def program_of(method, window, calls, seeds, problem=TUNING):
-  program = online_runs.make_program(method, problem, window, ROUNDS, ROUNDS // calls, CLASSES)
-  pools = [POOLS[seed] for seed in seeds]
-  kind = streams.IMBALANCED["static"]
-  stream = online_runs.draw_data(kind, EXAMPLES, pools, seeds, ROUNDS, BATCH)
-  return program, Rates(*map(jnp.float32, (0.3, 0.5, 0.1))), stream
+RATES = Rates(*map(jnp.float32, (0.3, 0.5, 0.1)))
 
 
-def run_of(method, window, calls, seeds):
-  program, rates, stream = program_of(method, window, calls, seeds)
-  compiled = online_runs.compile_step(program, rates, stream)
-  *evaluations, (_, run) = online_runs.play(compiled, rates, stream, calls)
-  assert len(evaluations) == calls
-  return run, program, rates, stream
+def played_by(variant, seeds, examples=EXAMPLES, kind="static", problem="loss_tuning"):
+  """The player, the stream and the final state of a method, with the regret of every step."""
+  of = problems.feature_ridge(FEATURES, CLASSES, -4.0, exact=True) if problem == "ridge" else TUNING
+  player, on = runs.Player(variant, of, ROUNDS, CLASSES), stream(seeds, examples, kind, problem)
+  state = player.init(RATES, on)
+  step, regrets = player.program.compile(state, RATES, on.features, on.schedules), []
+  for t in range(20):
+    state, regret = step(state, jnp.int32(t), RATES, on.features, on.schedules)
+    regrets.append(regret)
+  return player, on, state, regrets
 
 
-def test_seeds_side_by_side_in_calls_are_single_runs_in_one_scan():
-  run, program, rates, stream = run_of("sobow", window=2, calls=4, seeds=(0, 1))
-  alone, *_ = run_of("sobow", window=2, calls=1, seeds=(1,))
-  np.testing.assert_allclose(run.loss[:, 1], alone.loss[:, 0], rtol=2e-4)
-  assert run.rounds == [0, 5, 10, 15, 20]
-  assert run.loss.shape == (ROUNDS, 2)
-  assert run.accuracy.shape == (5, 2)
-  np.testing.assert_allclose(run.accuracy[[0, -1], 1], alone.accuracy[:, 0], atol=0.02)
-  assert run.loss[0, 0] == pytest.approx(np.log(CLASSES), rel=1e-5)  # of what was played
-  assert not np.allclose(run.loss[5:, 0], run.loss[5:, 1], rtol=1e-2)
-  assert run.distance.min() > 0
-  candidates = jax.tree.map(lambda rate: jnp.stack([rate, 2 * rate]), rates)
-  losses = program.losses(candidates, stream.features, stream.schedules, stream.seeds)
-  losses = np.asarray(losses)
-  assert losses[0] == pytest.approx(run.loss.sum(axis=0).mean(), rel=1e-4)
-  assert np.isin(run.breakdown, (0, 1)).all()
+def test_seeds_side_by_side_are_single_runs_and_the_tuner_sees_their_losses():
+  variant = Variant("sobow", 2)
+  player, both, state, _ = played_by(variant, (0, 1))
+  *_, alone, _ = played_by(variant, (1,))
+  assert state.loss.shape == (2, ROUNDS)
+  np.testing.assert_allclose(state.loss[1], alone.loss[0], rtol=2e-4)
+  assert state.loss[0, 0] == pytest.approx(np.log(CLASSES), rel=1e-5)  # of what was played
+  assert not np.allclose(state.loss[0, 5:], state.loss[1, 5:], rtol=1e-2)
+  assert np.isin(state.breakdown, (0, 1)).all()
+  candidates = jax.tree.map(lambda rate: jnp.stack([rate, 2 * rate]), RATES)
+  losses = np.asarray(player.losses(candidates, both))
+  assert losses[0] == pytest.approx(state.loss.sum(axis=1).mean(), rel=1e-4)
   assert losses[1] != pytest.approx(losses[0], rel=1e-3)
 
 
 def test_a_window_keeps_gradients_in_sobow_and_batches_in_oagd():
-  kept = {}
-  for method, k in itertools.product(("sobow", "oagd"), (1, 3)):
-    program, rates, stream = program_of(method, k, 1, (0, 1))
-    shapes = jax.eval_shape(program.init, rates, stream.features, stream.schedules, stream.seeds)
-    kept[method, k] = online_runs.kept_bytes(shapes) // 2
+  def kept(method, window):
+    player = runs.Player(Variant(method, window), TUNING, ROUNDS, CLASSES)
+    return runs.kept_bytes(jax.eval_shape(player.init, RATES, stream()).online) // 2
+
   of_x = 4 * 2 * CLASSES
   of_batch = 2 * BATCH * 4 * (FEATURES + 2)  # both levels: images, labels, weights
   flags = 1  # whether a slot is taken
-  assert kept["sobow", 3] - kept["sobow", 1] == 2 * (of_x + flags)
-  assert kept["oagd", 3] - kept["oagd", 1] == 2 * (of_batch + flags)
+  assert kept("sobow", 3) - kept("sobow", 1) == 2 * (of_x + flags)
+  assert kept("oagd", 3) - kept("oagd", 1) == 2 * (of_batch + flags)
 
 
 def test_balanced_accuracy_is_that_of_scikit_learn():
   labels, predicted = RNG.integers(0, 3, 50), RNG.integers(0, 4, 50)
-  got = online_runs.balanced_accuracy(jnp.asarray(predicted), jnp.asarray(labels), 4)
+  got = runs.balanced_accuracy(jnp.asarray(predicted), jnp.asarray(labels), 4)
   recalls = [np.mean(predicted[labels == label] == label) for label in range(3)]
   assert got == pytest.approx(np.mean(recalls))
   labels[:4], predicted[:4] = np.arange(4), 0
-  got = online_runs.balanced_accuracy(jnp.asarray(predicted), jnp.asarray(labels), 4)
+  got = runs.balanced_accuracy(jnp.asarray(predicted), jnp.asarray(labels), 4)
   assert got == pytest.approx(balanced_accuracy_score(labels, predicted))
 
 
 def test_the_regret_of_a_run_is_the_sum_of_squared_true_hypergradients():
   rows = EXAMPLES.images / np.linalg.norm(EXAMPLES.images, axis=1, keepdims=True)
-  problem = problems.feature_ridge(FEATURES, CLASSES, -4.0, exact=True)
-  program = online_runs.make_program("ogd", problem, 1, ROUNDS, ROUNDS, CLASSES)
   unit = EXAMPLES._replace(images=rows)
-  stream = online_runs.draw_data(streams.NOISY["staged"], unit, POOLS[:1], (0,), ROUNDS, BATCH)
-  rates = Rates(*map(jnp.float32, (0.3, 0.5, 0.0)))
-  *_, (_, run) = online_runs.play(
-    online_runs.compile_step(program, rates, stream), rates, stream, 1
-  )
-  one = streams.stream_of(rows, jax.tree.map(lambda leaf: leaf[0], stream.schedules))
+  _, on, state, regrets = played_by(Variant("ogd", 1), (0,), unit, "staged", "ridge")
+  one = streams.stream_of(rows, jax.tree.map(lambda leaf: leaf[0], on.schedules))
+  problem = problems.feature_ridge(FEATURES, CLASSES, -4.0, exact=True)
   true = jax.jit(problem.hypergradient)  # OGD leaves x where it is.
   terms = [np.sum(true(jnp.full(FEATURES, -4.0), one(None, t)) ** 2) for t in range(ROUNDS)]
-  np.testing.assert_allclose(run.regret[:, 0], np.cumsum(terms), rtol=1e-3)
-  assert run.distance == 0
+  np.testing.assert_allclose(np.ravel(regrets), np.cumsum(terms), rtol=1e-3)
+  assert (state.online.x == -4.0).all()
 
 
 # -- The choice of rates.
 
 
-def test_the_least_finite_loss_is_chosen_and_kept_by_window(tmp_path):
-  grid = online_tuning.Grid((0.1, 1.0), (0.3, 3.0), (0.0, 0.1))
-  rates = online_tuning.candidates(grid, moves_x=True, damped=False)
-  assert list(zip(*map(np.ndarray.tolist, rates), strict=True)) == [
-    pytest.approx(values) for values in itertools.product((0.1, 1.0), (0.3, 3.0), (0.0,))
-  ]
-  chosen = online_tuning.choose(rates, np.array([np.nan, 2.0, 1.5, np.inf]))
-  assert chosen == Rates(1.0, 0.3, 0.0)
-  with pytest.raises(ValueError, match="every learning rate of the grid diverged"):
-    online_tuning.choose(rates, np.full(4, np.nan))
-  assert len(online_tuning.candidates(grid, moves_x=False, damped=False).inner) == 2
+def test_the_least_finite_loss_is_chosen_of_what_matters_to_a_method():
+  grid = tuning.Grid((0.1, 1.0), (0.3, 3.0), (0.0, 0.1))
+  rates = tuning.candidates(grid, moves_x=True, damped=False)
+  np.testing.assert_allclose(
+    np.array(rates).T, [(0.1, 0.3, 0), (0.1, 3, 0), (1, 0.3, 0), (1, 3, 0)], rtol=1e-6
+  )
+  assert len(tuning.candidates(grid, moves_x=False, damped=False).inner) == 2
+  losses = pd.Series([np.nan, 2.0, 1.5, np.inf])
+  rows = pd.DataFrame(np.array(rates).T, columns=list(Rates._fields)).round(6)
+  rows = rows.assign(method="sobow", window=5, cumulative_loss=losses)
+  assert tuning.chosen(rows) == {Variant("sobow", 5): (Rates(1.0, 0.3, 0.0), 1.5)}
+  assert tuning.chosen(rows.assign(cumulative_loss=np.nan)) == {}
 
+
+def test_rates_are_of_the_largest_window_that_is_not_larger(tmp_path):
   path = tmp_path / "rates.json"
-  online_tuning.write(path, "a/b/c", {"sobow": {"1": [1.0, 2.0, 0.0]}})
-  online_tuning.write(path, "a/b/c", {"sobow": {"5": [3.0, 4.0, 0.1]}})
-  tables = online_tuning.read(path)
+  table = {"sobow": {"1": [1.0, 2.0, 0.0], "5": [3.0, 4.0, 0.1]}}
+  path.write_text(json.dumps({"loss_tuning/digits/linear": table}))
+  config = Config(rates_file=path)
   for window, outer in ((1, 2.0), (4, 2.0), (5, 4.0), (20, 4.0)):
-    assert online_tuning.look_up(tables, "a/b/c", "sobow", window).outer == outer
-  with pytest.raises(ValueError, match="no learning rates were chosen for oagd on a/b/c: choose"):
-    online_tuning.look_up(tables, "a/b/c", "oagd", 1)
-
-
-def test_the_rates_file_has_all_that_the_default_runs_need():
-  for problem in script.STREAMS:
+    assert config.rates_of(Variant("sobow", window)).outer == outer
+  with pytest.raises(ValueError, match="no learning rates were chosen for oagd on loss_tuning/dig"):
+    config.rates_of(Variant("oagd", 1))
+  for problem in settings.STREAMS:  # The committed file has all that the default runs need.
     for variant in Config(problem=problem).variants():
-      assert script.rates_of(Config(problem=problem), variant)
+      assert Config(problem=problem).rates_of(variant)
 
 
 # -- The script.
@@ -376,119 +372,87 @@ def config(path, **kwargs):
   return Config(output_dir=path, **(small | kwargs))
 
 
-def rows_of(path):
-  with (path / "results.csv").open() as file:
-    return list(csv.DictReader(file))
-
-
 def test_a_run_prints_tables_and_writes_its_files(tmp_path, capsys):
-  streams_of, windows = ("gradual", "zigzag"), (2, 3)
-  given = {"streams": streams_of, "windows": (1, *windows), "methods": ("ogd_replay",)}
-  assert script.main(config(tmp_path, **given)) == 0
+  given = {"streams": ("gradual", "zigzag"), "windows": (1, 2, 3), "methods": ("ogd_replay",)}
+  assert script.run(config(tmp_path, **given)) == 0
   output = capsys.readouterr().out
   for word in ("stream gradual", "stream zigzag", "OGD, replay, K=3", "20 rounds of 8", "2 seeds"):
     assert word in output
-  rows = rows_of(tmp_path)
-  assert [(row["stream"], row["method"], row["window"], row["seed"]) for row in rows] == [
-    (stream, "ogd_replay", str(window), seed)
-    for window in windows
-    for stream in streams_of
-    for seed in "01"
-  ]
-  assert len({row["cumulative_loss"] for row in rows}) == len(rows)
-  lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+  rows = pd.read_csv(tmp_path / "results.csv")
+  cells = [(stream, k, seed) for k in (2, 3) for stream in given["streams"] for seed in (0, 1)]
+  assert list(rows[["stream", "window", "seed"]].itertuples(index=False, name=None)) == cells
+  assert rows["cumulative_loss"].nunique() == len(rows)
+  lines = pd.read_json(tmp_path / "metrics.jsonl", lines=True)
   assert len(lines) == len(rows) * 21
-  assert lines[20]["cumulative_loss"] == pytest.approx(float(rows[0]["cumulative_loss"]), rel=1e-6)
-  assert lines[20]["balanced_accuracy"] == float(rows[0]["final_accuracy"])
-  assert lines[0]["regret"] == 0 or lines[0]["regret"] is None
-  for name in (script.PICTURE, script.SWEEP):
+  mine = lines[(lines["stream"] == "gradual") & (lines["window"] == 2) & (lines["seed"] == 0)]
+  assert mine["round"].tolist() == list(range(21))
+  assert mine["cumulative_loss"].iloc[0] == 0
+  assert mine["cumulative_loss"].iloc[-1] == pytest.approx(rows["cumulative_loss"][0], rel=1e-6)
+  assert mine["balanced_accuracy"].iloc[-1] == rows["final_accuracy"][0]
+  assert mine["balanced_accuracy"].mean() == pytest.approx(rows["mean_accuracy"][0], rel=1e-6)
+  for name in ("online_hyperopt.png", "online_sweep.png"):
     with Image.open(tmp_path / name) as picture:
       assert picture.width > 800
 
 
 def test_seeds_that_diverged_are_counted_and_left_out_of_the_means():
-  result = lambda seed, loss: online_report.Result(
-    "gradual", "sobow", 5, seed, loss, 0.5, 0.5, 1.0, math.nan, 0.0, 1e-3, 1024, 1.0, 1.0, 0.0
-  )
-  rows = online_report.table_rows([result(0, 2.0), result(1, math.nan), result(2, 4.0)])
-  assert rows[0][:2] == ["SOBOW, K=5, 1 of 3 diverged", "3.0 ± 1.4"]
-  columns, [row] = online_report.without_dashes(rows)
-  assert "regret" not in columns
-  assert len(row) == len(columns) == len(online_report.COLUMNS) - 1
-  [row] = online_report.table_rows([result(0, math.inf)])
-  assert row[:2] == ["SOBOW, K=5, 1 of 1 diverged", "-"]
-
-
-def test_an_interruption_leaves_what_was_finished(tmp_path, capsys, monkeypatch):
-  write, calls = report.MetricsLog.write, itertools.count(1)
-
-  def interrupted_write(self, **values):
-    write(self, **values)
-    if next(calls) == 2 * 21:  # after OGD
-      raise KeyboardInterrupt
-
-  monkeypatch.setattr(report.MetricsLog, "write", interrupted_write)
-  assert script.main(config(tmp_path)) == 130
-  output = capsys.readouterr().out
-  assert "Interrupted. What was finished until then:" in output
-  assert [(row["method"], row["seed"]) for row in rows_of(tmp_path)] == [("ogd", "0"), ("ogd", "1")]
-  assert (tmp_path / script.PICTURE).exists()
+  rows = pd.DataFrame(0.5, index=range(3), columns=list(script.COLUMNS))
+  rows = rows.assign(method="sobow", window=5, seed=range(3), regret=np.nan)
+  rows["cumulative_loss"] = [2.0, np.nan, 4.0]
+  table = script.table_of("", rows)
+  assert table.rows[0][:3] == ["SOBOW, K=5, 1 of 3 diverged", "2", "3.0 ± 1.4"]
+  assert "regret" not in table.columns
+  [row] = script.table_of("", rows.assign(cumulative_loss=np.inf)).rows
+  assert row[0] == "SOBOW, K=5, 3 of 3 diverged"
 
 
 def test_tuning_writes_rates_that_a_run_uses(tmp_path, capsys, monkeypatch):
-  grids = {"loss_tuning/digits": online_tuning.Grid((0.3, 1.0), (0.5,), (0.1,))}
-  monkeypatch.setattr(online_tuning, "GRIDS", grids)
+  grids = {"loss_tuning/digits": tuning.Grid((0.3, 1.0), (0.5,), (0.1,))}
+  monkeypatch.setattr(tuning, "GRIDS", grids)
+  committed = settings.RATES_FILE.read_text()
+  given = {"inner_learning_rate": None, "outer_learning_rate": None}
+  assert script.run(config(tmp_path, tune=True, **given)) == 0
+  assert "SOBOW, K=2" in capsys.readouterr().out
+  assert settings.RATES_FILE.read_text() == committed
   file = tmp_path / "rates.json"
-  given = {"inner_learning_rate": None, "outer_learning_rate": None, "rates_file": file}
-  assert script.main(config(tmp_path / "a", **given)) == 2
-  assert "no learning rates were chosen for ogd" in capsys.readouterr().err
-  assert script.main(config(tmp_path / "a", tune=True, **given)) == 0
   table = json.loads(file.read_text())["loss_tuning/digits/linear"]
   assert table.keys() == {"ogd", "sobow"}
   assert table["ogd"]["1"][1:] == [0.0, 0.0]
   assert table["sobow"]["2"][1:] == [0.5, 0.1]
-  assert not (tmp_path / "a").exists()
-  assert script.rates_of(config(tmp_path, **given), Variant("sobow", 2)) == Rates(
-    *table["sobow"]["2"]
-  )
+  own = config(tmp_path, rates_file=file, **given)
+  assert own.rates_of(Variant("sobow", 2)) == Rates(*table["sobow"]["2"])
+  assert tuning.file_of(own) == file
+  assert script.run(config(tmp_path / "b", rates_file=tmp_path / "none", **given)) == 2
+  assert "no learning rates were chosen for ogd" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
   "wrong, message",
   [
-    (
-      {"problem": "magic"},
-      "problem must be one of loss_tuning, ridge, representation; got 'magic'",
-    ),
-    ({"dataset": "cifar"}, "dataset must be one of digits, mnist, newsgroups; got 'cifar'"),
-    ({"streams": ("staged",)}, "streams must be among gradual, zigzag, static; got staged"),
-    ({"methods": ()}, "methods must be among ogd, sobow, "),
-    ({"methods": ("ogd", "ogd")}, "methods must name each one once, got ogd ogd"),
-    (
-      {"problem": "ridge", "streams": None, "methods": ("oagd_published",)},
-      "methods must be among",
-    ),
-    ({"windows": (0, 5)}, "windows must be at least 1 each, got (0, 5)"),
+    ({"streams": ("staged",)}, "streams of loss_tuning must be among gradual, zigzag, static; got"),
+    ({"problem": "ridge", "streams": None, "methods": ("oagd_published",)}, "methods of ridge"),
     ({"windows": (5, 5)}, "windows must name each one once, got 5 5"),
-    ({"rounds": 50}, "rounds must be a multiple of 20, got 50"),
-    ({"seeds": 0}, "seeds must be at least 1, got 0"),
-    ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-    ({"width": 0}, "width must be at least 1, got 0"),
-    ({"first_seed": -1}, "first_seed must not be negative, got -1"),
-    ({"outer_learning_rate": None}, "must be given together, got (1.0, None)"),
-    ({"inner_learning_rate": 0.0}, "inner_learning_rate must be positive, got 0.0"),
-    ({"damping": -1.0}, "damping must not be negative, got -1.0"),
-    ({"model": "resnet"}, "model must be one of linear, mlp, conv4; got 'resnet'"),
-    ({"model": "conv4"}, "model conv4 needs square images of 16 to 31 pixels a side, got 64"),
+    ({"rounds": 50}, "rounds should be a multiple of 20, got 50"),
+    ({"outer_learning_rate": None}, r"must be given together, got \(1.0, None\)"),
     ({"problem": "ridge", "streams": None, "model": "mlp"}, "model must be linear for ridge"),
     ({"problem": "representation", "streams": None, "model": "linear"}, "model must be mlp or"),
-    ({"problem": "ridge", "streams": None, "log_ridge": 0.0}, "log_ridge must be in [-7, -2]"),
-    ({"dataset": "mnist", "data_dir": Path("/nowhere")}, "Expected: mnist/<version>/ with"),
-    ({"dataset": "newsgroups", "data_dir": Path("/nowhere")}, "300 posts of each of the 20 groups"),
   ],
 )
-def test_bad_input_says_what_is_allowed_and_touches_no_file(tmp_path, capsys, wrong, message):
-  assert script.main(config(tmp_path, **wrong)) == 2
+def test_fields_that_do_not_go_together_say_what_is_allowed(tmp_path, wrong, message):
+  with pytest.raises(ValueError, match=message):
+    config(tmp_path, **wrong)
+
+
+@pytest.mark.parametrize(
+  "wrong, message",
+  [
+    ({"model": "conv4"}, "model conv4 needs square images of 16 to 31 pixels a side, got 64"),
+    ({"dataset": "newsgroups", "tune": True}, "tune must be of one of loss_tuning/digits, "),
+    ({"dataset": "mnist", "data_dir": Path("/nowhere")}, "Expected: mnist/<version>/ with"),
+  ],
+)
+def test_what_cannot_be_run_ends_with_2_and_no_file(tmp_path, capsys, wrong, message):
+  assert script.run(config(tmp_path, **wrong)) == 2
   assert message in capsys.readouterr().err
   assert not list(tmp_path.iterdir())
 
@@ -498,13 +462,38 @@ def test_hyper_representation_moves_its_backbone(tmp_path):
     "problem": "representation", "streams": ("dynamic",), "methods": ("ogd", "sogd", "oagd"),
     "width": 4, "inner_learning_rate": 0.1, "outer_learning_rate": 0.01,
   }  # fmt: skip
-  assert script.main(config(tmp_path, seeds=1, **given)) == 0
-  rows = rows_of(tmp_path)
-  for row in rows:
-    assert np.isfinite(float(row["cumulative_loss"]))
-    assert float(row["distance"]) > 0
-    assert row["regret"] == "nan"
-    assert (row["breakdown_share"] == "nan") == (not METHODS[row["method"]].damped)
+  assert script.run(config(tmp_path, seeds=1, **given)) == 0
+  rows = pd.read_csv(tmp_path / "results.csv")
+  assert np.isfinite(rows["cumulative_loss"]).all()
+  assert (rows["distance"] > 0).all()
+  assert rows["regret"].isna().all()
+  damped = [METHODS[method].damped for method in rows["method"]]
+  assert (rows["breakdown_share"].notna() == damped).all()
+
+
+def test_a_run_that_was_killed_goes_on_bit_for_bit(tmp_path):
+  def ran(path, *flags, kill=False):
+    command = [sys.executable, "-m", "scripts.online_hyperopt", "--smoke", "--methods", "sobow"]
+    process = subprocess.Popen([*command, "--output-dir", str(path), *flags])
+    metrics = path / "metrics.jsonl"
+    while kill and (not metrics.exists() or metrics.read_text().count("\n") < 2 * 8):
+      time.sleep(0.02)
+    if kill:
+      process.send_signal(signal.SIGKILL)
+    return process.wait()
+
+  assert ran(tmp_path / "whole") == 0
+  assert ran(tmp_path / "killed", kill=True) == -signal.SIGKILL
+  assert ran(tmp_path / "killed", "--resume") == 0
+  for name, read in (("results.csv", pd.read_csv), ("metrics.jsonl", _lines)):
+    whole, killed = (
+      read(tmp_path / of / name).filter(regex="^(?!seconds)") for of in ("whole", "killed")
+    )
+    pd.testing.assert_frame_equal(whole, killed, check_exact=True)
+
+
+def _lines(path):
+  return pd.read_json(path, lines=True, precise_float=True)
 
 
 @pytest.mark.skipif(
@@ -523,10 +512,10 @@ def test_newsgroups_are_rows_of_unit_norm_with_the_training_posts_first():
 
 def test_a_method_that_diverged_does_not_flatten_the_picture():
   fig, (few, many) = online_plots.plt.subplots(1, 2)
-  curves = [np.zeros((3, 2)), -np.ones((3, 2)), np.full((3, 2), 4.0)]
-  for axes, mine in ((few, curves), (many, [*curves, np.full((3, 2), 1e9)])):
+  curves = [pd.DataFrame(np.full((3, 2), value)) for value in (0.0, -1.0, 4.0)]
+  for axes, mine in ((few, curves), (many, [*curves, pd.DataFrame(np.full((3, 2), 1e9))])):
     for curve in mine:
-      axes.plot(curve)
+      axes.plot(curve.to_numpy())
     online_plots.leave_out_diverged(axes, mine)
   np.testing.assert_allclose(many.get_ylim(), few.get_ylim())
   online_plots.plt.close(fig)
