@@ -255,8 +255,8 @@ class Run(Generic[Config]):
           checkpoints.save(done, state, seconds)
     if not self._finished(cell):
       spent = Spent(seconds, [line for line in self._files.lines if of_cell(line)])
-      rows = _as_list(task.result(state, spent))
-      self._files.add_rows([{**cell.key, **row} for row in rows])
+      if rows := _as_list(task.result(state, spent)):  # What only others need has none.
+        self._files.add_rows([{**cell.key, **row} for row in rows])
     self._last = (cell.key, state)
 
   def _steps(
