@@ -25,7 +25,8 @@ LEEDS are calibrated first, after the pre-training. Scores of every round are ke
 in checkpoints/, for sweeps of thresholds after the fact.
 
   python -m scripts.online_meta                         11 minutes on 2 cores
-  python -m scripts.online_meta --tune                  chooses rates
+  python -m scripts.online_meta --tune --output-dir runs/rates
+                                                        chooses rates, for --rates-file
   python -m scripts.online_meta --validation --methods leeds leeds_told --switch-score drop
                                                         an open choice of LEEDS, on validation
                                                         streams
@@ -38,190 +39,153 @@ What is cut by default: images of 16 pixels instead of 28, 16 channels instead o
 rounds instead of 10,000, 2 draws of BGD instead of 5, one pre-training for all seeds.
 """
 
-import json
-import sys
-from collections.abc import Sequence
-from typing import Any
+import functools
+from collections.abc import Iterable
+from typing import ClassVar
 
-import jax
-import numpy as np
-import tyro
+import pandas as pd
 
-from scripts.common import report
-from scripts.online_meta import plots as meta_plots
-from scripts.online_meta import report as meta_report
-from scripts.online_meta import tuning as meta_tuning
-from scripts.online_meta import workplace as meta_workplace
+from scripts.common import study, table
+from scripts.common.study import Cell, Results, Run, Study
+from scripts.common.table import Column, Table
+from scripts.online_meta import plots, pretraining, runs, sweep, tuning
 from scripts.online_meta.config import Config, read
+from scripts.online_meta.data import NAMES, Domains
 from scripts.online_meta.methods import METHODS, Rates
-from scripts.online_meta.plots import Sweep
-from scripts.online_meta.report import Runs
-from scripts.online_meta.runs import Run
-from scripts.online_meta.workplace import Workplace
+from scripts.online_meta.report import Trace
+from scripts.online_meta.tuning import Tuning
 
-CSV, PICTURE, SWEEP = "results.csv", "online_meta.png", "online_meta_sweep.png"
+LABELS = {name: method.label for name, method in METHODS.items()}
 
 
-def run_all(place: Workplace, rates: dict[str, Rates], runs: Runs) -> None:
-  """Every method on every stream; fills ``runs`` as it goes."""
-  config = place.config
-  groups, streams = config.groups(), config.stay_probabilities
-  place.progress.update(place.task, total=len(rates) * len(groups) * len(streams))
-  for name, mine in rates.items():
-    for p in streams:
-      runs[p, name] = joined([place.kept(f"{p:g}_{name}", name, mine, p, s) for s in groups])
+def columns(dataset: str) -> dict[str, Column]:
+  """Accuracies in percent and what they cost."""
+  names = {f"accuracy_domain_{i}": name for i, name in enumerate(NAMES[dataset])}
+  titles = {
+    "accuracy": "acc. before",
+    **names,
+    "accuracy_out": "all OOD",
+    "accuracy_after": "after",
+  }
+  return {
+    **{name: Column(title, 1, 100) for name, title in titles.items()},
+    "regret": Column("regret", 1),
+    "meta_updates": Column("meta-upd.", 0, mean_only=True),
+    "seconds_per_round": Column("ms/round", 1, 1e3, mean_only=True),
+    "state_bytes": Column("KiB", 0, 2**-10, mean_only=True),
+  }
 
 
-def with_own_thresholds(place: Workplace, rates: dict[str, Rates]) -> dict[str, Rates]:
-  """The thresholds of LEEDS for the pre-trained model of this run, where none are given.
-
-  Another machine rounds otherwise, and pre-training then ends at another model, with other scores.
-  """
-  if "leeds" not in rates or not np.isnan([rates["leeds"].switch, rates["leeds"].shift]).any():
-    return rates
-  seeds = np.arange(place.config.seeds_at_once) + meta_tuning.FIRST_SEED
-  streams = place.config.stay_probabilities
-  runs = [place.play("leeds_told", rates["leeds"], p, seeds, test=False) for p in streams]
-  found = meta_tuning.thresholds(runs)
-  given = rates["leeds"]
-  own = {name: getattr(found, name) for name in found._fields if np.isnan(getattr(given, name))}
-  place.progress.console.print(f"LEEDS, calibrated on validation streams: {own}")
-  return rates | {"leeds": given._replace(**own)}
+DETECTION = {
+  "precision": Column("precision", 2),
+  "recall": Column("recall", 2),
+  "delay": Column("delay", 2),
+  "false_alarms": Column("false alarms", 1),
+}
 
 
-def joined(parts: Sequence[Run]) -> Run:
-  """The runs of all seeds as one."""
-  trace = jax.tree.map(lambda *leaves: np.concatenate(leaves), *(part.trace for part in parts))
-  return Run(trace, sum(part.seconds for part in parts), parts[0].state_bytes)
+def detection_table(title: str, rows: pd.DataFrame) -> Table:
+  """How well switches and shifts were detected, for the methods that detect."""
+  parts = []
+  for kind, plural in (("switch", "switches"), ("shift", "shifts")):
+    changes = rows.groupby("method")[f"num_{plural}"].mean()
+    names = {f"{kind}_{name}": name for name in DETECTION}
+    label = [f"{LABELS[name]}, {changes[name]:.0f} {plural}" for name in rows["method"]]
+    parts.append(rows.rename(columns=names)[[*DETECTION]].assign(detector=label))
+  found = pd.concat(parts).sort_index(kind="stable").dropna(subset="false_alarms")
+  return table.spread(title, found, "detector", str, DETECTION)
 
 
-def tune(place: Workplace) -> None:
-  """Chooses the rates of every method on validation streams; each is saved at once."""
-  config = place.config
-  seeds = np.arange(config.seeds_at_once) + meta_tuning.FIRST_SEED
-  streams = config.stay_probabilities
-  for name in config.methods:
-    if name == "leeds_told":  # It has those of LEEDS.
-      continue
-    count = sum(len(meta_tuning.grid_of(name, f)) for f in ("inner", *METHODS[name].moves))
-    place.progress.update(place.task, total=count * len(streams), completed=0)
-    play = lambda name, rates: [place.play(name, rates, p, seeds, test=False) for p in streams]
-    rates, value = meta_tuning.search(name, play)
-    unknown = {"switch": np.nan, "shift": np.nan} if name == "leeds" else {}  # Of each run.
-    meta_tuning.write(config.rates_file, config.name(), name, rates._replace(**unknown))
-    place.progress.console.print(f"{METHODS[name].label}: accuracy {value:.4f} with {rates}")
-    if name == "leeds":
-      calibrated = [place.play("leeds", rates, p, seeds, test=False) for p in streams]
-      place.progress.console.print(
-        f"LEEDS with its own detectors: accuracy {meta_tuning.score(calibrated):.4f}"
-      )
+def rates_of(run: Run[Config], name: str) -> Rates:
+  """The rates of a method; for LEEDS with thresholds that are of this run."""
+  return tuning.calibrated(run) if name == "leeds" else run.config.rates_of(name)
 
 
-def print_tables(config: Config, names: Sequence[str], results: list[Any], console: Any) -> None:
-  """Both tables of every stream."""
-  for p in config.stay_probabilities:
-    mine = [result for result in results if result.stay_probability == p]
-    if not mine:
-      continue
-    title = (
-      f"{config.dataset}, p = {p:g}: {config.rounds} rounds, {config.num_ways}-way "
-      f"{config.num_shots}-shot, {config.size} pixels, Conv4 of width {config.width}, "
-      f"{config.inner_steps} inner steps; mean ± standard deviation of {config.seeds} seeds"
-    )
-    columns = meta_report.accuracy_columns(names)
-    report.print_table(console, title, columns, meta_report.accuracy_rows(mine))
-    rows = meta_report.detection_rows(mine)
-    if rows:
-      columns = meta_report.DETECTION_COLUMNS
-      report.print_table(console, f"Detection, p = {p:g}", columns, rows)
+def traces_of(run: Run[Config]) -> dict[tuple[float, str], Trace]:
+  """The traces of the first seed, by stream and method, as far as there are any."""
+  keys = [(cell, cell.key) for cell in run.finished() if cell.key["seed"] == run.config.first_seed]
+  return {
+    (key["stay_probability"], key["method"]): Trace(**run.saved(cell)).of(0) for cell, key in keys
+  }
 
 
-def prepare_output(config: Config) -> None:
-  """Makes the folder, or checks that it is of the same run."""
-  wanted = json.loads(json.dumps(config.identity()))
-  if config.resume:
-    report.read_run(config.output_dir, wanted, "none")
-  else:
-    report.start_run(config.output_dir, wanted)
+class OnlineMeta(Study[Config]):
+  """The experiment."""
 
+  config = Config
+  smoke: ClassVar = {
+    "dataset": "glyphs", "methods": ("fine_tuning", "leeds"), "stay_probabilities": (0.7,),
+    "seeds": 1, "rounds": 10, "tune_rounds": 10, "num_ways": 3, "num_shots": 2,
+    "network": "stripes", "images_per_class": 6, "pretrain_epochs": 1,
+  }  # fmt: skip
 
-def chosen_rates(config: Config) -> dict[str, Rates]:
-  """The rates of all methods, with what was given on the command line.
+  def prepare(self, config: Config) -> Domains:
+    """The images; every method must have rates."""
+    for name in config.methods:
+      config.rates_of(name)
+    return read(config)
 
-  Raises:
-    ValueError: if some were not chosen, or one is NaN.
-  """
-  names = config.methods
-  rates = dict(meta_tuning.all_rates(config.rates_file, config.name(), names))
-  for name, mine in rates.items():
-    for threshold in METHODS[name].thresholds:
-      if np.isnan(getattr(mine, threshold)) and name != "leeds":  # LEEDS finds its own.
-        raise ValueError(f"{name}: {threshold} must be a number or an infinity, got none")
-    if name.startswith("leeds") and config.in_distribution_scale is not None:
-      rates[name] = mine._replace(in_scale=config.in_distribution_scale)
-  return rates
+  def cells(self, run: Run[Config]) -> Iterable[Cell]:
+    """Pre-training, then every method on every stream, in groups of seeds."""
+    config = run.config
+    begins = dict.fromkeys(["maml", *(METHODS[name].begins for name in config.methods)])
+    yield from (pretraining.cell(run, kind) for kind in begins if kind != "random")
+    for p in config.stay_probabilities:
+      for seeds in config.groups():
+        key, where = {"stay_probability": p}, f"p = {p:g}, seed {seeds[0]}"
+        first = {"seed": int(seeds[0])}  # The key of a group.
+        make = functools.partial(runs.Best, run, p, seeds)
+        best = Cell({**key, "method": "best", **first}, make, 1, f"best fixed models, {where}")
+        yield best
+        for name in config.methods:
+          rates = functools.partial(rates_of, run, name)
+          make = functools.partial(runs.Play, run, name, rates, p, seeds)
+          label = f"{LABELS[name]}, {where}"
+          yield Cell({**key, "method": name, **first}, make, 1, label, needs=(best,))
 
-
-def run_and_report(config: Config) -> int:
-  """Runs, prints and saves; returns the exit status."""
-  with report.bad_input():
-    config.check()
-    domains = read(config)
-    rates = {} if config.tune else chosen_rates(config)
-    if not config.tune:
-      prepare_output(config)
-  console, status = report.console(), 0
-  runs: Runs = {}
-  best: dict[float, np.ndarray] = {}
-  sweeps: dict[str, Sweep] = {}
-  with report.progress_bar(console) as progress:
-    place = Workplace(config, domains, progress)
-    try:
-      if config.tune:
-        tune(place)
-        return 0
-      rates = with_own_thresholds(place, rates)
-      run_all(place, rates, runs)
-      best = meta_workplace.best_losses(place)
-      if config.sweep and "leeds" in rates:
-        sweeps = meta_workplace.sweep_all(place, rates["leeds"], runs)
-    except KeyboardInterrupt:
-      status = 130
-  if status:
-    console.print("Interrupted; --resume goes on. What was finished until then:")
-  if runs:
-    write_report(config, domains.names, runs, best, sweeps, console)
-  return status
-
-
-def write_report(
-  config: Config,
-  names: Sequence[str],
-  runs: Runs,
-  best: dict[float, np.ndarray],
-  sweeps: dict[str, Sweep],
-  console: Any,
-) -> None:
-  """Tables, ``results.csv`` and pictures of what there is."""
-  seeds = range(config.first_seed, config.first_seed + config.seeds)
-  nothing = np.full((config.seeds, config.rounds), np.nan, np.float32)
-  known = {p: best.get(p, nothing) for p in config.stay_probabilities}
-  results = meta_report.summarize(runs, seeds, known)
-  kept_by = ("stay_probability", "method", "seed") if config.resume else ()
-  report.write_csv(config.output_dir / CSV, [result._asdict() for result in results], kept_by)
-  print_tables(config, names, results, console)
-  meta_plots.draw_rounds(runs, names, config.output_dir / PICTURE)
-  if sweeps:
+  def finish(self, run: Run[Config]) -> None:
+    """Tries other thresholds of LEEDS, on the first stream and the first seed."""
+    config = run.config
+    traces = traces_of(run)
     p = config.stay_probabilities[0]
-    told = runs[p, "leeds_told"].trace.before[0].mean() if (p, "leeds_told") in runs else None
-    meta_plots.draw_sweep(sweeps, told, config.output_dir / SWEEP)
-  console.print(f"{CSV}, traces with all scores and pictures are in {config.output_dir}")
+    if not config.sweep or (p, "leeds") not in traces:
+      return
+    rates, seeds = tuning.calibrated(run), config.groups()[0]
+    play = lambda rates: runs.play(run, "leeds", rates, p, seeds, reported=True).of(0)
+    rows = pd.DataFrame(sweep.measure(run, rates, traces[p, "leeds"], play))
+    told = traces[p, "leeds_told"].before.mean() if (p, "leeds_told") in traces else None
+    chosen = {kind: getattr(rates, kind) for kind in ("switch", "shift")}
+    plots.draw_sweep(rows, chosen, told, run.path / "online_meta_sweep.png")
+
+  def tables(self, results: Results[Config]) -> Iterable[Table]:
+    """Two for each stream."""
+    config = results.config
+    for p, rows in results.rows.groupby("stay_probability", sort=False):
+      title = (
+        f"{config.dataset}, p = {p:g}: {config.rounds} rounds, {config.num_ways}-way "
+        f"{config.num_shots}-shot, {config.size} pixels, {config.network_name()}, "
+        f"{config.inner_steps} inner steps; mean ± standard deviation of {config.seeds} seeds"
+      )
+      yield table.spread(title, rows, "method", LABELS, columns(config.dataset))
+      detection = detection_table(f"Detection, p = {p:g}", rows)
+      if detection.rows:
+        yield detection
+
+  def remarks(self, results: Results[Config]) -> Iterable[str]:
+    """The thresholds that this run has found."""
+    if "thresholds" in results.notes:
+      yield f"LEEDS, calibrated on validation streams: {results.notes['thresholds']}"
+
+  def draw(self, run: Run[Config]) -> None:
+    """Accuracy over rounds."""
+    names = NAMES[run.config.dataset]
+    plots.draw_rounds(traces_of(run), names, run.path / "online_meta.png")
 
 
-def main(config: Config) -> int:
-  """Runs, prints and saves. Returns the exit status: 130 if interrupted, with what was finished."""
-  return report.exit_status(run_and_report, config)
+def run(config: Config) -> int:
+  """Runs the experiment, or chooses rates; returns the exit status."""
+  return study.run(Tuning() if config.tune else OnlineMeta(), config)
 
 
 if __name__ == "__main__":
-  sys.exit(main(tyro.cli(Config)))
+  study.main(Config, run, __doc__)

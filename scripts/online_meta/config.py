@@ -1,190 +1,110 @@
-"""What the online meta-learning experiments are of: arguments, sizes, streams, model."""
+"""What the online meta-learning experiments are of: arguments, sizes, streams, model, rates."""
 
-import dataclasses
+import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Self
 
 import numpy as np
+from pydantic import Field, model_validator
 
 import jaxbo.tasks
-from scripts.online_meta import data as meta_data
-from scripts.online_meta import model as meta_model
+from scripts.common.config import FREE, Among, Count, NonNegative, Positive
+from scripts.online_meta import data
 from scripts.online_meta.data import Domains
-from scripts.online_meta.methods import METHODS, Switches
-from scripts.online_meta.model import Model, Pretraining
+from scripts.online_meta.methods import METHODS, Choices, Rates
+from scripts.online_meta.model import Model, conv4, stripes
 
 RATES_FILE = Path(__file__).with_name("rates.json")
-CHOICES = {
-  "dataset": tuple(meta_data.READERS),
-  "query": ("same", "given", "next"),
-  "switch_score": ("loss", "drop"),
-  "shift_score": ("energy", "entropy", "max_softmax"),
-  "shift_model": ("adapted", "meta", "initial"),
-}
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Choices):
   """Online meta-learning without task boundaries: LEEDS, C-MAML and others on OSAKA's streams."""
 
-  dataset: str = "omniglot"
-  """omniglot (then MNIST and Fashion-MNIST, prepared by tensorflow-datasets), or glyphs."""
-  methods: tuple[str, ...] = tuple(METHODS)
+  dataset: Annotated[str, Among(data.READERS)] = "omniglot"
+  """Omniglot (then MNIST and Fashion-MNIST, prepared by tensorflow-datasets), or glyphs drawn on
+  the spot."""
+  methods: Annotated[tuple[str, ...], Among(METHODS), FREE] = tuple(METHODS)
   """Which methods to run."""
-  stay_probabilities: tuple[float, ...] = (0.9, 0.98)
+  stay_probabilities: Annotated[tuple[float, ...], Field(min_length=1), FREE] = (0.9, 0.98)
   """The probability p that a task stays, one stream for each."""
-  rounds: int = 200
+  rounds: Annotated[int, Field(ge=2)] = 200
   """Rounds of a stream; the published protocol has 10,000."""
-  seeds: int = 3
+  seeds: Count = 3
   """How many seeds; each draws a stream, and the parameters of what was not trained before."""
-  first_seed: int = 0
-  """The first of them."""
-  seeds_at_once: int = 1
+  seeds_at_once: Count = 1
   """Seeds side by side (vmap): faster on a GPU. Then meta-gradients are computed in all rounds."""
-  num_ways: int = 10
-  """Classes of a task."""
-  num_shots: int = 5
-  """Images of a class in a round."""
   domain_probabilities: tuple[float, ...] = (0.5, 0.25, 0.25)
   """Of the three domains."""
-  domain_switch_probability: float | None = None
+  domain_switch_probability: NonNegative | None = None
   """How often a task switch draws the domain anew (the rule of DynamicCML); always by default."""
-  size: int = 16
+  size: Annotated[int, Field(ge=16, le=28)] = 16
   """Height and width of the images; 28 in the published protocol."""
-  width: int = 16
+  network: Annotated[str, Among(("conv4", "stripes"))] = "conv4"
+  """What is trained; stripes says little, but compiles in no time."""
+  width: Count = 16
   """Channels of Conv4; 64 in the published protocol."""
-  images_per_class: int = 800
+  images_per_class: Count = 800
   """Digits and clothes of each class."""
-  inner_steps: int = 3
-  """Inner steps of a round, of all methods."""
-  pretrain_tasks: int = 2
+  pretrain_tasks: Count = 2
   """Tasks of a meta-step before the stream."""
-  pretrain_epochs: int = 12
+  pretrain_epochs: Count = 12
   """Epochs of 50 meta-steps before the stream, at most."""
-  pretrain_patience: int = 4
+  pretrain_patience: Count = 4
   """Epochs without a better accuracy on validation classes after which that ends."""
-  pretrain_inner_rate: float = 0.2
+  pretrain_inner_rate: Positive = 0.2
   """Learning rate of the inner steps in it."""
-  pretrain_rate: float = 3e-3
+  pretrain_rate: Positive = 3e-3
   """Learning rate of Adam in it."""
-  query: str = "same"
-  """What judges the adapted model in a meta-update: same, the images that it was adapted to, so
-  that all methods see the same; given, as many other ones; next, those of the next round (C-MAML
-  always does that)."""
-  first_order: bool = False
-  """Drops the response in all methods."""
-  bgd_samples: int = 2
-  """Draws of BGD; 5 in the published code."""
-  buffer_size: int = 101
-  """Rounds that C-MAML's prolonged adaptation collects."""
-  switch_score: str = "loss"
-  """LEEDS: loss or drop."""
-  shift_score: str = "energy"
-  """LEEDS: energy, entropy or max_softmax."""
-  shift_model: str = "adapted"
-  """LEEDS: adapted, meta or initial."""
-  no_switch_scale: float = 0.0
-  """LEEDS: the scale of meta-updates in rounds without a switch."""
-  in_distribution_scale: float | None = None
+  in_distribution_scale: NonNegative | None = None
   """LEEDS: the scale after a switch in distribution, instead of the chosen one."""
-  sweep: bool = True
+  sweep: Annotated[bool, FREE] = True
   """Whether to run LEEDS with other thresholds too, on the first seed."""
   validation: bool = False
   """Plays streams of the validation images instead of those that are reported, to try choices."""
   tune: bool = False
-  """Chooses rates on validation streams and writes them to rates_file; no report."""
-  tune_rounds: int = 150
+  """Chooses rates on validation streams and writes them to rates.json in output_dir, or to
+  rates_file if one is given; no report."""
+  tune_rounds: Count = 150
   """Rounds of these streams."""
-  rates_file: Path = RATES_FILE
-  """Where the chosen rates are."""
-  resume: bool = False
-  """Goes on with the runs that are not yet in output_dir; the other arguments must be the same."""
-  data_dir: Path | None = None
-  """Where tensorflow-datasets has its files, instead of TFDS_DATA_DIR or ~/tensorflow_datasets."""
-  output_dir: Path = Path("runs/online_meta")
+  rates_file: Path | None = None
+  """Where the chosen rates are, instead of the ones in the sources."""
+  output_dir: Annotated[Path, FREE] = Path("runs/online_meta")
   """Where results go."""
 
-  def check(self) -> None:
-    """Raises ``ValueError`` for what cannot run."""
-    for name, allowed in CHOICES.items():
-      value = getattr(self, name)
-      if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
-    if not self.methods or not set(self.methods) <= set(METHODS):
-      got = " ".join(self.methods) or "none"
-      raise ValueError(f"methods must be among {', '.join(METHODS)}; got {got}")
-    for name in ("methods", "stay_probabilities"):
-      values = getattr(self, name)
-      if len(set(values)) < len(values):
-        raise ValueError(f"{name} must name each one once, got {' '.join(map(str, values))}")
-    if not self.stay_probabilities:
-      raise ValueError("stay_probabilities must have at least one number, got none")
-    for field in dataclasses.fields(self):
-      value = getattr(self, field.name)
-      number = isinstance(value, (int, float)) and not isinstance(value, bool)
-      may_be_zero = field.name in (
-        "first_seed", "no_switch_scale", "in_distribution_scale", "domain_switch_probability"
-      )  # fmt: skip
-      if number and not (math.isfinite(value) and (value >= 0 if may_be_zero else value > 0)):
-        allowed = "non-negative" if may_be_zero else "positive"
-        raise ValueError(f"{field.name} must be {allowed} and finite, got {value}")
-    if not 16 <= self.size <= 28:
-      raise ValueError(f"size must be in [16, 28], got {self.size}")
+  @model_validator(mode="after")
+  def _together(self) -> Self:
+    if len(set(self.stay_probabilities)) < len(self.stay_probabilities):
+      got = " ".join(map(str, self.stay_probabilities))
+      raise ValueError(f"stay_probabilities must name each one once, got {got}")
     if self.seeds % self.seeds_at_once:
       raise ValueError(
         f"seeds must be a multiple of seeds_at_once={self.seeds_at_once}, got {self.seeds}"
       )
-    if self.rounds < 2:
-      raise ValueError(f"rounds must be at least 2, got {self.rounds}")
-
-  def identity(self) -> dict[str, Any]:
-    """What a resumed run must have in common with the run that it continues."""
-    left_out = (
-      "methods",
-      "stay_probabilities",
-      "sweep",
-      "tune",
-      "resume",
-      "data_dir",
-      "output_dir",
-    )
-    values = dataclasses.asdict(self) | {"rates_file": str(self.rates_file)}
-    return {name: value for name, value in values.items() if name not in left_out}
+    return self
 
   def name(self) -> str:
     """The name of the table of rates."""
     tasks = f"{self.num_ways}way{self.num_shots}shot"
     return f"{self.dataset}/{tasks}/{self.size}px/width{self.width}/steps{self.inner_steps}"
 
+  def network_name(self) -> str:
+    """What is trained, for tables."""
+    return f"Conv4 of width {self.width}" if self.network == "conv4" else self.network
+
   def groups(self) -> list[np.ndarray]:
     """The seeds, by those that run side by side."""
-    seeds = np.arange(self.first_seed, self.first_seed + self.seeds)
-    return np.split(seeds, self.seeds // self.seeds_at_once)
+    return np.split(np.array(self.all_seeds()), self.seeds // self.seeds_at_once)
 
   def model(self, adapt: str = "all") -> Model:
     """The classifier."""
-    return meta_model.conv4(self.width, self.size, self.num_ways, adapt)
+    if self.network == "stripes":
+      return stripes(self.size, self.num_ways, adapt)
+    return conv4(self.width, self.size, self.num_ways, adapt)
 
-  def switches(self) -> Switches:
-    """The choices that hold for a whole run."""
-    mine = {name: getattr(self, name) for name in Switches._fields if hasattr(self, name)}
-    return Switches(**mine, num_examples=self.num_ways * self.num_shots)
-
-  def pretraining(self) -> Pretraining:
-    """How to train before the stream."""
-    return Pretraining(
-      num_ways=self.num_ways,
-      num_shots=self.num_shots,
-      num_queries=self.num_shots,
-      num_tasks=self.pretrain_tasks,
-      inner_steps=self.inner_steps,
-      inner_learning_rate=self.pretrain_inner_rate,
-      learning_rate=self.pretrain_rate,
-      steps_per_epoch=50,
-      max_epochs=self.pretrain_epochs,
-      patience=self.pretrain_patience,
-    )
+  def model_from(self, begins: str) -> Model:
+    """The classifier of methods that begin so; after ANIL they adapt the head."""
+    return self.model("head" if begins == "anil" else "all")
 
   def stream(self, domains: tuple[Any, ...], stay_probability: float) -> jaxbo.tasks.TaskStream:
     """The stream on arrays of images."""
@@ -198,6 +118,28 @@ class Config:
       domain_switch_probability=self.domain_switch_probability,
     )
 
+  def rates_of(self, method: str) -> Rates:
+    """The rates of a method; thresholds of LEEDS are NaN where each run calibrates its own.
+
+    Raises:
+      ValueError: if none were chosen, or one is NaN.
+    """
+    path, name = self.rates_file or RATES_FILE, self.name()
+    tables = json.loads(path.read_text()) if path.exists() else {}
+    if self.smoke and name not in tables:  # Its numbers say nothing.
+      name = min(tables, default=name)
+    table = tables.get(name, {})
+    if (source := method.removesuffix("_told")) not in table:
+      raise ValueError(f"no rates were chosen for {source} on {name}: choose them with --tune")
+    rates = Rates(**{field: float(value) for field, value in table[source].items()})
+    needed = [*table[source], *(METHODS[method].thresholds if method != "leeds" else ())]
+    for field in needed:
+      if math.isnan(getattr(rates, field)):
+        raise ValueError(f"{method}: {field} must be a number or an infinity, got nan")
+    if source == "leeds" and self.in_distribution_scale is not None:
+      rates = rates._replace(in_scale=self.in_distribution_scale)
+    return rates
+
 
 def read(config: Config) -> Domains:
   """The images.
@@ -206,7 +148,7 @@ def read(config: Config) -> Domains:
     FileNotFoundError: if a data set is not there.
     ValueError: if tasks cannot be drawn from it.
   """
-  domains = meta_data.READERS[config.dataset](config.data_dir, config.size, config.images_per_class)
+  domains = data.READERS[config.dataset](config.data_dir, config.size, config.images_per_class)
   for probability in config.stay_probabilities:
     for arrays in (domains.validation, domains.test):
       config.stream(arrays, probability)

@@ -10,13 +10,16 @@ from scripts.common.data import tfds_source
 from scripts.common.fewshot_data import ImageClasses
 
 NUM_CLASSES = 10
+NAMES = {  # of the three domains; the first is that of the pre-training
+  "omniglot": ("Omniglot", "MNIST", "Fashion-MNIST"),
+  "glyphs": ("glyphs", "negatives", "stripes"),
+}
 
 
 class Domains(NamedTuple):
   """What an experiment is played on; images are ``[classes, per_class, size, size, 1]`` uint8.
 
   Attributes:
-    names: of the three domains; the first is that of the pre-training.
     train: the characters to pre-train on.
     early: the characters that say when to stop, and what is chosen.
     validation: the three domains of the streams that thresholds and rates are chosen on.
@@ -24,7 +27,6 @@ class Domains(NamedTuple):
       are other images of the same classes.
   """
 
-  names: tuple[str, str, str]
   train: ImageClasses
   early: ImageClasses
   validation: tuple[np.ndarray, ...]
@@ -50,7 +52,6 @@ def omniglot_mnist_fashion(data_dir: Path | None, size: int, per_class: int) -> 
   ]
   characters = fewshot_data.omniglot(data_dir, size=size)
   return Domains(
-    ("Omniglot", "MNIST", "Fashion-MNIST"),
     characters.train,
     characters.validation,
     (characters.validation.images, *sources[:2]),
@@ -88,7 +89,6 @@ def glyphs(size: int, per_class: int) -> Domains:
   smeared = lambda x: np.repeat(x[:, :, ::4], 4, axis=2)[:, :, :size]
   validation, test = draw(24, 20, 1), draw(40, 20, 2)
   return Domains(
-    ("glyphs", "negatives", "stripes"),
     draw(60, 20, 0),
     validation,
     (validation.images, negative(others[0]), smeared(others[1])),

@@ -1,12 +1,13 @@
 """The methods of the online meta-learning experiments, each a few lines over jaxbo."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import optax
 
 import jaxbo
+from scripts.common.config import Among, Count, NonNegative, StudyConfig
 from scripts.online_meta.model import Model, accuracy
 
 INFINITY = float("inf")
@@ -32,33 +33,33 @@ class Rates(NamedTuple):
   shift: Any = float("nan")
 
 
-class Switches(NamedTuple):
-  """Choices that are the same for all methods, or open in LEEDS (Q1 to Q7 of the specification).
+class Choices(StudyConfig):
+  """What is the same for all methods, or open in LEEDS (Q1 to Q7 of the specification)."""
 
-  Attributes:
-    inner_steps: inner steps of a round, of all methods.
-    query: what judges the adapted model in a meta-update: ``"same"``, ``"given"``
-      or ``"next"``.
-    first_order: whether responses are dropped, in all methods.
-    bgd_samples: draws of BGD.
-    num_examples: images of a round.
-    buffer_size: rounds that C-MAML's prolonged adaptation collects.
-    switch_score: LEEDS: ``"loss"`` or ``"drop"``.
-    shift_score: LEEDS: ``"energy"``, ``"entropy"`` or ``"max_softmax"``.
-    shift_model: LEEDS: ``"adapted"``, ``"meta"`` or ``"initial"``.
-    no_switch_scale: LEEDS: how much slower the meta-model learns from rounds without a switch.
-  """
-
-  inner_steps: int
-  query: str
-  first_order: bool
-  bgd_samples: int
-  num_examples: int
-  buffer_size: int
-  switch_score: str
-  shift_score: str
-  shift_model: str
-  no_switch_scale: float
+  num_ways: Count = 10
+  """Classes of a task."""
+  num_shots: Count = 5
+  """Images of a class in a round."""
+  inner_steps: Count = 3
+  """Inner steps of a round, of all methods."""
+  query: Annotated[str, Among(("same", "given", "next"))] = "same"
+  """What judges the adapted model in a meta-update: same, the images that it was adapted to, so
+  that all methods see the same; given, as many other ones; next, those of the next round (C-MAML
+  always does that)."""
+  first_order: bool = False
+  """Drops the response in all methods."""
+  bgd_samples: Count = 2
+  """Draws of BGD; 5 in the published code."""
+  buffer_size: Count = 101
+  """Rounds that C-MAML's prolonged adaptation collects."""
+  switch_score: Annotated[str, Among(("loss", "drop"))] = "loss"
+  """LEEDS: what switches are told by."""
+  shift_score: Annotated[str, Among(("energy", "entropy", "max_softmax"))] = "energy"
+  """LEEDS: what shifts are told by."""
+  shift_model: Annotated[str, Among(("adapted", "meta", "initial"))] = "adapted"
+  """LEEDS: whose logits that is of."""
+  no_switch_scale: NonNegative = 0.0
+  """LEEDS: the scale of meta-updates in rounds without a switch."""
 
 
 class Method(NamedTuple):
@@ -66,7 +67,7 @@ class Method(NamedTuple):
 
   Attributes:
     label: its name in tables.
-    make: ``make(model, rates, switches) -> learner``.
+    make: ``make(model, rates, choices) -> learner``.
     begins: what it starts from: ``"maml"``, ``"anil"`` or ``"random"``.
     moves: the rates that it has, beside ``inner``.
     thresholds: which thresholds are calibrated on its own validation run.
@@ -74,53 +75,55 @@ class Method(NamedTuple):
   """
 
   label: str
-  make: Callable[[Model, Rates, Switches], jaxbo.OnlineMetaLearner]
+  make: Callable[[Model, Rates, Choices], jaxbo.OnlineMetaLearner]
   begins: str = "maml"
   moves: tuple[str, ...] = ()
   thresholds: tuple[str, ...] = ()
   detects: bool = False
 
 
-def _tune(model: Model, rates: Rates, switches: Switches) -> jaxbo.OnlineMetaLearner:
-  inner = model.inner(optax.sgd(rates.inner), switches.inner_steps)
-  return jaxbo.fine_tuning(model.loss, inner, **_options(model))
+def _sgd(model: Model, rates: Rates, choices: Choices) -> jaxbo.InnerSolver:
+  return model.inner(optax.sgd(rates.inner), choices.inner_steps)
 
 
-def _bgd(model: Model, rates: Rates, switches: Switches) -> jaxbo.OnlineMetaLearner:
+def _tune(model: Model, rates: Rates, choices: Choices) -> jaxbo.OnlineMetaLearner:
+  return jaxbo.fine_tuning(model.loss, _sgd(model, rates, choices), **_options(model))
+
+
+def _bgd(model: Model, rates: Rates, choices: Choices) -> jaxbo.OnlineMetaLearner:
+  images = choices.num_ways * choices.num_shots
   bgd = jaxbo.bayesian_gradient_descent(
-    10.0, rates.inner, num_samples=switches.bgd_samples, num_examples=switches.num_examples
+    10.0, rates.inner, num_samples=choices.bgd_samples, num_examples=images
   )
-  return jaxbo.fine_tuning(model.loss, model.inner(bgd, switches.inner_steps), **_options(model))
+  return jaxbo.fine_tuning(model.loss, model.inner(bgd, choices.inner_steps), **_options(model))
 
 
-def _frozen(model: Model, rates: Rates, switches: Switches) -> jaxbo.OnlineMetaLearner:
-  inner = model.inner(optax.sgd(rates.inner), switches.inner_steps)
-  return jaxbo.frozen_maml(model.loss, inner, **_options(model))
+def _frozen(model: Model, rates: Rates, choices: Choices) -> jaxbo.OnlineMetaLearner:
+  return jaxbo.frozen_maml(model.loss, _sgd(model, rates, choices), **_options(model))
 
 
-def _scratch(model: Model, rates: Rates, switches: Switches) -> jaxbo.OnlineMetaLearner:
-  inner = model.inner(optax.sgd(rates.inner), switches.inner_steps)
-  told = jaxbo.oracle_detector()
+def _scratch(model: Model, rates: Rates, choices: Choices) -> jaxbo.OnlineMetaLearner:
+  inner, told = _sgd(model, rates, choices), jaxbo.oracle_detector()
   return jaxbo.train_from_scratch(model.loss, inner, told, query="same", **_options(model))
 
 
-def _meta_ogd(model: Model, rates: Rates, switches: Switches) -> jaxbo.OnlineMetaLearner:
-  inner = model.inner(optax.sgd(rates.inner), switches.inner_steps)
-  outer = optax.chain(_response(inner, switches), optax.adam(rates.outer))
-  return jaxbo.meta_ogd(model.loss, inner, outer, query=switches.query, **_options(model))
+def _meta_ogd(model: Model, rates: Rates, choices: Choices) -> jaxbo.OnlineMetaLearner:
+  inner = _sgd(model, rates, choices)
+  outer = optax.chain(_response(inner, choices), optax.adam(rates.outer))
+  return jaxbo.meta_ogd(model.loss, inner, outer, query=choices.query, **_options(model))
 
 
 def _c_maml(pap: bool, modulated: bool) -> Callable[..., jaxbo.OnlineMetaLearner]:
-  def make(model, rates, switches):
-    inner = model.inner(optax.sgd(rates.inner), switches.inner_steps)
+  def make(model, rates, choices):
+    inner = _sgd(model, rates, choices)
     options: dict[str, Any] = {
       "drop_threshold": rates.switch,
       "modulation": rates.modulation if modulated else None,
-      "response": _response(inner, switches),
+      "response": _response(inner, choices),
       **_options(model),
     }
     if pap:
-      options["buffer_size"] = switches.buffer_size
+      options["buffer_size"] = choices.buffer_size
     learner = jaxbo.c_maml_pap if pap else jaxbo.c_maml
     return learner(model.loss, inner, optax.adam(rates.outer), **options)
 
@@ -128,21 +131,21 @@ def _c_maml(pap: bool, modulated: bool) -> Callable[..., jaxbo.OnlineMetaLearner
 
 
 def _leeds(told: bool) -> Callable[..., jaxbo.OnlineMetaLearner]:
-  def make(model, rates, switches):
-    inner = model.inner(optax.sgd(rates.inner), switches.inner_steps)
+  def make(model, rates, choices):
+    inner = _sgd(model, rates, choices)
     gate = jaxbo.gate_by_detection(
-      optax.adam(rates.outer), rates.in_scale, 1.0, switches.no_switch_scale
+      optax.adam(rates.outer), rates.in_scale, 1.0, choices.no_switch_scale
     )
     thresholds = (rates.switch, rates.shift)
     return jaxbo.online_meta_learner(
       model.loss,
       inner,
-      optax.chain(_response(inner, switches), gate),
+      optax.chain(_response(inner, choices), gate),
       jaxbo.oracle_detector() if told else jaxbo.threshold_detector(*thresholds),
-      query=switches.query,
-      switch_score=switches.switch_score,
-      shift_score=switches.shift_score,
-      shift_model=switches.shift_model,
+      query=choices.query,
+      switch_score=choices.switch_score,
+      shift_score=choices.shift_score,
+      shift_model=choices.shift_model,
       **_options(model),
     )
 
@@ -153,8 +156,8 @@ def _options(model: Model) -> dict[str, Any]:
   return {"start": model.start, "metric": accuracy}
 
 
-def _response(inner: jaxbo.InnerSolver, switches: Switches) -> optax.GradientTransformation:
-  return jaxbo.drop_response() if switches.first_order else jaxbo.add_unrolled_response(inner)
+def _response(inner: jaxbo.InnerSolver, choices: Choices) -> optax.GradientTransformation:
+  return jaxbo.drop_response() if choices.first_order else jaxbo.add_unrolled_response(inner)
 
 
 def _drop_detector(label: str, make: Any, *moves: str) -> Method:

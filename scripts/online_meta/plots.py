@@ -1,18 +1,17 @@
 """Pictures of online meta-learning: accuracy over rounds, and what thresholds do to it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
 from scripts.common import plots
 from scripts.common.plots import plt
 from scripts.online_meta.methods import METHODS
-from scripts.online_meta.report import Runs
-from scripts.online_meta.runs import Trace
+from scripts.online_meta.report import Trace
 
 COLORS = {
   "online_sgd": "0.6", "fine_tuning": "C5", "bgd": "C8", "scratch": "0.3", "maml": "C2",
@@ -30,23 +29,25 @@ def smoothed(values: np.ndarray, window: int) -> np.ndarray:
   return (sums[ends] - sums[begins]) / (ends - begins)
 
 
-def draw_rounds(runs: Runs, names: Sequence[str], path: Path, window: int = 30) -> None:
-  """Accuracy before adaptation over rounds, a row for each stream; the first seed.
+def draw_rounds(
+  traces: Mapping[tuple[float, str], Trace], names: Sequence[str], path: Path, window: int = 30
+) -> None:
+  """Accuracy before adaptation over rounds, a row for each stream; the traces are of one seed.
 
   Above, the true switches (lines) and those that LEEDS detected (triangles; hollow: false alarms).
   """
-  streams = list(dict.fromkeys(probability for probability, _ in runs))
+  streams = list(dict.fromkeys(probability for probability, _ in traces))
   fig, grid = plt.subplots(
     len(streams), 1, figsize=(13, 3.9 * len(streams)), squeeze=False, layout="constrained"
   )
   for axes, stream in zip(grid[:, 0], streams, strict=True):
-    mine = {method: run for (p, method), run in runs.items() if p == stream}
-    first = Trace(*(leaf[0] for leaf in next(iter(mine.values())).trace))
+    mine = {method: trace for (p, method), trace in traces.items() if p == stream}
+    first = next(iter(mine.values()))
     shade_domains(axes, first.domain)
-    for method, run in mine.items():
+    for method, trace in mine.items():
       style = {"color": COLORS[method], "lw": 2.2 if method == "leeds" else 1.0}
       style |= {"label": METHODS[method].label, "ls": ":" if method == "leeds_told" else "-"}
-      axes.plot(smoothed(run.trace.before[0], window), **style)
+      axes.plot(smoothed(trace.before, window), **style)
     axes.set(
       ylim=(0, 1.12), xlim=(0, len(first.before) - 1), ylabel="accuracy before adaptation",
       title=f"a task stays with probability {stream:g}; mean of {window} rounds, one seed",
@@ -54,7 +55,7 @@ def draw_rounds(runs: Runs, names: Sequence[str], path: Path, window: int = 30) 
     switches = np.flatnonzero(first.task_switch)
     axes.vlines(switches, 1.06, 1.11, color="k", lw=1, label="true switch")
     if "leeds" in mine:
-      mark_detections(axes, Trace(*(leaf[0] for leaf in mine["leeds"].trace)))
+      mark_detections(axes, mine["leeds"])
   grid[-1, 0].set_xlabel("round")
   handles, labels = grid[0, 0].get_legend_handles_labels()
   patches = [Patch(facecolor=color, edgecolor="0.7") for color in DOMAIN_COLORS]
@@ -84,53 +85,34 @@ def mark_detections(axes: Axes, trace: Trace) -> None:
       )  # fmt: skip
 
 
-class Sweep(NamedTuple):
-  """LEEDS with other thresholds, on one seed of a stream; leaves ``[thresholds]``.
+def draw_sweep(
+  rows: pd.DataFrame, chosen: Mapping[str, float], told: float | None, path: Path
+) -> None:
+  """A column for each detector: accuracy above, precision and recall below.
 
-  Attributes:
-    thresholds: what was tried.
-    chosen: what was calibrated on validation streams.
-    accuracy: before adaptation.
-    out: the same in rounds out of distribution.
-    precision: of the detector.
-    recall: of the detector.
-    logged: precision and recall of the same thresholds on the logged scores of the chosen run,
-      ``[thresholds, 2]``.
+  Args:
+    rows: those of :func:`scripts.online_meta.sweep.measure`.
+    chosen: the thresholds that were calibrated on validation streams.
+    told: the accuracy of LEEDS that is told the switches.
+    path: of the picture.
   """
-
-  thresholds: np.ndarray
-  chosen: float
-  accuracy: np.ndarray
-  out: np.ndarray
-  precision: np.ndarray
-  recall: np.ndarray
-  logged: np.ndarray
-
-
-def draw_sweep(sweeps: dict[str, Sweep], told: float | None, path: Path) -> None:
-  """A column for each detector: accuracy above, precision and recall below."""
   fig, grid = plt.subplots(
-    2, len(sweeps), figsize=(5.2 * len(sweeps), 7), sharex="col", sharey="row", squeeze=False,
+    2, len(chosen), figsize=(5.2 * len(chosen), 7), sharex="col", sharey="row", squeeze=False,
     layout="constrained",
   )  # fmt: skip
-  for (name, sweep), (above, below) in zip(sweeps.items(), grid.T, strict=True):
-    above.plot(sweep.thresholds, sweep.accuracy, "o-", color="C0", label="LEEDS, all rounds")
-    above.plot(sweep.thresholds, sweep.out, "o--", color="C1", label="out of distribution")
+  titles = {"switch": "task switch", "shift": "distribution shift"}
+  for (kind, threshold), (above, below) in zip(chosen.items(), grid.T, strict=True):
+    mine = rows[rows["kind"] == kind].set_index("threshold")
+    above.plot(mine["accuracy"], "o-", color="C0", label="LEEDS, all rounds")
+    above.plot(mine["out"], "o--", color="C1", label="out of distribution")
     if told is not None:
       above.axhline(told, color="k", lw=1, ls=":", label="LEEDS, told; all rounds")
-    for values, logged, color, label in (
-      (sweep.precision, sweep.logged[:, 0], "C2", "precision"),
-      (sweep.recall, sweep.logged[:, 1], "C3", "recall"),
-    ):
-      below.plot(sweep.thresholds, values, "o-", color=color, label=label)
-      below.plot(sweep.thresholds, logged, ":", color=color, label=f"{label}, logged scores")
+    for name, color in (("precision", "C2"), ("recall", "C3")):
+      below.plot(mine[name], "o-", color=color, label=name)
+      below.plot(mine[f"logged_{name}"], ":", color=color, label=f"{name}, logged scores")
     for axes in (above, below):
-      axes.axvline(sweep.chosen, color="0.6", lw=1, zorder=0)
-    above.set_title(
-      f"threshold of the task {name} score"
-      if name == "switch"
-      else "threshold of the distribution shift score"
-    )
+      axes.axvline(threshold, color="0.6", lw=1, zorder=0)
+    above.set_title(f"threshold of the {titles[kind]} score")
     below.set(xlabel="threshold (grey: calibrated)", ylim=(-0.03, 1.03))
   grid[0, 0].set_ylabel("accuracy before adaptation")
   grid[1, 0].set_ylabel("of the detector")

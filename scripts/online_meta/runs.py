@@ -1,9 +1,8 @@
 """Runs of online meta-learners: a stream is one compiled scan, for one seed or for several."""
 
-import time
+import functools
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,93 +10,12 @@ import numpy as np
 import optax
 
 import jaxbo
-from scripts.online_meta.methods import METHODS, Rates, Switches, state_bytes
+from scripts.common.study import Row, Run, Spent, Task
+from scripts.online_meta import pretraining, report
+from scripts.online_meta.config import Config
+from scripts.online_meta.methods import METHODS, Rates, state_bytes
 from scripts.online_meta.model import Model
-
-
-class Trace(NamedTuple):
-  """What happened in every round, leaves ``[seeds, rounds]``.
-
-  Attributes:
-    before: accuracy of the last task's model on the new images, before their labels are used.
-    after: that of the adapted model.
-    loss: the loss that belongs to ``before``.
-    switch: whether a task switch was detected.
-    shift: whether a distribution shift was.
-    switch_score: the score behind the first.
-    shift_score: the score behind the second.
-    meta_updated: whether the meta-model was updated.
-    domain: the true domain.
-    task_switch: the true switches.
-  """
-
-  before: Any
-  after: Any
-  loss: Any
-  switch: Any
-  shift: Any
-  switch_score: Any
-  shift_score: Any
-  meta_updated: Any
-  domain: Any
-  task_switch: Any
-
-
-class Run(NamedTuple):
-  """The trace of a method on a stream.
-
-  Attributes:
-    trace: the :class:`Trace`.
-    seconds: of all rounds and seeds, without compilation.
-    state_bytes: what one seed keeps beside the meta-model.
-  """
-
-  trace: Trace
-  seconds: float
-  state_bytes: int
-
-
-class Program(NamedTuple):
-  """A method; rates, parameters and streams are arguments, so that one program serves all.
-
-  Attributes:
-    run: ``run(rates, xs, stream, keys) -> Trace``; ``xs`` and ``keys`` have an axis of seeds.
-    state_bytes: as in :class:`Run`.
-  """
-
-  run: Callable[..., Trace]
-  state_bytes: int
-
-
-def make_program(
-  name: str, model: Model, switches: Switches, rounds: int, x: Any, stream: Any, seeds: Any
-) -> Program:
-  """Compiles a method for parameters and streams like these, and as many seeds."""
-  method = METHODS[name]
-
-  def one(rates, x, stream, key):
-    learner = method.make(model, rates, switches)
-    state = learner.init(x, stream=stream, key=key)
-    return trace_of(learner.run(state, stream, rounds)[1])
-
-  numbers = Rates(*jnp.ones(len(Rates._fields)))
-  arguments = (numbers, repeat(x, seeds), stream, keys_of(seeds))
-  learner = method.make(model, numbers, switches)
-  shapes = jax.eval_shape(lambda x: learner.init(x, stream=stream, key=0), x)
-  compiled = jax.jit(over_seeds(one)).lower(*arguments).compile()
-  return Program(compiled, state_bytes(shapes, x))
-
-
-def over_seeds(one: Callable[..., Any]) -> Callable[..., Any]:
-  """Seeds side by side; a single one is not batched, so that closed gates save their work."""
-
-  def run(rates, xs, stream, keys):
-    if len(keys) > 1:
-      return jax.vmap(one, in_axes=(None, 0, None, 0))(rates, xs, stream, keys)
-    result = one(rates, jax.tree.map(lambda leaf: leaf[0], xs), stream, keys[0])
-    return jax.tree.map(lambda leaf: leaf[None], result)
-
-  return run
+from scripts.online_meta.report import Trace
 
 
 def trace_of(info: jaxbo.OnlineMetaInfo) -> Trace:
@@ -116,6 +34,18 @@ def trace_of(info: jaxbo.OnlineMetaInfo) -> Trace:
   )
 
 
+def over_seeds(one: Callable[..., Any]) -> Callable[..., Any]:
+  """Seeds side by side; a single one is not batched, so that closed gates save their work."""
+
+  def run(rates, xs, stream, keys):
+    if len(keys) > 1:
+      return jax.vmap(one, in_axes=(None, 0, None, 0))(rates, xs, stream, keys)
+    result = one(rates, jax.tree.map(lambda leaf: leaf[0], xs), stream, keys[0])
+    return jax.tree.map(lambda leaf: leaf[None], result)
+
+  return run
+
+
 def keys_of(seeds: Any) -> jax.Array:
   """The keys of streams."""
   return jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
@@ -126,20 +56,127 @@ def repeat(x: Any, seeds: Any) -> Any:
   return jax.tree.map(lambda leaf: jnp.repeat(leaf[None], len(seeds), axis=0), x)
 
 
-def initial(model: Model, begins: str, trained: dict[str, Any], seeds: Any) -> Any:
+def stream_of(run: Run[Config], stay_probability: float, *, reported: bool) -> Any:
+  """The stream of the images that are reported, or of those that are not."""
+  domains, config = run.data, run.config
+  parts = domains.validation, domains.validation if config.validation else domains.test
+  arrays = run.shared("images", lambda: jax.device_put(parts))[reported]
+  return config.stream(arrays, stay_probability)
+
+
+class Program:
+  """A method; rates, parameters and streams are arguments, so that one program serves all.
+
+  Attributes:
+    play: ``play(rates, xs, stream, keys) -> Trace``; ``xs`` and ``keys`` have an axis of seeds.
+    shapes: of its result.
+    state_bytes: what one seed keeps beside the meta-model.
+  """
+
+  def __init__(self, config: Config, name: str, rounds: int, xs: Any, stream: Any, seeds: Any):
+    method = METHODS[name]
+    model = config.model_from(method.begins)
+
+    def one(rates, x, stream, key):
+      learner = method.make(model, rates, config)
+      return trace_of(learner.run(learner.init(x, stream=stream, key=key), stream, rounds)[1])
+
+    numbers = Rates(*jnp.ones(len(Rates._fields)))
+    lowered = jax.jit(over_seeds(one)).lower(numbers, xs, stream, keys_of(seeds))
+    self.play, self.shapes = lowered.compile(), lowered.out_info
+    learner, x = method.make(model, numbers, config), jax.tree.map(lambda leaf: leaf[0], xs)
+    init = lambda x: learner.init(x, stream=stream, key=0)
+    self.state_bytes = state_bytes(jax.eval_shape(init, x), x)
+
+
+def initial(run: Run[Config], begins: str, seeds: Any) -> Any:
   """What a method starts from, with an axis of seeds."""
-  if begins == "random":
-    return jax.vmap(lambda key: model.init(jax.random.fold_in(key, 1)))(keys_of(seeds))
-  return repeat(trained[begins], seeds)
+  if begins != "random":
+    return repeat(pretraining.trained(run, begins), seeds)
+  model = run.config.model()
+  return jax.vmap(lambda key: model.init(jax.random.fold_in(key, 1)))(keys_of(seeds))
 
 
-def play(program: Program, rates: Rates, xs: Any, stream: Any, seeds: Any) -> Run:
-  """Plays a stream."""
-  arguments = (Rates(*map(jnp.float32, rates)), xs, stream, keys_of(seeds))
-  begin = time.perf_counter()
-  trace = jax.block_until_ready(program.run(*arguments))
-  seconds = time.perf_counter() - begin
-  return Run(jax.tree.map(np.asarray, trace), seconds, program.state_bytes)
+def prepared(
+  run: Run[Config], name: str, stay_probability: float, seeds: Any, *, reported: bool
+) -> tuple[Program, Callable[[Rates], Trace]]:
+  """The program of a method, and what plays a stream with it, of the reported images or others."""
+  config, xs = run.config, initial(run, METHODS[name].begins, seeds)
+  stream = stream_of(run, stay_probability, reported=reported)
+  rounds = config.rounds if reported else config.tune_rounds
+  make = lambda: Program(config, name, rounds, xs, stream, seeds)
+  program, keys = run.shared(("program", name, reported), make), keys_of(seeds)
+  return program, lambda rates: program.play(Rates(*map(jnp.float32, rates)), xs, stream, keys)
+
+
+def play(
+  run: Run[Config], name: str, rates: Rates, stay_probability: float, seeds: Any, *, reported: bool
+) -> Trace:
+  """What a method did on a stream, as NumPy arrays."""
+  _, play_it = prepared(run, name, stay_probability, seeds, reported=reported)
+  return jax.tree.map(np.asarray, play_it(rates))
+
+
+class Play(Task):
+  """A method on a stream, for a group of seeds; its one step is the whole stream."""
+
+  def __init__(
+    self,
+    run: Run[Config],
+    name: str,
+    rates: Callable[[], Rates],
+    stay_probability: float,
+    seeds: Any,
+    best: jax.Array,
+  ):
+    self.name, self.seeds, self.best = name, seeds, best
+    self.program, self.play = prepared(run, name, stay_probability, seeds, reported=True)
+    self.rates = rates()
+    empty = lambda leaf: jnp.zeros(leaf.shape, leaf.dtype)
+    self.state = jax.tree.map(empty, self.program.shapes)
+
+  def step(self, state: Trace, t: int) -> tuple[Trace, None]:
+    """Plays the stream."""
+    del state, t
+    return self.play(self.rates), None
+
+  def evaluate(self, state: Trace, told: list[None]) -> list[Row]:
+    """The accuracy of every seed."""
+    del told
+    accuracy = np.mean(np.asarray(state.before), axis=1)
+    return [
+      {"seed": int(seed), "accuracy": float(value)}
+      for seed, value in zip(self.seeds, accuracy, strict=True)
+    ]
+
+  def result(self, state: Trace, spent: Spent) -> list[Row]:
+    """A row for each seed."""
+    cost = {
+      "seconds_per_round": spent.seconds / state.before.size,
+      "state_bytes": self.program.state_bytes,
+    }
+    traces, best = jax.tree.map(np.asarray, state), np.asarray(self.best)
+    return [
+      {"seed": int(seed), **report.numbers(self.name, traces.of(i), best[i]), **cost}
+      for i, seed in enumerate(self.seeds)
+    ]
+
+
+class Best(Task):
+  """The losses of the best fixed model of each task, on a stream, for a group of seeds."""
+
+  def __init__(self, run: Run[Config], stay_probability: float, seeds: Any):
+    self.run, self.stay_probability, self.seeds = run, stay_probability, seeds
+    self.state = jnp.zeros((len(seeds), run.config.rounds))
+
+  def step(self, state: jax.Array, t: int) -> tuple[jax.Array, None]:
+    """Finds them."""
+    del state, t
+    run, rounds = self.run, self.run.config.rounds
+    find = functools.partial(best_losses, run.config.model(), rounds=rounds)
+    find = run.shared("best", lambda: jax.jit(find))
+    stream = stream_of(run, self.stay_probability, reported=True)
+    return find(pretraining.trained(run, "maml"), stream, keys_of(self.seeds)), None
 
 
 def best_losses(
@@ -195,35 +232,3 @@ def lengths_of_tasks(switches: jax.Array) -> jax.Array:
   tasks = jnp.cumsum(switches, dtype=jnp.int32) - 1
   ones = jnp.ones_like(tasks)
   return jax.ops.segment_sum(ones, tasks, num_segments=len(switches))[tasks]
-
-
-def save(path: Path, **arrays: Any) -> None:
-  """Writes arrays at once or not at all."""
-  new = path.with_name(path.name + ".new")
-  with new.open("wb") as file:
-    np.savez(file, **arrays)
-  new.replace(path)
-
-
-def save_run(path: Path, run: Run) -> None:
-  """Keeps a run for ``--resume``."""
-  save(path, **run.trace._asdict(), seconds=run.seconds, state_bytes=run.state_bytes)
-
-
-def load_run(path: Path) -> Run:
-  """A run that was kept."""
-  with np.load(path) as arrays:
-    trace = Trace(*(arrays[name] for name in Trace._fields))
-    return Run(trace, float(arrays["seconds"]), int(arrays["state_bytes"]))
-
-
-def save_params(path: Path, params: Any) -> None:
-  """Keeps pre-trained parameters."""
-  save(path, **{str(i): np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(params))})
-
-
-def load_params(path: Path, like: Any) -> Any:
-  """Parameters that were kept."""
-  with np.load(path) as arrays:
-    leaves = [jnp.asarray(arrays[str(i)]) for i in range(len(arrays.files))]
-  return jax.tree.unflatten(jax.tree.structure(like), leaves)

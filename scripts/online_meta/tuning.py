@@ -1,17 +1,24 @@
 """Rates of online meta-learners: chosen on validation streams, kept in a file."""
 
+import functools
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 import jaxbo
+from scripts.common.study import Cell, Results, Row, Run, Spent, Study, Task
+from scripts.common.table import Table
+from scripts.online_meta import pretraining, runs
+from scripts.online_meta.config import RATES_FILE, Config, read
+from scripts.online_meta.data import Domains
 from scripts.online_meta.methods import INFINITY, METHODS, Rates
-from scripts.online_meta.runs import Run, Trace
+from scripts.online_meta.report import Trace
 
 FIRST_SEED = 1000
 GRIDS: dict[str, tuple[float, ...]] = {  # The second number is where a search begins.
@@ -21,7 +28,16 @@ GRIDS: dict[str, tuple[float, ...]] = {  # The second number is where a search b
   "modulation": (0.5, 2.0, 5.0),
 }
 DEVIATIONS = (0.003, 0.01, 0.03)  # of BGD, instead of inner rates
-Play = Callable[[str, Rates], Sequence[Run]]
+Player = Callable[[str, Rates], Sequence[Trace]]
+
+
+def player(run: Run[Config]) -> Player:
+  """What plays a method on the validation streams."""
+  config = run.config
+  seeds = np.arange(config.seeds_at_once) + FIRST_SEED
+  return lambda name, rates: [
+    runs.play(run, name, rates, p, seeds, reported=False) for p in config.stay_probabilities
+  ]
 
 
 def grid_of(name: str, field: str) -> tuple[float, ...]:
@@ -29,56 +45,53 @@ def grid_of(name: str, field: str) -> tuple[float, ...]:
   return DEVIATIONS if (name, field) == ("bgd", "inner") else GRIDS[field]
 
 
-def score(runs: Sequence[Run]) -> float:
+def score(traces: Sequence[Trace]) -> float:
   """Accuracy before adaptation, the mean over streams; minus infinity for what diverged."""
-  accuracies = [np.mean(run.trace.before) for run in runs]
-  finite = all(np.isfinite(run.trace.loss).all() for run in runs)
-  return float(np.mean(accuracies)) if finite else -INFINITY
+  finite = all(np.isfinite(trace.loss).all() for trace in traces)
+  return float(np.mean([np.mean(trace.before) for trace in traces])) if finite else -INFINITY
 
 
-def search(name: str, play: Play) -> tuple[Rates, float]:
+def search(name: str, play: Player) -> tuple[Rates, float]:
   """One rate after the other, from the middle of the grids; thresholds at the end.
 
   The thresholds of LEEDS are those that its version that is told the switches would like: the same
-  rates, so that what separates the two is the detectors.
+  rates, so that what separates the two is the detectors. The accuracy is minus infinity if every
+  rate diverged.
   """
   method = METHODS[name]
   fields = ("inner", *method.moves)
   rates = Rates(**{field: grid_of(name, field)[1] for field in fields})
   if method.thresholds:
     rates = rates._replace(switch=INFINITY)
-  tried: dict[Rates, tuple[float, Sequence[Run]]] = {}
+  tried: dict[Rates, tuple[float, Sequence[Trace]]] = {}
 
   def try_out(rates: Rates) -> float:
     key = Rates(*(round(value, 9) if math.isfinite(value) else str(value) for value in rates))
     if key not in tried:
-      runs = play("leeds_told" if name == "leeds" else name, rates)
-      tried[key] = (score(runs), runs)
+      traces = play("leeds_told" if name == "leeds" else name, rates)
+      tried[key] = (score(traces), traces)
     return tried[key][0]
 
   for field in fields:
     options = [rates._replace(**{field: value}) for value in grid_of(name, field)]
     rates = max(options, key=try_out)
   best = try_out(rates)
-  if not math.isfinite(best):
-    raise ValueError(f"every rate of the grid diverged for {name}")
-  runs = next(runs for value, runs in tried.values() if value == best)
-  if method.thresholds:
-    found = thresholds(runs)
-    calibrated = rates._replace(switch=found.switch)
-    if "shift" in method.thresholds:
-      rates = calibrated._replace(shift=found.shift)
-    elif try_out(calibrated) > best:  # C-MAML: no meta-updates where the task seems to change.
-      rates, best = calibrated, try_out(calibrated)
-  return rates, best
+  if not method.thresholds or not math.isfinite(best):
+    return rates, best
+  found = thresholds(next(traces for value, traces in tried.values() if value == best))
+  calibrated = rates._replace(switch=found.switch)
+  if "shift" in method.thresholds:
+    return calibrated._replace(shift=found.shift), best
+  better = try_out(calibrated) > best  # C-MAML: no meta-updates where the task seems to change.
+  return (calibrated, try_out(calibrated)) if better else (rates, best)
 
 
-def thresholds(runs: Sequence[Run]) -> jaxbo.Thresholds:
+def thresholds(traces: Sequence[Trace]) -> jaxbo.Thresholds:
   """Calibrated on the scores of all validation streams, without their first rounds."""
 
   def joined(pick: Callable[[Trace], Any]) -> np.ndarray:
-    rows = [pick(run.trace)[:, 1:].ravel() for run in runs]
-    first = pick(runs[0].trace)[:1, 0]  # What calibrate leaves out.
+    rows = [pick(trace)[:, 1:].ravel() for trace in traces]
+    first = pick(traces[0])[:1, 0]  # What calibrate leaves out.
     return np.concatenate([first, *rows])
 
   scores = jaxbo.Scores(
@@ -89,44 +102,97 @@ def thresholds(runs: Sequence[Run]) -> jaxbo.Thresholds:
   return jaxbo.calibrate(scores, *truth, rule="roc")
 
 
-def read(path: Path) -> dict[str, Any]:
-  """The tables of a file, by setting and method; empty if there is no file."""
-  return json.loads(path.read_text()) if path.exists() else {}
+def calibrated(run: Run[Config]) -> Rates:
+  """The rates of LEEDS, with thresholds of the pre-trained model of this run if none are given.
 
-
-def write(path: Path, setting: str, name: str, rates: Rates) -> None:
-  """Replaces the rates of a method; numbers that it does not have are left out."""
-  tables = read(path)
-  kept = {
-    field: float(f"{value:.4g}") if math.isfinite(value) else "inf"
-    for field, value in rates._asdict().items()
-    if not math.isnan(value)
-  }
-  tables.setdefault(setting, {})[name] = kept
-  path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_text(json.dumps(tables, indent=1, sort_keys=True) + "\n")
-
-
-def look_up(tables: dict[str, Any], setting: str, name: str) -> Rates:
-  """The rates of a method.
-
-  Raises:
-    ValueError: if none were chosen, or one is NaN.
+  Another machine rounds otherwise, and pre-training then ends at another model, with other scores.
   """
-  try:
-    found = {field: float(value) for field, value in tables[setting][name].items()}
-  except KeyError:
-    raise ValueError(
-      f"no rates were chosen for {name} on {setting}: choose them with --tune"
-    ) from None
-  for field, value in found.items():
-    if math.isnan(value):
-      raise ValueError(f"{name}: {field} must be a number or an infinity, got nan")
-  return Rates(**found)
+  rates = run.config.rates_of("leeds")
+  own = [name for name in METHODS["leeds"].thresholds if math.isnan(getattr(rates, name))]
+  if not own:
+    return rates
+
+  def find() -> dict[str, float]:
+    found = thresholds(player(run)("leeds_told", rates))
+    return {name: float(getattr(found, name)) for name in own}
+
+  return rates._replace(**run.note("thresholds", find))
 
 
-def all_rates(path: Path, setting: str, names: Sequence[str]) -> Iterator[tuple[str, Rates]]:
-  """The rates of methods; LEEDS that is told has those of LEEDS."""
-  tables = read(path)
-  for name in names:
-    yield name, look_up(tables, setting, "leeds" if name == "leeds_told" else name)
+class Search(Task):
+  """The search of a method, in one step; the state are its rates and their accuracy."""
+
+  def __init__(self, run: Run[Config], name: str):
+    self.name, self.play = name, player(run)
+    self.state = jnp.zeros(len(Rates._fields) + 1)
+
+  def step(self, state: jax.Array, t: int) -> tuple[jax.Array, None]:
+    """Searches."""
+    del state, t
+    rates, accuracy = search(self.name, self.play)
+    return jnp.array([*rates, accuracy]), None
+
+  def result(self, state: jax.Array, spent: Spent) -> Row:
+    """The rates; thresholds of LEEDS are of one pre-trained model, so no other run gets them."""
+    del spent
+    *numbers, accuracy = np.asarray(state).tolist()
+    rates = Rates(*(float(f"{value:.4g}") for value in numbers))
+    if self.name != "leeds":
+      return {**rates._asdict(), "accuracy": accuracy}
+    own = score(self.play("leeds", Rates(*numbers)))
+    rates = rates._replace(switch=math.nan, shift=math.nan)
+    return {**rates._asdict(), "accuracy": accuracy, "accuracy_with_detectors": own}
+
+
+class Tuning(Study[Config]):
+  """The choice of rates."""
+
+  config = Config
+
+  def prepare(self, config: Config) -> Domains:
+    """The images."""
+    return read(config)
+
+  def cells(self, run: Run[Config]) -> Iterable[Cell]:
+    """Every method; LEEDS that is told has the rates of LEEDS."""
+    names = [name for name in run.config.methods if name != "leeds_told"]
+    for begins in dict.fromkeys(METHODS[name].begins for name in names):
+      if begins != "random":
+        yield pretraining.cell(run, begins)
+    for name in names:
+      yield Cell({"method": name}, functools.partial(Search, run, name), 1, METHODS[name].label)
+
+  def tables(self, results: Results[Config]) -> Iterable[Table]:
+    """What was chosen."""
+    shown = [name for name in results.rows.columns if name != "method"]
+    text = lambda value: "-" if math.isnan(value) else f"{value:.4g}"
+    rows = [
+      [METHODS[row["method"]].label, *(text(row[name]) for name in shown)]
+      for row in results.rows.to_dict("records")
+    ]
+    yield Table(f"Rates for {results.config.name()}", ["method", *shown], rows).without_dashes()
+
+  def remarks(self, results: Results[Config]) -> Iterable[str]:
+    """Where the rates are."""
+    for row in results.rows.to_dict("records"):
+      if not math.isfinite(row["accuracy"]):
+        yield f"{METHODS[row['method']].label}: every rate of the grid diverged"
+    yield f"The rates are in {file_of(results.config)}, for --rates-file"
+
+  def draw(self, run: Run[Config]) -> None:
+    """Writes the rates beside those that the file has already."""
+    path = file_of(run.config)
+    tables: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    for row in run.results().rows.to_dict("records"):
+      if math.isfinite(row["accuracy"]):
+        known = {name: row[name] for name in Rates._fields if not math.isnan(row[name])}
+        kept = {name: "inf" if math.isinf(value) else value for name, value in known.items()}
+        tables.setdefault(run.config.name(), {})[row["method"]] = kept
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(tables, indent=1, sort_keys=True) + "\n")
+
+
+def file_of(config: Config) -> Path:
+  """Where rates are written: never into the sources."""
+  given = config.rates_file
+  return given if given and given.resolve() != RATES_FILE else config.output_dir / "rates.json"

@@ -1,60 +1,36 @@
 """Online meta-learning, the script: data, pre-training, choice of rates, traces, files, errors."""
 
-import csv
-import dataclasses
 import functools
 import json
 import math
+import signal
+import subprocess
+import sys
+import time
 import types
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pandas as pd
 import pytest
 from PIL import Image
 
 import jaxbo
-from scripts.common import report
 from scripts.online_meta import __main__ as script
-from scripts.online_meta import config as meta_config
 from scripts.online_meta import data as meta_data
 from scripts.online_meta import methods as meta_methods
 from scripts.online_meta import model as meta_model
-from scripts.online_meta import report as meta_report
-from scripts.online_meta import runs as meta_runs
-from scripts.online_meta import tuning as meta_tuning
-from scripts.online_meta import workplace as meta_workplace
-from scripts.online_meta.config import Config
+from scripts.online_meta import pretraining, report, runs, sweep, tuning
+from scripts.online_meta.config import RATES_FILE, Config
 from scripts.online_meta.methods import INFINITY, METHODS, Rates
-from scripts.online_meta.runs import Run, Trace
+from scripts.online_meta.report import Trace
 
 pytestmark = pytest.mark.slow  # All together, not each.
 
 ROUNDS = 12
-
-
-@dataclasses.dataclass(frozen=True)
-class Tiny(Config):
-  """A mean of pixels under a linear head: compiled in no time."""
-
-  def model(self, adapt="all"):
-    def init(key):
-      return meta_model.Params({"w": jax.random.normal(key, (4, 4))}, {"b": jnp.zeros((4, 3))})
-
-    def loss(x, y, batch):
-      weights, head = (
-        optax.tree.add(x, y) if adapt == "all" else (x.backbone, optax.tree.add(x.head, y))
-      )
-      pixels = batch[0].astype(jnp.float32).reshape(len(batch[0]), 4, -1).mean(axis=2) / 255
-      logits = jnp.tanh(pixels @ weights["w"]) @ head["b"]
-      return optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean(), logits
-
-    start = lambda x: optax.tree.zeros_like(x if adapt == "all" else x.head)
-    return meta_model.Model(init, loss, start)
-
-  def pretraining(self):
-    return super().pretraining()._replace(steps_per_epoch=2, eval_tasks=3)
 
 
 def config(path, **options):
@@ -62,14 +38,20 @@ def config(path, **options):
     "dataset": "glyphs", "methods": ("leeds", "maml"), "stay_probabilities": (0.7,),
     "rounds": ROUNDS, "seeds": 2, "num_ways": 3, "num_shots": 2, "images_per_class": 6,
     "inner_steps": 1, "pretrain_epochs": 1, "sweep": False, "rates_file": path / "rates.json",
-    "output_dir": path / "out", "tune_rounds": 10,
+    "output_dir": path / "out", "tune_rounds": 10, "network": "stripes",
   }  # fmt: skip
-  return Tiny(**(small | options))
+  return Config(**(small | options))
 
 
 @pytest.fixture(autouse=True)
-def small_glyphs(monkeypatch):
-  monkeypatch.setitem(meta_data.READERS, "glyphs", lambda _, *sizes: glyphs(*sizes))
+def _small(monkeypatch):
+  small_sizes(monkeypatch.setattr)
+
+
+def small_sizes(put):
+  put(pretraining, "EPOCH_STEPS", 2)
+  put(pretraining, "EVAL_TASKS", 3)
+  put(meta_data, "READERS", meta_data.READERS | {"glyphs": lambda _, *sizes: glyphs(*sizes)})
 
 
 @functools.cache
@@ -77,10 +59,24 @@ def glyphs(size, per_class):
   return meta_data.glyphs(size, per_class)
 
 
-def write_rates(config):
-  for name in METHODS:
-    rates = Rates(0.5, 0.01, 0.5, 2.0, 1.2, -1.5)
-    meta_tuning.write(config.rates_file, config.name(), name, rates)
+def write_rates(config, thresholds=(1.2, -1.5), **others):
+  numbers = dict(zip(Rates._fields, (0.5, 0.01, 0.5, 2.0, *thresholds), strict=True))
+  tables = {config.name(): dict.fromkeys(METHODS, numbers | others)}
+  config.rates_file.write_text(json.dumps(tables))
+
+
+def a_run(config, domains=None):
+  """A run that keeps nothing."""
+  made = {}
+
+  def keep(name, make):
+    if name not in made:
+      made[name] = make()
+    return made[name]
+
+  return types.SimpleNamespace(
+    config=config, data=domains or glyphs(16, 6), shared=keep, note=keep, made=made
+  )
 
 
 # -- Data and model.
@@ -149,26 +145,25 @@ def test_conv4_adapts_all_or_the_head():
   np.testing.assert_allclose(whole(x, zeros, batch)[0], np.log(2), rtol=1e-6)
 
 
-def test_pre_training_stops_early_and_returns_the_best(tmp_path, monkeypatch):
-  mine = config(tmp_path, pretrain_epochs=6, pretrain_patience=2)
-  domains, seen = glyphs(16, 6), []
+def test_pre_training_stops_early_and_keeps_the_best(tmp_path):
+  mine, domains = config(tmp_path, pretrain_epochs=6, pretrain_patience=2), glyphs(16, 6)
+  task = pretraining.Pretraining(mine, mine.model(), domains.train, domains.early)
+  untrained = task.state.x
   values = iter([0.2, 0.5, 0.4, 0.3, 0.9])
-  monkeypatch.setattr(meta_model, "float", lambda value: next(values), raising=False)
-
-  def train(setting, on_epoch=lambda epoch, value: None):
-    key = jax.random.key(0)
-    return meta_model.pretrain(mine.model(), setting, domains.train, domains.early, key, on_epoch)
-
-  setting = mine.pretraining()
-  best, history = train(setting, lambda epoch, value: seen.append((epoch, value)))
-  assert history == [0.2, 0.5, 0.4, 0.3]
-  assert seen == list(enumerate(history))
-  values = iter([0.5, 0.5])
-  two, _ = train(setting._replace(max_epochs=2))
-  for a, b in zip(jax.tree.leaves(best), jax.tree.leaves(two), strict=True):
-    np.testing.assert_array_equal(a, b)
-  untrained = mine.model().init(jax.random.split(jax.random.key(0))[0])
-  assert np.any(best.backbone["w"] != untrained.backbone["w"])
+  task.judge = lambda x: next(values)
+  states, told = [task.state], []
+  for t in range(6):
+    state, value = task.step(states[-1], t)
+    states.append(state)
+    told.append(value)
+  assert told == [0.2, 0.5, 0.4, 0.3, None, None]
+  assert [line["accuracy"] for line in task.evaluate(state, told)] == told[:4]
+  for last, best, second in zip(
+    *map(jax.tree.leaves, (state.x, state.best, states[2].x)), strict=True
+  ):
+    np.testing.assert_array_equal(best, second)
+    assert np.any(best != last)
+  assert np.any(states[1].x.backbone != untrained.backbone)
 
 
 def test_pre_training_and_its_end_are_decided_by_the_queries(tmp_path, monkeypatch):
@@ -181,14 +176,13 @@ def test_pre_training_and_its_end_are_decided_by_the_queries(tmp_path, monkeypat
       query_labels=jnp.full_like(episode.query_labels, -1),
     )
 
-  monkeypatch.setattr(meta_model, "sample_episode", blind)
-  mine, domains, key = config(tmp_path), glyphs(16, 6), jax.random.key(0)
-  best, history = meta_model.pretrain(
-    mine.model(), mine.pretraining(), domains.train, domains.early, key
-  )
-  assert history == [0.0]
-  untrained = mine.model().init(jax.random.split(jax.random.key(0))[0])
-  jax.tree.map(np.testing.assert_array_equal, best, untrained)
+  monkeypatch.setattr(pretraining, "sample_episode", blind)
+  mine, domains = config(tmp_path), glyphs(16, 6)
+  task = pretraining.Pretraining(mine, mine.model(), domains.train, domains.early)
+  untrained = jax.tree.map(np.asarray, task.state.x)
+  state, accuracy = task.step(task.state, 0)
+  assert accuracy == 0.0
+  jax.tree.map(np.testing.assert_array_equal, state.best, untrained)
 
 
 # -- Traces and numbers.
@@ -214,39 +208,32 @@ def test_a_row_of_results_counted_by_hand():
     meta_updated=np.array([1, 0, 1, 1, 0, 0], bool),
   )
   best = np.float32([0.5, 0.5, 1, 1, 1, 1])
-  two = Trace(*(np.concatenate(leaves) for leaves in zip(trace(), mine, strict=True)))
-  row_of = lambda method, both: meta_report.result_of(
-    0.9, method, 7, Run(both, 12.0, 102400), 1, best
-  )
-  row = row_of("leeds", two)
-  np.testing.assert_allclose(row.accuracy, 2.6 / 6, rtol=1e-6)
-  np.testing.assert_allclose(row.accuracy_domain_0, 1.8 / 4, rtol=1e-6)
-  np.testing.assert_allclose((row.accuracy_domain_1, row.accuracy_out), 0.4, rtol=1e-6)
-  assert math.isnan(row.accuracy_domain_2)
-  assert row.regret == pytest.approx(((3 - 1) + (4 - 2) + (3 - 2)) / 3)
-  assert (row.num_switches, row.switch_precision, row.switch_recall) == (2, 0.5, 0.5)
-  assert (row.num_shifts, row.shift_precision, row.shift_recall) == (1, 0.5, 1.0)
-  assert (row.meta_updates, row.seconds_per_round, row.seed) == (3, 1.0, 7)
-  np.testing.assert_allclose((row.accuracy_after, row.accuracy_after_domain_1), (4 / 6, 0.6))
-  silent = row_of("maml", two)
-  assert math.isnan(silent.switch_recall)
+  row_of = lambda method, trace: report.numbers(method, trace.of(0), best)
+  row = row_of("leeds", mine)
+  np.testing.assert_allclose(row["accuracy"], 2.6 / 6, rtol=1e-6)
+  np.testing.assert_allclose(row["accuracy_domain_0"], 1.8 / 4, rtol=1e-6)
+  np.testing.assert_allclose((row["accuracy_domain_1"], row["accuracy_out"]), 0.4, rtol=1e-6)
+  assert math.isnan(row["accuracy_domain_2"])
+  assert row["regret"] == pytest.approx(((3 - 1) + (4 - 2) + (3 - 2)) / 3)
+  assert (row["num_switches"], row["switch_precision"], row["switch_recall"]) == (2, 0.5, 0.5)
+  assert (row["num_shifts"], row["shift_precision"], row["shift_recall"]) == (1, 0.5, 1.0)
+  assert row["meta_updates"] == 3
+  np.testing.assert_allclose((row["accuracy_after"], row["accuracy_after_domain_1"]), (4 / 6, 0.6))
+  silent = row_of("maml", mine)
+  assert math.isnan(silent["switch_recall"])
   # A shift that is flagged when its task is over is missed; the third domain is out, too.
-  late = row_of("leeds", two._replace(shift=np.tile(np.arange(6) == 4, (2, 1))))
-  assert late.shift_recall == 0
-  three = row_of("leeds", two._replace(domain=np.tile([0, 0, 1, 1, 2, 2], (2, 1))))
-  np.testing.assert_allclose((three.accuracy_out, three.accuracy_domain_2), (0.5, 0.6), rtol=1e-6)
-  text = meta_report.accuracy_rows([row])[0]
-  assert text[:3] == ["LEEDS", "43.3", "45.0"]
-  assert text[-1] == "100"
-  assert meta_report.detection_rows([row])[1] == [
-    "LEEDS",
-    "1 shifts",
-    "0.50",
-    "1.00",
-    "0.00",
-    "1.0",
+  late = row_of("leeds", mine._replace(shift=np.arange(6)[None] == 4))
+  assert late["shift_recall"] == 0
+  three = row_of("leeds", mine._replace(domain=np.int32([[0, 0, 1, 1, 2, 2]])))
+  np.testing.assert_allclose(
+    (three["accuracy_out"], three["accuracy_domain_2"]), (0.5, 0.6), rtol=1e-6
+  )
+  rows = pd.DataFrame([{"method": "leeds", **row}, {"method": "maml", **silent}])
+  assert script.detection_table("", rows).rows == [
+    ["LEEDS, 2 switches", "1", "0.50", "0.50", "0.00", "1.0"],
+    ["LEEDS, 1 shifts", "1", "0.50", "1.00", "0.00", "1.0"],
   ]
-  assert meta_report.detection_rows([silent]) == []
+  assert script.detection_table("", rows[1:]).rows == []
 
 
 def test_the_best_fixed_models_are_trained_on_all_rounds_of_their_task(tmp_path):
@@ -258,8 +245,8 @@ def test_the_best_fixed_models_are_trained_on_all_rounds_of_their_task(tmp_path)
 
   model = meta_model.Model(lambda key: jnp.zeros(2), loss, jnp.zeros_like)
   stream = jaxbo.tasks.moving_gaussian_stream(2, 5, stay_probability=0.8, domain_step=0.0)
-  keys = meta_runs.keys_of([3])
-  find = jax.jit(lambda x: meta_runs.best_losses(model, x, stream, keys, 30, passes=100, rate=0.05))
+  keys = runs.keys_of([3])
+  find = jax.jit(lambda x: runs.best_losses(model, x, stream, keys, 30, passes=100, rate=0.05))
   found = np.asarray(find(jnp.full(2, -6.0)))[0]
   state, points, switches = stream.init(keys[0]), [], []
   step = jax.jit(stream.step)
@@ -296,9 +283,9 @@ def test_rates_are_searched_one_after_the_other_and_thresholds_are_calibrated():
       shift_score=shift_scores + 50 * (rates.inner != 0.4),  # Of the best rates, not of others.
       task_switch=switches, domain=domain,
     )  # fmt: skip
-    return [Run(mine, 1.0, 1)]
+    return [mine]
 
-  rates, value = meta_tuning.search("leeds", play)
+  rates, value = tuning.search("leeds", play)
   assert (rates.inner, rates.outer) == (0.4, 3e-4)
   assert rates.in_scale < 1  # What diverged is never chosen.
   assert value == pytest.approx(1.0)
@@ -306,9 +293,8 @@ def test_rates_are_searched_one_after_the_other_and_thresholds_are_calibrated():
   assert 0 < rates.shift <= 0.1
   assert set(played) == {"leeds_told"}
   assert len(played) == 9  # 4 + 3 + 2: nothing twice.
-  diverged = lambda name, rates: [Run(trace(loss=np.float32([np.nan] * 6)), 1.0, 1)]
-  with pytest.raises(ValueError, match="every rate of the grid diverged for maml"):
-    meta_tuning.search("maml", diverged)
+  diverged = lambda name, rates: [trace(loss=np.float32([np.nan] * 6))]
+  assert tuning.search("maml", diverged)[1] == -INFINITY
 
 
 @pytest.mark.parametrize("with_detector", [0.6, 0.4])
@@ -320,130 +306,145 @@ def test_c_maml_leaves_updates_out_where_that_is_better(with_detector):
     accuracy = 0.5 if math.isinf(rates.switch) else with_detector
     before = np.full((1, 6), accuracy)
     mine = trace()._replace(before=before, switch_score=1.0 + 2 * switch, task_switch=switch)
-    return [Run(mine, 1.0, 1)]
+    return [mine]
 
-  rates, value = meta_tuning.search("c_maml", play)
+  rates, value = tuning.search("c_maml", play)
   assert (rates.switch, value) == ((2.0, 0.6) if with_detector > 0.5 else (INFINITY, 0.5))
 
 
 def test_thresholds_leave_out_the_first_round_of_every_stream():
   mine = trace(switch_score=np.float32([99, 1, 5, 1, 5, 1]), task_switch=np.arange(6) % 2 == 0)
-  assert meta_tuning.thresholds([Run(mine, 1.0, 1)] * 2).switch == 3.0
+  assert tuning.thresholds([mine] * 2).switch == 3.0
 
 
 def test_the_grid_of_bgd_is_of_deviations():
-  assert meta_tuning.grid_of("bgd", "inner") == meta_tuning.DEVIATIONS
-  assert meta_tuning.grid_of("maml", "inner") == meta_tuning.GRIDS["inner"]
+  assert tuning.grid_of("bgd", "inner") == tuning.DEVIATIONS
+  assert tuning.grid_of("maml", "inner") == tuning.GRIDS["inner"]
 
 
 def test_rates_are_kept_by_setting_and_method(tmp_path):
-  path = tmp_path / "rates.json"
-  meta_tuning.write(path, "a", "c_maml", Rates(0.1, 0.01, switch=INFINITY))
-  meta_tuning.write(path, "a", "leeds", Rates(0.2, 0.01, 0.1, switch=1.5, shift=-4.0))
-  found = dict(meta_tuning.all_rates(path, "a", ("c_maml", "leeds_told")))
-  assert found["c_maml"].switch == INFINITY
-  assert math.isnan(found["c_maml"].shift)
-  assert found["leeds_told"].inner == 0.2
-  with pytest.raises(ValueError, match="no rates were chosen for maml on a: choose them with --tu"):
-    dict(meta_tuning.all_rates(path, "a", ("maml",)))
+  mine = config(tmp_path)
+  c_maml, leeds = {"inner": 0.1, "outer": 0.01, "switch": "inf"}, {"inner": 0.2, "in_scale": 0.1}
+  tables = {mine.name(): {"c_maml": c_maml, "leeds": leeds}}
+  mine.rates_file.write_text(json.dumps(tables))
+  assert mine.rates_of("c_maml").switch == INFINITY
+  assert math.isnan(mine.rates_of("c_maml").shift)
+  assert mine.rates_of("leeds_told").inner == 0.2
+  assert mine.but(in_distribution_scale=0.7).rates_of("leeds").in_scale == 0.7
+  other = mine.but(width=3)
+  with pytest.raises(
+    ValueError, match="no rates were chosen for leeds on glyphs/3way2shot/16px/wi"
+  ):
+    other.rates_of("leeds")
+  assert other.but(smoke=True).rates_of("leeds").inner == 0.2  # Some numbers are better than none.
+  del c_maml["switch"]
+  leeds["switch"] = "nan"
+  mine.rates_file.write_text(json.dumps(tables))
+  for name in ("leeds", "c_maml"):
+    with pytest.raises(
+      ValueError, match=f"{name}: switch must be a number or an infinity, got nan"
+    ):
+      mine.rates_of(name)
 
 
 def test_the_rates_file_has_all_that_the_default_run_needs():
-  default = Config()
-  assert dict(meta_tuning.all_rates(default.rates_file, default.name(), default.methods))
+  assert all(Config().rates_of(name) for name in METHODS)
 
 
 # -- The script.
 
 
-def rows_of(path):
-  with (path / "results.csv").open() as file:
-    return list(csv.DictReader(file))
-
-
-def test_a_run_is_stopped_and_goes_on_to_the_same_results(tmp_path, capsys, monkeypatch):
+def test_a_run_writes_traces_tables_and_pictures_and_goes_on(tmp_path, capsys):
   mine = config(tmp_path, sweep=True)
   write_rates(mine)
-  play, calls = meta_workplace.Workplace.play, []
-
-  def interrupted(self, *args, **kwargs):
-    calls.append(args[0])
-    if len(calls) == 4:  # The second seed of MAML.
-      raise KeyboardInterrupt
-    return play(self, *args, **kwargs)
-
-  monkeypatch.setattr(meta_workplace.Workplace, "play", interrupted)
-  assert script.main(dataclasses.replace(mine, sweep=False)) == 130
-  output = capsys.readouterr().out
-  assert "Interrupted; --resume goes on. What was finished until then:" in output
-  assert {row["method"] for row in rows_of(mine.output_dir)} == {"leeds"}
-  assert script.main(mine) == 2
-  assert "has checkpoints of an earlier run" in capsys.readouterr().err
-  assert script.main(dataclasses.replace(mine, resume=True)) == 0
+  assert script.run(mine.but(methods=("leeds",))) == 0
+  assert script.run(mine.but(resume=True)) == 0
   output = capsys.readouterr().out
   for word in ("glyphs, p = 0.7: 12 rounds, 3-way 2-shot", "LEEDS", "negatives", "Detection"):
     assert word in output
-  assert calls[4:6] == ["maml", "leeds"]  # What was kept is not played again; then the sweep.
-  rows = rows_of(mine.output_dir)
-  assert [(row["method"], row["seed"]) for row in rows] == [
-    (method, seed) for method in mine.methods for seed in "01"
-  ]
-  assert all(math.isfinite(float(row["regret"])) for row in rows)
-  check_traces(mine)
-  for name in (script.PICTURE, script.SWEEP):
+  rows = pd.read_csv(mine.output_dir / "results.csv")
+  cells = [(method, seed) for seed in (0, 1) for method in ("leeds", "maml")]
+  assert sorted(rows[["method", "seed"]].itertuples(index=False, name=None)) == sorted(cells)
+  assert np.isfinite(rows["regret"]).all()
+  for name in ("online_meta.png", "online_meta_sweep.png"):
     with Image.open(mine.output_dir / name) as picture:
       assert picture.width > 800
-  less = dataclasses.replace(mine, resume=True, methods=("leeds",), sweep=False)
-  assert script.main(less) == 0
-  rows_of_others = [row for row in rows_of(mine.output_dir) if row["method"] != "leeds"]
-  assert rows_of_others == [row for row in rows if row["method"] != "leeds"]  # Nothing is lost.
-  bad = dataclasses.replace(mine, resume=True, pretrain_tasks=3)
-  assert script.main(bad) == 2
+  notes = json.loads((mine.output_dir / "notes.json").read_text())
+  assert {len(notes), notes["sweep of p=0.7, switch 6"]["recall"]} == {len(notes), 0.0}
+  bad = mine.but(resume=True, pretrain_tasks=3)
+  assert script.run(bad) == 2
   assert "pretrain_tasks must be 2 to resume, got 3" in capsys.readouterr().err
 
 
-def check_traces(mine):
-  """The first seed of LEEDS (thresholds 1.2 and -1.5), and the ends of its sweeps."""
-  load = lambda folder: meta_runs.load_run(mine.output_dir / "checkpoints" / folder / "0")
-  run, maml = load("0.7_leeds"), load("0.7_maml")
-  found, later = run.trace, np.arange(ROUNDS)[None] > 0
-  assert run.seconds > 0
+def test_the_trace_of_leeds_follows_its_thresholds(tmp_path):
+  """They are 1.2 and -1.5."""
+  mine = config(tmp_path)
+  found, maml = (
+    played(mine, name, [0], Rates(0.5, 0.01, 0.5, 2.0, 1.2, -1.5)) for name in mine.methods
+  )
+  later = np.arange(ROUNDS)[None] > 0
   np.testing.assert_array_equal(found.switch_score, found.loss)
   np.testing.assert_array_equal(found.switch, ~later | (found.loss > np.float32(1.2)))
   np.testing.assert_array_equal(found.shift, found.switch & (found.shift_score > -1.5))
   np.testing.assert_array_equal(found.meta_updated, found.switch)
-  np.testing.assert_array_equal(found.task_switch, maml.trace.task_switch)
+  np.testing.assert_array_equal(found.task_switch, maml.task_switch)
   assert np.any(found.before != found.after)
-  assert not np.any(maml.trace.meta_updated)
-  assert np.all(load("0.7_sweep_switch_0").trace.switch)  # A threshold of zero.
-  assert np.sum(load("0.7_sweep_switch_6").trace.switch) == 1  # One of 4.8.
-  assert not np.any(load(f"0.7_sweep_shift_{last_shift(mine)}").trace.shift[found.switch])
+  assert not np.any(maml.meta_updated)
 
 
-def last_shift(mine):
-  folders = (mine.output_dir / "checkpoints").glob("0.7_sweep_shift_*")
-  return max(int(folder.name.rsplit("_", 1)[1]) for folder in folders)
-
-
-def traces(mine, name, seeds):
+def played(mine, name, seeds, rates):
   """The trace of a method on the tiny model."""
-  model = mine.model("head" if METHODS[name].begins == "anil" else "all")
-  xs = meta_runs.initial(model, "random", {}, seeds)
-  stream, rates = mine.stream(glyphs(16, 6).test, 0.7), Rates(0.3, 0.01, 0.5, 2.0, 1.0, -1.5)
-  x = jax.tree.map(lambda leaf: leaf[0], xs)
-  program = meta_runs.make_program(name, model, mine.switches(), ROUNDS, x, stream, seeds)
-  assert program.state_bytes > 0
-  return meta_runs.play(program, rates, xs, stream, seeds).trace
+  run = a_run(mine)
+  run.made["trained", "maml"] = mine.model().init(jax.random.key(0))
+  return runs.play(run, name, rates, 0.7, seeds, reported=True)
 
 
 def test_seeds_side_by_side_are_as_one_after_the_other(tmp_path):
-  mine = config(tmp_path)
+  mine, rates = config(tmp_path), Rates(0.3)
   with jax.debug_key_reuse(False):  # It takes the batched switch of the stream for reuse.
-    both = traces(mine, "maml", [4, 5])
-  one = traces(mine, "maml", [5])
+    both = played(mine, "online_sgd", [4, 5], rates)
+  one = played(mine, "online_sgd", [5], rates)
   np.testing.assert_allclose(both.loss[1:], one.loss, rtol=1e-4, atol=1e-5)
   np.testing.assert_array_equal(both.task_switch[1:], one.task_switch)
   assert np.any(both.loss[0] != both.loss[1])
+
+
+def test_a_run_that_was_killed_goes_on_bit_for_bit(tmp_path):
+  write_rates(config(tmp_path), (math.nan, math.nan))  # LEEDS finds them.
+
+  def ran(name, *, resume=False, kill=False):
+    code = f"""
+import pathlib, sys
+from scripts.online_meta import __main__ as script
+from tests.scripts.online_meta import test_script as small
+small.small_sizes(setattr)
+path = pathlib.Path({str(tmp_path)!r})
+mine = small.config(path, methods=("leeds", "maml"), output_dir=path / {name!r}, resume={resume})
+sys.exit(script.run(mine))
+"""
+    process = subprocess.Popen([sys.executable, "-c", code])
+    table = tmp_path / name / "results.csv"
+    while kill and process.poll() is None and not table.exists():
+      time.sleep(0.005)
+    if kill:
+      process.send_signal(signal.SIGKILL)
+    return process.wait()
+
+  assert ran("whole") == 0
+  assert ran("killed", kill=True) == -signal.SIGKILL
+  assert ran("killed", resume=True) == 0
+  for file, read in (("results.csv", pd.read_csv), ("metrics.jsonl", lines_of)):
+    whole, killed = (
+      read(tmp_path / name / file).filter(regex="^(?!seconds)") for name in ("whole", "killed")
+    )
+    assert len(whole) >= 4
+    pd.testing.assert_frame_equal(whole, killed, check_exact=True)
+  notes = [(tmp_path / name / "notes.json").read_text() for name in ("whole", "killed")]
+  assert notes[0] == notes[1]
+
+
+def lines_of(path):
+  return pd.read_json(path, lines=True, precise_float=True)
 
 
 @pytest.mark.parametrize(
@@ -456,12 +457,12 @@ def test_every_method_can_be_traced(options, tmp_path):
   for name, method in METHODS.items():
     if options.get("query") == "next" and name not in ("leeds", "meta_ogd"):
       continue
-    model = mine.model("head" if method.begins == "anil" else "all")
+    model = mine.model_from(method.begins)
 
     def run(x, stream, method=method, model=model):
-      learner = method.make(model, rates, mine.switches())
+      learner = method.make(model, rates, mine)
       state = learner.init(x, stream=stream, key=0)
-      return meta_runs.trace_of(learner.run(state, stream, ROUNDS)[1])
+      return runs.trace_of(learner.run(state, stream, ROUNDS)[1])
 
     found = jax.eval_shape(run, model.init(jax.random.key(0)), stream)
     assert {leaf.shape for leaf in found} == {(ROUNDS,)}, name
@@ -472,11 +473,11 @@ def test_what_methods_are_made_of(tmp_path):
   mine = config(tmp_path, no_switch_scale=0.125)
   rates, batch = Rates(0.5, 0.01, 0.25, 2.0, 1.5, -2.0), (jnp.zeros((6, 16, 16, 1)), jnp.arange(6))
   x, states = mine.model().init(jax.random.key(0)), {}
-  first = lambda name, switches: (
-    METHODS[name].make(mine.model(), rates, switches).init(x, (batch, batch))
+  first = lambda name, choices: (
+    METHODS[name].make(mine.model(), rates, choices).init(x, (batch, batch))
   )
   for name in ("maml", "c_maml", "c_maml_um", "c_maml_pap", "leeds", "leeds_told"):
-    states[name] = first(name, mine.switches())
+    states[name] = first(name, mine)
   scales = {name: optax.tree.get(state, "gate_scales") for name, state in states.items()}
   assert scales["leeds"] == scales["leeds_told"] == (0.125, 0.25, 1.0)
   assert scales["c_maml"] == (1.0, 0.0, 0.0)
@@ -489,12 +490,12 @@ def test_what_methods_are_made_of(tmp_path):
   assert kinds == ["c_maml_um", "c_maml_pap"]
   buffers = {name: isinstance(s.last_support, jaxbo.SupportBuffer) for name, s in states.items()}
   assert [name for name, value in buffers.items() if value] == ["c_maml_pap"]
-  dropped = first("leeds", mine.switches()._replace(first_order=True))
+  dropped = first("leeds", mine.but(first_order=True))
   assert optax.tree.get(dropped, "response_finite") is None
   assert optax.tree.get(states["leeds"], "response_finite") is not None
-  # The task's x and y are 28 numbers each; two thresholds; two flags.
+  # The task's x and y are 31 numbers each; two thresholds; two flags.
   streaming = states["maml"]._replace(task_stream_state=jnp.zeros(99))
-  assert meta_methods.state_bytes(streaming, x) == 2 * 28 * 4 + 2 * 4 + 2
+  assert meta_methods.state_bytes(streaming, x) == 2 * 31 * 4 + 2 * 4 + 2
   begins = {name: method.begins for name, method in METHODS.items() if method.begins != "maml"}
   assert begins == {"online_sgd": "random", "scratch": "random", "anil": "anil"}
 
@@ -502,227 +503,157 @@ def test_what_methods_are_made_of(tmp_path):
 def test_a_round_has_as_many_queries_as_images_where_they_are_given(tmp_path):
   shapes = {}
   for query in ("same", "given"):
-    mine = config(tmp_path, query=query)
-    assert mine.switches().num_examples == 6
-    stream = mine.stream(glyphs(16, 6).test, 0.7)
+    stream = config(tmp_path, query=query).stream(glyphs(16, 6).test, 0.7)
     shapes[query] = jax.eval_shape(stream.step, stream.init(0))[1]
   assert shapes["same"].query_images is None
   assert shapes["given"].query_images.shape == shapes["same"].images.shape == (6, 16, 16, 1)
+  groups = config(tmp_path, first_seed=7, seeds=4, seeds_at_once=2).groups()
+  assert [group.tolist() for group in groups] == [[7, 8], [9, 10]]
 
 
-def test_sizes_of_tasks_and_groups_of_seeds(tmp_path):
-  mine = config(tmp_path, num_shots=5, first_seed=7, seeds=4, seeds_at_once=2)
-  assert [group.tolist() for group in mine.groups()] == [[7, 8], [9, 10]]
-  before = mine.pretraining()
-  assert (before.num_ways, before.num_shots, before.num_queries) == (3, 5, 5)
-  assert mine.switches().num_examples == 15
-
-
-def test_thresholds_are_swept_on_the_first_stream_and_seed(tmp_path):
-  """Accuracies, domains and scores are those of the first of two seeds."""
-  rows, played = {}, []
-  for name, seed in (("leeds", 0), ("other", 1)):
-    rows[name] = trace(
-      before=np.float32([0.1, 0.3, 0.5, 0.7, 0.9, 0.5]) - 0.1 * seed,
-      domain=np.int32([0, 0, 1, 1, 2, 2]),
-      task_switch=np.array([1, 0, 1, 0, 1, 0], bool),
-      switch=np.array([1, 0, 1, 0, 1, seed], bool),
-      shift=np.array([0, 0, 1, 0, 1, 0], bool),
-      switch_score=np.float32([9, 1, 3, 1, 5, 1]),
-      shift_score=np.float32([-3, 99, -1, 99, 1, 99]),
-    )
-  both = Trace(*(np.concatenate(pair) for pair in zip(*rows.values(), strict=True)))
-
-  def kept(folder, name, rates, p, seeds):
-    played.append((folder, name, p, seeds.tolist(), rates))
-    return Run(both, 1.0, 1)
-
-  mine = config(tmp_path, stay_probabilities=(0.5, 0.75), seeds=4, seeds_at_once=2)
-  place = types.SimpleNamespace(
-    config=mine, kept=kept, task=0, progress=types.SimpleNamespace(update=lambda *_, **__: None)
-  )
-  runs = {(p, "leeds"): Run(both, 1.0, 1) for p in mine.stay_probabilities}
-  runs[0.75, "leeds"] = Run(trace(switch=np.ones(6, bool)), 1.0, 1)
-  found = meta_workplace.sweep_all(place, Rates(0.5, 0.01, 0.5, switch=2.0, shift=0.25), runs)
-  np.testing.assert_allclose(found["switch"].thresholds, [0, 0.8, 1.4, 2, 3, 4, 8])
-  # The quantiles of -3, -1 and 1, the scores where a switch was detected, and the chosen one.
-  np.testing.assert_allclose(found["shift"].thresholds, [-3, -2, -1, 0, 0.25, 1])
-  assert {(name, p, tuple(seeds)) for _, name, p, seeds, _ in played} == {("leeds", 0.5, (0, 1))}
-  assert [rates.switch for *_, rates in played[:7]] == found["switch"].thresholds.tolist()
-  assert [rates.shift for *_, rates in played[7:]] == found["shift"].thresholds.tolist()
-  assert {rates.shift for *_, rates in played[:7]} == {0.25}
-  assert len({folder for folder, *_ in played}) == 13
-  for sweep in found.values():
-    np.testing.assert_allclose(sweep.accuracy, 0.5, rtol=1e-6)
-    np.testing.assert_allclose(sweep.out, 2.6 / 4, rtol=1e-6)
-    np.testing.assert_allclose((sweep.precision, sweep.recall), 1)
-  assert (found["switch"].chosen, found["shift"].chosen) == (2.0, 0.25)
-  np.testing.assert_allclose(found["switch"].logged[:, 1], [1, 1, 1, 1, 0.5, 0.5, 0])
-
-
-def test_thresholds_that_are_not_given_are_calibrated_on_validation_streams(tmp_path):
-  """Scores are 3 at switches and 1 elsewhere, and by domain."""
+def test_thresholds_are_swept_around_the_chosen_ones(tmp_path):
   played = []
-  switch, domain = np.tile([True, False], 10)[None], np.repeat([0, 1], 10)[None]
-
-  def play(name, rates, p, seeds, *, test):
-    played.append((name, p, seeds.tolist(), test))
-    return Run(
-      trace(switch_score=0)._replace(
-        switch_score=1.0 + 2 * switch, shift_score=-5.0 + domain, task_switch=switch, domain=domain
-      ),
-      1.0,
-      1,
-    )
-
-  def own(*given):
-    mine = config(tmp_path, stay_probabilities=(0.5, 0.75))
-    place = types.SimpleNamespace(
-      config=mine, play=play, progress=types.SimpleNamespace(console=report.console())
-    )
-    rates = {"leeds": Rates(0.5, 0.01, 0.5, math.nan, *given), "maml": Rates(0.5)}
-    found = script.with_own_thresholds(place, rates)
-    assert found["maml"] is rates["maml"]
-    assert found["leeds"][:3] == rates["leeds"][:3]
-    return found["leeds"][4:]
-
-  assert own(9.0, math.inf) == (9.0, math.inf)
-  assert not played
-  assert own(9.0, math.nan) == (9.0, -5.0)
-  played.clear()
-  assert own() == (2.0, -5.0)
-  assert played == [("leeds_told", p, [meta_tuning.FIRST_SEED], False) for p in (0.5, 0.75)]
-
-
-def test_choices_are_tried_on_validation_images(tmp_path):
-  domains = glyphs(16, 6)
-  for validation, expected in ((True, domains.validation), (False, domains.test)):
-    with report.progress_bar(report.console()) as progress:
-      place = meta_workplace.Workplace(config(tmp_path, validation=validation), domains, progress)
-    np.testing.assert_array_equal(place.arrays[1][0], expected[0])
-    np.testing.assert_array_equal(place.arrays[0][0], domains.validation[0])
-
-
-def test_tuning_plays_its_rounds_of_validation_images_and_a_report_its_own(tmp_path, monkeypatch):
-  monkeypatch.setattr(Tiny, "stream", lambda self, images, p: images[0])
-  monkeypatch.setattr(meta_workplace.Workplace, "begin", lambda self, name: None)
-  monkeypatch.setattr(meta_runs, "initial", lambda *arguments: {"x": np.zeros((1, 2))})
-  monkeypatch.setattr(meta_runs, "make_program", lambda *arguments: arguments[3:6:2])
-  monkeypatch.setattr(
-    meta_runs,
-    "play",
-    lambda program, rates, xs, stream, seeds: Run(trace(), program[0], (program[1], stream)),
-  )
-  domains = glyphs(16, 6)
-  with report.progress_bar(report.console()) as progress:
-    place = meta_workplace.Workplace(config(tmp_path, rounds=9, tune_rounds=4), domains, progress)
-  for test, rounds, images in ((False, 4, domains.validation), (True, 9, domains.test)):
-    run = place.play("leeds", Rates(0.5, 0.01), 0.5, [0], test=test)
-    assert run.seconds == rounds
-    for stream in run.state_bytes:
-      np.testing.assert_array_equal(stream, images[0])
+  base = trace(
+    before=np.float32([0.1, 0.3, 0.5, 0.7, 0.9, 0.5]),
+    domain=np.int32([0, 0, 1, 1, 2, 2]),
+    task_switch=np.array([1, 0, 1, 0, 1, 0], bool),
+    switch=np.array([1, 0, 1, 0, 1, 0], bool),
+    shift=np.array([0, 0, 1, 0, 1, 0], bool),
+    switch_score=np.float32([9, 1, 3, 1, 5, 1]),
+    shift_score=np.float32([-3, 99, -1, 99, 1, 99]),
+  ).of(0)
+  play = lambda rates: (played.append(rates), base)[1]
+  rates = Rates(0.5, 0.01, 0.5, switch=2.0, shift=0.25)
+  found = pd.DataFrame(sweep.measure(a_run(config(tmp_path)), rates, base, play))
+  tried = {kind: rows["threshold"].tolist() for kind, rows in found.groupby("kind")}
+  np.testing.assert_allclose(tried["switch"], [0, 0.8, 1.4, 2, 3, 4, 8])
+  # The quantiles of -3, -1 and 1, the scores where a switch was detected, and the chosen one.
+  np.testing.assert_allclose(tried["shift"], [-3, -2, -1, 0, 0.25, 1])
+  assert [rates.switch for rates in played] == tried["switch"] + [2.0] * 6
+  assert [rates.shift for rates in played] == [0.25] * 7 + tried["shift"]
+  np.testing.assert_allclose(found["accuracy"], 0.5, rtol=1e-6)
+  np.testing.assert_allclose(found["out"], 2.6 / 4, rtol=1e-6)
+  np.testing.assert_allclose(found[["precision", "recall"]], 1)
+  np.testing.assert_allclose(found["logged_recall"][:7], [1, 1, 1, 1, 0.5, 0.5, 0])
 
 
 def test_thresholds_are_judged_by_the_scores_that_were_logged():
   switches = np.array([1, 0, 1, 0, 1, 0], bool)
-  one = Trace(
-    *(
-      leaf[0]
-      for leaf in trace(
-        task_switch=switches,
-        switch=switches,
-        domain=np.int32([0, 0, 1, 1, 2, 2]),
-        switch_score=np.float32([9, 1, 3, 2, 5, 0]),
-        shift_score=np.float32([-9, 7, 4, 7, 6, 7]),
-      )
-    )
-  )
+  one = trace(
+    task_switch=switches,
+    switch=switches,
+    domain=np.int32([0, 0, 1, 1, 2, 2]),
+    switch_score=np.float32([9, 1, 3, 2, 5, 0]),
+    shift_score=np.float32([-9, 7, 4, 7, 6, 7]),
+  ).of(0)
   # Above 1.5 a round in between is taken for a switch; above 4 one of two switches is missed. The
   # first round is left out.
-  found = meta_workplace.logged_quality(one, "switch", np.array([1.5, 2.5, 4.0]))
+  found = sweep.logged_quality(one, "switch", np.array([1.5, 2.5, 4.0]))
   np.testing.assert_allclose(found, [[2 / 3, 1], [1, 1], [1, 0.5]], rtol=1e-6)
-  found = meta_workplace.logged_quality(one, "shift", np.array([0.0, 5.0]))
+  found = sweep.logged_quality(one, "shift", np.array([0.0, 5.0]))
   np.testing.assert_allclose(found, [[1, 1], [1, 0.5]], rtol=1e-6)
 
 
+def test_thresholds_that_are_not_given_are_calibrated_on_validation_streams(tmp_path, monkeypatch):
+  """Scores are 3 at switches and 1 elsewhere, and by domain."""
+  calls = []
+  switch, domain = np.tile([True, False], 10)[None], np.repeat([0, 1], 10)[None]
+
+  def play(run, name, rates, p, seeds, *, reported):
+    calls.append((name, p, seeds.tolist(), reported))
+    return trace()._replace(
+      switch_score=1.0 + 2 * switch, shift_score=-5.0 + domain, task_switch=switch, domain=domain
+    )
+
+  monkeypatch.setattr(runs, "play", play)
+
+  def own(*given):
+    mine = config(tmp_path, stay_probabilities=(0.5, 0.75))
+    write_rates(mine)
+    tables = json.loads(mine.rates_file.read_text())
+    leeds = tables[mine.name()]["leeds"]
+    del leeds["switch"], leeds["shift"]
+    leeds.update(zip(("switch", "shift"), given, strict=False))
+    mine.rates_file.write_text(json.dumps(tables))
+    return tuning.calibrated(a_run(mine))[4:]
+
+  assert own(9.0, "inf") == (9.0, math.inf)
+  assert not calls
+  assert own(9.0) == (9.0, -5.0)
+  calls.clear()
+  assert own() == (2.0, -5.0)
+  assert calls == [("leeds_told", p, [tuning.FIRST_SEED], False) for p in (0.5, 0.75)]
+
+
+def test_tuning_and_choices_are_on_validation_images_and_a_report_on_its_own(tmp_path, monkeypatch):
+  monkeypatch.setattr(Config, "stream", lambda self, images, p: images[0])
+  monkeypatch.setattr(runs, "Program", lambda *arguments: arguments)
+  domains = glyphs(16, 6)
+  for validation, reported, rounds, images in (
+    (False, False, 4, domains.validation),
+    (False, True, 9, domains.test),
+    (True, True, 9, domains.validation),
+  ):
+    mine = config(tmp_path, rounds=9, tune_rounds=4, validation=validation)
+    program, _ = runs.prepared(a_run(mine), "online_sgd", 0.5, [0], reported=reported)
+    assert program[2] == rounds
+    np.testing.assert_array_equal(program[4], images[0])
+
+
 def test_tuning_writes_rates_that_a_run_uses(tmp_path, capsys, monkeypatch):
-  monkeypatch.setattr(meta_tuning, "GRIDS", {"inner": (0.1, 0.2), "outer": (0.1, 0.2)})
-  mine = config(tmp_path, methods=("meta_ogd",), tune=True)
-  assert script.main(mine) == 0
-  table = json.loads(mine.rates_file.read_text())[mine.name()]
+  monkeypatch.setattr(tuning, "GRIDS", {"inner": (0.1, 0.2), "outer": (0.1, 0.2)})
+  committed = RATES_FILE.read_text()
+  mine = config(tmp_path, methods=("meta_ogd",), tune=True, rates_file=None)
+  assert script.run(mine) == 0
+  assert "MetaOGD" in capsys.readouterr().out
+  assert RATES_FILE.read_text() == committed
+  file = mine.output_dir / "rates.json"
+  table = json.loads(file.read_text())[mine.name()]
   assert table.keys() == {"meta_ogd"}
   assert set(table["meta_ogd"]) == {"inner", "outer"}
-  assert "MetaOGD: accuracy" in capsys.readouterr().out
-  assert not mine.output_dir.exists()
-  rates = script.chosen_rates(mine)["meta_ogd"]
+  rates = mine.but(rates_file=file).rates_of("meta_ogd")
   assert (rates.inner, rates.outer) == (table["meta_ogd"]["inner"], table["meta_ogd"]["outer"])
 
 
 def test_tuning_keeps_no_thresholds_of_leeds(tmp_path, monkeypatch):
   """They are those of one pre-trained model."""
   found = Rates(0.1, 0.2, 0.3, switch=1.0, shift=2.0), 0.5
-  monkeypatch.setattr(meta_tuning, "search", lambda name, play: found)
-  monkeypatch.setattr(meta_tuning, "score", lambda runs: 0.5)
-  monkeypatch.setattr(meta_workplace.Workplace, "play", lambda *arguments, **options: None)
-  mine = config(tmp_path, methods=("leeds", "c_maml"), tune=True)
-  assert script.main(mine) == 0
-  rates = meta_tuning.read(mine.rates_file)[mine.name()]
-  assert rates["leeds"] == {"inner": 0.1, "outer": 0.2, "in_scale": 0.3}
-  assert rates["c_maml"]["switch"] == 1.0
+  monkeypatch.setattr(tuning, "search", lambda name, play: found)
+  monkeypatch.setattr(runs, "play", lambda *arguments, **options: trace())
+  rows = {}
+  for name in ("leeds", "c_maml"):
+    task = tuning.Search(a_run(config(tmp_path)), name)
+    state, _ = task.step(task.state, 0)
+    rows[name] = task.result(state, None)
+  assert rows["c_maml"]["switch"] == 1.0
+  assert math.isnan(rows["leeds"]["switch"])
+  assert [rows["leeds"][name] for name in ("inner", "outer", "in_scale")] == [0.1, 0.2, 0.3]
+  assert rows["leeds"]["accuracy_with_detectors"] == 0
 
 
 @pytest.mark.parametrize(
   "wrong, message",
   [
-    ({"dataset": "cifar"}, "dataset must be one of omniglot, glyphs; got 'cifar'"),
-    ({"query": "all"}, "query must be one of same, given, next; got 'all'"),
-    ({"methods": ()}, "methods must be among online_sgd, fine_tuning"),
-    ({"methods": ("maml", "maml")}, "methods must name each one once, got maml maml"),
-    ({"stay_probabilities": ()}, "stay_probabilities must have at least one number, got none"),
     ({"stay_probabilities": (1.5,)}, r"stay_probability must be in [0, 1], got 1.5"),
     ({"num_ways": 11}, "num_ways must be at most 10, the classes of domains[1], got 11"),
     ({"num_shots": 11}, "num_ways must be at most 0, the characters with 22 drawings, got 3"),
     ({"domain_probabilities": (0.5, 0.5, 0.5)}, "must be non-negative and sum to 1, got [0.5, 0.5"),
     ({"domain_switch_probability": 2.0}, "domain_switch_probability must be in [0, 1], got 2"),
-    ({"rounds": 1}, "rounds must be at least 2, got 1"),
-    ({"inner_steps": 0}, "inner_steps must be positive and finite, got 0"),
-    ({"no_switch_scale": -0.1}, "no_switch_scale must be non-negative and finite, got -0.1"),
-    (
-      {"in_distribution_scale": math.nan},
-      "in_distribution_scale must be non-negative and finite, got nan",
-    ),
-    ({"size": 8}, "size must be in [16, 28], got 8"),
-    ({"size": 32}, "size must be in [16, 28], got 32"),
-    ({"seeds": 3, "seeds_at_once": 2}, "seeds must be a multiple of seeds_at_once=2, got 3"),
-    ({"resume": True}, "resume needs an earlier run in output_dir, none in"),
-    (
-      {"width": 3},
-      "no rates were chosen for leeds on glyphs/3way2shot/16px/width3/steps1: choose them with",
-    ),
+    ({"width": 3}, "no rates were chosen for leeds on glyphs/3way2shot/16px/width3/steps1"),
+    ({"dataset": "omniglot", "data_dir": Path("/nowhere")}, "no mnist in"),
   ],
 )
-def test_bad_input(wrong, message, tmp_path, capsys):
-  write_rates(config(tmp_path))
-  assert script.main(config(tmp_path, **wrong)) == 2
+def test_what_cannot_be_run_ends_with_2_and_no_file(wrong, message, tmp_path, capsys):
+  mine = config(tmp_path, **wrong)
+  if "width" not in wrong:
+    write_rates(mine)
+  assert script.run(mine) == 2
   assert message in capsys.readouterr().err
-  assert not (tmp_path / "out").exists()
+  assert not mine.output_dir.exists()
 
 
-def test_thresholds_that_are_nan_and_a_missing_data_set(tmp_path, capsys):
-  mine = config(tmp_path)
-  write_rates(mine)
-  tables = json.loads(mine.rates_file.read_text())
-  tables[mine.name()]["leeds"]["switch"] = "nan"
-  mine.rates_file.write_text(json.dumps(tables))
-  assert script.main(mine) == 2
-  assert "leeds: switch must be a number or an infinity, got nan" in capsys.readouterr().err
-  tables[mine.name()]["leeds"]["switch"] = 1.0
-  del tables[mine.name()]["c_maml"]["switch"]
-  mine.rates_file.write_text(json.dumps(tables))
-  assert script.main(dataclasses.replace(mine, methods=("c_maml",))) == 2
-  assert "c_maml: switch must be a number or an infinity, got none" in capsys.readouterr().err
-  write_rates(dataclasses.replace(mine, dataset="omniglot"))
-  missing = dataclasses.replace(mine, dataset="omniglot", data_dir=tmp_path)
-  assert script.main(missing) == 2
-  assert "no mnist in" in capsys.readouterr().err
-  assert meta_config.RATES_FILE.exists()
+def test_fields_that_do_not_go_together_say_what_is_allowed(tmp_path):
+  with pytest.raises(ValueError, match="seeds must be a multiple of seeds_at_once=2, got 3"):
+    config(tmp_path, seeds=3, seeds_at_once=2)
+  with pytest.raises(ValueError, match="stay_probabilities must name each one once"):
+    config(tmp_path, stay_probabilities=(0.9, 0.9))
