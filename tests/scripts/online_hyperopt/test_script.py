@@ -104,6 +104,7 @@ def played(method, rates, window, rounds):
 
 
 def test_the_losses_of_loss_tuning_are_as_published():
+  on_device = lambda batch: jax.tree.map(jnp.asarray, batch)
   x = {"temperature": jnp.array([0.5, -1.0, 2.0]), "shift": jnp.array([0.3, 0.0, -0.7])}
   y = {"features": {}, "head": {"w": jnp.asarray(RNG.normal(size=(3, 3))), "b": jnp.ones(3)}}
   batch = batches()[0].val
@@ -112,12 +113,12 @@ def test_the_losses_of_loss_tuning_are_as_published():
   z = batch.images @ np.asarray(y["head"]["w"], np.float64) + 1
   scale = 1 / (1 + np.exp(-np.asarray(x["temperature"], np.float64)))
   inner = weighted(z * scale + np.asarray(x["shift"], np.float64), batch)
-  assert TUNING.inner_loss(x, y, batch) == pytest.approx(inner, rel=1e-5)
-  assert TUNING.outer_loss(x, y, batch) == pytest.approx(weighted(z, batch), rel=1e-5)
+  assert TUNING.inner_loss(x, y, on_device(batch)) == pytest.approx(inner, rel=1e-5)
+  assert TUNING.outer_loss(x, y, on_device(batch)) == pytest.approx(weighted(z, batch), rel=1e-5)
   plain = batch._replace(weights=np.ones(BATCH))  # Equal weights are none.
-  assert TUNING.outer_loss(x, y, plain._replace(weights=np.full(BATCH, 0.3))) == pytest.approx(
-    weighted(z, plain), rel=1e-5
-  )
+  assert TUNING.outer_loss(
+    x, y, on_device(plain._replace(weights=np.full(BATCH, 0.3)))
+  ) == pytest.approx(weighted(z, plain), rel=1e-5)
 
 
 def conjugate_gradient(matrix, b, start, num_steps):
@@ -292,7 +293,7 @@ def test_seeds_side_by_side_are_single_runs_and_the_tuner_sees_their_losses():
   assert np.isin(state.breakdown, (0, 1)).all()
   candidates = jax.tree.map(lambda rate: jnp.stack([rate, 2 * rate]), RATES)
   losses = np.asarray(player.losses(candidates, both))
-  assert losses[0] == pytest.approx(state.loss.sum(axis=1).mean(), rel=1e-4)
+  assert losses[0] == pytest.approx(float(state.loss.sum(axis=1).mean()), rel=1e-4)
   assert losses[1] != pytest.approx(losses[0], rel=1e-3)
 
 
@@ -341,7 +342,7 @@ def test_the_least_finite_loss_is_chosen_of_what_matters_to_a_method():
   )
   assert len(tuning.candidates(grid, moves_x=False, damped=False).inner) == 2
   losses = pd.Series([np.nan, 2.0, 1.5, np.inf])
-  rows = pd.DataFrame(np.array(rates).T, columns=list(Rates._fields)).round(6)
+  rows = pd.DataFrame(np.array(rates).T, columns=list(Rates._fields), dtype=float).round(6)
   rows = rows.assign(method="sobow", window=5, cumulative_loss=losses)
   assert tuning.chosen(rows) == {Variant("sobow", 5): (Rates(1.0, 0.3, 0.0), 1.5)}
   assert tuning.chosen(rows.assign(cumulative_loss=np.nan)) == {}
@@ -376,7 +377,7 @@ def test_a_run_prints_tables_and_writes_its_files(tmp_path, capsys):
   given = {"streams": ("gradual", "zigzag"), "windows": (1, 2, 3), "methods": ("ogd_replay",)}
   assert script.run(config(tmp_path, **given)) == 0
   output = capsys.readouterr().out
-  for word in ("stream gradual", "stream zigzag", "OGD, replay, K=3", "20 rounds of 8", "2 seeds"):
+  for word in ("stream gradual", "stream zigzag", "OGD, replay, K=3", "20 rounds of 8"):
     assert word in output
   rows = pd.read_csv(tmp_path / "results.csv")
   cells = [(stream, k, seed) for k in (2, 3) for stream in given["streams"] for seed in (0, 1)]
@@ -388,7 +389,7 @@ def test_a_run_prints_tables_and_writes_its_files(tmp_path, capsys):
   assert mine["round"].tolist() == list(range(21))
   assert mine["cumulative_loss"].iloc[0] == 0
   assert mine["cumulative_loss"].iloc[-1] == pytest.approx(rows["cumulative_loss"][0], rel=1e-6)
-  assert mine["balanced_accuracy"].iloc[-1] == rows["final_accuracy"][0]
+  assert mine["balanced_accuracy"].iloc[-1] == pytest.approx(rows["final_accuracy"][0], rel=1e-6)
   assert mine["balanced_accuracy"].mean() == pytest.approx(rows["mean_accuracy"][0], rel=1e-6)
   for name in ("online_hyperopt.png", "online_sweep.png"):
     with Image.open(tmp_path / name) as picture:

@@ -356,7 +356,7 @@ def test_the_rates_file_has_all_that_the_default_run_needs():
 
 def test_a_run_writes_traces_tables_and_pictures_and_goes_on(tmp_path, capsys):
   mine = config(tmp_path, sweep=True)
-  write_rates(mine)
+  write_rates(mine, 1.2, -1.5)
   assert script.run(mine.but(methods=("leeds",))) == 0
   assert script.run(mine.but(resume=True)) == 0
   output = capsys.readouterr().out
@@ -410,7 +410,7 @@ def test_seeds_side_by_side_are_as_one_after_the_other(tmp_path):
 
 
 def test_a_run_that_was_killed_goes_on_bit_for_bit(tmp_path):
-  write_rates(config(tmp_path), (math.nan, math.nan))  # LEEDS finds them.
+  write_rates(config(tmp_path))  # LEEDS finds its thresholds.
 
   def ran(name, *, resume=False, kill=False):
     code = f"""
@@ -569,12 +569,7 @@ def test_thresholds_that_are_not_given_are_calibrated_on_validation_streams(tmp_
 
   def own(*given):
     mine = config(tmp_path, stay_probabilities=(0.5, 0.75))
-    write_rates(mine)
-    tables = json.loads(mine.rates_file.read_text())
-    leeds = tables[mine.name()]["leeds"]
-    del leeds["switch"], leeds["shift"]
-    leeds.update(zip(("switch", "shift"), given, strict=False))
-    mine.rates_file.write_text(json.dumps(tables))
+    write_rates(mine, *given)
     return tuning.calibrated(a_run(mine))[4:]
 
   assert own(9.0, "inf") == (9.0, math.inf)
