@@ -48,7 +48,8 @@ def _loop(tx):
     params = jaxbo.Bilevel(state.x, state.y)
     grads = jaxbo.Bilevel(*jax.grad(outer_loss, (0, 1))(*params, val))
     updates, opt_state = tx.update(grads, state.opt_state, params, batch=train)
-    return State(*optax.apply_updates(params, updates), opt_state), None
+    moved: Any = optax.apply_updates(params, updates)
+    return State(moved.outer, moved.inner, opt_state), None
 
   return init, step
 
