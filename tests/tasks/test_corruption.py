@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxbo import tasks
+from tests.cases import cases
 
 pytestmark = pytest.mark.slow  # All together, not each.
 
@@ -84,7 +85,7 @@ def test_every_example_of_a_class_is_equally_likely():
   assert np.abs(shares[labels == 0] - 0.2).max() < 4 * np.sqrt(0.2 * 0.8 / num_keys)
 
 
-@pytest.mark.parametrize(
+@cases(
   "call, error, message",
   [
     (lambda: tasks.long_tailed_counts(0, 5, 2), ValueError, "num_classes must be at least 1"),
