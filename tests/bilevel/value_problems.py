@@ -5,14 +5,54 @@ import jax.numpy as jnp
 import optax
 
 import jaxbo
-from scripts.common.toys import active_outer as active_outer
-from scripts.common.toys import flat_gap as flat_gap
-from scripts.common.toys import flat_inner as flat_inner
-from scripts.common.toys import flat_outer as flat_outer
-from scripts.common.toys import pbgd_inner as pbgd_inner
-from scripts.common.toys import pbgd_outer as pbgd_outer
-from scripts.common.toys import sine_inner as sine_inner
-from scripts.common.toys import sine_outer as sine_outer
+
+# T1 and T2: y_1 = x is the inner minimum whatever y_2 is. T3: y = -x is the only inner minimum, and
+# f(x, -x) has three. T4: the inner minima are the lines x + y = 3 pi / 2 + 2 + 2 pi k.
+
+
+def flat_inner(x, y, batch):
+  """T1 and T2."""
+  del batch
+  return 0.5 * y[0] ** 2 - x * y[0]
+
+
+def flat_outer(p):
+  """T1: zero at x = y_1 = y_2 = 1."""
+  return 0.5 * (p.outer - p.inner[1]) ** 2 + 0.5 * (p.inner[0] - 1) ** 2
+
+
+def active_outer(p):
+  """T2: the constraint pushes back, and x = y_1 = y_2 = 2."""
+  return flat_outer(p) + 0.5 * (p.outer - 3) ** 2
+
+
+def flat_gap(p):
+  """By how much the inner loss of T1 and T2 exceeds its least value."""
+  return 0.5 * (p.inner[0] - p.outer) ** 2
+
+
+def pbgd_inner(x, y, batch):
+  """T3."""
+  del batch
+  return (y + x) ** 2 + x * jnp.sin(y + x) ** 2
+
+
+def pbgd_outer(p):
+  """T3."""
+  x, y = p
+  return jnp.cos(4 * y + 2) / (1 + jnp.exp(2 - 4 * x)) + 0.5 * jnp.log((4 * x - 2) ** 2 + 1)
+
+
+def sine_inner(x, y, batch):
+  """T4, with any number of inner dimensions."""
+  del batch
+  return jnp.sum(jnp.sin(x + y - 2))
+
+
+def sine_outer(p):
+  """T4: least at (2, 4)."""
+  return (p.outer - 2) ** 2 + jnp.sum((p.inner - 4) ** 2)
+
 
 POINTS = ((1.0, 3.0), (3.0, 1.0), (-2.0, 2.0), (-3.0, -2.0))
 
