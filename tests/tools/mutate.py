@@ -14,7 +14,7 @@ the mutation; a mutation whose tests pass has *survived*: it is an error that no
 tests are also run without any mutation first, since a test that fails anyway kills nothing.
 
 Compiled programs are kept in JAX's persistent cache, so that a mutation costs what it changes. All
-of them take some ten minutes on one core::
+of them take some ten minutes on one quiet core::
 
   python -m tests.tools.mutate results.json              # all
   python -m tests.tools.mutate results.json -k dro       # those whose file or tests contain "dro"
@@ -26,11 +26,11 @@ status is 1 if one survived or does not fit.
 
 import argparse
 import json
+import multiprocessing
 import os
 import pathlib
 import shlex
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -38,7 +38,12 @@ import tomllib
 from typing import NamedTuple
 
 ROOT = pathlib.Path(__file__).parents[2]
-CACHE = pathlib.Path(tempfile.gettempdir()) / "jaxbo_mutation_cache"
+# Every run is a fork of a process that has imported what does not change, and finds the programs
+# that were compiled before: tests/conftest.py keeps them in the temporary folder, here one for
+# mutations alone.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["pytest", "jax", "optax", "chex", "flax.linen", "scipy.stats"])
+TEMPORARY = pathlib.Path(tempfile.gettempdir()) / f"jaxbo_mutations_{os.getuid()}"
 
 
 class Mutation(NamedTuple):
@@ -76,28 +81,40 @@ def misfits(mutations: list[Mutation], root: pathlib.Path) -> list[str]:
   return errors
 
 
+def _run_pytest(root: pathlib.Path, tests: str, output: pathlib.Path) -> None:
+  """What a fork does; its exit status is that of pytest."""
+  import pytest
+
+  with output.open("w") as file:
+    for descriptor in (1, 2):
+      os.dup2(file.fileno(), descriptor)
+  os.chdir(root)
+  # Bytecode is found by the time and the size of a source, which a mutation may leave as they were.
+  sys.dont_write_bytecode = True
+  sys.path[:0] = [str(root), str(root / "models")]
+  for name in [name for name in sys.modules if name.split(".")[0] == "tests"]:
+    del sys.modules[name]  # This file is in a package of the repository; the copy has its own.
+  options = ["-x", "-q", "--no-header", "--numprocesses=0", "-p", "no:cacheprovider"]
+  status = int(pytest.main([*options, *shlex.split(tests)]))
+  sys.stdout.flush()
+  os._exit(status)
+
+
 def run_tests(root: pathlib.Path, tests: str, timeout: float) -> tuple[str, str]:
   """Runs pytest; returns ``passed``, ``failed``, ``timeout`` or ``broken``, and its last lines."""
-  # Bytecode is found by the time and the size of a source, which a mutation may leave as they were.
-  cache = {
-    "PYTHONDONTWRITEBYTECODE": "1",
-    "PYTHONPATH": os.pathsep.join([str(root), str(root / "models")]),
-    "JAX_COMPILATION_CACHE_DIR": str(CACHE),
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-  }
-  options = ["-x", "-q", "--no-header", "--numprocesses=0", "-p", "no:cacheprovider"]
-  command = [sys.executable, "-m", "pytest", *options, *shlex.split(tests)]
-  try:
-    done = subprocess.run(
-      command, cwd=root, env=os.environ | cache, capture_output=True, text=True, timeout=timeout
-    )
-  except subprocess.TimeoutExpired:
-    return "timeout", f"no end after {timeout:g} s"
+  with tempfile.TemporaryDirectory() as folder:
+    output = pathlib.Path(folder) / "output"
+    process = FORKS.Process(target=_run_pytest, args=(root, tests, output))
+    process.start()
+    process.join(timeout)
+    if process.exitcode is None:
+      process.kill()
+      process.join()
+      return "timeout", f"no end after {timeout:g} s"
+    lines = output.read_text().splitlines()
   # An error of collection (2) is a failure: the library could not even be imported.
-  outcome = {0: "passed", 1: "failed", 2: "failed"}.get(done.returncode, "broken")
-  lines = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-  return outcome, "\n".join(lines or (done.stdout + done.stderr).splitlines()[-3:])
+  outcome = {0: "passed", 1: "failed", 2: "failed"}.get(process.exitcode, "broken")
+  return outcome, "\n".join([x for x in lines if x.startswith(("FAILED", "ERROR"))] or lines[-3:])
 
 
 def try_one(mutation: Mutation, root: pathlib.Path, timeout: float) -> dict[str, object]:
@@ -120,25 +137,30 @@ def main(arguments: list[str] | None = None) -> int:
   parser.add_argument("results", type=pathlib.Path, help="a JSON file to write")
   parser.add_argument("-k", default="", metavar="TEXT", help="only mutations that contain TEXT")
   parser.add_argument("--check", action="store_true", help="run nothing, look at the sources")
+  parser.add_argument("--root", type=pathlib.Path, default=ROOT, help="the repository to copy")
+  parser.add_argument("--no-first-run", action="store_true", help="the tests pass, I know")
   parser.add_argument("--timeout", type=float, default=180.0, help="seconds for a mutation's tests")
   parser.add_argument(
     "--mutations", type=pathlib.Path, default=pathlib.Path(__file__).with_name("mutations.toml")
   )
   options = parser.parse_args(arguments)
   mutations = load(options.mutations, options.k)
-  if errors := misfits(mutations, ROOT):
+  if errors := misfits(mutations, options.root):
     print("\n".join(errors))
     return 1
   if options.check:
     return 0
 
   rows = []
+  TEMPORARY.mkdir(mode=0o700, exist_ok=True)
+  os.environ["TMPDIR"] = str(TEMPORARY)
   with tempfile.TemporaryDirectory() as folder:
     copy = pathlib.Path(folder) / "jaxbo"
     ignore = shutil.ignore_patterns(".git", ".venv", "__pycache__", "runs", "_build", ".*_cache")
-    shutil.copytree(ROOT, copy, ignore=ignore)
+    shutil.copytree(options.root, copy, ignore=ignore)
     failing = {}
-    for tests in dict.fromkeys(mutation.tests for mutation in mutations):
+    selections = () if options.no_first_run else dict.fromkeys(m.tests for m in mutations)
+    for tests in selections:
       outcome, last_lines = run_tests(copy, tests, 10 * options.timeout)
       if outcome != "passed":
         failing[tests] = last_lines
@@ -149,7 +171,7 @@ def main(arguments: list[str] | None = None) -> int:
         row = try_one(mutation, copy, options.timeout)
       rows.append(row)
       print(f"{number}/{len(mutations)} {row['verdict']}: {mutation.title}", flush=True)
-  options.results.write_text(json.dumps(rows, indent=1) + "\n")
+      options.results.write_text(json.dumps(rows, indent=1) + "\n")
   counts = {verdict: sum(row["verdict"] == verdict for row in rows) for verdict in VERDICTS}
   print(", ".join(f"{count} {verdict}" for verdict, count in counts.items()))
   return int(counts["killed"] < len(rows))
