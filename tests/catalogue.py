@@ -117,8 +117,8 @@ def _build(make: Any, **offered: Any) -> optax.GradientTransformationExtraArgs:
 
 
 def _apply(params, updates, scale):
-  updates = jax.tree.map(lambda u: jnp.asarray(scale, u.dtype) * u, updates)
-  return optax.apply_updates(params, updates)
+  """``params + scale * updates``, without the cast of optax: another dtype of updates shows."""
+  return jax.tree.map(lambda p, u: p + jnp.asarray(scale, u.dtype) * u, params, updates)
 
 
 def response(name, make, solver=plain_solver, *, scale=-0.1, slow=False):
