@@ -33,12 +33,22 @@ class Rates(NamedTuple):
   damping: Any = 0.0
 
 
+class Setting(NamedTuple):
+  """What a method is made for; ``y`` are inner parameters or their shapes."""
+
+  problem: Problem
+  rates: Rates
+  window: int
+  y: Any
+  rounds: int
+
+
 class Method(NamedTuple):
   """A method.
 
   Attributes:
     label: its name in tables.
-    make: ``make(problem, rates, window, y, rounds)``, the arguments of :func:`jaxbo.online`.
+    make: gives the arguments of :func:`jaxbo.online`.
     windowed: whether it depends on the window.
     inner_per_window: whether the window counts for inner steps alone, so that 1 makes it another.
     responds: whether it has a response, and so moves ``x`` by more than ``df/dx``.
@@ -47,7 +57,7 @@ class Method(NamedTuple):
   """
 
   label: str
-  make: Callable[..., dict[str, Any]]
+  make: Callable[[Setting], dict[str, Any]]
   windowed: bool = True
   inner_per_window: bool = False
   responds: bool = False
@@ -77,71 +87,67 @@ def make_loop(
   metrics: dict[str, Any] | None = None,
 ) -> jaxbo.Online:
   """The loop of a method; ``y`` are inner parameters or their shapes."""
-  arguments = METHODS[variant.method].make(problem, rates, variant.window, y, rounds)
+  arguments = METHODS[variant.method].make(Setting(problem, rates, variant.window, y, rounds))
   return jaxbo.online(problem.outer_loss, **arguments, metrics=metrics)
 
 
-def _single_step(problem: Problem, rates: Rates) -> jaxbo.InnerSolver:
-  return jaxbo.inner_solver(problem.inner_loss, optax.sgd(rates.inner), 1)
+def _inner(of: Setting, num_steps: int = 1) -> jaxbo.InnerSolver:
+  return jaxbo.inner_solver(of.problem.inner_loss, optax.sgd(of.rates.inner), num_steps)
 
 
-def _ogd(problem, rates, window, y, rounds):
-  del window, y, rounds
-  outer = jaxbo.ogd(rates.outer, project=problem.project)
-  return {"inner": _single_step(problem, rates), "outer": outer}
+def _ogd(of: Setting) -> dict[str, Any]:
+  outer = jaxbo.ogd(of.rates.outer, project=of.problem.project)
+  return {"inner": _inner(of), "outer": outer}
 
 
-def _ogd_replay(problem, rates, window, y, rounds):
-  return _ogd(problem, rates, window, y, rounds) | {"memory": window, "replay": True}
+def _ogd_replay(of: Setting) -> dict[str, Any]:
+  return _ogd(of) | {"memory": of.window, "replay": True}
 
 
-def _sobow(problem, rates, window, y, rounds, num_steps=1):
-  del rounds
-  inner = jaxbo.inner_solver(problem.inner_loss, optax.sgd(rates.inner), num_steps)
+def _sobow(of: Setting, num_steps: int = 1) -> dict[str, Any]:
+  inner = _inner(of, num_steps)
   outer = jaxbo.sobow(
-    rates.outer,
+    of.rates.outer,
     inner,
-    window=window,
+    window=of.window,
     decay=DECAY,
-    linear_solver=_conjugate_gradient(rates, warm_start=True),
-    inner_params=y,
-    project=problem.project,
+    linear_solver=_conjugate_gradient(of.rates, warm_start=True),
+    inner_params=of.y,
+    project=of.problem.project,
   )
   return {"inner": inner, "outer": outer}
 
 
-def _sobow_steps(problem, rates, window, y, rounds):
+def _sobow_steps(of: Setting) -> dict[str, Any]:
   """As many inner steps as OAGD has, but all on the batch of the round."""
-  return _sobow(problem, rates, window, y, rounds, num_steps=window)
+  return _sobow(of, num_steps=of.window)
 
 
-def _sogd(problem, rates, window, y, rounds):
+def _sogd(of: Setting) -> dict[str, Any]:
   """Constant rates, the linear system's that of ``y``, as in the comparison of the paper."""
-  del window, y, rounds
   outer = jaxbo.sogd(
-    rates.outer,
-    rates.inner,
-    problem.inner_loss,
-    problem.outer_loss,
-    linear_learning_rate=rates.inner,
+    of.rates.outer,
+    of.rates.inner,
+    of.problem.inner_loss,
+    of.problem.outer_loss,
+    linear_learning_rate=of.rates.inner,
     correction=CORRECTION,
-    project_outer=problem.project,
+    project_outer=of.problem.project,
   )
   return {"inner": None, "outer": outer}
 
 
-def _oagd(problem, rates, window, y, rounds):
-  del y, rounds
-  inner = _single_step(problem, rates)
+def _oagd(of: Setting) -> dict[str, Any]:
+  inner = _inner(of)
   outer = jaxbo.oagd(
-    rates.outer,
+    of.rates.outer,
     inner,
-    problem.outer_loss,
+    of.problem.outer_loss,
     decay=DECAY,
-    linear_solver=_conjugate_gradient(rates, warm_start=False),
-    project=problem.project,
+    linear_solver=_conjugate_gradient(of.rates, warm_start=False),
+    project=of.problem.project,
   )
-  return {"inner": inner, "outer": outer, "memory": window, "replay": True}
+  return {"inner": inner, "outer": outer, "memory": of.window, "replay": True}
 
 
 def _conjugate_gradient(rates: Rates, *, warm_start: bool) -> jaxbo.LinearSolver:
@@ -175,12 +181,12 @@ def _table(rates: np.ndarray) -> Callable[[Any], jax.Array]:
   return lambda count: jnp.asarray(rates, jnp.float32)[jnp.minimum(count, len(rates) - 1)]
 
 
-def _published_inner(problem: Problem, window: int, rounds: int) -> jaxbo.InnerSolver:
-  rates, _, _ = published_rates(rounds)
+def _published_inner(of: Setting, window: int) -> jaxbo.InnerSolver:
+  rates, _, _ = published_rates(of.rounds)
   # The optimizer counts steps, of which a round has as many as there are batches in the window.
-  by_step = np.repeat(rates, np.minimum(np.arange(rounds) + 1, window))
+  by_step = np.repeat(rates, np.minimum(np.arange(of.rounds) + 1, window))
   optimizer = optax.chain(optax.add_decayed_weights(1e-4), optax.sgd(_table(by_step), momentum=0.9))
-  return jaxbo.inner_solver(problem.inner_loss, optimizer, 1)
+  return jaxbo.inner_solver(of.problem.inner_loss, optimizer, 1)
 
 
 def _published_series(matvec, b, x0):
@@ -193,31 +199,28 @@ def _published_series(matvec, b, x0):
   return optax.tree.scale(0.5, total), None
 
 
-def _ogd_published(problem, rates, window, y, rounds):
-  del rates, window, y
-  return {"inner": _published_inner(problem, 1, rounds), "outer": jaxbo.ogd(0.0)}
+def _ogd_published(of: Setting) -> dict[str, Any]:
+  return {"inner": _published_inner(of, 1), "outer": jaxbo.ogd(0.0)}
 
 
-def _ogd_replay_published(problem, rates, window, y, rounds):
-  del rates, y
-  inner = _published_inner(problem, window, rounds)
-  return {"inner": inner, "outer": jaxbo.ogd(0.0), "memory": window, "replay": True}
+def _ogd_replay_published(of: Setting) -> dict[str, Any]:
+  inner = _published_inner(of, of.window)
+  return {"inner": inner, "outer": jaxbo.ogd(0.0), "memory": of.window, "replay": True}
 
 
-def _oagd_published(problem, rates, window, y, rounds):
-  del rates, y
-  inner = _published_inner(problem, window, rounds)
-  _, by_round, start = published_rates(rounds)
+def _oagd_published(of: Setting) -> dict[str, Any]:
+  inner = _published_inner(of, of.window)
+  _, by_round, start = published_rates(of.rounds)
   started: Any = lambda step, **_: step >= start
   response = jaxbo.add_implicit_response(inner, _published_series)
   steps = optax.chain(
     optax.add_decayed_weights(1e-4), optax.sgd(_table(by_round[start:]), momentum=0.9)
   )
   outer = optax.chain(
-    jaxbo.average_over_batches(response, problem.outer_loss, decay=DECAY),
+    jaxbo.average_over_batches(response, of.problem.outer_loss, decay=DECAY),
     optax.conditionally_mask(steps, started),
   )
-  return {"inner": inner, "outer": outer, "memory": window, "replay": True}
+  return {"inner": inner, "outer": outer, "memory": of.window, "replay": True}
 
 
 METHODS = {

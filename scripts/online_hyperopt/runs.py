@@ -21,21 +21,28 @@ TEST_BATCH = 250
 
 
 class Stream(NamedTuple):
-  """A stream for all seeds, on the device.
+  """A stream on the device, for all seeds or, without the axis of seeds, for one of them.
 
   Attributes:
     features: ``[rows, features]``, shared by all seeds.
-    labels: ``[rows]``.
-    schedules: leaves ``[seeds, rounds, batch]``.
+    labels: ``[rows]``, shared by all seeds.
+    schedule: leaves ``[seeds, rounds, batch]``.
     test_rows: ``[seeds, rows]``.
-    seeds: of the initial parameters, ``[seeds]``.
+    seed: of the initial parameters, ``[seeds]``.
   """
 
   features: Any
   labels: Any
-  schedules: Schedule
+  schedule: Schedule
   test_rows: Any
-  seeds: Any
+  seed: Any
+
+  def rounds(self) -> Any:
+    """What :func:`jaxbo.online` plays, for one seed."""
+    return streams.stream_of(self.features, self.schedule)
+
+
+EACH = Stream(None, None, 0, 0, 0)  # type: ignore[arg-type]  # The axes of seeds.
 
 
 def draw(config: Config, data: settings.Data, name: str, seeds: Sequence[int]) -> Stream:
@@ -71,10 +78,10 @@ class Player:
   """A method on a problem; rates and streams are arguments, so that one program serves all.
 
   Attributes:
-    init: ``init(rates, stream) -> state``.
-    program: the :class:`Program` of the rounds between two evaluations, on
-      ``(rates, features, schedules)``; it tells the local regret of window 1, ``[seeds]``.
-    evaluate: ``evaluate(states, stream)``, balanced accuracy on fresh data, ``[seeds]``.
+    init: ``init(rates, stream) -> online state``.
+    program: the :class:`Program` of the rounds between two evaluations, on ``(rates, stream)``; it
+      tells the local regret of window 1, ``[seeds]``, where the true hypergradient is known.
+    evaluate: ``evaluate(online state, stream)``, balanced accuracy on fresh data, ``[seeds]``.
     losses: ``losses(rates, stream)``, the mean over seeds of the sum over all rounds of the outer
       loss, for each of the candidates in ``rates``, side by side.
   """
@@ -94,57 +101,40 @@ class Player:
       wanted = {name: metrics[name] for name in names}
       return methods.make_loop(variant, problem, rates, shapes[1], rounds, wanted)
 
-    def init_one(rates, features, schedule, seed):
-      x, y = problem.init(jax.random.key(seed))
-      return loop(rates).init(x, y, streams.stream_of(features, schedule))
-
     def init(rates, stream):
-      each = jax.vmap(init_one, in_axes=(None, None, 0, 0))
-      online = each(rates, stream.features, stream.schedules, stream.seeds)
-      nothing = lambda: jnp.zeros((len(stream.seeds), rounds))
-      return State(online, nothing(), nothing())
+      return loop(rates).init(*problem.init(jax.random.key(stream.seed)), stream.rounds())
 
-    def play_one(online, rates, features, schedule):
-      stream = streams.stream_of(features, schedule)
-      online, history = loop(rates).run(online, stream, rounds // NUM_EVALUATIONS)
+    def play(online, rates, stream):
+      online, history = loop(rates).run(online, stream.rounds(), rounds // NUM_EVALUATIONS)
       return online, history.metrics
 
-    def step(state, t, rates, features, schedules):
-      each = jax.vmap(play_one, in_axes=(0, None, None, 0))
-      online, new = each(state.online, rates, features, schedules)
+    def step(state, t, rates, stream):
+      online, new = jax.vmap(play, in_axes=(0, None, EACH))(state.online, rates, stream)
       start = t * (rounds // NUM_EVALUATIONS)
       put = lambda kept, new: jax.lax.dynamic_update_slice_in_dim(kept, new, start, axis=1)
       regret = new["regret"].total[:, -1] if "regret" in new else None
-      return State(
-        online, put(state.loss, new["loss"]), put(state.breakdown, new["breakdown"])
-      ), regret
-
-    def evaluate_one(online, schedule, test_rows, features, labels):
-      stream = streams.stream_of(features, schedule)
-      reference = stream(jax.random.key(0), online.round_count).val.images
-
-      def classify(row):
-        rows = features[row[None]]
-        return jnp.argmax(problem.predict(online.x, online.y, rows, reference), axis=-1)[0]
-
-      predicted = jax.lax.map(classify, test_rows, batch_size=TEST_BATCH)
-      return balanced_accuracy(predicted, labels[test_rows], num_classes)
+      state = State(online, put(state.loss, new["loss"]), put(state.breakdown, new["breakdown"]))
+      return state, regret
 
     def evaluate(online, stream):
-      each = jax.vmap(evaluate_one, in_axes=(0, 0, 0, None, None))
-      return each(online, stream.schedules, stream.test_rows, stream.features, stream.labels)
+      reference = stream.rounds()(jax.random.key(0), online.round_count).val.images
 
-    def sum_of_losses(rates, features, schedule, seed):
-      to_tune, stream = loop(rates, ("loss",)), streams.stream_of(features, schedule)
-      state = to_tune.init(*problem.init(jax.random.key(seed)), stream)
-      return jnp.sum(to_tune.run(state, stream, rounds)[1].metrics["loss"])
+      def classify(row):
+        rows = stream.features[row[None]]
+        return jnp.argmax(problem.predict(online.x, online.y, rows, reference), axis=-1)[0]
 
-    def losses(rates, stream):
-      each = jax.vmap(sum_of_losses, in_axes=(None, None, 0, 0))
-      mean = lambda rates: jnp.mean(each(rates, stream.features, stream.schedules, stream.seeds))
-      return jax.vmap(mean)(rates)
+      predicted = jax.lax.map(classify, stream.test_rows, batch_size=TEST_BATCH)
+      return balanced_accuracy(predicted, stream.labels[stream.test_rows], num_classes)
 
-    self.init, self.evaluate, self.losses = map(jax.jit, (init, evaluate, losses))
+    def loss(rates, stream):
+      to_tune = loop(rates, ("loss",))
+      online = to_tune.init(*problem.init(jax.random.key(stream.seed)), stream.rounds())
+      return jnp.sum(to_tune.run(online, stream.rounds(), rounds)[1].metrics["loss"])
+
+    mean_loss = lambda *on: jnp.mean(jax.vmap(loss, in_axes=(None, EACH))(*on))
+    self.init = jax.jit(jax.vmap(init, in_axes=(None, EACH)))
+    self.evaluate = jax.jit(jax.vmap(evaluate, in_axes=(0, EACH)))
+    self.losses = jax.jit(jax.vmap(mean_loss, in_axes=(0, None)))
     self.program = Program(step)
 
 
@@ -175,46 +165,43 @@ class Play(Compiled):
   """A method on a stream, all seeds; a step is the rounds between two evaluations."""
 
   def __init__(self, run: Run[Config], name: str, variant: Variant):
-    self.config, self.player = run.config, player_of(run, variant)
-    seeds = self.config.all_seeds()
-    draw_it = lambda: draw(self.config, run.data, name, seeds)
-    self.stream = run.shared(("stream", name), draw_it)
-    self.rates = self.config.rates_of(variant)
+    self.config, self.seeds = run.config, run.config.all_seeds()
+    draw_it = lambda: draw(self.config, run.data, name, self.seeds)
+    stream = run.shared(("stream", name), draw_it)
+    self.rates, player = self.config.rates_of(variant), player_of(run, variant)
     rates = Rates(*map(jnp.float32, self.rates))  # Other rates do not compile again.
-    state = self.player.init(rates, self.stream)
-    self.start = jax.tree.map(jnp.copy, state.online.x)
-    self.at_start = self.player.evaluate(state.online, self.stream)
-    super().__init__(self.player.program, state, rates, self.stream.features, self.stream.schedules)
+    online = player.init(rates, stream)
+    nothing = lambda: jnp.zeros((len(self.seeds), self.config.rounds))
+    self.start = jax.tree.map(jnp.copy, online.x)
+    self.accuracy = lambda online: player.evaluate(online, stream)
+    self.accuracy_at_start = self.accuracy(online)
+    super().__init__(player.program, State(online, nothing(), nothing()), rates, stream)
 
   def evaluate(self, state: State, told: list[Any]) -> list[Row]:
     """A line for each seed, two the first time: there is one before the first round too."""
-    done, online = int(state.online.round_count[0]), state.online
-    sums = np.cumsum(np.asarray(state.loss)[:, :done], axis=1)[:, -1]
-    regret = np.full(len(sums), np.nan) if told[-1] is None else told[-1]
-    found = (self.player.evaluate(online, self.stream), sums, regret)
-    lines = self._lines(done, *found)
-    if done > self.config.rounds // NUM_EVALUATIONS:
-      return lines
-    nothing = np.zeros(len(sums))
-    return self._lines(0, self.at_start, nothing, nothing) + lines
-
-  def _lines(self, done: int, accuracy: Any, loss: Any, regret: Any) -> list[Row]:
+    done, nothing = int(state.online.round_count[0]), np.zeros(len(self.seeds))
+    loss = np.cumsum(np.asarray(state.loss)[:, :done], axis=1)[:, -1]
+    regret = nothing + np.nan if told[-1] is None else told[-1]
+    found = [(done, self.accuracy(state.online), loss, regret)]
+    if done == self.config.rounds // NUM_EVALUATIONS:
+      found.insert(0, (0, self.accuracy_at_start, nothing, nothing))
     return [
       {
         "seed": seed,
-        "round": done,
+        "round": round,
         "balanced_accuracy": float(accuracy[i]),
         "cumulative_loss": float(loss[i]),
         "regret": float(regret[i]),
       }
-      for i, seed in enumerate(self.config.all_seeds())
+      for round, accuracy, loss, regret in found
+      for i, seed in enumerate(self.seeds)
     ]
 
   def result(self, state: State, spent: Spent) -> list[Row]:
     """A row for each seed."""
     rows, moved = list[Row](), distance(state.online.x, self.start)
     loss, breakdown = np.asarray(state.loss), np.asarray(state.breakdown)
-    for i, seed in enumerate(self.config.all_seeds()):
+    for i, seed in enumerate(self.seeds):
       lines = [line for line in spent.lines if line["seed"] == seed]
       accuracy = np.array([line["balanced_accuracy"] for line in lines], np.float32)
       rows.append(

@@ -124,9 +124,9 @@ class Tuning(Study[Config]):
 
   def remarks(self, results: Results[Config]) -> Iterable[str]:
     """What has no rates, and where the others are."""
-    found = chosen(results.rows)
-    for variant in results.config.variants():
-      if variant not in found and not METHODS[variant.method].published:
+    tried = dict.fromkeys(zip(results.rows["method"], results.rows["window"], strict=True))
+    for variant in (Variant(*of) for of in tried):
+      if variant not in chosen(results.rows):
         yield f"{variant.label}: every learning rate of the grid diverged"
     yield f"The rates are in {file_of(results.config)}, for --rates-file"
 

@@ -61,7 +61,7 @@ def weighted(z, batch):
 
 def batches(seed=0):
   """The pairs of batches of the rounds, as the stream of the run gives them."""
-  schedule = jax.tree.map(lambda leaf: leaf[seed], stream().schedules)
+  schedule = jax.tree.map(lambda leaf: leaf[seed], stream().schedule)
   of_seed = streams.stream_of(EXAMPLES.images, schedule)
   return [of_seed(jax.random.key(0), t) for t in range(ROUNDS)]
 
@@ -92,7 +92,7 @@ def played(method, rates, window, rounds):
   """``x`` and ``y`` after some rounds of a method of the script, flat."""
   y = jax.eval_shape(TUNING.init, jax.random.key(0))[1]
   loop = online_methods.make_loop(Variant(method, window), TUNING, rates, y, ROUNDS)
-  schedule = jax.tree.map(lambda leaf: leaf[0], stream().schedules)
+  schedule = jax.tree.map(lambda leaf: leaf[0], stream().schedule)
   of_seed = streams.stream_of(jnp.asarray(EXAMPLES.images), schedule)
   state = loop.init(*TUNING.init(jax.random.key(0)), of_seed)
   state, _ = jax.jit(loop.run, static_argnums=2)(state, of_seed, rounds)
@@ -274,10 +274,10 @@ def played_by(variant, seeds, examples=EXAMPLES, kind="static", problem="loss_tu
   """The player, the stream and the final state of a method, with the regret of every step."""
   of = problems.feature_ridge(FEATURES, CLASSES, -4.0, exact=True) if problem == "ridge" else TUNING
   player, on = runs.Player(variant, of, ROUNDS, CLASSES), stream(seeds, examples, kind, problem)
-  state = player.init(RATES, on)
-  step, regrets = player.program.compile(state, RATES, on.features, on.schedules), []
+  state = runs.State(player.init(RATES, on), *jnp.zeros((2, len(seeds), ROUNDS)))
+  step, regrets = player.program.compile(state, RATES, on), []
   for t in range(20):
-    state, regret = step(state, jnp.int32(t), RATES, on.features, on.schedules)
+    state, regret = step(state, jnp.int32(t), RATES, on)
     regrets.append(regret)
   return player, on, state, regrets
 
@@ -300,7 +300,7 @@ def test_seeds_side_by_side_are_single_runs_and_the_tuner_sees_their_losses():
 def test_a_window_keeps_gradients_in_sobow_and_batches_in_oagd():
   def kept(method, window):
     player = runs.Player(Variant(method, window), TUNING, ROUNDS, CLASSES)
-    return runs.kept_bytes(jax.eval_shape(player.init, RATES, stream()).online) // 2
+    return runs.kept_bytes(jax.eval_shape(player.init, RATES, stream())) // 2
 
   of_x = 4 * 2 * CLASSES
   of_batch = 2 * BATCH * 4 * (FEATURES + 2)  # both levels: images, labels, weights
@@ -323,7 +323,7 @@ def test_the_regret_of_a_run_is_the_sum_of_squared_true_hypergradients():
   rows = EXAMPLES.images / np.linalg.norm(EXAMPLES.images, axis=1, keepdims=True)
   unit = EXAMPLES._replace(images=rows)
   _, on, state, regrets = played_by(Variant("ogd", 1), (0,), unit, "staged", "ridge")
-  one = streams.stream_of(rows, jax.tree.map(lambda leaf: leaf[0], on.schedules))
+  one = streams.stream_of(rows, jax.tree.map(lambda leaf: leaf[0], on.schedule))
   problem = problems.feature_ridge(FEATURES, CLASSES, -4.0, exact=True)
   true = jax.jit(problem.hypergradient)  # OGD leaves x where it is.
   terms = [np.sum(true(jnp.full(FEATURES, -4.0), one(None, t)) ** 2) for t in range(ROUNDS)]
