@@ -2,31 +2,15 @@
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
+from jaxbo_models.tokenizers import BPETokenizer, ByteTokenizer
 
 from scripts.continual_lm.documents import Corpus, Document
 
 CORRUPTIONS = ("shuffled", "random")
-
-
-class Tokenizer(Protocol):
-  """What a tokenizer has to offer."""
-
-  @property
-  def vocab_size(self) -> int:
-    """The number of tokens."""
-    ...
-
-  @property
-  def end_of_text(self) -> int:
-    """The token behind a document."""
-    ...
-
-  def encode(self, text: str) -> list[int]:
-    """The tokens of a text."""
-    ...
+Tokenizer = ByteTokenizer | BPETokenizer
 
 
 class Sequences(NamedTuple):
@@ -77,20 +61,9 @@ class LanguageData(NamedTuple):
 
 
 def make(
-  corpus: Corpus,
-  tokenizer: Tokenizer,
-  length: int,
-  num_validation: int,
-  num_test: int,
+  corpus: Corpus, tokenizer: Tokenizer, length: int, num_validation: int, num_test: int
 ) -> LanguageData:
-  """Packs a corpus.
-
-  Args:
-    corpus: documents in three parts.
-    tokenizer: what makes tokens of them.
-    length: tokens of a sequence.
-    num_validation: sequences for validation, of each domain at most.
-    num_test: the same for testing.
+  """Packs a corpus; holds out at most so many sequences of each domain.
 
   Raises:
     ValueError: if a domain has no whole sequence in one of the parts.
