@@ -227,24 +227,29 @@ class ContinualLM(Study[Config]):
   def tables(self, results: Results[Config]) -> Iterable[Table]:
     """For each share of noise losses and differences of them; and what a step costs."""
     config, rows = results.config, results.rows
-    domains = [name for name in map(str, rows) if name.startswith("loss/")]
-    compared = {"loss": Column("loss"), "worst": Column("worst domain")}
-    losses = compared | {name: Column(name.removeprefix("loss/")) for name in domains}
+    domains = [name.removeprefix("loss/") for name in map(str, rows) if name.startswith("loss/")]
+    losses = {"loss": Column("loss"), "worst": Column("worst domain")}
     quantiles = {name: Column(name) for name in report.QUANTILES}
+    weights = {
+      "ess": Column("ESS", 2),
+      **{f"weight/{name}": Column(name, 2) for name in domains},
+      "weight_noise": Column("noise weight", 2),
+      "tokens_per_second": Column("tokens/s", 0, mean_only=True),
+    }
     for corruption in report.shares_of_noise(rows):
       title = (
         f"{config.dataset}, {plots.arm_title(corruption, config.corruption_kind)}: {config.steps} "
-        f"steps of {config.batch_size} sequences of {config.sequence_length()} tokens; test loss"
+        f"steps of {config.batch_size} sequences of {config.sequence_length()} tokens"
       )
-      weights = {"ess": Column("ESS", 2)}
-      if corruption:
-        weights["weight_noise"] = Column("noise weight", 2)
-      speed = {"tokens_per_second": Column("tokens/s", 0, mean_only=True)}
       arm = report.of_arm(rows, corruption)
-      yield table.spread(title, arm, "method", LABELS, losses | weights | speed)
+      of_domains = {f"loss/{name}": Column(name) for name in domains}
+      yield table.spread(f"{title}; test loss", arm, "method", LABELS, losses | of_domains)
       if BASELINE in set(arm["method"]):
-        title += " minus that of uniform weights"
-        yield table.paired(title, arm, "method", BASELINE, LABELS, compared | quantiles)
+        minus = f"{title}; test loss minus that of uniform weights"
+        yield table.paired(minus, arm, "method", BASELINE, LABELS, losses | quantiles)
+      trained = arm[arm["method"] != START]
+      told = table.spread(f"{title}; mean weights", trained, "method", LABELS, weights)
+      yield told.without_dashes()
     times = {name: results.notes.get(f"time/{name}") for name in METHODS}
     ratio = lambda time: f"{time['ratio']:.2f} ± {time['spread']:.2f}"
     steps = [[LABELS[n], f"{1e3 * t['seconds']:.1f}", ratio(t)] for n, t in times.items() if t]
