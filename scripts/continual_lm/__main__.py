@@ -25,6 +25,7 @@ for uniform weights; "time" is that of a step beside one with uniform weights, i
   python -m scripts.continual_lm --init hf --model-dir DIR --dataset text_domains --batch-size 8
                                                            real GPT-2, OPT or Pythia weights
   ... --resume                                             goes on bit for bit where it was stopped
+  python -m scripts.continual_lm --smoke                   the smallest run, less than a minute
 
 Batches are divided among all devices. Several processes, on one machine or many that share
 output_dir, need --distributed, or where they cannot find each other:

@@ -108,18 +108,11 @@ def draw_curves(
 ) -> None:
   """Validation losses over steps, and what batches of a size let a weighting look at.
 
-  Args:
-    lines: of all runs.
-    start: the validation loss of each seed's checkpoint.
-    looked_at: what ``report.looked_at`` gives.
-    kind: of the noise.
-    path: of the picture.
+  They begin at ``start``, the loss of each seed's checkpoint.
   """
   corruptions = report.shares_of_noise(lines)
-  width = 5 * len(corruptions) + 5
-  fig, (*panels, sizes) = plt.subplots(
-    1, len(corruptions) + 1, figsize=(width, 4.8), layout="constrained"
-  )
+  num = len(corruptions) + 1
+  fig, (*panels, sizes) = plt.subplots(1, num, figsize=(5 * num, 4.8), layout="constrained")
   for axes, corruption in zip(panels, corruptions, strict=True):
     for method in METHODS:
       curves = _curves(lines, corruption, method, "validation_loss")

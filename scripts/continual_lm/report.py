@@ -20,15 +20,9 @@ QUANTILES = {"median": 0.5, "q90": 0.9, "q99": 0.99}
 def of_window(
   shown: Shown, rows: np.ndarray, sequences: Sequences, domains: Sequence[str]
 ) -> dict[str, float]:
-  """The means over some steps: the loss, the effective sample size, and relative weights.
+  """The means over steps of ``[steps, ...]`` that were shown, on ``[steps, batch]`` rows.
 
   A weight is relative to that of uniform weights, 1; it is NaN where there is nothing to weigh.
-
-  Args:
-    shown: what the steps told, leaves ``[steps, ...]``.
-    rows: what their batches held of the sequences, ``[steps, batch]``.
-    sequences: what is trained on.
-    domains: their names.
   """
   domain, corrupted = sequences.domain[rows], sequences.corrupted[rows]
   mean = lambda chosen: float(shown.weights[chosen].mean()) if chosen.any() else math.nan
