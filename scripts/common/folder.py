@@ -29,6 +29,7 @@ CONFIG, METRICS, RESULTS, NOTES, LOCK = (
   "config.json", "metrics.jsonl", "results.csv", "notes.json", "lock",
 )  # fmt: skip
 CHECKPOINTS = "checkpoints"
+NAN = "nan"
 Row = dict[str, Any]
 
 
@@ -98,8 +99,7 @@ class RunFolder:
 
   def checkpoints(self, key: Mapping[str, Any]) -> Path:
     """Where the checkpoints of the cell of that key are."""
-    name = "_".join(f"{column}-{value}" for column, value in key.items() if value != "")
-    return self.path / CHECKPOINTS / name.replace("/", "-")
+    return checkpoints(self.path, key)
 
   def add_lines(self, lines: Sequence[Row]) -> None:
     """Appends lines, on disk when this returns; numbers that are not finite become ``null``."""
@@ -121,7 +121,7 @@ class RunFolder:
     """Adds rows to the table."""
     self.rows += rows
     if self._writes:
-      _write(self.path / RESULTS, pd.DataFrame(self.rows).to_csv(index=False))
+      _write(self.path / RESULTS, pd.DataFrame(self.rows).to_csv(index=False, na_rep=NAN))
 
   def note(self, name: str, value: Any) -> None:
     """Keeps what was measured once for all cells, as JSON."""
@@ -146,6 +146,12 @@ class RunFolder:
       self._lock.close()
 
 
+def checkpoints(folder: Path, key: Mapping[str, Any]) -> Path:
+  """Where the checkpoints of the cell of that key are."""
+  name = "_".join(f"{column}-{value}" for column, value in key.items() if value != "")
+  return folder / CHECKPOINTS / name.replace("/", "-")
+
+
 def read(folder: Path) -> tuple[list[Row], list[Row], dict[str, Any]]:
   """``(lines, rows, notes)`` of the files in a folder, as far as there are any."""
   lines, rows, notes = list[Row](), list[Row](), dict[str, Any]()
@@ -153,7 +159,8 @@ def read(folder: Path) -> tuple[list[Row], list[Row], dict[str, Any]]:
     text = (folder / METRICS).read_text().splitlines()
     lines = [json.loads(line) for line in text if line.endswith("}")]
   if (folder / RESULTS).exists():
-    frame = pd.read_csv(folder / RESULTS, float_precision="round_trip")
+    options: dict[str, Any] = {"keep_default_na": False, "na_values": [NAN]}  # "" is a text.
+    frame = pd.read_csv(folder / RESULTS, float_precision="round_trip", **options)
     rows = [{str(name): value for name, value in row.items()} for row in frame.to_dict("records")]
   if (folder / NOTES).exists():
     notes = json.loads((folder / NOTES).read_text())
