@@ -5,6 +5,8 @@
 and ``checkpoints/`` the states.
 """
 
+import contextlib
+import csv
 import datetime
 import fcntl
 import json
@@ -29,7 +31,6 @@ CONFIG, METRICS, RESULTS, NOTES, LOCK = (
   "config.json", "metrics.jsonl", "results.csv", "notes.json", "lock",
 )  # fmt: skip
 CHECKPOINTS = "checkpoints"
-NAN = "nan"
 Row = dict[str, Any]
 
 
@@ -121,7 +122,7 @@ class RunFolder:
     """Adds rows to the table."""
     self.rows += rows
     if self._writes:
-      _write(self.path / RESULTS, pd.DataFrame(self.rows).to_csv(index=False, na_rep=NAN))
+      _write(self.path / RESULTS, pd.DataFrame(self.rows).to_csv(index=False, na_rep="nan"))
 
   def note(self, name: str, value: Any) -> None:
     """Keeps what was measured once for all cells, as JSON."""
@@ -159,12 +160,21 @@ def read(folder: Path) -> tuple[list[Row], list[Row], dict[str, Any]]:
     text = (folder / METRICS).read_text().splitlines()
     lines = [json.loads(line) for line in text if line.endswith("}")]
   if (folder / RESULTS).exists():
-    options: dict[str, Any] = {"keep_default_na": False, "na_values": [NAN]}  # "" is a text.
-    frame = pd.read_csv(folder / RESULTS, float_precision="round_trip", **options)
-    rows = [{str(name): value for name, value in row.items()} for row in frame.to_dict("records")]
+    with (folder / RESULTS).open(newline="") as file:
+      rows = [{k: _value(text) for k, text in row.items()} for row in csv.DictReader(file)]
   if (folder / NOTES).exists():
     notes = json.loads((folder / NOTES).read_text())
   return lines, rows, notes
+
+
+def _value(text: str) -> Any:
+  """What a field of ``results.csv`` was; pandas has no empty texts and may round numbers."""
+  if text in ("True", "False"):
+    return text == "True"
+  for kind in (int, float):
+    with contextlib.suppress(ValueError):
+      return kind(text)
+  return text
 
 
 def provenance(config: StudyConfig, program: str) -> dict[str, Any]:
