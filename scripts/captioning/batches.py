@@ -57,6 +57,10 @@ class LengthBatches:
     num_lengths: the groups, at least 1.
     seed: of the order.
 
+  Attributes:
+    per_epoch: batches of an epoch.
+    lengths: what their tokens are cut to, for each group.
+
   Raises:
     ValueError: if there are fewer rows than a batch needs.
   """
@@ -69,7 +73,7 @@ class LengthBatches:
     order = np.argsort(num_tokens, kind="stable")
     num_lengths = min(num_lengths, len(order) // batch_size)
     self._groups = np.array_split(order, num_lengths)
-    self._lengths = [int(num_tokens[group].max()) for group in self._groups]
+    self.lengths = [int(num_tokens[group].max()) for group in self._groups]
     self._batch_size, self._seed = batch_size, seed
     self._epoch: tuple[int, list[Batch]] = (-1, [])
     self.per_epoch = sum(-(-len(group) // batch_size) for group in self._groups)
@@ -83,7 +87,7 @@ class LengthBatches:
 
   def _shuffled(self, rng: np.random.Generator) -> list[Batch]:
     batches = []
-    for group, length in zip(self._groups, self._lengths, strict=True):
+    for group, length in zip(self._groups, self.lengths, strict=True):
       order = rng.permutation(group)
       full = -(-len(order) // self._batch_size) * self._batch_size
       rows = np.resize(order, full).reshape(-1, self._batch_size)

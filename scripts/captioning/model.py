@@ -1,7 +1,7 @@
-"""Captioners for the script: how they are made, trained and asked."""
+"""Captioners: how they are made, trained and asked."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import flax.linen as nn
 import jax
@@ -14,6 +14,7 @@ from jaxbo_models.vocabulary import Vocabulary
 
 from scripts.captioning.config import MODELS, Settings
 from scripts.captioning.plots import Captioned
+from scripts.common.study import Program, Row, Spent, Task
 
 
 class MeanEncoder(nn.Module):
@@ -74,15 +75,12 @@ class State(NamedTuple):
 
 
 def init_state(
-  model: GuidedCaptioner, tx: optax.GradientTransformation, batch: dict[str, Any], key: jax.Array
+  model: GuidedCaptioner, tx: optax.GradientTransformation, settings: Settings, key: jax.Array
 ) -> State:
-  """Where training starts; of ``batch`` only shapes matter."""
-
-  def init(key, images, tokens):
-    params = model.init(key, images, tokens[:, :-1])["params"]
-    return State(params, tx.init(params))
-
-  return jax.jit(init)(key, batch["features"], batch["tokens"])
+  """Where training starts."""
+  images = jnp.zeros((1, *settings.image_size, 3))
+  params = model.init(key, images, jnp.zeros((1, 2), jnp.int32))["params"]
+  return State(params, tx.init(params))
 
 
 def make_step(
@@ -102,7 +100,7 @@ def make_step(
 
 
 class Asked(NamedTuple):
-  """A trained captioner's compiled functions; all take parameters first.
+  """A trained captioner's compiled functions; all take parameters first, and say only words.
 
   Attributes:
     losses: ``losses(params, images, tokens) -> [n]``, in nats a caption.
@@ -118,29 +116,16 @@ class Asked(NamedTuple):
   beam: Callable[..., captioner.Captions]
 
 
-def ask(
-  model: GuidedCaptioner,
-  *,
-  max_length: int,
-  beam_size: int,
-  bos: int = 1,
-  eos: int = 2,
-  forbidden: tuple[int, ...] = (0, 1),
-) -> Asked:
-  """Compiles what is asked of a captioner.
-
-  Args:
-    model: the captioner.
-    max_length: tokens of the longest caption, its end among them.
-    beam_size: captions that beam search keeps.
-    bos: the token that a caption begins with.
-    eos: the token that it ends with.
-    forbidden: tokens that are never said.
-  """
+def ask(model: GuidedCaptioner, settings: Settings, vocabulary: Vocabulary, beam: int) -> Asked:
+  """Compiles what is asked of a captioner; its beam search keeps ``beam`` captions."""
   per_caption = captioner.caption_losses(model)
-  never = jnp.zeros(model.vocab_size, bool).at[jnp.array(forbidden)].set(True)
-  options: dict[str, Any] = {"max_length": max_length, "bos_id": bos, "eos_id": eos}
-  options |= {"forbidden": never}
+  never = [i for i in (vocabulary.pad, vocabulary.bos, vocabulary.unk) if i is not None]
+  options: dict[str, Any] = {
+    "max_length": settings.max_words + 1,
+    "bos_id": vocabulary.bos,
+    "eos_id": vocabulary.eos,
+    "forbidden": jnp.zeros(model.vocab_size, bool).at[jnp.array(never)].set(True),
+  }
 
   def losses(params, images, tokens):
     return per_caption(params, as_batch(images, tokens))
@@ -154,17 +139,10 @@ def ask(
     step_fn, state = captioner.make_step(model, params, as_floats(images))
     return captioner.greedy(step_fn, state, batch_size=len(images), **options)[0]
 
-  def beam(params, images):
-    return captioner.caption_images(
-      model, params, as_floats(images), beam_size=beam_size, **options
-    )
+  def search(params, images):
+    return captioner.caption_images(model, params, as_floats(images), beam_size=beam, **options)
 
-  return Asked(*map(jax.jit, (losses, attention, greedy, beam)))
-
-
-def never_said(vocabulary: Vocabulary) -> tuple[int, ...]:
-  """The tokens that no caption has: padding, the beginning, unknown words."""
-  return tuple(i for i in (vocabulary.pad, vocabulary.bos, vocabulary.unk) if i is not None)
+  return Asked(*map(jax.jit, (losses, attention, greedy, search)))
 
 
 def in_batches(function: Callable[..., Any], params: Any, *arrays: Any, size: int = 250) -> Any:
@@ -187,3 +165,109 @@ def captioned(images: Any, captions: captioner.Captions, vocabulary: Vocabulary)
     title = f"probability {probability:.2g}"
     examples.append(Captioned(image, words, np.asarray(attention)[: len(words)], title))
   return examples
+
+
+class Source(Protocol):
+  """Images with captions, in three sets: to train on, to choose by, and to report.
+
+  Attributes:
+    vocabulary: of the captions.
+    beam_size: captions that beam search keeps.
+  """
+
+  vocabulary: Vocabulary
+  beam_size: int
+
+  def shown(self) -> np.ndarray:
+    """Images of the test set for pictures."""
+    ...
+
+  def key(self, seed: int) -> jax.Array:
+    """What random numbers of training come from."""
+    ...
+
+  def batches(self, seed: int) -> Callable[[int], tuple[Any, ...]]:
+    """What each step takes; raises ``ValueError`` if there are too few captions."""
+    ...
+
+  def shapes(self) -> list[tuple[Any, ...]]:
+    """For each shape that there is, what a step may take."""
+    ...
+
+  def draw(self, key: jax.Array, t: jax.Array, *batch: Any) -> tuple[Any, Any, jax.Array]:
+    """``(images, tokens, key)`` of step ``t``; traced."""
+    ...
+
+  def validation(self, ask: Asked, params: Any) -> float:
+    """The loss on the validation set."""
+    ...
+
+  def test(self, ask: Asked, params: Any) -> Row:
+    """Scores on the test set."""
+    ...
+
+
+class Captioner:
+  """A captioner of the images of a source, compiled once for all seeds.
+
+  Attributes:
+    source: of images and captions.
+    settings: sizes and rates.
+    init: ``init(key)``, where training starts.
+    program: a step of training.
+    ask: what it can be asked.
+  """
+
+  def __init__(self, name: str, source: Source, settings: Settings):
+    self.source, self.settings = source, settings
+    model, tx = make_model(name, settings, len(source.vocabulary)), make_optimizer(settings)
+    train = make_step(model, tx)
+
+    def step(state, t, key_data, *batch):
+      key = jax.random.fold_in(jax.random.wrap_key_data(key_data), t)
+      images, tokens, key = source.draw(key, t, *batch)
+      return train(state, as_batch(images, tokens), key)
+
+    self.init = jax.jit(lambda key: init_state(model, tx, settings, key))
+    self.program = Program(step)
+    self.ask = ask(model, settings, source.vocabulary, source.beam_size)
+
+  def check(self) -> None:
+    """Raises ``ValueError`` if it cannot be trained."""
+    jax.eval_shape(self.init, jax.random.key(0))
+    self.source.batches(0)
+
+  def examples(self, params: Any) -> list[Captioned]:
+    """Some images of the test set with what it says of them."""
+    images = self.source.shown()
+    return captioned(images, self.ask.beam(params, jnp.asarray(images)), self.source.vocabulary)
+
+
+class Training(Task):
+  """A captioner on one seed."""
+
+  def __init__(self, captioner: Captioner, seed: int):
+    self._captioner = captioner
+    self._key = jax.random.key_data(captioner.source.key(seed))
+    self._batch = captioner.source.batches(seed)
+    self.state = captioner.init(jax.random.key(seed))
+    for batch in captioner.source.shapes():
+      captioner.program.compile(self.state, self._key, *batch)
+
+  def step(self, state: State, t: int) -> tuple[State, jax.Array]:
+    """Trains on the captions whose turn it is; tells their mean loss."""
+    arguments = self._key, *self._batch(t)
+    return self._captioner.program.compile(state, *arguments)(state, jnp.int32(t), *arguments)
+
+  def evaluate(self, state: State, told: list[Any]) -> Row:
+    """Losses so far."""
+    source, ask = self._captioner.source, self._captioner.ask
+    return {
+      "train_loss": float(told[-1]),
+      "validation_nll": source.validation(ask, state.params),
+    }
+
+  def result(self, state: State, spent: Spent) -> Row:
+    """The scores on the test set."""
+    scores = self._captioner.source.test(self._captioner.ask, state.params)
+    return scores | {"ms_per_step": 1e3 * spent.seconds / self._captioner.settings.steps}

@@ -1,0 +1,90 @@
+"""Captions of images from files: vocabulary, batches by length, and the usual scores."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jaxbo_models import caption_metrics
+from jaxbo_models.vocabulary import Vocabulary
+
+from scripts.captioning.batches import LengthBatches, encode
+from scripts.captioning.config import Settings
+from scripts.captioning.data import CaptionData, CaptionedImages
+from scripts.captioning.model import Asked, in_batches
+from scripts.common.study import Row
+
+NUM_EXAMPLES = 6
+NUM_LENGTHS = 3  # Groups of captions by length; each is compiled for.
+
+
+class Files:
+  """Images from files; words that occur often enough in captions to train on are known."""
+
+  def __init__(self, data: CaptionData, settings: Settings, beam_size: int):
+    self._data, self._settings, self.beam_size = data, settings, beam_size
+    captions = [words for of_image in data.train.captions for words in of_image]
+    self.vocabulary = Vocabulary.build(captions, min_count=settings.min_count)
+    self._rows = encode(data.train.captions, self.vocabulary, settings.max_words)
+    self._images = jax.device_put(data.train.images)
+
+  def shown(self) -> np.ndarray:
+    """Images of the test set, spread over it."""
+    images = self._data.test.images
+    return images[np.linspace(0, len(images) - 1, NUM_EXAMPLES).astype(int)]
+
+  def key(self, seed: int) -> jax.Array:
+    """What dropout comes from."""
+    return jax.random.key(seed)
+
+  def batches(self, seed: int) -> Callable[[int], tuple[Any, ...]]:
+    """For each step all images, the row of the image of each caption, and the captions."""
+    batches = self._by_length(seed)
+    return lambda t: self._arguments(batches(t).rows, batches(t).length)
+
+  def shapes(self) -> list[tuple[Any, ...]]:
+    """A batch of each length."""
+    rows = np.arange(self._settings.batch_size)
+    return [self._arguments(rows, length) for length in self._by_length(0).lengths]
+
+  def draw(self, key: jax.Array, t: jax.Array, *batch: Any) -> tuple[Any, Any, jax.Array]:
+    """The images of a batch, their captions, and a key for dropout."""
+    del t
+    images, rows, tokens = batch
+    return images[rows], tokens, key
+
+  def validation(self, ask: Asked, params: Any) -> float:
+    """The mean loss of a token of the captions for validation."""
+    return self.token_nll(ask, params, self._data.validation)
+
+  def test(self, ask: Asked, params: Any) -> Row:
+    """Captions images by beam search and compares with what people wrote.
+
+    Returns:
+      ``token_nll``, the scores of :func:`jaxbo_models.caption_metrics.summary`, and ``meteor`` and
+      ``spice``: NaN where they were skipped, with the reason in ``skipped``.
+    """
+    images = self._data.test
+    captions = in_batches(ask.beam, params, images.images, size=100)
+    said = [self.vocabulary.decode(of_image[0]) for of_image in captions.tokens]
+    meteor = caption_metrics.meteor(said, images.captions)
+    spice = caption_metrics.spice(said, images.captions)
+    return {
+      "token_nll": self.token_nll(ask, params, images),
+      **caption_metrics.summary(said, images.captions),
+      "meteor": meteor.value,
+      "spice": spice.value,
+      "skipped": "; ".join(score.reason for score in (meteor, spice) if score.reason),
+    }
+
+  def token_nll(self, ask: Asked, params: Any, images: CaptionedImages) -> float:
+    """The mean loss of a token, the end of a caption among them."""
+    rows = encode(images.captions, self.vocabulary, self._settings.max_words)
+    losses = in_batches(ask.losses, params, images.images[rows.image], rows.tokens)
+    return float(losses.sum() / (rows.num_tokens - 1).sum())
+
+  def _by_length(self, seed: int) -> LengthBatches:
+    return LengthBatches(self._rows.num_tokens, self._settings.batch_size, NUM_LENGTHS, seed)
+
+  def _arguments(self, rows: np.ndarray, length: int) -> tuple[Any, ...]:
+    return self._images, self._rows.image[rows], self._rows.tokens[rows, :length]
