@@ -40,11 +40,11 @@ from jaxbo_models.vocabulary import Vocabulary
 from scripts.captioning import data, plots
 from scripts.captioning.config import MODELS, Config
 from scripts.captioning.files import Files
-from scripts.captioning.model import Captioner, Source, Training
 from scripts.captioning.noise import Noise
 from scripts.captioning.predict import VOCABULARY, cell_key, predict
 from scripts.captioning.scenes import ShapesCaptions
 from scripts.captioning.shapes import Shapes
+from scripts.captioning.train import Captioner, Training
 from scripts.common import study, table
 from scripts.common.study import Cell, Results, Run, Study
 from scripts.common.table import Column, Table
@@ -92,7 +92,7 @@ class Captioning(Study[Config]):
     for order in config.all_orders():
       settings = config.settings(order)
       if config.dataset == "shapes":
-        source: Source = Shapes(order, settings, config.test_examples)
+        source = Shapes(order, settings, config.test_examples)
       else:
         read = data.read(config, settings.image_size)
         source = Files(read, settings, config.beam_size)

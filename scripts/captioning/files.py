@@ -40,7 +40,7 @@ class Files:
   def batches(self, seed: int) -> Callable[[int], tuple[Any, ...]]:
     """For each step all images, the row of the image of each caption, and the captions."""
     batches = self._by_length(seed)
-    return lambda t: self._arguments(batches(t).rows, batches(t).length)
+    return lambda t: self._arguments(*batches(t))
 
   def shapes(self) -> list[tuple[Any, ...]]:
     """A batch of each length."""

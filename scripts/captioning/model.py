@@ -1,7 +1,7 @@
 """Captioners: how they are made, trained and asked."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -14,7 +14,6 @@ from jaxbo_models.vocabulary import Vocabulary
 
 from scripts.captioning.config import MODELS, Settings
 from scripts.captioning.plots import Captioned
-from scripts.common.study import Program, Row, Spent, Task
 
 
 class MeanEncoder(nn.Module):
@@ -165,109 +164,3 @@ def captioned(images: Any, captions: captioner.Captions, vocabulary: Vocabulary)
     title = f"probability {probability:.2g}"
     examples.append(Captioned(image, words, np.asarray(attention)[: len(words)], title))
   return examples
-
-
-class Source(Protocol):
-  """Images with captions, in three sets: to train on, to choose by, and to report.
-
-  Attributes:
-    vocabulary: of the captions.
-    beam_size: captions that beam search keeps.
-  """
-
-  vocabulary: Vocabulary
-  beam_size: int
-
-  def shown(self) -> np.ndarray:
-    """Images of the test set for pictures."""
-    ...
-
-  def key(self, seed: int) -> jax.Array:
-    """What random numbers of training come from."""
-    ...
-
-  def batches(self, seed: int) -> Callable[[int], tuple[Any, ...]]:
-    """What each step takes; raises ``ValueError`` if there are too few captions."""
-    ...
-
-  def shapes(self) -> list[tuple[Any, ...]]:
-    """For each shape that there is, what a step may take."""
-    ...
-
-  def draw(self, key: jax.Array, t: jax.Array, *batch: Any) -> tuple[Any, Any, jax.Array]:
-    """``(images, tokens, key)`` of step ``t``; traced."""
-    ...
-
-  def validation(self, ask: Asked, params: Any) -> float:
-    """The loss on the validation set."""
-    ...
-
-  def test(self, ask: Asked, params: Any) -> Row:
-    """Scores on the test set."""
-    ...
-
-
-class Captioner:
-  """A captioner of the images of a source, compiled once for all seeds.
-
-  Attributes:
-    source: of images and captions.
-    settings: sizes and rates.
-    init: ``init(key)``, where training starts.
-    program: a step of training.
-    ask: what it can be asked.
-  """
-
-  def __init__(self, name: str, source: Source, settings: Settings):
-    self.source, self.settings = source, settings
-    model, tx = make_model(name, settings, len(source.vocabulary)), make_optimizer(settings)
-    train = make_step(model, tx)
-
-    def step(state, t, key_data, *batch):
-      key = jax.random.fold_in(jax.random.wrap_key_data(key_data), t)
-      images, tokens, key = source.draw(key, t, *batch)
-      return train(state, as_batch(images, tokens), key)
-
-    self.init = jax.jit(lambda key: init_state(model, tx, settings, key))
-    self.program = Program(step)
-    self.ask = ask(model, settings, source.vocabulary, source.beam_size)
-
-  def check(self) -> None:
-    """Raises ``ValueError`` if it cannot be trained."""
-    jax.eval_shape(self.init, jax.random.key(0))
-    self.source.batches(0)
-
-  def examples(self, params: Any) -> list[Captioned]:
-    """Some images of the test set with what it says of them."""
-    images = self.source.shown()
-    return captioned(images, self.ask.beam(params, jnp.asarray(images)), self.source.vocabulary)
-
-
-class Training(Task):
-  """A captioner on one seed."""
-
-  def __init__(self, captioner: Captioner, seed: int):
-    self._captioner = captioner
-    self._key = jax.random.key_data(captioner.source.key(seed))
-    self._batch = captioner.source.batches(seed)
-    self.state = captioner.init(jax.random.key(seed))
-    for batch in captioner.source.shapes():
-      captioner.program.compile(self.state, self._key, *batch)
-
-  def step(self, state: State, t: int) -> tuple[State, jax.Array]:
-    """Trains on the captions whose turn it is; tells their mean loss."""
-    arguments = self._key, *self._batch(t)
-    return self._captioner.program.compile(state, *arguments)(state, jnp.int32(t), *arguments)
-
-  def evaluate(self, state: State, told: list[Any]) -> Row:
-    """Losses so far."""
-    source, ask = self._captioner.source, self._captioner.ask
-    return {
-      "train_loss": float(told[-1]),
-      "validation_nll": source.validation(ask, state.params),
-    }
-
-  def result(self, state: State, spent: Spent) -> Row:
-    """The scores on the test set."""
-    scores = self._captioner.source.test(self._captioner.ask, state.params)
-    return scores | {"ms_per_step": 1e3 * spent.seconds / self._captioner.settings.steps}

@@ -93,7 +93,7 @@ class Reweighting(Judged, Training):
 
   def __init__(self, run: Run[Config], weighting: str, seed: int):
     super().__init__(run, FLIPPED, weighting, "reweighting", seed)
-    self._ask = ask(self.model, self.sizes, VOCABULARY, 1)
+    self._ask = run.shared("ask", lambda: ask(self.model, self.sizes, VOCABULARY, 1))
 
   def evaluate(self, state: Any, told: list[Any]) -> Row:
     """Judges the captioner and the weights.
