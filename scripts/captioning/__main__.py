@@ -18,7 +18,8 @@ relation on held-out pairs: they learn by heart which pairs stand in which direc
 
   python -m scripts.captioning                                   no download; 4 minutes on 2 cores
   python -m scripts.captioning --ablation                        7 captioners, 3 seeds; an hour
-  python -m scripts.captioning --noise                           wrong captions: who finds them
+  python -m scripts.captioning --noise                           wrong captions: who finds them;
+                                                                 in the folder noise of output_dir
   python -m scripts.captioning --dataset nlvr_captions           people's sentences on drawings
   python -m scripts.captioning --dataset coco_captions           113,287 photographs; for GPUs
   python -m scripts.captioning --dataset json --json-file F      your own images and captions
@@ -86,7 +87,12 @@ class Captioning(Study[Config]):
   """The experiment."""
 
   config = Config
-  smoke: ClassVar = {"steps": 30, "canonical_steps": 10, "test_examples": 100, "hidden_dim": 16}
+  smoke: ClassVar = {
+    "orders": ("canonical",),
+    "methods": ("none_word",),
+    "steps": 30,
+    "test_examples": 100,
+  }
 
   def prepare(self, config: Config) -> dict[tuple[str, str], Captioner]:
     """All captioners by their orders and names, so that what cannot run is refused at once."""

@@ -48,6 +48,7 @@ from scripts.common.table import Column, Table, spread
 CLEAN, FLIPPED, SWAPPED = (
   ShapesCaptions(), ShapesCaptions(color_flips=0.2), ShapesCaptions(swaps=0.3),
 )  # fmt: skip
+NUM_NOISY = 2048  # Captions whose weights are judged, in batches.
 _TRAINING, _WEIGHTED, _CLEAN, _TEST, _ORDER = range(5)  # Streams of keys, beside the seed.
 
 
@@ -106,7 +107,7 @@ class Reweighting(Judged, Training):
       ``loss_auc``: of the same by great losses.
     """
     params, weighting_state = state.params, state.opt_state[0].weighting_state
-    test, other = held_out(CLEAN, "test", 1000), held_out(FLIPPED, "train", 2048)
+    test, other = held_out(CLEAN, "test", 1000), held_out(FLIPPED, "train", NUM_NOISY)
     said = in_batches(self._ask.greedy, params, test.images)
     losses = in_batches(self._ask.losses, params, test.images, test.tokens)
     noisy = in_batches(self._ask.losses, params, other.images, other.tokens, size=256)
@@ -232,7 +233,12 @@ class Noise(Study[Config]):
   """Reweighting and hyper-cleaning of captions."""
 
   config = Config
-  smoke: ClassVar = {"steps": 20, "outer_steps": 2, "methods": ("uniform", "tilted", "itd")}
+  smoke: ClassVar = {"steps": 20, "outer_steps": 2, "methods": ("tilted", "first_order")}
+
+  def prepare(self, config: Config) -> None:
+    """Refuses what cannot be judged."""
+    if NUM_NOISY % (batch_size := config.settings("reweighting").batch_size):
+      raise ValueError(f"batch_size must divide {NUM_NOISY} with noise, got {batch_size}")
 
   def cells(self, run: Run[Config]) -> Iterable[Cell]:
     """Weightings, and then responses, on every seed."""
