@@ -233,7 +233,7 @@ class Noise(Study[Config]):
   """Reweighting and hyper-cleaning of captions."""
 
   config = Config
-  smoke: ClassVar = {"steps": 20, "outer_steps": 2, "methods": ("tilted", "first_order")}
+  smoke: ClassVar = {"steps": 20, "outer_steps": 2, "num_val": 64, "methods": ("first_order",)}
 
   def prepare(self, config: Config) -> None:
     """Refuses what cannot be judged."""
