@@ -102,8 +102,7 @@ class RunFolder:
 
   def checkpoints(self, key: Mapping[str, Any]) -> Path:
     """Where the checkpoints of the cell of that key are."""
-    name = "_".join(f"{column}-{value}" for column, value in key.items() if value != "")
-    return self.path / CHECKPOINTS / name.replace("/", "-")
+    return checkpoints(self.path, key)
 
   def add_lines(self, lines: Sequence[Row]) -> None:
     """Appends lines, on disk when this returns; numbers that are not finite become ``null``."""
@@ -125,7 +124,7 @@ class RunFolder:
     """Adds rows to the table."""
     self.rows += rows
     if self._writes:
-      _write(self.path / RESULTS, pd.DataFrame(self.rows).to_csv(index=False))
+      _write(self.path / RESULTS, pd.DataFrame(self.rows).to_csv(index=False, na_rep="nan"))
 
   def note(self, name: str, value: Any) -> None:
     """Keeps what was measured once for all cells, as JSON."""
@@ -166,6 +165,12 @@ def together() -> Iterator[None]:
     raise refusal
 
 
+def checkpoints(folder: Path, key: Mapping[str, Any]) -> Path:
+  """Where the checkpoints of the cell of that key are."""
+  name = "_".join(f"{column}-{value}" for column, value in key.items() if value != "")
+  return folder / CHECKPOINTS / name.replace("/", "-")
+
+
 def read(folder: Path) -> tuple[list[Row], list[Row], dict[str, Any]]:
   """``(lines, rows, notes)`` of the files in a folder, as far as there are any."""
   lines, rows, notes = list[Row](), list[Row](), dict[str, Any]()
@@ -174,19 +179,19 @@ def read(folder: Path) -> tuple[list[Row], list[Row], dict[str, Any]]:
     lines = [json.loads(line) for line in text if line.endswith("}")]
   if (folder / RESULTS).exists():
     with (folder / RESULTS).open(newline="") as file:
-      rows = [{k: _value(v) for k, v in row.items()} for row in csv.DictReader(file)]
+      rows = [{k: _value(text) for k, text in row.items()} for row in csv.DictReader(file)]
   if (folder / NOTES).exists():
     notes = json.loads((folder / NOTES).read_text())
   return lines, rows, notes
 
 
 def _value(text: str) -> Any:
-  """What a cell of a table was before it was written; nothing is a missing number."""
+  """What a field of ``results.csv`` was; pandas has no empty texts and may round numbers."""
   if text in ("True", "False"):
     return text == "True"
   for kind in (int, float):
     with contextlib.suppress(ValueError):
-      return kind(text or "nan")
+      return kind(text)
   return text
 
 
