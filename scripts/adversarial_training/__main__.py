@@ -90,16 +90,17 @@ class AdversarialTraining(Study[Config]):
         f"a class), epsilon {results.config.largest_change():.3g}, {results.config.epochs} epochs"
       )
       yield table.spread(title, rows, "method", LABELS, COLUMNS | SECONDS)
-      if BASELINE in set(rows["method"]):
+      if {BASELINE} < set(rows["method"]):
         title += f"; gain over {LABELS[BASELINE]}"
         yield table.paired(title, rows, "method", BASELINE, LABELS, COLUMNS)
 
   def remarks(self, results: Results[Config]) -> Iterable[str]:
     """What each run's robust accuracies are doubted for."""
-    rows = results.rows.fillna({"doubts": ""})  # A file has no empty strings.
-    for row in rows[rows["doubts"] != ""].to_dict("records"):
-      of_run = f"{SETS[row['set']]}, {LABELS[row['method']]}, seed {row['seed']}"
-      yield f"[red]Doubtful: {of_run}: {row['doubts']}[/red]"
+    for row in results.rows.to_dict("records"):
+      if isinstance(row["doubts"], str) and row["doubts"]:  # A file has no empty strings.
+        changed = f", {row['changed']}" if "changed" in row else ""
+        of_run = f"{SETS[row['set']]}, {LABELS[row['method']]}{changed}, seed {row['seed']}"
+        yield f"[red]Doubtful: {of_run}: {row['doubts']}[/red]"
 
   def draw(self, run: Run[Config]) -> None:
     """Accuracy of each class; weights and attacked images of the first seed on the last set."""

@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import chex
 import jax
@@ -308,7 +309,8 @@ def test_a_run_prints_tables_and_draws(tmp_path, capsys, monkeypatch):
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
   whole, broken = tmp_path / "whole", tmp_path / "broken"
   command = [sys.executable, "-m", small.__name__, str(broken)]
-  assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+  killed = subprocess.run(command, check=False, cwd=Path(__file__).parents[3])
+  assert killed.returncode == -signal.SIGKILL
   assert len((broken / "metrics.jsonl").read_text().splitlines()) == 3
   seen = small.patch(monkeypatch.setattr)
   assert script.run(small.config(whole)) == 0
