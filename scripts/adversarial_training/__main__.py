@@ -22,7 +22,9 @@ what the worst case is for, and what the checks against masked gradients find is
 
   python -m scripts.adversarial_training                     20 minutes on 2 cores
   python -m scripts.adversarial_training --tune              one rate at a time, on validation data
+                                                             (its run is in output_dir/tune)
   python -m scripts.adversarial_training --dataset cifar10   after a download by TFDS
+  ... --smoke                                                the smallest run, of two methods
   ... --resume                                               goes on bit for bit
 
 Batches are divided among all devices.
@@ -58,8 +60,8 @@ class AdversarialTraining(Study[Config]):
 
   config = Config
   smoke: ClassVar = {
-    "sets": (LONG_TAILED,), "methods": (BASELINE, "mart", DONE), "seeds": 1, "epochs": 3,
-    "largest": 300, "ratio": 10.0, "test_per_class": 20, "validation_per_class": 20,
+    "sets": (LONG_TAILED,), "methods": (BASELINE, DONE), "seeds": 1, "epochs": 2, "largest": 300,
+    "ratio": 10.0, "test_per_class": 20, "validation_per_class": 20,
   }  # fmt: skip
   step_name = "epoch"
 
@@ -116,8 +118,8 @@ class AdversarialTraining(Study[Config]):
       if cell.key["method"] in compared and last.items() <= cell.key.items()
     }
     if BASELINE in params:
-      curves = plots.weights_against_margins(run.data, params[BASELINE])
-      plots.draw_weights(curves, path / plots.WEIGHTS)
+      shown = plots.weights_and_margins(run.data, params[BASELINE])
+      plots.draw_weights(*shown, path / plots.WEIGHTS)
     if params:
       plots.draw_examples(*plots.examples(run.data, params), names, path / plots.EXAMPLES)
 

@@ -29,10 +29,8 @@ class Attacked(NamedTuple):
   predicted: np.ndarray
 
 
-def weights_against_margins(
-  place: Workplace, params: Any
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-  """How methods weigh the same training images at the same parameters.
+def weights_and_margins(place: Workplace, params: Any) -> tuple[dict[str, np.ndarray], np.ndarray]:
+  """How methods weigh the same training images at the same parameters, by their labels.
 
   Margins are those of probabilities under PGD: positive if the image is still named correctly.
   """
@@ -47,7 +45,7 @@ def weights_against_margins(
     attacked = sign_attack(setting)(params, batch, make_key())
     return -jaxbo.probabilistic_margin(place.model(params, attacked), batch[1])
 
-  margins, curves = np.asarray(margins_of(params, batch)), {}
+  weights = {}
   for name in REWEIGHTED:
     if name not in config.methods:
       continue
@@ -59,8 +57,8 @@ def weights_against_margins(
       scores = extra.get("scores", grads.losses)
       return len(scores) * parts.weighting.weigh(scores, parts.weighting.init())[0]
 
-    curves[LABELS[name]] = margins, np.asarray(weights_of(params, batch))
-  return curves
+    weights[LABELS[name]] = np.asarray(weights_of(params, batch))
+  return weights, np.asarray(margins_of(params, batch))
 
 
 def examples(
@@ -121,24 +119,23 @@ def draw_per_class(
   plots.save(fig, path)
 
 
-def draw_weights(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], path: Path) -> None:
+def draw_weights(weights: Mapping[str, np.ndarray], margins: np.ndarray, path: Path) -> None:
   """The relative weight of each training example against its margin, one panel a method."""
-  columns = min(len(curves), 3)
-  lines = -(-len(curves) // columns)
+  columns = min(len(weights), 3)
+  lines = -(-len(weights) // columns)
   size = 4 * columns, 3.2 * lines
   fig, grid = plt.subplots(
     lines, columns, figsize=size, layout="constrained", squeeze=False, sharex=True, sharey=True
   )
-  for axes in grid.ravel()[len(curves) :]:
+  for axes in grid.ravel()[len(weights) :]:
     axes.set_visible(False)
-  largest = max(float(weights.max()) for _, weights in curves.values())
+  largest = max(float(of_method.max()) for of_method in weights.values())
   smallest = 1e-3  # Weights below are drawn there.
-  for i, (axes, (label, (margins, weights))) in enumerate(
-    zip(grid.ravel(), curves.items(), strict=False)
-  ):
+  for i, (label, of_method) in enumerate(weights.items()):
+    axes = grid.flat[i]
     axes.axhline(1, color="0.6", lw=1, ls="--")
     axes.axvline(0, color="0.6", lw=1, ls="--")
-    shown = np.maximum(weights, smallest)
+    shown = np.maximum(of_method, smallest)
     axes.scatter(margins, shown, s=6, alpha=0.5, color=f"C{i}", linewidths=0)
     axes.set_title(label, loc="left", fontsize="medium")
     axes.set(xlim=(-1.05, 1.05), yscale="log", ylim=(0.7 * smallest, 1.5 * largest))

@@ -31,12 +31,7 @@ class State(NamedTuple):
 
 
 class Told(NamedTuple):
-  """What an epoch tells: means over its steps.
-
-  Attributes:
-    loss: of adversarial examples, unweighted.
-    ess: the effective sample size, as a share of the batch.
-  """
+  """Means over an epoch: losses of adversarial examples, and effective shares of the batch."""
 
   loss: Any
   ess: Any
@@ -56,10 +51,10 @@ class Workplace:
         f"batch_size must be a multiple of the number of devices, {num_devices}, got "
         f"{config.batch_size}"
       )
-    most = min(len(self.rows(kind, config.first_seed)) for kind in config.sets)
-    if most < config.batch_size:
+    fewest = min(len(self.rows(kind, config.first_seed)) for kind in config.sets)
+    if fewest < config.batch_size:
       raise ValueError(
-        f"batch_size must be at most {most}, the images for training; got {config.batch_size}"
+        f"batch_size must be at most {fewest}, the images for training; got {config.batch_size}"
       )
     self.devices = devices.all_devices()
     self.pool: Images = jax.device_put(self.images.pool, self.devices.everywhere)
@@ -116,19 +111,18 @@ class Training(Compiled):
   """A method on a training set of a seed; a step is an epoch."""
 
   def __init__(self, run: Run[Config], kind: str, method: str, seed: int, rates: Rates):
-    self.config, self.place = run.config, run.data
-    self._rows = self.place.rows(kind, seed)
-    self._stream = seed, list(SETS).index(kind)
-    num_steps = self.config.epochs * (len(self._rows) // self.config.batch_size)
-    setting = self.place.setting(rates)
+    place, config = run.data, run.config
+    self.config, self.place = config, place
+    self._rows, self._stream = place.rows(kind, seed), (seed, list(SETS).index(kind))
+    num_steps = config.epochs * (len(self._rows) // config.batch_size)
     tx, program = run.shared(
       (method, rates, num_steps),
-      lambda: make_program(METHODS[method], setting, self.config, num_steps, self.place.devices),
+      lambda: make_program(METHODS[method], place.setting(rates), config, num_steps, place.devices),
     )
-    params = self.place.init(jax.random.key(seed))
+    params = place.init(jax.random.key(seed))
     state = self._everywhere(State(params, tx.init(params)))
     stream = jax.random.key_data(jax.random.fold_in(jax.random.key(seed), self._stream[1]))
-    super().__init__(program, state, self._order(0), self.place.pool, self._everywhere(stream))
+    super().__init__(program, state, self._order(0), place.pool, self._everywhere(stream))
 
   def _everywhere(self, tree: Any) -> Any:
     return jax.device_put(tree, self.place.devices.everywhere)
