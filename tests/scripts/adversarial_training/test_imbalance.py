@@ -12,24 +12,15 @@ from scripts.adversarial_training.imbalance import (
 pytestmark = pytest.mark.slow  # All together, not each.
 
 
-@pytest.mark.parametrize(
-  "num_classes, largest, ratio, counts",
-  [
-    # CIFAR-10-LT and CIFAR-100-LT of the literature: 12,406 and 10,847 examples.
-    (10, 5000, 100, [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]),
-    (5, 10_000, 10_000, [10_000, 1000, 100, 10, 1]),
-    (4, 7, 1, [7, 7, 7, 7]),
-    (3, 1000, 50, [1000, 141, 20]),
-    (1, 5, 3.0, [5]),
-  ],
-)
-def test_long_tailed_counts_fall_exponentially(num_classes, largest, ratio, counts):
-  assert long_tailed_counts(num_classes, largest, ratio).tolist() == counts
-
-
-def test_the_long_tailed_cifar_sets_have_the_sizes_of_the_literature():
-  assert long_tailed_counts(10, 5000, 100).sum() == 12_406
-  assert long_tailed_counts(100, 500, 100).sum() == 10_847
+def test_long_tailed_counts_fall_exponentially():
+  counts = lambda *arguments: long_tailed_counts(*arguments).tolist()
+  # CIFAR-10-LT and CIFAR-100-LT have the sizes of the literature.
+  assert counts(10, 5000, 100) == [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]
+  assert [sum(counts(10, 5000, 100)), sum(counts(100, 500, 100))] == [12_406, 10_847]
+  assert counts(5, 10_000, 10_000) == [10_000, 1000, 100, 10, 1]
+  assert counts(4, 7, 1) == [7, 7, 7, 7]
+  assert counts(3, 1000, 50) == [1000, 141, 20]
+  assert counts(1, 5, 3.0) == [5]
 
 
 def test_the_last_count_of_a_whole_quotient_is_exact():
@@ -38,21 +29,10 @@ def test_the_last_count_of_a_whole_quotient_is_exact():
       assert long_tailed_counts(10, largest, divisor)[-1] == largest // divisor
 
 
-@pytest.mark.parametrize(
-  "rare, counts",
-  [
-    (0.5, [60, 60, 3, 3]),
-    (0.25, [60, 60, 60, 3]),
-    (0.7, [60, 60, 3, 3]),
-    (0.0, [60, 60, 60, 60]),
-    (1, [3, 3, 3, 3]),
-  ],
-)
-def test_step_imbalanced_counts_have_two_values(rare, counts):
-  assert step_imbalanced_counts(4, 60, 20, rare).tolist() == counts
-
-
-def test_a_step_that_is_no_whole_quotient_is_rounded_down():
+def test_step_imbalanced_counts_have_two_values_rounded_down():
+  for rare, num_rare in ((0.5, 2), (0.25, 1), (0.7, 2), (0.0, 0), (1, 4)):
+    expected = [60] * (4 - num_rare) + [3] * num_rare
+    assert step_imbalanced_counts(4, 60, 20, rare).tolist() == expected
   assert step_imbalanced_counts(2, 79, 20).tolist() == [79, 3]
 
 

@@ -1,5 +1,6 @@
 """Adversarial training: methods against oracles, devices, tables, whole runs."""
 
+import functools
 import json
 import signal
 import subprocess
@@ -118,46 +119,42 @@ def test_gairat_and_mail_begin_uniform_and_then_weigh_by_steps_and_margins(gradi
     close(gradients[name, 1.0], gradient_of(PARAMS, images, weights))
 
 
-@pytest.mark.parametrize("name", ["trades", "mart"])
-def test_trades_and_mart_look_at_clean_and_attacked_images(name, gradients):
-  options = {"objective": "kl", "random_start": 1e-3} if name == "trades" else {}
-  images = attacked(**options)[0]
-  loss = {"trades": jaxbo.trades_loss, "mart": jaxbo.mart_loss}[name]
-  beta = {"trades": 6.0, "mart": 5.0}[name]
+def test_trades_and_mart_look_at_clean_and_attacked_images(gradients):
+  of_trades = attacked(objective="kl", random_start=1e-3)[0]
+  for name, images, loss, beta in (
+    ("trades", of_trades, jaxbo.trades_loss, 6.0),
+    ("mart", attacked()[0], jaxbo.mart_loss, 5.0),
+  ):
 
-  def mean(params):
-    return jnp.mean(loss(model(params, BATCH[0]), model(params, images), BATCH[1], beta))
+    def mean(params, images=images, loss=loss, beta=beta):
+      return jnp.mean(loss(model(params, BATCH[0]), model(params, images), BATCH[1], beta))
 
-  close(gradients[name, 0.0], jax.jit(jax.grad(mean))(PARAMS))
+    close(gradients[name, 0.0], jax.jit(jax.grad(mean))(PARAMS))
 
 
 def test_done_and_fast_bat_have_the_implicit_term_of_the_library(gradients):
   loss = lambda p, x, y: jaxbo.cross_entropy_loss(model(p, x), y)
   margin = lambda p, x, y: -jaxbo.margin_loss(model(p, x), y)
-  rates, common = SETTING.rates, {"epsilon": EPSILON}
-  of_done = {"barrier": rates.barrier, "num_steps": NUM_STEPS, "curvature": rates.curvature}
-
-  @jax.jit
-  def of_library(params, batch):
-    by = {
-      "done": jaxbo.done_grad(loss, margin, step_size=0.5, **of_done, **common),
-      "done_adam": jaxbo.done_grad(
-        loss, margin, step_size=0.25 * EPSILON, direction="adam", **of_done, **common
-      ),
-      "fast_bat": jaxbo.fast_bat_grad(
-        loss, lambda *a: -loss(*a), step_size=rates.fast_bat_step_size, **common
-      ),
-    }
-    gradients = {}
-    for name, gradient in by.items():
-      weighting = jaxbo.uniform() if name == "fast_bat" else jaxbo.kl(rates.temperature)
-      tx = jaxbo.reweight(weighting)
-      grads = gradient(params, batch, jax.random.clone(KEY))
-      gradients[name] = tx.update(grads, tx.init(params), params)[0]
-    return gradients
-
-  for name, expected in of_library(PARAMS, BATCH).items():
-    close(gradients[name, 1.0], expected)
+  rates = SETTING.rates
+  done = functools.partial(
+    jaxbo.done_grad, loss, margin, epsilon=EPSILON, barrier=rates.barrier, num_steps=NUM_STEPS,
+    curvature=rates.curvature,
+  )  # fmt: skip
+  of_attack = {"epsilon": EPSILON, "step_size": rates.fast_bat_step_size}
+  fast_bat = jaxbo.fast_bat_grad(loss, lambda *a: -loss(*a), **of_attack)
+  by = {
+    "done": (done(step_size=0.5), jaxbo.kl(rates.temperature)),
+    "done_adam": (done(step_size=0.25 * EPSILON, direction="adam"), jaxbo.kl(rates.temperature)),
+    "fast_bat": (fast_bat, jaxbo.uniform()),
+  }
+  for name, (gradient, weighting) in by.items():
+    tx = jaxbo.reweight(weighting)
+    of_library = jax.jit(
+      lambda params, batch, gradient=gradient, tx=tx: tx.update(
+        gradient(params, batch, jax.random.clone(KEY)), tx.init(params), params
+      )[0]
+    )
+    close(gradients[name, 1.0], of_library(PARAMS, BATCH))
 
 
 def test_what_is_varied_are_rates_that_methods_have():
@@ -337,23 +334,16 @@ def test_rates_are_varied_one_at_a_time_on_validation_images(tmp_path, capsys, m
   assert [path.name for path in tmp_path.iterdir()] == ["tune"]
 
 
-@pytest.mark.parametrize(
-  "wrong, message",
-  [
+def test_bad_input_says_what_is_allowed(tmp_path, capsys, monkeypatch):
+  small.patch(monkeypatch.setattr)
+  config = small.config(tmp_path / "out").but(sets=("balanced", "long_tailed"))
+  for wrong, message in (
     ({"largest": 1000}, "largest must leave enough images of every class"),
     ({"batch_size": 12}, "batch_size must be a multiple of the number of devices, 8, got 12"),
     ({"batch_size": 80}, "batch_size must be at most 44, the images for training; got 80"),
-  ],
-)
-def test_bad_input_says_what_is_allowed(tmp_path, capsys, monkeypatch, wrong, message):
-  small.patch(monkeypatch.setattr)
-  assert (
-    script.run(small.config(tmp_path / "out").but(sets=("balanced", "long_tailed"), **wrong)) == 2
-  )
-  assert message in capsys.readouterr().err
-
-
-def test_fields_that_do_not_go_together_are_refused():
+  ):
+    assert script.run(config.but(**wrong)) == 2
+    assert message in capsys.readouterr().err
   with pytest.raises(ValueError, match=r"ratio must be in \[1, 20\], got 30.0"):
     Config(largest=20, ratio=30.0)
   with pytest.raises(ValueError, match="fat_steps must be two shares that do not fall"):
