@@ -1,6 +1,9 @@
 """Eight virtual devices, fast compilation, and jax at its strictest, for every test."""
 
+import gc
 import os
+import pathlib
+import tempfile
 
 import jaxlib
 
@@ -23,6 +26,17 @@ import pytest
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)
 
+# Compiled programs are kept for the other workers and for later runs, in the user's own folder,
+# since what is found there is executed. JAX's keys hold versions and flags, and its events count a
+# program that is found as a compilation. Not set by the environment: what tests start shall run as
+# users run it.
+programs = pathlib.Path(tempfile.gettempdir()) / f"jaxbo_tests_{os.getuid()}_{jaxlib.__version__}"
+programs.mkdir(mode=0o700, exist_ok=True)
+if programs.stat().st_uid == os.getuid():
+  jax.config.update("jax_compilation_cache_dir", str(programs))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+  jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
 
 @pytest.hookimpl(tryfirst=True)  # Before xdist reads the marks.
 def pytest_collection_modifyitems(items):
@@ -30,6 +44,14 @@ def pytest_collection_modifyitems(items):
   for item in items:
     if item.get_closest_marker("xdist_group") is None:
       item.add_marker(pytest.mark.xdist_group(str(item.path.relative_to(item.config.rootpath))))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_compiled_programs():
+  """Gives the memory of a file's programs back before the next file begins."""
+  yield
+  jax.clear_caches()
+  gc.collect()
 
 
 @pytest.fixture

@@ -16,12 +16,13 @@ import platform
 import shutil
 import socket
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import pandas as pd
 from jax.experimental import multihost_utils
 
@@ -55,28 +56,24 @@ class RunFolder:
     self.lines, self.rows, self.notes = list[Row](), list[Row](), dict[str, Any]()
     self._writes = jax.process_index() == 0  # The others work along.
     try:
-      self.path.mkdir(parents=True, exist_ok=True)
-      self._lock: Any = _lock(self.path) if self._writes else contextlib.nullcontext()
       with contextlib.ExitStack() as on_error:
-        on_error.enter_context(self._lock)
-        self._begin(config, study, program)
+        with together():  # No process may write what another is still to read.
+          self.path.mkdir(parents=True, exist_ok=True)
+          lock: Any = _lock(self.path) if self._writes else contextlib.nullcontext()
+          self._lock = on_error.enter_context(lock)
+          if config.overwrite and self._writes:
+            self._clear()
+          saved = self._look(config)
+        if self._writes:
+          saved |= {"study": study, "config": config.model_dump(mode="json")}
+          saved["runs"].append(provenance(config, program))
+          _write(self.path / CONFIG, json.dumps(saved, indent=1) + "\n")
+          self._log = (self.path / METRICS).open("a")
         on_error.pop_all()
     except OSError as error:
       raise ValueError(
         f"output_dir must be a folder to write to, got {self.path} ({error.strerror})"
       ) from error
-
-  def _begin(self, config: StudyConfig, study: str, program: str) -> None:
-    if config.overwrite and self._writes:
-      self._clear()
-    saved = self._look(config)
-    if jax.process_count() > 1:  # No process may write what another is still to read.
-      multihost_utils.sync_global_devices("output_dir was looked at")
-    if self._writes:
-      saved |= {"study": study, "config": config.model_dump(mode="json")}
-      saved["runs"].append(provenance(config, program))
-      _write(self.path / CONFIG, json.dumps(saved, indent=1) + "\n")
-      self._log = (self.path / METRICS).open("a")
 
   def _look(self, config: StudyConfig) -> dict[str, Any]:
     """What ``config.json`` has of the run, after comparing; reads what was measured."""
@@ -151,6 +148,22 @@ class RunFolder:
     if self._writes:
       self._log.close()
       self._lock.close()
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+  """What one process refuses inside, all refuse: none goes on and waits for one that has left."""
+  refusal = None
+  try:
+    yield
+  except (ValueError, OSError) as error:
+    refusal = error
+  if jax.process_count() > 1:
+    refused = multihost_utils.process_allgather(np.bool_(refusal is not None))
+    if refused.any() and refusal is None:
+      refusal = ValueError(f"process {refused.argmax()} cannot go on; it says why")
+  if refusal is not None:
+    raise refusal
 
 
 def read(folder: Path) -> tuple[list[Row], list[Row], dict[str, Any]]:

@@ -185,7 +185,10 @@ class Run(Generic[Config]):
 
   def results(self) -> Results[Config]:
     """What there is so far, for the methods and seeds of this run."""
-    return Results(self.config, self._files.lines, self._files.rows, self._files.notes)
+    keys = [cell.key.items() for cell in self.study.cells(self)]
+    mine = lambda row: any(key <= row.items() for key in keys)
+    lines, rows = (list(filter(mine, these)) for these in (self._files.lines, self._files.rows))
+    return Results(self.config, lines, rows, self._files.notes)
 
   def note(self, name: str, compute: Callable[[], Any]) -> Any:
     """What ``compute`` gives, as JSON has it; computed once for a run and all that resume it."""
@@ -249,9 +252,9 @@ class Run(Generic[Config]):
         state, told, seconds, done = self._steps(cell, task, state, seconds, done, show)
         if done == cell.steps or (cell.every and done % cell.every == 0):
           line = {**cell.key, name: done, "seconds": seconds}
-          lines = [line | values for values in _as_list(task.evaluate(state, told))]
-          self._files.add_lines(lines)
-          show.tell(lines)
+          values = _as_list(task.evaluate(state, told))
+          self._files.add_lines([line | one for one in values])
+          show.tell(values)
         if done == cell.steps or (cell.checkpoint_every and done % cell.checkpoint_every == 0):
           checkpoints.save(done, state, seconds)
     if not self._finished(cell):
@@ -290,7 +293,8 @@ def run(study: Study[Config], config: Config) -> int:
     if config.smoke:
       config = config.but(**{k: v for k, v in study.smoke.items() if k not in config.given()})
     study.connect(config)
-    data = study.prepare(config)
+    with folder.together():
+      data = study.prepare(config)
     room = study.room().name
     files = RunFolder(config, type(study).__name__, f"scripts.{room}")
   except (ValueError, FileNotFoundError) as error:

@@ -9,6 +9,7 @@ import pytest
 
 import jaxbo
 from tests import problems
+from tests.cases import cases
 from tests.problems import Quadratic, flat, tree_of
 
 
@@ -128,40 +129,6 @@ def small(**kwargs):
   return solver, outer_loss
 
 
-@pytest.mark.parametrize(
-  ("alias", "head"),
-  [
-    (lambda s: jaxbo.itd(0.1, s), lambda s: jaxbo.add_unrolled_response(s)),
-    (lambda s: jaxbo.itd(0.1, s, 2), lambda s: jaxbo.add_unrolled_response(s, 2)),
-    (
-      lambda s: jaxbo.aid(0.1, s),
-      lambda s: jaxbo.add_implicit_response(s, jaxbo.conjugate_gradient(10)),
-    ),
-    (
-      lambda s: jaxbo.aid(0.1, s, jaxbo.fixed_point(3, 0.2)),
-      lambda s: jaxbo.add_implicit_response(s, jaxbo.fixed_point(3, 0.2)),
-    ),
-    (
-      lambda s: jaxbo.stocbio(0.1, s, 3, 0.2),
-      lambda s: jaxbo.add_implicit_response(s, jaxbo.neumann(3, 0.2)),
-    ),
-    (
-      lambda s: jaxbo.esj(0.1, s, 3, 0.1, sample_batch_size=2, key=5),
-      lambda s: jaxbo.add_es_response(s, 3, 0.1, sample_batch_size=2, key=5),
-    ),
-  ],
-  ids=["itd", "itd_last_2", "aid", "aid_fixed_point", "stocbio", "esj"],
-)
-def test_alias_is_the_chain_of_its_parts(alias, head):
-  solver, outer_loss = small()
-  results = []
-  for outer in (alias(solver), optax.chain(head(solver), optax.sgd(0.1))):
-    init, step = jaxbo.bilevel(outer_loss, solver, outer)
-    state, _ = jax.jit(step)(init(jnp.ones(()), jnp.zeros(())), jnp.array(1.5), jnp.array(2.0))
-    results.append(state.x)
-  assert results[0] == results[1] != 1
-
-
 def test_step_is_the_loop_of_the_contract():
   """And ``info`` says what a user would have logged."""
   solver, outer_loss = small()
@@ -243,7 +210,7 @@ def test_a_state_that_is_the_parameters_is_copied():
   assert len(set(pointers)) == len(pointers)
 
 
-@pytest.mark.parametrize(
+@cases(
   ("outer_loss", "error", "message"),
   [
     (lambda x, y: y, TypeError, r"outer_loss must be a function outer_loss\(x, y, batch\), got"),
@@ -255,7 +222,6 @@ def test_a_state_that_is_the_parameters_is_copied():
     ),
     (lambda x, y, batch: jnp.int32(1), TypeError, "outer_loss must return a real float"),
   ],
-  ids=["arguments", "tuple", "vector", "integer"],
 )
 def test_bad_outer_losses_are_refused(outer_loss, error, message):
   solver, _ = small()
@@ -284,7 +250,7 @@ def test_outer_transformation_without_a_response_is_refused(outer):
   assert any("outer must begin with a response" in note for note in caught.value.__notes__)
 
 
-@pytest.mark.parametrize("which", ["x", "y0"])
+@cases("which", ["x", "y0"])
 def test_integer_parameters_are_refused(which):
   solver, outer_loss = small()
   init, _ = jaxbo.bilevel(outer_loss, solver, jaxbo.itd(0.1, solver))

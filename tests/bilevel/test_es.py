@@ -15,6 +15,7 @@ from tests.bilevel.es_estimates import (
   estimates,
   quadratic_setting,
 )
+from tests.cases import cases
 from tests.problems import Quadratic, flat
 
 pytestmark = pytest.mark.slow  # All together, not each.
@@ -268,7 +269,7 @@ def test_injected_smoothing_is_a_hyperparameter(x64):
   np.testing.assert_allclose(flat(result), expected, rtol=1e-9)
 
 
-@pytest.mark.parametrize(
+@cases(
   ("kwargs", "error", "message"),
   [
     ({"num_samples": 0}, ValueError, "num_samples must be at least 1, got 0"),

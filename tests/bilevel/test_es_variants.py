@@ -9,6 +9,7 @@ import pytest
 import jaxbo
 from jaxbo.bilevel.directions import FAMILIES
 from tests.bilevel.es_estimates import assert_within_standard_errors, estimates, quadratic_setting
+from tests.cases import cases
 from tests.problems import flat
 
 pytestmark = pytest.mark.slow  # All together, not each.
@@ -288,7 +289,7 @@ def test_features_that_the_loss_does_not_use_are_refused():
       solver.solve(jnp.float32(1.0), solver.init(jnp.zeros(2)), jnp.ones((2, 2)))
 
 
-@pytest.mark.parametrize(
+@cases(
   ("kwargs", "message"),
   [
     ({"directions": "normal"}, "directions must be one of 'gaussian', .* got 'normal'"),

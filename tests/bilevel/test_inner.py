@@ -9,6 +9,7 @@ import pytest
 
 import jaxbo
 from tests import problems
+from tests.cases import cases
 from tests.problems import Quadratic, flat, tree_of
 
 
@@ -103,7 +104,7 @@ def test_truncation_stops_the_gradient_before_the_last_steps(x64):
     np.testing.assert_allclose(flat(gradient), expected, rtol=1e-10)
 
 
-@pytest.mark.parametrize("last, message", [(0, "1, got 0"), (8, "num_steps=7, got 8")])
+@cases("last, message", [(0, "1, got 0"), (8, "num_steps=7, got 8")])
 def test_truncation_outside_the_run_is_refused(last, message):
   _, solver, x, y0, *_ = quadratic_run()
   with pytest.raises(ValueError, match=f"last must be at .*{message}$"):
@@ -185,7 +186,7 @@ def test_init_copies_and_strips_weak_types():
   assert len(set(buffers)) == len(buffers)
 
 
-@pytest.mark.parametrize(
+@cases(
   ("kwargs", "error", "message"),
   [
     ({"num_steps": 0}, ValueError, "num_steps must be at least 1, got 0"),
@@ -210,7 +211,7 @@ def test_bad_arguments_are_refused_when_built(kwargs, error, message, as_users_r
     jaxbo.inner_solver(**arguments)
 
 
-@pytest.mark.parametrize(
+@cases(
   ("loss", "kwargs", "error", "message"),
   [
     (lambda x, y, b: (x - y) ** 2, {}, ValueError, r"loss must return a scalar, got shape \(2,\)"),
@@ -225,7 +226,7 @@ def test_bad_losses_are_refused_when_traced(loss, kwargs, error, message):
     solver.solve(jnp.ones(2), solver.init(jnp.ones(2), jnp.ones(2)), None)
 
 
-@pytest.mark.parametrize(
+@cases(
   ("batch", "message"),
   [
     ({"a": jnp.ones((2, 3)), "b": jnp.ones(3)}, r"batch\['b'\] .* num_steps=2 .* shape \(3,\)"),

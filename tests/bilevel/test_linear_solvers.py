@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import jaxbo
+from tests.cases import cases
 
 
 def system(q=6, *, seed=0, condition=20.0):
@@ -184,7 +185,7 @@ def test_converged_conjugate_gradient_stops_instead_of_dividing_by_rounding():
   assert not info.breakdown
 
 
-@pytest.mark.parametrize(
+@cases(
   ("build", "message"),
   [
     (lambda: jaxbo.conjugate_gradient(0), "num_steps must be at least 1, got 0"),

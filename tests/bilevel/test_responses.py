@@ -11,6 +11,7 @@ import pytest
 
 import jaxbo
 from tests import problems
+from tests.cases import cases
 from tests.problems import Quadratic, flat, tree_of
 
 P = problems.count(problems.OUTER_SHAPES)
@@ -325,7 +326,7 @@ HEADS = {
 }
 
 
-@pytest.mark.parametrize("name", HEADS)
+@cases("name", HEADS)
 def test_batches_of_another_number_of_steps_are_refused(name):
   solver = jaxbo.inner_solver(
     lambda x, y, batch: jnp.sum((y - batch * x) ** 2), optax.sgd(0.1), 3, per_step_batches=True
@@ -336,8 +337,8 @@ def test_batches_of_another_number_of_steps_are_refused(name):
     head.update((x, x), head.init(x), x, solution=solution, batch=jnp.ones(4))
 
 
-@pytest.mark.parametrize("name", HEADS)
-@pytest.mark.parametrize("wrong", [0.1, optax.sgd(0.1), lambda x, y, batch: y])
+@cases("name", HEADS)
+@cases("wrong", [0.1, optax.sgd(0.1), lambda x, y, batch: y])
 def test_a_head_wants_an_inner_solver(name, wrong, as_users_run):
   with pytest.raises(
     TypeError, match=r"solver must be an InnerSolver, made by jaxbo\.inner_solver"

@@ -8,6 +8,7 @@ import pytest
 
 import jaxbo
 from tests.bilevel.value_problems import HEADS, heads
+from tests.cases import cases
 
 pytestmark = pytest.mark.slow  # All together, not each.
 
@@ -90,7 +91,7 @@ def test_bad_parameters_do_not_become_the_centre():
 # Errors.
 
 
-@pytest.mark.parametrize("name", [*HEADS, "proximal", "smoothness"])
+@cases("name", [*HEADS, "proximal", "smoothness"])
 def test_bad_updates_are_refused(name, as_users_run):
   made = heads(lambda x, y, batch: jnp.sum((y - x) ** 2), 1)
   wrapped = {
@@ -122,8 +123,8 @@ def test_bad_updates_are_refused(name, as_users_run):
     tx.init({"outer": 1.0})
 
 
-@pytest.mark.parametrize("name", HEADS)
-@pytest.mark.parametrize(
+@cases("name", HEADS)
+@cases(
   ("loss", "error", "message"),
   [
     (lambda x, y, batch: y - x, ValueError, r"inner_loss must return a scalar, got shape \(2,\)"),
@@ -143,7 +144,7 @@ BOME = {"barrier_rate": 0.1, "num_steps": 1, "inner_optimizer": optax.sgd(0.1)}
 PENALTY = {"multiplier": 0.1, "num_steps": 1, "inner_optimizer": optax.sgd(0.1)}
 
 
-@pytest.mark.parametrize(
+@cases(
   ("make", "options", "wrong", "error", "message"),
   [
     ("add_primal_dual_penalty", PDBO, {"slack": 0.0}, ValueError, "slack must be positive .* 0"),
@@ -224,7 +225,7 @@ def test_bad_arguments_are_refused(make, options, wrong, error, message, as_user
     getattr(jaxbo, make)(lambda x, y, batch: y, **{**options, **wrong})
 
 
-@pytest.mark.parametrize(
+@cases(
   ("make", "options"),
   [
     (jaxbo.add_primal_dual_penalty, PDBO),
@@ -232,7 +233,7 @@ def test_bad_arguments_are_refused(make, options, wrong, error, message, as_user
     (jaxbo.add_value_function_penalty, PENALTY),
   ],
 )
-@pytest.mark.parametrize("loss", [lambda x, y: y, 3.0])
+@cases("loss", [lambda x, y: y, 3.0])
 def test_an_inner_loss_with_other_arguments_is_refused(make, options, loss, as_users_run):
   with pytest.raises(TypeError, match=r"inner_loss must be a function inner_loss\(x, y, batch\)"):
     make(loss, **options)

@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 import jaxbo
@@ -281,23 +280,3 @@ def test_diagnostics_are_of_the_weights_divided_by_their_sum():
   expected = (1 / np.sum(w**2), np.sum(w * np.log(3 * w)), -np.sum(w * np.log(w)), w.max())
   np.testing.assert_allclose(info[:4], expected, rtol=1e-5)
   np.testing.assert_allclose(info.surrogate, w @ [3.0, 4.0, 5.0], rtol=1e-5)
-
-
-def test_aliases_are_their_parts():
-  params, batch = jnp.float32(0.5), jnp.array([1.0, 3.0, -2.0])
-  grads = jaxbo.per_example_grad(lambda p, batch: (p - batch) ** 2)(params, batch)
-  for alias, weighting in (
-    (jaxbo.cvar_dro(0.1, 0.5), jaxbo.cvar(0.5)),
-    (jaxbo.chi2_dro(0.1, 0.5), jaxbo.chi_square_ball(0.5)),
-    (jaxbo.term(0.1, -0.5), jaxbo.tilted(-0.5)),
-    (jaxbo.ir_dro(0.1, 2.0, optimizer=optax.sgd), jaxbo.kl(2.0)),
-  ):
-    updates, _ = alias.update(grads, alias.init(params), params)
-    weights, _, _ = weighting.weigh(grads.losses, weighting.init())
-    np.testing.assert_allclose(updates, -0.1 * weights @ (2 * (params - batch)), rtol=1e-5)
-  options = {"adjustment": 2.0, "group_sizes": [4, 1]}
-  alias, weighting = jaxbo.group_dro(0.1, 2, 1.0, **options), jaxbo.group(2, 1.0, **options)
-  groups = jnp.array([0, 0, 1])
-  updates, _ = alias.update(grads, alias.init(params), params, groups=groups)
-  weights, _, _ = weighting.weigh(grads.losses, weighting.init(), groups=groups)
-  np.testing.assert_allclose(updates, -0.1 * weights @ (2 * (params - batch)), rtol=1e-5)

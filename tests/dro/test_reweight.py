@@ -8,6 +8,7 @@ import optax
 import pytest
 
 import jaxbo
+from tests.cases import cases
 from tests.dro import problem
 
 PARAMS, BATCH = problem.params(), problem.batch()
@@ -295,7 +296,7 @@ class TestErrors:
       with pytest.raises(error, match=match):
         weighting.weigh(jnp.ones(2), weighting.init(), groups=groups)
 
-  @pytest.mark.parametrize(
+  @cases(
     ("make", "error", "match"),
     [
       (lambda: jaxbo.kl(0.0), ValueError, "temperature must be positive and finite, got 0.0"),

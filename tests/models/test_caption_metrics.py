@@ -12,6 +12,8 @@ import pytest
 from jaxbo_models import caption_metrics
 from jaxbo_models.vocabulary import Vocabulary
 
+from tests.cases import cases
+
 pytestmark = pytest.mark.slow  # All together, not each.
 
 GOLDEN = json.loads((pathlib.Path(__file__).parent / "golden" / "captions.json").read_text())
@@ -126,7 +128,7 @@ def test_tokens_are_those_of_the_ptb_tokenizer(text, tokens):
   assert caption_metrics.tokenize(text) == tokens.split()
 
 
-@pytest.mark.parametrize("name", ["bleu", "rouge_l", "cider_d", "exact_match", "meteor", "spice"])
+@cases("name", ["bleu", "rouge_l", "cider_d", "exact_match", "meteor", "spice"])
 def test_bad_input_says_what_is_wrong(name):
   score = getattr(caption_metrics, name)
   with pytest.raises(ValueError, match="candidates must hold a caption at least"):
@@ -226,7 +228,7 @@ def test_a_vocabulary_has_frequent_words_and_ends(tmp_path):
   assert Vocabulary.load(path).words == vocabulary.words
 
 
-@pytest.mark.parametrize(
+@cases(
   "call, message",
   [
     (lambda v: v.encode([]), "caption must have a word at least, got none"),

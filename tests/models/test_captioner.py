@@ -10,6 +10,7 @@ import pytest
 from jaxbo_models import captioner
 
 from benchmarks import measure
+from tests.cases import cases
 from tests.models import captioner_oracle as oracle
 from tests.models.captioner_setup import FEATURES, SMALL, TOKENS, batch, draw_params, make
 
@@ -395,7 +396,7 @@ def test_attributes_are_scored_by_the_largest_guiding_vectors_that_are_there():
   np.testing.assert_allclose(empty, np.tile(params["attributes"]["bias"], (3, 1)), rtol=1e-6)
 
 
-@pytest.mark.parametrize(
+@cases(
   "flags, message",
   [
     ({"vocab_size": 0}, "vocab_size must be at least 1, got 0"),
@@ -421,7 +422,7 @@ def test_flags_out_of_range_are_refused(flags, message):
     make(**flags)
 
 
-@pytest.mark.parametrize(
+@cases(
   "changes, message",
   [
     ({"tokens": jnp.zeros(6, jnp.int32)}, r"tokens must be integers \[batch, length\], got int32"),

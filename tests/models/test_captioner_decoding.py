@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from jaxbo_models import captioner
 
+from tests.cases import cases
 from tests.models.captioner_setup import BOS, EOS, FEATURES, batch, draw_params, make
 
 pytestmark = pytest.mark.slow
@@ -311,7 +312,7 @@ def test_the_captioners_steps_are_its_scan(flags):
   assert (np.diff(captions.log_probabilities, axis=1) <= 0).all()
 
 
-@pytest.mark.parametrize(
+@cases(
   "changes, message",
   [
     ({"beam_size": 0}, "beam_size must be at least 1, got 0"),
@@ -335,7 +336,7 @@ def test_searches_that_cannot_run_are_refused(changes, message):
     captioner.beam_search(function, first_state(), **options)
 
 
-@pytest.mark.parametrize(
+@cases(
   "changes, message",
   [
     ({"num_samples": 0}, "num_samples must be at least 1, got 0"),
@@ -348,7 +349,7 @@ def test_samples_that_cannot_be_drawn_are_refused(changes, message):
     captioner.sample(step_fn, first_state(), jax.random.key(0), **options)
 
 
-@pytest.mark.parametrize("beam_size", [0, 12])
+@cases("beam_size", [0, 12])
 def test_a_beam_wider_than_the_vocabulary_is_refused(beam_size):
   model = make()
   message = rf"beam_size must be in \[1, vocab_size = 11\], got {beam_size}"

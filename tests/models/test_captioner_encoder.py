@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jaxbo_models import ResNet12, captioner
 
+from tests.cases import cases
 from tests.models.captioner_setup import TOKENS, make
 
 pytestmark = pytest.mark.slow
@@ -51,7 +52,7 @@ def test_a_backbone_that_pools_has_no_cells():
     jax.eval_shape(pooled.init, jax.random.key(0), images)
 
 
-@pytest.mark.parametrize(
+@cases(
   "options, message",
   [
     ({"patch_size": 0}, "patch_size must be at least 1, got 0"),

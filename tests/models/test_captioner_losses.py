@@ -10,6 +10,7 @@ import pytest
 from jaxbo_models import captioner
 
 import jaxbo
+from tests.cases import cases
 from tests.models import captioner_oracle as oracle
 from tests.models.captioner_setup import FEATURES, TOKENS, batch, draw_params, make
 
@@ -227,7 +228,7 @@ def test_it_is_the_inner_loss_of_a_bilevel_problem():
   assert np.abs(gradient).max() > 1e-4
 
 
-@pytest.mark.parametrize(
+@cases(
   "reduction, options, message",
   [
     ("mean", {}, "reduction must be 'sum' or 'token_mean', got 'mean'"),

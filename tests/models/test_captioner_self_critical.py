@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jaxbo_models import captioner
 
+from tests.cases import cases
 from tests.models.captioner_setup import BOS, EOS, FEATURES, draw_params
 
 pytestmark = pytest.mark.slow
@@ -96,7 +97,7 @@ def test_a_batch_has_the_captions_their_masks_and_advantages():
   assert batch["cell_mask"].shape == (6, 4)
 
 
-@pytest.mark.parametrize(
+@cases(
   "options, message",
   [
     ({"baseline": "mean"}, "baseline must be one of .*, got 'mean'"),

@@ -16,6 +16,8 @@ from jaxbo_models import transformer
 from jaxbo_models.transformer import families
 from safetensors import flax as safetensors
 
+from tests.cases import cases
+
 pytestmark = pytest.mark.slow  # All together, not each.
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -127,7 +129,7 @@ def test_rotary_settings_are_read_from_old_configurations(golden, copy):
   assert (config.rotary_fraction, config.rotary_base) == (0.25, 500)
 
 
-@pytest.mark.parametrize(
+@cases(
   "family, settings, message",
   [
     ("gpt2", {"model_type": "llama"}, r"model_type must be one of \['gpt2', .*\], got 'llama'"),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jaxbo_models import ResNet12, drop_block
 
+from tests.cases import cases
 from tests.models import oracle
 
 pytestmark = pytest.mark.slow  # All together, not each.
@@ -141,7 +142,7 @@ def test_features_with_drop_block_depend_on_the_key_and_on_nothing_else():
   np.testing.assert_array_equal(trained_plain, evaluated)
 
 
-@pytest.mark.parametrize("rate", [-0.1, 1.0, float("nan")])
+@cases("rate", [-0.1, 1.0, float("nan")])
 def test_a_drop_rate_outside_its_range_is_refused(rate):
   with pytest.raises(ValueError, match=r"^rate must be in \[0, 1\), got"):
     drop_block(jnp.ones((1, 2, 2, 1)), KEY(), rate, 1)

@@ -17,6 +17,7 @@ from jaxbo_models import transformer
 
 import jaxbo
 from benchmarks import measure
+from tests.cases import cases
 
 pytestmark = pytest.mark.slow  # All together, not each.
 
@@ -353,7 +354,7 @@ def test_a_small_model_learns_its_batch_by_heart():
   assert losses[-1] < 0.05
 
 
-@pytest.mark.parametrize(
+@cases(
   "changes, message",
   [
     ({"num_layers": 0}, "num_layers must be at least 1, got 0"),
@@ -374,13 +375,13 @@ def test_fields_out_of_range_are_refused(changes, message):
     transformer.TransformerConfig(**(SMALL | changes))
 
 
-@pytest.mark.parametrize("family", [transformer.gpt2, transformer.opt, transformer.pythia])
+@cases("family", [transformer.gpt2, transformer.opt, transformer.pythia])
 def test_unknown_sizes_are_refused(family):
   with pytest.raises(ValueError, match=r"size must be one of \[.*\], got '350m'"):
     family("350m")
 
 
-@pytest.mark.parametrize(
+@cases(
   "tokens, mask, message",
   [
     (jnp.zeros(12, jnp.int32), None, r"tokens must be integers \[batch, length\], got int32"),

@@ -12,6 +12,7 @@ import optax
 import pytest
 
 import jaxbo
+from tests.cases import cases
 from tests.online.drifting import inner_loss, outer_loss, p2
 
 pytestmark = pytest.mark.slow
@@ -351,7 +352,7 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("name", BAD)
+@cases("name", BAD)
 def test_bad_options(name):
   options, error, message = BAD[name]
   with pytest.raises(error, match=message):
@@ -385,7 +386,7 @@ def test_both_levels_step_at_once_with_the_hypergradient_before_the_inner_step()
   np.testing.assert_allclose(info.loop.inner_losses, [1.0])
 
 
-@pytest.mark.parametrize("head", [jaxbo.add_unrolled_response, jaxbo.add_es_response])
+@cases("head", [jaxbo.add_unrolled_response, jaxbo.add_es_response])
 def test_responses_of_the_run_cannot_be_taken_before_it(head):
   loop = jaxbo.online(target_loss, INNER, optax.chain(head(INNER)), hyper_at="before")
   with pytest.raises(ValueError, match="hyper_at must be 'after' for a response that"):

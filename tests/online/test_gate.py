@@ -8,6 +8,7 @@ import optax
 import pytest
 
 import jaxbo
+from tests.cases import cases
 
 pytestmark = pytest.mark.slow  # All together, not each.
 
@@ -75,8 +76,8 @@ def test_extra_arguments_reach_the_optimizer():
   np.testing.assert_allclose(updates["a"], -6)
 
 
-@pytest.mark.parametrize("name", ["in_distribution", "out_of_distribution", "no_switch"])
-@pytest.mark.parametrize("bad", [-0.1, float("nan"), float("inf")])
+@cases("name", ["in_distribution", "out_of_distribution", "no_switch"])
+@cases("bad", [-0.1, float("nan"), float("inf")])
 def test_a_scale_must_be_non_negative_and_finite(name, bad):
   scales = {"in_distribution_scale": 1.0, "out_of_distribution_scale": 1.0, f"{name}_scale": bad}
   with pytest.raises(ValueError, match=f"{name}_scale must be non-negative and finite, got {bad}"):

@@ -14,6 +14,7 @@ import optax
 import pytest
 
 import jaxbo
+from tests.cases import cases
 
 pytestmark = pytest.mark.slow
 
@@ -405,7 +406,7 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("name", BAD)
+@cases("name", BAD)
 def test_bad_options(name):
   options, message = BAD[name]
   with pytest.raises(ValueError, match=message):

@@ -8,6 +8,7 @@ import optax
 import pytest
 
 import jaxbo
+from tests.cases import cases
 from tests.online.drifting import inner_loss, outer_loss
 
 pytestmark = pytest.mark.slow  # All together, not each.
@@ -210,7 +211,7 @@ def test_info_has_the_norm_of_what_comes_out():
   assert state.info.num_present == 3
 
 
-@pytest.mark.parametrize(
+@cases(
   ("arguments", "options", "error", "message"),
   [
     ((0,), {}, ValueError, "size must be at least 1, got 0"),

@@ -12,6 +12,7 @@ import pytest
 
 import jaxbo.tasks
 from jaxbo.tasks import sample_episode
+from tests.cases import cases
 
 pytestmark = pytest.mark.slow  # All together, not each.
 
@@ -269,7 +270,7 @@ def test_memory_does_not_grow_with_the_data(num_rotations):
   assert per_class_bytes <= 40 * num_rotations  # A few numbers for each class, and no images.
 
 
-@pytest.mark.parametrize(
+@cases(
   "wrong, message",
   [
     ({"num_ways": 0}, "num_ways must be at least 1, got 0"),
@@ -308,7 +309,7 @@ def test_memory_does_not_grow_with_the_data(num_rotations):
     ),
   ],
 )
-@pytest.mark.parametrize("under_jit", [False, True])
+@cases("under_jit", [False, True])
 def test_a_wrong_value_is_named(wrong, message, under_jit):
   arguments = WAYS | wrong
   images = arguments.pop("images", square_images())
@@ -317,7 +318,7 @@ def test_a_wrong_value_is_named(wrong, message, under_jit):
     (jax.jit(sample) if under_jit else sample)(jax.random.key(0))
 
 
-@pytest.mark.parametrize(
+@cases(
   "wrong, message",
   [
     ({"num_ways": 2.0}, "num_ways must be a positive Python int, got 2.0"),

@@ -9,6 +9,7 @@ import pytest
 from scipy import stats
 
 import jaxbo.tasks
+from tests.cases import cases
 
 pytestmark = pytest.mark.slow  # All together, not each.
 
@@ -96,7 +97,7 @@ def test_streams_resume_and_depend_on_the_key():
   assert np.any(play(stream.init(4), stream, 3)[1].train != first.train)
 
 
-@pytest.mark.parametrize(
+@cases(
   ("name", "value", "message"),
   [
     ("stay_probability", 1.5, r"must be in \[0, 1\], got 1.5"),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import jaxbo.tasks
+from tests.cases import cases
 
 pytestmark = pytest.mark.slow
 
@@ -189,14 +190,14 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("name", BAD)
+@cases("name", BAD)
 def test_bad_arguments(name):
   options, message = BAD[name]
   with pytest.raises(ValueError, match=message):
     osaka(**options)
 
 
-@pytest.mark.parametrize(
+@cases(
   ("domains", "message"),
   [
     ([], "domains must have at least one array"),

@@ -1,0 +1,81 @@
+"""Robust training in the catalogue (tests/catalogue.py)."""
+
+import jax
+import optax
+
+import jaxbo
+from tests.catalogue import alias, robust
+
+FALLING = optax.linear_schedule(5.0, 0.5, 4)
+GROUPS = {"adjustment": 0.3, "group_sizes": [3, 1]}
+COMPOSITIONAL = jaxbo.compositional(jaxbo.kl(FALLING), 0.3)
+# Without memory, with one that grows with groups, and balls that are searched for.
+OTHERS = (jaxbo.uniform(), jaxbo.group(2, 0.1), jaxbo.cvar(0.7), jaxbo.chi_square_ball(0.5))
+
+
+def together(*parts: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+  """The sum of what several transformations make of the same gradients."""
+
+  def update(updates, states, params=None, **extra):
+    each = zip(parts, states, strict=True)
+    results = [tx.update(updates, state, params, **extra) for tx, state in each]
+    directions, states = zip(*results, strict=True)
+    return jax.tree.map(lambda *leaves: sum(leaves), *directions), states
+
+  return optax.GradientTransformationExtraArgs(
+    lambda params: tuple(tx.init(params) for tx in parts), update
+  )
+
+
+ENTRIES = [
+  robust("reweight_compositional", jaxbo.reweight(COMPOSITIONAL), repair=True),
+  robust("reweight_others", together(*map(jaxbo.reweight, OTHERS))),
+  robust(
+    "reweight_stored",
+    jaxbo.reweight(jaxbo.tilted(optax.linear_schedule(0.0, -2.0, 4)), scale="sum"),
+    stored=True,
+  ),
+]
+
+
+def method(name, of_method, weighting, optimizer=optax.sgd):
+  """An alias with its default optimizer, before which the weighting stands."""
+  return alias(robust, name, of_method, optax.chain(jaxbo.reweight(weighting), optimizer(0.1)))
+
+
+ALIASES = [
+  method("ir_dro", jaxbo.ir_dro(0.1, FALLING), jaxbo.kl(FALLING), optax.adamw),
+  method("ir_dro_with_adam", jaxbo.ir_dro(0.1, optimizer=optax.adam), jaxbo.kl(1.0), optax.adam),
+  method("group_dro", jaxbo.group_dro(0.1, 2, 0.2, **GROUPS), jaxbo.group(2, 0.2, **GROUPS)),
+  method(
+    "group_dro_with_adam",
+    jaxbo.group_dro(0.1, 2, optimizer=optax.adam),
+    jaxbo.group(2, 0.01),
+    optax.adam,
+  ),
+  method("cvar_dro", jaxbo.cvar_dro(0.1, 0.7), jaxbo.cvar(0.7)),
+  method(
+    "cvar_dro_with_adam",
+    jaxbo.cvar_dro(0.1, 0.7, optimizer=optax.adam),
+    jaxbo.cvar(0.7),
+    optax.adam,
+  ),
+  method("chi2_dro", jaxbo.chi2_dro(0.1, 0.5), jaxbo.chi_square_ball(0.5)),
+  method(
+    "chi2_dro_with_adam",
+    jaxbo.chi2_dro(0.1, 0.5, optimizer=optax.adam),
+    jaxbo.chi_square_ball(0.5),
+    optax.adam,
+  ),
+  method("term", jaxbo.term(0.1, FALLING), jaxbo.tilted(FALLING)),
+  method(
+    "term_with_adam", jaxbo.term(0.1, -0.5, optimizer=optax.adam), jaxbo.tilted(-0.5), optax.adam
+  ),
+  method("done", jaxbo.done(0.1, FALLING, rate=0.3), jaxbo.compositional(jaxbo.kl(FALLING), 0.3)),
+  method(
+    "done_with_adam",
+    jaxbo.done(0.1, optimizer=optax.adam),
+    jaxbo.compositional(jaxbo.kl(1.0), 0.1),
+    optax.adam,
+  ),
+]
