@@ -334,7 +334,10 @@ def _play(study: Study[Config], run: Run[Config], files: RunFolder) -> int:
 
 def main(config: type[Config], run: Callable[[Config], int], doc: str | None) -> None:
   """The program of an experiment: reads the command line, runs, and ends the process."""
-  status = run(tyro.cli(config, description=doc))
+  told = tyro.cli(config, description=doc)
+  if told.smoke:  # Compilation is most of its time.
+    jax.config.update("jax_disable_most_optimizations", True)
+  status = run(told)
   sys.stdout.flush()
   sys.stderr.flush()
   if status == 130:  # Not by way of the runtime's destructors: a compilation may still be going on.
