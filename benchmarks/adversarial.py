@@ -12,7 +12,7 @@ training in the same round, and *spread* half the distance of that ratio's quart
 counted in the jaxpr, loops included, for batches without a bad loss. *Images/s* counts a batch once
 a step, whatever K is. *Compile s* is XLA's time for the step, tracing included.
 
-The preset *small* has the convolutional network of scripts/adversarial_training.py on 28 x 28 x 1,
+The preset *small* has the convolutional network of ``scripts.adversarial_training`` on 28 x 28 x 1,
 *resnet18* PreAct ResNet-18 on 32 x 32 x 3 in bfloat16, with the statistics of the batch.
 
 Two things in the table for 2 cores that operations do not explain (profiled in turns, jax 0.10.2):
@@ -50,12 +50,11 @@ from jaxbo_models import PreActResNet18, SmallCNN
 
 import jaxbo
 from benchmarks import measure
+from benchmarks.adversarial_methods import LABELS, make_methods
 from benchmarks.hypergradient import Step, Target
 from benchmarks.report import hardware, markdown, number, save
-from scripts.adversarial_training.methods import BASELINE, METHODS, Rates, Setting
 
-BY_HAND = "by hand"
-DONE = "done"
+BASELINE, DONE, BY_HAND = "at", "done", "by hand"
 OPTIMIZER = optax.sgd(1e-2, momentum=0.9)
 NUM_CLASSES = 10
 LIMIT, SLACK = 1.35, 1.05
@@ -82,7 +81,7 @@ class Preset(NamedTuple):
 
 
 PRESETS = {
-  "small": Preset(SmallCNN, (28, 28, 1), 0.1, "float32", (128,), tuple(METHODS)),
+  "small": Preset(SmallCNN, (28, 28, 1), 0.1, "float32", (128,), tuple(LABELS)),
   "resnet18": Preset(
     PreActResNet18, (32, 32, 3), 8 / 255, "bfloat16", (128, 256), (BASELINE, DONE)
   ),
@@ -117,9 +116,9 @@ class Config:
         raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
     if not self.all_batches() or min(self.all_batches()) < 2:
       raise ValueError(f"batches must be numbers of at least 2, got {self.batches}")
-    if not set(self.all_methods()) <= set(METHODS):
+    if not set(self.all_methods()) <= set(LABELS):
       got = " ".join(self.all_methods())
-      raise ValueError(f"methods must be among {', '.join(METHODS)}; got {got}")
+      raise ValueError(f"methods must be among {', '.join(LABELS)}; got {got}")
 
   def all_batches(self) -> tuple[int, ...]:
     """The batch sizes."""
@@ -136,11 +135,11 @@ class Config:
 
 
 def robust_step(
-  parts: Any, tx: Any, params: Any, state: Any, batch: Any, key_data: jax.Array
+  gradients: Any, tx: Any, params: Any, state: Any, batch: Any, key_data: jax.Array
 ) -> tuple[Any, Any, jax.Array]:
   """A step of a method."""
   key = jax.random.wrap_key_data(key_data)
-  grads, extra = parts.gradients(params, batch, key, jnp.float32(1.0))
+  grads, extra = gradients(params, batch, key)
   updates, state = tx.update(grads, state, params, **extra)
   return optax.apply_updates(params, updates), state, jnp.mean(grads.losses)
 
@@ -184,12 +183,11 @@ def make_steps(config: Config, size: int) -> dict[str, Step]:
   labels = jax.random.randint(label_key, (size,), 0, NUM_CLASSES)
   params = jax.jit(model.init)(params_key, images[:2])
   rest = ((images, labels), jax.random.key_data(key))
-  setting = Setting(model.apply, preset.epsilon, config.attack_steps, Rates())
+  methods = make_methods(model.apply, preset.epsilon, config.attack_steps)
   steps = {}
   for name in config.all_methods():
-    parts = METHODS[name].make(setting)
-    tx = optax.chain(jaxbo.reweight(parts.weighting), OPTIMIZER)
-    fn = jax.jit(functools.partial(robust_step, parts, tx))
+    tx = optax.chain(jaxbo.reweight(methods[name].weighting), OPTIMIZER)
+    fn = jax.jit(functools.partial(robust_step, methods[name].gradients, tx))
     steps[name] = Step(fn, (params, tx.init(params), *rest))
   by_hand = functools.partial(step_by_hand, model.apply, preset.epsilon, config.attack_steps)
   steps[BY_HAND] = Step(jax.jit(by_hand), (params, OPTIMIZER.init(params), *rest))
@@ -212,7 +210,7 @@ def table(steps: dict[str, Step], config: Config, size: int) -> list[dict[str, A
     flops = measure.count_flops(step.fn, *step.args, while_steps=0, dead_code=False)
     rows.append(
       {
-        "step": METHODS[name].label if name in METHODS else name,
+        "step": LABELS.get(name, name),
         "ms": 1e3 * timing.seconds,
         "x AT": timing.ratio,
         "spread": timing.spread,
@@ -231,7 +229,7 @@ def targets(tables: dict[int, list[dict[str, Any]]]) -> list[Target]:
   found = []
   for size, rows in tables.items():
     of = {row["step"]: row for row in rows}
-    at, by_hand = of[METHODS[BASELINE].label], of[BY_HAND]
+    at, by_hand = of[LABELS[BASELINE]], of[BY_HAND]
     batch = f"batch {size}: "
     found += [
       Target(f"{batch}AT: time at most {SLACK} of by hand", 1 / by_hand["x AT"], SLACK),
@@ -239,7 +237,7 @@ def targets(tables: dict[int, list[dict[str, Any]]]) -> list[Target]:
         f"{batch}AT: operations at most {SLACK} of by hand", at["GFLOP"] / by_hand["GFLOP"], SLACK
       ),
     ]
-    if (label := METHODS[DONE].label) in of:
+    if (label := LABELS[DONE]) in of:
       found += [
         Target(f"{batch}{label}: time at most {LIMIT} of AT", of[label]["x AT"], LIMIT),
         Target(

@@ -20,15 +20,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxbo_models import Conv4
+from jaxbo_models import Conv4, linear_head
 
 import jaxbo
-from benchmarks import measure, problems
+from benchmarks import few_shot, measure, problems
+from benchmarks.glyphs import draw_glyphs
 from benchmarks.hypergradient import Step, jaxbo_step
 from benchmarks.report import arguments, hardware, markdown, number, save
-from scripts.common import fewshot_data
-from scripts.few_shot import problem as few_shot
-from scripts.few_shot import setting as few_shot_setting
 
 NUM_SAMPLES, CHUNKS = 64, (1, 4, 8, 16, 32, 64)
 PLANS = [
@@ -64,35 +62,27 @@ def chunk_rows(num_rounds: int) -> list[dict[str, Any]]:
   ]
 
 
-def feature_rows(num_keys: int, width: int = 64) -> list[dict[str, Any]]:
+def feature_rows(num_keys: int, width: int = 64, num_tasks: int = 4) -> list[dict[str, Any]]:
   """Time and cosine of both kinds of perturbation."""
-  settings = few_shot_setting.Settings()
-  glyphs = fewshot_data.synthetic_glyphs(50, 20)
+  setting = few_shot.Setting(num_tasks=num_tasks)
+  glyphs = draw_glyphs(50, 20)
   native, patches = (Conv4(width, conv=conv) for conv in ("native", "patches"))
-  images = few_shot.scale_pixels(jnp.asarray(glyphs.images[:2, 0]))
-  x = native.init(jax.random.key(0), images)
-  sample = few_shot_setting.sampler(settings, 1, settings.num_tasks)
-  episodes = jax.jit(sample)(jax.random.key(1), jax.device_put(glyphs))
+  x = native.init(jax.random.key(0), jnp.asarray(glyphs[:2, 0], jnp.float32) / 255)
+  sample = jax.jit(few_shot.sample_episodes, static_argnums=2)
+  episodes = sample(jax.random.key(1), jax.device_put(glyphs), setting)
 
-  def setting(apply):
-    backbone = few_shot.Backbone(native.init, apply, apply)
-    one = few_shot.head_solver(backbone, settings, shared=True)
-    inner = jaxbo.over_tasks(one, settings.num_tasks)
-    start = few_shot.zero_head(apply(x, images).shape[-1], settings.num_ways)
+  def solved(model):
+    features = few_shot.features_of(model)
+    inner = jaxbo.over_tasks(few_shot.head_solver(features, setting), num_tasks)
+    num_features = features(x, glyphs[:2, 0]).shape[-1]
+    start = linear_head.zero_head(num_features, setting.num_ways)
     solution = jax.jit(inner.solve)(x, inner.init(start), episodes)
-
-    def outer_loss(x, heads):
-      def of_task(head, episode):
-        z = apply(x, few_shot.scale_pixels(episode.query_images))
-        return few_shot.cross_entropy(few_shot.logits(head, z), episode.query_labels)
-
-      return jnp.mean(jax.vmap(of_task)(heads, episodes))
-
-    inner_grad = jax.jit(jax.grad(outer_loss, 1))(x, solution.params)
+    outer_loss = few_shot.query_loss(few_shot.logits_of(features))
+    inner_grad = jax.jit(jax.grad(outer_loss, 1))(x, solution.params, episodes)
     return inner, solution, (optax.tree.zeros_like(x), inner_grad)
 
-  def response(make, apply):
-    inner, solution, grads = setting(apply)
+  def response(make, model):
+    inner, solution, grads = solved(model)
 
     def update(key, x, solution, grads, episodes):  # A closure's arrays would be constants.
       head = make(inner, key)
@@ -101,7 +91,7 @@ def feature_rows(num_keys: int, width: int = 64) -> list[dict[str, Any]]:
     return Step(jax.jit(update), (0, x, solution, grads, episodes))
 
   flat = lambda tree: np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
-  exact = flat(response(lambda inner, key: jaxbo.add_unrolled_response(inner), native.apply)())
+  exact = flat(response(lambda inner, key: jaxbo.add_unrolled_response(inner), native)())
   rows = []
   for perturbed, q, directions in PLANS:
     features = perturbed == "features"
@@ -113,7 +103,7 @@ def feature_rows(num_keys: int, width: int = 64) -> list[dict[str, Any]]:
       perturb_features=features,
       sample_batch_size=64 if features else 1,
     )
-    step = response(make, native.apply if features else patches.apply)
+    step = response(make, native if features else patches)
     estimates = [flat(step.fn(key, *step.args[1:])) for key in range(2, 2 + num_keys)]
     cosines = [e @ exact / np.linalg.norm(e) / np.linalg.norm(exact) for e in estimates]
     errors = [np.sum((e - exact) ** 2) / np.sum(exact**2) for e in estimates]

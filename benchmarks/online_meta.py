@@ -3,7 +3,7 @@
   PYTHONPATH=.:models python3 -m benchmarks.online_meta              (about 5 minutes on 2 cores)
   ... --save benchmarks/results/online_meta_cpu                      (writes .md and .json as well)
 
-Every method of scripts/online_meta.py plays the same stream of random images: 10-way 5-shot, 16 by
+Every method of ``scripts.online_meta`` plays the same stream of random images: 10-way 5-shot, 16 by
 16 pixels, Conv4 of 16 channels, 3 inner steps, thresholds at which the detectors do not fire after
 the first round; "told" methods know the switches (p = 0.9).
 
@@ -18,51 +18,88 @@ A perceptron on the same images shows what dispatching costs where a round is sh
 """
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jaxbo_models import Conv4, linear_head
 
 import jaxbo.tasks
 from benchmarks import measure
 from benchmarks.report import arguments, hardware, markdown, number, save
-from scripts.online_meta import model as meta_model
-from scripts.online_meta.methods import METHODS, Rates, Switches, state_bytes
-from scripts.online_meta.model import Model, Params
 
 SIZE, WIDTH, WAYS, SHOTS = 16, 16, 10, 5
-RATES = Rates(0.1, 1e-3, 0.1, 2.0, 1e6, 1e6)
-SWITCHES = Switches(
-  inner_steps=3,
-  query="same",
-  first_order=False,
-  bgd_samples=2,
-  num_examples=WAYS * SHOTS,
-  buffer_size=101,
-  switch_score="loss",
-  shift_score="energy",
-  shift_model="adapted",
-  no_switch_scale=0.0,
-)
+LABELS = {
+  "online_sgd": "online SGD",
+  "fine_tuning": "fine-tuning",
+  "bgd": "BGD",
+  "scratch": "from scratch, told",
+  "maml": "MAML",
+  "anil": "ANIL",
+  "meta_ogd": "MetaOGD",
+  "c_maml": "C-MAML",
+  "c_maml_um": "C-MAML, modulated",
+  "c_maml_pap": "C-MAML, mod., prolonged",
+  "leeds": "LEEDS",
+  "leeds_told": "LEEDS, told",
+}
 SMALL = ("leeds", "leeds_told", "meta_ogd")
+
+
+class Params(NamedTuple):
+  """The parameters of a classifier."""
+
+  backbone: Any
+  head: Any
+
+
+class Model(NamedTuple):
+  """A classifier; its inner parameters are an offset of all its parameters, or of the head.
+
+  Attributes:
+    init: ``init(key) -> Params``.
+    loss: ``loss(x, y, (images, labels)) -> (cross entropy, logits)``.
+    start: ``start(x) -> y``, zeros.
+  """
+
+  init: Callable[[jax.Array], Params]
+  loss: Callable[[Params, Any, Any], tuple[jax.Array, jax.Array]]
+  start: Callable[[Params], Any]
+
+
+def _with_head(init_features: Any, features: Any, adapt_head: bool = False) -> Model:
+  """A linear head on ``features(backbone, images)``."""
+
+  def init(key):
+    images = jnp.zeros((2, SIZE, SIZE, 1))
+    backbone = init_features(key, images)
+    width = jax.eval_shape(features, backbone, images).shape[-1]
+    return Params(backbone, linear_head.zero_head(width, WAYS))
+
+  def loss(x, y, batch):
+    images, labels = batch
+    add = optax.tree.add
+    backbone, head = Params(x.backbone, add(x.head, y)) if adapt_head else add(x, y)
+    logits = linear_head.logits(head, features(backbone, images.astype(jnp.float32) / 255))
+    return linear_head.cross_entropy(logits, labels), logits
+
+  return Model(init, loss, lambda x: optax.tree.zeros_like(x.head if adapt_head else x))
+
+
+def conv4(width: int, *, adapt_head: bool = False) -> Model:
+  """Conv4."""
+  model = Conv4(width)
+  return _with_head(model.init, model.apply, adapt_head)
 
 
 def perceptron(width: int) -> Model:
   """One hidden layer on the pixels."""
-
-  def init(key):
-    hidden = jax.random.normal(key, (SIZE**2, width)) / SIZE
-    return Params(hidden, {"w": jnp.zeros((width, WAYS)), "b": jnp.zeros(WAYS)})
-
-  def loss(x, y, batch):
-    images, labels = batch
-    weights, head = optax.tree.add(x, y)
-    pixels = images.reshape(len(images), -1).astype(jnp.float32) / 255
-    logits = jax.nn.relu(pixels @ weights) @ head["w"] + head["b"][None]
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), logits
-
-  return Model(init, loss, optax.tree.zeros_like)
+  return _with_head(
+    lambda key, images: jax.random.normal(key, (SIZE**2, width)) / SIZE,
+    lambda weights, images: jax.nn.relu(images.reshape(len(images), -1) @ weights),
+  )
 
 
 def make_stream() -> jaxbo.tasks.TaskStream:
@@ -79,9 +116,40 @@ def make_stream() -> jaxbo.tasks.TaskStream:
   )
 
 
+def make_learners(model: Model) -> dict[str, jaxbo.OnlineMetaLearner]:
+  """All methods; what they begin with, before the stream, makes no difference here."""
+  accuracy = lambda logits, batch: jnp.mean(jnp.argmax(logits, -1) == batch[1], dtype=jnp.float32)
+  options: dict[str, Any] = {"start": model.start, "metric": accuracy}
+  loss, plain = model.loss, lambda x, y, batch: model.loss(x, y, batch)[0]
+  inner = jaxbo.inner_solver(plain, optax.sgd(0.1), 3)
+  bgd = jaxbo.bayesian_gradient_descent(10.0, 0.1, num_samples=2, num_examples=WAYS * SHOTS)
+  response, adam = jaxbo.add_unrolled_response(inner), optax.adam(1e-3)
+  gated = optax.chain(response, jaxbo.gate_by_detection(adam, 0.1, 1.0))
+  of_drops = {"drop_threshold": 1e6, "response": response, **options}
+  told, same = jaxbo.oracle_detector(), {"query": "same", **options}
+  tuned = jaxbo.fine_tuning(loss, inner, **options)
+  adapted = jaxbo.frozen_maml(loss, inner, **options)
+  return {
+    "online_sgd": tuned,
+    "fine_tuning": tuned,
+    "bgd": jaxbo.fine_tuning(loss, jaxbo.inner_solver(plain, bgd, 3), **options),
+    "scratch": jaxbo.train_from_scratch(loss, inner, told, **same),
+    "maml": adapted,
+    "anil": adapted,
+    "meta_ogd": jaxbo.meta_ogd(loss, inner, optax.chain(response, adam), **same),
+    "c_maml": jaxbo.c_maml(loss, inner, adam, **of_drops),
+    "c_maml_um": jaxbo.c_maml(loss, inner, adam, modulation=2.0, **of_drops),
+    "c_maml_pap": jaxbo.c_maml_pap(loss, inner, adam, modulation=2.0, **of_drops),
+    "leeds": jaxbo.online_meta_learner(
+      loss, inner, gated, jaxbo.threshold_detector(1e6, 1e6), **same
+    ),
+    "leeds_told": jaxbo.online_meta_learner(loss, inner, gated, told, **same),
+  }
+
+
 def make_learner(name: str, model: Model) -> tuple[jaxbo.OnlineMetaLearner, Any, Any]:
   """The learner of a method, its first state, and the meta-model."""
-  learner, x = METHODS[name].make(model, RATES, SWITCHES), model.init(jax.random.key(1))
+  learner, x = make_learners(model)[name], model.init(jax.random.key(1))
   return learner, learner.init(x, stream=make_stream(), key=2), x
 
 
@@ -123,8 +191,9 @@ def rounds_per_second(names: Any, model: Model, rounds: int, turns: int) -> dict
 def kept(name: str, model: Model) -> dict[str, int]:
   """Bytes of the meta-model, and of what is kept beside it."""
   _, state, x = make_learner(name, model)
-  size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(x))
-  return {"meta-model": size, "beside it": state_bytes(state, x)}
+  size = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+  carried = size(state._replace(task_stream_state=()))
+  return {"meta-model": size(x), "beside it": carried - size(x)}
 
 
 def main() -> None:
@@ -133,20 +202,18 @@ def main() -> None:
   sections = [f"Hardware: {hardware()}."]
   data: dict[str, Any] = {"hardware": hardware()}
   print(sections[0])
-  conv4 = meta_model.conv4(WIDTH, SIZE, WAYS)
-  head = meta_model.conv4(WIDTH, SIZE, WAYS, "head")
-  settings = {"Conv4": (tuple(METHODS), args.rounds), "perceptron": (SMALL, 10 * args.rounds)}
+  settings = {"Conv4": (tuple(LABELS), args.rounds), "perceptron": (SMALL, 10 * args.rounds)}
   for title, (names, rounds) in settings.items():
     speeds, rows = {}, []
     for name in names:  # One at a time: programs of all methods at once take much memory.
-      model = perceptron(64) if title == "perceptron" else conv4
-      model = head if METHODS[name].begins == "anil" else model
+      is_small = title == "perceptron"
+      model = perceptron(64) if is_small else conv4(WIDTH, adapt_head=name == "anil")
       speeds |= rounds_per_second([name], model, rounds, args.turns)
       speed, sizes = speeds[name], kept(name, model)
       speeds[name] = speed | sizes
       rows.append(
         [
-          METHODS[name].label,
+          LABELS[name],
           *map(number, speed.values()),
           f"{speed['scan'] / speed['Python loop']:.2f}",
           *(number(size / 2**10) for size in sizes.values()),

@@ -8,22 +8,21 @@ takes one step on all parameters. A row is a whole step, Adam included. *GFLOP* 
 counted in the jaxpr, loops included. On an accelerator the backbone computes in bfloat16.
 """
 
-import dataclasses
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxbo_models import ResNet12
+import optax
+from jaxbo_models import ResNet12, linear_head
 
 import jaxbo
-from benchmarks import measure
+from benchmarks import few_shot, measure
+from benchmarks.few_shot import Setting
 from benchmarks.report import arguments, hardware, markdown, number, save
-from scripts.common.fewshot_data import ImageClasses
-from scripts.few_shot import problem as few_shot
-from scripts.few_shot import setting as few_shot_setting
-from scripts.few_shot.__main__ import DATASETS
 
+SETTING = Setting(num_tasks=1, inner_steps=30, ridge=0.5)
 ROWS: dict[str, dict[str, Any] | str] = {
   "first order": "drop",
   "ITD (ANIL)": "itd",
@@ -45,43 +44,66 @@ ROWS: dict[str, dict[str, Any] | str] = {
 
 
 def make_method(
-  options: dict[str, Any] | str, model: Any, settings: few_shot_setting.Settings
-) -> few_shot.Method:
-  """The few-shot method that ``options`` stand for, on that model."""
-  apply = lambda x, images: jnp.asarray(model.apply(x, images))
-  backbone = few_shot.Backbone(model.init, apply, apply)
-  if options == "maml":
-    return few_shot.maml(backbone, settings, 1)
-  responses = {"drop": lambda inner: jaxbo.drop_response(), "itd": jaxbo.add_unrolled_response}
+  options: dict[str, Any] | str, model: Any, setting: Setting
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+  """``(init(key, images), step(state, episodes))`` of what ``options`` stand for."""
+  features = few_shot.features_of(model)
+  of_head = few_shot.logits_of(features)
 
-  def make_response(inner, settings, key):
-    del settings
-    if isinstance(options, str):
-      return responses[options](inner)
-    return jaxbo.add_es_response(inner, smoothing=1e-3, key=key, **options)
+  def of_all(x, offset, images):
+    return of_head(*optax.tree.add(x, offset), images)
 
-  return few_shot.head_method(make_response, backbone, settings, 1, seed=0)
+  def support_loss(x, offset, episode):
+    logits = of_all(x, offset, episode.support_images)
+    return linear_head.cross_entropy(logits, episode.support_labels)
+
+  is_maml = options == "maml"
+  if is_maml:
+    one = jaxbo.inner_solver(support_loss, optax.sgd(0.4), 1, warm_start=False)
+  else:
+    one = few_shot.head_solver(features, setting)
+  inner = jaxbo.over_tasks(one, setting.num_tasks, average_start=not is_maml)
+  if options == "drop":
+    response = jaxbo.drop_response()
+  elif isinstance(options, str):
+    response = jaxbo.add_unrolled_response(inner)
+  else:
+    response = jaxbo.add_es_response(inner, smoothing=1e-3, key=0, **options)
+  outer = optax.chain(response, optax.adam(1e-3))
+  init_loop, step_loop = jaxbo.bilevel(
+    few_shot.query_loss(of_all if is_maml else of_head), inner, outer
+  )
+
+  def init(key, images):
+    x = model.init(key, images)
+    num_features = jax.eval_shape(model.apply, x, images).shape[-1]
+    head = linear_head.zero_head(num_features, setting.num_ways)
+    return init_loop((x, head), optax.tree.zeros_like((x, head))) if is_maml else init_loop(x, head)
+
+  def step(state, episodes):
+    state, info = step_loop(state, episodes, episodes)
+    return state, info.outer_loss
+
+  return init, step
 
 
-def measure_row(name: str, calls: int, settings: few_shot_setting.Settings) -> dict[str, Any]:
+def measure_row(name: str, calls: int, setting: Setting) -> dict[str, Any]:
   """Time, operations and memory of one step."""
   on_cpu = jax.default_backend() == "cpu"
   dtype = None if on_cpu else jnp.bfloat16
   # Outside of loops native convolutions are the faster ones; samples of ESJ run in a loop.
   loops = "parameters" in name or "MAML" in name
   model = ResNet12(conv="patches" if on_cpu and loops else "native", dtype=dtype)
-  method = make_method(ROWS[name], model, settings)
-  images = jnp.zeros((2, 84, 84, 3), jnp.uint8)
-  state = jax.jit(method.init)(jax.random.key(0), images)
+  init, step = make_method(ROWS[name], model, setting)
+  state = jax.jit(init)(jax.random.key(0), jnp.zeros((2, 84, 84, 3)))
   pixels = jax.random.bits(jax.random.key(1), (20, 10, 84, 84, 3), jnp.uint8)
-  sample = few_shot_setting.sampler(settings, 1, settings.num_tasks)
-  classes = ImageClasses(pixels, jnp.full(20, 10, jnp.int32), jnp.arange(20))
-  episodes = jax.jit(sample)(jax.random.key(2), classes)
+  sample = jax.jit(few_shot.sample_episodes, static_argnums=2)
+  episodes = sample(jax.random.key(2), pixels, setting)
   start = time.perf_counter()
-  compiled = jax.jit(method.step).lower(state, episodes).compile()
+  compiled = jax.jit(step).lower(state, episodes).compile()
   compile_seconds = time.perf_counter() - start
   timing = measure.time_together({"step": lambda: compiled(state, episodes)}, calls, 1)["step"]
-  flops = measure.count_flops(method.step, state, episodes)
+  flops = measure.count_flops(step, state, episodes)
   row = {
     "method": name,
     "seconds": timing.seconds,
@@ -97,8 +119,8 @@ def measure_row(name: str, calls: int, settings: few_shot_setting.Settings) -> d
 def main() -> None:
   """Measures, prints, and saves if asked to."""
   args = arguments(__doc__, calls=(3, "calls of each program"), tasks=(1, "tasks of a meta-step"))
-  settings = dataclasses.replace(DATASETS["caltech101_fewshot"], num_tasks=args.tasks)
-  rows = [measure_row(name, args.calls, settings) for name in ROWS]
+  setting = SETTING._replace(num_tasks=args.tasks)
+  rows = [measure_row(name, args.calls, setting) for name in ROWS]
   cells = [
     [value if isinstance(value, str) else number(value) for value in row.values()] for row in rows
   ]

@@ -43,7 +43,6 @@ from benchmarks.bilevel_quadratic import (
 )
 from benchmarks.report import arguments, hardware, markdown, number, save
 from benchmarks.value_methods import CG_STEPS, METHODS
-from scripts.multiple_minima.loops import Loop
 
 ACCURACIES = (1e-1, 1e-2, 1e-3)
 BUDGET = 60_000  # in gradients of the inner loss
@@ -56,16 +55,16 @@ def points(grid: Mapping[str, tuple[Any, ...]]) -> list[dict[str, Any]]:
   return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
 
 
-def errors(make: Callable[..., Loop], num_updates: int, problem: Any, traced: Any) -> jax.Array:
+def errors(make: Callable[..., Any], num_updates: int, problem: Any, traced: Any) -> jax.Array:
   """The error in x after each update, of that at the start, ``[num_updates]``."""
-  loop = make(problem.smoothness, **traced)
+  init, step = make(problem.smoothness, **traced)
 
   def body(state, _):
-    state = loop.step(state, problem.inner, problem.outer)
-    error = jnp.linalg.norm(loop.params(state).outer - problem.optimum)
+    state, _ = step(state, problem.inner, problem.outer)
+    error = jnp.linalg.norm(state.x - problem.optimum)
     return state, error / jnp.linalg.norm(problem.optimum)
 
-  return jax.lax.scan(body, loop.init(*start()), length=num_updates)[1]
+  return jax.lax.scan(body, init(*start()), length=num_updates)[1]
 
 
 def updates_to_reach(trace: np.ndarray, accuracy: float) -> float:
@@ -106,8 +105,8 @@ def make_variant(name: str, static: dict[str, Any], problem: Quadratic, budget: 
   method = METHODS[name]
   make = functools.partial(method.make, **static)
   traced = points(method.traced)[0]
-  state = jax.jit(lambda p, t: make(p.smoothness, **t).init(*start()))(problem, traced)
-  step = lambda state, p, t: make(p.smoothness, **t).step(state, p.inner, p.outer)
+  state = jax.jit(lambda p, t: make(p.smoothness, **t)[0](*start()))(problem, traced)
+  step = lambda state, p, t: make(p.smoothness, **t)[1](state, p.inner, p.outer)[0]
   args = state, problem, traced
   loop_steps = CG_STEPS if "CG" in name else 1
   unit = measure.count_flops(jax.grad(inner_loss, 1), *start(), problem.inner)

@@ -3,13 +3,12 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
 
 import jaxbo
 from benchmarks.bilevel_quadratic import NUM_INNER, inner_loss, outer_loss
-from scripts.multiple_minima import loops
-from scripts.multiple_minima.loops import Loop
 
 CG_STEPS = 10
 
@@ -18,16 +17,40 @@ class Method(NamedTuple):
   """A method and what it may choose from.
 
   Attributes:
-    make: ``make(smoothness, *static, **traced) -> Loop``.
+    make: ``make(smoothness, *static, **traced) -> (init, step)``, a loop as of ``jaxbo.bilevel``.
     static: names and values that the program depends on.
     traced: names and values that are arguments of the program.
     products: second-order products of an update.
   """
 
-  make: Callable[..., Loop]
+  make: Callable[..., tuple[Callable[..., Any], Callable[..., Any]]]
   static: Mapping[str, tuple[Any, ...]]
   traced: Mapping[str, tuple[float, ...]]
   products: int = 0
+
+
+class State(NamedTuple):
+  """State of the loop of a value-function method; ``x`` is found there as in a ``BilevelState``."""
+
+  x: jax.Array
+  y: jax.Array
+  opt_state: Any
+
+
+def _loop(tx):
+  """The loop of a method on ``Bilevel`` parameters."""
+  tx = optax.with_extra_args_support(tx)
+
+  def init(x, y):
+    return State(x, y, tx.init(jaxbo.Bilevel(x, y)))
+
+  def step(state, train, val):
+    params = jaxbo.Bilevel(state.x, state.y)
+    grads = jaxbo.Bilevel(*jax.grad(outer_loss, (0, 1))(*params, val))
+    updates, opt_state = tx.update(grads, state.opt_state, params, batch=train)
+    return State(*optax.apply_updates(params, updates), opt_state), None
+
+  return init, step
 
 
 def _scaled(head, smoothness, rate):
@@ -36,7 +59,7 @@ def _scaled(head, smoothness, rate):
   head = jaxbo.scale_by_lagrangian_smoothness(
     head, outer_smoothness=smooth_f, constraint_smoothness=smooth_h
   )
-  return loops.value_function_loop(outer_loss, optax.chain(head, optax.sgd(rate)))
+  return _loop(optax.chain(head, optax.sgd(rate)))
 
 
 def _lower(smoothness, num_steps):
@@ -64,14 +87,18 @@ def _alternating_pdbo(smoothness, alternate, *, slack, bound, rate):
   smooth_f, smooth_g, _ = smoothness
   bound = bound / slack**0.5
   head = _primal_dual(smoothness, 1, slack, 0.03, dual_bound=bound)
-  tail = loops.levels(optax.sgd(rate), optax.sgd(1 / (smooth_f + bound * smooth_g)), alternate)
-  return loops.value_function_loop(outer_loss, optax.chain(head, tail))
+  moves_x = lambda step, **_: jnp.asarray(step) % (alternate + 1) == alternate
+  outer = optax.conditionally_mask(optax.sgd(rate), moves_x)
+  inner = optax.sgd(1 / (smooth_f + bound * smooth_g))
+  inner = optax.conditionally_mask(inner, lambda step, **_: ~moves_x(step))
+  tail = optax.partition({"outer": outer, "inner": inner}, jaxbo.Bilevel("outer", "inner"))
+  return _loop(optax.chain(head, tail))
 
 
 def _bome(smoothness, num_steps, *, barrier, rate):
   """With a constant rate, as published: divided by its own multiplier it hardly moves."""
   tx = jaxbo.bome(rate, inner_loss, barrier_rate=barrier, **_lower(smoothness, num_steps))
-  return loops.value_function_loop(outer_loss, tx)
+  return _loop(tx)
 
 
 def _v_pbgd(smoothness, num_steps, *, multiplier, rate):
@@ -91,13 +118,13 @@ def _f2sa(smoothness, alternate, *, multiplier, rate):
     alternate=alternate,
     **_lower(smoothness, 1),
   )
-  return loops.value_function_loop(outer_loss, tx)
+  return _loop(tx)
 
 
 def _response(smoothness, num_steps, linear_solver, rate, inner_rate):
   solver = jaxbo.inner_solver(inner_loss, optax.sgd(inner_rate / smoothness[1]), num_steps)
   tx = jaxbo.aid(rate, solver, linear_solver, inner_params=jnp.zeros(NUM_INNER))
-  return loops.response_loop(outer_loss, solver, tx)
+  return jaxbo.bilevel(outer_loss, solver, tx)
 
 
 def _soba(smoothness, num_steps, *, rate, inner_rate):

@@ -1,6 +1,6 @@
 """Flax models for the scripts and tests of jaxbo."""
 
-from jaxbo_models import caption_metrics, captioner, tokenizers, transformer
+from jaxbo_models import caption_metrics, captioner, linear_head, tokenizers, transformer
 from jaxbo_models.conv4 import Conv4
 from jaxbo_models.lenet5 import LeNet5
 from jaxbo_models.mlp import MLP
@@ -20,6 +20,7 @@ __all__ = [
   "caption_metrics",
   "captioner",
   "drop_block",
+  "linear_head",
   "tokenizers",
   "transformer",
 ]

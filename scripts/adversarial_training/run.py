@@ -19,8 +19,7 @@ from scripts.adversarial_training.evaluate import Evaluator
 from scripts.adversarial_training.methods import METHODS, Setting
 from scripts.adversarial_training.report import Row
 from scripts.adversarial_training.train import Program, Trainer
-from scripts.common import checkpoints
-from scripts.continual_lm import train as lm_train
+from scripts.common import checkpoints, devices
 
 
 @dataclasses.dataclass
@@ -54,7 +53,7 @@ class Runner:
     self._data = data
     self._write = write
     self._progress = progress
-    self._devices = lm_train.all_devices()
+    self._devices = devices.all_devices()
     self._pool = Images(*jax.device_put(tuple(data.pool), self._devices.everywhere))
     model = config.make_model(len(data.names))
     shape = (1, *data.pool.images.shape[1:])

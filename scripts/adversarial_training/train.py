@@ -20,7 +20,7 @@ from scripts.adversarial_training import data as adv_data
 from scripts.adversarial_training.data import Images
 from scripts.adversarial_training.methods import Method, Setting
 from scripts.common.checkpoints import Checkpoints
-from scripts.continual_lm.train import Devices
+from scripts.common.devices import Devices
 
 
 class State(NamedTuple):

@@ -16,7 +16,7 @@ from rich.progress import Progress
 
 import jaxbo
 from benchmarks import measure
-from scripts.common import checkpoints
+from scripts.common import checkpoints, devices
 from scripts.continual_lm import data as lm_data
 from scripts.continual_lm import methods as lm_methods
 from scripts.continual_lm import report as lm_report
@@ -114,7 +114,7 @@ class Runner:
     self._language = language
     self._data = data
     self._write = write
-    self._devices = lm_train.all_devices()
+    self._devices = devices.all_devices()
     self._evaluate = lm_train.make_evaluate(language.loss_fn, config.batch_size, self._devices)
     self._programs: dict[str, Program] = {}
     self._progress = progress

@@ -14,39 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxbo
 from scripts.common.checkpoints import Checkpoints
+from scripts.common.devices import Devices, put
 from scripts.continual_lm import methods as lm_methods
 from scripts.continual_lm.data import Sequences, rows_of_batch
 
 LossFn = Callable[[Any, dict[str, Any]], jax.Array]  # loss_fn(params, batch) -> [batch]
-
-
-class Devices(NamedTuple):
-  """Where things are.
-
-  Attributes:
-    rows: divided among all devices by the leading axis.
-    everywhere: the same on all of them.
-  """
-
-  rows: NamedSharding
-  everywhere: NamedSharding
-
-
-def all_devices() -> Devices:
-  """All devices of all processes, in a row."""
-  mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
-  return Devices(NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec()))
-
-
-def put(devices: Devices, array: np.ndarray, rows: np.ndarray) -> jax.Array:
-  """``array[rows]``, divided among devices; a process reads the rows of its own."""
-  shape = (len(rows), *array.shape[1:])
-  read = lambda index: array[rows[index[0]]]
-  return jax.make_array_from_callback(shape, devices.rows, read)
 
 
 class State(NamedTuple):

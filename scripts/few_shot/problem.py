@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jaxbo_models.linear_head import cross_entropy, logits, zero_head
 
 import jaxbo
 from jaxbo.tasks import Episode
@@ -44,21 +45,6 @@ class Backbone(NamedTuple):
 def scale_pixels(images: jax.Array) -> jax.Array:
   """uint8 pixels as float32 in [0, 1]; floats as they are."""
   return images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images
-
-
-def logits(head: Any, features: jax.Array) -> jax.Array:
-  """``[n, ways]``."""
-  return features @ head["w"] + head["b"][None]
-
-
-def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-  """The mean over examples."""
-  return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
-
-
-def zero_head(num_features: int, num_ways: int) -> Any:
-  """The head that the first tasks start from."""
-  return {"w": jnp.zeros((num_features, num_ways)), "b": jnp.zeros(num_ways)}
 
 
 class Method(NamedTuple):

@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from jaxbo_models import Conv4
+from jaxbo_models.linear_head import cross_entropy, logits, zero_head
 
 import jaxbo
-from scripts.few_shot.problem import cross_entropy, logits, zero_head
 from scripts.online_hyperopt.streams import Batch
 
 MODELS = ("linear", "mlp", "conv4")

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks import adversarial, measure
-from benchmarks.adversarial import BY_HAND, Config, make_steps
+from benchmarks.adversarial import BASELINE, BY_HAND, Config, make_steps
+from benchmarks.adversarial_methods import LABELS, make_methods
 from benchmarks.hypergradient import Step
-from scripts.adversarial_training.methods import BASELINE, METHODS, Rates, Setting
 
 pytestmark = pytest.mark.slow
 
@@ -77,18 +77,18 @@ def products_like_parameters(jaxpr, in_loop=False):
   return inside, outside
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", LABELS)
 def test_no_attack_takes_gradients_of_the_parameters(name):
   """The loss does, one for each kernel and forward and backward derivative, outside of loops."""
-  parts = METHODS[name].make(Setting(model, 0.1, 4, Rates()))
+  method = make_methods(model, 0.1, 4)[name]
   params = [jnp.ones(shape) for shape in KERNELS]
   batch = jnp.full((BATCH, 2, 6, 1), 0.5), jnp.zeros(BATCH, jnp.int32)
 
-  def gradients(params, batch, progress):
-    grads, _ = parts.gradients(params, batch, jax.random.key(0), progress)
+  def gradients(params, batch):
+    grads, _ = method.gradients(params, batch, jax.random.key(0))
     return grads.pullback(jnp.ones(BATCH))
 
-  jaxpr = jax.make_jaxpr(gradients)(params, batch, jnp.float32(1.0)).jaxpr
+  jaxpr = jax.make_jaxpr(gradients)(params, batch).jaxpr
   inside, outside = products_like_parameters(jaxpr)
   assert inside == 0
   # TRADES and MART have two logits, DONE and Fast-BAT a slope along q.

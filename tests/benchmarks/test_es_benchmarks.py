@@ -12,9 +12,7 @@ import numpy as np
 import pytest
 from jaxbo_models import LeNet5, ResNet12
 
-from benchmarks import convolution, es_response, hyper_representation, resnet12
-from scripts.few_shot import problem as few_shot
-from scripts.few_shot import setting as few_shot_setting
+from benchmarks import convolution, es_response, few_shot, hyper_representation, resnet12
 
 pytestmark = pytest.mark.slow  # All together, not each.
 
@@ -57,9 +55,7 @@ def test_features_are_worth_more_than_parameters(monkeypatch):
     "PLANS",
     [("parameters", 4, "gaussian"), ("features", 4, "gaussian"), ("features", 50, "orthogonal")],
   )
-  settings = few_shot_setting.Settings(num_tasks=2)
-  monkeypatch.setattr(few_shot, "Settings", lambda: settings)
-  plain, features, exact = es_response.feature_rows(num_keys=2, width=2)
+  plain, features, exact = es_response.feature_rows(num_keys=2, width=2, num_tasks=2)
   assert plain["squared_error"] > features["squared_error"]
   assert exact["cosine"] == pytest.approx(1.0, abs=1e-3)
   assert exact["squared_error"] < 1e-3
@@ -67,11 +63,9 @@ def test_features_are_worth_more_than_parameters(monkeypatch):
 
 def test_a_row_of_resnet12_counts_what_a_step_does(monkeypatch):
   monkeypatch.setattr(resnet12, "ResNet12", functools.partial(ResNet12, widths=(2, 2, 3, 3)))
-  settings = few_shot_setting.Settings(
-    num_ways=2, num_shots=1, num_queries=1, num_rotations=1, num_tasks=1, inner_steps=2
-  )
+  setting = few_shot.Setting(num_ways=2, num_shots=1, num_queries=1, num_tasks=1, inner_steps=2)
   first_order, esj = (
-    resnet12.measure_row(name, 1, settings) for name in ("first order", "ESJ on features, Q = 16")
+    resnet12.measure_row(name, 1, setting) for name in ("first order", "ESJ on features, Q = 16")
   )
   # ESJ adds head runs, and the backward pass through the support features.
   assert 1.0 < esj["gflop"] / first_order["gflop"] < 3.0

@@ -12,7 +12,6 @@ import pytest
 import jaxbo
 from benchmarks import hypergradient, measure, problems, report
 from benchmarks.hypergradient import Target
-from scripts.common import cleaning
 
 pytestmark = pytest.mark.slow  # All together, not each.
 
@@ -24,13 +23,8 @@ def small_quadratic():
 def small_digits():
   """Digits with little data: weights of 40 examples, 650 inner parameters."""
   problem = problems.digits()
-  train, val = (
-    cleaning.Examples(images[:40], labels[:40])
-    for images, labels in (problem.train.examples, problem.val)
-  )
-  return problem._replace(
-    x=problem.x[:40], drift=problem.drift[:40], train=cleaning.Batch(train, None), val=val
-  )
+  train, val = jax.tree.map(lambda leaf: leaf[:40], (problem.train, problem.val))
+  return problem._replace(x=problem.x[:40], drift=problem.drift[:40], train=train, val=val)
 
 
 def test_the_exact_hypergradient_of_a_quadratic_is_the_closed_form():

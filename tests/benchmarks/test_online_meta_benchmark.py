@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from benchmarks import online_meta
-from scripts.online_meta.methods import METHODS
 
 pytestmark = pytest.mark.slow
 
@@ -36,9 +35,9 @@ def test_the_weight_of_what_is_kept():
 
 def test_the_command_prints_and_saves(tmp_path, capsys, monkeypatch):
   path, names = tmp_path / "out", ("maml", "anil")
-  monkeypatch.setattr(online_meta, "METHODS", {name: METHODS[name] for name in names})
+  monkeypatch.setattr(online_meta, "LABELS", {name: online_meta.LABELS[name] for name in names})
   monkeypatch.setattr(online_meta, "SMALL", names[:1])
-  monkeypatch.setattr(online_meta.meta_model, "conv4", lambda *sizes: online_meta.perceptron(2))
+  monkeypatch.setattr(online_meta, "conv4", lambda *_, **__: online_meta.perceptron(2))
   speeds = lambda names, *sizes: {name: {"scan": 8.0, "Python loop": 4.0} for name in names}
   monkeypatch.setattr(online_meta, "rounds_per_second", speeds)
   arguments = ["online_meta", "--save", str(path), "--rounds", "2", "--turns", "1"]

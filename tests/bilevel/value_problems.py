@@ -5,14 +5,51 @@ import jax.numpy as jnp
 import optax
 
 import jaxbo
-from scripts.multiple_minima.toys import active_outer as active_outer
-from scripts.multiple_minima.toys import flat_gap as flat_gap
-from scripts.multiple_minima.toys import flat_inner as flat_inner
-from scripts.multiple_minima.toys import flat_outer as flat_outer
-from scripts.multiple_minima.toys import pbgd_inner as pbgd_inner
-from scripts.multiple_minima.toys import pbgd_outer as pbgd_outer
-from scripts.multiple_minima.toys import sine_inner as sine_inner
-from scripts.multiple_minima.toys import sine_outer as sine_outer
+
+
+def flat_inner(x, y, batch):
+  """T1 and T2: least where y[0] is x, whatever y[1] is."""
+  del batch
+  return 0.5 * y[0] ** 2 - x * y[0]
+
+
+def flat_gap(p):
+  """The inner loss of T1 and T2 above its least value."""
+  return 0.5 * (p.inner[0] - p.outer) ** 2
+
+
+def flat_outer(p):
+  """T1: least at x = y[0] = y[1] = 1."""
+  return 0.5 * (p.outer - p.inner[1]) ** 2 + 0.5 * (p.inner[0] - 1) ** 2
+
+
+def active_outer(p):
+  """T2: with the inner problem least at x = y[0] = y[1] = 2; the constraint pushes back."""
+  return flat_outer(p) + 0.5 * (p.outer - 3) ** 2
+
+
+def pbgd_inner(x, y, batch):
+  """T3: least where y = -x."""
+  del batch
+  return (y + x) ** 2 + x * jnp.sin(y + x) ** 2
+
+
+def pbgd_outer(p):
+  """T3: with y = -x it has three minima."""
+  x, y = p
+  return jnp.cos(4 * y + 2) / (1 + jnp.exp(2 - 4 * x)) + 0.5 * jnp.log((4 * x - 2) ** 2 + 1)
+
+
+def sine_inner(x, y, batch):
+  """T4, with any number of inner dimensions: least on many lines x + y = const."""
+  del batch
+  return jnp.sum(jnp.sin(x + y - 2))
+
+
+def sine_outer(p):
+  """T4."""
+  return (p.outer - 2) ** 2 + jnp.sum((p.inner - 4) ** 2)
+
 
 POINTS = ((1.0, 3.0), (3.0, 1.0), (-2.0, 2.0), (-3.0, -2.0))
 

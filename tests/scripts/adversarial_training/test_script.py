@@ -25,7 +25,7 @@ from scripts.adversarial_training.config import Config
 from scripts.adversarial_training.evaluate import Evaluator
 from scripts.adversarial_training.methods import GRIDS, METHODS, Method, Parts, Rates, Setting, lazy
 from scripts.common import checkpoints
-from scripts.continual_lm import train as lm_train
+from scripts.common import devices as common_devices
 
 pytestmark = pytest.mark.slow  # All together, not each.
 
@@ -186,7 +186,7 @@ def devices(number):
   mesh = jax.make_mesh(
     (number,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:number]
   )
-  return lm_train.Devices(
+  return common_devices.Devices(
     NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
   )
 
@@ -339,7 +339,7 @@ SMALL = {
 def small(monkeypatch):
   """Small images on one device, which saves seconds."""
   monkeypatch.setattr(adv_data, "read", lambda *arguments: DATA)
-  monkeypatch.setattr(lm_train, "all_devices", lambda: devices(1))
+  monkeypatch.setattr(common_devices, "all_devices", lambda: devices(1))
 
 
 class LookedAt(NamedTuple):

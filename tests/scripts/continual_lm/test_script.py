@@ -28,6 +28,7 @@ from PIL import Image
 
 import jaxbo
 from scripts.common import checkpoints
+from scripts.common import devices as common_devices
 from scripts.continual_lm import __main__ as script
 from scripts.continual_lm import data as lm_data
 from scripts.continual_lm import documents as lm_documents
@@ -64,7 +65,7 @@ def devices(number):
   mesh = jax.make_mesh(
     (number,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:number]
   )
-  return lm_train.Devices(
+  return common_devices.Devices(
     NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
   )
 
@@ -421,7 +422,7 @@ SMALL = {
 def small(monkeypatch):
   """Two small domains on one device, which saves seconds."""
   monkeypatch.setitem(lm_documents.DATASETS, "python", small_lm.corpus)
-  monkeypatch.setattr(lm_train, "all_devices", lambda: devices(1))
+  monkeypatch.setattr(common_devices, "all_devices", lambda: devices(1))
 
 
 def lines_of(folder):

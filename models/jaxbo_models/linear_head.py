@@ -1,0 +1,28 @@
+"""A linear head on features: what few-shot tasks learn while the model of the features is given.
+
+A head is ``{"w": [features, classes], "b": [classes]}``, and its loss a pure function.
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+def zero_head(num_features: int, num_classes: int) -> dict[str, jax.Array]:
+  """The head that gives all classes the same probability, in the default precision.
+
+  >>> z = logits(zero_head(84, 5), features=jnp.ones((3, 84)))
+  >>> print(cross_entropy(z, labels=jnp.array([4, 0, 2])), jnp.log(5))
+  1.609438 1.609438
+  """
+  return {"w": jnp.zeros((num_features, num_classes)), "b": jnp.zeros(num_classes)}
+
+
+def logits(head: dict[str, jax.Array], features: jax.Array) -> jax.Array:
+  """Returns the logits ``[n, classes]`` of ``features`` ``[n, features]``."""
+  return features @ head["w"] + head["b"][None]
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+  """Returns the mean over examples; ``labels`` are integers ``[n]``."""
+  return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
