@@ -154,4 +154,6 @@ def _sentence(error: Any) -> str:
   if not name:  # Of several fields together: the message names them.
     return message
   message = message.removeprefix("Input ")
-  return f"{name} {message}" if "got" in message else f"{name} {message}, got {error['input']!r}"
+  if "got" not in message:
+    message += f", got {error['input']!r}"
+  return f"{name} {message}" if message.startswith("should") else f"{name}.{message}"

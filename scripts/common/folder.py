@@ -5,6 +5,8 @@
 and ``checkpoints/`` the states.
 """
 
+import contextlib
+import csv
 import datetime
 import fcntl
 import json
@@ -54,22 +56,27 @@ class RunFolder:
     self._writes = jax.process_index() == 0  # The others work along.
     try:
       self.path.mkdir(parents=True, exist_ok=True)
-      if self._writes:
-        self._lock = _lock(self.path)
-      if config.overwrite and self._writes:
-        self._clear()
-      saved = self._look(config)
-      if jax.process_count() > 1:  # No process may write what another is still to read.
-        multihost_utils.sync_global_devices("output_dir was looked at")
-      if self._writes:
-        saved |= {"study": study, "config": config.model_dump(mode="json")}
-        saved["runs"].append(provenance(config, program))
-        _write(self.path / CONFIG, json.dumps(saved, indent=1) + "\n")
-        self._log = (self.path / METRICS).open("a")
+      self._lock: Any = _lock(self.path) if self._writes else contextlib.nullcontext()
+      with contextlib.ExitStack() as on_error:
+        on_error.enter_context(self._lock)
+        self._begin(config, study, program)
+        on_error.pop_all()
     except OSError as error:
       raise ValueError(
         f"output_dir must be a folder to write to, got {self.path} ({error.strerror})"
       ) from error
+
+  def _begin(self, config: StudyConfig, study: str, program: str) -> None:
+    if config.overwrite and self._writes:
+      self._clear()
+    saved = self._look(config)
+    if jax.process_count() > 1:  # No process may write what another is still to read.
+      multihost_utils.sync_global_devices("output_dir was looked at")
+    if self._writes:
+      saved |= {"study": study, "config": config.model_dump(mode="json")}
+      saved["runs"].append(provenance(config, program))
+      _write(self.path / CONFIG, json.dumps(saved, indent=1) + "\n")
+      self._log = (self.path / METRICS).open("a")
 
   def _look(self, config: StudyConfig) -> dict[str, Any]:
     """What ``config.json`` has of the run, after comparing; reads what was measured."""
@@ -153,11 +160,21 @@ def read(folder: Path) -> tuple[list[Row], list[Row], dict[str, Any]]:
     text = (folder / METRICS).read_text().splitlines()
     lines = [json.loads(line) for line in text if line.endswith("}")]
   if (folder / RESULTS).exists():
-    frame = pd.read_csv(folder / RESULTS, float_precision="round_trip")
-    rows = [{str(name): value for name, value in row.items()} for row in frame.to_dict("records")]
+    with (folder / RESULTS).open(newline="") as file:
+      rows = [{k: _value(v) for k, v in row.items()} for row in csv.DictReader(file)]
   if (folder / NOTES).exists():
     notes = json.loads((folder / NOTES).read_text())
   return lines, rows, notes
+
+
+def _value(text: str) -> Any:
+  """What a cell of a table was before it was written; nothing is a missing number."""
+  if text in ("True", "False"):
+    return text == "True"
+  for kind in (int, float):
+    with contextlib.suppress(ValueError):
+      return kind(text or "nan")
+  return text
 
 
 def provenance(config: StudyConfig, program: str) -> dict[str, Any]:
@@ -165,6 +182,7 @@ def provenance(config: StudyConfig, program: str) -> dict[str, Any]:
   devices = jax.devices()
   return {
     "command": f"python -m {program} {config.flags()}".strip(),
+    "seeds": {"seeds": config.seeds, "first_seed": config.first_seed},
     "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     "commit": _git("rev-parse", "HEAD"),
     "clean": _git("status", "--porcelain", "--untracked-files=no") == "",

@@ -164,9 +164,8 @@ class Study(Generic[Config]):
     path = self.room() / "results" / name
     saved = json.loads((path / folder.CONFIG).read_text())
     lines, rows, notes = folder.read(path)
-    seeds = [row["seed"] for row in rows if "seed" in row] or [0]
-    seeds = {"seeds": int(max(seeds) - min(seeds)) + 1, "first_seed": int(min(seeds))}
-    return Results(self.config(**(saved["identity"] | seeds)), lines, rows, notes)
+    config = self.config(**(saved["identity"] | saved["runs"][-1]["seeds"]))
+    return Results(config, lines, rows, notes)
 
 
 class Run(Generic[Config]):
@@ -244,6 +243,8 @@ class Run(Generic[Config]):
       late = [line for line in self._files.lines if of_cell(line) and line[name] > done]
       if late:  # An interrupted run wrote them after its last checkpoint.
         self._files.keep_lines([line for line in self._files.lines if line not in late])
+      if not cell.steps:  # Others may need its state all the same.
+        checkpoints.save(0, state, seconds)
       while done < cell.steps:
         state, told, seconds, done = self._steps(cell, task, state, seconds, done, show)
         if done == cell.steps or (cell.every and done % cell.every == 0):
