@@ -129,7 +129,8 @@ class RunFolder:
     self.rows += rows
     if self._writes:
       # As objects: a column that some rows do not have keeps its integers.
-      _write(self.path / RESULTS, pd.DataFrame(self.rows, dtype=object).to_csv(index=False))
+      table = pd.DataFrame(self.rows, dtype=object).to_csv(index=False, na_rep="nan")
+      _write(self.path / RESULTS, table)
 
   def note(self, name: str, value: Any) -> None:
     """Keeps what was measured once for all cells, as JSON."""
