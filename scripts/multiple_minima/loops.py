@@ -87,7 +87,8 @@ def levels(
   if alternate is not None:
     outer_moves = lambda step, **_: jnp.asarray(step) % (alternate + 1) == alternate
     outer = optax.conditionally_mask(outer, outer_moves)
-    inner = optax.conditionally_mask(inner, lambda step, **_: ~outer_moves(step))
+    inner_moves = lambda step, **_: jnp.asarray(step) % (alternate + 1) != alternate
+    inner = optax.conditionally_mask(inner, inner_moves)
   of_level: dict[Hashable, optax.GradientTransformation] = {"outer": outer, "inner": inner}
   return optax.partition(of_level, jaxbo.Bilevel("outer", "inner"))
 
