@@ -153,8 +153,10 @@ class FewShot(Compiled):
         predicted = jnp.argmax(made.predict(state, episode), axis=-1)
         return jnp.mean(predicted == episode.query_labels), predicted
 
+      episodes = sample_evaluation(key, classes)
       # One at a time: the activations of 20 episodes of ResNet-12 do not fit into 24 GiB.
-      return jax.lax.map(of_one, sample_evaluation(key, classes))
+      accuracies, predicted = jax.lax.map(of_one, episodes)
+      return accuracies, jax.tree.map(lambda leaf: leaf[0], (episodes, predicted))
 
     init = run.shared(("init", method, seed), lambda: jax.jit(made.init))
     state = init(draw_key(Draw.PARAMETERS, seed), classes.train.images[0, :2])
@@ -163,7 +165,6 @@ class FewShot(Compiled):
     super().__init__(program, state, key, classes.train)
     self.classes = {Draw.VALIDATION: classes.validation, Draw.TEST: classes.test}
     self._evaluate = run.shared(("evaluate", method), lambda: jax.jit(evaluate))
-    self._sample_evaluation = run.shared("episodes", lambda: jax.jit(sample_evaluation))
 
   def accuracies(self, state: Any, draw: Draw, num_episodes: int) -> np.ndarray:
     """The accuracy in each of the episodes of ``draw``, which are the same in every run."""
@@ -174,9 +175,8 @@ class FewShot(Compiled):
 
   def first_test_episode(self, state: Any) -> tuple[Episode, np.ndarray]:
     """The first of the test episodes, and the classes that are predicted for its queries."""
-    arguments = jax.random.fold_in(draw_key(Draw.TEST), 0), self.classes[Draw.TEST]
-    episodes, predicted = self._sample_evaluation(*arguments), self._evaluate(state, *arguments)[1]
-    return jax.tree.map(lambda leaf: np.asarray(leaf[0]), (episodes, predicted))
+    key = jax.random.fold_in(draw_key(Draw.TEST), 0)
+    return jax.tree.map(np.asarray, self._evaluate(state, key, self.classes[Draw.TEST])[1])
 
   def evaluate(self, state: Any, told: list[Any]) -> Row:
     """The loss of the last step, and the accuracy on validation classes."""
