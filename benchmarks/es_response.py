@@ -65,11 +65,11 @@ def chunk_rows(num_rounds: int) -> list[dict[str, Any]]:
 def feature_rows(num_keys: int, width: int = 64, num_tasks: int = 4) -> list[dict[str, Any]]:
   """Time and cosine of both kinds of perturbation."""
   setting = few_shot.Setting(num_tasks=num_tasks)
-  glyphs = draw_glyphs(50, 20)
+  glyphs = jnp.asarray(draw_glyphs(50, 20))
   native, patches = (Conv4(width, conv=conv) for conv in ("native", "patches"))
-  x = native.init(jax.random.key(0), jnp.asarray(glyphs[:2, 0], jnp.float32) / 255)
+  x = native.init(jax.random.key(0), glyphs[:2, 0] / 255)
   sample = jax.jit(few_shot.sample_episodes, static_argnums=2)
-  episodes = sample(jax.random.key(1), jax.device_put(glyphs), setting)
+  episodes = sample(jax.random.key(1), glyphs, setting)
 
   def solved(model):
     features = few_shot.features_of(model)

@@ -82,8 +82,9 @@ def digits() -> Problem:
   """
   from sklearn.datasets import load_digits
 
-  images, labels = load_digits(return_X_y=True)
-  images, labels = (images / 16).astype(np.float32), labels.astype(np.int32)
+  everything: Any = load_digits()
+  images = np.asarray(everything.data / 16, np.float32)
+  labels = np.asarray(everything.target, np.int32)
   rng = np.random.default_rng(100)
   train, val, _ = np.split(rng.permutation(len(labels)), [1000, 1300])
   wrong = rng.permutation(1000)[:500]

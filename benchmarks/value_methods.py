@@ -1,6 +1,6 @@
 """The methods of ``benchmarks/value_function.py``, and the grids that their settings come from."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -48,7 +48,8 @@ def _loop(tx):
     params = jaxbo.Bilevel(state.x, state.y)
     grads = jaxbo.Bilevel(*jax.grad(outer_loss, (0, 1))(*params, val))
     updates, opt_state = tx.update(grads, state.opt_state, params, batch=train)
-    return State(*optax.apply_updates(params, updates), opt_state), None
+    moved: Any = optax.apply_updates(params, updates)
+    return State(moved.outer, moved.inner, opt_state), None
 
   return init, step
 
@@ -87,11 +88,13 @@ def _alternating_pdbo(smoothness, alternate, *, slack, bound, rate):
   smooth_f, smooth_g, _ = smoothness
   bound = bound / slack**0.5
   head = _primal_dual(smoothness, 1, slack, 0.03, dual_bound=bound)
-  moves_x = lambda step, **_: jnp.asarray(step) % (alternate + 1) == alternate
-  outer = optax.conditionally_mask(optax.sgd(rate), moves_x)
+  turn = lambda step: jnp.asarray(step) % (alternate + 1)
   inner = optax.sgd(1 / (smooth_f + bound * smooth_g))
-  inner = optax.conditionally_mask(inner, lambda step, **_: ~moves_x(step))
-  tail = optax.partition({"outer": outer, "inner": inner}, jaxbo.Bilevel("outer", "inner"))
+  levels: dict[Hashable, optax.GradientTransformation] = {
+    "outer": optax.conditionally_mask(optax.sgd(rate), lambda step, **_: turn(step) == alternate),
+    "inner": optax.conditionally_mask(inner, lambda step, **_: turn(step) != alternate),
+  }
+  tail = optax.partition(levels, jaxbo.Bilevel("outer", "inner"))
   return _loop(optax.chain(head, tail))
 
 

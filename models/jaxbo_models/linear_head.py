@@ -3,6 +3,8 @@
 A head is ``{"w": [features, classes], "b": [classes]}``, and its loss a pure function.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -18,7 +20,7 @@ def zero_head(num_features: int, num_classes: int) -> dict[str, jax.Array]:
   return {"w": jnp.zeros((num_features, num_classes)), "b": jnp.zeros(num_classes)}
 
 
-def logits(head: dict[str, jax.Array], features: jax.Array) -> jax.Array:
+def logits(head: Any, features: jax.Array) -> jax.Array:
   """Returns the logits ``[n, classes]`` of ``features`` ``[n, features]``."""
   return features @ head["w"] + head["b"][None]
 

@@ -84,15 +84,9 @@ def test_the_gain_share_is_zero_for_everything_and_one_for_the_oracle():
 def lines_of(runs):
   return pd.DataFrame(
     [
-      {
-        "method": method,
-        "seed": seed,
-        "evaluation": i + 1,
-        "seconds": 1.0 + i,
-        "accuracy": accuracy,
-      }
+      {"method": m, "seed": s, "evaluation": i, "seconds": float(i), "accuracy": accuracy}
       for (m, s), accuracies in runs.items()
-      for i, accuracy in enumerate(accuracies)
+      for i, accuracy in enumerate(accuracies, 1)
     ]
   )
 
