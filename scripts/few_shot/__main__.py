@@ -212,7 +212,8 @@ class FewShotStudy(Study[Config]):
   """The experiment."""
 
   config = Config
-  smoke: ClassVar = {"methods": ("itd", "protonet"), "steps": 4, "width": 8, "eval_episodes": 60}
+  # Compilation is nearly all of it.
+  smoke: ClassVar = {"methods": ("first_order",), "steps": 4, "width": 4, "eval_episodes": 20}
 
   def prepare(self, config: Config) -> FewShotData:
     """Reads the data, and traces every method: what cannot run is refused before any training."""
