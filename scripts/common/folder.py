@@ -124,7 +124,9 @@ class RunFolder:
     """Adds rows to the table."""
     self.rows += rows
     if self._writes:
-      _write(self.path / RESULTS, pd.DataFrame(self.rows).to_csv(index=False, na_rep="nan"))
+      # As objects: a column that some rows do not have keeps its integers.
+      table = pd.DataFrame(self.rows, dtype=object).to_csv(index=False, na_rep="nan")
+      _write(self.path / RESULTS, table)
 
   def note(self, name: str, value: Any) -> None:
     """Keeps what was measured once for all cells, as JSON."""

@@ -137,6 +137,9 @@ class Study(Generic[Config]):
   def prepare(self, config: Config) -> Any:
     """Reads the data; raises ``ValueError`` or ``FileNotFoundError`` for what cannot be run."""
 
+  def begin(self, run: "Run[Config]") -> None:
+    """What is measured once, before the first cell, through ``run.note``."""
+
   def cells(self, run: "Run[Config]") -> Iterable[Cell]:
     """All cells, in the order in which they run."""
     raise NotImplementedError
@@ -175,11 +178,12 @@ class Run(Generic[Config]):
     config: of the run.
     data: what ``prepare`` read.
     path: where its files are.
+    notes: what was measured once for all cells so far.
   """
 
   def __init__(self, study: Study[Config], config: Config, data: Any, files: RunFolder):
     self.study, self.config, self.data = study, config, data
-    self.path, self._files = files.path, files
+    self.path, self.notes, self._files = files.path, files.notes, files
     self._memory: dict[Hashable, Any] = {}
     self._last: tuple[Any, Any] = (None, None)  # The final state of one cell.
 
@@ -188,13 +192,13 @@ class Run(Generic[Config]):
     keys = [cell.key.items() for cell in self.study.cells(self)]
     mine = lambda row: any(key <= row.items() for key in keys)
     lines, rows = (list(filter(mine, these)) for these in (self._files.lines, self._files.rows))
-    return Results(self.config, lines, rows, self._files.notes)
+    return Results(self.config, lines, rows, self.notes)
 
   def note(self, name: str, compute: Callable[[], Any]) -> Any:
     """What ``compute`` gives, as JSON has it; computed once for a run and all that resume it."""
-    if name not in self._files.notes:
+    if name not in self.notes:
       self._files.note(name, json.loads(json.dumps(compute())))
-    return self._files.notes[name]
+    return self.notes[name]
 
   def shared(self, name: Hashable, make: Callable[[], Any]) -> Any:
     """What ``make`` gives, made once in this process: a program that several cells share, say."""
@@ -204,6 +208,8 @@ class Run(Generic[Config]):
 
   def play(self, bar: Bar) -> None:
     """Finishes all cells; rows of finished ones are there already."""
+    bar.label("measuring")
+    self.study.begin(self)
     cells = list(self.study.cells(self))
     bar.total(sum(cell.steps for cell in cells))
     for cell in cells:
