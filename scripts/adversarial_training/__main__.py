@@ -22,106 +22,144 @@ what the worst case is for, and what the checks against masked gradients find is
 
   python -m scripts.adversarial_training                     20 minutes on 2 cores
   python -m scripts.adversarial_training --tune              one rate at a time, on validation data
+                                                             (its run is in output_dir/tune)
   python -m scripts.adversarial_training --dataset cifar10   after a download by TFDS
+  ... --smoke                                                the smallest run, of two methods
   ... --resume                                               goes on bit for bit
 
 Batches are divided among all devices.
 """
 
-import sys
+import functools
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import Any, ClassVar
 
-import tyro
-from rich.console import Console
-
-from scripts.adversarial_training import data as adv_data
-from scripts.adversarial_training import pictures as adv_pictures
-from scripts.adversarial_training import report as adv_report
-from scripts.adversarial_training import run as adv_run
-from scripts.adversarial_training import tune as adv_tune
+from scripts.adversarial_training import plots
 from scripts.adversarial_training.config import Config
-from scripts.adversarial_training.data import SETS, AdversarialData
-from scripts.adversarial_training.methods import BASELINE, METHODS
-from scripts.adversarial_training.report import Row
-from scripts.adversarial_training.run import Outcome, Runner
-from scripts.common import report
+from scripts.adversarial_training.data import LONG_TAILED, SETS, counts_of
+from scripts.adversarial_training.methods import BASELINE, DONE, GRIDS, LABELS, Rates
+from scripts.adversarial_training.train import Training, Workplace
+from scripts.common import study, table
+from scripts.common.study import Cell, Results, Run, Study
+from scripts.common.table import Column, Table
 
-CSV, METRICS = "results.csv", "metrics.jsonl"
+COLUMNS = {
+  "clean": Column("clean", 1),
+  "pgd": Column("PGD-20", 1),
+  "worst": Column("APGD worst case", 1),
+  "tail": Column("RA-Tail-30", 1),
+  "worst_class": Column("worst class", 1),
+  "tail_loss": Column("loss of the worst 10 %", 2),
+}
+SECONDS = {"seconds_per_epoch": Column("s / epoch", 2)}
 
 
-def read(config: Config) -> AdversarialData:
-  """The images, enough for every training set."""
-  data = adv_data.read(
-    config.dataset, config.data_dir, config.validation_per_class, config.test_per_class
-  )
-  for kind in config.sets:
-    rows = adv_data.training_rows(data, kind, config.largest, config.ratio, config.first_seed)
-    if len(rows) < config.batch_size:
-      raise ValueError(
-        f"batch_size must be at most {len(rows)}, the images for training; got {config.batch_size}"
+class AdversarialTraining(Study[Config]):
+  """The report: every method on every training set and seed."""
+
+  config = Config
+  smoke: ClassVar = {
+    "sets": (LONG_TAILED,), "methods": (BASELINE, DONE), "seeds": 1, "epochs": 2, "largest": 300,
+    "ratio": 10.0, "test_per_class": 20, "validation_per_class": 20,
+  }  # fmt: skip
+  step_name = "epoch"
+
+  def prepare(self, config: Config) -> Workplace:
+    """The images, enough for every training set, and what else all runs share."""
+    return Workplace(config)
+
+  def variants(self, config: Config, method: str) -> Iterator[tuple[dict[str, str], Rates]]:
+    """The rates to run a method with, and the columns that name them."""
+    yield {}, config.rates
+
+  def cells(self, run: Run[Config]) -> Iterable[Cell]:
+    """Every method on every training set and seed."""
+    config = run.config
+    for seed, kind, method in itertools.product(config.all_seeds(), config.sets, config.methods):
+      for names, rates in self.variants(config, method):
+        key = {"set": kind, "method": method, **names, "seed": seed}
+        make = functools.partial(Training, run, kind, method, seed, rates)
+        label = ", ".join([f"seed {seed}", SETS[kind], LABELS[method], *names.values()])
+        yield Cell(key, make, config.epochs, label, every=1, checkpoint_every=1)
+
+  def tables(self, results: Results[Config]) -> Iterable[Table]:
+    """For each training set, means over seeds, and gains in pairs of runs of one seed."""
+    for kind, rows in results.rows.groupby("set", sort=False):
+      counts = class_counts(results, str(kind))
+      title = (
+        f"{results.config.dataset}, {SETS[str(kind)]} ({counts.max()} to {counts.min()} images of "
+        f"a class), epsilon {results.config.largest_change():.3g}, {results.config.epochs} epochs"
       )
-  return data
+      yield table.spread(title, rows, "method", LABELS, COLUMNS | SECONDS)
+      if {BASELINE} < set(rows["method"]):
+        title += f"; gain over {LABELS[BASELINE]}"
+        yield table.paired(title, rows, "method", BASELINE, LABELS, COLUMNS)
+
+  def remarks(self, results: Results[Config]) -> Iterable[str]:
+    """What each run's robust accuracies are doubted for."""
+    for row in results.rows.to_dict("records"):
+      if isinstance(row["doubts"], str) and row["doubts"]:  # A file has no empty strings.
+        changed = f", {row['changed']}" if "changed" in row else ""
+        of_run = f"{SETS[row['set']]}, {LABELS[row['method']]}{changed}, seed {row['seed']}"
+        yield f"[red]Doubtful: {of_run}: {row['doubts']}[/red]"
+
+  def draw(self, run: Run[Config]) -> None:
+    """Accuracy of each class; weights and attacked images of the first seed on the last set."""
+    config, names, path = run.config, run.data.images.names, run.path
+    compared = [name for name in (BASELINE, DONE) if name in config.methods] or config.methods[:2]
+    results = run.results()
+    counts = {kind: class_counts(results, kind) for kind in config.sets}
+    plots.draw_per_class(results.rows, compared, counts, names, path / plots.PER_CLASS)
+    last = {"set": config.sets[-1], "seed": config.first_seed}
+    params = {
+      cell.key["method"]: run.saved(cell)["params"]
+      for cell in run.finished()
+      if cell.key["method"] in compared and last.items() <= cell.key.items()
+    }
+    if BASELINE in params:
+      shown = plots.weights_and_margins(run.data, params[BASELINE])
+      plots.draw_weights(*shown, path / plots.WEIGHTS)
+    if params:
+      plots.draw_examples(*plots.examples(run.data, params), names, path / plots.EXAMPLES)
 
 
-def prepare_output(config: Config) -> list[Row]:
-  """Checks and writes the identity of the run; returns the lines of the run that goes on."""
-  if config.resume:
-    lines = report.read_run(config.output_dir, config.identity(), METRICS)
-    return adv_run.lines_to_keep(config, lines)
-  report.start_run(config.output_dir, config.identity())
-  return []
+def class_counts(results: Results[Config], kind: str) -> Any:
+  """How many images of each class a training set has."""
+  num_classes = sum(str(name).startswith("robust/") for name in results.rows.columns)
+  return counts_of(kind, num_classes, results.config.largest, results.config.ratio)
 
 
-def print_and_draw(config: Config, data: AdversarialData, runner: Runner, console: Console) -> None:
-  """Prints tables, and writes the rows and pictures of what there is."""
-  outcome = runner.outcome
-  kept_by = ("set", "method", "seed") if config.resume else ()
-  report.write_csv(config.output_dir / CSV, outcome.rows, kept_by)
-  labels = {name: method.label for name, method in METHODS.items()}
-  for kind in config.sets:
-    if not adv_report.runs_of(outcome.rows, kind):
-      continue
-    counts = adv_run.counts_of_sets(config, data)[kind]
-    title = (
-      f"{config.dataset}, {SETS[kind]} ({counts.max()} to {counts.min()} images of a class), "
-      f"epsilon {config.largest_change():.3g}, {config.epochs} epochs"
-    )
-    report.print_table(console, title, *adv_report.table(outcome.rows, kind, labels))
-    if BASELINE in adv_report.runs_of(outcome.rows, kind):
-      gains = adv_report.difference_table(outcome.rows, kind, BASELINE, labels)
-      report.print_table(console, f"{title}; gain over {labels[BASELINE]}", *gains)
-  for line in adv_report.doubts(outcome.rows, labels):
-    console.print(f"Doubtful: {line}", style="red")
-  adv_pictures.draw(config, data, runner)
-  console.print(f"{METRICS}, {CSV} and pictures are in {config.output_dir}")
+class Tune(AdversarialTraining):
+  """Changes one rate of one method at a time; nothing here looks at the test set."""
+
+  smoke: ClassVar = {**AdversarialTraining.smoke, "methods": ("at_kl",)}
+
+  def variants(self, config: Config, method: str) -> Iterator[tuple[dict[str, str], Rates]]:
+    """As given, and then one rate of the method's grid at a time."""
+    yield {"changed": "as given"}, config.rates
+    for name, values in GRIDS.get(method, {}).items():
+      for value in values:
+        if value != getattr(config.rates, name):
+          yield {"changed": f"{name} {value:g}"}, config.rates.but(**{name: value})
+
+  def tables(self, results: Results[Config]) -> Iterable[Table]:
+    """For each training set, means over seeds."""
+    label = lambda group: f"{LABELS[group[0]]}, {group[1]}"
+    for kind, rows in results.rows.groupby("set", sort=False):
+      title = f"{results.config.dataset}, {SETS[str(kind)]}: validation images, one rate changed"
+      yield table.spread(title + " at a time", rows, ["method", "changed"], label, COLUMNS)
+
+  def draw(self, run: Run[Config]) -> None:
+    """Nothing."""
 
 
-def run_and_report(config: Config) -> int:
-  """Runs, prints and saves; returns the exit status."""
-  with report.bad_input():
-    config.check()
-    data = read(config)
-    outcome = Outcome([] if config.tune else prepare_output(config))
-  console, status = report.console(), 0
+def run(config: Config) -> int:
+  """Runs the report, or what chooses rates; returns the exit status."""
   if config.tune:
-    return adv_tune.tune_and_report(config, data, console)
-  log = report.MetricsLog(config.output_dir / METRICS, outcome.lines)
-  with log, report.progress_bar(console) as progress:
-    runner = Runner(config, data, outcome, log.write, progress)
-    try:
-      runner.run_all()
-    except KeyboardInterrupt:
-      status = 130
-  if status:
-    console.print("Interrupted; --resume goes on. What was finished until then:")
-  if outcome.rows:
-    print_and_draw(config, data, runner, console)
-  return status
-
-
-def main(config: Config) -> int:
-  """Runs, prints and saves. Returns the exit status: 130 if interrupted, with what was finished."""
-  return report.exit_status(run_and_report, config)
+    return study.run(Tune(), config.but(output_dir=config.output_dir / "tune"))
+  return study.run(AdversarialTraining(), config)
 
 
 if __name__ == "__main__":
-  sys.exit(main(tyro.cli(Config)))
+  study.main(Config, run, __doc__)

@@ -1,8 +1,11 @@
 """Images for adversarial training: balanced or imbalanced, in a fixed order of batches."""
 
 import os
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from scripts.adversarial_training import imbalance
@@ -10,11 +13,7 @@ from scripts.common.data import tfds_source
 
 DATASETS = ("mnist", "fashion_mnist", "cifar10", "cifar10_subset")
 BALANCED, LONG_TAILED, STEP = "balanced", "long_tailed", "step"
-SETS = {
-  BALANCED: "balanced",
-  LONG_TAILED: "long-tailed",
-  STEP: "step-imbalanced",
-}
+SETS = {BALANCED: "balanced", LONG_TAILED: "long-tailed", STEP: "step-imbalanced"}
 _SUBSET = (
   "It is not in the catalogue of tensorflow-datasets: the first 4,000 images of CIFAR-10's "
   "training set, 3,000 in the\nsplit train and 1,000 in test, with the features image and label. "
@@ -59,33 +58,27 @@ class AdversarialData(NamedTuple):
 def read(
   name: str, data_dir: str | os.PathLike | None, per_class_validation: int, per_class_test: int
 ) -> AdversarialData:
-  """Reads a data set of tensorflow-datasets; the images for validation are of its training split.
-
-  Args:
-    name: one of ``DATASETS``.
-    data_dir: as in :func:`scripts.common.data.tfds_images`.
-    per_class_validation: images of each class for validation.
-    per_class_test: images of each class of the test split.
+  """Reads one of ``DATASETS``; so many images of each class of its splits are to judge by.
 
   Raises:
     FileNotFoundError: if it is not there; the message says how to prepare it.
     ValueError: if a class has fewer images.
   """
   preparation = _SUBSET if name == "cifar10_subset" else None
-  parts = []
-  for split in ("train", "test"):
-    source = tfds_source(name, split, data_dir, preparation)
-    chunks = range(0, len(source), _READ_AT_ONCE)
-    examples = [
-      example
-      for begin in chunks
-      for example in source.__getitems__(range(begin, min(begin + _READ_AT_ONCE, len(source))))
-    ]
-    images = np.stack([example["image"] for example in examples])
-    parts.append(Images(images, np.array([example["label"] for example in examples], np.int32)))
-  names = tuple(source.dataset_info.features["label"].names)
-  train, test = parts
+  sources = [tfds_source(name, split, data_dir, preparation) for split in ("train", "test")]
+  names = tuple(sources[0].dataset_info.features["label"].names)
+  train, test = map(_read_all, sources)
   return split_up(train, test, names, per_class_validation, per_class_test)
+
+
+def _read_all(source: Any) -> Images:
+  examples = [
+    example
+    for begin in range(0, len(source), _READ_AT_ONCE)
+    for example in source.__getitems__(range(begin, min(begin + _READ_AT_ONCE, len(source))))
+  ]
+  images = np.stack([example["image"] for example in examples])
+  return Images(images, np.array([example["label"] for example in examples], np.int32))
 
 
 def split_up(
@@ -120,10 +113,12 @@ def counts_of(kind: str, num_classes: int, largest: int, ratio: float) -> np.nda
   return imbalance.step_imbalanced_counts(num_classes, int(max(common, np.ceil(ratio))), ratio)
 
 
-def training_rows(data: AdversarialData, kind: str, largest: int, ratio: float, seed: int) -> Any:
+def training_rows(
+  data: AdversarialData, kind: str, largest: int, ratio: float, seed: int
+) -> np.ndarray:
   """Which rows of the pool a training set has; those of one seed overlap as much as they can."""
   counts = counts_of(kind, len(data.names), largest, ratio)
-  return _choose(seed, data.pool.labels, counts, "largest")
+  return _choose(seed, data.pool.labels, counts.tolist(), "largest")
 
 
 def order_of_epoch(
@@ -135,8 +130,13 @@ def order_of_epoch(
   return shuffled[: num_batches * batch_size].reshape(num_batches, batch_size)
 
 
-def _choose(seed: int, labels: np.ndarray, counts: Any, argument: str) -> np.ndarray:
+def as_floats(images: Any) -> jax.Array:
+  """Pixels in [0, 1]."""
+  return images.astype(jnp.float32) / 255
+
+
+def _choose(seed: int, labels: np.ndarray, counts: Sequence[int], argument: str) -> np.ndarray:
   try:
-    return np.asarray(imbalance.imbalanced_subset(seed, labels, np.asarray(counts)))
+    return imbalance.imbalanced_subset(seed, labels, counts)
   except ValueError as error:
     raise ValueError(f"{argument} must leave enough images of every class: {error}") from None

@@ -10,9 +10,8 @@ import numpy as np
 
 import jaxbo
 from scripts.adversarial_training.config import Config
-from scripts.adversarial_training.data import Images
-from scripts.adversarial_training.report import Row
-from scripts.adversarial_training.train import as_floats
+from scripts.adversarial_training.data import Images, as_floats
+from scripts.common.folder import Row
 
 PGD, APGD_CE, APGD_T = "pgd", "apgd_ce", "apgd_t"
 
@@ -27,16 +26,12 @@ class Evaluator:
       lambda params, part: jnp.argmax(model(params, as_floats(part.images)), axis=-1) == part.labels
     )
     epsilon = config.largest_change()
+    worst = {"epsilon": epsilon, "num_steps": config.worst_steps}
+    targeted = {"objective": "targeted_dlr", "num_targets": config.num_targets}
     self._attacks = {
       PGD: jaxbo.pgd(model, epsilon=epsilon, step_size=epsilon / 4, num_steps=config.test_steps),
-      APGD_CE: jaxbo.apgd(model, epsilon=epsilon, num_steps=config.worst_steps),
-      APGD_T: jaxbo.apgd(
-        model,
-        epsilon=epsilon,
-        num_steps=config.worst_steps,
-        objective="targeted_dlr",
-        num_targets=config.num_targets,
-      ),
+      APGD_CE: jaxbo.apgd(model, **worst),
+      APGD_T: jaxbo.apgd(model, **worst, **targeted),
     }
     self._losses = jax.jit(self._losses_under_attack)
 
@@ -77,13 +72,7 @@ class Evaluator:
     return jaxbo.cross_entropy_loss(self._model(params, attacked), labels)
 
   def tail_loss(self, params: Any, images: np.ndarray, labels: np.ndarray) -> float:
-    """The mean cross-entropy under PGD of the tenth of ``images`` where it is highest.
-
-    Args:
-      params: of the model.
-      images: ``[n, height, width, channels]`` in [0, 1].
-      labels: ``[n]``.
-    """
+    """The mean cross-entropy under PGD of the tenth of the images, in [0, 1], with the highest."""
     begins = range(0, len(labels), self._batch_size)
     parts = [slice(begin, begin + self._batch_size) for begin in begins]
     losses = np.concatenate(

@@ -4,79 +4,62 @@ What a paper or its code says was taken, with its epochs as shares of the traini
 paper does not say was chosen on images for validation (``--tune``).
 """
 
-import dataclasses
-import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from pydantic import Field, model_validator
 
 import jaxbo
+from scripts.common.config import Checked, NonNegative, Positive
 
 BASELINE, DONE = "at", "done"
+Part = Annotated[float, Field(ge=0, le=1)]
 
 
-@dataclasses.dataclass(frozen=True)
-class Rates:
-  """What the methods take.
+class Rates(Checked):
+  """What the methods take."""
 
-  Attributes:
-    trades_beta: of the divergence in TRADES; 6 is published.
-    mart_beta: of the divergence in MART; 5 is published.
-    fat_steps: shares of the training after which FAT goes on for one, and for two more steps behind
-      the first misclassification; 50 and 90 of 120 epochs are published.
-    gairat_begin: the share of the training with uniform weights; 60 of 120 epochs are published.
-    gairat_shift: Lambda of GAIRAT; -1 is published.
-    mail_begin: the share of the training with uniform weights; 76 of 120 epochs are published.
-    mail_slope: of MAIL's sigmoid; 10 is published.
-    mail_bias: of MAIL's sigmoid; -0.5 is published.
-    fast_bat_step_size: of Fast-BAT's attack; 5000 / 255 is published.
-    fast_bat_curvature: lambda of Fast-BAT; 10 is published.
-    temperature: of KL weights, in nats; the lower, the more weight on what is hard.
-    compositional_rate: the share of a new batch in the moving average of their normaliser.
-    barrier: c of DONE's lower level.
-    curvature: lambda of its diagonal inverse, in place of the Hessian of the attack's loss.
-    step_size: of its gradient descent.
-    adam_step_size: of its Adam, in units of epsilon.
-  """
-
-  trades_beta: float = 6.0
-  mart_beta: float = 5.0
-  fat_steps: tuple[float, float] = (0.42, 0.75)
-  gairat_begin: float = 0.5
+  trades_beta: NonNegative = 6.0
+  """Of the divergence in TRADES; 6 is published."""
+  mart_beta: NonNegative = 5.0
+  """Of the divergence in MART; 5 is published."""
+  fat_steps: tuple[Part, Part] = (0.42, 0.75)
+  """Shares of the training after which FAT goes on for one, and for two more steps behind the first
+  misclassification; 50 and 90 of 120 epochs are published."""
+  gairat_begin: Part = 0.5
+  """The share of the training with uniform weights; 60 of 120 epochs are published."""
   gairat_shift: float = -1.0
-  mail_begin: float = 0.63
-  mail_slope: float = 10.0
+  """Lambda of GAIRAT; -1 is published."""
+  mail_begin: Part = 0.63
+  """The share of the training with uniform weights; 76 of 120 epochs are published."""
+  mail_slope: NonNegative = 10.0
+  """Of MAIL's sigmoid; 10 is published."""
   mail_bias: float = -0.5
-  fast_bat_step_size: float = 5000 / 255
-  fast_bat_curvature: float = 10.0
-  temperature: float = 3.0
-  compositional_rate: float = 0.1
-  barrier: float = 1e-5
-  curvature: float = 10.0
-  step_size: float = 5.0
-  adam_step_size: float = 0.25
+  """Of MAIL's sigmoid; -0.5 is published."""
+  fast_bat_step_size: Positive = 5000 / 255
+  """Of Fast-BAT's attack; 5000 / 255 is published."""
+  fast_bat_curvature: Positive = 10.0
+  """Lambda of Fast-BAT; 10 is published."""
+  temperature: Positive = 3.0
+  """Of KL weights, in nats; the lower, the more weight on what is hard."""
+  compositional_rate: Annotated[float, Field(gt=0, le=1)] = 0.1
+  """The share of a new batch in the moving average of their normaliser."""
+  barrier: Positive = 1e-5
+  """c of DONE's lower level."""
+  curvature: NonNegative = 10.0
+  """Lambda of its diagonal inverse, in place of the Hessian of the attack's loss."""
+  step_size: Positive = 5.0
+  """Of its gradient descent."""
+  adam_step_size: Positive = 0.25
+  """Of its Adam, in units of epsilon."""
 
-  def check(self) -> None:
-    """Raises ``ValueError`` for what no method can take."""
-    for field in dataclasses.fields(self):
-      value = getattr(self, field.name)
-      if not np.all(np.isfinite(value)):
-        raise ValueError(f"{field.name} must be finite, got {value}")
-      if field.name == "fat_steps":
-        if not 0 <= value[0] <= value[1] <= 1:
-          raise ValueError(f"fat_steps must be two shares that do not fall, got {value}")
-      elif field.name.endswith("_begin") and not 0 <= value <= 1:
-        raise ValueError(f"{field.name} must be in [0, 1], got {value}")
-      elif field.name == "compositional_rate" and not 0 < value <= 1:
-        raise ValueError(f"compositional_rate must be in (0, 1], got {value}")
-      elif field.name.endswith(("temperature", "barrier", "step_size", "fast_bat_curvature")):
-        if not value > 0:
-          raise ValueError(f"{field.name} must be positive, got {value}")
-      elif field.name.endswith(("beta", "curvature", "slope")) and not value >= 0:
-        raise ValueError(f"{field.name} must be at least 0, got {value}")
+  @model_validator(mode="after")
+  def _shares_do_not_fall(self) -> Self:
+    if self.fat_steps[0] > self.fat_steps[1]:
+      raise ValueError(f"fat_steps must be two shares that do not fall, got {self.fat_steps}")
+    return self
 
 
 class Setting(NamedTuple):
@@ -110,12 +93,7 @@ class Parts(NamedTuple):
 
 
 class Method(NamedTuple):
-  """A method and its name.
-
-  Attributes:
-    label: its name in tables.
-    make: ``make(setting) -> Parts``.
-  """
+  """The name of a method in tables, and what makes it."""
 
   label: str
   make: Callable[[Setting], Parts]
@@ -146,25 +124,66 @@ def lazy(loss: Callable[..., jax.Array], params: Any, *batch: jax.Array) -> jaxb
   return jaxbo.per_example_grad(lambda p, b: loss(p, *b), repair=False)(params, batch)
 
 
-def adversarial_training(setting: Setting, weighting: jaxbo.Weighting | None = None) -> Parts:
-  """Madry et al.: the cross-entropy at what PGD finds; or its weighted mean."""
+def _plain(
+  setting: Setting, weighting: jaxbo.Weighting, find: Any = None, score: Any = None
+) -> Parts:
+  """Weighted cross-entropy of what is found.
+
+  ``find(params, batch, key, progress)`` gives attacked images, and what the attack tells; it is
+  PGD if nothing is said. Weights are by ``score(params, attacked, labels, info, progress)``, or by
+  the losses.
+  """
   attack = sign_attack(setting)
+  find = find or (lambda params, batch, key, progress: attack.run(params, batch, key))
 
   def gradients(params, batch, key, progress):
-    del progress
-    return lazy(cross_entropy(setting), params, attack(params, batch, key), batch[1]), {}
+    attacked, info = find(params, batch, key, progress)
+    extra = {"scores": score(params, attacked, batch[1], info, progress)} if score else {}
+    return lazy(cross_entropy(setting), params, attacked, batch[1]), extra
 
-  return Parts(gradients, weighting or jaxbo.uniform())
+  return Parts(gradients, weighting)
 
 
-def _with_clean_logits(setting: Setting, attack: jaxbo.Attack, loss: Callable[..., Any]) -> Parts:
+def fat(setting: Setting) -> Parts:
+  """FAT: an example is attacked for a few steps more than it takes to misclassify it."""
+  runs = [sign_attack(setting, stop_after=steps).run for steps in range(3)]
+  begins = jnp.asarray(setting.rates.fat_steps)
+
+  def find(params, batch, key, progress):
+    phase = jnp.sum(progress >= begins, dtype=jnp.int32)
+    return jax.lax.switch(phase, runs, params, batch, key)
+
+  return _plain(setting, jaxbo.uniform(), find)
+
+
+def gairat(setting: Setting) -> Parts:
+  """GAIRAT: weights by the number of steps until an example is misclassified; uniform at first."""
+
+  def score(params, attacked, labels, info, progress):
+    begun = progress >= setting.rates.gairat_begin
+    return jnp.where(begun, info.num_correct.astype(jnp.float32), 0)
+
+  weighting = jaxbo.gairat(setting.num_steps, shift=setting.rates.gairat_shift)
+  return _plain(setting, weighting, score=score)
+
+
+def mail(setting: Setting) -> Parts:
+  """MAIL: weights by the margin of probabilities; uniform at first."""
+
+  def score(params, attacked, labels, info, progress):
+    margin = jaxbo.probabilistic_margin(setting.model(params, attacked), labels)
+    return jnp.where(progress >= setting.rates.mail_begin, margin, 0)
+
+  return _plain(setting, jaxbo.mail(setting.rates.mail_slope, setting.rates.mail_bias), score=score)
+
+
+def _with_clean_logits(setting: Setting, attack: jaxbo.Attack, loss: Any, **options: Any) -> Parts:
   """A loss of clean and adversarial logits."""
 
   def both(params, images, attacked, labels):
-    return loss(setting.model(params, images), setting.model(params, attacked), labels)
+    return loss(setting.model(params, images), setting.model(params, attacked), labels, **options)
 
   def gradients(params, batch, key, progress):
-    del progress
     return lazy(both, params, batch[0], attack(params, batch, key), batch[1]), {}
 
   return Parts(gradients, jaxbo.uniform())
@@ -173,60 +192,18 @@ def _with_clean_logits(setting: Setting, attack: jaxbo.Attack, loss: Callable[..
 def trades(setting: Setting) -> Parts:
   """TRADES; its attack starts at small Gaussian noise and maximises the divergence."""
   attack = sign_attack(setting, objective="kl", random_start=1e-3)
-  loss = functools.partial(jaxbo.trades_loss, beta=setting.rates.trades_beta)
-  return _with_clean_logits(setting, attack, loss)
+  return _with_clean_logits(setting, attack, jaxbo.trades_loss, beta=setting.rates.trades_beta)
 
 
 def mart(setting: Setting) -> Parts:
   """MART."""
-  loss = functools.partial(jaxbo.mart_loss, beta=setting.rates.mart_beta)
-  return _with_clean_logits(setting, sign_attack(setting), loss)
-
-
-def fat(setting: Setting) -> Parts:
-  """FAT: an example is attacked for a few steps more than it takes to misclassify it."""
-  runs = [sign_attack(setting, stop_after=steps).run for steps in range(3)]
-  begins = jnp.asarray(setting.rates.fat_steps)
-
-  def gradients(params, batch, key, progress):
-    phase = jnp.sum(progress >= begins, dtype=jnp.int32)
-    attacked, _ = jax.lax.switch(phase, runs, params, batch, key)
-    return lazy(cross_entropy(setting), params, attacked, batch[1]), {}
-
-  return Parts(gradients, jaxbo.uniform())
-
-
-def _scored(
-  setting: Setting, weighting: jaxbo.Weighting, begin: float, score: Callable[..., jax.Array]
-) -> Parts:
-  """Cross-entropy weighted by ``score(params, attacked, labels, info)``; uniformly at first."""
   attack = sign_attack(setting)
-
-  def gradients(params, batch, key, progress):
-    attacked, info = attack.run(params, batch, key)
-    scores = score(params, attacked, batch[1], info)
-    scores = jnp.where(progress >= begin, scores, 0)  # Equal scores have equal weights.
-    return lazy(cross_entropy(setting), params, attacked, batch[1]), {"scores": scores}
-
-  return Parts(gradients, weighting)
+  return _with_clean_logits(setting, attack, jaxbo.mart_loss, beta=setting.rates.mart_beta)
 
 
-def gairat(setting: Setting) -> Parts:
-  """GAIRAT: weights by the number of steps until an example is misclassified."""
-  weighting = jaxbo.gairat(setting.num_steps, shift=setting.rates.gairat_shift)
-  score = lambda params, attacked, labels, info: info.num_correct.astype(jnp.float32)
-  return _scored(setting, weighting, setting.rates.gairat_begin, score)
-
-
-def mail(setting: Setting) -> Parts:
-  """MAIL: weights by the margin of probabilities."""
-  weighting = jaxbo.mail(setting.rates.mail_slope, setting.rates.mail_bias)
-
-  def score(params, attacked, labels, info):
-    del info
-    return jaxbo.probabilistic_margin(setting.model(params, attacked), labels)
-
-  return _scored(setting, weighting, setting.rates.mail_begin, score)
+def _implicit(of_batch: Callable[..., jaxbo.PerExampleGrads], weighting: jaxbo.Weighting) -> Parts:
+  """A gradient of the library that has an attack of its own."""
+  return Parts(lambda params, batch, key, progress: (of_batch(params, batch, key), {}), weighting)
 
 
 def fast_bat(setting: Setting) -> Parts:
@@ -240,12 +217,7 @@ def fast_bat(setting: Setting) -> Parts:
     curvature=setting.rates.fast_bat_curvature,
     repair=False,
   )
-
-  def gradients(params, batch, key, progress):
-    del progress
-    return of_batch(params, batch, key), {}
-
-  return Parts(gradients, jaxbo.uniform())
+  return _implicit(of_batch, jaxbo.uniform())
 
 
 def kl_weights(rates: Rates) -> jaxbo.Weighting:
@@ -253,43 +225,38 @@ def kl_weights(rates: Rates) -> jaxbo.Weighting:
   return jaxbo.compositional(jaxbo.kl(rates.temperature), rates.compositional_rate)
 
 
-def done(setting: Setting, direction: str = "gradient", inverse: str = "diagonal") -> Parts:
+def done(setting: Setting, direction: str) -> Parts:
   """DONE: KL weights, and the implicit gradient of an attack on the margin of logits."""
   rates = setting.rates
+  of_adam = rates.adam_step_size * setting.epsilon
   of_batch = jaxbo.done_grad(
     cross_entropy(setting),
     lambda params, images, labels: -jaxbo.margin_loss(setting.model(params, images), labels),
     epsilon=setting.epsilon,
     barrier=rates.barrier,
     num_steps=setting.num_steps,
-    step_size=rates.step_size
-    if direction == "gradient"
-    else rates.adam_step_size * setting.epsilon,
-    inverse=inverse,
+    step_size=of_adam if direction == "adam" else rates.step_size,
+    inverse="diagonal",
     curvature=rates.curvature,
     direction=direction,
     repair=False,
   )
-
-  def gradients(params, batch, key, progress):
-    del progress
-    return of_batch(params, batch, key), {}
-
-  return Parts(gradients, kl_weights(rates))
+  return _implicit(of_batch, kl_weights(rates))
 
 
 METHODS = {
-  "at": Method("AT", adversarial_training),
+  "at": Method("AT", lambda setting: _plain(setting, jaxbo.uniform())),
   "trades": Method("TRADES", trades),
   "mart": Method("MART", mart),
   "fat": Method("FAT", fat),
   "gairat": Method("GAIRAT", gairat),
   "mail": Method("MAIL", mail),
   "fast_bat": Method("Fast-BAT", fast_bat),
-  "at_kl": Method("AT + KL weights", lambda s: adversarial_training(s, kl_weights(s.rates))),
-  "done": Method("DONE, GD", done),
-  "done_adam": Method("DONE, Adam", functools.partial(done, direction="adam")),
+  "at_kl": Method("AT + KL weights", lambda setting: _plain(setting, kl_weights(setting.rates))),
+  "done": Method("DONE, GD", lambda setting: done(setting, "gradient")),
+  "done_adam": Method("DONE, Adam", lambda setting: done(setting, "adam")),
 }
+LABELS = {name: method.label for name, method in METHODS.items()}
 
 # What --tune varies of each method, one at a time.
 GRIDS: dict[str, dict[str, tuple[float, ...]]] = {

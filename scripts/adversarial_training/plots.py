@@ -1,49 +1,99 @@
-"""Pictures of adversarial training."""
+"""Pictures of adversarial training: accuracy of each class, weights, and attacked images."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import pandas as pd
 
-from scripts.adversarial_training.report import Row, runs_of
+import jaxbo
+from scripts.adversarial_training.data import SETS, as_floats
+from scripts.adversarial_training.methods import BASELINE, DONE, LABELS, METHODS, sign_attack
+from scripts.adversarial_training.train import Workplace
 from scripts.common import plots
 from scripts.common.plots import plt
 
+PER_CLASS, WEIGHTS, EXAMPLES = "per_class.png", "weights.png", "examples.png"
+NUM_WEIGHTS, NUM_EXAMPLES = 512, 8
+REWEIGHTED = (BASELINE, "gairat", "mail", "at_kl", DONE, "done_adam")
+
 
 class Attacked(NamedTuple):
-  """A model on images that were made for it.
-
-  Attributes:
-    label: of its method.
-    images: ``[n, height, width, channels]`` in [0, 1].
-    predicted: the class of each, ``[n]``.
-  """
+  """A model, and what it calls images that were made for it, ``[n]``."""
 
   label: str
   images: np.ndarray
   predicted: np.ndarray
 
 
+def weights_and_margins(place: Workplace, params: Any) -> tuple[dict[str, np.ndarray], np.ndarray]:
+  """How methods weigh the same training images at the same parameters, by their labels.
+
+  Margins are those of probabilities under PGD: positive if the image is still named correctly.
+  """
+  config, setting = place.config, place.setting(place.config.rates)
+  rows = place.rows(config.sets[-1], config.first_seed)
+  images, labels = place.images.pool.take(np.random.default_rng(0).permutation(rows)[:NUM_WEIGHTS])
+  batch = as_floats(jnp.asarray(images)), jnp.asarray(labels)
+  make_key = lambda: jax.random.key(config.first_seed)
+
+  @jax.jit
+  def margins_of(params, batch):
+    attacked = sign_attack(setting)(params, batch, make_key())
+    return -jaxbo.probabilistic_margin(place.model(params, attacked), batch[1])
+
+  weights = {}
+  for name in REWEIGHTED:
+    if name not in config.methods:
+      continue
+    parts = METHODS[name].make(setting)
+
+    @jax.jit
+    def weights_of(params, batch, parts=parts):
+      grads, extra = parts.gradients(params, batch, make_key(), jnp.float32(1.0))
+      scores = extra.get("scores", grads.losses)
+      return len(scores) * parts.weighting.weigh(scores, parts.weighting.init())[0]
+
+    weights[LABELS[name]] = np.asarray(weights_of(params, batch))
+  return weights, np.asarray(margins_of(params, batch))
+
+
+def examples(
+  place: Workplace, params: Mapping[str, Any]
+) -> tuple[np.ndarray, np.ndarray, list[Attacked]]:
+  """One test image of each class that all models name correctly, and their attacks on it."""
+  test, model = place.images.test, place.model
+  images, labels = as_floats(jnp.asarray(test.images)), jnp.asarray(test.labels)
+  attack = sign_attack(place.setting(place.config.rates))
+  predict = jax.jit(lambda p, x: model(p, x).argmax(-1))
+  right = np.all([np.asarray(predict(p, images) == labels) for p in params.values()], axis=0)
+  of_class = [np.flatnonzero(right & (test.labels == c)) for c in range(len(place.images.names))]
+  chosen = [rows[0] for rows in of_class if len(rows)][:NUM_EXAMPLES]
+  batch = images[jnp.asarray(chosen, jnp.int32)], labels[jnp.asarray(chosen, jnp.int32)]
+  attacked = []
+  for name, of_method in params.items():
+    changed = attack(of_method, batch, jax.random.key(0))
+    predicted = np.asarray(predict(of_method, changed))
+    attacked.append(Attacked(LABELS[name], np.asarray(changed), predicted))
+  return np.asarray(batch[0]), np.asarray(batch[1]), attacked
+
+
 def draw_per_class(
-  rows: Sequence[Row],
-  methods: Mapping[str, str],
-  sets: Mapping[str, str],
+  rows: pd.DataFrame,
+  methods: Sequence[str],
   counts: Mapping[str, np.ndarray],
   names: Sequence[str],
   path: Path,
 ) -> None:
   """Robust accuracy of each class, mean and standard deviation over seeds, for each training set.
 
-  Args:
-    rows: of all runs.
-    methods: which to compare, with their labels.
-    sets: the training sets, with their titles.
-    counts: how many images of each class each of them has.
-    names: of the classes.
-    path: of the picture.
+  ``counts`` has the training images of each class by training set.
   """
-  kinds = [kind for kind in sets if set(methods) & set(runs_of(rows, kind))]
+  runs = dict(list(rows[rows["method"].isin(methods)].groupby(["set", "method"])))
+  kinds = [kind for kind in counts if any((kind, method) in runs for method in methods)]
   if not kinds:
     return
   fig, panels = plt.subplots(
@@ -51,55 +101,41 @@ def draw_per_class(
   )
   width = 0.8 / len(methods)
   for kind, axes in zip(kinds, panels[:, 0], strict=True):
-    runs = runs_of(rows, kind)
-    for i, (method, label) in enumerate(methods.items()):
-      if method not in runs:
+    for i, method in enumerate(methods):
+      if (kind, method) not in runs:
         continue
-      values = np.array([[row[f"robust/{name}"] for name in names] for row in runs[method]])
+      values = runs[kind, method][[f"robust/{name}" for name in names]].to_numpy()
       spread = values.std(axis=0, ddof=1) if len(values) > 1 else None
       place = np.arange(len(names)) + (i - (len(methods) - 1) / 2) * width
-      axes.bar(place, values.mean(axis=0), width, yerr=spread, label=label, color=f"C{i}",
+      axes.bar(place, values.mean(axis=0), width, yerr=spread, label=LABELS[method], color=f"C{i}",
                error_kw={"lw": 1})  # fmt: skip
     ticks = [f"{name}\n{count}" for name, count in zip(names, counts[kind], strict=True)]
     axes.set_xticks(range(len(names)), ticks, fontsize="small")
     axes.set_ylabel("robust accuracy, %")
-    axes.set_title(f"{sets[kind]} (with the training images of each class)", loc="left")
+    axes.set_title(f"{SETS[kind]} (with the training images of each class)", loc="left")
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
   panels[0, 0].legend(fontsize="small", ncols=len(methods))
   plots.save(fig, path)
 
 
-def draw_weights(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], path: Path) -> None:
-  """The relative weight of each training example against its margin, one panel a method.
-
-  Args:
-    curves: margins and weights by the label of the method.
-    path: of the picture.
-  """
-  if not curves:
-    return
-  columns = min(len(curves), 3)
-  lines = -(-len(curves) // columns)
+def draw_weights(weights: Mapping[str, np.ndarray], margins: np.ndarray, path: Path) -> None:
+  """The relative weight of each training example against its margin, one panel a method."""
+  columns = min(len(weights), 3)
+  lines = -(-len(weights) // columns)
+  size = 4 * columns, 3.2 * lines
   fig, grid = plt.subplots(
-    lines,
-    columns,
-    figsize=(4 * columns, 3.2 * lines),
-    layout="constrained",
-    squeeze=False,
-    sharex=True,
-    sharey=True,
+    lines, columns, figsize=size, layout="constrained", squeeze=False, sharex=True, sharey=True
   )
-  for axes in grid.ravel()[len(curves) :]:
+  for axes in grid.ravel()[len(weights) :]:
     axes.set_visible(False)
-  largest = max(float(weights.max()) for _, weights in curves.values())
+  largest = max(float(of_method.max()) for of_method in weights.values())
   smallest = 1e-3  # Weights below are drawn there.
-  for i, (axes, (label, (margins, weights))) in enumerate(
-    zip(grid.ravel(), curves.items(), strict=False)
-  ):
+  for i, (label, of_method) in enumerate(weights.items()):
+    axes = grid.flat[i]
     axes.axhline(1, color="0.6", lw=1, ls="--")
     axes.axvline(0, color="0.6", lw=1, ls="--")
-    shown = np.maximum(weights, smallest)
+    shown = np.maximum(of_method, smallest)
     axes.scatter(margins, shown, s=6, alpha=0.5, color=f"C{i}", linewidths=0)
     axes.set_title(label, loc="left", fontsize="medium")
     axes.set(xlim=(-1.05, 1.05), yscale="log", ylim=(0.7 * smallest, 1.5 * largest))
@@ -119,14 +155,11 @@ def draw_examples(
 ) -> None:
   """Images as they are, and as each model is attacked, under what the model calls them.
 
-  Args:
-    images: ``[n, height, width, channels]`` in [0, 1].
-    labels: the class of each.
-    attacked: the models.
-    names: of the classes.
-    path: of the picture.
+  ``images`` are ``[n, height, width, channels]`` in [0, 1], ``labels`` and ``names`` their classes.
   """
   number = len(images)
+  if not number:
+    return
   rows = 1 + 2 * len(attacked)
   fig, grid = plt.subplots(
     rows, number, figsize=(1.35 * number + 0.8, 1.55 * rows), layout="constrained", squeeze=False

@@ -1,172 +1,150 @@
-"""Trains one classifier by one adversarial method, on all devices; an epoch is one program.
+"""Trains a classifier by an adversarial method, on all devices; an epoch is one program.
 
 Images and parameters are on every device, a batch is divided among them. Weights are those of the
 whole batch: under ``jit``, sums over a divided batch are global.
 """
 
-import time
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jaxbo_models import SmallCNN
 
 import jaxbo
-from scripts.adversarial_training import augmentation
-from scripts.adversarial_training import data as adv_data
-from scripts.adversarial_training.data import Images
-from scripts.adversarial_training.methods import Method, Setting
-from scripts.common.checkpoints import Checkpoints
+from scripts.adversarial_training import augmentation, data
+from scripts.adversarial_training.config import Config
+from scripts.adversarial_training.data import SETS, Images
+from scripts.adversarial_training.evaluate import Evaluator
+from scripts.adversarial_training.methods import METHODS, Method, Rates, Setting
+from scripts.common import devices
 from scripts.common.devices import Devices
+from scripts.common.study import Compiled, Program, Row, Run, Spent
 
 
 class State(NamedTuple):
-  """What a step takes over from the last one.
-
-  Attributes:
-    params: of the model.
-    opt_state: of the weighting and the optimizer.
-    num_done: the steps so far, int32.
-  """
+  """What an epoch takes over from the last one."""
 
   params: Any
   opt_state: Any
-  num_done: Any
 
 
 class Told(NamedTuple):
-  """What an epoch tells: means over its steps.
-
-  Attributes:
-    loss: of adversarial examples, unweighted.
-    ess: the effective sample size, as a share of the batch.
-  """
+  """Means over an epoch: losses of adversarial examples, and effective shares of the batch."""
 
   loss: Any
   ess: Any
 
 
-def as_floats(images: jax.Array) -> jax.Array:
-  """Pixels in [0, 1]."""
-  return images.astype(jnp.float32) / 255
+class Workplace:
+  """What all runs share: images, the network, and what attacks it for the report."""
+
+  def __init__(self, config: Config):
+    self.config = config
+    self.images = data.read(
+      config.dataset, config.data_dir, config.validation_per_class, config.test_per_class
+    )
+    num_devices = jax.device_count()
+    if config.batch_size % num_devices:
+      raise ValueError(
+        f"batch_size must be a multiple of the number of devices, {num_devices}, got "
+        f"{config.batch_size}"
+      )
+    fewest = min(len(self.rows(kind, config.first_seed)) for kind in config.sets)
+    if fewest < config.batch_size:
+      raise ValueError(
+        f"batch_size must be at most {fewest}, the images for training; got {config.batch_size}"
+      )
+    self.devices = devices.all_devices()
+    self.pool: Images = jax.device_put(self.images.pool, self.devices.everywhere)
+    network = SmallCNN(len(self.images.names), config.widths, config.num_hidden)
+    image = jnp.zeros((1, *self.pool.images.shape[1:]))
+    self.init = jax.jit(lambda key: network.init(key, image), out_shardings=self.devices.everywhere)
+    self.model: Any = network.apply
+    self.evaluator = Evaluator(self.model, config)
+
+  def rows(self, kind: str, seed: int) -> np.ndarray:
+    """Which rows of the pool a training set has."""
+    return data.training_rows(self.images, kind, self.config.largest, self.config.ratio, seed)
+
+  def setting(self, rates: Rates) -> Setting:
+    """What methods are made from."""
+    config = self.config
+    return Setting(self.model, config.largest_change(), config.attack_steps, rates)
 
 
-class Program:
-  """A method, compiled once for all seeds and training sets, when the first of them wants an epoch.
+def make_program(
+  method: Method, setting: Setting, config: Config, num_steps: int, everything: Devices
+) -> tuple[Any, Program]:
+  """The optimizer, and an epoch on ``(order, pool, stream)``.
 
-  Attributes:
-    init: ``init(params) -> State``, from a copy of ``params``.
+  ``order`` has the rows of the pool in each batch, and ``stream`` is raw key data.
   """
+  tx: Any = optax.chain(jaxbo.reweight(method.make(setting).weighting), config.optimizer(num_steps))
+  num_rising = max(1.0, config.epsilon_rise * num_steps)
 
-  def __init__(
-    self,
-    method: Method,
-    setting: Setting,
-    epsilon_rise: float,
-    optimizer: optax.GradientTransformation,
-    num_steps: int,
-    augment: bool,
-    devices: Devices,
-  ):
-    weighting = method.make(setting).weighting
-    tx: Any = optax.chain(jaxbo.reweight(weighting), optimizer)
-    num_rising = max(1.0, epsilon_rise * num_steps)
-
-    def init(params):
-      return State(jax.tree.map(jnp.copy, params), tx.init(params), jnp.int32(0))
-
-    def step(state, rows, pool, stream):
-      batch_key = jax.random.fold_in(jax.random.wrap_key_data(stream), state.num_done)
+  def epoch(state, t, order, pool, stream):
+    def step(state, numbered):
+      num_done, rows = numbered
+      batch_key = jax.random.fold_in(jax.random.wrap_key_data(stream), num_done)
       crop_key, flip_key, key = jax.random.split(batch_key, 3)
-      images, labels = pool.images[rows], pool.labels[rows]
-      if augment:
+      images, labels = pool.take(rows)
+      if config.augment():
         images = augmentation.random_flip(flip_key, augmentation.random_crop(crop_key, images))
-      batch = jax.lax.with_sharding_constraint((as_floats(images), labels), devices.rows)
-      risen = jnp.minimum((state.num_done + 1) / num_rising, 1)
+      batch = jax.lax.with_sharding_constraint((data.as_floats(images), labels), everything.rows)
+      risen = jnp.minimum((num_done + 1) / num_rising, 1)
       parts = method.make(setting._replace(epsilon=setting.epsilon * risen))
-      progress = state.num_done / num_steps
-      grads, extra = parts.gradients(state.params, batch, key, progress)
+      grads, extra = parts.gradients(state.params, batch, key, num_done / num_steps)
       updates, opt_state = tx.update(grads, state.opt_state, state.params, **extra)
       told = Told(jnp.mean(grads.losses), opt_state[0].info.effective_sample_size / rows.size)
-      params = optax.apply_updates(state.params, updates)
-      return State(params, opt_state, state.num_done + 1), told
+      return State(optax.apply_updates(state.params, updates), opt_state), told
 
-    def epoch(state, order, pool, stream):
-      state, told = jax.lax.scan(lambda state, rows: step(state, rows, pool, stream), state, order)
-      return state, jax.tree.map(jnp.mean, told)
+    numbers = t * len(order) + jnp.arange(len(order), dtype=jnp.int32)
+    state, told = jax.lax.scan(step, state, (numbers, order))
+    return state, jax.tree.map(jnp.mean, told)
 
-    self.init = jax.jit(init, out_shardings=devices.everywhere)
-    self._epoch = jax.jit(epoch, donate_argnums=0, out_shardings=devices.everywhere)
-    self._compiled: dict[tuple[int, ...], Any] = {}
-
-  def compile(self, state: State, order: jax.Array, pool: Images, stream: jax.Array) -> Any:
-    """Returns ``epoch(state, order, pool, stream) -> (state, told)``, which takes the state over.
-
-    ``pool`` holds the images, ``order`` the rows of the pool in each batch, and ``stream`` is raw
-    key data.
-    """
-    if order.shape not in self._compiled:
-      self._compiled[order.shape] = self._epoch.lower(state, order, pool, stream).compile()
-    return self._compiled[order.shape]
+  return tx, Program(epoch, out_shardings=everything.everywhere)
 
 
-class Trainer:
-  """A run of a method: its state, its order of images, its checkpoints.
+class Training(Compiled):
+  """A method on a training set of a seed; a step is an epoch."""
 
-  Epoch ``e`` depends on the state, the stream and ``e`` alone: a restored run goes on bit for bit.
-  Without a ``folder`` there are no checkpoints.
-  """
+  def __init__(self, run: Run[Config], kind: str, method: str, seed: int, rates: Rates):
+    place, config = run.data, run.config
+    self.config, self.place = config, place
+    self._rows, self._stream = place.rows(kind, seed), (seed, list(SETS).index(kind))
+    num_steps = config.epochs * (len(self._rows) // config.batch_size)
+    tx, program = run.shared(
+      (method, rates, num_steps),
+      lambda: make_program(METHODS[method], place.setting(rates), config, num_steps, place.devices),
+    )
+    params = place.init(jax.random.key(seed))
+    state = self._everywhere(State(params, tx.init(params)))
+    stream = jax.random.key_data(jax.random.fold_in(jax.random.key(seed), self._stream[1]))
+    super().__init__(program, state, self._order(0), place.pool, self._everywhere(stream))
 
-  def __init__(
-    self,
-    program: Program,
-    params: Any,
-    pool: Images,
-    rows: np.ndarray,
-    batch_size: int,
-    stream: tuple[int, int],
-    folder: Path | None,
-    devices: Devices,
-  ):
-    self.state = program.init(params)
-    self.seconds = 0.0
-    self._program = program
-    self._pool = pool
-    self._rows = rows
-    self._batch_size = batch_size
-    self._stream = stream
-    self._devices = devices
-    self.checkpoints = Checkpoints(folder)
+  def _everywhere(self, tree: Any) -> Any:
+    return jax.device_put(tree, self.place.devices.everywhere)
 
-  def restore(self) -> int:
-    """Goes back to the last checkpoint if there is one; returns the epochs done."""
-    self.state, self.seconds, done = self.checkpoints.restore(self.state)
-    return done
+  def _order(self, t: int) -> jax.Array:
+    order = data.order_of_epoch(self._rows, self.config.batch_size, self._stream, t)
+    return self._everywhere(order.astype(np.int32))
 
-  def close(self) -> None:
-    """Waits until all checkpoints are written."""
-    self.checkpoints.close()
+  def step(self, state: State, t: int) -> tuple[State, Told]:
+    """Trains for epoch ``t``, in an order of its own."""
+    self.data = (self._order(t), *self.data[1:])
+    return super().step(state, t)
 
-  def fit(self, done: int, num_epochs: int) -> Iterator[tuple[int, Told]]:
-    """Trains from epoch ``done`` on; yields the epochs done and what the last of them told.
+  def evaluate(self, state: State, told: list[Told]) -> Row:
+    """How the epoch went, and accuracy on clean images."""
+    clean = self.place.evaluator.accuracy(state.params, self.place.images.validation)
+    loss, ess = map(float, told[-1])
+    return {"train_loss": loss, "ess": ess, "validation_clean": clean}
 
-    A checkpoint is written after what the caller does with it, so that nothing is left out when the
-    run is stopped in between. ``seconds`` counts neither compilation nor what the caller does.
-    """
-    seed, of_set = self._stream
-    stream = jax.random.key_data(jax.random.fold_in(jax.random.key(seed), of_set))
-    stream = jax.device_put(stream, self._devices.everywhere)
-    while done < num_epochs:
-      order = adv_data.order_of_epoch(self._rows, self._batch_size, self._stream, done)
-      order = jax.device_put(order.astype(np.int32), self._devices.everywhere)
-      epoch = self._program.compile(self.state, order, self._pool, stream)
-      start = time.perf_counter()
-      self.state, told = epoch(self.state, order, self._pool, stream)
-      jax.block_until_ready(self.state)
-      self.seconds += time.perf_counter() - start
-      done += 1
-      yield done, jax.device_get(told)
-      self.checkpoints.save(done, self.state, self.seconds)
+  def result(self, state: State, spent: Spent) -> Row:
+    """What the network withstands; rates are chosen without a look at the test set."""
+    images = self.place.images
+    part = images.validation if self.config.tune else images.test
+    row = self.place.evaluator.of_test(state.params, part, images.names)
+    return row | {"seconds_per_epoch": spent.seconds / self.config.epochs}

@@ -18,7 +18,8 @@ relation on held-out pairs: they learn by heart which pairs stand in which direc
 
   python -m scripts.captioning                                   no download; 4 minutes on 2 cores
   python -m scripts.captioning --ablation                        7 captioners, 3 seeds; an hour
-  python -m scripts.captioning --noise                           wrong captions: who finds them
+  python -m scripts.captioning --noise                           wrong captions: who finds them;
+                                                                 in the folder noise of output_dir
   python -m scripts.captioning --dataset nlvr_captions           people's sentences on drawings
   python -m scripts.captioning --dataset coco_captions           113,287 photographs; for GPUs
   python -m scripts.captioning --dataset json --json-file F      your own images and captions
@@ -29,108 +30,160 @@ METEOR and SPICE are printed where Java and their programs are (with the package
 otherwise it is said why not.
 """
 
-import itertools
-import json
+import functools
 import sys
-from typing import Any
+from collections.abc import Iterable
+from typing import ClassVar
 
-import tyro
-from rich.console import Console
+import pandas as pd
+from jaxbo_models.vocabulary import Vocabulary
 
-from scripts.captioning import noise as caption_noise
-from scripts.captioning import predict as caption_predict
-from scripts.captioning import report as caption_report
-from scripts.captioning import run as caption_run
-from scripts.captioning.config import Config
-from scripts.captioning.noise import RESPONSES, WEIGHTINGS, NoiseSettings
-from scripts.captioning.report import METRICS
-from scripts.captioning.run import Line, Outcome
-from scripts.common import report
+from scripts.captioning import data, plots
+from scripts.captioning.config import MODELS, Config
+from scripts.captioning.files import Files
+from scripts.captioning.noise import Noise
+from scripts.captioning.predict import VOCABULARY, cell_key, predict
+from scripts.captioning.scenes import ShapesCaptions
+from scripts.captioning.shapes import Shapes
+from scripts.captioning.train import Captioner, Training
+from scripts.common import study, table
+from scripts.common.study import Cell, Results, Run, Study
+from scripts.common.table import Column, Table
 
-
-def prepare_output(config: Config, files: Any) -> list[Line]:
-  """Checks and writes the identity of the run; returns the lines of the run that goes on."""
-  wanted = json.loads(json.dumps(config.identity()))
-  vocabulary = None if files is None else files[1]
-  if config.resume:
-    lines = report.read_run(config.output_dir, wanted, METRICS)
-    caption_predict.check_vocabulary(config.output_dir, vocabulary)
-    return caption_run.lines_to_keep(config, lines)
-  report.start_run(config.output_dir, wanted)
-  caption_predict.save_vocabulary(config.output_dir, vocabulary)
-  return []
-
-
-def train(config: Config) -> int:
-  """Trains and judges captioners; returns the exit status."""
-  with report.bad_input():
-    config.check()
-    files = caption_run.read_files(config)
-    caption_run.check_shapes(config, files)
-    outcome = Outcome(prepare_output(config, files), [], {}, {})
-  console, status = report.console(), 0
-  log = report.MetricsLog(config.output_dir / METRICS, outcome.lines)
-  with log, report.progress_bar(console) as progress:
-    try:
-      caption_run.run_all(config, files, outcome, log.write, progress)
-    except KeyboardInterrupt:
-      status = 130
-  if status:
-    console.print("Interrupted; --resume goes on from the last checkpoint.")
-  caption_report.print_and_draw(config, outcome, console)
-  console.print(f"{METRICS}, {caption_report.RESULTS} and pictures are in {config.output_dir}")
-  return status
+SHAPES_COLUMNS = {
+  "exact_match": Column("exact match", 4),
+  "nll": Column("NLL", 4),
+  "standard_error": Column("its s.e.", 4),
+  "entropy": Column("optimum", 4),
+  "mentioned": Column("attention", 3),
+  "both_orders": Column("both orders", 4),
+  "beam_gap": Column("beam gap", 3),
+  "beam_sum": Column("beam sum", 3),
+  "ms_per_step": Column("ms/step", 0),
+}
+FILES_COLUMNS = {
+  "bleu_1": Column("BLEU-1", 3),
+  "bleu_4": Column("BLEU-4", 3),
+  "rouge_l": Column("ROUGE-L", 3),
+  "cider_d": Column("CIDEr-D", 3),
+  "meteor": Column("METEOR", 3),
+  "spice": Column("SPICE", 3),
+  "token_nll": Column("NLL a token", 3),
+  "ms_per_step": Column("ms/step", 0),
+}
 
 
-def run_noise(config: Config, settings: NoiseSettings) -> int:
-  """Runs reweighting and hyper-cleaning on captions with noise; returns the exit status."""
-  with report.bad_input():
-    config.check()
-    files = caption_report.NOISE_METRICS, caption_report.NOISE_TABLES
-    log = report.start_output(config.output_dir, *files)
-  console, status = report.console(), 0
-  reweighting, cleaned = [], []
-  with log, report.progress_bar(console) as progress:
-    try:
-      for seed, name in itertools.product(config.all_seeds(), WEIGHTINGS):
-        bar = progress.add_task(
-          f"seed {seed}, {WEIGHTINGS[name][0]}", total=settings.reweighting.steps, loss=""
+def label_of(order: str, model: str) -> str:
+  """What a captioner is called."""
+  return ", ".join(part for part in (order, MODELS[model].label) if part)
+
+
+def leaks(rows: pd.DataFrame) -> pd.Series:
+  """Where the loss is less than it can be: there the captioner sees what it is to predict."""
+  return rows["nll"] < rows["entropy"] - 3 * rows["standard_error"]
+
+
+class Captioning(Study[Config]):
+  """The experiment."""
+
+  config = Config
+  smoke: ClassVar = {
+    "orders": ("canonical",),
+    "methods": ("none_word",),
+    "steps": 30,
+    "test_examples": 100,
+  }
+
+  def prepare(self, config: Config) -> dict[tuple[str, str], Captioner]:
+    """All captioners by their orders and names, so that what cannot run is refused at once."""
+    captioners = dict[tuple[str, str], Captioner]()
+    for order in config.all_orders():
+      settings = config.settings(order)
+      if config.dataset == "shapes":
+        source = Shapes(order, settings, config.test_examples)
+      else:
+        read = data.read(config, settings.image_size)
+        source = Files(read, settings, config.beam_size)
+      for model in config.all_models():
+        captioners[order, model] = Captioner(model, source, settings)
+        captioners[order, model].check()
+      path = config.output_dir / VOCABULARY
+      if config.resume and path.exists() and Vocabulary.load(path).words != source.vocabulary.words:
+        raise ValueError(
+          f"captions must be those of the run to resume, got other words than {path}"
         )
-        advance = lambda steps, bar=bar: progress.advance(bar, steps)
-        reweighting.append(caption_noise.reweight(name, settings, seed, advance))
-        log.write(**reweighting[-1]._asdict())
-      for seed, name in itertools.product(config.all_seeds(), RESPONSES):
-        bar = progress.add_task(f"seed {seed}, {name}", total=settings.outer_steps, loss="")
-        advance = lambda steps, bar=bar: progress.advance(bar, steps)
-        cleaned.append(caption_noise.clean(name, settings, seed, advance))
-        log.write(**cleaned[-1]._asdict())
-    except KeyboardInterrupt:
-      status = 130
-  if status:
-    console.print("Interrupted. What was finished until then:")
-  caption_report.print_noise(config, reweighting, cleaned, console)
-  return status
+    return captioners
+
+  def cells(self, run: Run[Config]) -> Iterable[Cell]:
+    """Every captioner for every order, on every seed."""
+    for (order, model), captioner in run.data.items():
+      captioner.source.vocabulary.save(run.path / VOCABULARY)  # For --predict.
+      for seed in run.config.all_seeds():
+        yield Cell(
+          key=cell_key(order, model, seed),
+          make=functools.partial(Training, captioner, seed),
+          steps=captioner.settings.steps,
+          label=f"seed {seed}, {label_of(order, model)}",
+          every=captioner.settings.eval_every,
+          checkpoint_every=run.config.checkpoint_every,
+        )
+
+  def tables(self, results: Results[Config]) -> Iterable[Table]:
+    """Means over seeds."""
+    title = f"{results.config.dataset}: test set; mean ± standard deviation over seeds"
+    columns = SHAPES_COLUMNS if results.config.dataset == "shapes" else FILES_COLUMNS
+    label, by = lambda group: label_of(*group), ["order", "model"]
+    yield table.spread(title, results.rows, by, label, columns, "captioner").without_dashes()
+
+  def remarks(self, results: Results[Config]) -> Iterable[str]:
+    """Why scores are missing, or which losses cannot be."""
+    if results.config.dataset != "shapes":
+      return [reason for reason in results.rows["skipped"].unique() if reason]
+    wrong = results.rows[leaks(results.rows)].to_dict("records")
+    return [f"[red]Below the optimum by more than 3 standard errors: {row}" for row in wrong]
+
+  def draw(self, run: Run[Config]) -> None:
+    """Where captioners of the first seed look, and losses over steps."""
+    config, first = run.config, {}
+    for cell in run.finished():
+      first.setdefault((cell.key["order"], cell.key["model"]), cell)
+    for (order, model), cell in first.items():
+      captioner = run.data[order, model]
+      examples = captioner.examples(run.saved(cell)["params"])
+      path = run.path / ("_".join(filter(None, ("attention", order, model))) + ".png")
+      plots.draw_attention(examples, captioner.settings.patch_size, path)
+    bounds = dict[str, dict[str, float]]()
+    for order in filter(None, config.all_orders()):
+      entropies = ShapesCaptions(order=order).entropies("validation")
+      bounds[order] = {
+        "entropy given the image": entropies.given_image,
+        "entropy without it": entropies.caption,
+      }
+    labels = {name: model.label for name, model in MODELS.items()}
+    unit = "caption" if config.dataset == "shapes" else "token"
+    plots.draw_curves(
+      run.results().lines,
+      bounds,
+      labels,
+      run.path / "curves.png",
+      f"validation loss, nats a {unit}",
+      config.settings("either").canonical_steps,
+    )
 
 
-def predict(config: Config, console: Console) -> int:
-  """Captions image files; returns the exit status."""
-  with report.bad_input():
-    config.check()
-    caption_predict.predict(config, console)
+def run(config: Config) -> int:
+  """Runs what was asked for; returns the exit status."""
+  if config.noise:
+    return study.run(Noise(), config.but(output_dir=config.output_dir / "noise"))
+  if not config.predict:
+    return study.run(Captioning(), config)
+  try:
+    predict(config)
+  except (ValueError, FileNotFoundError) as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
   return 0
 
 
-def run_and_report(config: Config) -> int:
-  """Runs, prints and saves; returns the exit status."""
-  if config.predict:
-    return predict(config, report.console())
-  return run_noise(config, NoiseSettings()) if config.noise else train(config)
-
-
-def main(config: Config) -> int:
-  """Runs, prints and saves. Returns the exit status: 130 if interrupted, with what was finished."""
-  return report.exit_status(run_and_report, config)
-
-
 if __name__ == "__main__":
-  sys.exit(main(tyro.cli(Config)))
+  study.main(Config, run, __doc__)

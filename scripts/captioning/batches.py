@@ -21,18 +21,6 @@ class CaptionRows(NamedTuple):
   num_tokens: np.ndarray
 
 
-class Batch(NamedTuple):
-  """Some rows of about the same length.
-
-  Attributes:
-    rows: which, ``[batch_size]``.
-    length: what their tokens are cut to.
-  """
-
-  rows: np.ndarray
-  length: int
-
-
 def encode(
   captions: Sequence[Sequence[Sequence[str]]], vocabulary: Vocabulary, max_words: int
 ) -> CaptionRows:
@@ -46,16 +34,14 @@ def encode(
 class LengthBatches:
   """Which rows each step sees: all once in an epoch, those of about the same length together.
 
-  Rows are sorted into ``num_lengths`` groups of about the same number of rows by their lengths, so
-  that a step computes little for padding and is compiled for few shapes. An epoch shuffles within
-  groups and then the batches. The last batch of a group is filled up with rows from its beginning.
-  The batch of a step depends on the seed and the step alone.
+  Rows, of the lengths ``num_tokens``, are sorted into ``num_lengths`` groups of about the same
+  number of rows, so that a step computes little for padding and is compiled for few shapes. An
+  epoch shuffles within groups and then the batches. The last batch of a group is filled up with
+  rows from its beginning. The batch of a step depends on the seed and the step alone.
 
-  Args:
-    num_tokens: the length of each row, ``[m]``.
-    batch_size: rows of a batch.
-    num_lengths: the groups, at least 1.
-    seed: of the order.
+  Attributes:
+    per_epoch: batches of an epoch.
+    lengths: the greatest of each group.
 
   Raises:
     ValueError: if there are fewer rows than a batch needs.
@@ -69,23 +55,23 @@ class LengthBatches:
     order = np.argsort(num_tokens, kind="stable")
     num_lengths = min(num_lengths, len(order) // batch_size)
     self._groups = np.array_split(order, num_lengths)
-    self._lengths = [int(num_tokens[group].max()) for group in self._groups]
+    self.lengths = [int(num_tokens[group].max()) for group in self._groups]
     self._batch_size, self._seed = batch_size, seed
-    self._epoch: tuple[int, list[Batch]] = (-1, [])
+    self._epoch: tuple[int, list[tuple[np.ndarray, int]]] = (-1, [])
     self.per_epoch = sum(-(-len(group) // batch_size) for group in self._groups)
 
-  def __call__(self, step: int) -> Batch:
-    """The batch of a step."""
+  def __call__(self, step: int) -> tuple[np.ndarray, int]:
+    """The rows of a step, ``[batch_size]``, and what their tokens are cut to."""
     epoch, i = divmod(step, self.per_epoch)
     if self._epoch[0] != epoch:
       self._epoch = epoch, self._shuffled(np.random.default_rng([self._seed, epoch]))
     return self._epoch[1][i]
 
-  def _shuffled(self, rng: np.random.Generator) -> list[Batch]:
+  def _shuffled(self, rng: np.random.Generator) -> list[tuple[np.ndarray, int]]:
     batches = []
-    for group, length in zip(self._groups, self._lengths, strict=True):
+    for group, length in zip(self._groups, self.lengths, strict=True):
       order = rng.permutation(group)
       full = -(-len(order) // self._batch_size) * self._batch_size
       rows = np.resize(order, full).reshape(-1, self._batch_size)
-      batches += [Batch(of_batch, length) for of_batch in rows]
+      batches += [(of_batch, length) for of_batch in rows]
     return [batches[i] for i in rng.permutation(len(batches))]

@@ -2,7 +2,14 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, Self
+
+import tyro
+from pydantic import model_validator
+
+import jaxbo
+from scripts.common import cleaning
+from scripts.common.config import FREE, Among, Count, Index, Positive, Share, StudyConfig
 
 DATASETS = ("shapes", "nlvr_captions", "coco_captions_open", "coco_captions", "json")
 ORDERS = ("canonical", "either")
@@ -34,6 +41,14 @@ MODELS = {
   "none_word": Model("no guide, query: hidden, word", "none", "hidden_word"),
   "no_attention": Model("no guide, no attention", "none", "hidden_word", attention=False),
 }
+WEIGHTINGS = {
+  "uniform": ("uniform", jaxbo.uniform),
+  "ir_dro": ("IR-DRO, temperature 4", lambda: jaxbo.kl(4.0)),
+  "tilted": ("TERM, tilt -1/4 (prefers small losses)", lambda: jaxbo.tilted(-0.25)),
+  "mid_rank": ("MidRanking, band 3", lambda: jaxbo.mid_rank(0.125, 3)),
+  "quadratic": ("Quadratic", lambda: jaxbo.quadratic(0.4)),
+}
+RESPONSES = ("first_order", "itd", "esj", "aid")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +86,18 @@ class Settings:
   eval_every: int = 200
 
 
-OF_EITHER_ORDER = {"steps": 4600, "canonical_steps": 1600}
+_DRAWINGS = Settings(
+  image_size=(50, 200),
+  patch_size=10,
+  attention_dim=32,
+  dropout=0.3,
+  steps=400,
+  batch_size=64,
+  learning_rate=3e-3,
+  max_words=20,
+  min_count=2,
+  eval_every=50,
+)
 _PHOTOGRAPHS = Settings(
   image_size=(96, 96),
   patch_size=16,
@@ -85,140 +111,128 @@ _PHOTOGRAPHS = Settings(
   max_words=16,
   eval_every=50,
 )
+_MANY_PHOTOGRAPHS = dataclasses.replace(
+  _PHOTOGRAPHS, embed_dim=512, hidden_dim=512, attention_dim=512, steps=50_000, min_count=6
+)
+_REWEIGHTING = Settings(attention_dim=32, batch_size=64)
 SETTINGS = {
-  "shapes": Settings(),
-  "nlvr_captions": Settings(
-    image_size=(50, 200),
-    patch_size=10,
-    embed_dim=32,
-    hidden_dim=64,
-    attention_dim=32,
-    dropout=0.3,
-    steps=400,
-    batch_size=64,
-    learning_rate=3e-3,
-    max_words=20,
-    min_count=2,
-    eval_every=50,
-  ),
+  "canonical": Settings(),
+  "either": Settings(steps=4600, canonical_steps=1600),
+  "nlvr_captions": _DRAWINGS,
   "coco_captions_open": _PHOTOGRAPHS,
-  "coco_captions": dataclasses.replace(
-    _PHOTOGRAPHS, embed_dim=512, hidden_dim=512, attention_dim=512, steps=50_000, min_count=6
-  ),
+  "coco_captions": _MANY_PHOTOGRAPHS,
   "json": dataclasses.replace(_PHOTOGRAPHS, min_count=2),
+  "reweighting": _REWEIGHTING,
+  "before_cleaning": dataclasses.replace(_REWEIGHTING, steps=300),
 }
+CLEANING = cleaning.Settings(
+  num_train=256,
+  num_val=1024,
+  inner_steps=4,
+  inner_learning_rate=5e-3,
+  outer_steps=100,
+  num_samples=32,
+  smoothing=1.0,
+  momentum=0.0,
+  linear_steps=5,
+  damping=10.0,
+)
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
+class Config(StudyConfig):
   """Trains captioners, scores them and shows where they look."""
 
-  dataset: str = "shapes"
-  """shapes (drawn on the spot), nlvr_captions, coco_captions_open or coco_captions (read by
-  tensorflow-datasets), or json (your own)."""
-  orders: tuple[str, ...] = ORDERS
+  dataset: Annotated[str, Among(DATASETS)] = "shapes"
+  """Shapes are drawn on the spot; tensorflow-datasets reads nlvr_captions, coco_captions_open and
+  coco_captions; json is your own."""
+  orders: Annotated[tuple[str, ...], Among(ORDERS), FREE] = ORDERS
   """Of captions of shapes: canonical (the image determines the caption), either (a coin turns it
   round)."""
-  models: tuple[str, ...] | None = None
+  methods: Annotated[
+    tuple[str, ...] | None,
+    Among((*MODELS, *WEIGHTINGS, *RESPONSES)),
+    FREE,
+    tyro.conf.arg(aliases=("--models",)),
+  ] = None
   """Which captioners; by default sequential, for nlvr_captions with the baselines none_word and
-  no_attention."""
+  no_attention. With --noise, which weightings (from uniform on) and responses (from first_order
+  on); by default all."""
   ablation: bool = False
   """Runs all captioners on shapes, in either order, with three seeds."""
   noise: bool = False
-  """Runs captioners as the loss of reweighting and of hyper-cleaning, on shapes with noise."""
-  predict: tuple[Path, ...] = ()
+  """Runs captioners as the loss of reweighting and of hyper-cleaning, on shapes with noise; in the
+  folder noise of output_dir."""
+  predict: Annotated[tuple[Path, ...], FREE] = ()
   """Captions these image files by the checkpoint in output_dir, instead of training."""
-  seeds: int = 1
-  """How many seeds."""
-  first_seed: int = 0
-  """The first of them. Settings were chosen on seeds from 100 on and on validation sets."""
-  beam_size: int = 5
+  seeds: Count = 1
+  """How many seeds. Settings were chosen on seeds from 100 on and on validation sets."""
+  beam_size: Annotated[Count, FREE] = 5
   """Captions that beam search keeps, where sentences are people's."""
-  test_examples: int = 2000
+  test_examples: Count = 2000
   """Images of shapes to test on; half of them for validation."""
-  resume: bool = False
-  """Goes on from the checkpoints in output_dir; the other arguments must be those of that run."""
-  checkpoint_every: int = 200
+  checkpoint_every: Annotated[Count, FREE] = 200
   """Steps between checkpoints."""
   json_file: Path | None = None
   """The file of the data set json: {"images": [...], "captions": [[...], ...], "split": [...]}."""
-  image_dir: Path | None = None
+  image_dir: Annotated[Path | None, FREE] = None
   """Where its images are; beside the file by default."""
-  max_images: int | None = None
+  max_images: Count | None = None
   """Reads only so many images of each set."""
-  data_dir: Path | None = None
-  """Where tensorflow-datasets has its files, instead of TFDS_DATA_DIR or ~/tensorflow_datasets."""
-  output_dir: Path = Path("runs/captioning")
+  output_dir: Annotated[Path, FREE] = Path("runs/captioning")
   """Where results and checkpoints go."""
-  steps: int | None = None
+  steps: Count | None = None
   """Steps of training, instead of the data set's default (as for all below)."""
-  canonical_steps: int | None = None
+  canonical_steps: Index | None = None
   """The first steps with captions of shapes in canonical order, where they have either."""
-  batch_size: int | None = None
+  batch_size: Count | None = None
   """Captions of a step."""
-  learning_rate: float | None = None
+  learning_rate: Positive | None = None
   """Learning rate of Adam."""
-  hidden_dim: int | None = None
+  hidden_dim: Count | None = None
   """Units of the LSTMs."""
-  embed_dim: int | None = None
+  embed_dim: Count | None = None
   """Width of words."""
-  attention_dim: int | None = None
+  attention_dim: Count | None = None
   """Width of keys."""
-  dropout: float | None = None
+  dropout: Share | None = None
   """The probability to drop an entry."""
-  eval_every: int | None = None
+  eval_every: Count | None = None
   """Steps between evaluations on the validation set."""
+  outer_steps: Count | None = None
+  """Outer steps of hyper-cleaning, with --noise."""
+  num_train: Count | None = None
+  """Captions that get a weight there."""
+  num_val: Count | None = None
+  """Clean captions there."""
+  num_samples: Count | None = None
+  """Directions of ESJ there."""
 
-  def check(self) -> None:
-    """Raises ``ValueError`` for what cannot run."""
-    if self.dataset not in DATASETS:
-      raise ValueError(f"dataset must be one of {', '.join(DATASETS)}; got {self.dataset!r}")
-    for name, allowed in (("orders", ORDERS), ("models", tuple(MODELS))):
-      values = getattr(self, name)
-      if values is not None and (
-        not values or not set(values) <= set(allowed) or len(set(values)) < len(values)
-      ):
-        given = " ".join(values) or "none"
-        raise ValueError(f"{name} must be different ones of {', '.join(allowed)}; got {given}")
+  @model_validator(mode="after")
+  def _together(self) -> Self:
     if (self.ablation or self.noise) and self.dataset != "shapes":
       raise ValueError(f"ablation and noise are for the dataset shapes, got {self.dataset}")
-    ignored = [*(["resume"] if self.resume else []), *self._given()]
-    if self.noise and ignored:
-      raise ValueError(f"{ignored[0]} must not be given with noise, which has settings of its own")
     if self.dataset == "json" and self.json_file is None and not self.predict:
       raise ValueError("json_file must be given for the dataset json")
-    for name in ("first_seed", "canonical_steps"):
-      if (getattr(self, name) or 0) < 0:
-        raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-    for field in dataclasses.fields(self):
-      value = getattr(self, field.name)
-      number = isinstance(value, (int, float)) and not isinstance(value, bool)
-      if (
-        number and field.name not in ("first_seed", "dropout", "canonical_steps") and not value > 0
-      ):
-        raise ValueError(f"{field.name} must be positive, got {value}")
-    if self.dropout is not None and not 0 <= self.dropout < 1:
-      raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+    there = (*WEIGHTINGS, *RESPONSES) if self.noise else tuple(MODELS)
+    if self.methods and not set(self.methods) <= set(there):
+      mode = "with" if self.noise else "without"
+      given = " ".join(self.methods)
+      raise ValueError(f"methods {mode} noise should be among {', '.join(there)}; got {given}")
+    return self
 
-  def settings(self, order: str = "") -> Settings:
-    """The settings of the data set and order, with what was given instead."""
-    of_order = OF_EITHER_ORDER if order == "either" else {}
-    return dataclasses.replace(SETTINGS[self.dataset], **of_order | self._given())
-
-  def _given(self) -> dict[str, Any]:
-    """The settings that were given."""
-    given = {field.name: getattr(self, field.name, None) for field in dataclasses.fields(Settings)}
-    return {name: value for name, value in given.items() if value is not None}
+  def settings(self, of: str) -> Settings:
+    """The settings of an order of shapes, or of another data set, with what was given instead."""
+    return self.override(SETTINGS[of or self.dataset])
 
   def all_models(self) -> tuple[str, ...]:
     """The captioners to run."""
-    if self.models is not None:
-      return self.models
     if self.ablation:
-      return tuple(name for name in MODELS if name != "no_attention")
-    if self.dataset == "nlvr_captions":
-      return "sequential", "none_word", "no_attention"
-    return ("sequential",)
+      default = tuple(name for name in MODELS if name != "no_attention")
+    elif self.dataset == "nlvr_captions":
+      default = ("sequential", "none_word", "no_attention")
+    else:
+      default = ("sequential",)
+    return self.methods or default
 
   def all_orders(self) -> tuple[str, ...]:
     """The orders of captions to run; for people's sentences there is none."""
@@ -231,16 +245,6 @@ class Config:
     num = max(self.seeds, 3) if self.ablation else self.seeds
     return range(self.first_seed, self.first_seed + num)
 
-  def identity(self) -> dict[str, Any]:
-    """What a resumed run must have in common with the run that it continues."""
-    left_out = ("models", "orders", "seeds", "first_seed", "predict", "resume", "data_dir")
-    left_out += ("output_dir", "checkpoint_every", "beam_size", "image_dir")
-    values = dataclasses.asdict(self) | dataclasses.asdict(self.settings())
-    if self.dataset == "shapes":  # Captions in either order have steps of their own.
-      either = self.settings("either")
-      values |= {f"{name} in either order": getattr(either, name) for name in OF_EITHER_ORDER}
-    return {
-      name: str(value) if isinstance(value, Path) else value
-      for name, value in values.items()
-      if name not in left_out
-    }
+  def chosen(self, names: Any) -> list[str]:
+    """Of weightings or responses, those to run."""
+    return [name for name in names if self.methods is None or name in self.methods]

@@ -1,16 +1,21 @@
 """Reads images with captions: COCO, NLVR's drawings, or a user's own files."""
 
+import itertools
 import json
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 from jaxbo_models.caption_metrics import tokenize
 from PIL import Image
+from pydantic import Field
 
+from scripts.captioning.config import Config
+from scripts.common.config import Among, Checked
 from scripts.common.data import tfds_source
+
+Size = tuple[int, int]  # Height and width that images are resized to.
 
 # How splits are called in the files that there are.
 SPLITS = {
@@ -19,6 +24,25 @@ SPLITS = {
   "validation": "validation",
   "val": "validation",
   "test": "test",
+}
+# Which splits are trained on, validated on (if there is one) and tested on; how to get them.
+SETS = {
+  # Karpathy's splits: 113,287, 5,000 and 5,000 photographs with mostly five captions each.
+  "coco_captions": (("train+restval", "val", "test"), ""),
+  # 51 photographs that may be passed on: far too few to learn to caption, everything runs on them.
+  "coco_captions_open": (
+    ("train", "val"),
+    "It is not in the catalogue of tensorflow-datasets: images of COCO 2017 with open licences, in "
+    "the splits train and val,\nwith the features of coco_captions.",
+  ),
+  # Drawings of shapes in three boxes, each with a sentence that a person wrote of it, of Suhr et
+  # al., 2017, https://aclanthology.org/P17-2034; tested on the part that used to be hidden.
+  "nlvr_captions": (
+    ("train", "test"),
+    "It is not in the catalogue of tensorflow-datasets: the true pairs of "
+    "https://github.com/lil-lab/nlvr with the features\nimage (100 x 400 x 3), caption and "
+    "image/id, in the splits train and test.",
+  ),
 }
 
 
@@ -35,12 +59,10 @@ class CaptionedImages(NamedTuple):
   captions: list[list[list[str]]]
   names: list[str]
 
-  def take(self, rows: Sequence[int] | np.ndarray) -> "CaptionedImages":
-    """The images of these rows."""
-    rows = [int(row) for row in rows]
-    return CaptionedImages(
-      self.images[rows], [self.captions[row] for row in rows], [self.names[row] for row in rows]
-    )
+  def take(self, chosen: np.ndarray) -> "CaptionedImages":
+    """The images that are ``chosen``, ``[n]`` bool."""
+    of_chosen = lambda values: list(itertools.compress(values, chosen))
+    return CaptionedImages(self.images[chosen], of_chosen(self.captions), of_chosen(self.names))
 
 
 class CaptionData(NamedTuple):
@@ -51,14 +73,14 @@ class CaptionData(NamedTuple):
   test: CaptionedImages
 
 
-def resize(image: np.ndarray | Image.Image, size: tuple[int, int]) -> np.ndarray:
+def resize(image: np.ndarray | Image.Image, size: Size) -> np.ndarray:
   """An image of any kind as ``[height, width, 3]`` uint8; its aspect ratio is not kept."""
   picture = image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
   height, width = size
   return np.asarray(picture.convert("RGB").resize((width, height), Image.Resampling.BICUBIC))
 
 
-def read_image(path: Path, size: tuple[int, int]) -> np.ndarray:
+def read_image(path: Path, size: Size) -> np.ndarray:
   """Reads an image file, ``[height, width, 3]`` uint8.
 
   Raises:
@@ -74,96 +96,61 @@ def read_image(path: Path, size: tuple[int, int]) -> np.ndarray:
     raise ValueError(f"{path} must be an image, {error}") from error
 
 
-def coco_captions(
-  size: tuple[int, int], data_dir: str | os.PathLike | None = None, max_images: int | None = None
-) -> CaptionData:
-  """COCO captions in Karpathy's splits, of which ``train`` and ``restval`` are trained on.
-
-  The usual sets of 113,287, 5,000 and 5,000 images with mostly five captions each. They are read as
-  tensorflow-datasets has prepared them, without TensorFlow.
-
-  Args:
-    size: height and width that images are resized to.
-    data_dir: as in :func:`scripts.common.data.tfds_images`.
-    max_images: reads only so many of each set.
+def read(config: Config, size: Size) -> CaptionData:
+  """The images of a data set and their captions; see :data:`SETS`.
 
   Raises:
-    FileNotFoundError: if the data set is not there; the message says how to prepare it.
+    FileNotFoundError: if they are not there; the message says how to get them.
+    ValueError: if a set is empty, or the data are not as they have to be.
   """
-  texts = lambda example: [text.decode() for text in _texts(example["captions"])]
-  read = lambda split: _read(
-    tfds_source("coco_captions", split, data_dir), size, texts, "image/filename", max_images
-  )
-  return CaptionData(read("train+restval"), read("val"), read("test"))
+  if config.dataset == "json" and config.json_file is not None:
+    data = read_json(config.json_file, size, config.image_dir, config.max_images)
+  else:
+    data = read_tfds(config.dataset, size, config.data_dir, config.max_images)
+  for part, images in data._asdict().items():
+    if not images.names:
+      raise ValueError(f"max_images must leave images for {part}, got {config.max_images}")
+  return data
 
 
-def coco_captions_open(
-  size: tuple[int, int], data_dir: str | os.PathLike | None = None, max_images: int | None = None
+def read_tfds(
+  dataset: str, size: Size, data_dir: Path | None = None, max_images: int | None = None
 ) -> CaptionData:
-  """51 photographs of COCO that may be passed on: 20 to train, 6 to validate and 25 to test on.
-
-  Far too few to learn to caption: they show that everything runs.
-  """
-  preparation = (
-    "It is not in the catalogue of tensorflow-datasets: images of COCO 2017 with open licences, in "
-    "the splits train and val,\nwith the features of coco_captions."
-  )
-  texts = lambda example: [text.decode() for text in _texts(example["captions"])]
-  train, test = (
-    _read(
-      tfds_source("coco_captions_open", split, data_dir, preparation),
-      size,
-      texts,
-      "image/filename",
-      max_images,
-    )
-    for split in ("train", "val")
-  )
-  num = max(1, round(0.23 * len(train.names)))
-  return CaptionData(
-    train.take(range(len(train.names) - num)), train.take(range(len(train.names))[-num:]), test
-  )
+  """What tensorflow-datasets has prepared, read without TensorFlow."""
+  splits, preparation = SETS[dataset]
+  sources = [tfds_source(dataset, split, data_dir, preparation) for split in splits]
+  train, *validation, test = (_read(source, size, max_images) for source in sources)
+  if validation:
+    return CaptionData(train, validation[0], test)
+  held_out = _held_out(dataset, train.captions)
+  return CaptionData(train.take(~held_out), train.take(held_out), test)
 
 
-def nlvr_captions(
-  size: tuple[int, int], data_dir: str | os.PathLike | None = None, max_images: int | None = None
-) -> CaptionData:
-  """Drawings of shapes in three boxes, each with a sentence that a person wrote of it.
+def _held_out(dataset: str, captions: list[list[list[str]]]) -> np.ndarray:
+  """Which images are for validation: of drawings those of a tenth of the sentences, else 23 %."""
+  if dataset == "nlvr_captions":
+    sentence_of = [" ".join(of_image[0]) for of_image in captions]
+    sentences = sorted(set(sentence_of))
+    order = np.random.default_rng(0).permutation(len(sentences))
+    chosen = {sentences[i] for i in order[: max(1, len(sentences) // 10)]}
+    return np.array([sentence in chosen for sentence in sentence_of])
+  num = max(1, round(0.23 * len(captions)))
+  return np.arange(len(captions)) >= len(captions) - num
 
-  The formerly hidden part of NLVR is the test set. A tenth of the sentences of the other part is
-  for validation, with all their images.
 
-  References:
-    Suhr et al., `A Corpus of Natural Language for Visual Reasoning
-    <https://aclanthology.org/P17-2034>`_
-  """
-  preparation = (
-    "It is not in the catalogue of tensorflow-datasets: the true pairs of "
-    "https://github.com/lil-lab/nlvr with the features\nimage (100 x 400 x 3), caption and "
-    "image/id, in the splits train and test."
-  )
-  texts = lambda example: [example["caption"].decode()]
-  given, test = (
-    _read(
-      tfds_source("nlvr_captions", split, data_dir, preparation),
-      size,
-      texts,
-      "image/id",
-      max_images,
-    )
-    for split in ("train", "test")
-  )
-  sentences = sorted({" ".join(of_image[0]) for of_image in given.captions})
-  order = np.random.default_rng(0).permutation(len(sentences))
-  held_out = {sentences[i] for i in order[: max(1, len(sentences) // 10)]}
-  is_held_out = np.array([" ".join(of_image[0]) in held_out for of_image in given.captions])
-  return CaptionData(
-    given.take(np.flatnonzero(~is_held_out)), given.take(np.flatnonzero(is_held_out)), test
-  )
+class Entry(Checked):
+  """An image of a JSON file."""
+
+  images: str
+  """The name of its file."""
+  captions: Annotated[list[str], Field(min_length=1)]
+  """What was written of it."""
+  split: Annotated[str, Among(SPLITS)]
+  """The set that it is in."""
 
 
 def read_json(
-  path: Path, size: tuple[int, int], image_dir: Path | None = None, max_images: int | None = None
+  path: Path, size: Size, image_dir: Path | None = None, max_images: int | None = None
 ) -> CaptionData:
   """A user's own images: a JSON file, and the image files that it names.
 
@@ -172,63 +159,51 @@ def read_json(
   Flickr8k, Flickr30k and COCO (``dataset_flickr30k.json``), which have a list of images with
   ``filename``, ``split`` and ``sentences``, are read too.
 
-  Args:
-    path: of the file.
-    size: height and width that images are resized to.
-    image_dir: where the images are; beside the file by default.
-    max_images: reads only so many of each set.
-
   Raises:
     FileNotFoundError: if the file or an image is not there.
     ValueError: if the file is none of these, or a set is empty.
   """
   if not path.is_file():
     raise FileNotFoundError(f"there is no file {path}")
-  found: dict[str, list[tuple[str, list[str]]]] = {"train": [], "validation": [], "test": []}
-  for name, texts, split in _entries(path):
-    if not isinstance(name, str):
-      raise ValueError(f"images must be names of files, got {name!r}")
-    if split not in list(SPLITS):
-      raise ValueError(f"split must be one of {', '.join(SPLITS)}; got {split!r} of {name}")
-    if not texts:
-      raise ValueError(f"captions must hold a text for each image, got none of {name}")
-    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-      raise ValueError(f"captions must be lists of texts, got {texts!r} of {name}")
-    found[SPLITS[split]].append((name, texts))
+  found: dict[str, list[Entry]] = {"train": [], "validation": [], "test": []}
+  for entry in _entries(path):
+    found[SPLITS[entry.split]].append(entry)
   sets = []
   for split, entries in found.items():
     if not entries:
       raise ValueError(f"{path} must have images in the split {split}, got none")
-    names = [name for name, _ in entries[:max_images]]
+    entries = entries[:max_images]
+    names = [entry.images for entry in entries]
     images = [read_image((image_dir or path.parent) / name, size) for name in names]
-    captions = [_tokens(name, texts) for name, texts in entries[:max_images]]
+    captions = [_tokens(entry.images, entry.captions) for entry in entries]
     sets.append(CaptionedImages(np.stack(images), captions, names))
   return CaptionData(*sets)
 
 
-def _entries(path: Path) -> list[tuple[str, list[str], str]]:
-  """``(name, captions, split)`` of each image of a JSON file."""
+def _entries(path: Path) -> list[Entry]:
+  """The images of a JSON file."""
   try:
     content = json.loads(path.read_text())
-    images = content["images"]
-    if images and all(isinstance(image, dict) for image in images):
+    if all(isinstance(image, dict) for image in content["images"]):
       name = lambda image: str(Path(image.get("filepath", "")) / image["filename"])
       texts = lambda image: [sentence["raw"] for sentence in image["sentences"]]
-      return [(name(image), texts(image), image["split"]) for image in images]
-    return list(zip(images, content["captions"], content["split"], strict=True))
+      rows = [(name(image), texts(image), image["split"]) for image in content["images"]]
+    else:
+      rows = list(zip(content["images"], content["captions"], content["split"], strict=True))
   except (KeyError, TypeError, ValueError) as error:
     raise ValueError(
       f"{path} must have lists images, captions and split of the same length, {error!r}"
     ) from error
+  entries = list[Entry]()
+  for name, texts, split in rows:
+    try:
+      entries.append(Entry(images=name, captions=texts, split=split))
+    except ValueError as error:
+      raise ValueError(f"{path}: {error}, of the image {name!r}") from error
+  return entries
 
 
-def _read(
-  source: Any,
-  size: tuple[int, int],
-  texts: Callable[[Any], list[str]],
-  name: str,
-  max_images: int | None,
-) -> CaptionedImages:
+def _read(source: Any, size: Size, max_images: int | None) -> CaptionedImages:
   """The images of a source, resized one by one: as they are they would not fit into memory."""
   num = len(source) if max_images is None else min(max_images, len(source))
   images = np.empty((num, *size, 3), np.uint8)
@@ -236,15 +211,18 @@ def _read(
   for i in range(num):
     example = source[i]
     images[i] = resize(example["image"], size)
-    names.append(example[name].decode())
-    captions.append(_tokens(names[-1], texts(example)))
+    names.append((example.get("image/filename") or example["image/id"]).decode())
+    captions.append(_tokens(names[-1], [text.decode() for text in _texts(example)]))
   return CaptionedImages(images, captions, names)
 
 
-def _texts(captions: Any) -> list[bytes]:
-  """The texts of a sequence feature: a dictionary of lists, or a list of dictionaries."""
+def _texts(example: Any) -> Sequence[bytes]:
+  """One text, or those of a sequence: a dictionary of lists, or a list of dictionaries."""
+  if "caption" in example:
+    return [example["caption"]]
+  captions = example["captions"]
   if isinstance(captions, dict):
-    return list(captions["text"])
+    return captions["text"]
   return [caption["text"] for caption in captions]
 
 

@@ -25,13 +25,7 @@ _MASKS = np.array(  # Square, circle, triangle, cross.
 def draw(
   kinds: jax.Array, vertical: jax.Array, pixel_noise: float, key: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Draws objects in a row or in a column, at random places.
-
-  Args:
-    kinds: of the objects in reading order, ``[k]``.
-    vertical: whether they stand in a column.
-    pixel_noise: standard deviation of the noise.
-    key: a key.
+  """Draws objects, ``kinds [k]`` in reading order, in a row or in a column, at random places.
 
   Returns:
     The image ``[32, 32, 3]``, the cells ``[k]`` and the boxes ``[k, 4]``.

@@ -1,4 +1,4 @@
-"""The language of :class:`ShapesCaptions`: scenes by number, and exact entropies."""
+"""The language of captions of shapes: scenes by number, and exact entropies."""
 
 import itertools
 from typing import NamedTuple
@@ -117,12 +117,9 @@ def entropies(
 ) -> CaptionEntropies:
   """The entropies of captions, by enumeration of all of them.
 
-  Args:
-    scenes: all scenes.
-    frequencies: of each scene, ``[m]`` with a sum of 1.
-    either_order: whether a fair coin says where a caption begins.
-    color_flips: the probability that a colour word is replaced by another.
-    swaps: the probability that the caption is that of another scene.
+  Scenes come with ``frequencies``, ``[m]`` with a sum of 1. In either order a fair coin says where
+  a caption begins; each colour word is replaced by another with the probability ``color_flips``,
+  and the whole caption by that of another scene with the probability ``swaps``.
   """
   num_objects = scenes.kinds.shape[1]
   two_orders = either_order and num_objects > 1

@@ -1,4 +1,4 @@
-"""Captioners for the script: how they are made, trained and asked."""
+"""Captioners: how they are made, trained and asked."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -74,15 +74,12 @@ class State(NamedTuple):
 
 
 def init_state(
-  model: GuidedCaptioner, tx: optax.GradientTransformation, batch: dict[str, Any], key: jax.Array
+  model: GuidedCaptioner, tx: optax.GradientTransformation, settings: Settings, key: jax.Array
 ) -> State:
-  """Where training starts; of ``batch`` only shapes matter."""
-
-  def init(key, images, tokens):
-    params = model.init(key, images, tokens[:, :-1])["params"]
-    return State(params, tx.init(params))
-
-  return jax.jit(init)(key, batch["features"], batch["tokens"])
+  """Where training starts."""
+  images = jnp.zeros((1, *settings.image_size, 3))
+  params = model.init(key, images, jnp.zeros((1, 2), jnp.int32))["params"]
+  return State(params, tx.init(params))
 
 
 def make_step(
@@ -102,7 +99,7 @@ def make_step(
 
 
 class Asked(NamedTuple):
-  """A trained captioner's compiled functions; all take parameters first.
+  """A trained captioner's compiled functions; all take parameters first, and say only words.
 
   Attributes:
     losses: ``losses(params, images, tokens) -> [n]``, in nats a caption.
@@ -118,29 +115,16 @@ class Asked(NamedTuple):
   beam: Callable[..., captioner.Captions]
 
 
-def ask(
-  model: GuidedCaptioner,
-  *,
-  max_length: int,
-  beam_size: int,
-  bos: int = 1,
-  eos: int = 2,
-  forbidden: tuple[int, ...] = (0, 1),
-) -> Asked:
-  """Compiles what is asked of a captioner.
-
-  Args:
-    model: the captioner.
-    max_length: tokens of the longest caption, its end among them.
-    beam_size: captions that beam search keeps.
-    bos: the token that a caption begins with.
-    eos: the token that it ends with.
-    forbidden: tokens that are never said.
-  """
+def ask(model: GuidedCaptioner, settings: Settings, vocabulary: Vocabulary, beam: int) -> Asked:
+  """Compiles what is asked of a captioner; its beam search keeps ``beam`` captions."""
   per_caption = captioner.caption_losses(model)
-  never = jnp.zeros(model.vocab_size, bool).at[jnp.array(forbidden)].set(True)
-  options: dict[str, Any] = {"max_length": max_length, "bos_id": bos, "eos_id": eos}
-  options |= {"forbidden": never}
+  never = [i for i in (vocabulary.pad, vocabulary.bos, vocabulary.unk) if i is not None]
+  options: dict[str, Any] = {
+    "max_length": settings.max_words + 1,
+    "bos_id": vocabulary.bos,
+    "eos_id": vocabulary.eos,
+    "forbidden": jnp.zeros(model.vocab_size, bool).at[jnp.array(never)].set(True),
+  }
 
   def losses(params, images, tokens):
     return per_caption(params, as_batch(images, tokens))
@@ -154,17 +138,10 @@ def ask(
     step_fn, state = captioner.make_step(model, params, as_floats(images))
     return captioner.greedy(step_fn, state, batch_size=len(images), **options)[0]
 
-  def beam(params, images):
-    return captioner.caption_images(
-      model, params, as_floats(images), beam_size=beam_size, **options
-    )
+  def search(params, images):
+    return captioner.caption_images(model, params, as_floats(images), beam_size=beam, **options)
 
-  return Asked(*map(jax.jit, (losses, attention, greedy, beam)))
-
-
-def never_said(vocabulary: Vocabulary) -> tuple[int, ...]:
-  """The tokens that no caption has: padding, the beginning, unknown words."""
-  return tuple(i for i in (vocabulary.pad, vocabulary.bos, vocabulary.unk) if i is not None)
+  return Asked(*map(jax.jit, (losses, attention, greedy, search)))
 
 
 def in_batches(function: Callable[..., Any], params: Any, *arrays: Any, size: int = 250) -> Any:

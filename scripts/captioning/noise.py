@@ -17,10 +17,9 @@ inner runs begin at the same captioner: one that goes on where the last run ende
 captions by heart, the swapped ones too.
 """
 
-import dataclasses
-import time
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Iterable
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -30,199 +29,172 @@ from jaxbo_models import captioner
 from sklearn.metrics import roc_auc_score
 
 import jaxbo
-from scripts.captioning import model as caption_model
-from scripts.captioning.config import Settings
+from scripts.captioning.config import CLEANING, RESPONSES, WEIGHTINGS, Config
+from scripts.captioning.model import (
+  State,
+  as_batch,
+  ask,
+  in_batches,
+  init_state,
+  make_model,
+  make_optimizer,
+)
 from scripts.captioning.scenes import ShapesCaptions
-from scripts.captioning.shapes import exact_match, held_out, like
+from scripts.captioning.shapes import VOCABULARY, exact_match, held_out
 from scripts.common import cleaning
+from scripts.common.study import Cell, Compiled, Program, Results, Row, Run, Spent, Study
+from scripts.common.table import Column, Table, spread
 
-Advance = Callable[[int], None]
-
-
-_REWEIGHTING = Settings(attention_dim=32, batch_size=64, steps=2000)
-_CLEANING = dataclasses.replace(_REWEIGHTING, steps=300)
-_RESPONSES = cleaning.Settings(num_samples=32, smoothing=1.0, linear_steps=5, damping=10.0)
+CLEAN, FLIPPED, SWAPPED = (
+  ShapesCaptions(), ShapesCaptions(color_flips=0.2), ShapesCaptions(swaps=0.3),
+)  # fmt: skip
+NUM_NOISY = 2048  # Captions whose weights are judged, in batches.
 _TRAINING, _WEIGHTED, _CLEAN, _TEST, _ORDER = range(5)  # Streams of keys, beside the seed.
 
 
-@dataclasses.dataclass(frozen=True)
-class NoiseSettings:
-  """Sizes and rates of both experiments.
-
-  Attributes:
-    color_flips: the probability that a colour word is wrong, for reweighting.
-    reweighting: the captioner and its training, for reweighting.
-    swaps: the share of captions of other scenes, for hyper-cleaning.
-    num_train: captions that get a weight.
-    num_val: clean captions.
-    batch_size: captions of an inner step.
-    inner_steps: inner steps for one outer step.
-    inner_learning_rate: of SGD, inside.
-    outer_steps: outer steps.
-    outer_learning_rate: of Adam, on the logits of the weights.
-    captioner: its sizes and its training before, for hyper-cleaning.
-    responses: what the responses take; see :class:`scripts.common.cleaning.Settings`.
-  """
-
-  color_flips: float = 0.2
-  reweighting: Settings = _REWEIGHTING
-  swaps: float = 0.3
-  num_train: int = 256
-  num_val: int = 1024
-  batch_size: int = 64
-  inner_steps: int = 4
-  inner_learning_rate: float = 5e-3
-  outer_steps: int = 100
-  outer_learning_rate: float = 0.1
-  captioner: Settings = _CLEANING
-  responses: cleaning.Settings = _RESPONSES
+def _key(seed: int, stream: int) -> jax.Array:
+  return jax.random.fold_in(jax.random.key(seed), stream)
 
 
-WEIGHTINGS = {
-  "uniform": ("uniform", jaxbo.uniform),
-  "ir_dro": ("IR-DRO, temperature 4", lambda: jaxbo.kl(4.0)),
-  "tilted": ("TERM, tilt -1/4 (prefers small losses)", lambda: jaxbo.tilted(-0.25)),
-  "mid_rank": ("MidRanking, band 3", lambda: jaxbo.mid_rank(0.125, 3)),
-  "quadratic": ("Quadratic", lambda: jaxbo.quadratic(0.4)),
-}
-RESPONSES = ("first_order", "itd", "esj", "aid")
+class Training(Compiled):
+  """A captioner that is trained on fresh scenes of ``data`` with a weighting."""
+
+  def __init__(self, run: Run[Config], data: ShapesCaptions, weighting: str, of: str, seed: int):
+    self.sizes = run.config.settings(of)
+    self.model = make_model("sequential_word", self.sizes, len(VOCABULARY))
+    self.weighting = WEIGHTINGS[weighting][1]()
+    gradients = jaxbo.per_example_grad(captioner.caption_losses(self.model), repair=False)
+    tx: Any = optax.chain(jaxbo.reweight(self.weighting), make_optimizer(self.sizes))
+
+    def step(state, t, key_data):
+      params, opt_state = state
+      key = jax.random.fold_in(jax.random.wrap_key_data(key_data), t)
+      batch = data.sample(key, self.sizes.batch_size, "train")
+      grads = gradients(params, as_batch(batch.images, batch.tokens))
+      updates, opt_state = tx.update(grads, opt_state, params)
+      return State(optax.apply_updates(params, updates), opt_state), None
+
+    init = jax.jit(lambda key: init_state(self.model, tx, self.sizes, key))
+    program = run.shared((weighting, of), lambda: Program(step))
+    key_data = jax.random.key_data(_key(seed, _TRAINING))
+    super().__init__(program, init(jax.random.key(seed)), key_data)
 
 
-class ReweightingRow(NamedTuple):
-  """A weighting on one seed.
+class Judged(Compiled):
+  """A task whose row is its last line."""
 
-  Attributes:
-    weighting: its name.
-    seed: of parameters and scenes.
-    exact_match: on held-out scenes.
-    nll: mean loss of their clean captions.
-    wrong_weight: mean weight of captions with a flipped colour in batches of noisy captions that
-      were not trained on; 1 for uniform weights.
-    auc: of "a colour is flipped" by small weights; 0.5 where weights say nothing.
-    loss_auc: of the same by great losses.
-  """
-
-  weighting: str
-  seed: int
-  exact_match: float
-  nll: float
-  wrong_weight: float
-  auc: float
-  loss_auc: float
+  def result(self, state: Any, spent: Spent) -> Row:
+    """What was measured after the last step."""
+    del state
+    return {k: v for k, v in spent.lines[-1].items() if k not in ("step", "seconds")}
 
 
-def reweight(name: str, settings: NoiseSettings, seed: int, advance: Advance) -> ReweightingRow:
-  """Trains a captioner on flipped colour words with a weighting; judges both."""
-  clean = ShapesCaptions()
-  noisy = dataclasses.replace(clean, color_flips=settings.color_flips)
-  sizes = settings.reweighting
-  model = caption_model.make_model("sequential_word", sizes, len(clean.vocabulary))
-  ask = caption_model.ask(model, max_length=clean.length - 1, beam_size=1)
-  weighting = WEIGHTINGS[name][1]()
-  params, opt_state = _train(model, weighting, noisy, sizes, seed, advance)
+class Reweighting(Judged, Training):
+  """A captioner that is trained where colour words are flipped, with a weighting."""
 
-  test = held_out(clean, "test", 1000)
-  said = caption_model.in_batches(ask.greedy, params, test.images)
-  losses = caption_model.in_batches(ask.losses, params, test.images, test.tokens)
-  other = held_out(noisy, "train", 2048)
-  noisy_losses = caption_model.in_batches(ask.losses, params, other.images, other.tokens, size=256)
-  of_batch = lambda losses: weighting.weigh(losses, opt_state[0].weighting_state)[0]
-  batches = jnp.asarray(noisy_losses).reshape(-1, sizes.batch_size)
-  weights = sizes.batch_size * np.concatenate([of_batch(losses) for losses in batches])
-  wrong = other.flipped.any(axis=1)
-  return ReweightingRow(
-    name,
-    seed,
-    exact_match=exact_match(said, test.valid),
-    nll=float(losses.mean()),
-    wrong_weight=float(weights[wrong].mean()),
-    auc=float(roc_auc_score(wrong, -weights)),
-    loss_auc=float(roc_auc_score(wrong, noisy_losses)),
-  )
+  def __init__(self, run: Run[Config], weighting: str, seed: int):
+    super().__init__(run, FLIPPED, weighting, "reweighting", seed)
+    self._ask = run.shared("ask", lambda: ask(self.model, self.sizes, VOCABULARY, 1))
 
+  def evaluate(self, state: Any, told: list[Any]) -> Row:
+    """Judges the captioner and the weights.
 
-class CleaningRow(NamedTuple):
-  """A response on one seed.
-
-  Attributes:
-    response: its name.
-    seed: of data, parameters and batches.
-    auc: of "the caption is another scene's" by small weights.
-    f1: of the same, by weights below one half.
-    outer_loss: on the clean captions, at the end.
-    loss_auc: of the same by great losses before.
-    test_nll: mean loss of clean captions of held-out scenes.
-    seconds_per_step: of an outer step, without compilation.
-  """
-
-  response: str
-  seed: int
-  auc: float
-  f1: float
-  loss_auc: float
-  outer_loss: float
-  test_nll: float
-  seconds_per_step: float
+    Returns:
+      ``exact_match``: on held-out scenes; ``nll``: the mean loss of their clean captions.
+      ``wrong_weight``: the mean weight of captions with a flipped colour in batches of noisy
+        captions that were not trained on; 1 for uniform weights.
+      ``auc``: of "a colour is flipped" by small weights; 0.5 where weights say nothing.
+      ``loss_auc``: of the same by great losses.
+    """
+    params, weighting_state = state.params, state.opt_state[0].weighting_state
+    test, other = held_out(CLEAN, "test", 1000), held_out(FLIPPED, "train", NUM_NOISY)
+    said = in_batches(self._ask.greedy, params, test.images)
+    losses = in_batches(self._ask.losses, params, test.images, test.tokens)
+    noisy = in_batches(self._ask.losses, params, other.images, other.tokens, size=256)
+    batches = jnp.asarray(noisy).reshape(-1, self.sizes.batch_size)
+    weights = [self.weighting.weigh(batch, weighting_state)[0] for batch in batches]
+    weights = self.sizes.batch_size * np.concatenate(weights)
+    wrong = other.flipped.any(axis=1)
+    return {
+      "exact_match": exact_match(said, test.valid),
+      "nll": float(losses.mean()),
+      "wrong_weight": float(weights[wrong].mean()),
+      "auc": float(roc_auc_score(wrong, -weights)),
+      "loss_auc": float(roc_auc_score(wrong, noisy)),
+    }
 
 
-def clean(name: str, settings: NoiseSettings, seed: int, advance: Advance) -> CleaningRow:
-  """Learns which captions are swapped, by a response."""
-  data = ShapesCaptions()
-  swapped = dataclasses.replace(data, swaps=settings.swaps)
-  model = caption_model.make_model("sequential_word", settings.captioner, len(data.vocabulary))
-  losses = captioner.caption_losses(model)
-  draw = lambda data, stream, num, part: jax.jit(lambda key: data.sample(key, num, part))(
-    jax.random.fold_in(jax.random.key(seed), stream)
-  )
-  train = draw(swapped, _WEIGHTED, settings.num_train, "train")
-  val = draw(data, _CLEAN, settings.num_val, "train")
-  test = draw(data, _TEST, 1000, "test")
-  as_batch = lambda scenes: caption_model.as_batch(scenes.images, scenes.tokens)
+class Cleaning(Judged):
+  """Learns which captions are swapped, by a response, from a captioner that was trained before."""
 
-  def inner_loss(x, y, batch):
-    return weighted_mean(x[batch["rows"]], losses(y, batch))
+  def __init__(self, run: Run[Config], response: str, seed: int, trained: Any):
+    settings = run.config.override(CLEANING)
+    sizes = run.config.settings("before_cleaning")
+    model = make_model("sequential_word", sizes, len(VOCABULARY))
+    losses = captioner.caption_losses(model)
+    y = jax.tree.map(jnp.copy, trained.params)  # It is given to all responses.
 
-  def outer_loss(x, y, batch):
-    del x  # The weights matter through y alone.
-    return jnp.mean(losses(y, batch))
+    def draw(data, stream, num, part):
+      scenes = jax.jit(lambda key: data.sample(key, num, part))(_key(seed, stream))
+      return scenes, as_batch(scenes.images, scenes.tokens)
 
-  inner = jaxbo.inner_solver(
-    inner_loss,
-    optax.sgd(settings.inner_learning_rate),
-    settings.inner_steps,
-    per_step_batches=True,
-    warm_start=False,
-  )
-  head = cleaning.METHODS[name].head
-  assert head is not None
-  response = head(inner, settings.responses, seed)
-  outer = optax.chain(response, optax.adam(settings.outer_learning_rate))
-  init, step = jaxbo.bilevel(outer_loss, inner, outer)
+    scenes, train = draw(SWAPPED, _WEIGHTED, settings.num_train, "train")
+    _, val = draw(CLEAN, _CLEAN, settings.num_val, "train")
+    _, self._test = draw(CLEAN, _TEST, 1000, "test")
+    self._swapped = np.asarray(scenes.swapped)
+    self._losses = run.shared("losses", lambda: jax.jit(losses))
+    self._loss_auc = float(roc_auc_score(self._swapped, self._losses(y, train)))
 
-  def outer_step(state, t, train, val):
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _ORDER), t)
-    shape = (settings.inner_steps, settings.batch_size)
-    rows = jax.random.randint(key, shape, 0, settings.num_train)
-    batch = jax.tree.map(lambda leaf: leaf[rows], train) | {"rows": rows}
-    # The linear system sees all captions of the inner run at once.
-    union = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), batch)
-    state, info = step(state, batch, val, linear_batch=union)
-    return state, info.outer_loss
+    inner = jaxbo.inner_solver(
+      lambda x, y, batch: weighted_mean(x[batch["rows"]], losses(y, batch)),
+      optax.sgd(settings.inner_learning_rate),
+      settings.inner_steps,
+      per_step_batches=True,
+      warm_start=False,
+    )
+    head = cleaning.METHODS[response].head
+    assert head is not None
+    outer = optax.chain(head(inner, settings, seed), optax.adam(settings.outer_learning_rate))
+    # The weights matter through y alone.
+    init, bilevel_step = jaxbo.bilevel(lambda x, y, batch: jnp.mean(losses(y, batch)), inner, outer)
 
-  y, _ = _train(model, jaxbo.uniform(), swapped, settings.captioner, seed, lambda steps: None)
-  state = init(jnp.zeros(settings.num_train), y)
-  arguments = as_batch(train), as_batch(val)
-  loss_auc = roc_auc_score(train.swapped, jax.jit(losses)(y, arguments[0]))
-  compiled = jax.jit(outer_step, donate_argnums=0).lower(state, jnp.int32(0), *arguments).compile()
-  start, loss = time.perf_counter(), jnp.nan
-  for t in range(settings.outer_steps):
-    state, loss = jax.block_until_ready(compiled(state, jnp.int32(t), *arguments))
-    advance(1)
-  seconds = (time.perf_counter() - start) / settings.outer_steps
-  weights = np.asarray(jax.nn.sigmoid(jnp.asarray(state.x)), np.float64)
-  auc, f1 = cleaning.detection_scores(weights, np.asarray(train.swapped))
-  test_nll = float(jnp.mean(jax.jit(losses)(state.solution.params, as_batch(test))))
-  return CleaningRow(name, seed, auc, f1, float(loss_auc), float(loss), test_nll, seconds)
+    def step(state, t, key_data, train, val):
+      key = jax.random.fold_in(jax.random.wrap_key_data(key_data), t)
+      shape = (settings.inner_steps, sizes.batch_size)
+      rows = jax.random.randint(key, shape, 0, settings.num_train)
+      batch = jax.tree.map(lambda leaf: leaf[rows], train) | {"rows": rows}
+      # The linear system sees all captions of the inner run at once.
+      union = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), batch)
+      state, info = bilevel_step(state, batch, val, linear_batch=union)
+      return state, info.outer_loss
+
+    program = run.shared(response, lambda: Program(step))
+    key_data = jax.random.key_data(_key(seed, _ORDER))
+    super().__init__(program, init(jnp.zeros(settings.num_train), y), key_data, train, val)
+
+  def evaluate(self, state: Any, told: list[Any]) -> Row:
+    """Judges the weights.
+
+    Returns:
+      ``auc``: of "the caption is another scene's" by small weights; ``f1``: of the same, by weights
+        below one half; ``loss_auc``: of the same by great losses before.
+      ``outer_loss``: on the clean captions; ``test_nll``: the mean loss of clean captions of
+        held-out scenes.
+    """
+    weights = np.asarray(jax.nn.sigmoid(jnp.asarray(state.x)), np.float64)
+    auc, f1 = cleaning.detection_scores(weights, self._swapped)
+    return {
+      "auc": auc,
+      "f1": f1,
+      "loss_auc": self._loss_auc,
+      "outer_loss": float(told[-1]),
+      "test_nll": float(jnp.mean(self._losses(state.solution.params, self._test))),
+    }
+
+  def result(self, state: Any, spent: Spent) -> Row:
+    """The last line, and what a step took."""
+    steps = spent.lines[-1]["step"]
+    return super().result(state, spent) | {"seconds_per_step": spent.seconds / steps}
 
 
 def weighted_mean(logits: jax.Array, losses: jax.Array) -> jax.Array:
@@ -231,29 +203,70 @@ def weighted_mean(logits: jax.Array, losses: jax.Array) -> jax.Array:
   return jnp.sum(weights * losses) / jnp.sum(weights)
 
 
-def _train(
-  model: captioner.GuidedCaptioner,
-  weighting: jaxbo.Weighting,
-  data: ShapesCaptions,
-  sizes: Settings,
-  seed: int,
-  advance: Advance,
-) -> Any:
-  """Trains on fresh scenes of ``data``; returns the parameters and the optimizer's state."""
-  gradients = jaxbo.per_example_grad(captioner.caption_losses(model), repair=False)
-  tx: Any = optax.chain(jaxbo.reweight(weighting), caption_model.make_optimizer(sizes))
+LABELS = {
+  "weighting": {name: label for name, (label, _) in WEIGHTINGS.items()},
+  "response": {name: cleaning.METHODS[name].label for name in RESPONSES},
+}
+TITLES = {
+  "weighting": "Flipped colour words: clean test scenes; weight and detection of wrong captions",
+  "response": "Swapped captions: hyper-cleaning",
+}
+COLUMNS = {
+  "weighting": {
+    "exact_match": Column("exact match"),
+    "nll": Column("NLL"),
+    "wrong_weight": Column("wrong weight", 2),
+    "auc": Column("AUC"),
+    "loss_auc": Column("AUC of losses"),
+  },
+  "response": {
+    "auc": Column("AUC"),
+    "f1": Column("F1"),
+    "loss_auc": Column("AUC of losses"),
+    "test_nll": Column("test NLL"),
+    "seconds_per_step": Column("ms/step", 0, 1e3),
+  },
+}
 
-  def step(state, t):
-    params, opt_state = state
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _TRAINING), t)
-    batch = data.sample(key, sizes.batch_size, "train")
-    grads = gradients(params, caption_model.as_batch(batch.images, batch.tokens))
-    updates, opt_state = tx.update(grads, opt_state, params)
-    return optax.apply_updates(params, updates), opt_state
 
-  state = tuple(caption_model.init_state(model, tx, like(data), jax.random.key(seed)))
-  compiled = jax.jit(step, donate_argnums=0)
-  for t in range(sizes.steps):
-    state = jax.block_until_ready(compiled(state, jnp.int32(t)))
-    advance(1)
-  return state
+class Noise(Study[Config]):
+  """Reweighting and hyper-cleaning of captions."""
+
+  config = Config
+  smoke: ClassVar = {"steps": 20, "outer_steps": 2, "num_val": 64, "methods": ("first_order",)}
+
+  def prepare(self, config: Config) -> None:
+    """Refuses what cannot be judged."""
+    if NUM_NOISY % (batch_size := config.settings("reweighting").batch_size):
+      raise ValueError(f"batch_size must divide {NUM_NOISY} with noise, got {batch_size}")
+
+  def cells(self, run: Run[Config]) -> Iterable[Cell]:
+    """Weightings, and then responses, on every seed."""
+    config = run.config
+    cell = functools.partial(Cell, checkpoint_every=config.checkpoint_every)
+    for seed in config.all_seeds():
+      for name in config.chosen(WEIGHTINGS):
+        make = functools.partial(Reweighting, run, name, seed)
+        label = f"seed {seed}, {LABELS['weighting'][name]}"
+        steps = config.settings("reweighting").steps
+        yield cell({"weighting": name, "seed": seed}, make, steps, label)
+    for seed in config.all_seeds():
+      make = functools.partial(Training, run, SWAPPED, "uniform", "before_cleaning", seed)
+      steps = config.settings("before_cleaning").steps
+      key = {"captioner": "before_cleaning", "seed": seed}
+      before = cell(key, make, steps, f"seed {seed}, before cleaning")
+      responses = config.chosen(RESPONSES)
+      if responses:
+        yield before
+      for name in responses:
+        make = functools.partial(Cleaning, run, name, seed)
+        label = f"seed {seed}, {LABELS['response'][name]}"
+        steps = config.override(CLEANING).outer_steps
+        yield cell({"response": name, "seed": seed}, make, steps, label, needs=(before,))
+
+  def tables(self, results: Results[Config]) -> Iterable[Table]:
+    """What weightings and responses do, means over seeds."""
+    for kind, title in TITLES.items():
+      if kind in results.rows:
+        rows = results.rows.dropna(subset=[kind])
+        yield spread(title, rows, kind, LABELS[kind], COLUMNS[kind], kind)

@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 
 from scripts.common import plots
@@ -78,7 +79,7 @@ def _draw_word(
 
 
 def draw_curves(
-  lines: Sequence[Mapping[str, Any]],
+  lines: pd.DataFrame,
   bounds: Mapping[str, Mapping[str, float]],
   labels: Mapping[str, str],
   path: Path,
@@ -96,25 +97,18 @@ def draw_curves(
     canonical_steps: the first steps of captioners for either order, which they spend on captions in
       canonical order alone; their loss means nothing then.
   """
-  orders = list(dict.fromkeys(line["order"] for line in lines))
+  orders = lines["order"].unique()
   fig, panels = plt.subplots(
     1, len(orders), figsize=(6.2 * len(orders), 4.4), layout="constrained", squeeze=False
   )
-  models = [name for name in labels if any(line["model"] == name for line in lines)]
+  models = [name for name in labels if name in set(lines["model"])]
+  meant = lines[(lines["order"] != "either") | (lines["step"] > canonical_steps)]
   for axes, order in zip(panels[0], orders, strict=True):
-    for i, model in enumerate(models):
-      by_seed: dict[int, list[tuple[int, float]]] = {}
-      for line in lines:
-        means_something = order != "either" or line["step"] > canonical_steps
-        if line["order"] == order and line["model"] == model and means_something:
-          point = line["step"], line["validation_nll"]
-          by_seed.setdefault(line["seed"], []).append(point)
-      longest = max(map(len, by_seed.values()), default=0)
-      curves = [curve for curve in by_seed.values() if len(curve) == longest]
-      if longest:
-        steps = np.array([step for step, _ in curves[0]])
-        values = [[value for _, value in curve] for curve in curves]
-        plots.mean_and_range(axes, steps, values, label=labels[model], color=f"C{i}")
+    for model, mine in meant[meant["order"] == order].groupby("model", sort=False):
+      runs = [run for _, run in mine.groupby("seed")]
+      ended = [run for run in runs if len(run) == max(map(len, runs))]
+      color, values = f"C{models.index(model)}", [run["validation_nll"] for run in ended]
+      plots.mean_and_range(axes, ended[0]["step"], values, label=labels[model], color=color)
     if order == "either" and canonical_steps:
       axes.axvspan(0, canonical_steps, color="0.93", label="trained in canonical order")
     for style, (name, value) in zip(("--", ":"), bounds.get(order, {}).items(), strict=False):

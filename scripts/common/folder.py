@@ -16,12 +16,13 @@ import platform
 import shutil
 import socket
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import pandas as pd
 from jax.experimental import multihost_utils
 
@@ -55,28 +56,24 @@ class RunFolder:
     self.lines, self.rows, self.notes = list[Row](), list[Row](), dict[str, Any]()
     self._writes = jax.process_index() == 0  # The others work along.
     try:
-      self.path.mkdir(parents=True, exist_ok=True)
-      self._lock: Any = _lock(self.path) if self._writes else contextlib.nullcontext()
       with contextlib.ExitStack() as on_error:
-        on_error.enter_context(self._lock)
-        self._begin(config, study, program)
+        with together():  # No process may write what another is still to read.
+          self.path.mkdir(parents=True, exist_ok=True)
+          lock: Any = _lock(self.path) if self._writes else contextlib.nullcontext()
+          self._lock = on_error.enter_context(lock)
+          if config.overwrite and self._writes:
+            self._clear()
+          saved = self._look(config)
+        if self._writes:
+          saved |= {"study": study, "config": config.model_dump(mode="json")}
+          saved["runs"].append(provenance(config, program))
+          _write(self.path / CONFIG, json.dumps(saved, indent=1) + "\n")
+          self._log = (self.path / METRICS).open("a")
         on_error.pop_all()
     except OSError as error:
       raise ValueError(
         f"output_dir must be a folder to write to, got {self.path} ({error.strerror})"
       ) from error
-
-  def _begin(self, config: StudyConfig, study: str, program: str) -> None:
-    if config.overwrite and self._writes:
-      self._clear()
-    saved = self._look(config)
-    if jax.process_count() > 1:  # No process may write what another is still to read.
-      multihost_utils.sync_global_devices("output_dir was looked at")
-    if self._writes:
-      saved |= {"study": study, "config": config.model_dump(mode="json")}
-      saved["runs"].append(provenance(config, program))
-      _write(self.path / CONFIG, json.dumps(saved, indent=1) + "\n")
-      self._log = (self.path / METRICS).open("a")
 
   def _look(self, config: StudyConfig) -> dict[str, Any]:
     """What ``config.json`` has of the run, after comparing; reads what was measured."""
@@ -105,8 +102,7 @@ class RunFolder:
 
   def checkpoints(self, key: Mapping[str, Any]) -> Path:
     """Where the checkpoints of the cell of that key are."""
-    name = "_".join(f"{column}-{value}" for column, value in key.items() if value != "")
-    return self.path / CHECKPOINTS / name.replace("/", "-")
+    return checkpoints(self.path, key)
 
   def add_lines(self, lines: Sequence[Row]) -> None:
     """Appends lines, on disk when this returns; numbers that are not finite become ``null``."""
@@ -128,7 +124,9 @@ class RunFolder:
     """Adds rows to the table."""
     self.rows += rows
     if self._writes:
-      _write(self.path / RESULTS, pd.DataFrame(self.rows).to_csv(index=False))
+      # As objects: a column that some rows do not have keeps its integers.
+      table = pd.DataFrame(self.rows, dtype=object).to_csv(index=False, na_rep="nan")
+      _write(self.path / RESULTS, table)
 
   def note(self, name: str, value: Any) -> None:
     """Keeps what was measured once for all cells, as JSON."""
@@ -153,6 +151,28 @@ class RunFolder:
       self._lock.close()
 
 
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+  """What one process refuses inside, all refuse: none goes on and waits for one that has left."""
+  refusal = None
+  try:
+    yield
+  except (ValueError, OSError) as error:
+    refusal = error
+  if jax.process_count() > 1:
+    refused = multihost_utils.process_allgather(np.bool_(refusal is not None))
+    if refused.any() and refusal is None:
+      refusal = ValueError(f"process {refused.argmax()} cannot go on; it says why")
+  if refusal is not None:
+    raise refusal
+
+
+def checkpoints(folder: Path, key: Mapping[str, Any]) -> Path:
+  """Where the checkpoints of the cell of that key are."""
+  name = "_".join(f"{column}-{value}" for column, value in key.items() if value != "")
+  return folder / CHECKPOINTS / name.replace("/", "-")
+
+
 def read(folder: Path) -> tuple[list[Row], list[Row], dict[str, Any]]:
   """``(lines, rows, notes)`` of the files in a folder, as far as there are any."""
   lines, rows, notes = list[Row](), list[Row](), dict[str, Any]()
@@ -161,19 +181,19 @@ def read(folder: Path) -> tuple[list[Row], list[Row], dict[str, Any]]:
     lines = [json.loads(line) for line in text if line.endswith("}")]
   if (folder / RESULTS).exists():
     with (folder / RESULTS).open(newline="") as file:
-      rows = [{k: _value(v) for k, v in row.items()} for row in csv.DictReader(file)]
+      rows = [{k: _value(text) for k, text in row.items()} for row in csv.DictReader(file)]
   if (folder / NOTES).exists():
     notes = json.loads((folder / NOTES).read_text())
   return lines, rows, notes
 
 
 def _value(text: str) -> Any:
-  """What a cell of a table was before it was written; nothing is a missing number."""
+  """What a field of ``results.csv`` was; pandas has no empty texts and may round numbers."""
   if text in ("True", "False"):
     return text == "True"
   for kind in (int, float):
     with contextlib.suppress(ValueError):
-      return kind(text or "nan")
+      return kind(text)
   return text
 
 

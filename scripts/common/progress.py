@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, Self
 
+import jax
 from rich.console import Console
 from rich.progress import (
   BarColumn,
@@ -17,9 +18,9 @@ from rich.text import Text
 
 
 def console() -> Console:
-  """A console that does not break tables when the output goes to a file."""
-  plain = Console()
-  return plain if plain.is_terminal else Console(width=160)
+  """A console that does not break tables when the output goes to a file; of process 0 alone."""
+  plain = Console(quiet=jax.process_index() > 0)
+  return plain if plain.is_terminal else Console(width=160, quiet=plain.quiet)
 
 
 class RateColumn(ProgressColumn):
@@ -68,7 +69,7 @@ class Bar:
   def tell(self, lines: Sequence[dict[str, Any]]) -> None:
     """Shows the numbers of the last line."""
     if lines:
-      numbers = [(k, v) for k, v in lines[-1].items() if isinstance(v, float) and k != "seconds"]
+      numbers = [(name, value) for name, value in lines[-1].items() if isinstance(value, float)]
       told = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in numbers[:3])
       self._progress.update(self._task, told=told)
 

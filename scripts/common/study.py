@@ -137,6 +137,9 @@ class Study(Generic[Config]):
   def prepare(self, config: Config) -> Any:
     """Reads the data; raises ``ValueError`` or ``FileNotFoundError`` for what cannot be run."""
 
+  def begin(self, run: "Run[Config]") -> None:
+    """What is measured once, before the first cell, through ``run.note``."""
+
   def cells(self, run: "Run[Config]") -> Iterable[Cell]:
     """All cells, in the order in which they run."""
     raise NotImplementedError
@@ -175,23 +178,27 @@ class Run(Generic[Config]):
     config: of the run.
     data: what ``prepare`` read.
     path: where its files are.
+    notes: what was measured once for all cells so far.
   """
 
   def __init__(self, study: Study[Config], config: Config, data: Any, files: RunFolder):
     self.study, self.config, self.data = study, config, data
-    self.path, self._files = files.path, files
+    self.path, self.notes, self._files = files.path, files.notes, files
     self._memory: dict[Hashable, Any] = {}
     self._last: tuple[Any, Any] = (None, None)  # The final state of one cell.
 
   def results(self) -> Results[Config]:
     """What there is so far, for the methods and seeds of this run."""
-    return Results(self.config, self._files.lines, self._files.rows, self._files.notes)
+    keys = [cell.key.items() for cell in self.study.cells(self)]
+    mine = lambda row: any(key <= row.items() for key in keys)
+    lines, rows = (list(filter(mine, these)) for these in (self._files.lines, self._files.rows))
+    return Results(self.config, lines, rows, self.notes)
 
   def note(self, name: str, compute: Callable[[], Any]) -> Any:
     """What ``compute`` gives, as JSON has it; computed once for a run and all that resume it."""
-    if name not in self._files.notes:
+    if name not in self.notes:
       self._files.note(name, json.loads(json.dumps(compute())))
-    return self._files.notes[name]
+    return self.notes[name]
 
   def shared(self, name: Hashable, make: Callable[[], Any]) -> Any:
     """What ``make`` gives, made once in this process: a program that several cells share, say."""
@@ -201,6 +208,8 @@ class Run(Generic[Config]):
 
   def play(self, bar: Bar) -> None:
     """Finishes all cells; rows of finished ones are there already."""
+    bar.label("measuring")
+    self.study.begin(self)
     cells = list(self.study.cells(self))
     bar.total(sum(cell.steps for cell in cells))
     for cell in cells:
@@ -249,9 +258,9 @@ class Run(Generic[Config]):
         state, told, seconds, done = self._steps(cell, task, state, seconds, done, show)
         if done == cell.steps or (cell.every and done % cell.every == 0):
           line = {**cell.key, name: done, "seconds": seconds}
-          lines = [line | values for values in _as_list(task.evaluate(state, told))]
-          self._files.add_lines(lines)
-          show.tell(lines)
+          values = _as_list(task.evaluate(state, told))
+          self._files.add_lines([line | one for one in values])
+          show.tell(values)
         if done == cell.steps or (cell.checkpoint_every and done % cell.checkpoint_every == 0):
           checkpoints.save(done, state, seconds)
     if not self._finished(cell):
@@ -290,7 +299,8 @@ def run(study: Study[Config], config: Config) -> int:
     if config.smoke:
       config = config.but(**{k: v for k, v in study.smoke.items() if k not in config.given()})
     study.connect(config)
-    data = study.prepare(config)
+    with folder.together():
+      data = study.prepare(config)
     room = study.room().name
     files = RunFolder(config, type(study).__name__, f"scripts.{room}")
   except (ValueError, FileNotFoundError) as error:
@@ -330,7 +340,10 @@ def _play(study: Study[Config], run: Run[Config], files: RunFolder) -> int:
 
 def main(config: type[Config], run: Callable[[Config], int], doc: str | None) -> None:
   """The program of an experiment: reads the command line, runs, and ends the process."""
-  status = run(tyro.cli(config, description=doc))
+  told = tyro.cli(config, description=doc)
+  if told.smoke:  # Compilation is most of its time.
+    jax.config.update("jax_disable_most_optimizations", True)
+  status = run(told)
   sys.stdout.flush()
   sys.stderr.flush()
   if status == 130:  # Not by way of the runtime's destructors: a compilation may still be going on.

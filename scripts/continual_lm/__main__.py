@@ -25,158 +25,249 @@ for uniform weights; "time" is that of a step beside one with uniform weights, i
   python -m scripts.continual_lm --init hf --model-dir DIR --dataset text_domains --batch-size 8
                                                            real GPT-2, OPT or Pythia weights
   ... --resume                                             goes on bit for bit where it was stopped
+  python -m scripts.continual_lm --smoke                   the smallest run, less than a minute
 
 Batches are divided among all devices. Several processes, on one machine or many that share
 output_dir, need --distributed, or where they cannot find each other:
   ... --coordinator-address HOST:PORT --num-processes 2 --process-id 0      and the same with 1
 """
 
-import sys
+import functools
+import itertools
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import numpy as np
-import tyro
-from jax.experimental import multihost_utils
-from rich.console import Console
 
 import jaxbo
-from scripts.common import report
+from benchmarks import measure
+from scripts.common import devices, study, table
+from scripts.common.devices import Devices
+from scripts.common.program import Program
+from scripts.common.study import Cell, Results, Row, Run, Spent, Study, Task
+from scripts.common.table import Column, Table
 from scripts.continual_lm import data as lm_data
-from scripts.continual_lm import documents as lm_documents
-from scripts.continual_lm import plots as lm_plots
-from scripts.continual_lm import report as lm_report
-from scripts.continual_lm import run as lm_run
+from scripts.continual_lm import methods as lm_methods
+from scripts.continual_lm import model, plots, report, train
 from scripts.continual_lm.config import Config
-from scripts.continual_lm.data import LanguageData
-from scripts.continual_lm.methods import BASELINE
-from scripts.continual_lm.report import Row
-from scripts.continual_lm.run import Outcome, Runner
-
-CSV, METRICS, PICTURES = "results.csv", "metrics.jsonl", ("continual_lm.png", "curves.png")
-
-
-def connect(config: Config) -> None:
-  """Meets the other processes; before anything is computed."""
-  config.check_processes()
-  if config.coordinator_address is not None:
-    jax.distributed.initialize(config.coordinator_address, config.num_processes, config.process_id)
-  elif config.distributed:
-    jax.distributed.initialize()
+from scripts.continual_lm.data import HeldOut, LanguageData, Sequences
+from scripts.continual_lm.documents import DATASETS
+from scripts.continual_lm.methods import BASELINE, LABELS, METHODS, START
+from scripts.continual_lm.model import Language
+from scripts.continual_lm.train import State
 
 
-def read(config: Config) -> tuple[lm_run.Language, LanguageData]:
-  """The model, and the sequences that it is trained and tested on."""
-  corpus = lm_documents.read(config.dataset, config.data_dir)
-  language, length = lm_run.make_language(config), config.sequence_length()
-  if length > language.max_length:
-    raise ValueError(
-      f"length must be at most {language.max_length}, that of the model; got {length}"
-    )
-  sizes = config.validation_sequences, config.test_sequences
-  data = lm_data.make(corpus, language.tokenizer, length, *sizes)
-  if config.batch_size > len(data.train.tokens):
-    raise ValueError(
-      f"batch_size must be at most {len(data.train.tokens)}, the sequences for training; got "
-      f"{config.batch_size}"
-    )
-  return language, data
+class Given(NamedTuple):
+  """What all cells have in common: the model, the text, and where they run."""
+
+  language: Language
+  data: LanguageData
+  devices: Devices
+  evaluate: Callable[[Any, Sequences], np.ndarray]
+
+  def new(self, seed: int) -> Any:
+    """The parameters before any training."""
+    return jax.device_put(self.language.init(jax.random.key(seed)), self.devices.everywhere)
 
 
-def prepare_output(config: Config) -> list[Row]:
-  """Checks and writes the identity of the run; returns the lines of the run that goes on."""
-  if config.resume:
-    lines = report.read_run(config.output_dir, config.identity(), METRICS)
-    lines = lm_run.lines_to_keep(config, lines)
+def program_of(run: Run[Config], method: str) -> tuple[Callable[[Any], State], Program]:
+  """The beginning and the step of a method, for all seeds and shares of noise."""
+  config, given = run.config, run.data
+  if method == START:
+    weighting = jaxbo.uniform()
+    rate = lm_methods.pretraining_schedule(config.pretrain_learning_rate, config.pretrain_steps)
   else:
-    report.start_run(config.output_dir, config.identity())
-    lines = []
-  if jax.process_count() > 1:  # No process may write what another is still to read.
-    multihost_utils.sync_global_devices("output_dir is prepared")
-  return lines
+    weighting = METHODS[method].weighting(config.rates, len(given.data.domains))
+    rate = lm_methods.continual_schedule(config.continual_learning_rate(), config.steps)
+  make = lambda: train.make_program(given.language.loss_fn, weighting, rate, given.devices)
+  return run.shared(method, make)
 
 
-def looked_at(config: Config, losses: np.ndarray) -> dict[str, tuple[list[int], list[float]]]:
-  """What IR-DRO looks at in batches of each size, plain and compositional."""
-  temperature, rate = config.rates.temperature, config.rates.compositional_rate
-  plain = jaxbo.kl(temperature)
-  of_all = float(np.exp((losses - losses.max()) / temperature) @ losses)
-  of_all /= float(np.exp((losses - losses.max()) / temperature).sum())
-  sizes = [2**i for i in range(9)]
-  curves = {"ir_dro": plain, "ir_dro_compositional": jaxbo.compositional(plain, rate)}
-  values = {
-    name: (sizes, lm_report.weighted_losses(weighting, losses, sizes, 1000))
-    for name, weighting in curves.items()
-  }
-  ends = [sizes[0], sizes[-1]]
-  return values | {
-    "": (ends, [of_all, of_all]),
-    BASELINE: (ends, [float(losses.mean())] * 2),
-  }
+class Training(Task):
+  """A method on one seed at a share of noise, or the training before it, ``START``."""
+
+  def __init__(
+    self,
+    run: Run[Config],
+    start: State | None = None,
+    *,
+    corruption: float,
+    method: str,
+    seed: int,
+  ):
+    self.run, self.method, self.given = run, method, run.data
+    config, given = run.config, run.data
+    noise = corruption, config.corruption_kind, given.language.tokenizer.vocab_size, seed
+    self.sequences = lm_data.corrupt(given.data.train, *noise)
+    self.stream = (seed, int(method != START))  # The phases have batches of their own.
+    self.state = State(given.new(seed) if start is None else start.params, ())
+    if config.steps_of(method):
+      init, program = program_of(run, method)
+      self.state = init(self.state.params)
+      self._step = program.compile(self.state, self.batch(0)[1])
+
+  def batch(self, t: int) -> tuple[np.ndarray, dict[str, jax.Array]]:
+    """The rows of step ``t``, and what it takes of them."""
+    size, num = self.run.config.batch_size, len(self.sequences.tokens)
+    rows = lm_data.rows_of_batch(num, size, self.stream, t)
+    return rows, train.batch_of(self.sequences, rows, self.given.devices)
+
+  def step(self, state: State, t: int) -> tuple[State, Any]:
+    """Does step ``t``; tells what it shows, and of which sequences."""
+    rows, batch = self.batch(t)
+    state, shown = self._step(state, np.int32(t), batch)
+    return state, (shown, rows)
+
+  def held_out(self, state: State, part: HeldOut) -> Row:
+    """Losses on sequences that are not trained on."""
+    losses = self.given.evaluate(state.params, part.sequences)
+    return report.of_held_out(losses, part, self.given.data.domains)
+
+  def evaluate(self, state: State, told: list[Any]) -> Row:
+    """The means of the steps since the last evaluation, and the losses for validation."""
+    shown, rows = jax.tree.map(lambda *leaves: np.stack([*map(np.asarray, leaves)]), *told)
+    window = report.of_window(shown, rows, self.sequences, self.given.data.domains)
+    validation = self.held_out(state, self.given.data.validation)
+    return window | {f"validation_{name}": value for name, value in validation.items()}
+
+  def result(self, state: State, spent: Spent) -> Row:
+    """The losses for testing, and what the weights were like."""
+    config, data = self.run.config, self.given.data
+    row = self.held_out(state, data.test)
+    if self.method != START:
+      return row | report.of_run(spent.lines, config.batch_size * config.sequence_length())
+    losses = self.given.evaluate(state.params, data.validation.sequences)
+    self.run.note("start_losses", losses.tolist)  # Of the first seed.
+    return row | {"validation_loss": float(data.validation.weights @ losses)}
 
 
-def of_this_run(config: Config, row: Row) -> bool:
-  """Whether it is of a method, a share of noise and a seed that were asked for this time."""
-  wanted = row["method"] in config.methods and row["corruption"] in config.corruptions
-  return wanted and row["seed"] in config.all_seeds()
+def time_steps(run: Run[Config]) -> dict[str, measure.Timing]:
+  """Times steps of all methods in turns, so that what slows the machine slows all of them."""
+  given, config = run.data, run.config
+  batch = train.batch_of(given.data.train, np.arange(config.batch_size), given.devices)
+  params, states, steps = given.new(config.first_seed), {}, {}
+  for method in (BASELINE, *(name for name in config.methods if name != BASELINE)):
+    init, program = program_of(run, method)
+    states[method] = init(params)
+    steps[method] = program.compile(states[method], batch)
+
+  def call(name):
+    states[name], _ = steps[name](states[name], np.int32(0), batch)
+    return states[name]
+
+  calls = {name: functools.partial(call, name) for name in steps}
+  return measure.time_together(calls, num_rounds=config.timing_rounds, calls=2)
 
 
-def print_and_draw(config: Config, data: LanguageData, outcome: Outcome, console: Console) -> None:
-  """Prints tables, and writes the rows and pictures of what there is."""
-  kept_by = ("corruption", "method", "seed") if config.resume else ()
-  report.write_csv(config.output_dir / CSV, outcome.rows, kept_by)
-  for corruption in config.corruptions:
-    if not any(of_this_run(config, r) and r["corruption"] == corruption for r in outcome.rows):
-      continue
-    title = (
-      f"{config.dataset}, {lm_plots.arm_title(corruption, config.corruption_kind)}: "
-      f"{config.steps} steps of {config.batch_size} sequences of {config.sequence_length()} tokens"
-    )
-    losses = lm_report.loss_table(outcome.rows, corruption, data.domains)
-    report.print_table(console, f"{title}; test loss", *losses)
-    compared = lm_report.comparison_table(outcome.rows, corruption, outcome.timings)
-    report.print_table(console, f"{title}; test loss minus that of uniform weights", *compared)
-  begun = lambda line: of_this_run(config, line) and line["seed"] in outcome.start
-  lines = [line for line in outcome.lines if begun(line)]
-  written = f"{METRICS} and {CSV}"
-  if any(of_this_run(config, row) for row in outcome.rows):
-    written = f"{METRICS}, {CSV} and pictures"
-    overview, curves = (config.output_dir / name for name in PICTURES)
-    kind = config.corruption_kind
-    lm_plots.draw_overview(outcome.rows, lines, data.domains, kind, overview)
-    by_size = looked_at(config, outcome.start_losses)
-    lm_plots.draw_curves(lines, outcome.start, by_size, kind, curves)
-  console.print(f"{written} are in {config.output_dir}")
+class ContinualLM(Study[Config]):
+  """The experiment."""
 
+  config = Config
+  smoke: ClassVar = {
+    "seeds": 1, "methods": ("uniform", "ir_dro"), "batch_size": 8, "length": 32,
+    "pretrain_steps": 20, "steps": 4, "eval_every": 2, "num_layers": 1, "width": 16,
+    "validation_sequences": 8, "test_sequences": 16, "timing_rounds": 1,
+  }  # fmt: skip
 
-def run_and_report(config: Config) -> int:
-  """Runs, prints and saves; returns the exit status."""
-  with report.bad_input():
-    connect(config)
-    config.check()
-    language, data = read(config)
-    outcome = Outcome(prepare_output(config))
-  if jax.process_index():  # Works along with process 0, which writes and prints.
-    with report.progress_bar(Console(quiet=True)) as progress:
-      Runner(config, language, data, outcome, lambda **values: None, progress).run_all()
-    return 0
-  console, status = report.console(), 0
-  log = report.MetricsLog(config.output_dir / METRICS, outcome.lines)
-  with log, report.progress_bar(console) as progress:
-    try:
-      Runner(config, language, data, outcome, log.write, progress).run_all()
-    except KeyboardInterrupt:
-      status = 130
-  if status:
-    console.print("Interrupted; --resume goes on. What was finished until then:")
-  if outcome.rows:
-    print_and_draw(config, data, outcome, console)
-  return status
+  def connect(self, config: Config) -> None:
+    """Meets the other processes."""
+    if config.coordinator_address is not None:
+      address = config.coordinator_address
+      jax.distributed.initialize(address, config.num_processes, config.process_id)
+    elif config.distributed:
+      jax.distributed.initialize()
 
+  def prepare(self, config: Config) -> Given:
+    """The model, and the sequences that it is trained and tested on."""
+    if config.batch_size % jax.device_count():
+      raise ValueError(
+        f"batch_size must be a multiple of the number of devices, {jax.device_count()}, got "
+        f"{config.batch_size}"
+      )
+    for method in config.methods:  # The last band must begin inside of the batch.
+      METHODS[method].weighting(config.rates, 1)
+    corpus, language = DATASETS[config.dataset](config.data_dir), model.make(config)
+    sizes = config.sequence_length(), config.validation_sequences, config.test_sequences
+    data = lm_data.make(corpus, language.tokenizer, *sizes)
+    if config.batch_size > len(data.train.tokens):
+      raise ValueError(
+        f"batch_size must be at most {len(data.train.tokens)}, the sequences for training; got "
+        f"{config.batch_size}"
+      )
+    everywhere = devices.all_devices()
+    evaluate = train.make_evaluate(language.loss_fn, config.batch_size, everywhere)
+    return Given(language, data, everywhere, evaluate)
 
-def main(config: Config) -> int:
-  """Runs, prints and saves. Returns the exit status: 130 if interrupted, with what was finished."""
-  return report.exit_status(run_and_report, config)
+  def cells(self, run: Run[Config]) -> Iterable[Cell]:
+    """The checkpoint of every seed, and all methods from there at every share of noise."""
+    config = run.config
+    every = config.eval_every, config.eval_every
+    for seed in config.all_seeds():
+      start = ()
+      for corruption, method in (
+        (0.0, START),
+        *itertools.product(config.corruptions, config.methods),
+      ):
+        key = {"corruption": corruption, "method": method, "seed": seed}
+        make = functools.partial(Training, run, **key)
+        noise = f", {corruption:.0%} noise" if corruption else ""
+        label = f"seed {seed}{noise}, {LABELS[method]}"
+        cell = Cell(key, make, config.steps_of(method), label, *every, needs=start)
+        start = start or (cell,)
+        yield cell
+
+  def finish(self, run: Run[Config]) -> None:
+    """Times the steps of methods whose time is not known yet."""
+    config = run.config
+    if config.timing_rounds and BASELINE in config.methods:
+      times = functools.cache(lambda: time_steps(run))
+      for method in config.methods:
+        run.note(f"time/{method}", lambda method=method: times()[method]._asdict())
+
+  def tables(self, results: Results[Config]) -> Iterable[Table]:
+    """For each share of noise losses and differences of them; and what a step costs."""
+    config, rows = results.config, results.rows
+    domains = [name.removeprefix("loss/") for name in map(str, rows) if name.startswith("loss/")]
+    losses = {"loss": Column("loss"), "worst": Column("worst domain")}
+    quantiles = {name: Column(name) for name in report.QUANTILES}
+    weights = {
+      "ess": Column("ESS", 2),
+      **{f"weight/{name}": Column(name, 2) for name in domains},
+      "weight_noise": Column("noise weight", 2),
+      "tokens_per_second": Column("tokens/s", 0, mean_only=True),
+    }
+    for corruption in report.shares_of_noise(rows):
+      title = (
+        f"{config.dataset}, {plots.arm_title(corruption, config.corruption_kind)}: {config.steps} "
+        f"steps of {config.batch_size} sequences of {config.sequence_length()} tokens"
+      )
+      arm = report.of_arm(rows, corruption)
+      of_domains = {f"loss/{name}": Column(name) for name in domains}
+      yield table.spread(f"{title}; test loss", arm, "method", LABELS, losses | of_domains)
+      if BASELINE in set(arm["method"]):
+        minus = f"{title}; test loss minus that of uniform weights"
+        yield table.paired(minus, arm, "method", BASELINE, LABELS, losses | quantiles)
+      trained = arm[arm["method"] != START]
+      told = table.spread(f"{title}; mean weights", trained, "method", LABELS, weights)
+      yield told.without_dashes()
+    times = {name: results.notes.get(f"time/{name}") for name in METHODS}
+    ratio = lambda time: f"{time['ratio']:.2f} ± {time['spread']:.2f}"
+    steps = [[LABELS[n], f"{1e3 * t['seconds']:.1f}", ratio(t)] for n, t in times.items() if t]
+    if steps:
+      yield Table("time beside uniform weights, in turns", ["method", "ms/step", "time"], steps)
+
+  def draw(self, run: Run[Config]) -> None:
+    """Losses, weights, and their ESS; curves, and what weights look at by batch size."""
+    results, domains, kind = run.results(), run.data.data.domains, run.config.corruption_kind
+    rows, lines = results.rows, results.lines
+    if set(rows["method"]) - {START}:
+      plots.draw_overview(rows, lines, domains, kind, run.path / "continual_lm.png")
+      losses = np.array(results.notes["start_losses"], np.float32)
+      looked_at = report.looked_at(run.config.rates, losses)
+      start = rows[rows["method"] == START].set_index("seed")["validation_loss"]
+      plots.draw_curves(lines, start, looked_at, kind, run.path / "curves.png")
 
 
 if __name__ == "__main__":
-  sys.exit(main(tyro.cli(Config)))
+  study.main(Config, functools.partial(study.run, ContinualLM()), __doc__)

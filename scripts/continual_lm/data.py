@@ -2,31 +2,15 @@
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
+from jaxbo_models.tokenizers import BPETokenizer, ByteTokenizer
 
 from scripts.continual_lm.documents import Corpus, Document
 
 CORRUPTIONS = ("shuffled", "random")
-
-
-class Tokenizer(Protocol):
-  """What a tokenizer has to offer."""
-
-  @property
-  def vocab_size(self) -> int:
-    """The number of tokens."""
-    ...
-
-  @property
-  def end_of_text(self) -> int:
-    """The token behind a document."""
-    ...
-
-  def encode(self, text: str) -> list[int]:
-    """The tokens of a text."""
-    ...
+Tokenizer = ByteTokenizer | BPETokenizer
 
 
 class Sequences(NamedTuple):
@@ -77,20 +61,9 @@ class LanguageData(NamedTuple):
 
 
 def make(
-  corpus: Corpus,
-  tokenizer: Tokenizer,
-  length: int,
-  num_validation: int,
-  num_test: int,
+  corpus: Corpus, tokenizer: Tokenizer, length: int, num_validation: int, num_test: int
 ) -> LanguageData:
-  """Packs a corpus.
-
-  Args:
-    corpus: documents in three parts.
-    tokenizer: what makes tokens of them.
-    length: tokens of a sequence.
-    num_validation: sequences for validation, of each domain at most.
-    num_test: the same for testing.
+  """Packs a corpus; holds out at most so many sequences of each domain.
 
   Raises:
     ValueError: if a domain has no whole sequence in one of the parts.
@@ -146,13 +119,8 @@ def hold_out(sequences: Sequences, most: int, shares: np.ndarray) -> HeldOut:
 def corrupt(sequences: Sequences, share: float, kind: str, vocab_size: int, seed: int) -> Sequences:
   """Makes noise of ``round(share * n)`` sequences, drawn at random.
 
-  Args:
-    sequences: what to draw from.
-    share: in [0, 1).
-    kind: ``"shuffled"`` puts the tokens of a sequence into a random order, ``"random"`` draws them
-      uniformly from the vocabulary.
-    vocab_size: the number of tokens.
-    seed: of the draw.
+  ``"shuffled"`` puts the tokens of a sequence into a random order, ``"random"`` draws them
+  uniformly from the vocabulary.
   """
   rng, tokens = np.random.default_rng(seed), sequences.tokens.copy()
   corrupted = np.zeros(len(tokens), bool)
@@ -168,13 +136,7 @@ def rows_of_batch(num_sequences: int, batch_size: int, stream: tuple[int, ...], 
   """The rows of the batch of a step, ``[batch_size]``: a function of its arguments alone.
 
   So a run that goes on at a step sees what it would have seen. Every epoch is a new permutation,
-  whose last rows are left out if they do not fill a batch.
-
-  Args:
-    num_sequences: how many sequences there are, at least ``batch_size``.
-    batch_size: how many a batch holds.
-    stream: numbers that name a sequence of batches, such as a seed.
-    step: the number of the batch, from 0.
+  whose last rows are left out if they do not fill a batch. Numbers name the ``stream`` of batches.
   """
   epoch, place = divmod(step, num_sequences // batch_size)
   begin = place * batch_size

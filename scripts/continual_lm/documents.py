@@ -2,7 +2,6 @@
 
 import ast
 import importlib
-import os
 import sysconfig
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
@@ -35,22 +34,6 @@ class Corpus(NamedTuple):
   test: list[Document]
 
 
-def read(dataset: str, data_dir: str | os.PathLike | None = None) -> Corpus:
-  """Reads a data set.
-
-  Args:
-    dataset: one of :data:`DATASETS`.
-    data_dir: where tensorflow-datasets has its files, as in ``data.tfds_source``.
-
-  Raises:
-    ValueError: if ``dataset`` is none of them.
-    FileNotFoundError: if it is not there; the message says how to prepare it.
-  """
-  if dataset not in DATASETS:
-    raise ValueError(f"dataset must be one of {', '.join(DATASETS)}; got {dataset!r}")
-  return DATASETS[dataset](data_dir)
-
-
 # -- What ships with Python: the same for one version of Python, no matter where it runs.
 
 # Modules of the other domains are files beside these folders, so that none is in two domains.
@@ -60,7 +43,7 @@ _PACKAGES = (
 )  # fmt: skip
 
 
-def python_corpus(data_dir: str | os.PathLike | None = None) -> Corpus:
+def python_corpus(data_dir: Path | None = None) -> Corpus:
   """Four domains that every Python brings along.
 
   ``manual``: topics of the language reference (``pydoc_data``). ``docstrings``: the documentation
@@ -120,7 +103,7 @@ def _every_tenth(texts: Mapping[str, Mapping[str, str]]) -> Corpus:
 # -- Data sets of tensorflow-datasets.
 
 
-def text_domains(data_dir: str | os.PathLike | None = None) -> Corpus:
+def text_domains(data_dir: Path | None = None) -> Corpus:
   """``text_domains``: an encyclopedia, novels, politics, economics, captions of images."""
   preparation = (
     "It is not in the catalogue of tensorflow-datasets: passages with the features text, domain "
@@ -139,7 +122,7 @@ def text_domains(data_dir: str | os.PathLike | None = None) -> Corpus:
   return Corpus(tuple(info.features["domain"].names), *parts)
 
 
-def tiny_shakespeare(data_dir: str | os.PathLike | None = None) -> Corpus:
+def tiny_shakespeare(data_dir: Path | None = None) -> Corpus:
   """``tiny_shakespeare``: one domain, one document in each part."""
   parts: Sequence[list[Document]] = [
     [Document(data.tfds_source("tiny_shakespeare", split, data_dir)[0]["text"].decode(), 0)]

@@ -4,36 +4,35 @@ Nothing of this was tuned: what a paper or its code says was taken, and what it 
 choice, made before any result was seen.
 """
 
-import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import optax
+from pydantic import Field
 
 import jaxbo
+from scripts.common.config import Checked, Positive
+
+Part = Annotated[float, Field(gt=0, le=1)]
 
 
-@dataclasses.dataclass(frozen=True)
-class Rates:
-  """What the weightings take.
+class Rates(Checked):
+  """What the weightings take."""
 
-  Attributes:
-    temperature: of IR-DRO, in nats per token; 1 is the published default.
-    compositional_rate: the share of a new batch in the moving average; our choice.
-    fraction: of a band of ranks; 1/8 is published, for batches of 8.
-    shape_temperature: of LinUpper, Quadratic and Extremes, for scores from 0 to 1; 0.4 is published
-      (as is 1, for the smallest model). The published burn-in at 100 is left out: it is for losses
-      that do not say much yet, and here they are those of a trained model (our reading).
-    level: of CVaR, the share of the batch; our choice.
-    group_step_size: of group DRO; 0.01 is published.
-  """
-
-  temperature: float = 1.0
-  compositional_rate: float = 0.1
-  fraction: float = 0.125
-  shape_temperature: float = 0.4
-  level: float = 0.25
-  group_step_size: float = 0.01
+  temperature: Positive = 1.0
+  """Of IR-DRO, in nats per token; 1 is the published default."""
+  compositional_rate: Part = 0.1
+  """The share of a new batch in the moving average; our choice."""
+  fraction: Part = 0.125
+  """Of a band of ranks; 1/8 is published, for batches of 8."""
+  shape_temperature: Positive = 0.4
+  """Of LinUpper, Quadratic and Extremes, for scores from 0 to 1; 0.4 is published (as is 1, for the
+  smallest model). The published burn-in at 100 is left out: it is for losses that do not say much
+  yet, and here they are those of a trained model (our reading)."""
+  level: Part = 0.25
+  """Of CVaR, the share of the batch; our choice."""
+  group_step_size: Positive = 0.01
+  """Of group DRO; 0.01 is published."""
 
 
 class Method(NamedTuple):
@@ -69,6 +68,8 @@ METHODS = {
   ),
 }
 BASELINE = "uniform"
+START = "checkpoint"  # What all of them go on from.
+LABELS = {START: "checkpoint (no training on)"} | {n: one.label for n, one in METHODS.items()}
 
 
 def make_optimizer(

@@ -1,37 +1,34 @@
-"""What runs of continual language-model training say: numbers of a run, and tables of all."""
+"""What is told of runs of continual language-model training."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pandas as pd
 
 import jaxbo
-from benchmarks.measure import Timing
-from scripts.common import report
+from scripts.common.study import Row
 from scripts.continual_lm.data import HeldOut, Sequences
-from scripts.continual_lm.methods import BASELINE, METHODS
-from scripts.continual_lm.train import Window
+from scripts.continual_lm.methods import BASELINE, START, Rates
+from scripts.continual_lm.train import Shown
 
-Row = dict[str, Any]  # a line of metrics.jsonl, or a row of results.csv
-
-START, START_LABEL = "checkpoint", "checkpoint (no training on)"
 QUANTILES = {"median": 0.5, "q90": 0.9, "q99": 0.99}
 
 
-def of_window(window: Window, sequences: Sequences, domains: Sequence[str]) -> Row:
-  """The means over some steps: the loss, the effective sample size, and relative weights.
+def of_window(
+  shown: Shown, rows: np.ndarray, sequences: Sequences, domains: Sequence[str]
+) -> dict[str, float]:
+  """The means over steps of ``[steps, ...]`` that were shown, on ``[steps, batch]`` rows.
 
   A weight is relative to that of uniform weights, 1; it is NaN where there is nothing to weigh.
   """
-  weights = window.shown.weights
-  domain, corrupted = sequences.domain[window.rows], sequences.corrupted[window.rows]
-  mean = lambda chosen: float(weights[chosen].mean()) if chosen.any() else math.nan
+  domain, corrupted = sequences.domain[rows], sequences.corrupted[rows]
+  mean = lambda chosen: float(shown.weights[chosen].mean()) if chosen.any() else math.nan
   return {
-    "train_loss": float(window.shown.losses.mean()),
-    "ess": float(window.shown.effective_sample_size.mean()),
+    "train_loss": float(shown.losses.mean()),
+    "ess": float(shown.effective_sample_size.mean()),
     "weight_clean": mean(~corrupted),
     "weight_noise": mean(corrupted),
     **{f"weight/{name}": mean(domain == i) for i, name in enumerate(domains)},
@@ -55,15 +52,14 @@ def of_held_out(losses: np.ndarray, held_out: HeldOut, domains: Sequence[str]) -
   }
 
 
-def of_run(lines: Sequence[Row], steps: int, tokens_per_step: int) -> Row:
+def of_run(lines: Sequence[Row], tokens_per_step: int) -> dict[str, float]:
   """What a run has been like, from all of its lines: means over its steps."""
-  lengths = np.diff([0, *(line["step"] for line in lines)])
-  means = {}
-  for name in lines[0]:
-    if name == "ess" or name.startswith("weight"):
-      values = [math.nan if line[name] is None else line[name] for line in lines]
-      means[name] = float(np.average(values, weights=lengths))
-  return means | {"tokens_per_second": steps * tokens_per_step / lines[-1]["seconds"]}
+  told = pd.DataFrame(lines)
+  lengths = np.diff(told["step"], prepend=0)
+  names = [name for name in told if name == "ess" or str(name).startswith("weight")]
+  means = {str(n): float(np.average(told[n].astype(float), weights=lengths)) for n in names}
+  tokens = lines[-1]["step"] * tokens_per_step
+  return means | {"tokens_per_second": tokens / lines[-1]["seconds"]}
 
 
 def weighted_losses(
@@ -89,59 +85,27 @@ def weighted_losses(
   return [float(of_size(batches, size)) for size in sizes]
 
 
-# -- Tables: means over seeds, and differences to uniform weights in pairs of runs of one seed.
+def looked_at(rates: Rates, losses: np.ndarray) -> Mapping[str, tuple[list[int], list[float]]]:
+  """What IR-DRO looks at in batches of each size: its name, sizes, weighted means of losses.
+
+  It is compared with its own weights of all losses at once, under ``""``, and with uniform ones.
+  """
+  plain, sizes = jaxbo.kl(rates.temperature), [2**i for i in range(9)]
+  curves = {
+    "ir_dro": plain,
+    "ir_dro_compositional": jaxbo.compositional(plain, rates.compositional_rate),
+  }
+  values = {n: (sizes, weighted_losses(one, losses, sizes, 1000)) for n, one in curves.items()}
+  weights, ends = np.exp((losses - losses.max()) / rates.temperature), [sizes[0], sizes[-1]]
+  flat = {"": float(weights @ losses) / float(weights.sum()), BASELINE: float(losses.mean())}
+  return values | {name: (ends, [value, value]) for name, value in flat.items()}
 
 
-def label_of(method: str) -> str:
-  """The name of a row."""
-  return START_LABEL if method == START else METHODS[method].label
+def shares_of_noise(rows: pd.DataFrame) -> list[float]:
+  """Those that methods have rows or lines of."""
+  return sorted(rows.loc[rows["method"] != START, "corruption"].unique().tolist())
 
 
-def runs_of(rows: Sequence[Row], corruption: float) -> Iterator[tuple[str, list[Row]]]:
-  """The methods at a share of noise with their runs; the checkpoint counts as one at each."""
-  arm = [row for row in rows if row["corruption"] == corruption or row["method"] == START]
-  for method in dict.fromkeys(row["method"] for row in arm):
-    yield method, [row for row in arm if row["method"] == method]
-
-
-def differences(rows: Sequence[Row], corruption: float, method: str, name: str) -> list[float]:
-  """A number of a method minus that of uniform weights, for each seed that has both."""
-  runs = dict(runs_of(rows, corruption))
-  base = {row["seed"]: row[name] for row in runs.get(BASELINE, [])}
-  mine = runs.get(method, [])
-  return [row[name] - base[row["seed"]] for row in mine if row["seed"] in base]
-
-
-def loss_table(
-  rows: Sequence[Row], corruption: float, domains: Sequence[str]
-) -> tuple[list[str], list[list[str]]]:
-  """Columns and rows: losses on the test set."""
-  columns = {"loss": "loss", "worst": "worst domain", **{f"loss/{d}": d for d in domains}}
-  table = []
-  for method, mine in runs_of(rows, corruption):
-    spread = [report.mean_and_spread(row[name] for row in mine) for name in columns]
-    table.append([label_of(method), str(len(mine)), *spread])
-  return ["method", "seeds", *columns.values()], table
-
-
-def comparison_table(
-  rows: Sequence[Row], corruption: float, timings: Mapping[str, Timing]
-) -> tuple[list[str], list[list[str]]]:
-  """Columns and rows: differences to uniform weights, what the weights are like, and their cost."""
-  compared = {"loss": "loss", "worst": "worst domain", **{name: name for name in QUANTILES}}
-  table = []
-  for method, mine in runs_of(rows, corruption):
-    cells = [label_of(method)]
-    cells += [report.mean_and_spread(differences(rows, corruption, method, n)) for n in compared]
-    spread = lambda name, mine=mine: report.mean_and_spread((row[name] for row in mine), 2)
-    shown = ("ess", "weight_noise") if corruption else ("ess",)
-    if method == START:
-      cells += ["-"] * (len(shown) + 1)
-    else:
-      cells += [spread(name) for name in shown]
-      cells.append(f"{np.mean([row['tokens_per_second'] for row in mine]):.0f}")
-    timing = timings.get(method)
-    cells.append(f"{timing.ratio:.2f} ± {timing.spread:.2f}" if timing else "-")
-    table.append(cells)
-  noise = ["noise weight"] if corruption else []
-  return ["minus uniform", *compared.values(), "ESS", *noise, "tokens/s", "time"], table
+def of_arm(rows: pd.DataFrame, corruption: float) -> pd.DataFrame:
+  """The rows of methods at a share of noise; the checkpoint counts as one at each."""
+  return rows[(rows["corruption"] == corruption) | (rows["method"] == START)]

@@ -13,33 +13,33 @@ episodes of characters have quarter turns as classes of their own, evaluation ep
   ... --resume                                                goes on where a run was stopped
 
 Accuracies are of 600 test episodes of classes that were never trained on, with a 95 % confidence
-interval over episodes. Batch statistics are those of the support and of the query set
-(transductive), in training and evaluation alike.
+interval over episodes; of several seeds, with their standard deviation. Batch statistics are those
+of the support and of the query set (transductive), in training and evaluation alike.
 """
 
-import contextlib
-import dataclasses
 import functools
 import itertools
-import json
-import sys
+import math
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pandas as pd
 import tyro
 from jaxbo_models import Conv4, ResNet12
 
-from benchmarks import measure
-from scripts.common import fewshot_data, report
-from scripts.common.checkpoints import latest_step
-from scripts.few_shot import plots as few_shot_plots
-from scripts.few_shot import problem as few_shot
-from scripts.few_shot.problem import LABELS, Backbone
-from scripts.few_shot.setting import Draw, Settings, sampler
-from scripts.few_shot.trainer import Trainer
+from jaxbo.tasks import Episode
+from scripts.common import fewshot_data, study
+from scripts.common.config import FREE, Among, Count, Index, Positive, StudyConfig
+from scripts.common.fewshot_data import FewShotData, ImageClasses
+from scripts.common.study import Cell, Compiled, Program, Results, Row, Run, Spent, Study
+from scripts.common.table import Column, Table
+from scripts.few_shot import plots
+from scripts.few_shot.problem import LABELS, Backbone, make_method
+from scripts.few_shot.setting import Draw, Settings, draw_key, sampler
 
 DATASETS = {
   "glyphs": Settings(),
@@ -53,98 +53,60 @@ DATASETS = {
     smoothing_plain=1e-3,  # The kernels of ResNet-12 start at 0.02.
   ),
 }
+EVALUATION_BATCH = 20
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
+class Config(StudyConfig):
   """Few-shot meta-learning: eight methods on one backbone, side by side."""
 
-  dataset: str = "glyphs"
-  """glyphs (drawn on the spot), or omniglot or caltech101_fewshot (read by tensorflow-datasets)."""
-  methods: tuple[str, ...] = tuple(LABELS)
+  dataset: Annotated[str, Among(DATASETS)] = "glyphs"
+  """Glyphs are drawn on the spot, the others are read by tensorflow-datasets."""
+  methods: Annotated[tuple[str, ...], Among(LABELS), FREE] = tuple(LABELS)
   """Which methods to run."""
-  steps: int = 300
+  steps: Count = 300
   """Meta-steps of each method."""
-  seed: int = 0
-  """Of initial parameters and training episodes; evaluation episodes are always the same."""
-  backbone: str = "auto"
-  """conv4 or resnet12; auto takes resnet12 for images of three channels."""
-  width: int = 64
+  seeds: Count = 1
+  """How many seeds, of initial parameters and training episodes; evaluation episodes are always the
+  same."""
+  first_seed: Annotated[Index, tyro.conf.arg(aliases=["--seed"])] = 0
+  """The first of them."""
+  backbone: Annotated[str, Among(("auto", "conv4", "resnet12"))] = "auto"
+  """Auto takes resnet12 for images of three channels."""
+  width: Count = 64
   """Channels of conv4."""
   bfloat16: bool = False
   """Whether the backbone computes in bfloat16; its parameters are float32 all the same."""
-  eval_every: int = 50
+  eval_every: Count = 50
   """Meta-steps between evaluations on validation classes."""
-  eval_episodes: int = 600
+  eval_episodes: Count = 600
   """Test episodes; a third of them for validation."""
-  checkpoint_every: int = 50
+  checkpoint_every: Annotated[Count, FREE] = 50
   """Meta-steps between checkpoints."""
-  resume: bool = False
-  """Goes on from the checkpoints in output_dir; the other arguments must be those of that run."""
-  data_dir: Path | None = None
-  """Where tensorflow-datasets has its files, instead of TFDS_DATA_DIR or ~/tensorflow_datasets."""
-  output_dir: Path = Path("runs/few_shot")
+  output_dir: Annotated[Path, FREE] = Path("runs/few_shot")
   """Where results and checkpoints go."""
-  num_ways: int | None = None
+  num_ways: Count | None = None
   """Classes of an episode, instead of the data set's default (as for all below)."""
-  num_shots: int | None = None
+  num_shots: Count | None = None
   """Support images of a class."""
-  num_queries: int | None = None
+  num_queries: Count | None = None
   """Query images of a class."""
-  num_tasks: int | None = None
+  num_tasks: Count | None = None
   """Tasks of a meta-step."""
-  inner_steps: int | None = None
+  inner_steps: Count | None = None
   """Steps on the head."""
-  num_samples: int | None = None
+  num_samples: Count | None = None
   """Directions of ESJ on features, for each task."""
-  response_scale: float | None = None
+  response_scale: Positive | None = None
   """Factor of the response of the shrunk ESJ."""
-  outer_learning_rate: float | None = None
+  outer_learning_rate: Positive | None = None
   """Learning rate of Adam at the start."""
-
-  def check(self) -> None:
-    """Raises ``ValueError`` for what cannot run."""
-    for name, allowed in (("dataset", DATASETS), ("backbone", ("auto", "conv4", "resnet12"))):
-      if getattr(self, name) not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
-    if not self.methods or not set(self.methods) <= set(LABELS):
-      given = " ".join(self.methods) or "none"
-      raise ValueError(f"methods must be among {', '.join(LABELS)}; got {given}")
-    if len(set(self.methods)) < len(self.methods):
-      raise ValueError(f"methods must name each method once, got {' '.join(self.methods)}")
-    for field in dataclasses.fields(self):
-      value = getattr(self, field.name)
-      number = isinstance(value, (int, float)) and not isinstance(value, bool)
-      if number and field.name != "seed" and not value > 0:
-        raise ValueError(f"{field.name} must be positive, got {value}")
-    if self.seed < 0:
-      raise ValueError(f"seed must not be negative, got {self.seed}")
 
   def settings(self) -> Settings:
     """The data set's settings, with what was given instead."""
-    given = {field.name: getattr(self, field.name, None) for field in dataclasses.fields(Settings)}
-    given = {name: value for name, value in given.items() if value is not None}
-    return dataclasses.replace(DATASETS[self.dataset], **given)
-
-  def identity(self) -> dict[str, Any]:
-    """What a resumed run must have in common with the run that it continues."""
-    left_out = ("methods", "resume", "data_dir", "output_dir", "checkpoint_every")
-    values = dataclasses.asdict(self)
-    return {name: value for name, value in values.items() if name not in left_out}
+    return self.override(DATASETS[self.dataset])
 
 
-class Result(NamedTuple):
-  """A method after training; a row of ``results.csv``."""
-
-  method: str
-  steps: int
-  test_accuracy: float
-  confidence: float
-  seconds_per_step: float
-  temporary_bytes: int
-
-
-def read(config: Config) -> fewshot_data.FewShotData:
+def read(config: Config) -> FewShotData:
   """The classes for training, validation and test."""
   if config.dataset == "omniglot":
     return fewshot_data.omniglot(config.data_dir)
@@ -152,9 +114,12 @@ def read(config: Config) -> fewshot_data.FewShotData:
     return fewshot_data.caltech101_fewshot(config.data_dir)
   glyphs = fewshot_data.synthetic_glyphs(500, 20)
   parts = itertools.pairwise((0, 350, 400, 500))
-  return fewshot_data.FewShotData(
-    *(fewshot_data.ImageClasses(*(field[begin:end] for field in glyphs)) for begin, end in parts)
-  )
+  return FewShotData(*(ImageClasses(*(field[i:j] for field in glyphs)) for i, j in parts))
+
+
+def scale_pixels(images: jax.Array) -> jax.Array:
+  """uint8 pixels as float32 in [0, 1]; floats as they are."""
+  return images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images
 
 
 def make_backbone(config: Config, images: np.ndarray) -> Backbone:
@@ -163,143 +128,158 @@ def make_backbone(config: Config, images: np.ndarray) -> Backbone:
   dtype = jnp.bfloat16 if config.bfloat16 else None
   make = ResNet12 if resnet else functools.partial(Conv4, config.width)
   shared, of_task = (make(conv=conv, dtype=dtype) for conv in ("native", "auto"))
-  apply = lambda model: lambda x, images: jnp.asarray(model.apply(x, images))
-  return Backbone(shared.init, apply(shared), apply(of_task))
+  apply = lambda model: lambda x, images: jnp.asarray(model.apply(x, scale_pixels(images)))
+  init = lambda key, images: shared.init(key, scale_pixels(images))
+  return Backbone(init, apply(shared), apply(of_task))
 
 
-def make_trainer(name: str, config: Config, data: fewshot_data.FewShotData) -> Trainer:
-  """The method of that name, ready to train."""
-  settings, backbone = config.settings(), make_backbone(config, data.train.images)
-  method = few_shot.make_method(name, backbone, settings, config.steps, config.seed)
-  checkpoints = config.output_dir / "checkpoints" / name
-  return Trainer(method, settings, data.train, config.seed, checkpoints)
+class FewShot(Compiled):
+  """A method on one seed; a step is a meta-step."""
+
+  def __init__(self, run: Run[Config], method: str, seed: int):
+    self.config, settings = run.config, run.config.settings()
+    classes: FewShotData = run.shared("classes", lambda: jax.device_put(run.data))
+    backbone = make_backbone(run.config, run.data.train.images)
+    made = make_method(method, backbone, settings, run.config.steps, seed)
+    sample = sampler(settings, settings.num_rotations, settings.num_tasks)
+    sample_evaluation = sampler(settings, 1, EVALUATION_BATCH)
+
+    def step(state, t, key, train):
+      key = jax.random.fold_in(jax.random.wrap_key_data(key), t)
+      return made.step(state, sample(key, train))
+
+    def evaluate(state, key, classes):
+      def of_one(episode):
+        predicted = jnp.argmax(made.predict(state, episode), axis=-1)
+        return jnp.mean(predicted == episode.query_labels), predicted
+
+      episodes = sample_evaluation(key, classes)
+      # One at a time: the activations of 20 episodes of ResNet-12 do not fit into 24 GiB.
+      accuracies, predicted = jax.lax.map(of_one, episodes)
+      return accuracies, jax.tree.map(lambda leaf: leaf[0], (episodes, predicted))
+
+    init = run.shared(("init", method, seed), lambda: jax.jit(made.init))
+    state = init(draw_key(Draw.PARAMETERS, seed), classes.train.images[0, :2])
+    key = jax.random.key_data(draw_key(Draw.TRAINING, seed))
+    program = run.shared(("step", method), lambda: Program(step))
+    super().__init__(program, state, key, classes.train)
+    self.classes = {Draw.VALIDATION: classes.validation, Draw.TEST: classes.test}
+    self._evaluate = run.shared(("evaluate", method), lambda: jax.jit(evaluate))
+
+  def accuracies(self, state: Any, draw: Draw, num_episodes: int) -> np.ndarray:
+    """The accuracy in each of the episodes of ``draw``, which are the same in every run."""
+    batches = range(-(-num_episodes // EVALUATION_BATCH))
+    keys = (jax.random.fold_in(draw_key(draw), batch) for batch in batches)
+    parts = [self._evaluate(state, key, self.classes[draw])[0] for key in keys]
+    return np.concatenate(parts)[:num_episodes]
+
+  def first_test_episode(self, state: Any) -> tuple[Episode, np.ndarray]:
+    """The first of the test episodes, and the classes that are predicted for its queries."""
+    key = jax.random.fold_in(draw_key(Draw.TEST), 0)
+    return jax.tree.map(np.asarray, self._evaluate(state, key, self.classes[Draw.TEST])[1])
+
+  def evaluate(self, state: Any, told: list[Any]) -> Row:
+    """The loss of the last step, and the accuracy on validation classes."""
+    accuracies = self.accuracies(state, Draw.VALIDATION, -(-self.config.eval_episodes // 3))
+    return {"outer_loss": float(told[-1]), "validation_accuracy": float(accuracies.mean())}
+
+  def result(self, state: Any, spent: Spent) -> Row:
+    """The accuracy on test classes, and what the steps cost."""
+    accuracy, half = interval(self.accuracies(state, Draw.TEST, self.config.eval_episodes))
+    return {
+      "steps": self.config.steps,
+      "test_accuracy": accuracy,
+      "confidence": half,
+      "seconds_per_step": spent.seconds / self.config.steps,
+      "temporary_bytes": self.program.temporary_bytes,
+    }
 
 
-def prepare_output(config: Config) -> list[dict[str, Any]]:
-  """Checks and writes the identity of the run; returns the metrics of the run that goes on."""
-  wanted = json.loads(json.dumps(config.identity()))
-  if config.resume:
-    return report.read_run(config.output_dir, wanted, "metrics.jsonl")
-  report.start_run(config.output_dir, wanted)
-  return []
+def interval(accuracies: np.ndarray) -> tuple[float, float]:
+  """The mean, and half the width of its 95 % confidence interval."""
+  half = 1.96 * accuracies.std(ddof=1) / math.sqrt(len(accuracies)) if len(accuracies) > 1 else 0.0
+  return float(accuracies.mean()), float(half)
 
 
-def run_all(
-  config: Config, data: Any, earlier: list[dict[str, Any]], console: Any
-) -> tuple[list[Result], list[dict[str, Any]], int]:
-  """Runs all methods; returns results, metrics and the exit status."""
-  results: list[Result] = []
-  validation, test = jax.device_put((data.validation, data.test))
-  folders = {name: config.output_dir / "checkpoints" / name for name in LABELS}
-  done_before = {name: latest_step(folder) for name, folder in folders.items()}
-  metrics = [line for line in earlier if line["step"] <= done_before[line["method"]]]
-  with (
-    report.MetricsLog(config.output_dir / "metrics.jsonl", metrics) as log,
-    report.progress_bar(console) as progress,
-  ):
-    try:
-      for name in config.methods:
-        bar = progress.add_task(LABELS[name], total=config.steps, loss="compiling")
-        trainer = make_trainer(name, config, data)
-        with contextlib.closing(trainer):  # Waits for checkpoints, also after Ctrl-C.
-          done = trainer.restore() if config.resume else 0
-          progress.update(bar, completed=done)
-          every = (config.eval_every, config.checkpoint_every)
-          show = functools.partial(progress.update, bar)
-          on_step = lambda done, show=show: show(completed=done)
-          for step, loss in trainer.fit(done, config.steps, *every, on_step):
-            accuracy, _ = trainer.accuracy(
-              validation, -(-config.eval_episodes // 3), Draw.VALIDATION
-            )
-            line = {
-              "method": name,
-              "step": step,
-              "seconds": trainer.seconds,
-              "outer_loss": loss,
-              "validation_accuracy": accuracy,
-            }
-            metrics.append(line)
-            log.write(**line)
-            show(completed=step, loss=f"loss {loss:.3f}, accuracy {accuracy:.3f}")
-        accuracy, half = trainer.accuracy(test, config.eval_episodes, Draw.TEST)
-        memory = measure.temporary_bytes(trainer.compiled)
-        results.append(
-          Result(name, config.steps, accuracy, half, trainer.seconds / config.steps, memory)
-        )
-        rows = [result._asdict() for result in results]
-        kept_by = ("method",) if config.resume else ()
-        report.write_csv(config.output_dir / "results.csv", rows, kept_by)
-        few_shot_plots.draw_episode(
-          LABELS[name],
-          trainer,
-          config.settings(),
-          test,
-          config.output_dir / f"episode_{name}.png",
-        )
-    except KeyboardInterrupt:
-      return results, metrics, 130
-  return results, metrics, 0
+def accuracy_of(rows: pd.DataFrame) -> str:
+  """The accuracy of a method: of one seed with the interval, of several with their spread."""
+  if len(rows) > 1:
+    return f"{Column('', 2, 100).cell(rows['test_accuracy'])} %"
+  return f"{100 * rows['test_accuracy'].item():.2f} ± {100 * rows['confidence'].item():.2f} %"
 
 
-def check_shapes(config: Config, data: fewshot_data.FewShotData) -> None:
-  """Traces every method once, so that what cannot run is refused before anything is trained.
+class FewShotStudy(Study[Config]):
+  """The experiment."""
 
-  Raises:
-    ValueError: if a set has too few classes or images, or a method cannot run.
-  """
-  settings, backbone = config.settings(), make_backbone(config, data.train.images)
-  turns = (settings.num_rotations, 1, 1)
-  for classes, num_rotations in zip(data, turns, strict=True):
-    sample = sampler(settings, num_rotations, settings.num_tasks)
-    jax.eval_shape(lambda key, s=sample, c=classes: s(key, c), jax.random.key(0))
-  sample = sampler(settings, settings.num_rotations, settings.num_tasks)
-  episodes = jax.eval_shape(lambda key: sample(key, data.train), jax.random.key(0))
-  for name in config.methods:
-    method = few_shot.make_method(name, backbone, settings, config.steps, config.seed)
-    try:
-      state = jax.eval_shape(method.init, jax.random.key(0), data.train.images[0, :2])
-      jax.eval_shape(method.step, state, episodes)
-    except ValueError as error:
-      raise ValueError(f"{name}: {error}") from error
+  config = Config
+  # Compilation is nearly all of it.
+  smoke: ClassVar = {"methods": ("first_order",), "steps": 4, "width": 4, "eval_episodes": 20}
 
+  def prepare(self, config: Config) -> FewShotData:
+    """Reads the data, and traces every method: what cannot run is refused before any training."""
+    data, settings = read(config), config.settings()
+    backbone = make_backbone(config, data.train.images)
+    for classes, num_rotations in zip(data, (settings.num_rotations, 1, 1), strict=True):
+      sample = sampler(settings, num_rotations, settings.num_tasks)
+      jax.eval_shape(lambda key, s=sample, c=classes: s(key, c), jax.random.key(0))
+    sample = sampler(settings, settings.num_rotations, settings.num_tasks)
+    episodes = jax.eval_shape(lambda key: sample(key, data.train), jax.random.key(0))
+    for name in config.methods:
+      method = make_method(name, backbone, settings, config.steps, config.first_seed)
+      try:
+        state = jax.eval_shape(method.init, jax.random.key(0), data.train.images[0, :2])
+        jax.eval_shape(method.step, state, episodes)
+      except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    return data
 
-def run_and_report(config: Config) -> int:
-  """Runs, prints and saves; returns the exit status."""
-  with report.bad_input():
-    config.check()
-    data = read(config)
-    check_shapes(config, data)
-    earlier = prepare_output(config)
-  console, settings = report.console(), config.settings()
-  results, metrics, status = run_all(config, data, earlier, console)
-  if status:
-    console.print("Interrupted; --resume goes on from the last checkpoint.")
-  if results:
+  def cells(self, run: Run[Config]) -> Iterable[Cell]:
+    """Every method on every seed."""
+    config = run.config
+    for seed, method in itertools.product(config.all_seeds(), config.methods):
+      yield Cell(
+        {"method": method, "seed": seed},
+        functools.partial(FewShot, run, method, seed),
+        config.steps,
+        f"seed {seed}, {LABELS[method]}" if config.seeds > 1 else LABELS[method],
+        config.eval_every,
+        config.checkpoint_every,
+      )
+
+  def tables(self, results: Results[Config]) -> Iterable[Table]:
+    """Accuracies, and what they cost."""
+    config, settings, rows = results.config, results.config.settings(), results.rows
+    seeds = sorted(set(rows["seed"]))
     title = (
       f"{config.dataset}: {settings.num_ways}-way {settings.num_shots}-shot, {config.steps} "
-      f"meta-steps of {settings.num_tasks} tasks, seed {config.seed}; accuracy of "
-      f"{config.eval_episodes} test episodes ± 95 % confidence interval"
+      f"meta-steps of {settings.num_tasks} tasks, seed{'s' * (len(seeds) > 1)} "
+      f"{', '.join(map(str, seeds))};\naccuracy of {config.eval_episodes} test episodes ± "
+      + ("standard deviation over seeds" if len(seeds) > 1 else "95 % confidence interval")
     )
-    rows = [
+    time, memory = Column("", 0, 1e3), Column("", 0, 2**-20, mean_only=True)
+    known = rows["temporary_bytes"].where(rows["temporary_bytes"] >= 0)
+    body = [
       [
-        LABELS[result.method],
-        f"{100 * result.test_accuracy:.2f} ± {100 * result.confidence:.2f} %",
-        f"{1e3 * result.seconds_per_step:.0f}",
-        f"{result.temporary_bytes / 2**20:.0f}" if result.temporary_bytes >= 0 else "-",
+        LABELS[str(method)],
+        accuracy_of(mine),
+        time.cell(mine["seconds_per_step"]),
+        memory.cell(known[mine.index]),
       ]
-      for result in results
+      for method, mine in rows.groupby("method", sort=False)
     ]
-    report.print_table(console, title, ["method", "accuracy", "ms/step", "temp. MiB"], rows)
-  if metrics:
-    few_shot_plots.draw_curves(metrics, config.output_dir / "few_shot.png")
-    console.print(f"metrics.jsonl, results.csv and the pictures are in {config.output_dir}")
-  return status
+    yield Table(title, ["method", "accuracy", "ms/step", "temp. MiB"], body)
 
-
-def main(config: Config) -> int:
-  """Runs, prints and saves. Returns the exit status: 130 if interrupted."""
-  return report.exit_status(run_and_report, config)
+  def draw(self, run: Run[Config]) -> None:
+    """Curves, and for each method the first test episode as it sees it on the first seed."""
+    plots.draw_curves(run.results().lines, run.path / "few_shot.png")
+    for cell in run.finished():
+      if cell.key["seed"] == run.config.first_seed:
+        method = cell.key["method"]
+        task = FewShot(run, method, cell.key["seed"])
+        episode, predicted = task.first_test_episode(run.state(cell))
+        path = run.path / f"episode_{method}.png"
+        plots.draw_episode(LABELS[method], episode, predicted, run.config.settings(), path)
 
 
 if __name__ == "__main__":
-  sys.exit(main(tyro.cli(Config)))
+  study.main(Config, functools.partial(study.run, FewShotStudy()), __doc__)

@@ -19,289 +19,290 @@ others. Numbers are in docs/experiments/multiple_minima.md.
   ... --resume                                                   goes on where a run was stopped
 """
 
-import dataclasses
-import json
-import sys
-from collections.abc import Mapping, Sequence
+import functools
+import itertools
+import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, ClassVar, Self
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-import tyro
-from rich.console import Console
-from rich.progress import Progress
+import pandas as pd
+from pydantic import model_validator
 
-from scripts.common import cleaning, report
-from scripts.multiple_minima import cleaning as minima_cleaning
-from scripts.multiple_minima import equal_budget
-from scripts.multiple_minima import plots as minima_plots
-from scripts.multiple_minima import toys as toy_problems
-from scripts.multiple_minima.cleaning import BASELINES, METHODS
-from scripts.multiple_minima.equal_budget import Cells, Cost
+import jaxbo
+from benchmarks import measure
+from scripts.common import cleaning, study, table
+from scripts.common.config import FREE, Among, Count, Index, Share, StudyConfig
+from scripts.common.data import Examples
+from scripts.common.study import Cell, Results, Row, Run, Spent, Study, Task
+from scripts.common.table import Column, Table
+from scripts.multiple_minima import plots, toys, training
+from scripts.multiple_minima.methods import BASELINES, DATASETS, METHODS
 from scripts.multiple_minima.settings import CHOSEN
 from scripts.multiple_minima.toys import LABELS, TOYS, Trajectory
+from scripts.multiple_minima.training import BUDGETS, Parts, Problem, Training, make_problem
 
-METRICS, COSTS, CSV = "metrics.jsonl", "costs.json", "results.csv"
-PICTURES = "toys.png", "cleaning.png"
+NUM_POINTS = 15  # Of the curve of a method, until its gradients are spent.
+UNIT = "everything"  # A step of it is one gradient.
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
+class Config(StudyConfig):
   """Where the inner problem has many minima: all bilevel methods side by side."""
 
-  dataset: str = "digits"
-  """Of hyper-cleaning: digits (in scikit-learn's wheel) or mnist (by tensorflow-datasets)."""
-  methods: tuple[str, ...] = tuple(LABELS)
-  """Which methods to run; hyper-cleaning has its baselines too."""
-  toys: tuple[str, ...] = tuple(TOYS)
+  dataset: Annotated[str, Among(CHOSEN)] = "digits"
+  """Of hyper-cleaning: digits are in scikit-learn's wheel, mnist is by tensorflow-datasets."""
+  methods: Annotated[tuple[str, ...], Among(LABELS)] = tuple(LABELS)
+  """Which methods to run; hyper-cleaning has its baselines too. A resumed run has the same."""
+  toys: Annotated[tuple[str, ...], Among(TOYS, least=0), FREE] = tuple(TOYS)
   """Which toys to run; none if nothing follows."""
-  seeds: int = 3
+  seeds: Index = 3
   """Seeds of hyper-cleaning: split, wrong labels and initial model; 0 leaves it out."""
-  first_seed: int = 0
+  first_seed: Index = 0
   """The first of them. The settings were chosen on seeds 100 and 101."""
-  budget: int | None = None
+  budget: Count | None = None
   """Gradients of the inner loss for each method, instead of the data set's default."""
-  corruption: float = 0.5
+  corruption: Share = 0.5
   """The share of wrong training labels, in [0, 1)."""
-  resume: bool = False
-  """Goes on from the seeds and methods that an earlier run finished in output_dir."""
-  data_dir: Path | None = None
-  """Where tensorflow-datasets has its files, instead of TFDS_DATA_DIR or ~/tensorflow_datasets."""
-  output_dir: Path = Path("runs/multiple_minima")
-  """Where results go. Files of an earlier run there are replaced, unless it is resumed."""
+  output_dir: Annotated[Path, FREE] = Path("runs/multiple_minima")
+  """Where results go."""
 
-  def check(self) -> None:
-    """Raises ``ValueError`` for what cannot run."""
-    for name, allowed in (("methods", LABELS), ("toys", TOYS)):
-      value = getattr(self, name)
-      if not set(value) <= set(allowed):
-        raise ValueError(f"{name} must be among {', '.join(allowed)}; got {' '.join(value)}")
-      if len(set(value)) < len(value):
-        raise ValueError(f"{name} must name each once, got {' '.join(value)}")
-    if self.dataset not in CHOSEN:
-      raise ValueError(f"dataset must be one of {', '.join(CHOSEN)}; got {self.dataset!r}")
-    if not self.methods:
-      raise ValueError(f"methods must be among {', '.join(LABELS)}; got none")
-    if not 0 <= self.corruption < 1:
-      raise ValueError(f"corruption must be in [0, 1), got {self.corruption}")
-    for name in ("seeds", "first_seed"):
-      if getattr(self, name) < 0:
-        raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-    if self.budget is not None and self.budget < 1:
-      raise ValueError(f"budget must be at least 1, got {self.budget}")
+  @model_validator(mode="after")
+  def _something_to_run(self) -> Self:
     if not self.toys and not self.seeds:
       raise ValueError("toys must not be empty with seeds 0: nothing would be left to run")
-
-  def identity(self) -> dict[str, Any]:
-    """What a resumed run must have in common with the run that it continues."""
-    settings = {
-      "settings": repr(minima_cleaning.DATASETS[self.dataset]),
-      "chosen": CHOSEN[self.dataset],
-    }
-    run = {"methods": list(self.methods), "budget": self.num_gradients()}
-    return json.loads(json.dumps(settings | run | {"corruption": self.corruption}))
+    return self
 
   def num_gradients(self) -> int:
     """The gradients that each method may spend."""
-    return self.budget or equal_budget.BUDGETS[self.dataset]
+    return self.budget or BUDGETS[self.dataset]
 
 
-Trajectories = dict[tuple[str, str], Trajectory]  # by method and toy
+class OnToy(Task):
+  """A method on a toy, in one step; its state is where the method went, in single precision."""
+
+  def __init__(self, method: str, toy: str):
+    self.method, self.toy = method, TOYS[toy]
+    num, zeros = self.toy.num_updates, lambda *shape: jnp.zeros(shape, jnp.float32)
+    params = jaxbo.Bilevel(*(zeros(num + 1, *np.shape(part)) for part in self.toy.start))
+    self.state = Trajectory(params, gap=zeros(num + 1), dual=zeros(num))
+
+  def step(self, state: Any, t: int) -> tuple[Any, Any]:
+    """Does all updates."""
+    trajectory = toys.run(self.method, self.toy)
+    return jax.tree.map(jnp.float32, trajectory), trajectory
+
+  def evaluate(self, state: Any, told: list[Any]) -> Row:
+    """The distance to the solution, and the gap, at the end."""
+    params, gap, _ = told[-1]
+    flat = lambda parts: np.concatenate([np.ravel(part) for part in parts])
+    miss = flat(leaf[-1] for leaf in params) - flat(self.toy.optimum)
+    return {"distance": float(np.linalg.norm(miss)), "gap": float(gap[-1])}
+
+  def result(self, state: Any, spent: Spent) -> Row:
+    """The same."""
+    return {name: spent.lines[-1][name] for name in ("distance", "gap")}
 
 
-class Result(NamedTuple):
-  """A method on one seed; a row of ``results.csv``. NaN where a number means nothing.
+def problem_of(run: Run[Config], method: str, seed: int) -> Problem:
+  """What a method is given on a seed."""
+  (examples, test), settings = run.data, DATASETS[run.config.dataset]
+  split = lambda: cleaning.split(examples, test, settings, run.config.corruption, seed)
+  return make_problem(method, run.shared(seed, split), settings, seed)
 
-  ``accuracy`` and all that has no name of its own is at the end of the budget of gradients;
-  ``accuracy_at_seconds`` at that of seconds. ``retrained`` is with the weights of the last step.
+
+def parts_of(run: Run[Config], method: str) -> Parts:
+  """A method with the settings chosen for it."""
+  config, problem = run.config, problem_of(run, method, run.config.first_seed)
+  settings, chosen = DATASETS[config.dataset], CHOSEN[config.dataset].get(method, {})
+  share = config.num_gradients() / NUM_POINTS
+  return run.shared(method, lambda: Parts(method, chosen, settings, share, problem))
+
+
+def measure_costs(run: Run[Config]) -> dict[str, Row]:
+  """What an outer step of each method costs, and how many ``steps`` are a point of its curve.
+
+  All are timed in turns, so that what slows the machine slows all of them.
   """
+  seed, names = run.config.first_seed, (*BASELINES, *run.config.methods)
+  tasks = {name: Training(parts_of(run, name), problem_of(run, name, seed), seed) for name in names}
 
-  method: str
-  seed: int
-  accuracy: float
-  accuracy_at_seconds: float
-  retrained: float
-  auc: float
-  f1: float
-  wrong_learnt: float
-  gap: float
-  outer_loss: float
-  steps: float
-  gradients_per_step: float
-  seconds_per_step: float
-  temporary_bytes: int
+  def some_steps(task):
+    task.state, _ = task.step(task.state, 0)
+    return task.state
 
-
-def run_toys(config: Config, progress: Progress, trajectories: Trajectories) -> None:
-  """Runs the methods on the toys; fills ``trajectories`` as it goes."""
-  bar = progress.add_task("toys", total=len(config.toys) * len(config.methods), loss="")
-  for toy in config.toys:
-    for method in config.methods:
-      progress.update(bar, description=f"{toy}, {LABELS[method]}")
-      trajectories[method, toy] = toy_problems.run(method, TOYS[toy])
-      progress.advance(bar)
+  calls = {name: functools.partial(some_steps, task) for name, task in tasks.items()}
+  timings = measure.time_together(calls, num_rounds=5, calls=1)
+  return {
+    name: {
+      "steps": task.parts.steps,
+      "gradients": task.parts.gradients,
+      "seconds": timings[name].seconds / task.parts.steps,
+      "temporary_bytes": task.program.temporary_bytes,
+    }
+    for name, task in tasks.items()
+  }
 
 
-def toy_rows(trajectories: Trajectories) -> list[list[str]]:
+def budgets_of(config: Config, costs: Any) -> dict[str, float]:
+  """The gradients and the seconds that each method may spend."""
+  gradients = config.num_gradients()
+  return {"gradients": gradients, "seconds": gradients * costs[UNIT]["seconds"]}
+
+
+class OnCleaning(Training):
+  """A method on hyper-cleaning until both budgets are spent; a step is a point of its curve."""
+
+  def __init__(self, run: Run[Config], method: str, seed: int, costs: Any, num_points: int):
+    super().__init__(parts_of(run, method), problem_of(run, method, seed), seed)
+    self.run, self.method, self.seed, self.num_points = run, method, seed, num_points
+    self.cost, self.budgets = costs[method], budgets_of(run.config, costs)
+
+  def evaluate(self, state: Any, told: list[Any]) -> Row:
+    """What was spent and what was reached; at the end, a new model with the learnt weights."""
+    point = int(told[-1])
+    steps = point * self.parts.steps
+    spent = {name: steps * self.cost[name] for name in self.budgets}
+    line = {"steps": steps, **spent, **self.values(state)}
+    if point == self.num_points:
+      line["retrained"] = math.nan if self.method in BASELINES else self._retrained(state)
+    return line
+
+  def _retrained(self, state: Any) -> float:
+    of_weights = functools.partial(training.retrained_accuracy, DATASETS[self.run.config.dataset])
+    retrain = self.run.shared("retrain", lambda: jax.jit(of_weights))
+    key = jax.random.fold_in(jax.random.key(self.seed), 2**20)
+    return float(retrain(self.parts.loop.params(state).outer, key, self.problem))
+
+  def result(self, state: Any, spent: Spent) -> Row:
+    """What the gradients were enough for; the model that had seconds, and the one trained last.
+
+    NaN where a number means nothing.
+    """
+    of_gradients, of_seconds = (
+      within(spent.lines, name, most) for name, most in self.budgets.items()
+    )
+    names = ("auc", "f1", "wrong_learnt", "gap", "outer_loss", "steps")
+    first, last = spent.lines[0], spent.lines[-1]
+    return {
+      "accuracy": of_gradients["accuracy"],
+      "accuracy_at_seconds": of_seconds["accuracy"],
+      "retrained": last["retrained"],
+      **{name: of_gradients[name] for name in names},
+      "gradients_per_step": first["gradients"] / first["steps"],
+      "seconds_per_step": self.cost["seconds"],
+      "temporary_bytes": self.cost["temporary_bytes"],
+    }
+
+
+def within(lines: Sequence[Row], name: str, most: float) -> Row:
+  """The last point that spent no more than that; NaN if even the first did."""
+  allowed = [line for line in lines if line[name] <= most * (1 + 1e-9)]
+  return allowed[-1] if allowed else dict.fromkeys(lines[0], math.nan)
+
+
+COLUMNS = {
+  "accuracy": Column("by gradients"),
+  "accuracy_at_seconds": Column("by seconds"),
+  "retrained": Column("retrained"),
+  "auc": Column("AUC"),
+  "wrong_learnt": Column("learnt", 2, mean_only=True),
+  "gradients_per_step": Column("grad./step", 1, mean_only=True),
+  "seconds_per_step": Column("ms/step", 1, 1e3, mean_only=True),
+}
+
+
+def toy_table(rows: pd.DataFrame) -> Table:
   """For each method: the distance to the solution and the gap at the end, toy by toy."""
-  rows: dict[str, list[str]] = {}
-  for (method, toy), (params, gap, _) in trajectories.items():
-    end = np.concatenate([np.ravel(leaf[-1]) for leaf in params])
-    optimum = np.concatenate([np.ravel(part) for part in TOYS[toy].optimum])
-    row = rows.setdefault(method, [LABELS[method]])
-    row += [f"{np.linalg.norm(end - optimum):.3f}", f"{gap[-1]:.1e}"]
-  return list(rows.values())
+  names = list(dict.fromkeys(rows["toy"]))
+  columns = ["method", *(f"{toy} {what}" for toy in names for what in ("distance", "gap"))]
+  body = []
+  for method, mine in rows.groupby("method", sort=False):
+    ends = zip(mine["toy"], mine["distance"], mine["gap"], strict=True)
+    cells = {toy: [f"{distance:.3f}", f"{gap:.1e}"] for toy, distance, gap in ends}
+    body.append([LABELS[str(method)], *(text for toy in names for text in cells.get(toy, "--"))])
+  title = "Toys: distance to the solution, and gap g(x, y) - g*(x), at the end"
+  return Table(title, columns, body)
 
 
-def summarize(cells: Cells, costs: Mapping[str, Cost], budget: float) -> list[Result]:
-  """The rows of all runs that ended."""
-  limit = budget * costs[equal_budget.UNIT].seconds
-  results = []
-  for (method, seed), points in cells.items():
-    point = equal_budget.within(points, "gradients", budget)
-    results.append(
-      Result(
-        method=method,
-        seed=seed,
-        accuracy=point["accuracy"],
-        accuracy_at_seconds=equal_budget.within(points, "seconds", limit)["accuracy"],
-        retrained=points[-1]["retrained"],
-        auc=point["auc"],
-        f1=point["f1"],
-        wrong_learnt=point["wrong_learnt"],
-        gap=point["gap"],
-        outer_loss=point["outer_loss"],
-        steps=point["steps"],
-        gradients_per_step=points[0]["gradients"] / points[0]["steps"],
-        seconds_per_step=costs[method].seconds,
-        temporary_bytes=costs[method].temporary_bytes,
+def toy_cell(toy: str, method: str) -> Cell:
+  """A method on a toy."""
+  make = functools.partial(OnToy, method, toy)
+  return Cell({"toy": toy, "method": method}, make, 1, f"{toy}, {LABELS[method]}")
+
+
+def on_toys(rows: pd.DataFrame) -> "pd.Series[bool]":
+  """Which rows are of toys."""
+  return rows.reindex(columns=["toy"])["toy"].notna()
+
+
+class MultipleMinima(Study[Config]):
+  """The experiment."""
+
+  config = Config
+  smoke: ClassVar = {"methods": ("pdbo", "itd"), "toys": ("T1",), "seeds": 1, "budget": 60}
+  step_name = "point"
+
+  def prepare(self, config: Config) -> tuple[Examples, Examples | None] | None:
+    """The examples of hyper-cleaning."""
+    return cleaning.read(config.dataset, config.data_dir) if config.seeds else None
+
+  def begin(self, run: Run[Config]) -> None:
+    """What the methods of hyper-cleaning cost."""
+    if run.config.seeds:
+      run.note("costs", lambda: measure_costs(run))
+
+  def cells(self, run: Run[Config]) -> Iterable[Cell]:
+    """Every method on every toy, then every method and baseline on every seed of hyper-cleaning."""
+    config = run.config
+    for toy, method in itertools.product(config.toys, config.methods):
+      yield toy_cell(toy, method)
+    costs: dict[str, Row] = run.notes.get("costs", {})
+    for seed in config.all_seeds():
+      for method, cost in costs.items():
+        steps, budgets = 0, budgets_of(config, costs)
+        while any(steps * cost[name] < budget for name, budget in budgets.items()):
+          steps += cost["steps"]
+        num_points = steps // cost["steps"]
+        make = functools.partial(OnCleaning, run, method, seed, costs, num_points)
+        label = f"seed {seed}, {METHODS[method].label}"
+        yield Cell({"method": method, "seed": seed}, make, num_points, label, every=1)
+
+  def tables(self, results: Results[Config]) -> Iterable[Table]:
+    """The ends on the toys, and means over seeds of hyper-cleaning."""
+    config, settings, toy = results.config, DATASETS[results.config.dataset], on_toys(results.rows)
+    if toy.any():
+      yield toy_table(results.rows[toy])
+    if not toy.all():
+      title = (
+        f"{config.dataset}: {settings.num_train} training examples, {config.corruption:.0%} of "
+        f"labels wrong; {settings.num_val} clean validation examples; hidden layer of "
+        f"{settings.hidden[0]}\ntest accuracy after {config.num_gradients():,} gradients of the "
+        "inner loss, and after the seconds of so many;\nlearnt: the share of wrong labels that the "
+        "model gives back; mean ± standard deviation over seeds"
       )
-    )
-  return results
+      rows = results.rows[~toy]
+      learnt = rows["auc"].mask(rows["method"].isin(BASELINES))  # Their weights are given.
+      labels = {name: method.label for name, method in METHODS.items()}
+      yield table.spread(title, rows.assign(auc=learnt), "method", labels, COLUMNS)
 
-
-COLUMNS = [
-  "method",
-  "by gradients",
-  "by seconds",
-  "retrained",
-  "AUC",
-  "learnt",
-  "grad./step",
-  "ms/step",
-]
-
-
-def table_rows(results: Sequence[Result]) -> list[list[str]]:
-  """The rows of the table, formatted: means over seeds."""
-  rows = []
-  for method in dict.fromkeys(result.method for result in results):
-    mine = [result for result in results if result.method == method]
-    spread = lambda name, digits=3, mine=mine: report.mean_and_spread(
-      (getattr(result, name) for result in mine), digits
-    )
-    learns = method not in BASELINES
-    rows.append(
-      [
-        METHODS[method].label,
-        spread("accuracy"),
-        spread("accuracy_at_seconds"),
-        spread("retrained") if learns else "-",
-        spread("auc") if learns else "-",
-        report.mean_and_spread([float(np.mean([result.wrong_learnt for result in mine]))], 2),
-        f"{mine[0].gradients_per_step:.1f}",
-        f"{1e3 * mine[0].seconds_per_step:.1f}",
-      ]
-    )
-  return rows
-
-
-def title(config: Config) -> str:
-  """What the numbers are of."""
-  settings = minima_cleaning.DATASETS[config.dataset]
-  return (
-    f"{config.dataset}: {settings.num_train} training examples, {config.corruption:.0%} of labels "
-    f"wrong; {settings.num_val} clean validation examples; hidden layer of {settings.hidden[0]}\n"
-    f"test accuracy after {config.num_gradients():,} gradients of the inner loss, and after the "
-    "seconds of so many;\nlearnt: the share of wrong labels that the model gives back; mean ± "
-    "standard deviation over seeds"
-  )
-
-
-def prepare_output(config: Config) -> tuple[Cells, dict[str, Cost]]:
-  """Starts the files of a run, or reads what the run that goes on has finished."""
-  if config.resume:
-    lines = report.read_run(config.output_dir, config.identity(), METRICS)
-    path = config.output_dir / COSTS
-    costs = json.loads(path.read_text()) if path.exists() else {}
-    return equal_budget.finished(lines), {name: Cost(**cost) for name, cost in costs.items()}
-  with report.start_output(config.output_dir, METRICS, stale=(CSV, COSTS, *PICTURES)):
-    identity = json.dumps(config.identity(), indent=1) + "\n"
-    (config.output_dir / "config.json").write_text(identity)
-  return {}, {}
-
-
-def run_and_report(config: Config) -> int:
-  """Runs, prints and saves; returns the exit status."""
-  with report.bad_input():
-    config.check()
-    examples = cleaning.read(config.dataset, config.data_dir) if config.seeds else None
-    cells, costs = prepare_output(config)
-  console, status = report.console(), 0
-  trajectories: Trajectories = {}
-  earlier = [point for points in cells.values() for point in points]
-  log = report.MetricsLog(config.output_dir / METRICS, map(report.jsonable, earlier))
-  with log, report.progress_bar(console) as progress:
-    try:
-      run_toys(config, progress, trajectories)
-      if examples:
-        run_cleaning(config, examples, cells, costs, log, progress)
-    except KeyboardInterrupt:
-      status = 130
-  if status:
-    console.print("Interrupted; --resume goes on. What was measured until then:")
-  print_and_draw(config, console, trajectories, cells, costs)
-  return status
-
-
-def run_cleaning(
-  config: Config, examples: tuple[Any, Any], cells: Cells, costs: Any, log: Any, bar: Any
-) -> None:
-  """Fills ``cells`` and ``costs``."""
-  settings = minima_cleaning.DATASETS[config.dataset]
-  seeds = range(config.first_seed, config.first_seed + config.seeds)
-  data = {seed: cleaning.split(*examples, settings, config.corruption, seed) for seed in seeds}
-  chosen = {name: CHOSEN[config.dataset].get(name, {}) for name in (*BASELINES, *config.methods)}
-  path = config.output_dir / COSTS
-  budget = config.num_gradients()
-  equal_budget.compare(chosen, settings, budget, data, cells, costs, path, log, bar)
-
-
-def print_and_draw(
-  config: Config, console: Console, trajectories: Trajectories, cells: Cells, costs: Any
-) -> None:
-  """Prints the tables and writes the pictures of what there is."""
-  if trajectories:
-    toys = dict.fromkeys(toy for _, toy in trajectories)
-    columns = ["method", *(f"{toy} {what}" for toy in toys for what in ("distance", "gap"))]
-    text = "Toys: distance to the solution, and gap g(x, y) - g*(x), at the end"
-    report.print_table(console, text, columns, toy_rows(trajectories))
-    minima_plots.draw_toys(trajectories, config.output_dir / PICTURES[0])
-  if cells:
-    results = summarize(cells, costs, config.num_gradients())
-    report.write_csv(config.output_dir / CSV, [result._asdict() for result in results])
-    report.print_table(console, title(config), COLUMNS, table_rows(results))
-    limit = config.num_gradients() * costs[equal_budget.UNIT].seconds
-    minima_plots.draw_cleaning(
-      cells, config.num_gradients(), limit, config.output_dir / PICTURES[1]
-    )
-  console.print(f"Files are in {config.output_dir}")
-
-
-def main(config: Config) -> int:
-  """Runs, prints and saves. Returns the exit status: 130 if interrupted, with what was measured."""
-  return report.exit_status(run_and_report, config)
+  def draw(self, run: Run[Config]) -> None:
+    """Where the methods went on the toys, and the curves of hyper-cleaning."""
+    results, trajectories = run.results(), {}
+    toy = on_toys(results.rows)
+    for _, row in results.rows[toy].iterrows():
+      saved = run.saved(toy_cell(row["toy"], row["method"]))
+      params = jaxbo.Bilevel(**saved.pop("params"))
+      trajectories[row["method"], row["toy"]] = Trajectory(params, **saved)
+    if trajectories:
+      plots.draw_toys(trajectories, run.path / "toys.png")
+    if not toy.all():
+      ended = results.lines.merge(results.rows.loc[~toy, ["method", "seed"]])
+      budgets = budgets_of(run.config, results.notes["costs"])
+      plots.draw_cleaning(ended, budgets, run.path / "cleaning.png")
 
 
 if __name__ == "__main__":
-  sys.exit(main(tyro.cli(Config)))
+  study.main(Config, functools.partial(study.run, MultipleMinima()), __doc__)

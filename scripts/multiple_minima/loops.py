@@ -60,15 +60,11 @@ def response_loop(
     return step(state, train, val, **extra)[0]
 
   params = lambda state: jaxbo.Bilevel(state.x, state.solution.params)
-  num_batches = inner.num_steps if inner.per_step_batches else None
-  return Loop(init, step_with_union, params, num_batches)
+  return Loop(init, step_with_union, params, inner.num_steps if inner.per_step_batches else None)
 
 
 def training_loop(inner_loss: Callable[..., jax.Array], tx: optax.GradientTransformation) -> Loop:
   """Plain training of the inner parameters at fixed outer ones; a step is one gradient."""
-
-  def init(x, y):
-    return jaxbo.Bilevel(x, y), tx.init(y)
 
   def step(state, train, val):
     del val
@@ -76,7 +72,7 @@ def training_loop(inner_loss: Callable[..., jax.Array], tx: optax.GradientTransf
     updates, opt_state = tx.update(jax.grad(inner_loss, 1)(x, y, train), opt_state, y)
     return jaxbo.Bilevel(x, optax.apply_updates(y, updates)), opt_state
 
-  return Loop(init, step, lambda state: state[0])
+  return Loop(lambda x, y: (jaxbo.Bilevel(x, y), tx.init(y)), step, lambda state: state[0])
 
 
 def levels(
@@ -88,15 +84,12 @@ def levels(
 
   The tail of ``jaxbo.f2sa``, for any two optimizers.
   """
-  of_level: dict[Hashable, optax.GradientTransformation] = {"outer": outer, "inner": inner}
   if alternate is not None:
-    moves = {
-      "outer": lambda step, **_: jnp.asarray(step) % (alternate + 1) == alternate,
-      "inner": lambda step, **_: jnp.asarray(step) % (alternate + 1) != alternate,
-    }
-    of_level = {
-      level: optax.conditionally_mask(tx, moves[str(level)]) for level, tx in of_level.items()
-    }
+    outer_moves = lambda step, **_: jnp.asarray(step) % (alternate + 1) == alternate
+    outer = optax.conditionally_mask(outer, outer_moves)
+    inner_moves = lambda step, **_: jnp.asarray(step) % (alternate + 1) != alternate
+    inner = optax.conditionally_mask(inner, inner_moves)
+  of_level: dict[Hashable, optax.GradientTransformation] = {"outer": outer, "inner": inner}
   return optax.partition(of_level, jaxbo.Bilevel("outer", "inner"))
 
 

@@ -1,4 +1,4 @@
-"""The pictures of ``scripts/multiple_minima.py``."""
+"""The pictures of methods where the inner problem has many minima."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 
 import jaxbo
 from scripts.common import plots
-from scripts.multiple_minima.cleaning import METHODS
-from scripts.multiple_minima.equal_budget import Cells
+from scripts.multiple_minima.methods import METHODS
 from scripts.multiple_minima.toys import LABELS, RESPONSES, TOYS, Trajectory
 
 COLORS = {name: f"C{i}" for i, name in enumerate(LABELS)}
@@ -126,25 +126,23 @@ _BASELINES = {
 }
 
 
-def draw_cleaning(cells: Cells, budget: float, limit: float, path: Path) -> None:
+def draw_cleaning(lines: pd.DataFrame, budgets: Mapping[str, float], path: Path) -> None:
   """Draws the curves of hyper-cleaning, means and ranges over seeds."""
   fig, axes = plt.subplots(2, 3, figsize=(16, 9), layout="constrained")
   for ax, (horizontal, vertical, title) in zip(axes.ravel(), PANELS, strict=True):
-    for method in dict.fromkeys(method for method, _ in cells):
-      curves = [points for (name, _), points in cells.items() if name == method]
-      x = np.array([point[horizontal] for point in curves[0]])
-      values = [[point[vertical] for point in points] for points in curves]
+    for method, mine in lines.groupby("method", sort=False):
+      values = mine.pivot(index="seed", columns="point", values=vertical).to_numpy(float)
+      x = mine[horizontal].to_numpy()[: values.shape[1]]
       if np.isnan(values).all() or (vertical == "auc" and method in _BASELINES):
         continue
+      label = METHODS[str(method)].label
       if method in _BASELINES:
-        mean = np.mean(values, axis=0)
-        ax.plot(x, mean, color="k", ls=_BASELINES[method], label=METHODS[method].label)
+        ax.plot(x, values.mean(axis=0), color="k", ls=_BASELINES[str(method)], label=label)
       else:
-        color = COLORS[method]
-        plots.mean_and_range(ax, x, values, label=METHODS[method].label, color=color)
+        plots.mean_and_range(ax, x, values, label=label, color=COLORS[str(method)])
         if method in RESPONSES:
           ax.get_lines()[-1].set_linestyle("--")
-    ax.set(title=title, xlabel=horizontal, xlim=(0, budget if horizontal == "gradients" else limit))
+    ax.set(title=title, xlabel=horizontal, xlim=(0, budgets[horizontal]))
   axes[0, 0].set_ylim(0.7, 1.0)
   axes[0, 1].set_ylim(0.7, 1.0)
   axes[1, 1].set_yscale("log")

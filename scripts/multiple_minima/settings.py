@@ -1,8 +1,8 @@
 """The settings of ``scripts.multiple_minima`` for hyper-cleaning.
 
-Printed by ``python -m scripts.multiple_minima.tune``: for each method the best of 16 points on
-seeds 100 and 101 of the digits, which the script does not report. MNIST has the settings of the
-digits: nothing was chosen on it.
+From ``chosen.json`` of ``python -m scripts.multiple_minima.tune``: for each method the best of 16
+points on seeds 100 and 101 of the digits, which the script does not report. MNIST has the settings
+of the digits: nothing was chosen on it.
 """
 
 from typing import Any

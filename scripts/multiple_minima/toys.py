@@ -83,7 +83,13 @@ def sine_outer(p):
 
 
 class Toy(NamedTuple):
-  """A problem and how it is run.
+  r"""A problem and how it is run.
+
+  The rates were chosen by hand while looking at the runs: they show what can happen. Primal steps
+  are from the smoothness. What was changed after a first look: the starts of T3 (from (1.6, 0),
+  V-PBGD, F2SA and BOME went to another minimum), PDBO's steps (plain ones diverged on T2 and T3),
+  its rate of the multiplier on T4 (at 20 it stayed in the nearest valley), and V-PBGD's multiplier
+  (constant, it stayed there too). BOME has the published rate and was not changed.
 
   Attributes:
     title: what is to be seen.
@@ -93,7 +99,13 @@ class Toy(NamedTuple):
     start: ``(x, y)`` at the start.
     optimum: ``(x, y)`` at the solution.
     num_updates: of every method.
-    rates: for :func:`make_loop`.
+    inner: learning rate of SGD for the lower value and for inner runs, about :math:`1 / L_g`.
+    num_steps: its steps in one update; methods with a response get :data:`RESPONSE_STEPS`.
+    smoothness: :math:`(L_f, L_h)` for the step of PDBO, see
+      ``jaxbo.scale_by_lagrangian_smoothness``.
+    slack: of PDBO.
+    dual: learning rate of its multiplier. A slow multiplier lets :math:`f` pull first.
+    box: the projection of ``x``.
   """
 
   title: str
@@ -103,92 +115,79 @@ class Toy(NamedTuple):
   start: tuple[Any, Any]
   optimum: tuple[Any, Any]
   num_updates: int
-  rates: "Rates"
-
-
-class Rates(NamedTuple):
-  r"""Settings of a toy, chosen by hand while looking at its runs: they show what can happen.
-
-  Primal steps are from the smoothness. What was changed after a first look: the starts of T3 (from
-  (1.6, 0), V-PBGD, F2SA and BOME went to another minimum), PDBO's steps (plain ones diverged on T2
-  and T3), its rate of the multiplier on T4 (at 20 it stayed in the nearest valley), and V-PBGD's
-  multiplier (constant, it stayed there too). BOME has the published rate and was not changed.
-
-  Attributes:
-    inner: learning rate of SGD for the lower value and for inner runs, about :math:`1 / L_g`.
-    num_steps: its steps in one update; methods with a response get :data:`RESPONSE_STEPS`.
-    smoothness: :math:`(L_f, L_h)` for the step of PDBO, see
-      ``jaxbo.scale_by_lagrangian_smoothness``.
-    slack: of PDBO.
-    dual: learning rate of its multiplier. A slow multiplier lets :math:`f` pull first.
-    multiplier: where the penalties of V-PBGD and F2SA end.
-    outer: learning rate of methods with a response.
-    box: the projection of ``x``.
-  """
-
   inner: float
   num_steps: int
   smoothness: tuple[float, float]
   slack: float
   dual: float
-  multiplier: float = 10.0
-  outer: float = 0.05
   box: tuple[float, float] = (-10.0, 10.0)
 
 
-RESPONSE_STEPS = 20
-_FLAT_START = (3.0, (0.0, 0.0))
+RESPONSE_STEPS, RESPONSE_RATE = 20, 0.05
+MULTIPLIER = 10.0  # Where the penalties of V-PBGD and F2SA end.
+_FLAT = Toy(
+  "T1: a flat inner direction",
+  flat_inner,
+  flat_outer,
+  flat_gap,
+  start=(3.0, (0.0, 0.0)),
+  optimum=(1.0, (1.0, 1.0)),
+  num_updates=4000,
+  inner=1.0,
+  num_steps=1,
+  smoothness=(3.0, 2.0),
+  slack=1e-3,
+  dual=1.0,
+)
 TOYS = {
-  "T1": Toy(
-    "T1: a flat inner direction",
-    flat_inner,
-    flat_outer,
-    flat_gap,
-    _FLAT_START,
-    (1.0, (1.0, 1.0)),
-    4000,
-    Rates(inner=1.0, num_steps=1, smoothness=(3.0, 2.0), slack=1e-3, dual=1.0),
-  ),
-  "T2": Toy(
-    "T2: the constraint is active",
-    flat_inner,
-    active_outer,
-    flat_gap,
-    _FLAT_START,
-    (2.0, (2.0, 2.0)),
-    8000,
-    Rates(inner=1.0, num_steps=1, smoothness=(3.0, 2.0), slack=5e-3, dual=2.0),
+  "T1": _FLAT,
+  "T2": _FLAT._replace(
+    title="T2: the constraint is active",
+    outer_loss=active_outer,
+    optimum=(2.0, (2.0, 2.0)),
+    num_updates=8000,
+    slack=5e-3,
+    dual=2.0,
   ),
   "T3": Toy(
     "T3: many outer minima",
     pbgd_inner,
     pbgd_outer,
     lambda p: pbgd_inner(p.outer, p.inner, None),
-    (1.8, -1.8),
-    (1.215145, -1.215145),
-    8000,
-    Rates(inner=0.1, num_steps=5, smoothness=(20.0, 20.0), slack=1e-3, dual=2.0, box=(0.0, 3.0)),
+    start=(1.8, -1.8),
+    optimum=(1.215145, -1.215145),
+    num_updates=8000,
+    inner=0.1,
+    num_steps=5,
+    smoothness=(20.0, 20.0),
+    slack=1e-3,
+    dual=2.0,
+    box=(0.0, 3.0),
   ),
   "T4": Toy(
     "T4: many inner minima",
     sine_inner,
     sine_outer,
     lambda p: sine_inner(p.outer, p.inner, None) + 1,
-    (6.0, 6.0),
-    (2.356194, 4.356194),
-    8000,
-    Rates(inner=0.5, num_steps=2, smoothness=(4.0, 4.0), slack=1e-3, dual=0.5),
+    start=(6.0, 6.0),
+    optimum=(2.356194, 4.356194),
+    num_updates=8000,
+    inner=0.5,
+    num_steps=2,
+    smoothness=(4.0, 4.0),
+    slack=1e-3,
+    dual=0.5,
   ),
 }
 
 
 def make_loop(method: str, toy: Toy) -> Loop:
   """The method on the toy."""
-  rates = toy.rates
   outer_loss = lambda x, y, batch: toy.outer_loss(jaxbo.Bilevel(x, y))
-  box = lambda x: optax.projections.projection_box(x, *rates.box)
+  box = lambda x: optax.projections.projection_box(x, *toy.box)
+  loss, sgd = toy.inner_loss, optax.sgd(toy.inner)
   if method in RESPONSES:
-    inner = jaxbo.inner_solver(toy.inner_loss, optax.sgd(rates.inner), RESPONSE_STEPS)
+    inner = jaxbo.inner_solver(loss, sgd, RESPONSE_STEPS)
     head = {
       "itd": lambda: jaxbo.add_unrolled_response(inner),
       # Without damping, conjugate gradient stops at a flat direction and says so.
@@ -196,37 +195,26 @@ def make_loop(method: str, toy: Toy) -> Loop:
       # With one outer parameter a random sign has no variance.
       "esj": lambda: jaxbo.add_es_response(inner, 1, 1e-3, directions="rademacher"),
     }[method]()
-    return loops.response_loop(outer_loss, inner, optax.chain(head, optax.sgd(rates.outer)))
-  common: dict[str, Any] = {
-    "num_steps": rates.num_steps,
-    "inner_optimizer": optax.sgd(rates.inner),
-    "project_outer": box,
-  }
-  loss = toy.inner_loss
-  if method in ("pdbo", "proximal_pdbo"):
-    head = jaxbo.add_primal_dual_penalty(
-      loss,
-      slack=rates.slack,
-      dual_learning_rate=rates.dual,
-      extrapolation=1.0,
-      **common,
-    )
+    return loops.response_loop(outer_loss, inner, optax.chain(head, optax.sgd(RESPONSE_RATE)))
+  common: dict[str, Any] = {"inner_optimizer": sgd, "project_outer": box}
+  ramp = lambda start: optax.linear_schedule(start, MULTIPLIER, toy.num_updates // 4)
+  if method == "bome":
+    tx = jaxbo.bome(0.01, loss, num_steps=10, **common)
+  elif method == "v_pbgd":
+    tx = jaxbo.v_pbgd(0.1, loss, num_steps=toy.num_steps, multiplier=ramp(0.0), **common)
+  elif method == "f2sa":
+    common |= {"num_steps": toy.num_steps, "multiplier": ramp(1.0), "alternate": 4}
+    tx = jaxbo.f2sa(0.2 / MULTIPLIER, 0.2 / MULTIPLIER, loss, **common)
+  else:
+    common |= {"num_steps": toy.num_steps, "slack": toy.slack, "dual_learning_rate": toy.dual}
+    head = jaxbo.add_primal_dual_penalty(loss, extrapolation=1.0, **common)
     if method == "proximal_pdbo":
       head = jaxbo.add_proximal_terms(head, outer_weight=0.5, constraint_weight=0.1, period=20)
-    smooth_f, smooth_h = rates.smoothness
+    smooth_f, smooth_h = toy.smoothness
     head = jaxbo.scale_by_lagrangian_smoothness(
       head, outer_smoothness=smooth_f, constraint_smoothness=smooth_h
     )
     tx = optax.chain(head, optax.sgd(1.0), jaxbo.project(outer=box))
-  elif method == "bome":
-    tx = jaxbo.bome(0.01, loss, **dict(common, num_steps=10))
-  elif method == "v_pbgd":
-    ramp = optax.linear_schedule(0.0, rates.multiplier, toy.num_updates // 4)
-    tx = jaxbo.v_pbgd(0.1, loss, multiplier=ramp, **common)
-  else:
-    rate = 0.2 / rates.multiplier
-    ramp = optax.linear_schedule(1.0, rates.multiplier, toy.num_updates // 4)
-    tx = jaxbo.f2sa(rate, rate, loss, multiplier=ramp, alternate=4, **common)
   return loops.value_function_loop(outer_loss, tx)
 
 
@@ -240,8 +228,8 @@ class Trajectory(NamedTuple):
   """
 
   params: jaxbo.Bilevel
-  gap: np.ndarray
-  dual: np.ndarray
+  gap: Any
+  dual: Any
 
 
 def run(method: str, toy: Toy) -> Trajectory:

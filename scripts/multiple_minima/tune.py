@@ -2,79 +2,120 @@
 
   python -m scripts.multiple_minima.tune                        15 minutes on 2 CPU cores
 
-Every method has a grid of 16 points (``scripts/multiple_minima/cleaning.py``) and runs each on
-seeds 100 and 101, which no report uses, for the same budget of gradients as the script. The point
-of the best mean test accuracy at the end of the budget is printed as what belongs into
-``CHOSEN`` of ``scripts/multiple_minima/settings.py``.
+Every method has a grid of 16 points (``scripts/multiple_minima/methods.py``) and runs each on
+seeds 100 and 101, which no report uses, for the same budget of gradients as the script. The points
+of the best mean test accuracy at the end of the budget are written into ``chosen.json`` of the
+run's folder: what belongs into ``CHOSEN`` of ``scripts/multiple_minima/settings.py``.
 """
 
-import dataclasses
+import functools
 import itertools
 import json
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
-import jax
-import numpy as np
-import tyro
+import pandas as pd
 
-from scripts.common import cleaning, report
-from scripts.multiple_minima import cleaning as minima_cleaning
-from scripts.multiple_minima import equal_budget
-from scripts.multiple_minima.cleaning import BASELINES, METHODS
+from scripts.common import cleaning, study
+from scripts.common.config import FREE, Among, Count, Index, StudyConfig
+from scripts.common.data import Examples
+from scripts.common.study import Cell, Results, Row, Run, Spent, Study
+from scripts.common.table import Column, Table
+from scripts.multiple_minima.methods import BASELINES, DATASETS, METHODS
+from scripts.multiple_minima.training import BUDGETS, Parts, Training, make_problem
+
+TUNED = tuple(name for name in METHODS if name not in BASELINES)
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
+class Config(StudyConfig):
   """Chooses the settings of scripts.multiple_minima on seeds that it does not report."""
 
-  dataset: str = "digits"
-  """digits or mnist."""
-  methods: tuple[str, ...] = tuple(name for name in METHODS if name not in BASELINES)
+  dataset: Annotated[str, Among(DATASETS)] = "digits"
+  """The data set."""
+  methods: Annotated[tuple[str, ...], Among(TUNED), FREE] = TUNED
   """Which methods to tune."""
-  budget: int | None = None
+  budget: Count | None = None
   """Gradient evaluations, instead of the data set's default."""
-  seeds: tuple[int, ...] = (100, 101)
-  """Seeds."""
-  data_dir: Path | None = None
-  """Where tensorflow-datasets has its files."""
-  output: Path = Path("runs/tune_multiple_minima.jsonl")
-  """Where a line for each point goes."""
+  seeds: Count = 2
+  """How many seeds."""
+  first_seed: Index = 100
+  """The first of them."""
+  output_dir: Annotated[Path, FREE] = Path("runs/tune_multiple_minima")
+  """Where a row for each point and seed goes, and what was chosen."""
 
 
-def main(config: Config) -> None:
-  """Runs the grids; prints the best of each."""
-  settings = minima_cleaning.DATASETS[config.dataset]
-  budget = config.budget or equal_budget.BUDGETS[config.dataset]
-  examples = cleaning.read(config.dataset, config.data_dir)
-  data = {seed: cleaning.split(*examples, settings, 0.5, seed) for seed in config.seeds}
-  with report.MetricsLog(config.output) as log:
+class Point(Training):
+  """A method with settings of its grid on one seed; one step spends the budget."""
+
+  def result(self, state: Any, spent: Spent) -> Row:
+    """The test accuracy at the end of the budget."""
+    return {"accuracy": self.values(state)["accuracy"]}
+
+
+def grid_of(method: str) -> list[dict[str, Any]]:
+  """The settings of the points of a grid."""
+  grid = METHODS[method].grid
+  return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+
+
+def best(rows: pd.DataFrame) -> dict[str, tuple[dict[str, Any], pd.Series]]:
+  """For each method the settings of the best mean accuracy, the first of equals, and accuracies."""
+  chosen = {}
+  for method, mine in rows.groupby("method", sort=False):
+    means = mine.groupby("point")["accuracy"].mean()
+    point = int(means.index.to_numpy()[means.to_numpy().argmax()])
+    accuracies = mine.loc[mine["point"] == point, "accuracy"]
+    chosen[str(method)] = grid_of(str(method))[point], accuracies
+  return chosen
+
+
+class Tune(Study[Config]):
+  """The choice."""
+
+  config = Config
+  smoke: ClassVar = {"methods": ("pdbo",), "seeds": 1, "budget": 30}
+
+  def prepare(self, config: Config) -> tuple[Examples, Examples | None]:
+    """The examples."""
+    return cleaning.read(config.dataset, config.data_dir)
+
+  def cells(self, run: Run[Config]) -> Iterable[Cell]:
+    """All points of all grids on all seeds."""
+    config, settings = run.config, DATASETS[run.config.dataset]
+    examples, test = run.data
+    split = lambda seed: cleaning.split(examples, test, settings, 0.5, seed)
+    data = {seed: split(seed) for seed in config.all_seeds()}
+    budget = config.budget or BUDGETS[config.dataset]
+
+    problem = lambda method, seed: make_problem(method, data[seed], settings, seed)
+
+    @functools.lru_cache(1)  # Programs of earlier points are not needed again.
+    def parts(method, point):
+      of_first = problem(method, config.first_seed)
+      return Parts(method, grid_of(method)[point], settings, budget, of_first)
+
+    def make(method, point, seed):
+      return Point(parts(method, point), problem(method, seed), seed)
+
     for method in config.methods:
-      best: tuple[float, dict[str, Any]] = (-1.0, {})
-      grid = METHODS[method].grid
-      for values in itertools.product(*grid.values()):
-        chosen = dict(zip(grid, values, strict=True))
-        accuracies = score(method, chosen, settings, budget, data)
-        log.write(method=method, **chosen, accuracies=accuracies)
-        best = max(best, (float(np.mean(accuracies)), chosen), key=lambda pair: pair[0])
-      print(f"{method}: {best[0]:.3f} {json.dumps(best[1])}", flush=True)
+      for point, seed in itertools.product(range(len(grid_of(method))), config.all_seeds()):
+        key = {"method": method, "point": point, "seed": seed}
+        yield Cell(key, functools.partial(make, **key), 1, f"{METHODS[method].label}, {point}")
 
+  def tables(self, results: Results[Config]) -> Iterable[Table]:
+    """The best of each method."""
+    body = [
+      [METHODS[method].label, Column("").cell(accuracies), json.dumps(settings)]
+      for method, (settings, accuracies) in best(results.rows).items()
+    ]
+    yield Table("Best mean test accuracy", ["method", "accuracy", "settings"], body)
 
-def score(
-  method: str, chosen: dict[str, Any], settings: Any, budget: int, data: Any
-) -> list[float]:
-  """Test accuracies at the end of the budget, one for each seed."""
-  program = equal_budget.make_program(
-    method, chosen, settings, budget, next(iter(data.values())), num_points=1
-  )
-  accuracies = []
-  for seed, of_seed in data.items():
-    problem = minima_cleaning.make_problem(method, of_seed, settings, seed)
-    state = program.init(problem)
-    state = program.run(state, jax.random.key(seed), problem)
-    accuracies.append(float(program.measure(state, problem)["accuracy"]))
-  return accuracies
+  def draw(self, run: Run[Config]) -> None:
+    """Writes what was chosen."""
+    chosen = {method: settings for method, (settings, _) in best(run.results().rows).items()}
+    (run.path / "chosen.json").write_text(json.dumps(chosen, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-  main(tyro.cli(Config))
+  study.main(Config, functools.partial(study.run, Tune()), __doc__)

@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 import optax
+import pandas as pd
 import pytest
 from jaxbo_models import captioner
 from jaxbo_models.captioner import Captions
@@ -15,16 +16,15 @@ from jaxbo_models.vocabulary import Vocabulary
 from PIL import Image
 
 from scripts.captioning import data as caption_data
-from scripts.captioning import files as caption_files
 from scripts.captioning import language
 from scripts.captioning import model as caption_model
 from scripts.captioning import noise as caption_noise
 from scripts.captioning import plots as caption_plots
-from scripts.captioning import report as caption_report
-from scripts.captioning import run as caption_run
 from scripts.captioning import shapes as caption_shapes
-from scripts.captioning.config import Config, Settings
+from scripts.captioning.config import Settings
+from scripts.captioning.files import Files
 from scripts.captioning.scenes import ShapesCaptions
+from scripts.captioning.train import Captioner
 
 pytestmark = pytest.mark.slow  # All together, not each.
 
@@ -42,50 +42,31 @@ def test_captions_are_in_reading_order_in_the_first_steps():
   np.testing.assert_array_equal(later, batch.tokens)
 
 
-def test_nothing_is_kept_of_a_run_behind_its_last_checkpoint(tmp_path):
-  for step in (2, 4):
-    (tmp_path / "checkpoints" / "either_none_word_seed1" / str(step)).mkdir(parents=True)
-  line = {"order": "either", "model": "none_word"}
-  lines = [line | {"seed": seed, "step": step} for seed in (0, 1) for step in (2, 4, 6)]
-  kept = caption_run.lines_to_keep(Config(output_dir=tmp_path), lines)
-  assert kept == [line | {"seed": 1, "step": step} for step in (2, 4)]
-
-
-def test_a_resumed_run_has_the_steps_of_either_order_too():
-  given = Config(steps=2000, canonical_steps=0)
-  assert given.settings("canonical") == Config().settings("canonical")
-  assert given.settings("either") != Config().settings("either")
-  assert given.identity() != Config().identity()
-
-
 def test_losses_of_files_are_those_of_a_token_of_the_set_that_was_asked_for():
   captions = [[["a", "dog"], ["the", "dog"]], [["a", "very", "big", "cat"]]]
   images = np.arange(2, dtype=np.uint8)[:, None, None, None]
   part = caption_data.CaptionedImages(images, captions, ["a", "b"])
   data = caption_data.CaptionData(part, part._replace(images=images + 5), part)
-  program = types.SimpleNamespace(
-    data=data,
-    settings=Settings(max_words=3),
-    vocabulary=Vocabulary.build([words for of_image in captions for words in of_image]),
-    ask=types.SimpleNamespace(
-      losses=lambda params, images, tokens: images[:, 0, 0, 0] * (tokens[:, 1:] > 0).sum(axis=1)
-    ),
+  files = Files(data, Settings(max_words=3), beam_size=1)
+  asked = types.SimpleNamespace(
+    losses=lambda params, images, tokens: images[:, 0, 0, 0] * (tokens[:, 1:] > 0).sum(axis=1)
   )
   # Three tokens of the first image twice; four of the second, of which the last word is cut.
-  assert caption_files.token_nll(program, None, data.train) == 4 / 10
-  assert caption_files.FilesProgram.validation(program, None) == 5 + 4 / 10
+  assert files.token_nll(asked, None, data.train) == 4 / 10
+  assert files.validation(asked, None) == 5 + 4 / 10
 
 
-def test_images_are_no_constant_of_the_compiled_start():
+def test_images_are_no_constant_of_the_compiled_step():
   """A photograph data set would be written into the program: beyond 2 GiB that fails."""
   images, captions = np.zeros((50, 8, 8, 3), np.uint8), [[["a", "dog"]]] * 50
   part = caption_data.CaptionedImages(images, captions, ["a"] * 50)
   sizes = Settings(image_size=(8, 8), embed_dim=4, hidden_dim=4, attention_dim=4, batch_size=2)
-  vocabulary = Vocabulary.build([["a", "dog"]])
-  data = caption_data.CaptionData(part, part, part)
-  program = caption_files.FilesProgram(data, vocabulary, "none_word", sizes, beam_size=1)
-  constants = program.init.trace(jax.random.key(0)).jaxpr.consts
-  assert all(np.size(constant) < 100 for constant in constants)
+  files = Files(caption_data.CaptionData(part, part, part), sizes, beam_size=1)
+  made = Captioner("none_word", files, sizes)
+  key = jax.random.key(0)
+  arguments = jax.eval_shape(made.init, key), 0, jax.random.key_data(key), *files.shapes()[0]
+  traced = made.program._jitted.trace(*arguments)
+  assert all(np.size(constant) < 100 for constant in traced.jaxpr.consts)
 
 
 def test_gradients_are_clipped_and_the_rate_rises_and_falls():
@@ -154,26 +135,23 @@ def test_scores_of_a_captioner_that_knows_everything(monkeypatch):
     greedy=lambda params, images: right[:, 0],
     beam=lambda params, images: Captions(right[:, ::-1], log, np.zeros((40, 9, 16))),
   )
-  program = type("Program", (), {"data": data, "ask": asked})
   monkeypatch.setattr(caption_model.in_batches, "__kwdefaults__", {"size": 40})
-  scores = caption_shapes.score(program, None, "test", 40)
+  scores = types.SimpleNamespace(**caption_shapes.score(data, asked, None, 40))
   assert scores.exact_match == scores.both_orders == 1
   assert scores.nll == pytest.approx(scores.entropy)
-  assert scores.mass == (0.5, 1, 1, 1)
+  assert [scores.mass_0, scores.mass_1, scores.mass_2, scores.mass_3] == [0.5, 1, 1, 1]
   assert scores.mentioned == 1
   assert scores.beam_sum == pytest.approx(1)
   assert scores.beam_gap == pytest.approx(math.log(1.5))
-  assert not caption_report.leaks(scores._asdict())
   wrong = asked._replace(
     losses=lambda params, images, tokens: np.linspace(0.5, 0.6, len(images)),
     greedy=lambda params, images: np.where(right[:, 0] == 15, 16, right[:, 0]),
     beam=lambda params, images: Captions(right[:, [0, 0]], log, np.zeros((40, 9, 16))),
   )
-  scores = caption_shapes.score(type("P", (), {"data": data, "ask": wrong}), None, "test", 40)
+  scores = types.SimpleNamespace(**caption_shapes.score(data, wrong, None, 40))
   assert 0 < scores.exact_match < 1
   assert scores.standard_error == pytest.approx(np.linspace(0.5, 0.6, 40).std(ddof=1) / 40**0.5)
   assert scores.both_orders == 0
-  assert caption_report.leaks(scores._asdict())
 
 
 def test_an_image_in_batches_is_the_image_alone():
@@ -198,7 +176,8 @@ def test_pictures_of_wide_images_are_broken_into_lines(tmp_path, monkeypatch):
 
 def test_curves_are_drawn_of_a_run_whose_loss_was_not_finite(tmp_path):
   run = {"order": "", "model": "sequential", "seed": 0}
-  lines = [run | {"step": t, "validation_nll": loss} for t, loss in ((1, 2.0), (2, None))]
+  points = ((1, 2.0), (2, float("nan")))
+  lines = pd.DataFrame([run | {"step": t, "validation_nll": loss} for t, loss in points])
   caption_plots.draw_curves(lines, {}, {"sequential": "a"}, tmp_path / "curves.png", "loss")
   assert (tmp_path / "curves.png").exists()
 

@@ -3,14 +3,12 @@
 Nothing may be computed when this is imported: processes have not met yet.
 """
 
-import sys
+import functools
 
-import tyro
-
-from scripts.continual_lm import __main__ as continual_lm
-from scripts.continual_lm import documents as lm_documents
+from scripts.common import study
+from scripts.continual_lm.__main__ import ContinualLM
 from scripts.continual_lm.config import Config
-from scripts.continual_lm.documents import Corpus, Document
+from scripts.continual_lm.documents import DATASETS, Corpus, Document
 
 WORDS, DIGITS = "the quick brown fox jumps over the lazy dog " * 20, "31415926535897932384 " * 10
 
@@ -21,7 +19,14 @@ def corpus(data_dir=None):
   return Corpus(("words", "digits"), *parts)
 
 
+class WithoutPictures(ContinualLM):
+  """What is drawn takes seconds, too."""
+
+  def draw(self, run):
+    """Says where pictures would be drawn."""
+    print("The pictures.")
+
+
 if __name__ == "__main__":
-  lm_documents.DATASETS["python"] = corpus
-  continual_lm.print_and_draw = lambda *_: print("The report.")
-  sys.exit(continual_lm.main(tyro.cli(Config)))
+  DATASETS["python"] = corpus
+  study.main(Config, functools.partial(study.run, WithoutPictures()), None)

@@ -28,7 +28,7 @@ def sequences(n, length=8):
 
 @functools.cache
 def python():
-  return lm_documents.read("python")
+  return lm_documents.python_corpus()
 
 
 def test_the_text_that_ships_with_python_has_four_domains_in_three_disjoint_parts():
@@ -69,14 +69,9 @@ def test_each_domain_holds_what_its_name_says():
   assert "HANGUL SYLLABLE" not in names
 
 
-def test_an_unknown_data_set_is_refused():
-  with pytest.raises(ValueError, match="dataset must be one of python, text_domains, tiny_shake"):
-    lm_documents.read("c4")
-
-
 @pytest.mark.skipif("TFDS_DATA_DIR" not in os.environ, reason="needs data sets in TFDS_DATA_DIR")
 def test_text_domains_and_plays_are_read():
-  corpus = lm_documents.read("text_domains")
+  corpus = lm_documents.text_domains()
   assert set(corpus.domains) == {"wiki", "novel", "politics", "economics", "captions"}
   assert {document.domain for document in corpus.train} == set(range(5))
   assert min(map(len, corpus[1:])) > 100
@@ -84,13 +79,13 @@ def test_text_domains_and_plays_are_read():
   assert sum(map(len, texts)) == len(set.union(*texts))
   of_domain = {corpus.domains[document.domain]: document.text for document in corpus.test}
   assert "Whale" in of_domain["novel"] or "Holmes" in of_domain["novel"]
-  plays = lm_documents.read("tiny_shakespeare")
+  plays = lm_documents.tiny_shakespeare()
   assert [len(part) for part in plays[1:]] == [1, 1, 1]
 
 
 def test_a_missing_data_set_says_what_is_expected(tmp_path):
   with pytest.raises(FileNotFoundError, match=r"no text_domains in[^$]*source and position"):
-    lm_documents.read("text_domains", tmp_path)
+    lm_documents.text_domains(tmp_path)
 
 
 def test_documents_are_packed_one_behind_another_domain_by_domain():

@@ -1,9 +1,8 @@
 """Continual language-model training: steps against oracles, devices, processes, resuming, files."""
 
-import csv
-import dataclasses
+import contextlib
+import fcntl
 import functools
-import itertools
 import json
 import os
 import shutil
@@ -12,7 +11,6 @@ import socket
 import subprocess
 import sys
 import time
-import types
 from pathlib import Path
 
 import chex
@@ -21,27 +19,29 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
+import pandas as pd
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxbo_models import transformer
 from PIL import Image
 
 import jaxbo
-from scripts.common import checkpoints
-from scripts.common import devices as common_devices
+from scripts.common import study
+from scripts.common.devices import Devices
+from scripts.common.folder import RunFolder
+from scripts.common.study import Results, Run
 from scripts.continual_lm import __main__ as script
 from scripts.continual_lm import data as lm_data
-from scripts.continual_lm import documents as lm_documents
 from scripts.continual_lm import methods as lm_methods
 from scripts.continual_lm import plots as lm_plots
-from scripts.continual_lm import report as lm_report
-from scripts.continual_lm import run as lm_run
-from scripts.continual_lm import train as lm_train
+from scripts.continual_lm import report, train
+from scripts.continual_lm.__main__ import ContinualLM, Training
 from scripts.continual_lm.config import Config
-from scripts.continual_lm.methods import METHODS, Rates
+from scripts.continual_lm.documents import DATASETS
+from scripts.continual_lm.methods import METHODS, START, Rates
 from tests.scripts.continual_lm import small_lm
 
-GOLDEN = Path(__file__).parents[1] / "models" / "golden"
+GOLDEN = Path(__file__).parents[2] / "models" / "golden"
 pytestmark = pytest.mark.slow  # All together, not each.
 
 RNG = np.random.default_rng(0)
@@ -65,105 +65,60 @@ def devices(number):
   mesh = jax.make_mesh(
     (number,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:number]
   )
-  return common_devices.Devices(
-    NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
-  )
+  return Devices(NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec()))
 
 
-def program(weighting, where, rate=0.1):
+def steps(weighting, number, num_steps, rate=0.1):
+  """The start, and of each step its rows, the state after it, and what it showed."""
+  where = devices(number)
   params = jax.device_put(PARAMS, where.everywhere)
-  return lm_train.Program(loss_fn, weighting, rate, where), params
-
-
-def trainer(folder, weighting, where):
-  made, params = program(weighting, where)
-  return lm_train.Trainer(made, params, SEQUENCES, BATCH, (3, 1), folder, where)
+  init, program = train.make_program(loss_fn, weighting, rate, where)
+  state = init(params)
+  yield params, state
+  for step in range(num_steps):
+    rows = lm_data.rows_of_batch(40, BATCH, (3, 1), step)
+    batch = train.batch_of(SEQUENCES, rows, where)
+    state, shown = program.compile(state, batch)(state, np.int32(step), batch)
+    yield rows, jax.device_get(state.params), jax.device_get(shown)
 
 
 def test_a_step_goes_along_the_gradient_of_the_weighted_losses(monkeypatch):
   """Weights and gradient in float64 NumPy; two steps, the second at other parameters."""
   make = lambda weighting, rate: optax.chain(jaxbo.reweight(weighting), optax.sgd(rate))
   monkeypatch.setattr(lm_methods, "make_optimizer", make)
-  where = devices(8)
-  one, params = program(METHODS["ir_dro"].weighting(Rates(temperature=2.0), DOMAINS), where, 0.01)
-  state, w = one.init(params), np.asarray(PARAMS["w"], np.float64)
-  for step in range(2):
-    rows = lm_data.rows_of_batch(40, BATCH, (3, 1), step)
+  weighting = METHODS["ir_dro"].weighting(Rates(temperature=2.0), DOMAINS)
+  (params, _), *after = steps(weighting, 8, 2, 0.01)
+  w = np.asarray(PARAMS["w"], np.float64)
+  for rows, reached, shown in after:
     x = SEQUENCES.tokens[rows].astype(np.float64)
     losses = (x @ w - 3) ** 2
     weights = np.exp((losses - losses.max()) / 2)
     weights /= weights.sum()
     w = w - 0.01 * (2 * weights * (x @ w - 3)) @ x
-    batch = lm_train.batch_of(SEQUENCES, rows, where)
-    state, shown = one.compile(state, batch)(state, batch)
     np.testing.assert_allclose(shown.losses, losses, rtol=1e-4)
     np.testing.assert_allclose(shown.weights, BATCH * weights, rtol=1e-3)
     share = 1 / (weights**2).sum() / BATCH
     np.testing.assert_allclose(shown.effective_sample_size, share, rtol=1e-3)
-    np.testing.assert_allclose(state.params["w"], w, rtol=1e-4)
+    np.testing.assert_allclose(reached["w"], w, rtol=1e-4)
   np.testing.assert_array_equal(params["w"], PARAMS["w"])  # not taken over
 
 
 @pytest.mark.parametrize("name", ["ir_dro_compositional", "group_dro"])
-def test_eight_devices_do_what_one_does(name, tmp_path):
-  """Methods with a state: losses, weights and parameters after three steps."""
-  windows, params = [], []
-  for number in (1, 8):
-    weighting = METHODS[name].weighting(Rates(), DOMAINS)
-    one = trainer(tmp_path / str(number), weighting, devices(number))
-    windows += list(one.fit(0, 3, 5))
-    if number == 1:  # Weights are those before each update, and groups are domains.
-      weigh, state = jax.jit(weighting.weigh), weighting.init()
-      for step, rows in enumerate(windows[0].rows):
-        losses, shown = windows[0].shown.losses[step], windows[0].shown.weights[step]
-        weights, state, _ = weigh(losses, state, groups=SEQUENCES.domain[rows])
-        np.testing.assert_allclose(shown, BATCH * weights, rtol=1e-4)
-    params.append(jax.device_get(one.state.params))
-    one.close()
-  chex.assert_trees_all_close(windows[0].shown, windows[1].shown, rtol=1e-4)
-  np.testing.assert_array_equal(windows[0].rows, windows[1].rows)
-  chex.assert_trees_all_close(*params, rtol=1e-5)
-
-
-def test_windows_end_at_evaluations_and_at_the_end_and_count_all_steps(tmp_path, monkeypatch):
-  clock = types.SimpleNamespace(perf_counter=itertools.count().__next__)
-  monkeypatch.setattr(lm_train, "time", clock)
-  one = trainer(tmp_path, jaxbo.uniform(), devices(1))
-  steps, windows = [], []
-  for window in one.fit(0, 5, 2, steps.append):
-    windows.append(window)
-    one.checkpoints._manager.wait_until_finished()
-    assert checkpoints.latest_step(tmp_path) < window.done  # What is done with it comes first.
-  one.close()
-  assert [window.seconds for window in windows] == [1, 2, 3]
-  assert [window.done for window in windows] == [2, 4, 5]
-  assert [len(window.rows) for window in windows] == [2, 2, 1]
-  assert steps == list(range(5))
-  rows = np.concatenate([window.rows for window in windows])
-  for step in range(5):
-    assert rows[step].tolist() == lm_data.rows_of_batch(40, BATCH, (3, 1), step).tolist()
-  assert checkpoints.latest_step(tmp_path) == 5
-  assert checkpoints.latest_step(tmp_path / "nowhere") == 0
-
-
-def test_a_restored_run_goes_on_bit_for_bit(tmp_path):
-  weighting = METHODS["ir_dro_compositional"].weighting(Rates(), DOMAINS)
-  whole = trainer(tmp_path / "whole", weighting, devices(8))
-  list(whole.fit(0, 6, 3))
-  half = trainer(tmp_path / "half", weighting, devices(8))
-  list(half.fit(0, 3, 3))
-  half.close()
-  again = trainer(tmp_path / "half", weighting, devices(8))
-  assert again.restore() == 3
-  assert again.seconds == half.seconds
-  list(again.fit(3, 6, 3))
-  chex.assert_trees_all_equal(again.state, whole.state)
-  for one in (whole, again):
-    one.close()
+def test_eight_devices_do_what_one_does(name):
+  """Methods with a state: losses, weights and parameters of three steps."""
+  weighting = METHODS[name].weighting(Rates(), DOMAINS)
+  (_, *alone), (_, *divided) = (steps(weighting, number, 3) for number in (1, 8))
+  weigh, state = jax.jit(weighting.weigh), weighting.init()
+  for (rows, params, shown), (_, other_params, other) in zip(alone, divided, strict=True):
+    # Weights are those before each update, and groups are domains.
+    weights, state, _ = weigh(shown.losses, state, groups=SEQUENCES.domain[rows])
+    np.testing.assert_allclose(shown.weights, BATCH * weights, rtol=1e-4)
+    chex.assert_trees_all_close(shown, other, rtol=1e-4)
+    chex.assert_trees_all_close(params, other_params, rtol=1e-5)
 
 
 def test_evaluation_is_of_every_sequence_once_and_leaves_out_what_fills_the_last_batch():
-  evaluate = lm_train.make_evaluate(loss_fn, BATCH, devices(8))
+  evaluate = train.make_evaluate(loss_fn, BATCH, devices(8))
   losses = evaluate(PARAMS, SEQUENCES)  # 40 are two and a half batches
   np.testing.assert_allclose(losses, loss_fn(PARAMS, {"tokens": SEQUENCES.tokens}), rtol=1e-5)
 
@@ -171,7 +126,14 @@ def test_evaluation_is_of_every_sequence_once_and_leaves_out_what_fills_the_last
 def test_every_method_weighs_as_the_library_does():
   """Band, temperature and level are those of the rates."""
   losses, groups = jnp.asarray(RNG.uniform(1, 4, 16), jnp.float32), jnp.arange(16) % DOMAINS
-  rates = Rates(0.7, 0.3, 0.25, 0.6, 0.5, 0.9)
+  rates = Rates(
+    temperature=0.7,
+    compositional_rate=0.3,
+    fraction=0.25,
+    shape_temperature=0.6,
+    level=0.5,
+    group_step_size=0.9,
+  )
   expected = {
     "uniform": jaxbo.uniform(),
     "ir_dro": jaxbo.kl(0.7),
@@ -222,19 +184,12 @@ def test_learning_rates_warm_up_and_then_fall_or_stay():
   np.testing.assert_allclose([first(0), first(5), first(100)], [0.2, 1.0, 0.1], rtol=1e-6)
   second = lm_methods.continual_schedule(1.0, 40)
   np.testing.assert_allclose([second(0), second(4), second(39)], [0.25, 1.0, 1.0], rtol=1e-6)
-  scratch, hf = Config(), Config(init="hf")
+  scratch, hf = Config(), Config(init="hf", model_dir=Path("x"))
   assert (scratch.sequence_length(), scratch.continual_learning_rate()) == (64, 3e-4)
   assert (hf.sequence_length(), hf.continual_learning_rate()) == (512, 2e-6)
 
 
 # -- What is said about runs.
-
-
-def window(weights, rows):
-  weights = np.asarray(weights, np.float64)
-  losses, share = np.arange(weights.size).reshape(weights.shape), np.linspace(0, 1, len(weights))
-  shown = lm_train.Shown(losses, weights, share)
-  return lm_train.Window(len(weights), 1.0, shown, np.asarray(rows))
 
 
 def test_weights_are_told_by_domain_and_noise():
@@ -243,7 +198,9 @@ def test_weights_are_told_by_domain_and_noise():
     np.array([0, 0, 1, 1], np.int32),
     np.array([False, True, False, True]),
   )
-  told = lm_report.of_window(window([[1, 3], [0, 4]], [[0, 1], [2, 1]]), sequences, ["a", "b", "c"])
+  weights, rows = np.array([[1.0, 3.0], [0.0, 4.0]]), np.array([[0, 1], [2, 1]])
+  shown = train.Shown(np.arange(4.0).reshape(2, 2), weights, np.array([0.0, 1.0]))
+  told = report.of_window(shown, rows, sequences, ["a", "b", "c"])
   assert told["train_loss"] == 1.5
   assert told["ess"] == 0.5
   assert told["weight_clean"] == 0.5
@@ -259,7 +216,7 @@ def test_held_out_losses_count_by_the_mixture():
     np.zeros((3, 1), np.int32), np.array([0, 0, 1], np.int32), np.zeros(3, bool)
   )
   held_out = lm_data.HeldOut(sequences, np.array([0.125, 0.125, 0.75]))
-  told = lm_report.of_held_out(np.array([1.0, 2.0, 5.0]), held_out, ["a", "b"])
+  told = report.of_held_out(np.array([1.0, 2.0, 5.0]), held_out, ["a", "b"])
   assert told["loss"] == 0.25 * 1.5 + 0.75 * 5
   assert (told["worst"], told["worst_domain"]) == (5, "b")
   assert (told["loss/a"], told["loss/b"]) == (1.5, 5)
@@ -269,7 +226,7 @@ def test_held_out_losses_count_by_the_mixture():
 def test_a_run_is_the_mean_over_its_steps():
   line = {"step": 4, "seconds": 1.0, "ess": 0.5, "weight_noise": None, "weight/a": 1.0, "loss": 7.0}
   last = line | {"step": 5, "seconds": 2.0, "ess": 1.0, "weight/a": 2.0}
-  told = lm_report.of_run([line, last], 5, 100)
+  told = report.of_run([line, last], 100)
   assert told["ess"] == pytest.approx(0.6)
   assert told["weight/a"] == pytest.approx(1.2)
   assert np.isnan(told["weight_noise"])
@@ -280,7 +237,7 @@ def test_a_run_is_the_mean_over_its_steps():
 def test_what_weights_look_at_depends_on_the_batch_size_unless_they_are_compositional():
   losses = RNG.uniform(0, 4, 500).astype(np.float32)
   tilted = np.exp(losses) @ losses / np.exp(losses).sum()
-  looks = functools.partial(lm_report.weighted_losses, losses=losses, num_batches=4000)
+  looks = functools.partial(report.weighted_losses, losses=losses, num_batches=4000)
   spread = losses.std() / np.sqrt(4000)
   one, many = looks(jaxbo.kl(1.0), sizes=[1, 256])
   assert abs(one - losses.mean()) < 4 * spread
@@ -290,12 +247,21 @@ def test_what_weights_look_at_depends_on_the_batch_size_unless_they_are_composit
   assert abs(one - tilted) < 0.05 + 6 * spread
 
 
+def test_what_is_looked_at_is_compared_with_uniform_weights_and_with_all_at_once(monkeypatch):
+  monkeypatch.setattr(report, "weighted_losses", lambda *_: [])
+  looked_at = report.looked_at(Rates(temperature=2.0), np.array([1.0, 3.0]))
+  assert looked_at["uniform"] == ([1, 256], [2, 2])
+  of_all = (1 + 3 * np.e) / (1 + np.e)
+  assert looked_at[""][1] == pytest.approx([of_all, of_all])
+
+
 def rows():
   """Two seeds; the method is better by 1 and by 3."""
   numbers = lambda loss: dict.fromkeys(("loss", "worst", "median", "q90", "q99", "loss/a"), loss)
-  run = {"corruption": 0.2, "ess": 0.5, "weight_noise": 0.25, "tokens_per_second": 10.0}
+  run = {"corruption": 0.2, "ess": 0.5, "weight/a": 2.0, "weight_noise": 0.25}
+  run["tokens_per_second"] = 10.0
   return [
-    {"corruption": 0.0, "method": "checkpoint", "seed": 0, **numbers(9.0)},
+    {"corruption": 0.0, "method": START, "seed": 0, **numbers(9.0)},
     {**run, "method": "uniform", "seed": 0, **numbers(5.0)},
     {**run, "method": "uniform", "seed": 1, **numbers(8.0)},
     {**run, "method": "ir_dro", "seed": 0, **numbers(4.0)},
@@ -304,51 +270,41 @@ def rows():
   ]
 
 
-def test_differences_are_between_runs_of_one_seed():
-  assert lm_report.differences(rows(), 0.2, "ir_dro", "loss") == [-1, -3]
-  assert lm_report.differences(rows(), 0.2, "checkpoint", "loss") == [4]
-  assert lm_report.differences(rows(), 0.0, "ir_dro", "loss") == []
-
-
-def test_tables_have_means_and_spreads():
-  columns, table = lm_report.loss_table(rows(), 0.2, ["a"])
-  assert columns == ["method", "seeds", "loss", "worst domain", "a"]
-  assert table[1] == ["uniform", "2", "6.500 ± 2.121", "6.500 ± 2.121", "6.500 ± 2.121"]
-  columns, table = lm_report.comparison_table(rows(), 0.2, {})
-  assert dict(zip(columns, table[2], strict=True)) == {
-    "minus uniform": "IR-DRO",
-    **dict.fromkeys(("loss", "worst domain", "median", "q90", "q99"), "-2.000 ± 1.414"),
-    "ESS": "0.50 ± 0.00",
-    "noise weight": "0.25 ± 0.00",
-    "tokens/s": "10",
-    "time": "-",
-  }
-  assert table[0][0] == "checkpoint (no training on)"
-  assert table[0][6:] == ["-", "-", "-", "-"]
+def test_tables_have_losses_differences_in_pairs_weights_and_times():
+  notes = {"time/uniform": {"seconds": 0.1, "ratio": 1, "spread": 0}}
+  losses, gains, weights, times = ContinualLM().tables(Results(Config(), [], rows(), notes))
+  assert losses.title.startswith("python, 20% of the sequences with shuffled tokens: 60 steps")
+  assert losses.columns == ["method", "seeds", "loss", "worst domain", "a"]
+  assert losses.rows[0][0] == "checkpoint (no training on)"
+  assert losses.rows[1] == ["uniform", "2", *3 * ["6.500 ± 2.121"]]
+  assert gains.columns == ["minus uniform", "seeds", "loss", "worst domain", "median", "q90", "q99"]
+  assert gains.rows == [
+    ["checkpoint (no training on)", "1", *5 * ["4.000"]],
+    ["IR-DRO", "2", *5 * ["-2.000 ± 1.414"]],
+  ]
+  assert weights.columns == ["method", "seeds", "ESS", "a", "noise weight", "tokens/s"]
+  assert weights.rows[0] == ["uniform", "2", "0.50 ± 0.00", "2.00 ± 0.00", "0.25 ± 0.00", "10"]
+  assert times.rows == [["uniform", "100.0", "1.00 ± 0.00"]]
 
 
 def lines():
   """Curves of IR-DRO; that of seed 2 was stopped, and one of seed 1 has no finite loss."""
-  line = {"corruption": 0.2, "method": "ir_dro"}
-  found = [
-    (0, 2, 4.0, 0.5),
-    (0, 4, 3.0, 0.7),
-    (1, 2, 6.0, 0.7),
-    (1, 4, None, 0.9),
-    (2, 2, 9.0, 0.1),
-  ]
-  names = ("seed", "step", "validation_loss", "ess")
-  return [line | dict(zip(names, values, strict=True)) for values in found]
+  found = {
+    "seed": [0, 0, 1, 1, 2],
+    "step": [2, 4, 2, 4, 2],
+    "validation_loss": [4.0, 3.0, 6.0, None, 9.0],
+    "ess": [0.5, 0.7, 0.7, 0.9, 0.1],
+  }
+  return pd.DataFrame(found).assign(corruption=0.2, method="ir_dro")
 
 
 def test_pictures_show_differences_weights_and_curves_of_finished_runs(tmp_path, monkeypatch):
   figures = []
   monkeypatch.setattr(lm_plots.plots, "save", lambda fig, path: figures.append(fig))
-  told = [row | {"weight/a": 2.0} for row in rows()]
-  told_lines = [*lines(), lines()[0] | {"method": "uniform"}]
-  lm_plots.draw_overview(told, told_lines, ["a"], "random", tmp_path)
+  told_lines = pd.concat([lines(), lines()[:1].assign(method="uniform")])
+  lm_plots.draw_overview(pd.DataFrame(rows()), told_lines, ["a"], "random", tmp_path)
   looked_at = {"ir_dro": ([1, 2], [3.0, 4.0]), "": ([1, 2], [5.0, 5.0])}
-  lm_plots.draw_curves(lines(), {0: 5.0, 1: 7.0, 2: 8.0}, looked_at, "random", tmp_path)
+  lm_plots.draw_curves(lines(), pd.Series([5.0, 7.0, 8.0]), looked_at, "random", tmp_path)
   differences, weights, ess = figures[0].axes
   assert differences.get_title("left") == "20% of the sequences of random tokens: test loss"
   for container, shift in zip(differences.containers, (-0.12, 0.12), strict=True):
@@ -361,42 +317,15 @@ def test_pictures_show_differences_weights_and_curves_of_finished_runs(tmp_path,
   assert [line.get_ydata().tolist() for line in sizes.lines] == [[3, 4], [5, 5]]
 
 
-def test_what_is_looked_at_is_compared_with_uniform_weights_and_with_all_at_once(monkeypatch):
-  monkeypatch.setattr(lm_report, "weighted_losses", lambda *_: [])
-  losses = np.array([1.0, 3.0])
-  looked_at = script.looked_at(Config(rates=Rates(temperature=2.0)), losses)
-  assert looked_at["uniform"][1] == [2, 2]
-  of_all = (1 + 3 * np.e) / (1 + np.e)
-  assert looked_at[""][1] == pytest.approx([of_all, of_all])
-
-
-def test_only_what_was_asked_for_is_told(tmp_path, capsys):
-  config = Config(output_dir=tmp_path, methods=("ir_dro",), corruptions=(0.2,), first_seed=1)
-  seeds = [row["seed"] for row in rows() if script.of_this_run(config, row)]
-  assert seeds == [1, 2]
-  assert not any(script.of_this_run(Config(corruptions=(0.0,)), row) for row in rows())
-  data = lm_data.LanguageData(("a",), *[None] * 3)
-  outcome = script.Outcome([], rows()[:1])  # Stopped before the first method was done.
-  script.print_and_draw(config, data, outcome, script.report.console())
-  assert "metrics.jsonl and results.csv are in" in capsys.readouterr().out
-  assert [path.name for path in tmp_path.iterdir()] == ["results.csv"]
-
-
-def test_a_run_that_goes_on_keeps_lines_up_to_its_checkpoint(tmp_path):
-  config = Config(output_dir=tmp_path)
-  (lm_run.checkpoint_folder(config, 0.2, "ir_dro", 0) / "2").mkdir(parents=True)
-  assert lm_run.lines_to_keep(config, lines()) == lines()[:1]
-
-
 def test_a_run_is_the_same_if_all_that_matters_is():
   may_differ = {
-    "methods": ("cvar",), "corruptions": (0.5,), "seeds": 9, "first_seed": 9, "timing_rounds": 9,
-    "resume": True, "data_dir": Path("x"), "output_dir": Path("x"), "distributed": True,
-    "coordinator_address": "x", "num_processes": 9, "process_id": 9,
+    "methods": ("cvar",), "corruptions": (0.5,), "timing_rounds": 9, "distributed": True,
+    "coordinator_address": "x", "num_processes": 9, "process_id": 8,
   }  # fmt: skip
   identity = Config().identity()
   assert Config(**may_differ).identity() == identity
-  assert identity.keys() | may_differ == Config.__dataclass_fields__.keys()
+  mine = set(Config.model_fields) - set(study.StudyConfig.model_fields)
+  assert identity.keys() | may_differ == mine
   assert Config(rates=Rates(level=0.5)).identity() != identity
 
 
@@ -421,8 +350,12 @@ SMALL = {
 @pytest.fixture
 def small(monkeypatch):
   """Two small domains on one device, which saves seconds."""
-  monkeypatch.setitem(lm_documents.DATASETS, "python", small_lm.corpus)
-  monkeypatch.setattr(common_devices, "all_devices", lambda: devices(1))
+  monkeypatch.setitem(DATASETS, "python", small_lm.corpus)
+  monkeypatch.setattr(script.devices, "all_devices", lambda: devices(1))
+
+
+def play(**options):
+  return study.run(ContinualLM(), Config(**SMALL | options))
 
 
 def lines_of(folder):
@@ -430,48 +363,50 @@ def lines_of(folder):
 
 
 def rows_of(folder):
-  return list(csv.DictReader((folder / "results.csv").read_text().splitlines()))
+  return pd.read_csv(folder / "results.csv")
 
 
 def test_a_run_writes_its_files_and_a_resumed_one_repeats_nothing(tmp_path, capsys, small):
-  more = {"methods": ("uniform",), "corruptions": (0.0, 0.5), "timing_rounds": 1, "eval_every": 4}
-  config = Config(output_dir=tmp_path, **SMALL | more)
-  assert script.main(config) == 0
+  options = {"output_dir": tmp_path, "methods": ("uniform",), "timing_rounds": 1, "eval_every": 4}
+  assert play(corruptions=(0.0, 0.5), **options) == 0
   table = capsys.readouterr().out
   for word in ("checkpoint (no training on)", "50% of the sequences with shuffled", "digits"):
     assert word in table
   of_line = lambda line: (line["corruption"], line["method"], line["step"])
-  runs = [(0.0, "pretraining"), (0.0, "uniform"), (0.5, "uniform")]
-  assert [of_line(line) for line in lines_of(tmp_path)] == [(*run, 4) for run in runs]
+  runs = [(0.0, START), (0.0, "uniform"), (0.5, "uniform")]
+  lines = lines_of(tmp_path)
+  assert [of_line(line) for line in lines] == [(*run, 4) for run in runs]
   found = rows_of(tmp_path)
-  assert [(float(row["corruption"]), row["method"]) for row in found] == [
-    (0.0, "checkpoint"),
-    *runs[1:],
-  ]
-  losses = [float(row["loss"]) for row in found]
-  assert len(set(losses)) == 3  # Every run has gone somewhere else.
-  assert all(0 < loss < 8 for loss in losses)
-  assert float(found[2]["weight_noise"]) == pytest.approx(1)  # uniform weights
-  for name in script.PICTURES:
+  assert found[["corruption", "method"]].to_records(index=False).tolist() == runs
+  assert found["loss"].nunique() == 3  # Every run has gone somewhere else.
+  assert found["loss"].between(0, 8).all()
+  assert found["weight_noise"][2] == pytest.approx(1)  # uniform weights
+  assert found["validation_loss"][0] == lines[0]["validation_loss"]
+  notes = json.loads((tmp_path / "notes.json").read_text())
+  assert notes["time/uniform"]["ratio"] == 1
+  for name in ("continual_lm.png", "curves.png"):
     with Image.open(tmp_path / name) as picture:
       assert picture.width > 100
-  metrics = (tmp_path / "metrics.jsonl").read_text()
-  assert script.main(dataclasses.replace(config, resume=True)) == 0
-  assert (tmp_path / "metrics.jsonl").read_text() == metrics
-  assert rows_of(tmp_path) == found
-  less = dataclasses.replace(config, resume=True, corruptions=(0.5,))
-  assert script.main(less) == 0
-  without_time = lambda rows: sorted(
-    tuple(v for k, v in row.items() if "second" not in k) for row in rows
-  )
-  assert without_time(rows_of(tmp_path)) == without_time(found)  # Nothing is lost.
+  assert play(corruptions=(0.5,), resume=True, **options) == 0
+  assert "clean data" not in capsys.readouterr().out  # Only what was asked for is told.
+  assert lines_of(tmp_path) == lines
+  assert rows_of(tmp_path).equals(found)  # Nothing is lost.
 
-  for wrong, message in (
-    ({}, "has checkpoints of an earlier run"),
-    ({"resume": True, "width": 4}, "width must be 8 to resume, got 4"),
-  ):
-    assert script.main(dataclasses.replace(config, **wrong)) == 2
-    assert message in capsys.readouterr().err
+
+def test_a_step_is_on_the_batch_of_its_number_with_the_noise_of_its_seed(tmp_path, small):
+  """Both phases have batches of their own; the first one has no noise."""
+  config = Config(**SMALL | {"output_dir": tmp_path})
+  with contextlib.closing(RunFolder(config, "", "")) as files:
+    run = Run(ContinualLM(), config, ContinualLM().prepare(config), files)
+  train_on = run.data.data.train
+  start = Training(run, corruption=0.0, method=START, seed=5)
+  noisy = Training(run, start.state, corruption=0.5, method="uniform", seed=5)
+  expected = lm_data.corrupt(train_on, 0.5, "shuffled", 257, 5)
+  for task, sequences, stream in ((start, train_on, (5, 0)), (noisy, expected, (5, 1))):
+    tokens = sequences.tokens[lm_data.rows_of_batch(len(sequences.tokens), 8, stream, 7)]
+    losses = jax.jit(run.data.language.loss_fn)(start.state.params, {"tokens": tokens})
+    _, (shown, _) = task.step(jax.tree.map(jnp.copy, task.state), 7)
+    np.testing.assert_allclose(shown.losses, losses, rtol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt"])
@@ -483,75 +418,68 @@ def test_weights_from_a_folder_are_trained_on_as_they_are(family, tmp_path, smal
   (folder / "vocab.json").write_text(json.dumps({letter: i for i, letter in enumerate(letters)}))
   (folder / "merges.txt").write_text("#version: 0.2\n")
   hf = {"init": "hf", "model_dir": folder, "methods": ("uniform",), "corruptions": (0.0,)}
-  config = Config(output_dir=tmp_path / "out", **SMALL | hf | {"steps": 1})
-  language, data = script.read(config)
-  assert data.train.tokens[0].tolist() == [
+  config = Config(**SMALL | hf | {"output_dir": tmp_path / "out", "steps": 1})
+  given = ContinualLM().prepare(config)
+  assert given.data.train.tokens[0].tolist() == [
     letters.index(letter.replace(" ", "Ġ")) for letter in small_lm.WORDS[:16]
   ]
-  assert language.tokenizer.end_of_text == 0
-  model, params = transformer.from_safetensors(folder)
-  tokens = jnp.asarray(data.test.sequences.tokens)
+  assert given.language.tokenizer.end_of_text == 0
   if family == "opt":
-    losses = jax.jit(transformer.sequence_losses(model))(params, {"tokens": tokens})
-    assert script.main(config) == 0
-    checkpoint, uniform = rows_of(tmp_path / "out")
-    assert float(checkpoint["loss"]) == pytest.approx(float(data.test.weights @ losses), rel=1e-5)
-    assert 0 < abs(float(uniform["loss"]) - float(checkpoint["loss"])) < 1e-2  # A step of 2e-6.
+    model, params = transformer.from_safetensors(folder)
+    test = given.data.test
+    tokens = {"tokens": jnp.asarray(test.sequences.tokens)}
+    losses = jax.jit(transformer.sequence_losses(model))(params, tokens)
+    assert study.run(ContinualLM(), config) == 0
+    checkpoint, uniform = rows_of(tmp_path / "out")["loss"]
+    assert checkpoint == pytest.approx(float(test.weights @ losses), rel=1e-5)
+    assert 0 < abs(uniform - checkpoint) < 1e-2  # A step of 2e-6.
     assert [line["method"] for line in lines_of(tmp_path / "out")] == ["uniform"]
   with pytest.raises(ValueError, match="length must be at most 16, that of the model; got 17"):
-    script.read(dataclasses.replace(config, length=17))
+    ContinualLM().prepare(config.but(length=17))
   more = letters + [f"{i}#" for i in range(13)]
   (folder / "vocab.json").write_text(json.dumps({letter: i for i, letter in enumerate(more)}))
   with pytest.raises(ValueError, match="must have at most the model's 50 tokens, got 51 in"):
-    script.read(config)
+    ContinualLM().prepare(config)
 
 
 @pytest.mark.parametrize(
   "wrong, message",
   [
-    ({"dataset": "c4"}, "dataset must be one of python, text_domains, tiny_shakespeare; got 'c4'"),
-    ({"init": "zeros"}, "init must be one of scratch, hf; got 'zeros'"),
-    ({"init": "hf"}, "model_dir must be given with init=hf and only then, got None"),
-    ({"methods": ("magic",)}, "methods must be among uniform, ir_dro, "),
-    ({"methods": ("uniform", "uniform")}, "methods must name each one once"),
-    ({"corruptions": (1.0,)}, "corruptions must be in [0, 1), got (1.0,)"),
-    ({"corruptions": ()}, "corruptions must name each one once, got"),
-    ({"corruption_kind": "typos"}, "corruption_kind must be one of shuffled, random; got 'typos'"),
-    ({"steps": 0}, "steps must be positive, got 0"),
-    ({"learning_rate": -1.0}, "learning_rate must be positive and finite, got -1.0"),
-    ({"learning_rate": np.nan}, "learning_rate must be positive and finite, got nan"),
-    ({"pretrain_steps": 1}, "pretrain_steps must be at least 2, got 1"),
-    ({"first_seed": -1}, "first_seed must be at least 0, got -1"),
-    ({"rates": Rates(temperature=-1.0)}, "temperature must be positive"),
+    ({"init": "hf"}, "model_dir should be given with init=hf and only then, got None"),
+    ({"corruptions": (0.1, 0.1)}, "corruptions should name each one once"),
+    ({"process_id": 0}, "coordinator_address, num_processes and process_id should come together"),
+    ({"coordinator_address": "x:1"}, "num_processes and process_id should come together"),
+    (
+      {"coordinator_address": "x:1", "num_processes": 2, "process_id": 2},
+      "process_id should be below num_processes = 2, got 2",
+    ),
+  ],
+)
+def test_fields_that_do_not_fit_together_are_refused(wrong, message):
+  with pytest.raises(ValueError, match=message):
+    Config(**wrong)
+
+
+@pytest.mark.parametrize(
+  "wrong, message",
+  [
+    ({"rates": Rates(fraction=0.5)}, "band must be below 1 / fraction = 2"),
     ({"batch_size": 12}, "batch_size must be a multiple of the number of devices, 8, got 12"),
     ({"batch_size": 800_000}, "batch_size must be at most"),
     ({"length": 100_000}, "length must leave a sequence of every domain"),
     ({"width": 9}, "width must be a multiple of num_heads"),
-    ({"process_id": 0}, "coordinator_address, num_processes and process_id must be given together"),
-    ({"coordinator_address": "x:1"}, "num_processes and process_id must be given together"),
-    (
-      {"coordinator_address": "x:1", "num_processes": 2, "process_id": 2},
-      "process_id must be at least 0 and below num_processes = 2, got 2",
-    ),
-    ({"resume": True}, "resume needs an earlier run in output_dir"),
     ({"dataset": "text_domains", "data_dir": Path("/nowhere")}, "no text_domains in /nowhere"),
-    ({"output_dir": Path("/dev/null/x")}, "output_dir must be a folder to write to"),
   ],
 )
-def test_bad_input_says_what_is_allowed(tmp_path, capsys, small, wrong, message):
-  assert script.main(Config(**(SMALL | {"output_dir": tmp_path / "out"} | wrong))) == 2
+def test_what_the_data_or_the_model_cannot_do_is_refused(tmp_path, capsys, small, wrong, message):
+  assert play(**{"output_dir": tmp_path / "out"} | wrong) == 2
   assert message in capsys.readouterr().err
 
 
 def command(output_dir, *more):
   """24 steps of IR-DRO with a moving average, in one process or a part of it."""
-  arguments = SMALL | {
-    "steps": 24,
-    "eval_every": 4,
-    "methods": "ir_dro_compositional",
-    "corruptions": "0.2",
-  }
-  arguments["output_dir"] = output_dir
+  arguments = SMALL | {"steps": 24, "eval_every": 4, "output_dir": output_dir}
+  arguments |= {"methods": "ir_dro_compositional", "corruptions": "0.2"}
   flags = [part for k, v in arguments.items() for part in (f"--{k.replace('_', '-')}", str(v))]
   return [sys.executable, "-m", "tests.scripts.continual_lm.small_lm", *flags, *more]
 
@@ -577,11 +505,9 @@ def whole(tmp_path_factory, environment):
   return folder
 
 
-RUN = "ir_dro_compositional_seed0_noise0.2"
-
-
 def final_state(folder):
-  with ocp.CheckpointManager(folder / "checkpoints" / RUN) as manager:
+  run = folder / "checkpoints" / "corruption-0.2_method-ir_dro_compositional_seed-0"
+  with ocp.CheckpointManager(run) as manager:
     assert manager.latest_step() == 24
     # The devices of two processes are not here.
     args = ocp.args.StandardRestore(
@@ -594,42 +520,69 @@ def without_time(folder):
   return [line | {"seconds": 0} for line in lines_of(folder)]
 
 
-def test_a_killed_run_goes_on_bit_for_bit(tmp_path, whole, environment):
-  metrics = tmp_path / "metrics.jsonl"
-  process = subprocess.Popen(command(tmp_path), env=environment, stdout=-3, stderr=-3)
-  while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") > 2):
+def start(environment, folder, *more):
+  pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+  return subprocess.Popen(command(folder, *more), env=environment, **pipes)
+
+
+def kill_in_the_middle(folder, processes):
+  metrics = folder / "metrics.jsonl"
+  while processes[0].poll() is None and not (
+    metrics.exists() and metrics.read_text().count("\n") > 2
+  ):
     time.sleep(0.01)
-  process.send_signal(signal.SIGKILL)
-  assert process.wait(timeout=300) == -signal.SIGKILL
-  assert len(lines_of(tmp_path)) < 7  # It was stopped before the end.
+  for process in processes:
+    process.send_signal(signal.SIGKILL)
+  for process in processes:
+    process.communicate(timeout=300)
+    assert process.returncode == -signal.SIGKILL
+  assert len(lines_of(folder)) < 7  # It was stopped before the end.
+
+
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path, whole, environment):
+  kill_in_the_middle(tmp_path, [start(environment, tmp_path)])
   subprocess.run(command(tmp_path, "--resume"), check=True, env=environment, capture_output=True)
   chex.assert_trees_all_equal(final_state(tmp_path), final_state(whole))
-  assert all((line["ess"] < 1) == (line["method"] != "pretraining") for line in lines_of(whole))
+  assert all((line["ess"] < 1) == (line["method"] != START) for line in lines_of(whole))
   assert without_time(tmp_path) == without_time(whole)
+  times = "tokens_per_second"
+  assert rows_of(tmp_path).drop(columns=times).equals(rows_of(whole).drop(columns=times))
 
 
-def test_two_processes_do_what_one_does(tmp_path, whole, environment):
+def start_two(environment, folder, *more):
   with socket.socket() as listener:
     listener.bind(("localhost", 0))
     address = f"localhost:{listener.getsockname()[1]}"
-  processes = [
-    subprocess.Popen(
-      command(
-        tmp_path, "--coordinator-address", address, "--num-processes", "2", "--process-id", str(i)
-      ),
-      env=environment,
-      stdout=subprocess.PIPE,
-      stderr=subprocess.STDOUT,
-      text=True,
-    )
-    for i in range(2)
-  ]
+  meet = ("--coordinator-address", address, "--num-processes", "2", "--process-id")
+  return [start(environment, folder, *meet, str(i), *more) for i in range(2)]
+
+
+def test_two_processes_that_were_killed_and_went_on_do_what_one_does(tmp_path, whole, environment):
+  kill_in_the_middle(tmp_path, start_two(environment, tmp_path))
+  processes = start_two(environment, tmp_path, "--resume")
   outputs = [process.communicate(timeout=300)[0] for process in processes]
   assert [process.returncode for process in processes] == [0, 0], outputs
-  assert ["The report." in output for output in outputs] == [True, False]
+  for said in ("The pictures.", "checkpoint (no training on)", "steps/s"):
+    assert [said in output for output in outputs] == [True, False]
   chex.assert_trees_all_close(
     final_state(tmp_path)["params"], final_state(whole)["params"], atol=1e-3
   )
   for mine, theirs in zip(lines_of(tmp_path), lines_of(whole), strict=True):
     for name in ("train_loss", "validation_loss", "ess", "weight_clean"):
       assert mine[name] == pytest.approx(theirs[name], rel=1e-3), name
+  assert rows_of(tmp_path)["loss"].tolist() == pytest.approx(rows_of(whole)["loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize("of_one", [True, False])
+def test_what_one_process_or_all_of_them_refuse_ends_all_with_2(tmp_path, environment, of_one):
+  """A folder that is in use is seen by process 0 alone."""
+  with (tmp_path / "lock").open("w") as lock:
+    if of_one:
+      fcntl.flock(lock, fcntl.LOCK_EX)
+    processes = start_two(environment, tmp_path, *(() if of_one else ("--resume",)))
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+  assert [process.returncode for process in processes] == [2, 2], outputs
+  messages = ["resume needs an earlier run in output_dir"] * 2
+  if of_one:
+    messages = ["is in use by another process", "process 0 cannot go on"]
+  assert all(message in said for message, said in zip(messages, outputs, strict=True))

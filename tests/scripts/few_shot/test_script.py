@@ -1,6 +1,5 @@
-"""Few-shot learning: gradients of all methods against plain JAX, resuming, errors, files."""
+"""Few-shot learning: gradients of all methods against plain JAX, evaluation, files, resuming."""
 
-import csv
 import dataclasses
 import functools
 import json
@@ -16,16 +15,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
+import pandas as pd
 import pytest
 from PIL import Image
 
-from scripts.common import fewshot_data
+from scripts.common import fewshot_data, study
 from scripts.few_shot import __main__ as script
 from scripts.few_shot import problem as few_shot
 from scripts.few_shot import setting as few_shot_setting
-from scripts.few_shot import trainer
-from scripts.few_shot.__main__ import Config
+from scripts.few_shot.__main__ import Config, FewShot, FewShotStudy
 
 pytestmark = pytest.mark.slow  # All together, not each.
 
@@ -67,9 +65,9 @@ def hypergradient(name, monkeypatch, settings=SETTINGS, seed=0):
   monkeypatch.setattr(few_shot, "optimizer", lambda settings, num_steps: optax.sgd(1.0))
   method = few_shot.make_method(name, BACKBONE, settings, 1, seed)
   state = method.init(jax.random.key(0), jnp.zeros((2, 4, 2, 1)))
-  before = jax.tree.map(np.asarray, state.x)
   after, loss = jax.jit(method.step)(state, episodes())
-  return jax.tree.map(lambda a, b: a - b, before, after.x), state, loss, method
+  x = lambda state: state[0]  # The first of its fields.
+  return jax.tree.map(lambda a, b: a - b, x(state), x(after)), state, loss, method
 
 
 def mean_over_tasks(of_task, x):
@@ -170,7 +168,7 @@ def test_protonet_predicts_the_nearest_class_mean(monkeypatch):
   for t in range(2):
     episode = jax.tree.map(lambda leaf, t=t: np.asarray(leaf[t]), episodes())
     z, queries = (
-      np.asarray(features(state.x, jnp.asarray(images)), np.float64)
+      np.asarray(features(state[0], jnp.asarray(images)), np.float64)
       for images in (episode.support_images, episode.query_images)
     )
     means = np.stack([z[episode.support_labels == way].mean(axis=0) for way in range(2)])
@@ -187,19 +185,28 @@ def test_evaluation_adapts_to_the_support_set_and_leaves_the_state(name, monkeyp
   _, state, _, method = hypergradient(name, monkeypatch)
   step = jax.jit(method.step)
   later, _ = step(state, episodes())  # Heads start elsewhere than at zero now.
-  predicted = jax.jit(jax.vmap(method.predict, (None, 0)))(later, episodes())
+  predict = jax.jit(method.predict)
+  tasks = [jax.tree.map(lambda leaf, t=t: leaf[t], episodes()) for t in range(2)]
+  predicted = jnp.stack([predict(later, episode) for episode in tasks])
   query_loss = few_shot.cross_entropy(predicted, episodes().query_labels)
   np.testing.assert_allclose(query_loss, step(later, episodes())[1], rtol=1e-4)
-  episode = jax.tree.map(lambda leaf: leaf[0], episodes())
   images = jnp.stack([jnp.zeros((4, 2, 1)), jnp.ones((4, 2, 1))])
-  episode = episode._replace(
-    support_images=images[jnp.array([0, 0, 1, 1])],
-    query_images=images,
-    query_labels=jnp.array([0, 1], jnp.int32),
-  )
-  assert few_shot.accuracy(method, state, episode) == 1.0
-  swapped = episode._replace(support_labels=1 - episode.support_labels)
-  assert few_shot.accuracy(method, state, swapped) == 0.0
+  support = {"support_images": images[jnp.array([0, 0, 1, 1])]}
+  episode = tasks[0]._replace(**support, query_images=images)
+  for labels in (episode.support_labels, 1 - episode.support_labels):
+    predicted = jnp.argmax(predict(state, episode._replace(support_labels=labels)), axis=-1)
+    np.testing.assert_array_equal(predicted, labels[::2])
+
+
+def test_a_step_is_the_same_program_for_every_seed():
+  """The seed of ESJ's directions is in the state."""
+  ends = []
+  for seed in (0, 1):
+    method = few_shot.make_method("esj", BACKBONE, SETTINGS, 1, 1)
+    state = method.init(jax.random.key(0), jnp.zeros((2, 4, 2, 1)))
+    step = few_shot.make_method("esj", BACKBONE, SETTINGS, 1, seed).step
+    ends.append(jax.jit(step)(state, episodes()))
+  chex.assert_trees_all_equal(*ends)
 
 
 def test_the_outer_rate_falls_to_a_tenth_along_a_cosine_and_stays():
@@ -214,35 +221,38 @@ def test_the_outer_rate_falls_to_a_tenth_along_a_cosine_and_stays():
 
 
 def test_pixels_are_scaled_to_the_unit_interval_and_floats_left():
-  scaled = few_shot.scale_pixels(jnp.array([0, 51, 255], jnp.uint8))
+  scaled = script.scale_pixels(jnp.array([0, 51, 255], jnp.uint8))
   np.testing.assert_allclose(scaled, [0.0, 0.2, 1.0])
-  np.testing.assert_array_equal(few_shot.scale_pixels(jnp.array([0.0, 51.0])), [0.0, 51.0])
-
-
-def test_a_checkpoint_is_a_copy_of_the_state(tmp_path, monkeypatch):
-  """The state is donated to the next step while the checkpoint is still being written."""
-  saved = []
-  config = Config(output_dir=tmp_path, **SMALL)
-  one = script.make_trainer("itd", config, script.read(config))
-  save = lambda manager, step, args: saved.append(args.item["state"])
-  monkeypatch.setattr(ocp.CheckpointManager, "save", save)
-  one.checkpoints.save(1, one.state, one.seconds)
-  one.close()
-  for copy, leaf in zip(jax.tree.leaves(saved[0]), jax.tree.leaves(one.state), strict=True):
-    assert not np.shares_memory(copy, np.asarray(leaf))
+  np.testing.assert_array_equal(script.scale_pixels(jnp.array([0.0, 51.0])), [0.0, 51.0])
 
 
 def test_the_accuracy_is_that_of_as_many_episodes_as_are_wanted():
-  one = object.__new__(trainer.Trainer)
-  one.state, one._evaluate = None, lambda state, key, classes: np.arange(20)
-  assert one.accuracy(None, 5, few_shot_setting.Draw.TEST)[0] == 2
+  one = object.__new__(FewShot)
+  one.classes = {few_shot_setting.Draw.TEST: None}
+  one._evaluate = lambda state, key, classes: (np.arange(20), None)
+  assert one.accuracies(None, few_shot_setting.Draw.TEST, 5).tolist() == [0, 1, 2, 3, 4]
+  assert len(one.accuracies(None, few_shot_setting.Draw.TEST, 41)) == 41
 
 
 def test_the_interval_is_the_one_of_the_mean():
-  mean, half = trainer.interval(np.array([0.0, 1.0, 1.0, 0.0]))
+  mean, half = script.interval(np.array([0.0, 1.0, 1.0, 0.0]))
   assert mean == 0.5
   np.testing.assert_allclose(half, 1.96 * np.sqrt(1 / 3) / 2)
-  assert trainer.interval(np.array([0.5])) == (0.5, 0.0)
+  assert script.interval(np.array([0.5])) == (0.5, 0.0)
+
+
+def test_one_seed_has_the_interval_over_episodes_and_several_their_spread():
+  rows = pd.DataFrame({"test_accuracy": [0.5, 0.7], "confidence": [0.01, 0.02]})
+  assert script.accuracy_of(rows[:1]) == "50.00 ± 1.00 %"
+  assert script.accuracy_of(rows) == "60.00 ± 14.14 %"
+
+
+def test_no_two_streams_of_keys_and_no_two_seeds_share_a_root():
+  """``split(key, n)[i]`` is ``fold_in(key, i)``: keys of one root would meet."""
+  roots = [
+    few_shot_setting.draw_key(draw, seed) for draw in few_shot_setting.Draw for seed in range(3)
+  ]
+  assert len({tuple(jax.random.key_data(root).tolist()) for root in roots}) == 15
 
 
 SMALL = {
@@ -257,56 +267,11 @@ SMALL = {
   "eval_every": 2,
   "checkpoint_every": 2,
   "steps": 4,
-  "methods": ("itd",),
 }
 
 
-def test_no_two_streams_of_keys_and_no_two_seeds_share_a_root():
-  """``split(key, n)[i]`` is ``fold_in(key, i)``: keys of one root would meet."""
-  roots = [
-    few_shot_setting.draw_key(draw, seed) for draw in few_shot_setting.Draw for seed in range(3)
-  ]
-  assert len({tuple(jax.random.key_data(root).tolist()) for root in roots}) == 15
-
-
-def test_a_run_writes_its_files_and_a_resumed_one_repeats_nothing(tmp_path, capsys, monkeypatch):
-  drawn = []
-
-  def draw_key(draw, seed=0):
-    drawn.append((draw.name, seed))
-    return jax.random.fold_in(jax.random.key(seed), draw)
-
-  for module in (few_shot, trainer):
-    monkeypatch.setattr(module, "draw_key", draw_key)
-  config = Config(output_dir=tmp_path, seed=3, **SMALL)
-  assert script.main(config) == 0
-  of_training = {(name, 3) for name in ("PARAMETERS", "DIRECTIONS", "TRAINING")}
-  assert set(drawn) == of_training | {("VALIDATION", 0), ("TEST", 0)}
-  table = capsys.readouterr().out
-  for word in ("ITD (ANIL)", "2-way 1-shot", "4 meta-steps"):
-    assert word in table
-  lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-  assert [(line["method"], line["step"]) for line in lines] == [
-    ("itd", 2),
-    ("itd", 4),
-  ]
-  results = (tmp_path / "results.csv").read_text()
-  assert [row["method"] for row in csv.DictReader(results.splitlines())] == ["itd"]
-  for name in ("few_shot.png", "episode_itd.png"):
-    with Image.open(tmp_path / name) as picture:
-      assert picture.width > 100
-  metrics = (tmp_path / "metrics.jsonl").read_text()
-  assert script.main(dataclasses.replace(config, resume=True)) == 0
-  assert (tmp_path / "metrics.jsonl").read_text() == metrics
-  accuracy = lambda text: [row["test_accuracy"] for row in csv.DictReader(text.splitlines())]
-  assert accuracy((tmp_path / "results.csv").read_text()) == accuracy(results)
-
-  for wrong, message in (
-    ({}, "has checkpoints of an earlier run"),
-    ({"resume": True, "seed": 1}, "seed must be 3 to resume, got 1"),
-  ):
-    assert script.main(dataclasses.replace(config, **wrong)) == 2
-    assert message in capsys.readouterr().err
+def lines_of(folder):
+  return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def padded(images, count):
@@ -314,8 +279,8 @@ def padded(images, count):
   return np.concatenate([images[:count], np.full((3 - count, 28, 28, 1), np.nan)]).astype("float32")
 
 
-def test_validation_has_its_own_classes_and_evaluation_no_turns_and_nothing_sees_padding(
-  tmp_path, monkeypatch
+def test_a_run_evaluates_on_other_classes_without_turns_and_padding_and_draws_its_episode(
+  tmp_path, monkeypatch, capsys
 ):
   """Data sets that give themselves away.
 
@@ -340,98 +305,76 @@ def test_validation_has_its_own_classes_and_evaluation_no_turns_and_nothing_sees
     for name, images in drawings.items()
   }
   monkeypatch.setattr(script, "read", lambda config: fewshot_data.FewShotData(**classes))
-  steps, optimizer = set(), few_shot.optimizer
+  optimizer, draw_key, steps, drawn = few_shot.optimizer, script.draw_key, set(), set()
 
   def recorded_optimizer(settings, num_steps):
     steps.add(num_steps)
     return optimizer(settings, num_steps)
 
+  def recorded_key(draw, seed=0):
+    drawn.add((draw.name, seed))
+    return draw_key(draw, seed)
+
   monkeypatch.setattr(few_shot, "optimizer", recorded_optimizer)
-  config = Config(output_dir=tmp_path, **SMALL | {"methods": ("protonet",)})
-  assert script.main(config) == 0
-  lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+  monkeypatch.setattr(script, "draw_key", recorded_key)
+  config = Config(output_dir=tmp_path, first_seed=3, methods=("protonet",), **SMALL)
+  assert study.run(FewShotStudy(), config) == 0
+  assert steps == {config.steps}  # The schedule's.
+  assert drawn == {("PARAMETERS", 3), ("TRAINING", 3), ("VALIDATION", 0), ("TEST", 0)}
+  lines = lines_of(tmp_path)
+  assert [(line["method"], line["seed"], line["step"]) for line in lines] == [
+    ("protonet", 3, 2),
+    ("protonet", 3, 4),
+  ]
   assert [line["validation_accuracy"] for line in lines] == [0.5, 0.5]
   assert all(line["outer_loss"] for line in lines)  # It would be null for NaN.
-  [row] = csv.DictReader((tmp_path / "results.csv").read_text().splitlines())
-  assert float(row["test_accuracy"]) == 1
-  assert steps == {config.steps}  # The schedule's.
+  row = pd.read_csv(tmp_path / "results.csv").iloc[0]
+  assert (row["method"], row["seed"], row["steps"], row["test_accuracy"]) == ("protonet", 3, 4, 1.0)
+  table = " ".join(capsys.readouterr().out.split())  # Titles are wrapped.
+  for word in ("ProtoNet", "2-way 1-shot", "4 meta-steps", "seed 3", "100.00 ± 0.00 %"):
+    assert word in table
+  for name in ("few_shot.png", "episode_protonet.png"):
+    with Image.open(tmp_path / name) as picture:
+      assert picture.width > 100
+
+
+drawn_once = functools.cache(fewshot_data.synthetic_glyphs)
 
 
 @pytest.mark.parametrize(
   "wrong, message",
   [
-    ({"dataset": "imagenet"}, "dataset must be one of glyphs, omniglot, caltech101_fewshot; got"),
-    ({"backbone": "vgg"}, "backbone must be one of auto, conv4, resnet12; got 'vgg'"),
-    ({"methods": ("itd", "magic")}, "methods must be among esj_through, esj_shrunk, esj, itd, "),
-    ({"methods": ()}, "got none"),
-    ({"methods": ("itd", "itd")}, "methods must name each method once, got itd itd"),
-    ({"steps": 0}, "steps must be positive, got 0"),
-    ({"outer_learning_rate": -1.0}, "outer_learning_rate must be positive, got -1.0"),
-    ({"seed": -1}, "seed must not be negative, got -1"),
-    ({"resume": True}, "resume needs an earlier run in output_dir"),
     ({"num_ways": 60, "methods": ("protonet",)}, "num_ways must be at most"),
     ({"num_shots": 18, "methods": ("protonet",)}, "num_shots + num_queries must be at most"),
-    ({"width": 4, "methods": ("esj_through",)}, "num_samples must be at most the number of"),
+    ({"width": 4, "methods": ("esj_through",)}, "esj_through: num_samples must be at most the"),
     ({"dataset": "omniglot", "data_dir": Path("/nowhere")}, "no omniglot in /nowhere"),
-    ({"output_dir": Path("/dev/null/x")}, "output_dir must be a folder to write to"),
   ],
 )
-def test_bad_input_says_what_is_allowed(tmp_path, capsys, wrong, message):
-  assert script.main(Config(**({"output_dir": tmp_path / "out"} | wrong))) == 2
+def test_what_cannot_run_is_refused_before_anything_is_trained(
+  tmp_path, capsys, monkeypatch, wrong, message
+):
+  monkeypatch.setattr(fewshot_data, "synthetic_glyphs", drawn_once)
+  assert study.run(FewShotStudy(), Config(output_dir=tmp_path / "out", **wrong)) == 2
   assert message in capsys.readouterr().err
+  assert not (tmp_path / "out").exists()
 
 
-def command(output_dir, *more):
-  arguments = SMALL | {"methods": "esj_through", "steps": 60, "output_dir": output_dir}
-  flags = [part for k, v in arguments.items() for part in (f"--{k.replace('_', '-')}", str(v))]
-  return [sys.executable, "-m", "scripts.few_shot", *flags, *more]
-
-
-@pytest.fixture
-def interruptible():
-  """Processes that Ctrl-C ends, although a parent may ignore it, and pass that on."""
-  before = signal.signal(signal.SIGINT, signal.default_int_handler)
-  yield
-  signal.signal(signal.SIGINT, before)
-
-
-def test_an_interrupted_and_a_killed_run_go_on_bit_for_bit(tmp_path, interruptible):
-  """Ctrl-C, and after resuming kill -9, at a random step, in the middle of whatever it does."""
-  environment = os.environ | {
-    "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
-    "JAX_PLATFORMS": "cpu",
-    "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),  # Only the first run compiles.
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-  }
-  run = functools.partial(subprocess.run, check=True, env=environment, capture_output=True)
-  run(command(tmp_path / "whole"))
-  stopped = tmp_path / "stopped"
-  metrics = stopped / "metrics.jsonl"
-  count = lambda: metrics.read_text().count("\n") if metrics.exists() else 0
-  for stop, status, more in (
-    (signal.SIGINT, 130, []),
-    (signal.SIGKILL, -signal.SIGKILL, ["--resume"]),
-  ):
-    enough = count() + 3
-    process = subprocess.Popen(command(stopped, *more), env=environment, stdout=-3, stderr=-3)
-    while process.poll() is None and count() < enough:
-      time.sleep(0.01)
-    process.send_signal(stop)
-    assert process.wait(timeout=300) == status
-  assert count() < 30  # It was stopped before the end.
-  run(command(stopped, "--resume"))
-  states = []
-  for name in ("whole", "stopped"):
-    path = tmp_path / name / "checkpoints" / "esj_through"
-    with ocp.CheckpointManager(path) as manager:
-      assert manager.latest_step() == 60
-      states.append(manager.restore(60, args=ocp.args.StandardRestore())["state"])
-  chex.assert_trees_all_equal(*states)
-  without_time = [
-    [
-      json.loads(line) | {"seconds": 0}
-      for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()
-    ]
-    for name in ("whole", "stopped")
-  ]
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
+  small = SMALL | {"methods": ("esj_through",), "steps": 40, "first_seed": 1}
+  whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+  assert study.run(FewShotStudy(), Config(output_dir=whole, **small)) == 0
+  flags = Config(**small).flags().replace("--first-seed", "--seed").split()
+  command = [sys.executable, "-m", "scripts.few_shot", *flags, "--output-dir", str(stopped)]
+  process = subprocess.Popen(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, stdout=-3)
+  count = lambda: len(lines_of(stopped)) if (stopped / "metrics.jsonl").exists() else 0
+  while process.poll() is None and count() < 3:
+    time.sleep(0.01)
+  process.send_signal(signal.SIGKILL)
+  assert process.wait() == -signal.SIGKILL
+  assert count() < 20  # It was stopped before the end.
+  assert study.run(FewShotStudy(), Config(output_dir=stopped, resume=True, **small)) == 0
+  without_time = [[line | {"seconds": 0} for line in lines_of(path)] for path in (whole, stopped)]
   assert without_time[0] == without_time[1]
+  timed = ["seconds_per_step", "temporary_bytes"]
+  rows = [pd.read_csv(path / "results.csv").drop(columns=timed) for path in (whole, stopped)]
+  pd.testing.assert_frame_equal(*rows, check_exact=True)

@@ -1,0 +1,85 @@
+"""Captioners at work: a step that all seeds share, and what is measured on the way."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from scripts.captioning.config import Settings
+from scripts.captioning.files import Files
+from scripts.captioning.model import (
+  State,
+  as_batch,
+  ask,
+  captioned,
+  init_state,
+  make_model,
+  make_optimizer,
+  make_step,
+)
+from scripts.captioning.plots import Captioned
+from scripts.captioning.shapes import Shapes
+from scripts.common.study import Program, Row, Spent, Task
+
+
+class Captioner:
+  """A captioner of the images of a source, compiled once for all seeds.
+
+  Attributes:
+    source: of images and captions.
+    settings: sizes and rates.
+    init: ``init(key)``, where training starts.
+    program: a step of training.
+    ask: what it can be asked.
+  """
+
+  def __init__(self, name: str, source: Shapes | Files, settings: Settings):
+    self.source, self.settings = source, settings
+    model, tx = make_model(name, settings, len(source.vocabulary)), make_optimizer(settings)
+    train = make_step(model, tx)
+
+    def step(state, t, key_data, *batch):
+      key = jax.random.fold_in(jax.random.wrap_key_data(key_data), t)
+      images, tokens, key = source.draw(key, t, *batch)
+      return train(state, as_batch(images, tokens), key)
+
+    self.init = jax.jit(lambda key: init_state(model, tx, settings, key))
+    self.program = Program(step)
+    self.ask = ask(model, settings, source.vocabulary, source.beam_size)
+
+  def check(self) -> None:
+    """Raises ``ValueError`` if it cannot be trained."""
+    jax.eval_shape(self.init, jax.random.key(0))
+    self.source.batches(0)
+
+  def examples(self, params: Any) -> list[Captioned]:
+    """Some images of the test set with what it says of them."""
+    images = self.source.shown()
+    return captioned(images, self.ask.beam(params, jnp.asarray(images)), self.source.vocabulary)
+
+
+class Training(Task):
+  """A captioner on one seed."""
+
+  def __init__(self, captioner: Captioner, seed: int):
+    self._captioner, self._source = captioner, captioner.source
+    self._key = jax.random.key_data(self._source.key(seed))
+    self._batch = self._source.batches(seed)
+    self.state = captioner.init(jax.random.key(seed))
+    for batch in self._source.shapes():
+      captioner.program.compile(self.state, self._key, *batch)
+
+  def step(self, state: State, t: int) -> tuple[State, jax.Array]:
+    """Trains on the captions whose turn it is; tells their mean loss."""
+    arguments = self._key, *self._batch(t)
+    return self._captioner.program.compile(state, *arguments)(state, jnp.int32(t), *arguments)
+
+  def evaluate(self, state: State, told: list[Any]) -> Row:
+    """Losses so far."""
+    validation = self._source.validation(self._captioner.ask, state.params)
+    return {"train_loss": float(told[-1]), "validation_nll": validation}
+
+  def result(self, state: State, spent: Spent) -> Row:
+    """The scores on the test set."""
+    scores = self._source.test(self._captioner.ask, state.params)
+    return scores | {"ms_per_step": 1e3 * spent.seconds / self._captioner.settings.steps}
