@@ -41,8 +41,9 @@ rounds instead of 10,000, 2 draws of BGD instead of 5, one pre-training for all 
 
 import functools
 from collections.abc import Iterable
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import numpy as np
 import pandas as pd
 
 from scripts.common import study, table
@@ -101,12 +102,16 @@ def rates_of(run: Run[Config], name: str) -> Rates:
   return tuning.calibrated(run) if name == "leeds" else run.config.rates_of(name)
 
 
+def key_of(stay_probability: float, method: str, seeds: np.ndarray) -> dict[str, Any]:
+  """The key of a group of seeds, which the first of them names."""
+  return {"stay_probability": stay_probability, "method": method, "group": int(seeds[0])}
+
+
 def traces_of(run: Run[Config]) -> dict[tuple[float, str], Trace]:
   """The traces of the first seed, by stream and method, as far as there are any."""
-  keys = [(cell, cell.key) for cell in run.finished() if cell.key["seed"] == run.config.first_seed]
-  return {
-    (key["stay_probability"], key["method"]): Trace(**run.saved(cell)).of(0) for cell, key in keys
-  }
+  first = [cell for cell in run.finished() if cell.key["group"] == run.config.first_seed]
+  name = lambda cell: (cell.key["stay_probability"], cell.key["method"])
+  return {name(cell): Trace(**run.saved(cell)).of(0) for cell in first}
 
 
 class OnlineMeta(Study[Config]):
@@ -132,16 +137,15 @@ class OnlineMeta(Study[Config]):
     yield from (pretraining.cell(run, kind) for kind in begins if kind != "random")
     for p in config.stay_probabilities:
       for seeds in config.groups():
-        key, where = {"stay_probability": p}, f"p = {p:g}, seed {seeds[0]}"
-        first = {"seed": int(seeds[0])}  # The key of a group.
+        where = f"p = {p:g}, seed {seeds[0]}"
         make = functools.partial(runs.Best, run, p, seeds)
-        best = Cell({**key, "method": "best", **first}, make, 1, f"best fixed models, {where}")
+        best = Cell(key_of(p, "best", seeds), make, 1, f"best fixed models, {where}")
         yield best
         for name in config.methods:
           rates = functools.partial(rates_of, run, name)
           make = functools.partial(runs.Play, run, name, rates, p, seeds)
           label = f"{LABELS[name]}, {where}"
-          yield Cell({**key, "method": name, **first}, make, 1, label, needs=(best,))
+          yield Cell(key_of(p, name, seeds), make, 1, label, needs=(best,))
 
   def finish(self, run: Run[Config]) -> None:
     """Tries other thresholds of LEEDS, on the first stream and the first seed."""
