@@ -100,7 +100,7 @@ class AdversarialTraining(Study[Config]):
   def remarks(self, results: Results[Config]) -> Iterable[str]:
     """What each run's robust accuracies are doubted for."""
     for row in results.rows.to_dict("records"):
-      if isinstance(row["doubts"], str) and row["doubts"]:  # A file has no empty strings.
+      if row["doubts"]:
         changed = f", {row['changed']}" if "changed" in row else ""
         of_run = f"{SETS[row['set']]}, {LABELS[row['method']]}{changed}, seed {row['seed']}"
         yield f"[red]Doubtful: {of_run}: {row['doubts']}[/red]"

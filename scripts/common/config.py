@@ -11,11 +11,19 @@ ValueError: learning_rate should be greater than 0, got -1
 """
 
 import dataclasses
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, ValidationError
+from pydantic import (
+  BaseModel,
+  ConfigDict,
+  Field,
+  GetCoreSchemaHandler,
+  ValidationError,
+  model_validator,
+)
 from pydantic_core import CoreSchema, core_schema
 
 Settings = TypeVar("Settings")
@@ -102,6 +110,12 @@ class StudyConfig(Checked):
   output_dir: Annotated[Path, FREE] = Path("runs")
   """Where results and checkpoints go."""
 
+  @model_validator(mode="after")
+  def _resume_or_overwrite(self) -> Self:
+    if self.resume and self.overwrite:  # Nothing would be left to go on with.
+      raise ValueError("resume and overwrite should not be given together")
+    return self
+
   def all_seeds(self) -> range:
     """The seeds."""
     return range(self.first_seed, self.first_seed + self.seeds)
@@ -132,7 +146,7 @@ class StudyConfig(Checked):
         words.append(flag if value else flag.replace("--", "--no-", 1))
       else:
         words += [flag, *map(str, value if isinstance(value, list) else [value])]
-    return " ".join(words)
+    return shlex.join(words)
 
 
 ONLY_HERE = ("resume", "overwrite", "save_results", "data_dir", "output_dir")

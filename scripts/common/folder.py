@@ -68,7 +68,7 @@ class RunFolder:
           saved |= {"study": study, "config": config.model_dump(mode="json")}
           saved["runs"].append(provenance(config, program))
           _write(self.path / CONFIG, json.dumps(saved, indent=1) + "\n")
-          self._log = (self.path / METRICS).open("a")
+          self._rewrite_lines()  # A kill may have left half a line.
         on_error.pop_all()
     except OSError as error:
       raise ValueError(
@@ -96,19 +96,25 @@ class RunFolder:
     return saved
 
   def _clear(self) -> None:
-    for name in (CONFIG, METRICS, RESULTS, NOTES):
-      (self.path / name).unlink(missing_ok=True)
     shutil.rmtree(self.path / CHECKPOINTS, ignore_errors=True)
+    for name in (METRICS, RESULTS, NOTES, CONFIG):  # While config.json is there, it is a run.
+      (self.path / name).unlink(missing_ok=True)
+
+  def _rewrite_lines(self) -> None:
+    _write(self.path / METRICS, "".join(map(_json_line, self.lines)))
+    self._log = (self.path / METRICS).open("a")
 
   def checkpoints(self, key: Mapping[str, Any]) -> Path:
     """Where the checkpoints of the cell of that key are."""
     return checkpoints(self.path, key)
 
   def add_lines(self, lines: Sequence[Row]) -> None:
-    """Appends lines, on disk when this returns; numbers that are not finite become ``null``."""
-    self.lines += lines
+    """Appends lines, on disk when this returns; what is not finite is NaN, and ``null`` there."""
+    finite = lambda value: not isinstance(value, float) or math.isfinite(value)
+    new = [{k: value if finite(value) else math.nan for k, value in row.items()} for row in lines]
+    self.lines += new
     if self._writes:
-      self._log.writelines(_json_line(line) for line in lines)
+      self._log.writelines(map(_json_line, new))
       self._log.flush()
       os.fsync(self._log.fileno())
 
@@ -117,8 +123,7 @@ class RunFolder:
     self.lines = list(lines)
     if self._writes:
       self._log.close()
-      _write(self.path / METRICS, "".join(map(_json_line, lines)))
-      self._log = (self.path / METRICS).open("a")
+      self._rewrite_lines()
 
   def add_rows(self, rows: Sequence[Row]) -> None:
     """Adds rows to the table."""
@@ -174,11 +179,15 @@ def checkpoints(folder: Path, key: Mapping[str, Any]) -> Path:
 
 
 def read(folder: Path) -> tuple[list[Row], list[Row], dict[str, Any]]:
-  """``(lines, rows, notes)`` of the files in a folder, as far as there are any."""
+  """``(lines, rows, notes)`` of the files in a folder, as far as there are any.
+
+  Lines have NaN for ``null``, as they had when they were written.
+  """
   lines, rows, notes = list[Row](), list[Row](), dict[str, Any]()
   if (folder / METRICS).exists():
     text = (folder / METRICS).read_text().splitlines()
-    lines = [json.loads(line) for line in text if line.endswith("}")]
+    whole = [json.loads(line) for line in text if line.endswith("}")]
+    lines = [{k: math.nan if v is None else v for k, v in line.items()} for line in whole]
   if (folder / RESULTS).exists():
     with (folder / RESULTS).open(newline="") as file:
       rows = [{k: _value(text) for k, text in row.items()} for row in csv.DictReader(file)]
@@ -240,8 +249,8 @@ def _lock(folder: Path) -> Any:
 
 
 def _json_line(line: Mapping[str, Any]) -> str:
-  finite = lambda value: not isinstance(value, float) or math.isfinite(value)
-  values = {name: value if finite(value) else None for name, value in line.items()}
+  null = lambda value: isinstance(value, float) and math.isnan(value)
+  values = {name: None if null(value) else value for name, value in line.items()}
   return json.dumps(values, allow_nan=False) + "\n"
 
 

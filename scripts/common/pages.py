@@ -34,7 +34,7 @@ def tables(room: str, name: str) -> tuple[list[str], str]:
   shown = [f"{table.title}\n\n{table.markdown()}\n" for table in study.tables(study.load(name))]
   ran = saved["runs"][-1]
   where = f"{ran['num_devices']} x {ran['device']}, {ran['cores']} cores"
-  source = f"`{ran['command']}`, commit {ran['commit'][:9]}, jax {ran['jax']}, {where}"
+  source = f"`{ran['command']}`, commit {str(ran['commit'])[:9]}, jax {ran['jax']}, {where}"
   return shown, f"{source}, {ran['date'][:10]}; [all runs](../../scripts/{room}/results/{name})\n"
 
 

@@ -40,7 +40,7 @@ def mean_and_range(
 
   Without ``band`` the line is dashed.
   """
-  array = np.asarray(values, float)  # None, in files for what is not finite, becomes NaN.
+  array = np.asarray(values, float)
   line = "-" if band else "--"
   axes.plot(x, array.mean(axis=0), color=color, label=label, linestyle=line, marker=".", ms=4)
   if band:

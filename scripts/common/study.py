@@ -270,7 +270,10 @@ def main(config: type[Config], run: Callable[[Config], int], doc: str | None) ->
   told = tyro.cli(config, description=doc)
   if told.smoke:  # Compilation is most of its time.
     jax.config.update("jax_disable_most_optimizations", True)
-  status = run(told)
+  try:
+    status = run(told)
+  except KeyboardInterrupt:  # Again, while what was finished was shown.
+    status = 130
   sys.stdout.flush()
   sys.stderr.flush()
   if status == 130:  # Not by way of the runtime's destructors: a compilation may still be going on.

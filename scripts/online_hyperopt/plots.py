@@ -86,6 +86,7 @@ def leave_out_diverged(axes: Axes, curves: list[pd.DataFrame]) -> None:
   """Limits ``y`` to curves no more than ten times as large as the median one, if one is larger."""
   arrays = [curve.to_numpy() for curve in curves]
   sizes = np.array([np.abs(array).max() for array in arrays])
+  sizes[np.isnan(sizes)] = np.inf  # Lines have no infinite numbers.
   shown = [a for a, small in zip(arrays, sizes <= 10 * np.median(sizes), strict=True) if small]
   if 0 < len(shown) < len(arrays):
     low, high = min(array.min() for array in shown), max(array.max() for array in shown)

@@ -47,7 +47,9 @@ def measure(
           "recall": float(quality.recall),
         }
 
-      name = f"sweep of p={run.config.stay_probabilities[0]:g}, {kind} {i}"
+      config = run.config  # A run that goes on may have another stream, or another first seed.
+      where = f"p={config.stay_probabilities[0]:g}, seed {config.first_seed}"
+      name = f"sweep of {where}, {kind} {i}"
       known = {"logged_precision": logged[i, 0], "logged_recall": logged[i, 1]}
       rows.append({"kind": kind, "threshold": value, **run.note(name, judge), **known})
   return rows

@@ -46,6 +46,7 @@ class Config(StudyConfig):
   share: Share = 0.0
   sweep: bool = True
   sizes: tuple[Count, ...] = (1, 2)
+  note: str = ""
   rates: Rates = Rates()
 
 
@@ -67,6 +68,7 @@ class Config(StudyConfig):
     ({"methods": ()}, "methods should name at least 1 of itd, aid, esj; got none"),
     ({"dataset": "cifar"}, "dataset should be among digits, mnist; got cifar"),
     ({"seeds": 0}, "seeds should be greater than or equal to 1, got 0"),
+    ({"resume": True, "overwrite": True}, "resume and overwrite should not be given together"),
     ({"first_seed": -1}, "first_seed should be greater than or equal to 0, got -1"),
     ({"colour": 1}, "colour"),
     ({"count": 0, "index": -1}, "count should be greater than or equal to 1, got 0; index should"),
@@ -90,7 +92,7 @@ def test_the_identity_is_what_is_not_free():
   config = Config(output_dir=Path("x"), methods=("esj",), seeds=9, positive=0.5, resume=True)
   names = {
     "dataset", "none_of", "count", "index", "positive", "non_negative", "share", "sweep", "sizes",
-    "rates",
+    "note", "rates",
   }  # fmt: skip
   assert config.identity().keys() == names
   assert config.identity()["sizes"] == [1, 2]
@@ -115,6 +117,7 @@ def test_the_flags_repeat_the_run():
   again = tyro.cli(Config, args=flags.split())
   assert again.identity() == config.identity()
   assert Config().flags() == ""
+  assert Config(note="it's two words").flags() == "--note 'it'\"'\"'s two words'"
 
 
 def test_help_lists_the_names_of_methods_and_bad_values_end_with_2():

@@ -1,7 +1,9 @@
 """The mechanism of all experiments, on the smallest one: what runs, resumes, and is refused."""
 
+import functools
 import itertools
 import json
+import math
 import os
 import signal
 import subprocess
@@ -223,13 +225,32 @@ def test_what_is_measured_once_is_kept_for_resumed_runs(tmp_path):
   assert len(calls) == 1
 
 
-def test_numbers_that_are_not_finite_are_null_in_lines_and_empty_in_rows(tmp_path, monkeypatch):
+def test_numbers_that_are_not_finite_are_null_in_lines_and_stay_in_rows(tmp_path, monkeypatch):
   monkeypatch.setattr(Sum, "evaluate", lambda self, state, told: {"sum": float("nan")})
   monkeypatch.setattr(Sum, "result", lambda self, state, spent: {"sum": float("inf"), "seconds": 0})
   assert play(tmp_path, seeds=1) == 0
   rows, lines = files_of(tmp_path)
-  assert all(line["sum"] is None for line in lines)
+  assert (tmp_path / "metrics.jsonl").read_text().count('"sum": null') == len(lines) == 8
+  assert all(np.isnan(line["sum"]) for line in lines)
   assert all(np.isinf(row["sum"]) for row in rows)
+
+
+def test_lines_are_the_same_before_and_after_they_were_read(tmp_path):
+  config = Config(output_dir=tmp_path)
+  files = RunFolder(config, "Toy", "toy")
+  files.add_lines([{"step": 1, "a": float("inf"), "b": -0.5, "c": "x"}])
+  files.close()
+  read = RunFolder(config.but(resume=True), "Toy", "toy")
+  read.close()
+  assert read.lines == files.lines == [{"step": 1, "a": math.nan, "b": -0.5, "c": "x"}]
+
+
+def test_half_a_line_that_a_kill_has_left_is_gone_before_others_follow(tmp_path, whole):
+  assert play(tmp_path, seeds=1) == 0
+  with (tmp_path / "metrics.jsonl").open("a") as file:
+    file.write('{"method": "plain", "se')
+  assert play(tmp_path, resume=True) == 0
+  assert files_of(tmp_path) == whole
 
 
 def test_seconds_are_of_steps_alone(tmp_path, monkeypatch):
@@ -254,6 +275,19 @@ def test_a_state_may_be_donated_although_others_begin_there(tmp_path):
   begun = numbers("plain", 0)[:3].sum()
   expected = [begun, *(begun + numbers("plain", seed)[:2].sum() for seed in (1, 2))]
   np.testing.assert_allclose([row["sum"] for row in rows], expected, rtol=1e-4)
+
+
+def test_ctrl_c_while_tables_are_made_ends_the_program_with_130(tmp_path, monkeypatch):
+  def interrupted(self, results):
+    raise KeyboardInterrupt
+
+  ended = []
+  monkeypatch.setattr(Toy, "tables", interrupted)
+  monkeypatch.setattr(os, "_exit", lambda status: ended.append(status))
+  monkeypatch.setattr(sys, "argv", ["toy", "--output-dir", str(tmp_path), "--seeds", "1"])
+  with pytest.raises(SystemExit):
+    study.main(Config, functools.partial(study.run, Toy()), None)
+  assert ended == [130]
 
 
 def test_ctrl_c_before_anything_ran_is_130(tmp_path, monkeypatch, capsys):

@@ -1,9 +1,12 @@
 """The main job from end to end, small: rows, table, picture, and its bars at full size."""
 
+import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -47,6 +50,28 @@ def test_rows_are_of_the_last_evaluation_on_the_test_set(small):
     assert row["temporary_bytes"] > 0
   with Image.open(small / "hyper_cleaning.png") as picture:
     assert picture.width > 1000
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
+  arguments = ["--smoke", "--methods", "oracle", "itd", "esj", "--output-dir"]
+
+  def start(name, *flags):
+    command = [sys.executable, "-m", "scripts.hyper_cleaning", *arguments, str(tmp_path / name)]
+    return subprocess.Popen([*command, *flags], cwd=ROOT, stdout=subprocess.DEVNULL)
+
+  process, metrics = start("killed"), tmp_path / "killed" / "metrics.jsonl"
+  while process.poll() is None and not (metrics.exists() and len(metrics.open().readlines()) > 24):
+    time.sleep(0.01)
+  process.send_signal(signal.SIGKILL)
+  assert process.wait() == -signal.SIGKILL
+  assert len(folder.read(tmp_path / "killed")[1]) < 3
+  assert start("killed", "--resume").wait() == start("whole").wait() == 0
+  whole, killed = (folder.read(tmp_path / name)[:2] for name in ("whole", "killed"))
+  for entry in itertools.chain(*whole, *killed):
+    for name in ("seconds", "seconds_per_step", "compile_seconds"):
+      entry.pop(name, None)
+  assert str(killed) == str(whole)
 
 
 @pytest.mark.slow

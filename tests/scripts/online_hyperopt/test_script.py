@@ -511,10 +511,11 @@ def test_newsgroups_are_rows_of_unit_norm_with_the_training_posts_first():
   assert optax.tree.size(examples.images) == 300_000
 
 
-def test_a_method_that_diverged_does_not_flatten_the_picture():
+@pytest.mark.parametrize("diverged", [1e9, np.nan])
+def test_a_method_that_diverged_does_not_flatten_the_picture(diverged):
   fig, (few, many) = online_plots.plt.subplots(1, 2)
   curves = [pd.DataFrame(np.full((3, 2), value)) for value in (0.0, -1.0, 4.0)]
-  for axes, mine in ((few, curves), (many, [*curves, pd.DataFrame(np.full((3, 2), 1e9))])):
+  for axes, mine in ((few, curves), (many, [*curves, pd.DataFrame(np.full((3, 2), diverged))])):
     for curve in mine:
       axes.plot(curve.to_numpy())
     online_plots.leave_out_diverged(axes, mine)

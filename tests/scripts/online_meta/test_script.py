@@ -378,7 +378,7 @@ def test_a_run_writes_traces_tables_and_pictures_and_goes_on(tmp_path, capsys):
     with Image.open(mine.output_dir / name) as picture:
       assert picture.width > 800
   notes = json.loads((mine.output_dir / "notes.json").read_text())
-  assert notes["sweep of p=0.7, switch 6"]["recall"] == 0  # A threshold of 4.8.
+  assert notes["sweep of p=0.7, seed 0, switch 6"]["recall"] == 0  # A threshold of 4.8.
   bad = mine.but(resume=True, pretrain_tasks=3)
   assert script.run(bad) == 2
   assert "pretrain_tasks must be 2 to resume, got 3" in capsys.readouterr().err
