@@ -59,10 +59,11 @@ def tfds_source(
   """Opens what tensorflow-datasets has prepared as ``array_record`` files, without TensorFlow.
 
   Args:
-    name: as in :func:`tfds_images`.
-    split: as in :func:`tfds_images`.
-    data_dir: as in :func:`tfds_images`.
-    preparation: how to get the data set, if it is none of the catalogue of tensorflow-datasets.
+    name: of the data set.
+    split: such as ``"train"`` or ``"test[:1000]"``.
+    data_dir: the folder that holds ``name/version/``; by default ``TFDS_DATA_DIR``, or
+      ``~/tensorflow_datasets``.
+    preparation: how to get the data set, where the catalogue of tensorflow-datasets lacks it.
 
   Returns:
     A sequence of dictionaries; ``__getitems__(range(a, b))`` reads many at once.
@@ -101,7 +102,8 @@ def newsgroups(
   """20 Newsgroups as TF-IDF rows of Euclidean norm 1, training documents first.
 
   Args:
-    data_dir: as in :func:`tfds_images`; the data set is ``newsgroups20``.
+    data_dir: the folder that holds ``newsgroups20/version/``; by default ``TFDS_DATA_DIR``, or
+      ``~/tensorflow_datasets``.
     num_words: how many of the most frequent words to keep, English stop words aside.
 
   Returns:

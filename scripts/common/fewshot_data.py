@@ -60,7 +60,8 @@ def omniglot(
   are 255, paper is 0. Reading takes 7 seconds on one core, so nothing is cached.
 
   Args:
-    data_dir: as in :func:`scripts.common.data.tfds_images`.
+    data_dir: the folder that holds ``name/version/``; by default ``TFDS_DATA_DIR``, or
+      ``~/tensorflow_datasets``.
     size: height and width of the images, at most 105.
     percent: reads only the first so many percent of the drawings, for a quick look; characters then
       have few drawings, some none.
@@ -100,7 +101,8 @@ def caltech101_fewshot(data_dir: str | os.PathLike | None = None) -> FewShotData
   decodes the JPEG files (OpenCV, or Pillow where there is no OpenCV).
 
   Args:
-    data_dir: as in :func:`scripts.common.data.tfds_images`.
+    data_dir: the folder that holds ``name/version/``; by default ``TFDS_DATA_DIR``, or
+      ``~/tensorflow_datasets``.
 
   Returns:
     Images ``[classes, 30, 84, 84, 3]``; ``labels`` number all 100 classes.

@@ -1,4 +1,4 @@
-"""Continual pre-training: light training on by reweighted losses, from one checkpoint.
+"""Continued pre-training with reweighted losses, from one checkpoint.
 
 A small byte-level transformer is trained on a mixture of domains. From its checkpoint, every
 reweighting of sequences goes on for a few steps on the same data, in the same batches: IR-DRO, with

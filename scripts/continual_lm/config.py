@@ -12,7 +12,7 @@ from scripts.continual_lm.methods import METHODS, START, Rates
 
 
 class Config(StudyConfig):
-  """Continual pre-training: light training on by reweighted losses, from one checkpoint."""
+  """Continued pre-training with reweighted losses, from one checkpoint."""
 
   dataset: Annotated[str, Among(DATASETS)] = "python"
   """Text that ships with Python, or data sets of tensorflow-datasets."""

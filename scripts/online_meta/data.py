@@ -37,7 +37,8 @@ def omniglot_mnist_fashion(data_dir: Path | None, size: int, per_class: int) -> 
   """Omniglot's characters, then MNIST and Fashion-MNIST; white on black all of them.
 
   Args:
-    data_dir: as in :func:`scripts.common.data.tfds_images`.
+    data_dir: the folder that holds ``name/version/``; by default ``TFDS_DATA_DIR``, or
+      ``~/tensorflow_datasets``.
     size: height and width, 16 to 28.
     per_class: how many digits and clothes of each class to read.
 

@@ -54,18 +54,18 @@ def test_rows_are_of_the_last_evaluation_on_the_test_set(small):
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
-  arguments = ["--smoke", "--methods", "oracle", "itd", "esj", "--output-dir"]
+  arguments = ["--smoke", "--methods", "oracle", "itd", "--output-dir"]
 
   def start(name, *flags):
     command = [sys.executable, "-m", "scripts.hyper_cleaning", *arguments, str(tmp_path / name)]
     return subprocess.Popen([*command, *flags], cwd=ROOT, stdout=subprocess.DEVNULL)
 
   process, metrics = start("killed"), tmp_path / "killed" / "metrics.jsonl"
-  while process.poll() is None and not (metrics.exists() and len(metrics.open().readlines()) > 24):
-    time.sleep(0.01)
+  while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") > 24):
+    time.sleep(0.01)  # Until it is at the second method.
   process.send_signal(signal.SIGKILL)
   assert process.wait() == -signal.SIGKILL
-  assert len(folder.read(tmp_path / "killed")[1]) < 3
+  assert len(folder.read(tmp_path / "killed")[1]) == 1
   assert start("killed", "--resume").wait() == start("whole").wait() == 0
   whole, killed = (folder.read(tmp_path / name)[:2] for name in ("whole", "killed"))
   for entry in itertools.chain(*whole, *killed):
