@@ -1,1 +1,1 @@
-"""What scripts and benchmarks share: data, problems, measurements, reports."""
+"""The mechanism of all experiments, and what two of them share: data, a problem, pictures."""

@@ -10,21 +10,19 @@ import orbax.checkpoint as ocp
 
 
 class Checkpoints:
-  """The last state of a run, written in the background. Without a folder nothing is kept."""
+  """The last state of a run, written in the background."""
 
-  def __init__(self, folder: Path | None):
-    self._manager = None
-    if folder is not None:
-      options = ocp.CheckpointManagerOptions(max_to_keep=1, create=True)
-      self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+  def __init__(self, folder: Path):
+    options = ocp.CheckpointManagerOptions(max_to_keep=1, create=True)
+    self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
   def restore(self, state: Any) -> tuple[Any, float, int]:
     """The last checkpoint, on the devices of ``state``: ``(state, seconds, steps done)``.
 
     If there is none, ``(state, 0.0, 0)``.
     """
-    done = self._manager.latest_step() if self._manager else None
-    if self._manager is None or done is None:
+    done = self._manager.latest_step()
+    if done is None:
       return state, 0.0, 0
     shape = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
     like = {"state": jax.tree.map(shape, state), "seconds": np.float64(0)}
@@ -33,21 +31,19 @@ class Checkpoints:
 
   def raw(self) -> Any:
     """The state of the last checkpoint as NumPy arrays in dictionaries and lists."""
-    done = self._manager.latest_step() if self._manager else None
-    if self._manager is None or done is None:
+    done = self._manager.latest_step()
+    if done is None:
       raise ValueError("there is no checkpoint")
     return self._manager.restore(done, args=ocp.args.StandardRestore())["state"]
 
   def save(self, done: int, state: Any, seconds: float) -> None:
     """Writes a checkpoint in the background, from a copy: the state will be donated."""
-    if self._manager:
-      tree = {"state": _copy(state), "seconds": np.float64(seconds)}
-      self._manager.save(done, args=ocp.args.StandardSave(tree))
+    tree = {"state": _copy(state), "seconds": np.float64(seconds)}
+    self._manager.save(done, args=ocp.args.StandardSave(tree))
 
   def close(self) -> None:
     """Waits until all is written."""
-    if self._manager:
-      self._manager.close()
+    self._manager.close()
 
 
 @jax.jit

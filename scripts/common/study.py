@@ -52,11 +52,13 @@ class Study(Generic[Config]):
     config: the class of its settings.
     smoke: what ``--smoke`` changes of settings that were not given.
     step_name: the column of lines that counts steps.
+    program: what ``python -m`` runs, if it is not the room.
   """
 
   config: type[Config]
   smoke: ClassVar[Mapping[str, Any]] = {}
   step_name: ClassVar[str] = "step"
+  program: ClassVar[str | None] = None
 
   def connect(self, config: Config) -> None:
     """Meets other processes, before anything is computed."""
@@ -160,7 +162,7 @@ class Run(Generic[Config]):
       self._train(cell, None)
     return self._last[1]
 
-  def task(self, cell: Cell) -> Task:
+  def _task(self, cell: Cell) -> Task:
     """The task of a cell, before its first step."""
     return cell.make(*(self.state(needed) for needed in cell.needs))
 
@@ -170,7 +172,7 @@ class Run(Generic[Config]):
   def _train(self, cell: Cell, bar: Bar | None) -> None:
     show = bar or Bar.silent()
     show.label(cell.label)
-    task = self.task(cell)
+    task = self._task(cell)
     with contextlib.closing(Checkpoints(self._files.checkpoints(cell.key))) as checkpoints:
       state, seconds, done = checkpoints.restore(task.state)
       show.skip(done)
@@ -228,8 +230,8 @@ def run(study: Study[Config], config: Config) -> int:
     study.connect(config)
     with folder.together():
       data = study.prepare(config)
-    room = study.room().name
-    files = RunFolder(config, type(study).__name__, f"scripts.{room}")
+    program = study.program or f"scripts.{study.room().name}"
+    files = RunFolder(config, type(study).__name__, program)
   except (ValueError, FileNotFoundError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 2

@@ -77,6 +77,7 @@ class Tune(Study[Config]):
 
   config = Config
   smoke: ClassVar = {"methods": ("pdbo",), "seeds": 1, "budget": 30}
+  program = "scripts.multiple_minima.tune"
 
   def prepare(self, config: Config) -> tuple[Examples, Examples | None]:
     """The examples."""

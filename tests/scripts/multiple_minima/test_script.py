@@ -308,6 +308,8 @@ def test_tuning_writes_the_best_point_of_a_grid(small, tmp_path, data, capsys, m
     assert accuracy == one.values(one.step(one.state, 0)[0])["accuracy"]
   chosen = json.loads((tmp_path / "chosen.json").read_text())
   assert chosen == {"itd": tune.grid_of("itd")[rows["accuracy"].argmax()]}
+  [ran] = json.loads((tmp_path / "config.json").read_text())["runs"]
+  assert ran["command"].startswith("python -m scripts.multiple_minima.tune --methods itd")
   assert '{"outer"' in capsys.readouterr().out
 
 
