@@ -79,10 +79,12 @@ class Trial(Task):
   def result(self, state: jax.Array, spent: Spent) -> list[Row]:
     """A row for each candidate, with the mean over streams."""
     del spent
-    mean = np.sum(np.asarray(state) / len(state), axis=0, dtype=np.float64)
-    rounded = np.array([[float(f"{value:.6g}") for value in of] for of in np.array(self.rates).T])
-    frame = pd.DataFrame(rounded, columns=list(Rates._fields)).assign(cumulative_loss=mean)
-    return [{str(name): value for name, value in row.items()} for row in frame.to_dict("records")]
+    mean = np.asarray(np.sum(np.asarray(state) / len(state), axis=0, dtype=np.float64))
+    rounded = [[float(f"{value:.6g}") for value in of] for of in np.array(self.rates).T]
+    return [
+      dict(zip((*Rates._fields, "cumulative_loss"), (*rates, loss), strict=True))
+      for rates, loss in zip(rounded, mean.tolist(), strict=True)
+    ]
 
 
 def chosen(rows: pd.DataFrame) -> dict[Variant, tuple[Rates, float]]:
