@@ -41,8 +41,9 @@ from scripts.adversarial_training.data import LONG_TAILED, SETS, counts_of
 from scripts.adversarial_training.methods import BASELINE, DONE, GRIDS, LABELS, Rates
 from scripts.adversarial_training.train import Training, Workplace
 from scripts.common import study, table
-from scripts.common.study import Cell, Results, Run, Study
+from scripts.common.study import Results, Run, Study
 from scripts.common.table import Column, Table
+from scripts.common.task import Cell
 
 COLUMNS = {
   "clean": Column("clean", 1),

@@ -20,7 +20,10 @@ from scripts.adversarial_training.evaluate import Evaluator
 from scripts.adversarial_training.methods import METHODS, Method, Rates, Setting
 from scripts.common import devices
 from scripts.common.devices import Devices
-from scripts.common.study import Compiled, Program, Row, Run, Spent
+from scripts.common.folder import Row
+from scripts.common.program import Program
+from scripts.common.study import Run
+from scripts.common.task import Compiled, Spent
 
 
 class State(NamedTuple):

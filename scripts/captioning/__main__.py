@@ -47,8 +47,9 @@ from scripts.captioning.scenes import ShapesCaptions
 from scripts.captioning.shapes import Shapes
 from scripts.captioning.train import Captioner, Training
 from scripts.common import study, table
-from scripts.common.study import Cell, Results, Run, Study
+from scripts.common.study import Results, Run, Study
 from scripts.common.table import Column, Table
+from scripts.common.task import Cell
 
 SHAPES_COLUMNS = {
   "exact_match": Column("exact match", 4),

@@ -12,7 +12,7 @@ from scripts.captioning.batches import LengthBatches, encode
 from scripts.captioning.config import Settings
 from scripts.captioning.data import CaptionData, CaptionedImages
 from scripts.captioning.model import Asked, in_batches
-from scripts.common.study import Row
+from scripts.common.folder import Row
 
 NUM_EXAMPLES = 6
 NUM_LENGTHS = 3  # Groups of captions by length; each is compiled for.

@@ -42,8 +42,11 @@ from scripts.captioning.model import (
 from scripts.captioning.scenes import ShapesCaptions
 from scripts.captioning.shapes import VOCABULARY, exact_match, held_out
 from scripts.common import cleaning
-from scripts.common.study import Cell, Compiled, Program, Results, Row, Run, Spent, Study
+from scripts.common.folder import Row
+from scripts.common.program import Program
+from scripts.common.study import Results, Run, Study
 from scripts.common.table import Column, Table, spread
+from scripts.common.task import Cell, Compiled, Spent
 
 CLEAN, FLIPPED, SWAPPED = (
   ShapesCaptions(), ShapesCaptions(color_flips=0.2), ShapesCaptions(swaps=0.3),

@@ -13,7 +13,7 @@ from scripts.captioning import language
 from scripts.captioning.config import Settings
 from scripts.captioning.model import Asked, in_batches
 from scripts.captioning.scenes import CaptionedShapes, ShapesCaptions
-from scripts.common.study import Row
+from scripts.common.folder import Row
 
 NUM_EXAMPLES = 6
 VOCABULARY = Vocabulary(language.VOCABULARY)

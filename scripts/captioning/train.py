@@ -19,7 +19,9 @@ from scripts.captioning.model import (
 )
 from scripts.captioning.plots import Captioned
 from scripts.captioning.shapes import Shapes
-from scripts.common.study import Program, Row, Spent, Task
+from scripts.common.folder import Row
+from scripts.common.program import Program
+from scripts.common.task import Spent, Task
 
 
 class Captioner:

@@ -9,27 +9,15 @@ from rich.progress import (
   BarColumn,
   MofNCompleteColumn,
   Progress,
-  ProgressColumn,
-  Task,
   TextColumn,
   TimeRemainingColumn,
 )
-from rich.text import Text
 
 
 def console() -> Console:
   """A console that does not break tables when the output goes to a file; of process 0 alone."""
   plain = Console(quiet=jax.process_index() > 0)
   return plain if plain.is_terminal else Console(width=160, quiet=plain.quiet)
-
-
-class RateColumn(ProgressColumn):
-  """Steps a second."""
-
-  def render(self, task: Task) -> Text:
-    """The rate of the last half minute, or nothing before there is one."""
-    rate = task.finished_speed or task.speed
-    return Text(f"{rate:.3g} steps/s" if rate else "")
 
 
 class Bar:
@@ -40,7 +28,6 @@ class Bar:
       TextColumn("{task.description}"),
       BarColumn(),
       MofNCompleteColumn(),
-      RateColumn(),
       TimeRemainingColumn(),
       TextColumn("{task.fields[told]}"),
       console=console,

@@ -37,8 +37,10 @@ from benchmarks import measure
 from scripts.common import cleaning, study, table
 from scripts.common.config import FREE, Among, Count, Index, Share, StudyConfig
 from scripts.common.data import Examples
-from scripts.common.study import Cell, Results, Row, Run, Spent, Study, Task
+from scripts.common.folder import Row
+from scripts.common.study import Results, Run, Study
 from scripts.common.table import Column, Table
+from scripts.common.task import Cell, Spent, Task
 from scripts.multiple_minima import plots, toys, training
 from scripts.multiple_minima.methods import BASELINES, DATASETS, METHODS
 from scripts.multiple_minima.settings import CHOSEN

@@ -34,8 +34,9 @@ import numpy as np
 import pandas as pd
 
 from scripts.common import study, table
-from scripts.common.study import Cell, Results, Run, Study
+from scripts.common.study import Results, Run, Study
 from scripts.common.table import Column, Table
+from scripts.common.task import Cell
 from scripts.online_hyperopt import plots
 from scripts.online_hyperopt.config import NUM_EVALUATIONS, STREAMS, Config, Data, read
 from scripts.online_hyperopt.methods import Variant

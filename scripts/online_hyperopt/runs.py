@@ -9,7 +9,10 @@ import numpy as np
 import optax
 
 import jaxbo
-from scripts.common.study import Compiled, Program, Row, Run, Spent
+from scripts.common.folder import Row
+from scripts.common.program import Program
+from scripts.common.study import Run
+from scripts.common.task import Compiled, Spent
 from scripts.online_hyperopt import config as settings
 from scripts.online_hyperopt import methods, streams
 from scripts.online_hyperopt.config import NUM_EVALUATIONS, STREAMS, Config

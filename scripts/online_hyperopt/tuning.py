@@ -13,8 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 
-from scripts.common.study import Cell, Results, Row, Run, Spent, Study, Task
+from scripts.common.folder import Row
+from scripts.common.study import Results, Run, Study
 from scripts.common.table import Table
+from scripts.common.task import Cell, Spent, Task
 from scripts.online_hyperopt import runs
 from scripts.online_hyperopt.config import RATES_FILE, Config, Data, read
 from scripts.online_hyperopt.methods import METHODS, Rates, Variant

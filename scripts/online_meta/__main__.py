@@ -47,8 +47,9 @@ import numpy as np
 import pandas as pd
 
 from scripts.common import study, table
-from scripts.common.study import Cell, Results, Run, Study
+from scripts.common.study import Results, Run, Study
 from scripts.common.table import Column, Table
+from scripts.common.task import Cell
 from scripts.online_meta import plots, pretraining, runs, sweep, tuning
 from scripts.online_meta.config import Config, read
 from scripts.online_meta.data import NAMES, Domains

@@ -12,8 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxbo
-from scripts.common.study import Cell, Results, Row, Run, Spent, Study, Task
+from scripts.common.folder import Row
+from scripts.common.study import Results, Run, Study
 from scripts.common.table import Table
+from scripts.common.task import Cell, Spent, Task
 from scripts.online_meta import pretraining, runs
 from scripts.online_meta.config import RATES_FILE, Config, read
 from scripts.online_meta.data import Domains

@@ -19,7 +19,7 @@ from scripts.common import folder, study
 from scripts.common.checkpoints import Checkpoints
 from scripts.common.folder import RunFolder
 from scripts.common.study import Run
-from tests.scripts.common import toy_study
+from scripts.common.task import Cell
 from tests.scripts.common.toy_study import METHODS, Config, Sum, Toy
 
 ROOT = Path(__file__).parents[3]
@@ -243,11 +243,11 @@ def test_seconds_are_of_steps_alone(tmp_path, monkeypatch):
 def test_a_state_may_be_donated_although_others_begin_there(tmp_path):
   class Shared(Toy):
     def cells(self, run):
-      first = toy_study.Cell({"method": "plain", "seed": 0}, lambda: Sum(run, "plain", 0), 3, "a")
+      first = Cell({"method": "plain", "seed": 0}, lambda: Sum(run, "plain", 0), 3, "a")
       yield first
       for seed in (1, 2):
         make = lambda start, seed=seed: Sum(run, "plain", seed, start)
-        yield toy_study.Cell({"method": "plain", "seed": seed}, make, 2, "b", needs=(first,))
+        yield Cell({"method": "plain", "seed": seed}, make, 2, "b", needs=(first,))
 
   assert study.run(Shared(), Config(output_dir=tmp_path)) == 0
   rows, _ = files_of(tmp_path)
