@@ -195,5 +195,6 @@ class Tuning(Study[Config]):
 def file_of(config: Config) -> Path:
   """Where rates are written: never into the sources."""
   given = config.rates_file
-  committed = given is None or given.resolve() == RATES_FILE.resolve()
-  return config.output_dir / "rates.json" if committed else given
+  if given is None or given.resolve() == RATES_FILE.resolve():
+    return config.output_dir / "rates.json"
+  return given
