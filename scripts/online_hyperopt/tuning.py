@@ -148,4 +148,6 @@ class Tuning(Study[Config]):
 def file_of(config: Config) -> Path:
   """Where rates are written: never into the sources."""
   given = config.rates_file
-  return given if given and given.resolve() != RATES_FILE else config.output_dir / "rates.json"
+  if given is None or given.resolve() == RATES_FILE.resolve():
+    return config.output_dir / "rates.json"
+  return given

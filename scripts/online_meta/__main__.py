@@ -51,7 +51,7 @@ from scripts.common.study import Results, Run, Study
 from scripts.common.table import Column, Table
 from scripts.common.task import Cell
 from scripts.online_meta import plots, pretraining, runs, sweep, tuning
-from scripts.online_meta.config import Config, read
+from scripts.online_meta.config import SMOKE, Config, read
 from scripts.online_meta.data import NAMES, Domains
 from scripts.online_meta.methods import METHODS, Rates
 from scripts.online_meta.report import Trace
@@ -119,11 +119,7 @@ class OnlineMeta(Study[Config]):
   """The experiment."""
 
   config = Config
-  smoke: ClassVar = {
-    "dataset": "glyphs", "methods": ("fine_tuning", "leeds"), "stay_probabilities": (0.7,),
-    "seeds": 1, "rounds": 10, "tune_rounds": 10, "num_ways": 3, "num_shots": 2,
-    "network": "stripes", "images_per_class": 6, "pretrain_epochs": 1,
-  }  # fmt: skip
+  smoke: ClassVar = SMOKE
 
   def prepare(self, config: Config) -> Domains:
     """The images; every method must have rates."""

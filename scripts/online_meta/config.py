@@ -16,6 +16,11 @@ from scripts.online_meta.methods import METHODS, Choices, Rates
 from scripts.online_meta.model import Model, conv4, stripes
 
 RATES_FILE = Path(__file__).with_name("rates.json")
+SMOKE = {
+  "dataset": "glyphs", "methods": ("fine_tuning", "leeds"), "stay_probabilities": (0.7,),
+  "seeds": 1, "rounds": 10, "tune_rounds": 10, "num_ways": 3, "num_shots": 2,
+  "network": "stripes", "images_per_class": 6, "pretrain_epochs": 1,
+}  # fmt: skip
 
 
 class Config(Choices):

@@ -5,7 +5,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from scripts.common.study import Results, Run, Study
 from scripts.common.table import Table
 from scripts.common.task import Cell, Spent, Task
 from scripts.online_meta import pretraining, runs
-from scripts.online_meta.config import RATES_FILE, Config, read
+from scripts.online_meta.config import RATES_FILE, SMOKE, Config, read
 from scripts.online_meta.data import Domains
 from scripts.online_meta.methods import INFINITY, METHODS, Rates
 from scripts.online_meta.report import Trace
@@ -147,6 +147,7 @@ class Tuning(Study[Config]):
   """The choice of rates."""
 
   config = Config
+  smoke: ClassVar = SMOKE
 
   def prepare(self, config: Config) -> Domains:
     """The images."""
@@ -194,4 +195,6 @@ class Tuning(Study[Config]):
 def file_of(config: Config) -> Path:
   """Where rates are written: never into the sources."""
   given = config.rates_file
-  return given if given and given.resolve() != RATES_FILE else config.output_dir / "rates.json"
+  if given is None or given.resolve() == RATES_FILE.resolve():
+    return config.output_dir / "rates.json"
+  return given
