@@ -34,8 +34,8 @@ def tables(room: str, name: str) -> tuple[list[str], str]:
   shown = [f"{table.title}\n\n{table.markdown()}\n" for table in study.tables(study.load(name))]
   ran = saved["runs"][-1]
   where = f"{ran['num_devices']} x {ran['device']}, {ran['cores']} cores"
-  source = f"`{ran['command']}`, commit {str(ran['commit'])[:9]}, jax {ran['jax']}, {where}"
-  return shown, f"{source}, {ran['date'][:10]}; [all runs](../../scripts/{room}/results/{name})\n"
+  source = f"commit {str(ran['commit'])[:9]}, jax {ran['jax']}, {where}, {ran['date'][:10]}"
+  return shown, f"(`{ran['command']}`, {source}; rows in `scripts/{room}/results/{name}`)\n"
 
 
 def rebuilt(page: str) -> str:

@@ -31,7 +31,8 @@ class Table:
   def markdown(self) -> str:
     """For a page."""
     lines = [self.columns, ["---", *["---:"] * (len(self.columns) - 1)], *self.rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    text = lambda cell: cell.replace("|", r"\|")
+    return "\n".join(f"| {' | '.join(map(text, line))} |" for line in lines)
 
   def without_dashes(self) -> "Table":
     """The same without the columns that say nothing."""

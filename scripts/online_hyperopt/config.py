@@ -27,14 +27,11 @@ STREAMS = {
 STREAM_NAMES = tuple(dict.fromkeys(name for kinds in STREAMS.values() for name in kinds))
 
 
-class Sizes(NamedTuple):
-  """How many examples of each class the inner and the outer losses are drawn from."""
-
-  train: int
-  val: int
-
-
-DATASETS = {"digits": Sizes(100, 40), "mnist": Sizes(4000, 1000), "newsgroups": Sizes(170, 55)}
+DATASETS = {  # examples of each class that the inner and the outer losses are drawn from
+  "digits": (100, 40),
+  "mnist": (4000, 1000),
+  "newsgroups": (170, 55),
+}
 
 
 class Config(StudyConfig):
@@ -89,7 +86,7 @@ class Config(StudyConfig):
     if len(set(self.windows)) < len(self.windows):
       raise ValueError(f"windows must name each one once, got {' '.join(map(str, self.windows))}")
     given = (self.inner_learning_rate, self.outer_learning_rate)
-    if (given[0] is None) != (given[1] is None):
+    if given.count(None) == 1:
       raise ValueError(
         f"inner_learning_rate and outer_learning_rate must be given together, got {given}"
       )

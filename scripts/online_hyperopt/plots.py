@@ -14,16 +14,9 @@ from scripts.online_hyperopt.methods import METHODS, Variant
 from scripts.online_hyperopt.streams import StreamKind
 
 COLORS = {
-  "ogd": "0.45",
-  "ogd_replay": "0.7",
-  "sobow": "C0",
-  "sobow_steps": "C9",
-  "sogd": "C2",
-  "oagd": "C1",
-  "ogd_published": "C5",
-  "ogd_replay_published": "C4",
-  "oagd_published": "C3",
-}
+  "ogd": "0.45", "ogd_replay": "0.7", "sobow": "C0", "sobow_steps": "C9", "sogd": "C2",
+  "oagd": "C1", "ogd_published": "C5", "ogd_replay_published": "C4", "oagd_published": "C3",
+}  # fmt: skip
 CELL = ["stream", "method", "window"]
 
 

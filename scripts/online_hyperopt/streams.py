@@ -72,11 +72,16 @@ class StreamKind(NamedTuple):
 
   Attributes:
     draw: ``draw(rng, pools, labels, rounds, batch_size) -> Schedule``.
-    phases: ``phases(rounds)``, the pairs of first round and name of each phase.
+    names: of the phases, one or ``NUM_PHASES``.
   """
 
   draw: Callable[[np.random.Generator, Pools, np.ndarray, int, int], Schedule]
-  phases: Callable[[int], list[tuple[int, str]]]
+  names: Sequence[str]
+
+  def phases(self, rounds: int) -> list[tuple[int, str]]:
+    """The pairs of first round and name of each phase."""
+    begins = [int(np.argmax(quarters(rounds) == phase)) for phase in range(len(self.names))]
+    return list(zip(begins, self.names, strict=True))
 
 
 def stream_of(
@@ -163,17 +168,6 @@ def _level(rows: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = No
 def quarters(rounds: int) -> np.ndarray:
   """The phase of each round, ``[rounds]``."""
   return np.arange(rounds) * NUM_PHASES // rounds
-
-
-def _staged(names: Sequence[str]) -> Callable[[int], list[tuple[int, str]]]:
-  """The phases of a staged stream."""
-  return lambda rounds: [
-    (int(np.argmax(quarters(rounds) == phase)), name) for phase, name in enumerate(names)
-  ]
-
-
-def _one_phase(name: str) -> Callable[[int], list[tuple[int, str]]]:
-  return lambda rounds: [(0, name)]
 
 
 # -- Imbalanced classes.
@@ -270,32 +264,25 @@ def _with_prior(shifts: Callable[[int], np.ndarray]) -> Callable[..., Schedule]:
 
 
 IMBALANCED: Mapping[str, StreamKind] = {
-  "gradual": StreamKind(_draw_gradual, _staged([f"μ = {ratio:g}" for ratio in GRADUAL_RATIOS])),
-  "zigzag": StreamKind(_draw_zigzag, _one_phase("balanced, imbalanced in turns")),
-  "static": StreamKind(_draw_imbalanced, _one_phase(f"least class {IMBALANCE:.0%} of largest")),
+  "gradual": StreamKind(_draw_gradual, [f"μ = {ratio:g}" for ratio in GRADUAL_RATIOS]),
+  "zigzag": StreamKind(_draw_zigzag, ["balanced, imbalanced in turns"]),
+  "static": StreamKind(_draw_imbalanced, [f"least class {IMBALANCE:.0%} of largest"]),
 }
+STATIC = _with_noise(lambda rounds: np.full(rounds, STATIC_NOISE))
+STAGED = _with_noise(lambda rounds: np.asarray(STAGED_NOISE)[quarters(rounds)])
 NOISY: Mapping[str, StreamKind] = {
-  "static": StreamKind(
-    _with_noise(lambda rounds: np.full(rounds, STATIC_NOISE)),
-    _one_phase(f"{STATIC_NOISE:.0%} wrong labels"),
-  ),
-  "staged": StreamKind(
-    _with_noise(lambda rounds: np.asarray(STAGED_NOISE)[quarters(rounds)]),
-    _staged([f"{rate:.0%} wrong" for rate in STAGED_NOISE]),
-  ),
+  "static": StreamKind(STATIC, [f"{STATIC_NOISE:.0%} wrong labels"]),
+  "staged": StreamKind(STAGED, [f"{rate:.0%} wrong" for rate in STAGED_NOISE]),
   "dynamic": StreamKind(
-    _with_noise(_swinging_noise), _one_phase(f"0 to {STATIC_NOISE + NOISE_SWING:.0%} wrong labels")
+    _with_noise(_swinging_noise), [f"0 to {STATIC_NOISE + NOISE_SWING:.0%} wrong labels"]
   ),
 }
+QUARTER_TURNS = _with_prior(lambda rounds: quarters(rounds) / NUM_PHASES)
+TURNING = _with_prior(lambda rounds: np.arange(rounds) / rounds)
 SHIFTING: Mapping[str, StreamKind] = {
-  "static": StreamKind(_with_prior(np.zeros), _one_phase("one prior")),
-  "staged": StreamKind(
-    _with_prior(lambda rounds: quarters(rounds) / NUM_PHASES),
-    _staged([f"prior {phase + 1}" for phase in range(NUM_PHASES)]),
-  ),
-  "dynamic": StreamKind(
-    _with_prior(lambda rounds: np.arange(rounds) / rounds), _one_phase("the prior turns")
-  ),
+  "static": StreamKind(_with_prior(np.zeros), ["one prior"]),
+  "staged": StreamKind(QUARTER_TURNS, [f"prior {phase + 1}" for phase in range(NUM_PHASES)]),
+  "dynamic": StreamKind(TURNING, ["the prior turns"]),
 }
 
 

@@ -81,10 +81,12 @@ class Trial(Task):
   def result(self, state: jax.Array, spent: Spent) -> list[Row]:
     """A row for each candidate, with the mean over streams."""
     del spent
-    mean = np.sum(np.asarray(state) / len(state), axis=0, dtype=np.float64)
-    rounded = np.array([[float(f"{value:.6g}") for value in of] for of in np.array(self.rates).T])
-    frame = pd.DataFrame(rounded, columns=list(Rates._fields)).assign(cumulative_loss=mean)
-    return [{str(name): value for name, value in row.items()} for row in frame.to_dict("records")]
+    mean = np.asarray(np.sum(np.asarray(state) / len(state), axis=0, dtype=np.float64))
+    rounded = [[float(f"{value:.6g}") for value in of] for of in np.array(self.rates).T]
+    return [
+      dict(zip((*Rates._fields, "cumulative_loss"), (*rates, loss), strict=True))
+      for rates, loss in zip(rounded, mean.tolist(), strict=True)
+    ]
 
 
 def chosen(rows: pd.DataFrame) -> dict[Variant, tuple[Rates, float]]:
@@ -146,4 +148,6 @@ class Tuning(Study[Config]):
 def file_of(config: Config) -> Path:
   """Where rates are written: never into the sources."""
   given = config.rates_file
-  return given if given and given.resolve() != RATES_FILE else config.output_dir / "rates.json"
+  if given is None or given.resolve() == RATES_FILE.resolve():
+    return config.output_dir / "rates.json"
+  return given

@@ -103,9 +103,9 @@ class Config(Choices):
 
   def model(self, adapt: str = "all") -> Model:
     """The classifier."""
-    if self.network == "stripes":
-      return stripes(self.size, self.num_ways, adapt)
-    return conv4(self.width, self.size, self.num_ways, adapt)
+    if self.network == "conv4":
+      return conv4(self.width, self.size, self.num_ways, adapt)
+    return stripes(self.size, self.num_ways, adapt)
 
   def model_from(self, begins: str) -> Model:
     """The classifier of methods that begin so; after ANIL they adapt the head."""

@@ -1,5 +1,6 @@
 """LEEDS with other thresholds, on the first stream and the first seed."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -32,27 +33,29 @@ def measure(
     "switch": np.unique([factor * rates.switch for factor in SWITCH_FACTORS]),
     "shift": np.unique([rates.shift, *np.quantile(at_switches, SHIFT_LEVELS)]),
   }
+  # A run that goes on may have another stream, or another first seed.
+  where = f"p={run.config.stay_probabilities[0]:g}, seed {run.config.first_seed}"
   rows = list[Row]()
   for kind, values in tried.items():
-    logged = logged_quality(base, kind, values)
-    for i, value in enumerate(values.tolist()):
-
-      def judge(kind: str = kind, value: float = value) -> Row:
-        trace = play(rates._replace(**{kind: value}))
-        quality = qualities(trace)[kind]
-        return {
-          "accuracy": float(trace.before.mean()),
-          "out": mean_where(trace.before, trace.domain != 0),
-          "precision": float(quality.precision),
-          "recall": float(quality.recall),
-        }
-
-      config = run.config  # A run that goes on may have another stream, or another first seed.
-      where = f"p={config.stay_probabilities[0]:g}, seed {config.first_seed}"
-      name = f"sweep of {where}, {kind} {i}"
-      known = {"logged_precision": logged[i, 0], "logged_recall": logged[i, 1]}
-      rows.append({"kind": kind, "threshold": value, **run.note(name, judge), **known})
+    judged = functools.partial(judge, kind, play, rates)
+    logged = logged_quality(base, kind, values).tolist()
+    for i, (value, of_log) in enumerate(zip(values.tolist(), logged, strict=True)):
+      row = run.note(f"sweep of {where}, {kind} {i}", functools.partial(judged, value))
+      known = dict(zip(("logged_precision", "logged_recall"), of_log, strict=True))
+      rows.append({"kind": kind, "threshold": value, **row, **known})
   return rows
+
+
+def judge(kind: str, play: Callable[[Rates], Trace], rates: Rates, threshold: float) -> Row:
+  """How LEEDS does with another threshold."""
+  trace = play(rates._replace(**{kind: threshold}))
+  quality = qualities(trace)[kind]
+  return {
+    "accuracy": float(trace.before.mean()),
+    "out": mean_where(trace.before, trace.domain != 0),
+    "precision": float(quality.precision),
+    "recall": float(quality.recall),
+  }
 
 
 def logged_quality(trace: Trace, kind: str, values: np.ndarray) -> np.ndarray:

@@ -35,11 +35,9 @@ Player = Callable[[str, Rates], Sequence[Trace]]
 
 def player(run: Run[Config]) -> Player:
   """What plays a method on the validation streams."""
-  config = run.config
-  seeds = np.arange(config.seeds_at_once) + FIRST_SEED
-  return lambda name, rates: [
-    runs.play(run, name, rates, p, seeds, reported=False) for p in config.stay_probabilities
-  ]
+  seeds, streams = np.arange(run.config.seeds_at_once) + FIRST_SEED, run.config.stay_probabilities
+  play = functools.partial(runs.play, run, seeds=seeds, reported=False)
+  return lambda name, rates: [play(name, rates, p) for p in streams]
 
 
 def grid_of(name: str, field: str) -> tuple[float, ...]:
@@ -138,12 +136,11 @@ class Search(Task):
     """The rates; thresholds of LEEDS are of one pre-trained model, so no other run gets them."""
     del spent
     *numbers, accuracy = np.asarray(state).tolist()
-    rates = Rates(*(float(f"{value:.4g}") for value in numbers))
-    if self.name != "leeds":
-      return {**rates._asdict(), "accuracy": accuracy}
-    own = score(self.play("leeds", Rates(*numbers)))
-    rates = rates._replace(switch=math.nan, shift=math.nan)
-    return {**rates._asdict(), "accuracy": accuracy, "accuracy_with_detectors": own}
+    row = Rates(*(float(f"{value:.4g}") for value in numbers))._asdict() | {"accuracy": accuracy}
+    if self.name == "leeds":
+      row |= {"accuracy_with_detectors": score(self.play("leeds", Rates(*numbers)))}
+      row |= dict.fromkeys(METHODS["leeds"].thresholds, math.nan)
+    return row
 
 
 class Tuning(Study[Config]):
@@ -167,13 +164,13 @@ class Tuning(Study[Config]):
 
   def tables(self, results: Results[Config]) -> Iterable[Table]:
     """What was chosen."""
-    shown = [name for name in results.rows.columns if name != "method"]
     text = lambda value: "-" if math.isnan(value) else f"{value:.4g}"
     rows = [
-      [METHODS[row["method"]].label, *(text(row[name]) for name in shown)]
-      for row in results.rows.to_dict("records")
+      [METHODS[name].label, *map(text, numbers)]
+      for name, *numbers in results.rows.itertuples(index=False)
     ]
-    yield Table(f"Rates for {results.config.name()}", ["method", *shown], rows).without_dashes()
+    title = f"Rates for {results.config.name()}"
+    yield Table(title, list(results.rows.columns), rows).without_dashes()
 
   def remarks(self, results: Results[Config]) -> Iterable[str]:
     """Where the rates are."""
@@ -198,4 +195,6 @@ class Tuning(Study[Config]):
 def file_of(config: Config) -> Path:
   """Where rates are written: never into the sources."""
   given = config.rates_file
-  return given if given and given.resolve() != RATES_FILE else config.output_dir / "rates.json"
+  if given is None or given.resolve() == RATES_FILE.resolve():
+    return config.output_dir / "rates.json"
+  return given

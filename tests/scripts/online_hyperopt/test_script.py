@@ -41,7 +41,7 @@ TUNING = problems.loss_tuning(problems.make_features("linear", FEATURES, FEATURE
 @pytest.fixture(scope="module", autouse=True)
 def _small_pools():
   with pytest.MonkeyPatch.context() as patch:
-    patch.setitem(settings.DATASETS, "digits", settings.Sizes(20, 8))
+    patch.setitem(settings.DATASETS, "digits", (20, 8))
     yield
 
 
