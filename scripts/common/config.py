@@ -170,4 +170,5 @@ def _sentence(error: Any) -> str:
   message = message.removeprefix("Input ")
   if "got" not in message:
     message += f", got {error['input']!r}"
-  return f"{name} {message}" if message.startswith("should") else f"{name}.{message}"
+  of_a_group = error["type"] == "value_error" and not message.startswith("should")
+  return f"{name}.{message}" if of_a_group else f"{name} {message}"

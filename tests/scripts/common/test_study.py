@@ -117,11 +117,12 @@ def command(path, *more):
 
 
 def start(path, *more):
-  """Starts the program, and waits until it has written some lines."""
+  """Starts the program, and holds it when it has written some lines."""
   process = subprocess.Popen(command(path, *more), cwd=ROOT, stdout=-3, stderr=-3)
   log = path / "metrics.jsonl"
   for _ in range(600):
     if log.exists() and log.read_text().count("\n") >= 20:
+      process.send_signal(signal.SIGSTOP)  # However long others look at its folder.
       return process
     time.sleep(0.05)
   raise AssertionError("no lines within 30 s")
@@ -137,7 +138,8 @@ def test_a_killed_program_goes_on_bit_for_bit_and_an_interrupted_one_says_130(tm
     assert play(tmp_path / name, resume=True) == 2  # At once, before the other one has ended.
     assert f"is in use by process {process.pid}" in capsys.readouterr().err
     process.send_signal(number)
-    assert process.wait(30) == status
+    process.send_signal(signal.SIGCONT)
+    assert process.wait(60) == status
     finish(tmp_path / name, "--resume")
     assert files_of(tmp_path / name) == files_of(tmp_path / "whole")
 
