@@ -135,7 +135,7 @@ def test_a_killed_program_goes_on_bit_for_bit_and_an_interrupted_one_says_130(tm
   finish(tmp_path / "whole")
   for name, number, status in (("killed", signal.SIGKILL, -9), ("asked", signal.SIGINT, 130)):
     process = start(tmp_path / name)
-    assert play(tmp_path / name, resume=True) == 2  # At once, before the other one has ended.
+    assert play(tmp_path / name, resume=True) == 2
     assert f"is in use by process {process.pid}" in capsys.readouterr().err
     process.send_signal(number)
     process.send_signal(signal.SIGCONT)
