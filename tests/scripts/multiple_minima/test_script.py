@@ -309,7 +309,7 @@ def test_tuning_writes_the_best_point_of_a_grid(small, tmp_path, data, capsys, m
   chosen = json.loads((tmp_path / "chosen.json").read_text())
   assert chosen == {"itd": tune.grid_of("itd")[rows["accuracy"].argmax()]}
   [ran] = json.loads((tmp_path / "config.json").read_text())["runs"]
-  assert ran["command"].startswith("python -m scripts.multiple_minima.tune --methods itd")
+  assert ran["command"].startswith("python -m scripts.multiple_minima.tune --seeds 1")
   assert '{"outer"' in capsys.readouterr().out
 
 
