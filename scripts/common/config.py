@@ -98,7 +98,7 @@ class StudyConfig(Checked):
   first_seed: Index = 0
   """The first of them."""
   resume: Annotated[bool, FREE] = False
-  """Goes on with the run in output_dir. Methods and seeds may be others, the rest must be equal."""
+  """Goes on with the run in output_dir; what names that run must be equal."""
   overwrite: Annotated[bool, FREE] = False
   """Deletes the run in output_dir first."""
   smoke: Annotated[bool, FREE] = False

@@ -97,6 +97,8 @@ class RunFolder:
 
   def _clear(self) -> None:
     shutil.rmtree(self.path / CHECKPOINTS, ignore_errors=True)
+    for picture in self.path.glob("*.png"):
+      picture.unlink()
     for name in (METRICS, RESULTS, NOTES, CONFIG):  # While config.json is there, it is a run.
       (self.path / name).unlink(missing_ok=True)
 
