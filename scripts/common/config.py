@@ -44,6 +44,9 @@ class Among:
   names: Iterable[str]
   least: int = 1
 
+  def __post_init__(self):
+    object.__setattr__(self, "names", tuple(self.names))  # Hashable, as tyro wants it.
+
   def check(self, value: Any) -> Any:
     """Raises ``ValueError`` for what is not among the names."""
     chosen, names = (value,) if isinstance(value, str) else value, tuple(self.names)
