@@ -7,7 +7,7 @@ import numpy as np
 
 
 def draw_glyphs(num_classes: int, per_class: int, size: int = 28, seed: int = 0) -> np.ndarray:
-  """Draws characters that nobody has written: for tests, and where there is no Omniglot.
+  """Draws invented characters: for tests, and where there is no Omniglot.
 
   A character is two to four curved strokes at random places. Each drawing of it shakes the control
   points (3 % of the size), then turns (10 degrees), scales (10 %), shears (10 %) and shifts (5 % of

@@ -85,7 +85,7 @@ def read_image(path: Path, size: Size) -> np.ndarray:
 
   Raises:
     FileNotFoundError: if there is none.
-    ValueError: if it is no image, or so large that Pillow takes it for an attack.
+    ValueError: if it is not an image, or so large that Pillow refuses it.
   """
   if not path.is_file():
     raise FileNotFoundError(f"there is no image {path}")

@@ -36,7 +36,7 @@ class Bar:
 
   @classmethod
   def silent(cls) -> Self:
-    """One that nobody sees."""
+    """A bar that prints nothing."""
     return cls(Console(quiet=True))
 
   def total(self, steps: int) -> None:
