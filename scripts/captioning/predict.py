@@ -28,7 +28,7 @@ def predict(config: Config) -> None:
 
   Raises:
     FileNotFoundError: if an image is not there.
-    ValueError: if there is no checkpoint, a file is not an image, or beam_size exceeds the vocabulary.
+    ValueError: if a checkpoint is missing, a file is not an image, or beam_size is too large.
   """
   path = config.output_dir / folder.CONFIG
   if not path.exists():
