@@ -222,8 +222,13 @@ def provenance(config: StudyConfig, program: str) -> dict[str, Any]:
     "device": devices[0].device_kind,
     "num_devices": len(devices),
     "num_processes": jax.process_count(),
-    "cores": os.cpu_count(),
+    "cores": _cores(),
   }
+
+
+def _cores() -> int | None:
+  """How many cores this process may use; not every system can say, and then all of the machine."""
+  return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def _git(*arguments: str) -> str | None:
