@@ -33,7 +33,7 @@ class Checkpoints:
     """The state of the last checkpoint as NumPy arrays in dictionaries and lists."""
     done = self._manager.latest_step()
     if done is None:
-      raise ValueError("there is no checkpoint")
+      raise FileNotFoundError(f"{self._manager.directory} has no checkpoint")
     return self._manager.restore(done, args=ocp.args.StandardRestore())["state"]
 
   def save(self, done: int, state: Any, seconds: float) -> None:

@@ -16,7 +16,7 @@ import platform
 import shutil
 import socket
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -45,14 +45,22 @@ class RunFolder:
     notes: what ``notes.json`` has.
   """
 
-  def __init__(self, config: StudyConfig, study: str, program: str):
+  def __init__(
+    self, config: StudyConfig, study: str, program: str, depends_on: Row | None = None
+  ):
     """Begins a run, or goes on with the one that is there.
+
+    Args:
+      config: its settings.
+      study: the class that makes its tables.
+      program: what ``python -m`` runs.
+      depends_on: what else names the run, beside the identity of ``config``.
 
     Raises:
       ValueError: if the folder cannot be written to, is in use, belongs to another run, or has one
         that neither ``resume`` nor ``overwrite`` speaks of.
     """
-    self.path = config.output_dir
+    self.path, identity = config.output_dir, config.identity() | (depends_on or {})
     self.lines, self.rows, self.notes = list[Row](), list[Row](), dict[str, Any]()
     self._writes = jax.process_index() == 0  # The others work along.
     try:
@@ -63,7 +71,7 @@ class RunFolder:
           self._lock = on_error.enter_context(lock)
           if config.overwrite and self._writes:
             self._clear()
-          saved = self._look(config)
+          saved = self._look(config, identity)
         if self._writes:
           saved |= {"study": study, "config": config.model_dump(mode="json")}
           saved["runs"].append(provenance(config, program))
@@ -75,9 +83,9 @@ class RunFolder:
         f"output_dir must be a folder to write to, got {self.path} ({error.strerror})"
       ) from error
 
-  def _look(self, config: StudyConfig) -> dict[str, Any]:
+  def _look(self, config: StudyConfig, identity: Row) -> dict[str, Any]:
     """What ``config.json`` has of the run, after comparing; reads what was measured."""
-    path, identity = self.path / CONFIG, config.identity()
+    path = self.path / CONFIG
     if not config.resume:
       if path.exists() and not config.overwrite:
         raise ValueError(
@@ -131,9 +139,7 @@ class RunFolder:
     """Adds rows to the table."""
     self.rows += rows
     if self._writes:
-      # As objects: a column that some rows do not have keeps its integers.
-      table = pd.DataFrame(self.rows, dtype=object).to_csv(index=False, na_rep="nan")
-      _write(self.path / RESULTS, table)
+      _write(self.path / RESULTS, _table(self.rows))
 
   def note(self, name: str, value: Any) -> None:
     """Keeps what was measured once for all cells, as JSON."""
@@ -141,15 +147,22 @@ class RunFolder:
     if self._writes:
       _write(self.path / NOTES, json.dumps(self.notes, indent=1) + "\n")
 
-  def save_results(self, folder: Path) -> None:
-    """Copies what a table needs into the repository, without what is only about this machine."""
-    folder.mkdir(parents=True, exist_ok=True)
+  def save_results(self, config: StudyConfig, path: Path, mine: Callable[[Row], bool]) -> None:
+    """Keeps what the tables of this run need, without what is only about this machine."""
+    path.mkdir(parents=True, exist_ok=True)
     saved = json.loads((self.path / CONFIG).read_text())
     del saved["config"]
-    _write(folder / CONFIG, json.dumps(saved, indent=1) + "\n")
-    for name in (RESULTS, METRICS, NOTES):
-      if (self.path / name).exists():
-        shutil.copy(self.path / name, folder / name)
+    text = json.dumps(saved, indent=1) + "\n"
+    for value in dict(config).values():
+      if isinstance(value, Path):
+        text = text.replace(str(value), value.name)
+    _write(path / CONFIG, text)
+    _write(path / RESULTS, _table(list(filter(mine, self.rows))))
+    if self.notes:
+      shutil.copy(self.path / NOTES, path / NOTES)
+    lines = "".join(map(_json_line, filter(mine, self.lines)))
+    if len(lines) < 2**18:  # For curves; tables are of rows.
+      _write(path / METRICS, lines)
 
   def close(self) -> None:
     """Lets other runs in."""
@@ -253,6 +266,11 @@ def _lock(folder: Path) -> Any:
   file.write(f"process {os.getpid()} on {socket.gethostname()}")
   file.flush()
   return file
+
+
+def _table(rows: Sequence[Row]) -> str:
+  # As objects: a column that some rows do not have keeps its integers.
+  return pd.DataFrame(rows, dtype=object).to_csv(index=False, na_rep="nan")
 
 
 def _json_line(line: Mapping[str, Any]) -> str:

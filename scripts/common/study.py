@@ -63,6 +63,14 @@ class Study(Generic[Config]):
   def connect(self, config: Config) -> None:
     """Meets other processes, before anything is computed."""
 
+  def depends_on(self, config: Config) -> Row:
+    """What the numbers depend on beside ``config``, by name: chosen rates, say.
+
+    A run that goes on must have it in common with the one that began.
+    """
+    del config
+    return {}
+
   def prepare(self, config: Config) -> Any:
     """Reads the data; raises ``ValueError`` or ``FileNotFoundError`` for what cannot be run."""
 
@@ -96,7 +104,8 @@ class Study(Generic[Config]):
     path = self.room() / "results" / name
     saved = json.loads((path / folder.CONFIG).read_text())
     lines, rows, notes = folder.read(path)
-    config = self.config(**(saved["identity"] | saved["runs"][-1]["seeds"]))
+    values = saved["identity"] | saved["runs"][-1]["seeds"]
+    config = self.config(**{k: v for k, v in values.items() if k in self.config.model_fields})
     return Results(config, lines, rows, notes)
 
 
@@ -116,10 +125,14 @@ class Run(Generic[Config]):
     self._memory: dict[Hashable, Any] = {}
     self._last: tuple[Any, Any] = (None, None)  # The final state of one cell.
 
+  def is_mine(self) -> Callable[[Row], bool]:
+    """Tells rows and lines of the methods and seeds of this run from others in its folder."""
+    keys = [cell.key.items() for cell in self.study.cells(self)]
+    return lambda row: any(key <= row.items() for key in keys)
+
   def results(self) -> Results[Config]:
     """What there is so far, for the methods and seeds of this run."""
-    keys = [cell.key.items() for cell in self.study.cells(self)]
-    mine = lambda row: any(key <= row.items() for key in keys)
+    mine = self.is_mine()
     lines, rows = (list(filter(mine, these)) for these in (self._files.lines, self._files.rows))
     return Results(self.config, lines, rows, self.notes)
 
@@ -152,7 +165,11 @@ class Run(Generic[Config]):
     return [cell for cell in self.study.cells(self) if self._finished(cell)]
 
   def saved(self, cell: Cell) -> Any:
-    """The final state of a finished cell as NumPy arrays in dictionaries and lists."""
+    """The final state of a finished cell as NumPy arrays in dictionaries and lists.
+
+    Raises:
+      FileNotFoundError: if its checkpoint was deleted.
+    """
     with contextlib.closing(Checkpoints(self._files.checkpoints(cell.key))) as checkpoints:
       return checkpoints.raw()
 
@@ -231,7 +248,7 @@ def run(study: Study[Config], config: Config) -> int:
     with folder.together():
       data = study.prepare(config)
     program = study.program or f"scripts.{study.room().name}"
-    files = RunFolder(config, type(study).__name__, program)
+    files = RunFolder(config, type(study).__name__, program, study.depends_on(config))
   except (ValueError, FileNotFoundError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 2
@@ -260,9 +277,13 @@ def _play(study: Study[Config], run: Run[Config], files: RunFolder) -> int:
       table.print(terminal)
     for remark in study.remarks(results):
       terminal.print(remark)
-    study.draw(run)
+    try:
+      study.draw(run)
+    except FileNotFoundError as error:
+      terminal.print(f"No pictures: {error}")
   if run.config.save_results and not status:
-    files.save_results(study.room() / "results" / run.config.save_results)
+    kept = study.room() / "results" / run.config.save_results
+    files.save_results(run.config, kept, run.is_mine())
   terminal.print(f"{folder.METRICS}, {folder.RESULTS} and pictures are in {run.path}")
   return status
 

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -161,6 +162,27 @@ def test_a_folder_of_another_run_is_refused_and_left_as_it_is(tmp_path, capsys, 
   assert {path: path.read_bytes() for path in files()} == before
 
 
+def test_what_the_numbers_depend_on_beside_the_flags_must_be_as_it_was(
+  tmp_path, capsys, monkeypatch
+):
+  monkeypatch.setattr(Toy, "depends_on", lambda self, config: {"rates": {"plain": 0.1}})
+  assert play(tmp_path, seeds=1) == 0
+  assert play(tmp_path, resume=True) == 0
+  monkeypatch.setattr(Toy, "depends_on", lambda self, config: {"rates": {"plain": 0.2}})
+  assert play(tmp_path, resume=True, seeds=3) == 2
+  assert "rates must be {'plain': 0.1} to resume, got {'plain': 0.2}" in capsys.readouterr().err
+
+
+def test_without_its_checkpoints_a_finished_run_has_tables_and_no_pictures(tmp_path, capsys):
+  assert play(tmp_path) == 0
+  shutil.rmtree(tmp_path / "checkpoints")
+  assert play(tmp_path, resume=True) == 0
+  printed = " ".join(capsys.readouterr().out.split())
+  assert printed.count("Sums") == 2
+  assert "No pictures:" in printed
+  assert "has no checkpoint" in printed
+
+
 def test_resume_may_add_methods_and_seeds_and_overwrite_begins_anew(tmp_path, whole, capsys):
   assert play(tmp_path, resume=True) == 2
   assert "resume needs an earlier run in output_dir" in capsys.readouterr().err
@@ -186,7 +208,7 @@ def test_config_json_says_what_ran_where_and_every_run_of_the_folder(tmp_path):
   play(tmp_path, seeds=1, scale=0.5)
   play(tmp_path, seeds=2, scale=0.5, resume=True)
   saved = json.loads((tmp_path / "config.json").read_text())
-  assert saved["identity"] == {"steps": 7, "scale": 0.5}
+  assert saved["identity"] == {"steps": 7, "scale": 0.5, "numbers": None}
   assert saved["study"] == "Toy"
   first, second = saved["runs"]
   assert first["command"] == "python -m scripts.common --seeds 1 --scale 0.5"
@@ -203,13 +225,20 @@ def test_smoke_cuts_what_was_not_given(tmp_path):
   assert {line["step"] for line in lines} == {2}
 
 
-def test_kept_results_are_read_back_and_hold_nothing_of_this_machine(tmp_path, monkeypatch):
+def test_kept_results_are_read_back_and_hold_nothing_of_this_machine_or_of_other_seeds(
+  tmp_path, monkeypatch
+):
   monkeypatch.setattr(Toy, "room", lambda self: tmp_path / "room")
-  assert play(tmp_path / "run", scale=2.0, save_results="digits", first_seed=3) == 0
+  told = {"scale": 2.0, "first_seed": 3, "numbers": tmp_path / "numbers.txt"}
+  assert play(tmp_path / "run", **told, seeds=3) == 0
+  assert play(tmp_path / "run", **told, resume=True, save_results="digits") == 0
   kept = Toy().load("digits")
-  assert kept.config.identity() == Config(scale=2.0).identity()
+  expected = Config(scale=2.0, numbers=Path("numbers.txt"))
+  assert kept.config.identity() == expected.identity()
   assert list(kept.config.all_seeds()) == [3, 4]
-  assert kept.rows.equals(pd.DataFrame(folder.read(tmp_path / "run")[1]))
+  rows = pd.DataFrame(folder.read(tmp_path / "run")[1])
+  assert kept.rows.equals(rows[rows["seed"] < 5].reset_index(drop=True))
+  assert set(kept.lines["seed"]) == {3, 4}
   assert not any(str(tmp_path) in path.read_text() for path in (tmp_path / "room").rglob("*.*"))
 
 

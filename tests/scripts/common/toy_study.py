@@ -30,6 +30,8 @@ class Config(StudyConfig):
   """Of the numbers."""
   seeds: Count = 2
   """How many."""
+  numbers: Path | None = None
+  """A file, which is not read."""
   every: Annotated[Count, FREE] = 2
   """Steps between evaluations."""
   checkpoint_every: Annotated[Count, FREE] = 3
