@@ -27,12 +27,12 @@ import pandas as pd
 from jax.experimental import multihost_utils
 
 from scripts.common.config import StudyConfig
+from scripts.common.task import Row
 
 CONFIG, METRICS, RESULTS, NOTES, LOCK = (
   "config.json", "metrics.jsonl", "results.csv", "notes.json", "lock",
 )  # fmt: skip
 CHECKPOINTS = "checkpoints"
-Row = dict[str, Any]
 
 
 class RunFolder:
@@ -45,9 +45,7 @@ class RunFolder:
     notes: what ``notes.json`` has.
   """
 
-  def __init__(
-    self, config: StudyConfig, study: str, program: str, depends_on: Row | None = None
-  ):
+  def __init__(self, config: StudyConfig, study: str, program: str, depends_on: Row | None = None):
     """Begins a run, or goes on with the one that is there.
 
     Args:
@@ -76,7 +74,8 @@ class RunFolder:
           saved |= {"study": study, "config": config.model_dump(mode="json")}
           saved["runs"].append(provenance(config, program))
           _write(self.path / CONFIG, json.dumps(saved, indent=1) + "\n")
-          self._rewrite_lines()  # A kill may have left half a line.
+          self._log = (self.path / METRICS).open("a")
+        self.keep_lines(self.lines)  # A kill may have left half of one.
         on_error.pop_all()
     except OSError as error:
       raise ValueError(
@@ -110,14 +109,6 @@ class RunFolder:
     for name in (METRICS, RESULTS, NOTES, CONFIG):  # While config.json is there, it is a run.
       (self.path / name).unlink(missing_ok=True)
 
-  def _rewrite_lines(self) -> None:
-    _write(self.path / METRICS, "".join(map(_json_line, self.lines)))
-    self._log = (self.path / METRICS).open("a")
-
-  def checkpoints(self, key: Mapping[str, Any]) -> Path:
-    """Where the checkpoints of the cell of that key are."""
-    return checkpoints(self.path, key)
-
   def add_lines(self, lines: Sequence[Row]) -> None:
     """Appends lines, on disk when this returns; what is not finite is NaN, and ``null`` there."""
     finite = lambda value: not isinstance(value, float) or math.isfinite(value)
@@ -133,7 +124,8 @@ class RunFolder:
     self.lines = list(lines)
     if self._writes:
       self._log.close()
-      self._rewrite_lines()
+      _write(self.path / METRICS, "".join(map(_json_line, self.lines)))
+      self._log = (self.path / METRICS).open("a")
 
   def add_rows(self, rows: Sequence[Row]) -> None:
     """Adds rows to the table."""

@@ -18,14 +18,15 @@ from typing import Any, ClassVar, Generic, TypeVar
 import jax
 import pandas as pd
 import tyro
+from rich.console import Console
 
 from scripts.common import folder
 from scripts.common.checkpoints import Checkpoints
 from scripts.common.config import StudyConfig
-from scripts.common.folder import Row, RunFolder
+from scripts.common.folder import RunFolder
 from scripts.common.progress import Bar, console
 from scripts.common.table import Table
-from scripts.common.task import Cell, Rows, Spent, Task
+from scripts.common.task import Cell, Row, Rows, Spent, Task
 
 Config = TypeVar("Config", bound=StudyConfig)
 
@@ -156,7 +157,7 @@ class Run(Generic[Config]):
     bar.total(sum(cell.steps for cell in cells))
     for cell in cells:
       if self._finished(cell):
-        bar.skip(cell.steps)
+        bar.count(cell.steps)
       else:
         self._train(cell, bar)
 
@@ -170,7 +171,7 @@ class Run(Generic[Config]):
     Raises:
       FileNotFoundError: if its checkpoint was deleted.
     """
-    with contextlib.closing(Checkpoints(self._files.checkpoints(cell.key))) as checkpoints:
+    with self._checkpoints(cell) as checkpoints:
       return checkpoints.raw()
 
   def state(self, cell: Cell) -> Any:
@@ -179,20 +180,19 @@ class Run(Generic[Config]):
       self._train(cell, None)
     return self._last[1]
 
-  def _task(self, cell: Cell) -> Task:
-    """The task of a cell, before its first step."""
-    return cell.make(*(self.state(needed) for needed in cell.needs))
+  def _checkpoints(self, cell: Cell) -> contextlib.closing[Checkpoints]:
+    return contextlib.closing(Checkpoints(folder.checkpoints(self.path, cell.key)))
 
   def _finished(self, cell: Cell) -> bool:
     return any(cell.key.items() <= row.items() for row in self._files.rows)
 
   def _train(self, cell: Cell, bar: Bar | None) -> None:
-    show = bar or Bar.silent()
+    show = bar or Bar(Console(quiet=True))
     show.label(cell.label)
-    task = self._task(cell)
-    with contextlib.closing(Checkpoints(self._files.checkpoints(cell.key))) as checkpoints:
+    task = cell.make(*(self.state(needed) for needed in cell.needs))
+    with self._checkpoints(cell) as checkpoints:
       state, seconds, done = checkpoints.restore(task.state)
-      show.skip(done)
+      show.count(done)
       name = self.study.step_name
       of_cell = lambda line: cell.key.items() <= line.items()
       late = [line for line in self._files.lines if of_cell(line) and line[name] > done]
@@ -227,7 +227,7 @@ class Run(Generic[Config]):
       jax.block_until_ready(told[-1:])  # One step waits while another runs.
       told.append(one)
       done += 1
-      bar.advance()
+      bar.count(1)
     jax.block_until_ready((state, told))
     return state, told, seconds + time.perf_counter() - start, done
 

@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from scripts.common.folder import Row
 from scripts.common.program import Program
 
+Row = dict[str, Any]  # Of a table, by column.
 Rows = Row | Sequence[Row]
 
 
