@@ -13,6 +13,7 @@ flags = [
   # Compilation is most of the time of the tests; the code that it makes hardly runs.
   "--xla_backend_optimization_level=0",
   "--xla_llvm_disable_expensive_passes=true",
+  "--xla_cpu_parallel_codegen_split_count=1",  # The workers share the cores; a fifth less to do.
 ]
 if tuple(map(int, jaxlib.__version__.split(".")[:2])) < (0, 11):  # Gone in later versions.
   flags.append("--xla_cpu_use_fusion_emitters=false")
@@ -40,7 +41,11 @@ if programs.stat().st_uid == os.getuid():
 
 @pytest.hookimpl(tryfirst=True)  # Before xdist reads the marks.
 def pytest_collection_modifyitems(items):
-  """Keeps the tests of a file on one worker: what one has compiled, the next one finds."""
+  """Keeps the tests of a file on one worker: what one has compiled, the next one finds.
+
+  Files with slow tests come first, so that no worker begins a long one when the others are done.
+  """
+  items.sort(key=lambda item: item.get_closest_marker("slow") is None)
   for item in items:
     if item.get_closest_marker("xdist_group") is None:
       item.add_marker(pytest.mark.xdist_group(str(item.path.relative_to(item.config.rootpath))))

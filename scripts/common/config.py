@@ -12,7 +12,7 @@ ValueError: learning_rate should be greater than 0, got -1
 
 import dataclasses
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar
 
@@ -113,6 +113,17 @@ class StudyConfig(Checked):
   output_dir: Annotated[Path, FREE] = Path("runs")
   """Where results and checkpoints go."""
 
+  @classmethod
+  def smallest(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``--smoke`` makes of the fields that were not given."""
+    del given
+    return {}
+
+  @model_validator(mode="before")
+  @classmethod
+  def _smoke(cls, given: Any) -> Any:
+    return cls.smallest(given) | given if given.get("smoke") else given
+
   @model_validator(mode="after")
   def _resume_or_overwrite(self) -> Self:
     if self.resume and self.overwrite:  # Nothing would be left to go on with.
@@ -142,8 +153,9 @@ class StudyConfig(Checked):
 
   def flags(self) -> str:
     """The flags that repeat the run, without what is only about this machine."""
-    words = list[str]()
-    for name, value in _flat(self.model_dump(mode="json"), type(self)().model_dump(mode="json")):
+    words = ["--smoke"] if self.smoke else []
+    others = type(self)(smoke=self.smoke).model_dump(mode="json")
+    for name, value in _flat(self.model_dump(mode="json"), others):
       flag = f"--{name.replace('_', '-')}"
       if isinstance(value, bool):
         words.append(flag if value else flag.replace("--", "--no-", 1))

@@ -51,13 +51,11 @@ class Study(Generic[Config]):
 
   Attributes:
     config: the class of its settings.
-    smoke: what ``--smoke`` changes of settings that were not given.
     step_name: the column of lines that counts steps.
     program: what ``python -m`` runs, if it is not the room.
   """
 
   config: type[Config]
-  smoke: ClassVar[Mapping[str, Any]] = {}
   step_name: ClassVar[str] = "step"
   program: ClassVar[str | None] = None
 
@@ -242,8 +240,6 @@ def run(study: Study[Config], config: Config) -> int:
   It is 0, 2 after bad input, and 130 after Ctrl-C, with what was finished until then.
   """
   try:
-    if config.smoke:
-      config = config.but(**{k: v for k, v in study.smoke.items() if k not in config.given()})
     study.connect(config)
     with folder.together():
       data = study.prepare(config)
@@ -291,7 +287,10 @@ def _play(study: Study[Config], run: Run[Config], files: RunFolder) -> int:
 def main(config: type[Config], run: Callable[[Config], int], doc: str | None) -> None:
   """The program of an experiment: reads the command line, runs, and ends the process."""
   told = tyro.cli(config, description=doc)
-  if told.smoke:  # Compilation is most of its time.
+  if told.smoke:
+    small = config(**told.given())  # Read again, since a value that was given may be the default.
+    told = tyro.cli(config, default=small, description=doc)
+    # Compilation is most of its time.
     jax.config.update("jax_disable_most_optimizations", True)
   try:
     status = run(told)
