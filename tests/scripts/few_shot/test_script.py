@@ -1,8 +1,6 @@
 """Few-shot learning: gradients of all methods against plain JAX, evaluation, files, resuming."""
 
 import dataclasses
-import functools
-import json
 import os
 import signal
 import subprocess
@@ -19,11 +17,14 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from scripts.common import fewshot_data, study
+from scripts.common import fewshot_data, folder, study
+from scripts.common.checkpoints import latest_step
 from scripts.few_shot import __main__ as script
 from scripts.few_shot import problem as few_shot
 from scripts.few_shot import setting as few_shot_setting
 from scripts.few_shot.__main__ import Config, FewShot, FewShotStudy
+from tests.scripts.few_shot import small_few_shot
+from tests.scripts.few_shot.small_few_shot import SMALL
 
 pytestmark = pytest.mark.slow  # All together, not each.
 
@@ -255,25 +256,6 @@ def test_no_two_streams_of_keys_and_no_two_seeds_share_a_root():
   assert len({tuple(jax.random.key_data(root).tolist()) for root in roots}) == 15
 
 
-SMALL = {
-  "width": 2,
-  "num_ways": 2,
-  "num_shots": 1,
-  "num_queries": 1,
-  "num_tasks": 2,
-  "inner_steps": 2,
-  "num_samples": 2,
-  "eval_episodes": 20,
-  "eval_every": 2,
-  "checkpoint_every": 2,
-  "steps": 4,
-}
-
-
-def lines_of(folder):
-  return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
 def padded(images, count):
   """A class ``[3, 28, 28, 1]`` of ``count`` images; the rest must never be seen."""
   return np.concatenate([images[:count], np.full((3 - count, 28, 28, 1), np.nan)]).astype("float32")
@@ -321,14 +303,13 @@ def test_a_run_evaluates_on_other_classes_without_turns_and_padding_and_draws_it
   assert study.run(FewShotStudy(), config) == 0
   assert steps == {config.steps}  # The schedule's.
   assert drawn == {("PARAMETERS", 3), ("TRAINING", 3), ("VALIDATION", 0), ("TEST", 0)}
-  lines = lines_of(tmp_path)
+  lines, [row], _ = folder.read(tmp_path)
   assert [(line["method"], line["seed"], line["step"]) for line in lines] == [
     ("protonet", 3, 2),
     ("protonet", 3, 4),
   ]
   assert [line["validation_accuracy"] for line in lines] == [0.5, 0.5]
-  assert all(line["outer_loss"] for line in lines)  # It would be null for NaN.
-  row = pd.read_csv(tmp_path / "results.csv").iloc[0]
+  assert np.isfinite([line["outer_loss"] for line in lines]).all()
   assert (row["method"], row["seed"], row["steps"], row["test_accuracy"]) == ("protonet", 3, 4, 1.0)
   table = " ".join(capsys.readouterr().out.split())  # Titles are wrapped.
   for word in ("ProtoNet", "2-way 1-shot", "4 meta-steps", "seed 3", "100.00 ± 0.00 %"):
@@ -336,9 +317,6 @@ def test_a_run_evaluates_on_other_classes_without_turns_and_padding_and_draws_it
   for name in ("few_shot.png", "episode_protonet.png"):
     with Image.open(tmp_path / name) as picture:
       assert picture.width > 100
-
-
-drawn_once = functools.cache(fewshot_data.synthetic_glyphs)
 
 
 @pytest.mark.parametrize(
@@ -353,28 +331,36 @@ drawn_once = functools.cache(fewshot_data.synthetic_glyphs)
 def test_what_cannot_run_is_refused_before_anything_is_trained(
   tmp_path, capsys, monkeypatch, wrong, message
 ):
-  monkeypatch.setattr(fewshot_data, "synthetic_glyphs", drawn_once)
+  blank = lambda n, each: np.zeros((n, each, 28, 28, 1), np.uint8)  # Drawing them takes seconds.
+  monkeypatch.setattr(fewshot_data, "draw_glyphs", lambda n, each, *_: blank(n, each))
   assert study.run(FewShotStudy(), Config(output_dir=tmp_path / "out", **wrong)) == 2
   assert message in capsys.readouterr().err
   assert not (tmp_path / "out").exists()
 
 
-def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
-  small = SMALL | {"methods": ("esj_through",), "steps": 40, "first_seed": 1}
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
+  monkeypatch.setattr(script, "read", small_few_shot.read)
+  monkeypatch.setattr(FewShotStudy, "draw", lambda *_: None)  # It takes seconds.
+  options = SMALL | {"methods": ("esj_through",), "first_seed": 1}
   whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-  assert study.run(FewShotStudy(), Config(output_dir=whole, **small)) == 0
-  flags = Config(**small).flags().replace("--first-seed", "--seed").split()
-  command = [sys.executable, "-m", "scripts.few_shot", *flags, "--output-dir", str(stopped)]
-  process = subprocess.Popen(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, stdout=-3)
-  count = lambda: len(lines_of(stopped)) if (stopped / "metrics.jsonl").exists() else 0
-  while process.poll() is None and count() < 3:
+  assert study.run(FewShotStudy(), Config(output_dir=whole, **options)) == 0
+  flags = Config(**options).flags().replace("--first-seed", "--seed").split()
+  program = [sys.executable, "-m", "tests.scripts.few_shot.small_few_shot"]
+  environment = os.environ | {
+    "JAX_PLATFORMS": "cpu",
+    "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir or "",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+  }
+  command = [*program, *flags, "--output-dir", str(stopped)]
+  process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+  cell = folder.checkpoints(stopped, {"method": "esj_through", "seed": 1})
+  while process.poll() is None and latest_step(cell) < 2:
     time.sleep(0.01)
-  process.send_signal(signal.SIGKILL)
+  process.kill()
   assert process.wait() == -signal.SIGKILL
-  assert count() < 20  # It was stopped before the end.
-  assert study.run(FewShotStudy(), Config(output_dir=stopped, resume=True, **small)) == 0
-  without_time = [[line | {"seconds": 0} for line in lines_of(path)] for path in (whole, stopped)]
-  assert without_time[0] == without_time[1]
-  timed = ["seconds_per_step", "temporary_bytes"]
-  rows = [pd.read_csv(path / "results.csv").drop(columns=timed) for path in (whole, stopped)]
-  pd.testing.assert_frame_equal(*rows, check_exact=True)
+  assert [line["step"] for line in folder.read(stopped)[0]] == [2]
+  assert study.run(FewShotStudy(), Config(output_dir=stopped, resume=True, **options)) == 0
+  timed = {"columns": ["seconds", "seconds_per_step", "temporary_bytes"], "errors": "ignore"}
+  for resumed, at_once in zip(folder.read(stopped)[:2], folder.read(whole)[:2], strict=True):
+    tables = (pd.DataFrame(table).drop(**timed) for table in (resumed, at_once))
+    pd.testing.assert_frame_equal(*tables, check_exact=True)
