@@ -14,15 +14,10 @@ import numpy as np
 
 
 class Examples(NamedTuple):
-  """Labelled images.
+  """Labelled images."""
 
-  Attributes:
-    images: ``[n, features]``, float32 in [0, 1].
-    labels: ``[n]``, int32.
-  """
-
-  images: Any
-  labels: Any
+  images: Any  # [n, features], float32 in [0, 1].
+  labels: Any  # [n], int32.
 
   def take(self, indices) -> "Examples":
     """The examples at ``indices``."""

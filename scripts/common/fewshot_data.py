@@ -13,18 +13,11 @@ from scripts.common.data import in_chunks, tfds_source
 
 
 class ImageClasses(NamedTuple):
-  """Images by class.
+  """Images by class."""
 
-  Attributes:
-    images: ``[classes, per_class, height, width, channels]``, uint8; zero behind the last image of
-      a class.
-    counts: ``[classes]``, int32: how many images each class has.
-    labels: ``[classes]``, int32: the number of each class in the data set that it is from.
-  """
-
-  images: Any
-  counts: Any
-  labels: Any
+  images: Any  # [classes, per_class, h, w, c], uint8; zero behind the last image of a class.
+  counts: Any  # [classes], int32: how many images each class has.
+  labels: Any  # [classes], int32: the number of each class in the data set that it is from.
 
 
 class FewShotData(NamedTuple):
@@ -40,22 +33,18 @@ def omniglot(
 ) -> FewShotData:
   """Omniglot: 1,623 characters of 50 alphabets, drawn once by each of 20 people.
 
-  All characters of the original background and evaluation sets are put together, shuffled with a
-  fixed seed and split into 1,100 for training, 100 for validation and 423 for testing: the split
-  by characters of MAML and learn2learn, though not the same characters (theirs depend on the run).
-  Alphabets are shared between the parts, which is easier than the original split by alphabets.
-  There are no rotations here: ``sample_episode(..., num_rotations=4)`` makes them.
+  All characters of the original two sets are put together, shuffled with a fixed seed and split
+  into 1,100 for training, 100 for validation and 423 for testing: the split by characters of MAML
+  and learn2learn, though not the same characters (theirs depend on the run). Alphabets are shared
+  between the parts, which is easier than the original split by alphabets. There are no rotations
+  here: ``sample_episode(..., num_rotations=4)`` makes them.
 
   The 105 x 105 drawings are reduced to ``size`` by exact averages over areas and inverted: strokes
   are 255, paper is 0. Reading takes 7 seconds on one core, so nothing is cached. ``percent`` reads
   only the first so many percent of the drawings; characters then have few drawings, some none.
 
-  Returns:
-    Images ``[classes, 20, size, size, 1]``.
-
-  References:
-    Lake, Salakhutdinov, Tenenbaum, `Human-level concept learning through probabilistic program
-    induction <https://doi.org/10.1126/science.aab3050>`_
+  Reference: Lake, Salakhutdinov, Tenenbaum, `Human-level concept learning through probabilistic
+  program induction <https://doi.org/10.1126/science.aab3050>`_
   """
   images, labels = [], []
   for part in ("train", "test"):
@@ -73,9 +62,6 @@ def caltech101_fewshot(data_dir: str | os.PathLike | None = None) -> FewShotData
 
   Stands in for miniImageNet, whose images may not be passed on. Pixels depend a little on who
   decodes the JPEG files (OpenCV, or Pillow where there is no OpenCV).
-
-  Returns:
-    Images ``[classes, 30, 84, 84, 3]``; ``labels`` number all 100 classes.
   """
   preparation = (
     "It is not in the catalogue of tensorflow-datasets: 100 classes of Caltech-101 (all but "

@@ -13,17 +13,11 @@ Tokenizer = ByteTokenizer | BPETokenizer
 
 
 class Sequences(NamedTuple):
-  """Sequences of equal length, no two with a token of the same place in a text.
+  """Sequences of equal length, no two with a token of the same place in a text."""
 
-  Attributes:
-    tokens: ``[n, length]`` int32.
-    domain: the domain of each, ``[n]`` int32.
-    corrupted: which were made noise of, ``[n]`` bool.
-  """
-
-  tokens: np.ndarray
-  domain: np.ndarray
-  corrupted: np.ndarray
+  tokens: np.ndarray  # [n, length], int32.
+  domain: np.ndarray  # The domain of each, [n], int32.
+  corrupted: np.ndarray  # Which were made noise of, [n], bool.
 
 
 class HeldOut(NamedTuple):
@@ -50,8 +44,7 @@ def make(
 ) -> LanguageData:
   """Packs a corpus; holds out at most so many sequences of each domain.
 
-  Raises:
-    ValueError: if a domain has no whole sequence in one of the parts.
+  Raises ``ValueError`` if a domain has no whole sequence in one of the parts.
   """
   packed = [pack(getattr(corpus, split), tokenizer, length) for split in SPLITS]
   counts = np.stack([np.bincount(p.domain, minlength=len(corpus.domains)) for p in packed])

@@ -145,12 +145,6 @@ def test_noise_is_in_so_many_sequences_and_nowhere_else(kind):
     assert abs(drawn.mean() - 499.5) < 4 * 289 / np.sqrt(240)
 
 
-def test_no_noise_leaves_everything():
-  noisy = lm_data.corrupt(sequences(5), 0.0, "shuffled", 100, seed=0)
-  np.testing.assert_array_equal(noisy.tokens, sequences(5).tokens)
-  assert not noisy.corrupted.any()
-
-
 def test_batches_of_an_epoch_are_parts_of_a_permutation():
   rows = [lm_data.rows_of_batch(10, 3, (0, 1), step) for step in range(6)]
   first, second = np.concatenate(rows[:3]), np.concatenate(rows[3:])

@@ -130,13 +130,9 @@ def test_every_method_weighs_as_the_library_does():
   """Band, temperature and level are those of the rates."""
   losses, groups = jnp.asarray(RNG.uniform(1, 4, 16), jnp.float32), jnp.arange(16) % DOMAINS
   rates = Rates(
-    temperature=0.7,
-    compositional_rate=0.3,
-    fraction=0.25,
-    shape_temperature=0.6,
-    level=0.5,
+    temperature=0.7, compositional_rate=0.3, fraction=0.25, shape_temperature=0.6, level=0.5,
     group_step_size=0.9,
-  )
+  )  # fmt: skip
   expected = {
     "uniform": jaxbo.uniform(),
     "ir_dro": jaxbo.kl(0.7),

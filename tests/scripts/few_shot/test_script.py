@@ -1,6 +1,7 @@
 """Few-shot learning: gradients of all methods against plain JAX, evaluation, files, resuming."""
 
 import dataclasses
+import functools
 import os
 import signal
 import subprocess
@@ -29,19 +30,10 @@ from tests.scripts.few_shot.small_few_shot import SMALL
 pytestmark = pytest.mark.slow  # All together, not each.
 
 SETTINGS = few_shot_setting.Settings(
-  num_ways=2,
-  num_shots=2,
-  num_queries=1,
-  num_rotations=1,
-  num_tasks=2,
-  inner_steps=3,
-  inner_learning_rate=0.3,
-  num_samples=3 * 4,
-  smoothing=1e-3,
-  linear_steps=20,
-  maml_steps=2,
+  num_ways=2, num_shots=2, num_queries=1, num_rotations=1, num_tasks=2, inner_steps=3,
+  inner_learning_rate=0.3, num_samples=3 * 4, smoothing=1e-3, linear_steps=20, maml_steps=2,
   maml_learning_rate=0.1,
-)
+)  # fmt: skip
 
 
 def features(x, images):
@@ -54,19 +46,23 @@ BACKBONE = few_shot.Backbone(
 )
 
 
-def episodes(num_tasks=2):
+@functools.cache
+def episodes():
   classes = fewshot_data.ImageClasses(
     jax.random.uniform(jax.random.key(5), (6, 4, 4, 2, 1)), jnp.full(6, 4), jnp.arange(6)
   )
-  return few_shot_setting.sampler(SETTINGS, 1, num_tasks)(jax.random.key(1), classes)
+  return few_shot_setting.sampler(SETTINGS, 1, 2)(jax.random.key(1), classes)
 
 
-def hypergradient(name, monkeypatch, settings=SETTINGS, seed=0):
+@functools.cache
+def hypergradient(name, settings=SETTINGS, seed=0):
   """What the first step of a method moves along, and its initial state."""
-  monkeypatch.setattr(few_shot, "optimizer", lambda settings, num_steps: optax.sgd(1.0))
-  method = few_shot.make_method(name, BACKBONE, settings, 1, seed)
+  with pytest.MonkeyPatch.context() as monkeypatch:
+    monkeypatch.setattr(few_shot, "optimizer", lambda settings, num_steps: optax.sgd(1.0))
+    method = few_shot.make_method(name, BACKBONE, settings, 1, seed)
+  method = method._replace(step=jax.jit(method.step))
   state = method.init(jax.random.key(0), jnp.zeros((2, 4, 2, 1)))
-  after, loss = jax.jit(method.step)(state, episodes())
+  after, loss = method.step(state, episodes())
   x = lambda state: state[0]  # The first of its fields.
   return jax.tree.map(lambda a, b: a - b, x(state), x(after)), state, loss, method
 
@@ -101,9 +97,9 @@ def anil_loss(x, episode, stop=False):
 
 
 @pytest.mark.parametrize("name", ["itd", "first_order", "esj_through"])
-def test_anil_steps_along_the_gradient_of_the_composed_loss(name, monkeypatch):
+def test_anil_steps_along_the_gradient_of_the_composed_loss(name):
   """ESJ has as many orthogonal directions as features, which makes it exact."""
-  result, state, loss, _ = hypergradient(name, monkeypatch)
+  result, state, loss, _ = hypergradient(name)
   of_task = lambda x, episode: anil_loss(x, episode, stop=name == "first_order")
   value, expected = jax.value_and_grad(lambda x: mean_over_tasks(of_task, x))(state.x)
   np.testing.assert_allclose(loss, value, rtol=1e-5)
@@ -115,28 +111,28 @@ def test_anil_steps_along_the_gradient_of_the_composed_loss(name, monkeypatch):
     assert np.linalg.norm(exact["w"] - expected["w"]) > 0.05 * np.linalg.norm(exact["w"])
 
 
-def test_aid_tends_to_itd_with_many_inner_steps(monkeypatch):
+def test_aid_tends_to_itd_with_many_inner_steps():
   settings = dataclasses.replace(SETTINGS, inner_steps=300)
-  aid, *_ = hypergradient("aid", monkeypatch, settings)
-  itd, *_ = hypergradient("itd", monkeypatch, settings)
+  aid, *_ = hypergradient("aid", settings)
+  itd, *_ = hypergradient("itd", settings)
   np.testing.assert_allclose(aid["w"], itd["w"], rtol=1e-2, atol=1e-4)
 
 
-def test_esj_on_parameters_is_the_response_of_perturbed_parameters(monkeypatch):
+def test_esj_on_parameters_is_the_response_of_perturbed_parameters():
   """Many directions on 24 parameters: within four standard errors of the exact one."""
   settings = dataclasses.replace(SETTINGS, num_samples_plain=4000)
-  result, state, *_ = hypergradient("esj", monkeypatch, settings)
+  result, state, *_ = hypergradient("esj", settings)
   exact = jax.grad(lambda x: mean_over_tasks(anil_loss, x))(state.x)["w"]
-  first_order, *_ = hypergradient("first_order", monkeypatch)
+  first_order, *_ = hypergradient("first_order")
   response = np.linalg.norm(exact - first_order["w"])
   assert np.linalg.norm(result["w"] - exact) < 2 * response * np.sqrt(25 / 4000)
 
 
-def test_esj_on_parameters_moves_along_directions_of_the_parameters(monkeypatch):
+def test_esj_on_parameters_moves_along_directions_of_the_parameters():
   """With one sample the response is a multiple of its direction, which the keys' law gives."""
   settings = dataclasses.replace(SETTINGS, num_samples_plain=1)
-  result, *_ = hypergradient("esj", monkeypatch, settings, seed=3)
-  first_order, *_ = hypergradient("first_order", monkeypatch)
+  result, *_ = hypergradient("esj", settings, seed=3)
+  first_order, *_ = hypergradient("first_order")
   response = np.ravel(result["w"] - first_order["w"])
   key = few_shot_setting.draw_key(few_shot_setting.Draw.DIRECTIONS, 3)
   sample_key = jax.random.fold_in(jax.random.fold_in(key, 0), 0)
@@ -145,8 +141,8 @@ def test_esj_on_parameters_moves_along_directions_of_the_parameters(monkeypatch)
   np.testing.assert_allclose(abs(cosine), 1, atol=1e-3)
 
 
-def test_maml_steps_along_the_gradient_through_all_parameters(monkeypatch):
-  result, state, *_ = hypergradient("maml", monkeypatch)
+def test_maml_steps_along_the_gradient_through_all_parameters():
+  result, state, *_ = hypergradient("maml")
 
   def of_task(x, episode):
     def loss(theta, images, labels):
@@ -163,8 +159,8 @@ def test_maml_steps_along_the_gradient_through_all_parameters(monkeypatch):
   chex.assert_trees_all_close(result, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_protonet_predicts_the_nearest_class_mean(monkeypatch):
-  _, state, loss, method = hypergradient("protonet", monkeypatch)
+def test_protonet_predicts_the_nearest_class_mean():
+  _, state, loss, method = hypergradient("protonet")
   total = 0.0
   for t in range(2):
     episode = jax.tree.map(lambda leaf, t=t: np.asarray(leaf[t]), episodes())
@@ -181,16 +177,15 @@ def test_protonet_predicts_the_nearest_class_mean(monkeypatch):
 
 
 @pytest.mark.parametrize("name", few_shot.LABELS)
-def test_evaluation_adapts_to_the_support_set_and_leaves_the_state(name, monkeypatch):
+def test_evaluation_adapts_to_the_support_set_and_leaves_the_state(name):
   """As training does; with support and query the same, it must beat chance."""
-  _, state, _, method = hypergradient(name, monkeypatch)
-  step = jax.jit(method.step)
-  later, _ = step(state, episodes())  # Heads start elsewhere than at zero now.
+  _, state, _, method = hypergradient(name)
+  later, _ = method.step(state, episodes())  # Heads start elsewhere than at zero now.
   predict = jax.jit(method.predict)
   tasks = [jax.tree.map(lambda leaf, t=t: leaf[t], episodes()) for t in range(2)]
   predicted = jnp.stack([predict(later, episode) for episode in tasks])
   query_loss = few_shot.cross_entropy(predicted, episodes().query_labels)
-  np.testing.assert_allclose(query_loss, step(later, episodes())[1], rtol=1e-4)
+  np.testing.assert_allclose(query_loss, method.step(later, episodes())[1], rtol=1e-4)
   images = jnp.stack([jnp.zeros((4, 2, 1)), jnp.ones((4, 2, 1))])
   support = {"support_images": images[jnp.array([0, 0, 1, 1])]}
   episode = tasks[0]._replace(**support, query_images=images)
