@@ -143,7 +143,7 @@ def time_steps(run: Run[Config]) -> dict[str, measure.Timing]:
   given, config = run.data, run.config
   batch = train.batch_of(given.data.train, np.arange(config.batch_size), given.devices)
   params, states, steps = given.new(config.first_seed), {}, {}
-  for method in sorted(config.methods, key=lambda name: name != BASELINE):  # It is the first.
+  for method in sorted(config.methods, key=lambda name: name != BASELINE):  # The baseline first.
     init, program = program_of(run, method)
     states[method] = init(params)
     steps[method] = program.compile(states[method], batch)

@@ -36,7 +36,7 @@ class Stuck(Training):
 
 
 class WithoutPictures(ContinualLM):
-  """What is drawn takes seconds. Processes meet once for several runs."""
+  """Pictures take seconds, and processes can meet only once."""
 
   def connect(self, config):
     if not jax.distributed.is_initialized():
@@ -47,7 +47,7 @@ class WithoutPictures(ContinualLM):
 
 
 def runs(config):
-  """A run that gets stuck. To resume it: first what all processes or the first one refuse."""
+  """A run that gets stuck; or two that are refused, a whole one, and the rest of the stuck one."""
   if not config.resume:
     script.Training = Stuck
     return study.run(WithoutPictures(), config)

@@ -495,7 +495,7 @@ def tables_of(path):
 def test_two_processes_do_what_one_does_and_go_on_bit_for_bit_where_they_were_killed(
   tmp_path, whole
 ):
-  """Before they go on: what all of them refuse, and what process 0 alone does."""
+  """Before they go on, both refuse a run, and process 0 alone refuses another one."""
   killed = tmp_path / "killed"
   processes = start_two(killed)
   key = {"corruption": 0.2, "method": "ir_dro_compositional", "seed": 0}
