@@ -1,6 +1,12 @@
-"""Reads data sets into NumPy arrays, without TensorFlow."""
+"""Reads data sets into NumPy arrays, without TensorFlow.
+
+A ``data_dir`` holds ``name/version/`` as tensorflow-datasets prepares them in ``array_record``
+files; by default it is ``TFDS_DATA_DIR``, or ``~/tensorflow_datasets``. A data set that is not
+there raises ``FileNotFoundError``, whose message says how to prepare it.
+"""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,15 +14,10 @@ import numpy as np
 
 
 class Examples(NamedTuple):
-  """Labelled images.
+  """Labelled images."""
 
-  Attributes:
-    images: ``[n, features]``, float32 in [0, 1].
-    labels: ``[n]``, int32.
-  """
-
-  images: Any
-  labels: Any
+  images: Any  # [n, features], float32 in [0, 1].
+  labels: Any  # [n], int32.
 
   def take(self, indices) -> "Examples":
     """The examples at ``indices``."""
@@ -32,22 +33,18 @@ def digits() -> Examples:
 
 
 def tfds_images(name: str, split: str, data_dir: str | os.PathLike | None = None) -> Examples:
-  """Reads images that tensorflow-datasets has prepared as ``array_record`` files.
-
-  Args:
-    name: the name of the data set, such as ``"mnist"``.
-    split: such as ``"train"`` or ``"test[:100]"``.
-    data_dir: the folder that holds ``name/version/``; by default ``TFDS_DATA_DIR``, or
-      ``~/tensorflow_datasets``.
-
-  Raises:
-    FileNotFoundError: if the data set is not there; the message says how to prepare it.
-  """
-  source = tfds_source(name, split, data_dir)
-  examples = [source[i] for i in range(len(source))]
-  images = np.stack([example["image"] for example in examples])
-  labels = np.array([example["label"] for example in examples], np.int32)
+  """The images of a split, such as ``"train"`` or ``"test[:100]"``."""
+  chunks = in_chunks(tfds_source(name, split, data_dir))
+  images, labels = map(np.concatenate, zip(*chunks, strict=True))
   return Examples(images.reshape(len(images), -1).astype(np.float32) / 255, labels)
+
+
+def in_chunks(source: Any) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+  """The images and labels of ``source``, a thousand at a time: decoded Omniglot is 1 GB."""
+  for begin in range(0, len(source), 1000):
+    examples = source.__getitems__(range(begin, min(begin + 1000, len(source))))
+    images = np.stack([example["image"] for example in examples])
+    yield images, np.array([example["label"] for example in examples], np.int32)
 
 
 def tfds_source(
@@ -56,20 +53,9 @@ def tfds_source(
   data_dir: str | os.PathLike | None = None,
   preparation: str | None = None,
 ) -> Any:
-  """Opens what tensorflow-datasets has prepared as ``array_record`` files, without TensorFlow.
+  """A sequence of dictionaries; ``__getitems__(range(a, b))`` reads many at once.
 
-  Args:
-    name: of the data set.
-    split: such as ``"train"`` or ``"test[:1000]"``.
-    data_dir: the folder that holds ``name/version/``; by default ``TFDS_DATA_DIR``, or
-      ``~/tensorflow_datasets``.
-    preparation: how to get the data set, where the catalogue of tensorflow-datasets lacks it.
-
-  Returns:
-    A sequence of dictionaries; ``__getitems__(range(a, b))`` reads many at once.
-
-  Raises:
-    FileNotFoundError: if the data set is not there; the message says how to prepare it.
+  ``preparation`` says how to get a data set that the catalogue of tensorflow-datasets lacks.
   """
   root = Path(
     data_dir or os.environ.get("TFDS_DATA_DIR") or Path.home() / "tensorflow_datasets"
@@ -99,18 +85,10 @@ def tfds_source(
 def newsgroups(
   data_dir: str | os.PathLike | None = None, *, num_words: int = 1000
 ) -> tuple[Examples, int]:
-  """20 Newsgroups as TF-IDF rows of Euclidean norm 1, training documents first.
+  """20 Newsgroups as TF-IDF rows of Euclidean norm 1: ``(examples, num_train)``.
 
-  Args:
-    data_dir: the folder that holds ``newsgroups20/version/``; by default ``TFDS_DATA_DIR``, or
-      ``~/tensorflow_datasets``.
-    num_words: how many of the most frequent words to keep, English stop words aside.
-
-  Returns:
-    ``(examples, num_train)``; the vocabulary and its weights are of the training documents alone.
-
-  Raises:
-    FileNotFoundError: if the data set is not there.
+  Training documents are first. Of them alone are the vocabulary, the ``num_words`` most frequent
+  words without English stop words, and its weights.
   """
   from sklearn.feature_extraction.text import TfidfVectorizer
 

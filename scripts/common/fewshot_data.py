@@ -4,41 +4,24 @@ This is what :func:`jaxbo.tasks.sample_episode` takes. All pixels are uint8 in [
 """
 
 import os
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from benchmarks.glyphs import draw_glyphs
-from scripts.common.data import tfds_source
-
-NUM_CHARACTERS = 1623
-_READ_AT_ONCE = 1000
+from scripts.common.data import in_chunks, tfds_source
 
 
 class ImageClasses(NamedTuple):
-  """Images by class.
+  """Images by class."""
 
-  Attributes:
-    images: ``[classes, per_class, height, width, channels]``, uint8; zero behind the last image of
-      a class.
-    counts: ``[classes]``, int32: how many images each class has.
-    labels: ``[classes]``, int32: the number of each class in the data set that it is from.
-  """
-
-  images: Any
-  counts: Any
-  labels: Any
+  images: Any  # [classes, per_class, h, w, c], uint8; zero behind the last image of a class.
+  counts: Any  # [classes], int32: how many images each class has.
+  labels: Any  # [classes], int32: the number of each class in the data set that it is from.
 
 
 class FewShotData(NamedTuple):
-  """Three sets of classes; no class is in two of them.
-
-  Attributes:
-    train: the classes to learn from.
-    validation: the classes to choose settings by.
-    test: the classes to report.
-  """
+  """To learn from, to choose settings by, and to report; no class is in two of them."""
 
   train: ImageClasses
   validation: ImageClasses
@@ -50,48 +33,28 @@ def omniglot(
 ) -> FewShotData:
   """Omniglot: 1,623 characters of 50 alphabets, drawn once by each of 20 people.
 
-  All characters of the original background and evaluation sets are put together, shuffled with a
-  fixed seed and split into 1,100 for training, 100 for validation and 423 for testing: the split
-  by characters of MAML and learn2learn, though not the same characters (theirs depend on the run).
-  Alphabets are shared between the parts, which is easier than the original split by alphabets.
-  There are no rotations here: ``sample_episode(..., num_rotations=4)`` makes them.
+  All characters of the original two sets are put together, shuffled with a fixed seed and split
+  into 1,100 for training, 100 for validation and 423 for testing: the split by characters of MAML
+  and learn2learn, though not the same characters (theirs depend on the run). Alphabets are shared
+  between the parts, which is easier than the original split by alphabets. There are no rotations
+  here: ``sample_episode(..., num_rotations=4)`` makes them.
 
   The 105 x 105 drawings are reduced to ``size`` by exact averages over areas and inverted: strokes
-  are 255, paper is 0. Reading takes 7 seconds on one core, so nothing is cached.
+  are 255, paper is 0. Reading takes 7 seconds on one core, so nothing is cached. ``percent`` reads
+  only the first so many percent of the drawings; characters then have few drawings, some none.
 
-  Args:
-    data_dir: the folder that holds ``name/version/``; by default ``TFDS_DATA_DIR``, or
-      ``~/tensorflow_datasets``.
-    size: height and width of the images, at most 105.
-    percent: reads only the first so many percent of the drawings, for a quick look; characters then
-      have few drawings, some none.
-
-  Returns:
-    Images ``[classes, 20, size, size, 1]``.
-
-  Raises:
-    FileNotFoundError: if the data set is not there; the message says how to prepare it.
-    ValueError: if ``size`` or ``percent`` is out of range.
-
-  References:
-    Lake, Salakhutdinov, Tenenbaum, `Human-level concept learning through probabilistic program
-    induction <https://doi.org/10.1126/science.aab3050>`_
+  Reference: Lake, Salakhutdinov, Tenenbaum, `Human-level concept learning through probabilistic
+  program induction <https://doi.org/10.1126/science.aab3050>`_
   """
-  if not 1 <= size <= 105:
-    raise ValueError(f"size must be in [1, 105], got {size}")
-  if not 1 <= percent <= 100:
-    raise ValueError(f"percent must be in [1, 100], got {percent}")
-  parts = [f"{part}[:{percent}%]" for part in ("train", "test")]
   images, labels = [], []
-  for part in parts:
-    for drawings, numbers in _chunks(tfds_source("omniglot", part, data_dir)):
+  for part in ("train", "test"):
+    source = tfds_source("omniglot", f"{part}[:{percent}%]", data_dir)
+    for drawings, numbers in in_chunks(source):
       images.append(shrink(white_on_black(drawings[..., 0]), size))
       labels.append(numbers)
   images, labels = np.concatenate(images)[..., None], np.concatenate(labels)
-  order = np.random.default_rng(0).permutation(NUM_CHARACTERS)
-  return FewShotData(
-    *(_by_class(images, labels, part, 20) for part in np.split(order, [1100, 1200]))
-  )
+  parts = np.split(np.random.default_rng(0).permutation(1623), [1100, 1200])
+  return FewShotData(*(_by_class(images, labels, part, 20) for part in parts))
 
 
 def caltech101_fewshot(data_dir: str | os.PathLike | None = None) -> FewShotData:
@@ -99,16 +62,6 @@ def caltech101_fewshot(data_dir: str | os.PathLike | None = None) -> FewShotData
 
   Stands in for miniImageNet, whose images may not be passed on. Pixels depend a little on who
   decodes the JPEG files (OpenCV, or Pillow where there is no OpenCV).
-
-  Args:
-    data_dir: the folder that holds ``name/version/``; by default ``TFDS_DATA_DIR``, or
-      ``~/tensorflow_datasets``.
-
-  Returns:
-    Images ``[classes, 30, 84, 84, 3]``; ``labels`` number all 100 classes.
-
-  Raises:
-    FileNotFoundError: if the data set is not there.
   """
   preparation = (
     "It is not in the catalogue of tensorflow-datasets: 100 classes of Caltech-101 (all but "
@@ -119,7 +72,7 @@ def caltech101_fewshot(data_dir: str | os.PathLike | None = None) -> FewShotData
 
   def read(split):
     source = tfds_source("caltech101_fewshot", split, data_dir, preparation)
-    images, labels = map(np.concatenate, zip(*_chunks(source), strict=True))
+    images, labels = map(np.concatenate, zip(*in_chunks(source), strict=True))
     return _by_class(images, labels, np.unique(labels), 30)
 
   return FewShotData(read("train"), read("validation"), read("test"))
@@ -156,14 +109,6 @@ def shrink(images: np.ndarray, size: int) -> np.ndarray:
   overlap = np.maximum(ends - np.maximum(edges[:-1, None], pixels), 0)
   weights = (overlap / overlap.sum(axis=1, keepdims=True)).astype(np.float32)
   return np.rint(weights @ images.astype(np.float32) @ weights.T).astype(np.uint8)
-
-
-def _chunks(source: Any) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-  """The images and labels of ``source``, some at a time: decoded Omniglot is 1 GB."""
-  for begin in range(0, len(source), _READ_AT_ONCE):
-    examples = source.__getitems__(range(begin, min(begin + _READ_AT_ONCE, len(source))))
-    images = np.stack([example["image"] for example in examples])
-    yield images, np.array([example["label"] for example in examples], np.int32)
 
 
 def _by_class(images: np.ndarray, labels: np.ndarray, classes: Any, per_class: int) -> ImageClasses:

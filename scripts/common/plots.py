@@ -28,13 +28,7 @@ def one_wide_and_a_grid(num_panels: int) -> tuple[Figure, Axes, list[Axes]]:
 
 
 def mean_and_range(
-  axes: Axes,
-  x: np.ndarray,
-  values: ArrayLike,
-  *,
-  label: str,
-  color: str,
-  band: bool = True,
+  axes: Axes, x: np.ndarray, values: ArrayLike, *, label: str, color: str, band: bool = True
 ) -> None:
   """A line through the mean of ``values`` (one row a seed), in a band from least to greatest.
 
@@ -49,16 +43,8 @@ def mean_and_range(
 
 def broken_off(axes: Axes, x: ArrayLike, values: ArrayLike, *, label: str, color: str) -> None:
   """A thin dotted line that ends in a cross: a run that did not end."""
-  last = [np.size(x) - 1]
-  axes.plot(
-    np.asarray(x),
-    np.asarray(values),
-    color=color,
-    label=label,
-    linestyle=":",
-    marker="x",
-    markevery=last,
-  )
+  style = {"linestyle": ":", "marker": "x", "markevery": [np.size(x) - 1]}
+  axes.plot(np.asarray(x), np.asarray(values), color=color, label=label, **style)
 
 
 def histograms(axes: Axes, groups: Mapping[str, np.ndarray], edges: np.ndarray) -> None:
@@ -68,7 +54,10 @@ def histograms(axes: Axes, groups: Mapping[str, np.ndarray], edges: np.ndarray) 
   axes.legend(fontsize="small")
 
 
-def save(fig: Figure, path: Path) -> None:
-  """Writes a picture and frees its memory."""
+def save(fig: Figure, path: Path, legend_of: Axes | None = None, ncols: int = 6) -> None:
+  """Writes a picture and frees its memory; below it is the legend of ``legend_of``, if given."""
+  if legend_of is not None:
+    legend = legend_of.get_legend_handles_labels()
+    fig.legend(*legend, loc="outside lower center", ncols=ncols, fontsize="small")
   fig.savefig(path, dpi=120)
   plt.close(fig)

@@ -90,13 +90,7 @@ class Training(Task):
   """A method on one seed at a share of noise, or the training before it, ``START``."""
 
   def __init__(
-    self,
-    run: Run[Config],
-    start: State | None = None,
-    *,
-    corruption: float,
-    method: str,
-    seed: int,
+    self, run: Run[Config], start: State | None = None, *, corruption: float, method: str, seed: int
   ):
     self.run, self.method, self.given = run, method, run.data
     config, given = run.config, run.data
@@ -149,7 +143,7 @@ def time_steps(run: Run[Config]) -> dict[str, measure.Timing]:
   given, config = run.data, run.config
   batch = train.batch_of(given.data.train, np.arange(config.batch_size), given.devices)
   params, states, steps = given.new(config.first_seed), {}, {}
-  for method in (BASELINE, *(name for name in config.methods if name != BASELINE)):
+  for method in sorted(config.methods, key=lambda name: name != BASELINE):  # The baseline first.
     init, program = program_of(run, method)
     states[method] = init(params)
     steps[method] = program.compile(states[method], batch)
@@ -174,11 +168,9 @@ class ContinualLM(Study[Config]):
 
   def connect(self, config: Config) -> None:
     """Meets the other processes."""
-    if config.coordinator_address is not None:
+    if config.distributed or config.coordinator_address is not None:
       address = config.coordinator_address
       jax.distributed.initialize(address, config.num_processes, config.process_id)
-    elif config.distributed:
-      jax.distributed.initialize()
 
   def prepare(self, config: Config) -> Given:
     """The model, and the sequences that it is trained and tested on."""
@@ -204,18 +196,14 @@ class ContinualLM(Study[Config]):
   def cells(self, run: Run[Config]) -> Iterable[Cell]:
     """The checkpoint of every seed, and all methods from there at every share of noise."""
     config = run.config
-    every = config.eval_every, config.eval_every
     for seed in config.all_seeds():
-      start = ()
-      for corruption, method in (
-        (0.0, START),
-        *itertools.product(config.corruptions, config.methods),
-      ):
+      runs, start = itertools.product(config.corruptions, config.methods), ()
+      for corruption, method in ((0.0, START), *runs):
         key = {"corruption": corruption, "method": method, "seed": seed}
-        make = functools.partial(Training, run, **key)
+        make, steps = functools.partial(Training, run, **key), config.steps_of(method)
         noise = f", {corruption:.0%} noise" if corruption else ""
         label = f"seed {seed}{noise}, {LABELS[method]}"
-        cell = Cell(key, make, config.steps_of(method), label, *every, needs=start)
+        cell = Cell(key, make, steps, label, config.eval_every, config.eval_every, needs=start)
         start = start or (cell,)
         yield cell
 
@@ -225,7 +213,7 @@ class ContinualLM(Study[Config]):
     if config.timing_rounds and BASELINE in config.methods:
       times = functools.cache(lambda: time_steps(run))
       for method in config.methods:
-        run.note(f"time/{method}", lambda method=method: times()[method]._asdict())
+        run.note(f"time/{method}", lambda m=method: times()[m]._asdict())
 
   def tables(self, results: Results[Config]) -> Iterable[Table]:
     """For each share of noise losses and differences of them; and what a step costs."""

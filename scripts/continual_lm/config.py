@@ -27,8 +27,6 @@ class Config(StudyConfig):
   seeds, they may be others in a run that goes on."""
   corruption_kind: Annotated[str, Among(CORRUPTIONS)] = "shuffled"
   """The noise: the tokens of a sequence in random order, or random tokens."""
-  seeds: Count = 3
-  """How many seeds; each draws initial parameters, noise and batches, the same for all methods."""
   batch_size: Count = 32
   """Sequences of a batch, over all devices. It decides how robust KL weights are."""
   length: Count | None = None
@@ -70,15 +68,15 @@ class Config(StudyConfig):
 
   @model_validator(mode="after")
   def fields_together(self) -> Self:
-    """Raises ``ValueError`` for what only fits without something else."""
+    """Refuses what only fits with something else."""
     if len(set(self.corruptions)) < len(self.corruptions):
       raise ValueError(f"corruptions should name each one once, got {self.corruptions}")
     if (self.init == "hf") != (self.model_dir is not None):
       raise ValueError(
         f"model_dir should be given with init=hf and only then, got {self.model_dir}"
       )
-    given = [self.coordinator_address, self.num_processes, self.process_id]
-    if any(value is not None for value in given) and None in given:
+    address = (self.coordinator_address, self.num_processes, self.process_id)
+    if 0 < address.count(None) < len(address):
       raise ValueError("coordinator_address, num_processes and process_id should come together")
     if self.process_id is not None and self.process_id >= (self.num_processes or 0):
       raise ValueError(

@@ -1,43 +1,29 @@
 """Packed sequences of tokens: which there are, which are corrupted, and which a batch holds."""
 
 import functools
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from jaxbo_models.tokenizers import BPETokenizer, ByteTokenizer
 
-from scripts.continual_lm.documents import Corpus, Document
+from scripts.continual_lm.documents import SPLITS, Corpus, Documents
 
 CORRUPTIONS = ("shuffled", "random")
 Tokenizer = ByteTokenizer | BPETokenizer
 
 
 class Sequences(NamedTuple):
-  """Sequences of equal length, no two with a token of the same place in a text.
+  """Sequences of equal length, no two with a token of the same place in a text."""
 
-  Attributes:
-    tokens: ``[n, length]`` int32.
-    domain: the domain of each, ``[n]`` int32.
-    corrupted: which were made noise of, ``[n]`` bool.
-  """
-
-  tokens: np.ndarray
-  domain: np.ndarray
-  corrupted: np.ndarray
-
-  def take(self, rows: np.ndarray) -> "Sequences":
-    """The sequences of these rows."""
-    return Sequences(self.tokens[rows], self.domain[rows], self.corrupted[rows])
+  tokens: np.ndarray  # [n, length], int32.
+  domain: np.ndarray  # The domain of each, [n], int32.
+  corrupted: np.ndarray  # Which were made noise of, [n], bool.
 
 
 class HeldOut(NamedTuple):
-  """Sequences for evaluation, as many of every domain as there are, up to a limit.
+  """Sequences for evaluation, and their ``weights`` ``[n]``, which sum to 1.
 
-  Attributes:
-    sequences: the sequences.
-    weights: ``[n]``, with a sum of 1: what each has to count so that a mean is one over the mixture
-      of domains that is trained on.
+  Weighted means are means over the mixture of domains that is trained on.
   """
 
   sequences: Sequences
@@ -45,14 +31,7 @@ class HeldOut(NamedTuple):
 
 
 class LanguageData(NamedTuple):
-  """What a model is trained and tested on.
-
-  Attributes:
-    domains: the names of the domains.
-    train: sequences to train on.
-    validation: of other documents, for choices and curves.
-    test: of yet others, for reports.
-  """
+  """Names of domains, and sequences: to train on, for curves, and for reports."""
 
   domains: tuple[str, ...]
   train: Sequences
@@ -65,40 +44,34 @@ def make(
 ) -> LanguageData:
   """Packs a corpus; holds out at most so many sequences of each domain.
 
-  Raises:
-    ValueError: if a domain has no whole sequence in one of the parts.
+  Raises ``ValueError`` if a domain has no whole sequence in one of the parts.
   """
-  packed = {}
-  for part in ("train", "validation", "test"):
-    packed[part] = pack(getattr(corpus, part), len(corpus.domains), tokenizer, length)
-    missing = np.flatnonzero(np.bincount(packed[part].domain, minlength=len(corpus.domains)) == 0)
-    if len(missing):
-      raise ValueError(
-        f"length must leave a sequence of every domain, got {length}: too long for the documents "
-        f"of {corpus.domains[missing[0]]} in {part}"
-      )
-  shares = np.bincount(packed["train"].domain) / len(packed["train"].domain)
+  packed = [pack(getattr(corpus, split), tokenizer, length) for split in SPLITS]
+  counts = np.stack([np.bincount(p.domain, minlength=len(corpus.domains)) for p in packed])
+  if not counts.all():
+    split, domain = np.argwhere(counts == 0)[0]
+    raise ValueError(
+      f"length must leave a sequence of every domain, got {length}: too long for the documents "
+      f"of {corpus.domains[domain]} in {SPLITS[split]}"
+    )
+  shares = counts[0] / counts[0].sum()
+  train, validation, test = packed
   return LanguageData(
     corpus.domains,
-    packed["train"],
-    hold_out(packed["validation"], num_validation, shares),
-    hold_out(packed["test"], num_test, shares),
+    train,
+    hold_out(validation, num_validation, shares),
+    hold_out(test, num_test, shares),
   )
 
 
-def pack(
-  documents: Sequence[Document], num_domains: int, tokenizer: Tokenizer, length: int
-) -> Sequences:
+def pack(documents: Documents, tokenizer: Tokenizer, length: int) -> Sequences:
   """Cuts the documents of each domain, one behind another, into sequences.
 
   What is left of a domain, less than a sequence, is not used.
   """
   tokens, domain = [], []
-  for number in range(num_domains):
-    stream: list[int] = []
-    for document in documents:
-      if document.domain == number:
-        stream += [*tokenizer.encode(document.text), tokenizer.end_of_text]
+  for number, texts in enumerate(documents):
+    stream = [token for text in texts for token in (*tokenizer.encode(text), tokenizer.end_of_text)]
     whole = len(stream) // length
     tokens.append(np.array(stream[: whole * length], np.int32).reshape(whole, length))
     domain += [number] * whole
@@ -111,8 +84,8 @@ def hold_out(sequences: Sequences, most: int, shares: np.ndarray) -> HeldOut:
   for number in range(len(shares)):
     of_domain = np.flatnonzero(sequences.domain == number)
     places = np.linspace(0, len(of_domain) - 1, min(most, len(of_domain))).round().astype(int)
-    rows.append(of_domain[places])
-  chosen = sequences.take(np.concatenate(rows))
+    rows.extend(of_domain[places])
+  chosen = Sequences(*(field[rows] for field in sequences))
   return HeldOut(chosen, (shares / np.bincount(chosen.domain))[chosen.domain])
 
 

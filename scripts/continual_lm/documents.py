@@ -1,40 +1,26 @@
 """Documents of several domains, for language models: what ships with Python, and TFDS data sets."""
 
 import ast
-import importlib
 import sysconfig
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from scripts.common import data
+from scripts.common.data import tfds_source
 
-
-class Document(NamedTuple):
-  """A text, and the number of its domain."""
-
-  text: str
-  domain: int
+SPLITS = ("train", "validation", "test")
+Documents = list[list[str]]  # The texts of each domain.
 
 
 class Corpus(NamedTuple):
-  """Documents in three parts, none of which is in two.
-
-  Attributes:
-    domains: the names of the domains.
-    train: documents to train on.
-    validation: documents for choices and curves.
-    test: documents for reports.
-  """
+  """Names of domains, and documents: to train on, for curves, and for reports; none is in two."""
 
   domains: tuple[str, ...]
-  train: list[Document]
-  validation: list[Document]
-  test: list[Document]
+  train: Documents
+  validation: Documents
+  test: Documents
 
-
-# -- What ships with Python: the same for one version of Python, no matter where it runs.
 
 # Modules of the other domains are files beside these folders, so that none is in two domains.
 _PACKAGES = (
@@ -44,7 +30,7 @@ _PACKAGES = (
 
 
 def python_corpus(data_dir: Path | None = None) -> Corpus:
-  """Four domains that every Python brings along.
+  """Four domains that every Python brings along: the same text for one version of Python.
 
   ``manual``: topics of the language reference (``pydoc_data``). ``docstrings``: the documentation
   strings of a module of the standard library, for modules that are no packages. ``code``: modules
@@ -52,21 +38,22 @@ def python_corpus(data_dir: Path | None = None) -> Corpus:
   made from numbers. Of the documents of a domain in the order of their names, every tenth is for
   testing and another tenth for validation.
   """
-  del data_dir
+  from pydoc_data.topics import topics
+
   library = Path(sysconfig.get_path("stdlib"))
-  topics = importlib.import_module("pydoc_data.topics").topics
   modules = [path for path in library.glob("*.py") if not path.name.startswith("_")]
-  sources = [path for name in _PACKAGES for path in (library / name).rglob("*.py")]
-  sources = [path for path in sources if "test" not in path.relative_to(library).parts]
-  pages = {f"{page:02x}": _names_of_characters(page) for page in range(256)}
+  sources = {
+    str(path.relative_to(library)): path.read_text(encoding="utf-8")
+    for name in _PACKAGES
+    for path in (library / name).rglob("*.py")
+    if "test" not in path.relative_to(library).parts
+  }
   return _every_tenth(
     {
       "manual": topics,
       "docstrings": {path.name: _docstrings(path) for path in modules},
-      "code": {
-        str(path.relative_to(library)): path.read_text(encoding="utf-8") for path in sources
-      },
-      "characters": pages,
+      "code": sources,
+      "characters": {f"{page:02x}": _names_of_characters(page) for page in range(256)},
     }
   )
 
@@ -91,16 +78,13 @@ def _names_of_characters(page: int) -> str:
 
 def _every_tenth(texts: Mapping[str, Mapping[str, str]]) -> Corpus:
   """Divides named documents of each domain."""
-  corpus = Corpus(tuple(texts), [], [], [])
-  parts = {0: corpus.test, 5: corpus.validation}
-  for domain, named in enumerate(texts.values()):
-    found = dict.fromkeys(named[name] for name in sorted(named) if named[name])  # each text once
-    for i, text in enumerate(found):
-      parts.get(i % 10, corpus.train).append(Document(text, domain))
-  return corpus
-
-
-# -- Data sets of tensorflow-datasets.
+  found = [  # Each text once.
+    list(dict.fromkeys(named[name] for name in sorted(named) if named[name]))
+    for named in texts.values()
+  ]
+  train = [[text for i, text in enumerate(domain) if i % 5] for domain in found]
+  validation, test = ([domain[first::10] for domain in found] for first in (5, 0))
+  return Corpus(tuple(texts), train, validation, test)
 
 
 def text_domains(data_dir: Path | None = None) -> Corpus:
@@ -110,28 +94,25 @@ def text_domains(data_dir: Path | None = None) -> Corpus:
     "(a class label),\nsource and position (their order), in splits train, validation and test. "
     "tfds.dataset_builders.store_as_tfds_dataset writes such a folder."
   )
+  train, *others = (tfds_source("text_domains", s, data_dir, preparation) for s in SPLITS)
+  names = tuple(train.dataset_info.features["domain"].names)
 
-  def documents(split: str) -> list[Document]:
-    source = data.tfds_source("text_domains", split, data_dir, preparation)
+  def texts(source) -> Documents:
     examples = source.__getitems__(range(len(source)))
     examples = sorted(examples, key=lambda example: (example["source"], example["position"]))
-    return [Document(example["text"].decode(), int(example["domain"])) for example in examples]
+    of_domain = lambda i: [e["text"].decode() for e in examples if e["domain"] == i]
+    return [of_domain(i) for i in range(len(names))]
 
-  parts = [documents(split) for split in ("train", "validation", "test")]
-  info = data.tfds_source("text_domains", "train", data_dir, preparation).dataset_info
-  return Corpus(tuple(info.features["domain"].names), *parts)
+  return Corpus(names, *map(texts, (train, *others)))
 
 
 def tiny_shakespeare(data_dir: Path | None = None) -> Corpus:
   """``tiny_shakespeare``: one domain, one document in each part."""
-  parts: Sequence[list[Document]] = [
-    [Document(data.tfds_source("tiny_shakespeare", split, data_dir)[0]["text"].decode(), 0)]
-    for split in ("train", "validation", "test")
-  ]
-  return Corpus(("plays",), *parts)
+  sources = (tfds_source("tiny_shakespeare", split, data_dir) for split in SPLITS)
+  return Corpus(("plays",), *([[source[0]["text"].decode()]] for source in sources))
 
 
-DATASETS: dict[str, Callable[..., Corpus]] = {
+DATASETS: dict[str, Callable[[Path | None], Corpus]] = {
   "python": python_corpus,
   "text_domains": text_domains,
   "tiny_shakespeare": tiny_shakespeare,

@@ -36,36 +36,27 @@ class Rates(Checked):
 
 
 class Method(NamedTuple):
-  """A way to weigh a batch.
-
-  Attributes:
-    label: its name.
-    weighting: ``weighting(rates, num_domains)``.
-  """
+  """A way to weigh a batch: its name, and ``weighting(rates, num_domains)``."""
 
   label: str
   weighting: Callable[[Rates, int], jaxbo.Weighting]
 
 
 METHODS = {
-  "uniform": Method("uniform", lambda rates, _: jaxbo.uniform()),
-  "ir_dro": Method("IR-DRO", lambda rates, _: jaxbo.kl(rates.temperature)),
+  "uniform": Method("uniform", lambda r, _: jaxbo.uniform()),
+  "ir_dro": Method("IR-DRO", lambda r, _: jaxbo.kl(r.temperature)),
   "ir_dro_compositional": Method(
     "IR-DRO, compositional",
-    lambda rates, _: jaxbo.compositional(jaxbo.kl(rates.temperature), rates.compositional_rate),
+    lambda r, _: jaxbo.compositional(jaxbo.kl(r.temperature), r.compositional_rate),
   ),
-  "mid_rank_0": Method(
-    "MidRanking, band 0 (hardest)", lambda rates, _: jaxbo.mid_rank(rates.fraction, 0)
-  ),
-  "mid_rank_1": Method("MidRanking, band 1", lambda rates, _: jaxbo.mid_rank(rates.fraction, 1)),
-  "mid_rank_3": Method("MidRanking, band 3", lambda rates, _: jaxbo.mid_rank(rates.fraction, 3)),
-  "lin_upper": Method("LinUpper", lambda rates, _: jaxbo.lin_upper(rates.shape_temperature)),
-  "quadratic": Method("Quadratic", lambda rates, _: jaxbo.quadratic(rates.shape_temperature)),
-  "extremes": Method("Extremes", lambda rates, _: jaxbo.extremes(rates.shape_temperature)),
-  "cvar": Method("CVaR", lambda rates, _: jaxbo.cvar(rates.level)),
-  "group_dro": Method(
-    "group DRO", lambda rates, num_domains: jaxbo.group(num_domains, rates.group_step_size)
-  ),
+  "mid_rank_0": Method("MidRanking, band 0 (hardest)", lambda r, _: jaxbo.mid_rank(r.fraction, 0)),
+  "mid_rank_1": Method("MidRanking, band 1", lambda r, _: jaxbo.mid_rank(r.fraction, 1)),
+  "mid_rank_3": Method("MidRanking, band 3", lambda r, _: jaxbo.mid_rank(r.fraction, 3)),
+  "lin_upper": Method("LinUpper", lambda r, _: jaxbo.lin_upper(r.shape_temperature)),
+  "quadratic": Method("Quadratic", lambda r, _: jaxbo.quadratic(r.shape_temperature)),
+  "extremes": Method("Extremes", lambda r, _: jaxbo.extremes(r.shape_temperature)),
+  "cvar": Method("CVaR", lambda r, _: jaxbo.cvar(r.level)),
+  "group_dro": Method("group DRO", lambda r, domains: jaxbo.group(domains, r.group_step_size)),
 }
 BASELINE = "uniform"
 START = "checkpoint"  # What all of them go on from.

@@ -14,25 +14,15 @@ from scripts.continual_lm.train import LossFn
 
 
 class Language(NamedTuple):
-  """A model of language.
-
-  Attributes:
-    tokenizer: what makes its tokens.
-    loss_fn: the loss of each sequence.
-    init: ``init(key) -> params``, of a new model or of the one that was read.
-  """
+  """A model, what makes its tokens, and the loss of each sequence."""
 
   tokenizer: Tokenizer
   loss_fn: LossFn
-  init: Callable[[jax.Array], Any]
+  init: Callable[[jax.Array], Any]  # init(key) -> params, new or as they were read.
 
 
 def make(config: Config) -> Language:
-  """The model of a run.
-
-  Raises:
-    ValueError: if it has too few tokens or places, or cannot be made.
-  """
+  """The model of a run; raises ``ValueError`` if it has too few tokens or places."""
   length = config.sequence_length()
   if config.model_dir is not None:
     model, params = transformer.from_safetensors(config.model_dir)

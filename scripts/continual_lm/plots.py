@@ -31,14 +31,8 @@ def draw_overview(
   """For each share of noise: losses beside those of uniform weights, weights, and their ESS."""
   corruptions = report.shares_of_noise(rows)
   num = len(corruptions)
-  fig, grid = plt.subplots(
-    num,
-    3,
-    figsize=(15, 0.4 + 4.2 * num),
-    width_ratios=[1.1, 0.8, 1.0],
-    layout="constrained",
-    squeeze=False,
-  )
+  fig = plt.figure(figsize=(15, 0.4 + 4.2 * num), layout="constrained")
+  grid = fig.subplots(num, 3, width_ratios=[1.1, 0.8, 1.0], squeeze=False)
   for corruption, (losses, weights, ess) in zip(corruptions, grid, strict=True):
     arm = report.of_arm(rows, corruption)
     methods = [method for method in arm["method"].unique() if method != START]
@@ -53,32 +47,23 @@ def draw_overview(
       plots.mean_and_range(ess, curves.columns.to_numpy(), curves, label=LABELS[method], **style)
     ess.set(xlabel="steps", ylim=(0, 1.05))
     ess.set_title("effective sample size / batch", loc="left", fontsize="medium")
-  handles, labels = grid[0, 2].get_legend_handles_labels()
-  fig.legend(handles, labels, loc="outside lower center", ncols=6, fontsize="small")
-  plots.save(fig, path)
+  plots.save(fig, path, legend_of=grid[0, 2])
 
 
 def _draw_differences(axes: Axes, arm: pd.DataFrame, methods: Sequence[str]) -> None:
   """Points with a bar of one standard deviation: left of zero is better than uniform weights."""
   gains = table.differences(arm, "method", BASELINE, ["seed"])
-  for name, label, marker, shift in (
-    ("loss", "mean", "o", -0.12),
-    ("worst", "worst domain", "D", 0.12),
+  for name, label, marker, face, shift in (
+    ("loss", "mean", "o", None, -0.12),
+    ("worst", "worst domain", "D", "white", 0.12),
   ):
+    axes.plot([], [], marker, color="0.3", markerfacecolor=face, label=label)
     for i, method in enumerate(methods):
       values = gains.loc[gains["method"] == method, name]
       if method != BASELINE and len(values):
-        axes.errorbar(
-          values.mean(),
-          i + shift,
-          xerr=values.std() if len(values) > 1 else None,
-          color=COLORS[method],
-          marker=marker,
-          markerfacecolor=COLORS[method] if name == "loss" else "white",
-          linestyle="none",
-        )
-    face = None if name == "loss" else "white"
-    axes.plot([], [], marker, color="0.3", markerfacecolor=face, label=label)
+        style = {"fmt": marker, "color": COLORS[method], "markerfacecolor": face}
+        spread = values.std() if len(values) > 1 else None
+        axes.errorbar(values.mean(), i + shift, xerr=spread, **style)
   axes.axvline(0, color=COLORS[BASELINE], linestyle="--", linewidth=1)
   axes.set_yticks(range(len(methods)), [LABELS[method] for method in methods])
   axes.set_ylim(len(methods) - 0.5, -0.5)
@@ -100,11 +85,7 @@ def _draw_weights(axes: Axes, weights: pd.DataFrame, columns: Mapping[str, str])
 
 
 def draw_curves(
-  lines: pd.DataFrame,
-  start: pd.Series,
-  looked_at: Mapping[str, tuple[Sequence[int], Sequence[float]]],
-  kind: str,
-  path: Path,
+  lines: pd.DataFrame, start: pd.Series, looked_at: dict[str, report.Curve], kind: str, path: Path
 ) -> None:
   """Validation losses over steps, and what batches of a size let a weighting look at.
 
@@ -123,18 +104,14 @@ def draw_curves(
     axes.set(xlabel="steps", ylabel="validation loss, mean over seeds (nats per token)")
     axes.set_title(arm_title(corruption, kind), loc="left", fontsize="medium")
   for method, curve in looked_at.items():
-    if method:
-      style = {"color": COLORS[method], "linestyle": "--" if method == BASELINE else "-"}
-      sizes.plot(*curve, marker=".", label=LABELS[method], **style)
-    else:
-      sizes.plot(*curve, "k:", label="IR-DRO, all data at once")
+    style = {"color": COLORS.get(method, "black"), "marker": "." if method else None}
+    dash = {BASELINE: "--", "": ":"}.get(method, "-")
+    sizes.plot(*curve, dash, label=LABELS.get(method, "IR-DRO, all data at once"), **style)
   sizes.set_xscale("log", base=2)
   sizes.set(xlabel="batch size", ylabel="weighted mean of the checkpoint's losses")
   sizes.set_title("what weights look at, by batch size", loc="left", fontsize="medium")
   sizes.legend(fontsize="small")
-  handles, labels = panels[0].get_legend_handles_labels()
-  fig.legend(handles, labels, loc="outside lower center", ncols=6, fontsize="small")
-  plots.save(fig, path)
+  plots.save(fig, path, legend_of=panels[0])
 
 
 def _curves(lines: pd.DataFrame, corruption: float, method: str, name: str) -> pd.DataFrame:

@@ -1,7 +1,7 @@
 """What is told of runs of continual language-model training."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +11,11 @@ import pandas as pd
 import jaxbo
 from scripts.common.folder import Row
 from scripts.continual_lm.data import HeldOut, Sequences
-from scripts.continual_lm.methods import BASELINE, START, Rates
+from scripts.continual_lm.methods import BASELINE, METHODS, START, Rates
 from scripts.continual_lm.train import Shown
 
 QUANTILES = {"median": 0.5, "q90": 0.9, "q99": 0.99}
+Curve = tuple[list[int], list[float]]
 
 
 def of_window(
@@ -85,17 +86,14 @@ def weighted_losses(
   return [float(of_size(batches, size)) for size in sizes]
 
 
-def looked_at(rates: Rates, losses: np.ndarray) -> Mapping[str, tuple[list[int], list[float]]]:
+def looked_at(rates: Rates, losses: np.ndarray) -> dict[str, Curve]:
   """What IR-DRO looks at in batches of each size: its name, sizes, weighted means of losses.
 
   It is compared with its own weights of all losses at once, under ``""``, and with uniform ones.
   """
-  plain, sizes = jaxbo.kl(rates.temperature), [2**i for i in range(9)]
-  curves = {
-    "ir_dro": plain,
-    "ir_dro_compositional": jaxbo.compositional(plain, rates.compositional_rate),
-  }
-  values = {n: (sizes, weighted_losses(one, losses, sizes, 1000)) for n, one in curves.items()}
+  sizes = [2**i for i in range(9)]
+  looks = lambda name: weighted_losses(METHODS[name].weighting(rates, 1), losses, sizes, 1000)
+  values = {name: (sizes, looks(name)) for name in ("ir_dro", "ir_dro_compositional")}
   weights, ends = np.exp((losses - losses.max()) / rates.temperature), [sizes[0], sizes[-1]]
   flat = {"": float(weights @ losses) / float(weights.sum()), BASELINE: float(losses.mean())}
   return values | {name: (ends, [value, value]) for name, value in flat.items()}

@@ -30,17 +30,11 @@ class State(NamedTuple):
 
 
 class Shown(NamedTuple):
-  """What a step tells.
+  """What a step tells."""
 
-  Attributes:
-    losses: before the update, ``[batch]``.
-    weights: relative ones, 1 if uniform, ``[batch]``.
-    effective_sample_size: as a share of the batch.
-  """
-
-  losses: Any
-  weights: Any
-  effective_sample_size: Any
+  losses: Any  # Before the update, [batch].
+  weights: Any  # Relative ones, 1 if uniform, [batch].
+  effective_sample_size: Any  # As a share of the batch.
 
 
 def make_program(
@@ -76,22 +70,20 @@ def make_program(
 
 def batch_of(sequences: Sequences, rows: np.ndarray, devices: Devices) -> dict[str, jax.Array]:
   """What a step takes of the sequences in these rows."""
-  fields = {"tokens": sequences.tokens, "domain": sequences.domain}
-  return {name: put(devices, array, rows) for name, array in fields.items()}
+  return {name: put(devices, getattr(sequences, name), rows) for name in ("tokens", "domain")}
 
 
 def make_evaluate(
   loss_fn: LossFn, batch_size: int, devices: Devices
 ) -> Callable[[Any, Sequences], np.ndarray]:
   """Makes ``evaluate(params, sequences)``, their losses ``[n]``, in batches."""
-  of_batch = jax.jit(
-    lambda params, tokens: loss_fn(params, {"tokens": tokens}), out_shardings=devices.everywhere
-  )
+  of_batch = jax.jit(loss_fn, out_shardings=devices.everywhere)
 
   def evaluate(params, sequences):
     n = len(sequences.tokens)
     batches = [np.arange(i, i + batch_size) % n for i in range(0, n, batch_size)]
-    losses = [of_batch(params, put(devices, sequences.tokens, rows)) for rows in batches]
+    tokens = (put(devices, sequences.tokens, rows) for rows in batches)
+    losses = [of_batch(params, {"tokens": one}) for one in tokens]
     return np.concatenate([np.asarray(part) for part in losses])[:n]
 
   return evaluate

@@ -47,15 +47,12 @@ from scripts.few_shot.setting import Draw, Settings, draw_key, sampler
 DATASETS = {
   "glyphs": Settings(),
   "omniglot": Settings(),
+  # The kernels of ResNet-12 start at 0.02, so the radius is smaller.
   "caltech101_fewshot": Settings(
-    num_rotations=1,
-    ridge=0.5,
-    inner_steps=30,
-    num_tasks=2,
-    outer_learning_rate=1e-3,
-    smoothing_plain=1e-3,  # The kernels of ResNet-12 start at 0.02.
+    num_rotations=1, ridge=0.5, inner_steps=30, num_tasks=2,
+    outer_learning_rate=1e-3, smoothing_plain=1e-3,
   ),
-}
+}  # fmt: skip
 EVALUATION_BATCH = 20
 
 
@@ -222,11 +219,14 @@ class FewShotStudy(Study[Config]):
     """Reads the data, and traces every method: what cannot run is refused before any training."""
     data, settings = read(config), config.settings()
     backbone = make_backbone(config, data.train.images)
-    for classes, num_rotations in zip(data, (settings.num_rotations, 1, 1), strict=True):
+
+    def shapes(classes, num_rotations):
       sample = sampler(settings, num_rotations, settings.num_tasks)
-      jax.eval_shape(lambda key, s=sample, c=classes: s(key, c), jax.random.key(0))
-    sample = sampler(settings, settings.num_rotations, settings.num_tasks)
-    episodes = jax.eval_shape(lambda key: sample(key, data.train), jax.random.key(0))
+      return jax.eval_shape(lambda key: sample(key, classes), jax.random.key(0))
+
+    episodes = shapes(data.train, settings.num_rotations)
+    for classes in (data.validation, data.test):
+      shapes(classes, 1)
     for name in config.methods:
       method = make_method(name, backbone, settings, config.steps, config.first_seed)
       try:
@@ -240,14 +240,9 @@ class FewShotStudy(Study[Config]):
     """Every method on every seed."""
     config = run.config
     for seed, method in itertools.product(config.all_seeds(), config.methods):
-      yield Cell(
-        {"method": method, "seed": seed},
-        functools.partial(FewShot, run, method, seed),
-        config.steps,
-        f"seed {seed}, {LABELS[method]}" if config.seeds > 1 else LABELS[method],
-        config.eval_every,
-        config.checkpoint_every,
-      )
+      key, make = {"method": method, "seed": seed}, functools.partial(FewShot, run, method, seed)
+      label = f"seed {seed}, {LABELS[method]}" if config.seeds > 1 else LABELS[method]
+      yield Cell(key, make, config.steps, label, config.eval_every, config.checkpoint_every)
 
   def tables(self, results: Results[Config]) -> Iterable[Table]:
     """Accuracies, and what they cost."""
@@ -261,27 +256,21 @@ class FewShotStudy(Study[Config]):
     )
     time, memory = Column("", 0, 1e3), Column("", 0, 2**-20, mean_only=True)
     known = rows["temporary_bytes"].where(rows["temporary_bytes"] >= 0)
-    body = [
-      [
-        LABELS[str(method)],
-        accuracy_of(mine),
-        time.cell(mine["seconds_per_step"]),
-        memory.cell(known[mine.index]),
-      ]
-      for method, mine in rows.groupby("method", sort=False)
-    ]
+    body = list[list[str]]()
+    for method, mine in rows.groupby("method", sort=False):
+      costs = time.cell(mine["seconds_per_step"]), memory.cell(known[mine.index])
+      body.append([LABELS[str(method)], accuracy_of(mine), *costs])
     yield Table(title, ["method", "accuracy", "ms/step", "temp. MiB"], body)
 
   def draw(self, run: Run[Config]) -> None:
     """Curves, and for each method the first test episode as it sees it on the first seed."""
     plots.draw_curves(run.results().lines, run.path / "few_shot.png")
     for cell in run.finished():
-      if cell.key["seed"] == run.config.first_seed:
-        method = cell.key["method"]
-        task = FewShot(run, method, cell.key["seed"])
-        episode, predicted = task.first_test_episode(run.state(cell))
+      method, seed = cell.key["method"], cell.key["seed"]
+      if seed == run.config.first_seed:
+        episode = FewShot(run, method, seed).first_test_episode(run.state(cell))
         path = run.path / f"episode_{method}.png"
-        plots.draw_episode(LABELS[method], episode, predicted, run.config.settings(), path)
+        plots.draw_episode(LABELS[method], *episode, run.config.settings(), path)
 
 
 if __name__ == "__main__":

@@ -23,9 +23,7 @@ def draw_curves(lines: pd.DataFrame, path: Path) -> None:
         axes.plot(x, means["validation_accuracy"], color=f"C{i}", label=label)
   left.set(xlabel="meta-steps", ylabel="validation accuracy")
   right.set(xlabel="training seconds (no compilation)", xscale="log")
-  handles, labels = left.get_legend_handles_labels()
-  fig.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize="small")
-  plots.save(fig, path)
+  plots.save(fig, path, legend_of=left, ncols=len(LABELS))
 
 
 def draw_episode(

@@ -39,12 +39,10 @@ LABELS = {
 
 
 class Backbone(NamedTuple):
-  """A model of features.
+  """A model of features: ``init(key, images) -> x`` and ``features(x, images) -> [n, d]``.
 
-  Attributes:
-    init: ``init(key, images) -> x``.
-    features: ``features(x, images) -> [n, d]``, for weights that all tasks share.
-    features_of_task: the same function, made for weights that differ between tasks under ``vmap``.
+  ``features`` is for weights that all tasks share; ``features_of_task`` is the same function, made
+  for weights that differ between tasks under ``vmap``.
   """
 
   init: Callable[[jax.Array, jax.Array], Any]
@@ -53,33 +51,20 @@ class Backbone(NamedTuple):
 
 
 class Method(NamedTuple):
-  """A method on a backbone.
+  """A method on a backbone; a meta-step is on episodes ``[tasks, ...]``."""
 
-  Attributes:
-    init: ``init(key, images) -> state``, from a few images.
-    step: ``step(state, episodes) -> (state, loss)``, a meta-step on episodes ``[tasks, ...]``.
-    predict: ``predict(state, episode) -> logits`` of the query set of one episode.
-  """
-
-  init: Callable[..., Any]
-  step: Callable[..., Any]
-  predict: Callable[..., jax.Array]
+  init: Callable[..., Any]  # init(key, images) -> state
+  step: Callable[..., Any]  # step(state, episodes) -> (state, loss)
+  predict: Callable[..., jax.Array]  # predict(state, episode) -> logits of its query set
 
 
 class Learner(NamedTuple):
-  """What a task learns from its support set.
+  """What a task learns from its support set."""
 
-  Attributes:
-    inner: the solver of one task.
-    apply: ``apply(x, y, images) -> logits``.
-    init: ``init(x, head) -> (x, y0)``, from a backbone and a head at zero.
-    average_start: whether it starts at the mean over the tasks of the last step, else at zero.
-  """
-
-  inner: jaxbo.InnerSolver
-  apply: Callable[[Any, Any, jax.Array], jax.Array]
-  init: Callable[[Any, Any], tuple[Any, Any]]
-  average_start: bool
+  inner: jaxbo.InnerSolver  # Of one task.
+  apply: Callable[[Any, Any, jax.Array], jax.Array]  # apply(x, y, images) -> logits
+  init: Callable[[Any, Any], tuple[Any, Any]]  # init(x, head) -> (x, y0), from a head at zero
+  average_start: bool  # Starts at the mean over the tasks of the last step, else at zero.
 
 
 def head_learner(backbone: Backbone, settings: Settings, *, shared: bool) -> Learner:

@@ -149,13 +149,6 @@ def test_shrinking_averages_over_areas_as_opencv_does(size):
   assert np.abs(fewshot_data.shrink(images, size).astype(int) - np.stack(expected)).max() <= 1
 
 
-@pytest.mark.parametrize("wrong", [{"size": 0}, {"size": 106}, {"percent": 0}, {"percent": 101}])
-def test_omniglot_refuses_numbers_out_of_range(wrong):
-  [(name, value)] = wrong.items()
-  with pytest.raises(ValueError, match=rf"{name} must be in \[1, 10[05]\], got {value}"):
-    fewshot_data.omniglot(**wrong)
-
-
 def test_glyphs_are_white_on_black_and_of_the_shape_that_episodes_want():
   images, counts, labels = fewshot_data.synthetic_glyphs(12, 3, size=20)
   assert images.shape == (12, 3, 20, 20, 1)

@@ -3,6 +3,8 @@
 import contextlib
 import fcntl
 import functools
+import io
+import itertools
 import json
 import os
 import shutil
@@ -18,7 +20,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 import pandas as pd
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -26,7 +27,8 @@ from jaxbo_models import transformer
 from PIL import Image
 
 import jaxbo
-from scripts.common import study
+from scripts.common import folder, study
+from scripts.common.checkpoints import latest_step
 from scripts.common.devices import Devices
 from scripts.common.folder import RunFolder
 from scripts.common.study import Results, Run
@@ -40,6 +42,7 @@ from scripts.continual_lm.config import Config
 from scripts.continual_lm.documents import DATASETS
 from scripts.continual_lm.methods import METHODS, START, Rates
 from tests.scripts.continual_lm import small_lm
+from tests.scripts.continual_lm.small_lm import SMALL
 
 GOLDEN = Path(__file__).parents[2] / "models" / "golden"
 pytestmark = pytest.mark.slow  # All together, not each.
@@ -127,13 +130,9 @@ def test_every_method_weighs_as_the_library_does():
   """Band, temperature and level are those of the rates."""
   losses, groups = jnp.asarray(RNG.uniform(1, 4, 16), jnp.float32), jnp.arange(16) % DOMAINS
   rates = Rates(
-    temperature=0.7,
-    compositional_rate=0.3,
-    fraction=0.25,
-    shape_temperature=0.6,
-    level=0.5,
+    temperature=0.7, compositional_rate=0.3, fraction=0.25, shape_temperature=0.6, level=0.5,
     group_step_size=0.9,
-  )
+  )  # fmt: skip
   expected = {
     "uniform": jaxbo.uniform(),
     "ir_dro": jaxbo.kl(0.7),
@@ -300,7 +299,7 @@ def lines():
 
 def test_pictures_show_differences_weights_and_curves_of_finished_runs(tmp_path, monkeypatch):
   figures = []
-  monkeypatch.setattr(lm_plots.plots, "save", lambda fig, path: figures.append(fig))
+  monkeypatch.setattr(lm_plots.plots, "save", lambda fig, *_, **legend: figures.append(fig))
   told_lines = pd.concat([lines(), lines()[:1].assign(method="uniform")])
   lm_plots.draw_overview(pd.DataFrame(rows()), told_lines, ["a"], "random", tmp_path)
   looked_at = {"ir_dro": ([1, 2], [3.0, 4.0]), "": ([1, 2], [5.0, 5.0])}
@@ -331,66 +330,55 @@ def test_a_run_is_the_same_if_all_that_matters_is():
 
 # -- Whole runs.
 
-SMALL = {
-  "batch_size": 8,
-  "length": 16,
-  "width": 8,
-  "num_heads": 2,
-  "num_layers": 1,
-  "pretrain_steps": 4,
-  "steps": 4,
-  "eval_every": 2,
-  "seeds": 1,
-  "validation_sequences": 2,
-  "test_sequences": 2,
-  "timing_rounds": 0,
-}
 
-
-@pytest.fixture
-def small(monkeypatch):
+@pytest.fixture(scope="module")
+def small():
   """Two small domains on one device, which saves seconds."""
-  monkeypatch.setitem(DATASETS, "python", small_lm.corpus)
-  monkeypatch.setattr(script.devices, "all_devices", lambda: devices(1))
+  with pytest.MonkeyPatch.context() as monkeypatch:
+    monkeypatch.setitem(DATASETS, "python", small_lm.corpus)
+    monkeypatch.setattr(script.devices, "all_devices", lambda: devices(1))
+    yield
 
 
 def play(**options):
   return study.run(ContinualLM(), Config(**SMALL | options))
 
 
-def lines_of(folder):
-  return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, small):
+  """The options of a run, and what it has printed."""
+  options = {"output_dir": tmp_path_factory.mktemp("whole"), "timing_rounds": 1}
+  options |= {"methods": ("uniform", "ir_dro_compositional")}
+  with contextlib.redirect_stdout(io.StringIO()) as output:
+    assert play(**options) == 0
+  return options, output.getvalue()
 
 
-def rows_of(folder):
-  return pd.read_csv(folder / "results.csv")
-
-
-def test_a_run_writes_its_files_and_a_resumed_one_repeats_nothing(tmp_path, capsys, small):
-  options = {"output_dir": tmp_path, "methods": ("uniform",), "timing_rounds": 1, "eval_every": 4}
-  assert play(corruptions=(0.0, 0.5), **options) == 0
-  table = capsys.readouterr().out
-  for word in ("checkpoint (no training on)", "50% of the sequences with shuffled", "digits"):
-    assert word in table
+def test_a_run_writes_its_files_and_a_resumed_one_repeats_nothing(whole, capsys, monkeypatch):
+  options, output = whole
+  for word in ("checkpoint (no training on)", "20% of the sequences with shuffled", "digits"):
+    assert word in output
+  runs = [(0.0, START), *itertools.product((0.0, 0.2), options["methods"])]
+  lines, found, notes = before = folder.read(options["output_dir"])
   of_line = lambda line: (line["corruption"], line["method"], line["step"])
-  runs = [(0.0, START), (0.0, "uniform"), (0.5, "uniform")]
-  lines = lines_of(tmp_path)
-  assert [of_line(line) for line in lines] == [(*run, 4) for run in runs]
-  found = rows_of(tmp_path)
-  assert found[["corruption", "method"]].to_records(index=False).tolist() == runs
-  assert found["loss"].nunique() == 3  # Every run has gone somewhere else.
-  assert found["loss"].between(0, 8).all()
-  assert found["weight_noise"][2] == pytest.approx(1)  # uniform weights
-  assert found["validation_loss"][0] == lines[0]["validation_loss"]
-  notes = json.loads((tmp_path / "notes.json").read_text())
+  assert [of_line(line) for line in lines] == [
+    (0.0, START, 2),
+    *((*run, step) for run in runs[1:] for step in (2, 4)),
+  ]
+  assert [(row["corruption"], row["method"]) for row in found] == runs
+  losses = [row["loss"] for row in found]
+  assert len(set(losses)) == 5  # Every run has gone somewhere else.
+  assert 0 < min(losses) < max(losses) < 8
+  assert found[3]["weight_noise"] == pytest.approx(1)  # uniform weights
+  assert found[0]["validation_loss"] == lines[0]["validation_loss"]
   assert notes["time/uniform"]["ratio"] == 1
   for name in ("continual_lm.png", "curves.png"):
-    with Image.open(tmp_path / name) as picture:
+    with Image.open(options["output_dir"] / name) as picture:
       assert picture.width > 100
-  assert play(corruptions=(0.5,), resume=True, **options) == 0
+  monkeypatch.setattr(ContinualLM, "draw", lambda *_: None)  # It takes seconds.
+  assert play(**options | {"corruptions": (0.2,), "methods": ("uniform",), "resume": True}) == 0
   assert "clean data" not in capsys.readouterr().out  # Only what was asked for is told.
-  assert lines_of(tmp_path) == lines
-  assert rows_of(tmp_path).equals(found)  # Nothing is lost.
+  assert str(folder.read(options["output_dir"])) == str(before)  # Nothing is lost.
 
 
 def test_a_step_is_on_the_batch_of_its_number_with_the_noise_of_its_seed(tmp_path, small):
@@ -413,11 +401,14 @@ def test_a_step_is_on_the_batch_of_its_number_with_the_noise_of_its_seed(tmp_pat
 def test_weights_from_a_folder_are_trained_on_as_they_are(family, tmp_path, small):
   """The checkpoint has the loss of the model that was read; OPT has another end of a text."""
   end = "</s>" if family == "opt" else "<|endoftext|>"
-  folder = shutil.copytree(GOLDEN / family, tmp_path / "model")
+  model_dir = shutil.copytree(GOLDEN / family, tmp_path / "model")
   letters = [end, *"abcdefghijklmnopqrstuvwxyz0123456789Ġ"]  # Ġ is a space.
-  (folder / "vocab.json").write_text(json.dumps({letter: i for i, letter in enumerate(letters)}))
-  (folder / "merges.txt").write_text("#version: 0.2\n")
-  hf = {"init": "hf", "model_dir": folder, "methods": ("uniform",), "corruptions": (0.0,)}
+  write = lambda words: (model_dir / "vocab.json").write_text(
+    json.dumps({word: i for i, word in enumerate(words)})
+  )
+  write(letters)
+  (model_dir / "merges.txt").write_text("#version: 0.2\n")
+  hf = {"init": "hf", "model_dir": model_dir, "methods": ("uniform",), "corruptions": (0.0,)}
   config = Config(**SMALL | hf | {"output_dir": tmp_path / "out", "steps": 1})
   given = ContinualLM().prepare(config)
   assert given.data.train.tokens[0].tolist() == [
@@ -425,19 +416,18 @@ def test_weights_from_a_folder_are_trained_on_as_they_are(family, tmp_path, smal
   ]
   assert given.language.tokenizer.end_of_text == 0
   if family == "opt":
-    model, params = transformer.from_safetensors(folder)
+    model, params = transformer.from_safetensors(model_dir)
     test = given.data.test
     tokens = {"tokens": jnp.asarray(test.sequences.tokens)}
     losses = jax.jit(transformer.sequence_losses(model))(params, tokens)
     assert study.run(ContinualLM(), config) == 0
-    checkpoint, uniform = rows_of(tmp_path / "out")["loss"]
-    assert checkpoint == pytest.approx(float(test.weights @ losses), rel=1e-5)
-    assert 0 < abs(uniform - checkpoint) < 1e-2  # A step of 2e-6.
-    assert [line["method"] for line in lines_of(tmp_path / "out")] == ["uniform"]
+    lines, (checkpoint, uniform), _ = folder.read(tmp_path / "out")
+    assert checkpoint["loss"] == pytest.approx(float(test.weights @ losses), rel=1e-5)
+    assert 0 < abs(uniform["loss"] - checkpoint["loss"]) < 1e-2  # A step of 2e-6.
+    assert [line["method"] for line in lines] == ["uniform"]
   with pytest.raises(ValueError, match="length must be at most 16, that of the model; got 17"):
     ContinualLM().prepare(config.but(length=17))
-  more = letters + [f"{i}#" for i in range(13)]
-  (folder / "vocab.json").write_text(json.dumps({letter: i for i, letter in enumerate(more)}))
+  write(letters + [f"{i}#" for i in range(13)])
   with pytest.raises(ValueError, match="must have at most the model's 50 tokens, got 51 in"):
     ContinualLM().prepare(config)
 
@@ -476,113 +466,70 @@ def test_what_the_data_or_the_model_cannot_do_is_refused(tmp_path, capsys, small
   assert message in capsys.readouterr().err
 
 
-def command(output_dir, *more):
-  """24 steps of IR-DRO with a moving average, in one process or a part of it."""
-  arguments = SMALL | {"steps": 24, "eval_every": 4, "output_dir": output_dir}
-  arguments |= {"methods": "ir_dro_compositional", "corruptions": "0.2"}
-  flags = [part for k, v in arguments.items() for part in (f"--{k.replace('_', '-')}", str(v))]
-  return [sys.executable, "-m", "tests.scripts.continual_lm.small_lm", *flags, *more]
-
-
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory):
-  """One device a process, whatever the tests around have."""
-  return os.environ | {
-    "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
-    "JAX_PLATFORMS": "cpu",
-    "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("cache")),  # Compiled once, for all.
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    "PYTHONPYCACHEPREFIX": str(tmp_path_factory.mktemp("bytecode")),  # So is Python's.
-    "PYTHONDONTWRITEBYTECODE": "",
-  }
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory, environment):
-  """The folder of a run that nothing has stopped."""
-  folder = tmp_path_factory.mktemp("whole")
-  subprocess.run(command(folder), check=True, env=environment, capture_output=True)
-  return folder
-
-
-def final_state(folder):
-  run = folder / "checkpoints" / "corruption-0.2_method-ir_dro_compositional_seed-0"
-  with ocp.CheckpointManager(run) as manager:
-    assert manager.latest_step() == 24
-    # The devices of two processes are not here.
-    args = ocp.args.StandardRestore(
-      fallback_sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    )
-    return jax.device_get(manager.restore(24, args=args)["state"])
-
-
-def without_time(folder):
-  return [line | {"seconds": 0} for line in lines_of(folder)]
-
-
-def start(environment, folder, *more):
-  pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-  return subprocess.Popen(command(folder, *more), env=environment, **pipes)
-
-
-def kill_in_the_middle(folder, processes):
-  metrics = folder / "metrics.jsonl"
-  while processes[0].poll() is None and not (
-    metrics.exists() and metrics.read_text().count("\n") > 2
-  ):
-    time.sleep(0.01)
-  for process in processes:
-    process.send_signal(signal.SIGKILL)
-  for process in processes:
-    process.communicate(timeout=300)
-    assert process.returncode == -signal.SIGKILL
-  assert len(lines_of(folder)) < 7  # It was stopped before the end.
-
-
-def test_a_killed_run_goes_on_bit_for_bit(tmp_path, whole, environment):
-  kill_in_the_middle(tmp_path, [start(environment, tmp_path)])
-  subprocess.run(command(tmp_path, "--resume"), check=True, env=environment, capture_output=True)
-  chex.assert_trees_all_equal(final_state(tmp_path), final_state(whole))
-  assert all((line["ess"] < 1) == (line["method"] != START) for line in lines_of(whole))
-  assert without_time(tmp_path) == without_time(whole)
-  times = "tokens_per_second"
-  assert rows_of(tmp_path).drop(columns=times).equals(rows_of(whole).drop(columns=times))
-
-
-def start_two(environment, folder, *more):
+def start_two(output_dir, *more):
+  """A method with a state, by two processes of one device each."""
   with socket.socket() as listener:
     listener.bind(("localhost", 0))
     address = f"localhost:{listener.getsockname()[1]}"
-  meet = ("--coordinator-address", address, "--num-processes", "2", "--process-id")
-  return [start(environment, folder, *meet, str(i), *more) for i in range(2)]
+  options = SMALL | {"methods": ("ir_dro_compositional",), "corruptions": (0.2,)}
+  flags = [*Config(**options).flags().split(), "--output-dir", str(output_dir), *more]
+  flags += ["--coordinator-address", address, "--num-processes", "2", "--process-id"]
+  command = [sys.executable, "-m", "tests.scripts.continual_lm.small_lm", *flags]
+  environment = os.environ | {
+    "JAX_PLATFORMS": "cpu",
+    "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir or "",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+  }
+  environment["XLA_FLAGS"] = environment["XLA_FLAGS"].replace("device_count=8", "device_count=1")
+  pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+  return [subprocess.Popen([*command, str(i)], env=environment, **pipes) for i in range(2)]
 
 
-def test_two_processes_that_were_killed_and_went_on_do_what_one_does(tmp_path, whole, environment):
-  kill_in_the_middle(tmp_path, start_two(environment, tmp_path))
-  processes = start_two(environment, tmp_path, "--resume")
+def tables_of(path):
+  """Lines and rows, without times."""
+  times = ["seconds", "tokens_per_second"]
+  lines_and_rows = folder.read(path)[:2]
+  return [pd.DataFrame(table).drop(columns=times, errors="ignore") for table in lines_and_rows]
+
+
+def test_two_processes_do_what_one_does_and_go_on_bit_for_bit_where_they_were_killed(
+  tmp_path, whole
+):
+  """Before they go on, both refuse a run, and process 0 alone refuses another one."""
+  killed = tmp_path / "killed"
+  processes = start_two(killed)
+  key = {"corruption": 0.2, "method": "ir_dro_compositional", "seed": 0}
+  while latest_step(folder.checkpoints(killed, key)) < 2 and processes[0].poll() is None:
+    time.sleep(0.05)
+  for process in processes:
+    process.kill()
   outputs = [process.communicate(timeout=300)[0] for process in processes]
-  assert [process.returncode for process in processes] == [0, 0], outputs
-  for said in ("The pictures.", "checkpoint (no training on)"):
-    assert [said in output for output in outputs] == [True, False]
-  chex.assert_trees_all_close(
-    final_state(tmp_path)["params"], final_state(whole)["params"], atol=1e-3
-  )
-  for mine, theirs in zip(lines_of(tmp_path), lines_of(whole), strict=True):
-    for name in ("train_loss", "validation_loss", "ess", "weight_clean"):
-      assert mine[name] == pytest.approx(theirs[name], rel=1e-3), name
-  assert rows_of(tmp_path)["loss"].tolist() == pytest.approx(rows_of(whole)["loss"], rel=1e-3)
-
-
-@pytest.mark.parametrize("of_one", [True, False])
-def test_what_one_process_or_all_of_them_refuse_ends_all_with_2(tmp_path, environment, of_one):
-  """A folder that is in use is seen by process 0 alone."""
-  with (tmp_path / "lock").open("w") as lock:
-    if of_one:
-      fcntl.flock(lock, fcntl.LOCK_EX)
-    processes = start_two(environment, tmp_path, *(() if of_one else ("--resume",)))
+  assert [process.returncode for process in processes] == [-signal.SIGKILL] * 2, outputs
+  assert len(folder.read(killed)[0]) == 2  # It was stopped before the end.
+  (tmp_path / "in_use").mkdir()
+  with (tmp_path / "in_use" / "lock").open("w") as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    processes = start_two(killed, "--resume")
     outputs = [process.communicate(timeout=300)[0] for process in processes]
-  assert [process.returncode for process in processes] == [2, 2], outputs
-  messages = ["resume needs an earlier run in output_dir"] * 2
-  if of_one:
-    messages = ["is in use by another process", "process 0 cannot go on"]
-  assert all(message in said for message, said in zip(messages, outputs, strict=True))
+  assert [process.returncode for process in processes] == [0, 0], outputs
+  for said, by in (
+    ("[2, 2, 0, 0]", [True, True]),
+    ("resume needs an earlier run in output_dir", [True, True]),
+    ("is in use by another process", [True, False]),
+    ("process 0 cannot go on", [False, True]),
+    ("The pictures.", [True, False]),
+    ("checkpoint (no training on)", [True, False]),
+  ):
+    assert [said in output for output in outputs] == by, said
+  for mine, theirs, of_one, names in zip(
+    tables_of(killed),
+    tables_of(tmp_path / "whole"),
+    tables_of(whole[0]["output_dir"]),
+    (["train_loss", "validation_loss", "ess", "weight_clean"], ["loss"]),
+    strict=True,
+  ):
+    pd.testing.assert_frame_equal(mine, theirs, check_exact=True)
+    same = (of_one["corruption"] == 0.2) & (of_one["method"] != "uniform")
+    expected = of_one[same | (of_one["method"] == START)]
+    np.testing.assert_allclose(mine[names], expected[names], rtol=1e-3)
+    assert ((mine["ess"] < 1) == (mine["method"] != START)).all()

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import os
 import signal
 import subprocess
@@ -19,28 +18,22 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from scripts.common import fewshot_data, study
+from scripts.common import fewshot_data, folder, study
+from scripts.common.checkpoints import latest_step
 from scripts.few_shot import __main__ as script
 from scripts.few_shot import problem as few_shot
 from scripts.few_shot import setting as few_shot_setting
 from scripts.few_shot.__main__ import Config, FewShot, FewShotStudy
+from tests.scripts.few_shot import small_few_shot
+from tests.scripts.few_shot.small_few_shot import SMALL
 
 pytestmark = pytest.mark.slow  # All together, not each.
 
 SETTINGS = few_shot_setting.Settings(
-  num_ways=2,
-  num_shots=2,
-  num_queries=1,
-  num_rotations=1,
-  num_tasks=2,
-  inner_steps=3,
-  inner_learning_rate=0.3,
-  num_samples=3 * 4,
-  smoothing=1e-3,
-  linear_steps=20,
-  maml_steps=2,
+  num_ways=2, num_shots=2, num_queries=1, num_rotations=1, num_tasks=2, inner_steps=3,
+  inner_learning_rate=0.3, num_samples=3 * 4, smoothing=1e-3, linear_steps=20, maml_steps=2,
   maml_learning_rate=0.1,
-)
+)  # fmt: skip
 
 
 def features(x, images):
@@ -53,19 +46,23 @@ BACKBONE = few_shot.Backbone(
 )
 
 
-def episodes(num_tasks=2):
+@functools.cache
+def episodes():
   classes = fewshot_data.ImageClasses(
     jax.random.uniform(jax.random.key(5), (6, 4, 4, 2, 1)), jnp.full(6, 4), jnp.arange(6)
   )
-  return few_shot_setting.sampler(SETTINGS, 1, num_tasks)(jax.random.key(1), classes)
+  return few_shot_setting.sampler(SETTINGS, 1, 2)(jax.random.key(1), classes)
 
 
-def hypergradient(name, monkeypatch, settings=SETTINGS, seed=0):
+@functools.cache
+def hypergradient(name, settings=SETTINGS, seed=0):
   """What the first step of a method moves along, and its initial state."""
-  monkeypatch.setattr(few_shot, "optimizer", lambda settings, num_steps: optax.sgd(1.0))
-  method = few_shot.make_method(name, BACKBONE, settings, 1, seed)
+  with pytest.MonkeyPatch.context() as monkeypatch:
+    monkeypatch.setattr(few_shot, "optimizer", lambda settings, num_steps: optax.sgd(1.0))
+    method = few_shot.make_method(name, BACKBONE, settings, 1, seed)
+  method = method._replace(step=jax.jit(method.step))
   state = method.init(jax.random.key(0), jnp.zeros((2, 4, 2, 1)))
-  after, loss = jax.jit(method.step)(state, episodes())
+  after, loss = method.step(state, episodes())
   x = lambda state: state[0]  # The first of its fields.
   return jax.tree.map(lambda a, b: a - b, x(state), x(after)), state, loss, method
 
@@ -100,9 +97,9 @@ def anil_loss(x, episode, stop=False):
 
 
 @pytest.mark.parametrize("name", ["itd", "first_order", "esj_through"])
-def test_anil_steps_along_the_gradient_of_the_composed_loss(name, monkeypatch):
+def test_anil_steps_along_the_gradient_of_the_composed_loss(name):
   """ESJ has as many orthogonal directions as features, which makes it exact."""
-  result, state, loss, _ = hypergradient(name, monkeypatch)
+  result, state, loss, _ = hypergradient(name)
   of_task = lambda x, episode: anil_loss(x, episode, stop=name == "first_order")
   value, expected = jax.value_and_grad(lambda x: mean_over_tasks(of_task, x))(state.x)
   np.testing.assert_allclose(loss, value, rtol=1e-5)
@@ -114,28 +111,28 @@ def test_anil_steps_along_the_gradient_of_the_composed_loss(name, monkeypatch):
     assert np.linalg.norm(exact["w"] - expected["w"]) > 0.05 * np.linalg.norm(exact["w"])
 
 
-def test_aid_tends_to_itd_with_many_inner_steps(monkeypatch):
+def test_aid_tends_to_itd_with_many_inner_steps():
   settings = dataclasses.replace(SETTINGS, inner_steps=300)
-  aid, *_ = hypergradient("aid", monkeypatch, settings)
-  itd, *_ = hypergradient("itd", monkeypatch, settings)
+  aid, *_ = hypergradient("aid", settings)
+  itd, *_ = hypergradient("itd", settings)
   np.testing.assert_allclose(aid["w"], itd["w"], rtol=1e-2, atol=1e-4)
 
 
-def test_esj_on_parameters_is_the_response_of_perturbed_parameters(monkeypatch):
+def test_esj_on_parameters_is_the_response_of_perturbed_parameters():
   """Many directions on 24 parameters: within four standard errors of the exact one."""
   settings = dataclasses.replace(SETTINGS, num_samples_plain=4000)
-  result, state, *_ = hypergradient("esj", monkeypatch, settings)
+  result, state, *_ = hypergradient("esj", settings)
   exact = jax.grad(lambda x: mean_over_tasks(anil_loss, x))(state.x)["w"]
-  first_order, *_ = hypergradient("first_order", monkeypatch)
+  first_order, *_ = hypergradient("first_order")
   response = np.linalg.norm(exact - first_order["w"])
   assert np.linalg.norm(result["w"] - exact) < 2 * response * np.sqrt(25 / 4000)
 
 
-def test_esj_on_parameters_moves_along_directions_of_the_parameters(monkeypatch):
+def test_esj_on_parameters_moves_along_directions_of_the_parameters():
   """With one sample the response is a multiple of its direction, which the keys' law gives."""
   settings = dataclasses.replace(SETTINGS, num_samples_plain=1)
-  result, *_ = hypergradient("esj", monkeypatch, settings, seed=3)
-  first_order, *_ = hypergradient("first_order", monkeypatch)
+  result, *_ = hypergradient("esj", settings, seed=3)
+  first_order, *_ = hypergradient("first_order")
   response = np.ravel(result["w"] - first_order["w"])
   key = few_shot_setting.draw_key(few_shot_setting.Draw.DIRECTIONS, 3)
   sample_key = jax.random.fold_in(jax.random.fold_in(key, 0), 0)
@@ -144,8 +141,8 @@ def test_esj_on_parameters_moves_along_directions_of_the_parameters(monkeypatch)
   np.testing.assert_allclose(abs(cosine), 1, atol=1e-3)
 
 
-def test_maml_steps_along_the_gradient_through_all_parameters(monkeypatch):
-  result, state, *_ = hypergradient("maml", monkeypatch)
+def test_maml_steps_along_the_gradient_through_all_parameters():
+  result, state, *_ = hypergradient("maml")
 
   def of_task(x, episode):
     def loss(theta, images, labels):
@@ -162,8 +159,8 @@ def test_maml_steps_along_the_gradient_through_all_parameters(monkeypatch):
   chex.assert_trees_all_close(result, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_protonet_predicts_the_nearest_class_mean(monkeypatch):
-  _, state, loss, method = hypergradient("protonet", monkeypatch)
+def test_protonet_predicts_the_nearest_class_mean():
+  _, state, loss, method = hypergradient("protonet")
   total = 0.0
   for t in range(2):
     episode = jax.tree.map(lambda leaf, t=t: np.asarray(leaf[t]), episodes())
@@ -180,16 +177,15 @@ def test_protonet_predicts_the_nearest_class_mean(monkeypatch):
 
 
 @pytest.mark.parametrize("name", few_shot.LABELS)
-def test_evaluation_adapts_to_the_support_set_and_leaves_the_state(name, monkeypatch):
+def test_evaluation_adapts_to_the_support_set_and_leaves_the_state(name):
   """As training does; with support and query the same, it must beat chance."""
-  _, state, _, method = hypergradient(name, monkeypatch)
-  step = jax.jit(method.step)
-  later, _ = step(state, episodes())  # Heads start elsewhere than at zero now.
+  _, state, _, method = hypergradient(name)
+  later, _ = method.step(state, episodes())  # Heads start elsewhere than at zero now.
   predict = jax.jit(method.predict)
   tasks = [jax.tree.map(lambda leaf, t=t: leaf[t], episodes()) for t in range(2)]
   predicted = jnp.stack([predict(later, episode) for episode in tasks])
   query_loss = few_shot.cross_entropy(predicted, episodes().query_labels)
-  np.testing.assert_allclose(query_loss, step(later, episodes())[1], rtol=1e-4)
+  np.testing.assert_allclose(query_loss, method.step(later, episodes())[1], rtol=1e-4)
   images = jnp.stack([jnp.zeros((4, 2, 1)), jnp.ones((4, 2, 1))])
   support = {"support_images": images[jnp.array([0, 0, 1, 1])]}
   episode = tasks[0]._replace(**support, query_images=images)
@@ -255,25 +251,6 @@ def test_no_two_streams_of_keys_and_no_two_seeds_share_a_root():
   assert len({tuple(jax.random.key_data(root).tolist()) for root in roots}) == 15
 
 
-SMALL = {
-  "width": 2,
-  "num_ways": 2,
-  "num_shots": 1,
-  "num_queries": 1,
-  "num_tasks": 2,
-  "inner_steps": 2,
-  "num_samples": 2,
-  "eval_episodes": 20,
-  "eval_every": 2,
-  "checkpoint_every": 2,
-  "steps": 4,
-}
-
-
-def lines_of(folder):
-  return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
 def padded(images, count):
   """A class ``[3, 28, 28, 1]`` of ``count`` images; the rest must never be seen."""
   return np.concatenate([images[:count], np.full((3 - count, 28, 28, 1), np.nan)]).astype("float32")
@@ -321,14 +298,13 @@ def test_a_run_evaluates_on_other_classes_without_turns_and_padding_and_draws_it
   assert study.run(FewShotStudy(), config) == 0
   assert steps == {config.steps}  # The schedule's.
   assert drawn == {("PARAMETERS", 3), ("TRAINING", 3), ("VALIDATION", 0), ("TEST", 0)}
-  lines = lines_of(tmp_path)
+  lines, [row], _ = folder.read(tmp_path)
   assert [(line["method"], line["seed"], line["step"]) for line in lines] == [
     ("protonet", 3, 2),
     ("protonet", 3, 4),
   ]
   assert [line["validation_accuracy"] for line in lines] == [0.5, 0.5]
-  assert all(line["outer_loss"] for line in lines)  # It would be null for NaN.
-  row = pd.read_csv(tmp_path / "results.csv").iloc[0]
+  assert np.isfinite([line["outer_loss"] for line in lines]).all()
   assert (row["method"], row["seed"], row["steps"], row["test_accuracy"]) == ("protonet", 3, 4, 1.0)
   table = " ".join(capsys.readouterr().out.split())  # Titles are wrapped.
   for word in ("ProtoNet", "2-way 1-shot", "4 meta-steps", "seed 3", "100.00 ± 0.00 %"):
@@ -336,9 +312,6 @@ def test_a_run_evaluates_on_other_classes_without_turns_and_padding_and_draws_it
   for name in ("few_shot.png", "episode_protonet.png"):
     with Image.open(tmp_path / name) as picture:
       assert picture.width > 100
-
-
-drawn_once = functools.cache(fewshot_data.synthetic_glyphs)
 
 
 @pytest.mark.parametrize(
@@ -353,28 +326,36 @@ drawn_once = functools.cache(fewshot_data.synthetic_glyphs)
 def test_what_cannot_run_is_refused_before_anything_is_trained(
   tmp_path, capsys, monkeypatch, wrong, message
 ):
-  monkeypatch.setattr(fewshot_data, "synthetic_glyphs", drawn_once)
+  blank = lambda n, each: np.zeros((n, each, 28, 28, 1), np.uint8)  # Drawing them takes seconds.
+  monkeypatch.setattr(fewshot_data, "draw_glyphs", lambda n, each, *_: blank(n, each))
   assert study.run(FewShotStudy(), Config(output_dir=tmp_path / "out", **wrong)) == 2
   assert message in capsys.readouterr().err
   assert not (tmp_path / "out").exists()
 
 
-def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
-  small = SMALL | {"methods": ("esj_through",), "steps": 40, "first_seed": 1}
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
+  monkeypatch.setattr(script, "read", small_few_shot.read)
+  monkeypatch.setattr(FewShotStudy, "draw", lambda *_: None)  # It takes seconds.
+  options = SMALL | {"methods": ("esj_through",), "first_seed": 1}
   whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-  assert study.run(FewShotStudy(), Config(output_dir=whole, **small)) == 0
-  flags = Config(**small).flags().replace("--first-seed", "--seed").split()
-  command = [sys.executable, "-m", "scripts.few_shot", *flags, "--output-dir", str(stopped)]
-  process = subprocess.Popen(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, stdout=-3)
-  count = lambda: len(lines_of(stopped)) if (stopped / "metrics.jsonl").exists() else 0
-  while process.poll() is None and count() < 3:
+  assert study.run(FewShotStudy(), Config(output_dir=whole, **options)) == 0
+  flags = Config(**options).flags().replace("--first-seed", "--seed").split()
+  program = [sys.executable, "-m", "tests.scripts.few_shot.small_few_shot"]
+  environment = os.environ | {
+    "JAX_PLATFORMS": "cpu",
+    "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir or "",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+  }
+  command = [*program, *flags, "--output-dir", str(stopped)]
+  process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+  cell = folder.checkpoints(stopped, {"method": "esj_through", "seed": 1})
+  while process.poll() is None and latest_step(cell) < 2:
     time.sleep(0.01)
-  process.send_signal(signal.SIGKILL)
+  process.kill()
   assert process.wait() == -signal.SIGKILL
-  assert count() < 20  # It was stopped before the end.
-  assert study.run(FewShotStudy(), Config(output_dir=stopped, resume=True, **small)) == 0
-  without_time = [[line | {"seconds": 0} for line in lines_of(path)] for path in (whole, stopped)]
-  assert without_time[0] == without_time[1]
-  timed = ["seconds_per_step", "temporary_bytes"]
-  rows = [pd.read_csv(path / "results.csv").drop(columns=timed) for path in (whole, stopped)]
-  pd.testing.assert_frame_equal(*rows, check_exact=True)
+  assert [line["step"] for line in folder.read(stopped)[0]] == [2]
+  assert study.run(FewShotStudy(), Config(output_dir=stopped, resume=True, **options)) == 0
+  timed = {"columns": ["seconds", "seconds_per_step", "temporary_bytes"], "errors": "ignore"}
+  for resumed, at_once in zip(folder.read(stopped)[:2], folder.read(whole)[:2], strict=True):
+    tables = (pd.DataFrame(table).drop(**timed) for table in (resumed, at_once))
+    pd.testing.assert_frame_equal(*tables, check_exact=True)
