@@ -14,7 +14,7 @@ import dataclasses
 import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Self, TypeVar
 
 from pydantic import (
   BaseModel,
@@ -94,7 +94,13 @@ class Checked(BaseModel):
 
 
 class StudyConfig(Checked):
-  """The fields that every experiment has."""
+  """The fields that every experiment has.
+
+  Attributes:
+    smallest: what ``--smoke`` makes of fields that were not given.
+  """
+
+  smallest: ClassVar[Mapping[str, Any]] = {}
 
   seeds: Count = 3
   """How many seeds."""
@@ -113,16 +119,10 @@ class StudyConfig(Checked):
   output_dir: Annotated[Path, FREE] = Path("runs")
   """Where results and checkpoints go."""
 
-  @classmethod
-  def smallest(cls, given: Mapping[str, Any]) -> dict[str, Any]:
-    """What ``--smoke`` makes of the fields that were not given."""
-    del given
-    return {}
-
   @model_validator(mode="before")
   @classmethod
   def _smoke(cls, given: Any) -> Any:
-    return cls.smallest(given) | given if given.get("smoke") else given
+    return {**cls.smallest, **given} if given.get("smoke") else given
 
   @model_validator(mode="after")
   def _resume_or_overwrite(self) -> Self:

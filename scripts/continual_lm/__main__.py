@@ -35,7 +35,7 @@ output_dir, need --distributed, or where they cannot find each other:
 import functools
 import itertools
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -160,11 +160,6 @@ class ContinualLM(Study[Config]):
   """The experiment."""
 
   config = Config
-  smoke: ClassVar = {
-    "seeds": 1, "methods": ("uniform", "ir_dro"), "batch_size": 8, "length": 32,
-    "pretrain_steps": 20, "steps": 4, "eval_every": 2, "num_layers": 1, "width": 16,
-    "validation_sequences": 8, "test_sequences": 16, "timing_rounds": 1,
-  }  # fmt: skip
 
   def connect(self, config: Config) -> None:
     """Meets the other processes."""

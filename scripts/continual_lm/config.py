@@ -1,7 +1,7 @@
 """What continual language-model training can be told."""
 
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, ClassVar, Self
 
 from pydantic import Field, model_validator
 
@@ -13,6 +13,12 @@ from scripts.continual_lm.methods import METHODS, START, Rates
 
 class Config(StudyConfig):
   """Continued pre-training with reweighted losses, from one checkpoint."""
+
+  smallest: ClassVar = {
+    "seeds": 1, "methods": ("uniform", "ir_dro"), "batch_size": 8, "length": 32,
+    "pretrain_steps": 20, "steps": 4, "eval_every": 2, "num_layers": 1, "width": 16,
+    "validation_sequences": 8, "test_sequences": 16, "timing_rounds": 1,
+  }  # fmt: skip
 
   dataset: Annotated[str, Among(DATASETS)] = "python"
   """Text that ships with Python, or data sets of tensorflow-datasets."""

@@ -59,6 +59,8 @@ EVALUATION_BATCH = 20
 class Config(StudyConfig):
   """Few-shot meta-learning: eight methods on one backbone, side by side."""
 
+  smallest: ClassVar = {"methods": ("first_order",), "steps": 4, "width": 4, "eval_episodes": 20}
+
   dataset: Annotated[str, Among(DATASETS)] = "glyphs"
   """Glyphs are drawn on the spot, the others are read by tensorflow-datasets."""
   methods: Annotated[tuple[str, ...], Among(LABELS), FREE] = tuple(LABELS)
@@ -212,9 +214,8 @@ class FewShotStudy(Study[Config]):
   """The experiment."""
 
   config = Config
-  # Compilation is nearly all of it.
-  smoke: ClassVar = {"methods": ("first_order",), "steps": 4, "width": 4, "eval_episodes": 20}
 
+  # Compilation is nearly all of it.
   def prepare(self, config: Config) -> FewShotData:
     """Reads the data, and traces every method: what cannot run is refused before any training."""
     data, settings = read(config), config.settings()

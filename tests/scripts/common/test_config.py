@@ -5,9 +5,11 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
+import jax
 import pytest
 import tyro
 
+from scripts.common import study
 from scripts.common.config import (
   FREE,
   Among,
@@ -140,3 +142,18 @@ def test_settings_are_overridden_by_what_is_given():
 
   assert Config().override(Settings()) == Settings()
   assert Config(positive=0.5).override(Settings()) == Settings(positive=0.5)
+
+
+def test_smoke_cuts_what_was_not_given(monkeypatch):
+  monkeypatch.setattr(Config, "smallest", {"count": 9, "sweep": False, "rates": {"temperature": 1}})
+  small = Config(smoke=True, count=1)
+  assert (small.count, small.sweep, small.rates) == (1, False, Rates(temperature=1.0))
+  assert Config().count == 1
+  told = []
+  monkeypatch.setattr(jax.config, "update", lambda *option: None)  # It would outlive the test.
+  monkeypatch.setattr(sys, "argv", ["x", "--smoke", "--count", "1", "--sizes", "1", "2"])
+  with pytest.raises(SystemExit):
+    study.main(Config, lambda config: told.append(config) or 0, None)
+  assert told == [small]
+  assert tyro.cli(Config, args=["--smoke"], default=Config(smoke=True)).count == 9
+  assert small.flags() == "--smoke --count 1"

@@ -21,6 +21,8 @@ METHODS = {"plain": 1.0, "double": 2.0}
 class Config(StudyConfig):
   """Sums of random numbers."""
 
+  smallest: ClassVar = {"steps": 2, "seeds": 1}
+
   methods: Annotated[tuple[str, ...], Among(METHODS), FREE] = tuple(METHODS)
   """Which methods."""
   steps: Count = 7
@@ -66,8 +68,6 @@ class Toy(Study[Config]):
   """The experiment."""
 
   config = Config
-  smoke: ClassVar = {"steps": 2, "seeds": 1}
-  drawn = 0
 
   def cells(self, run: Run[Config]) -> Iterable[Cell]:
     """A start that all need, and then every method on every seed."""
