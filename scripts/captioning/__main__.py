@@ -35,15 +35,13 @@ import sys
 from collections.abc import Iterable
 from typing import ClassVar
 
-import pandas as pd
 from jaxbo_models.vocabulary import Vocabulary
 
 from scripts.captioning import data, plots
 from scripts.captioning.config import MODELS, Config
 from scripts.captioning.files import Files
 from scripts.captioning.noise import Noise
-from scripts.captioning.predict import VOCABULARY, cell_key, predict
-from scripts.captioning.scenes import ShapesCaptions
+from scripts.captioning.predict import VOCABULARY, predict
 from scripts.captioning.shapes import Shapes
 from scripts.captioning.train import Captioner, Training
 from scripts.common import study, table
@@ -79,11 +77,6 @@ def label_of(order: str, model: str) -> str:
   return ", ".join(part for part in (order, MODELS[model].label) if part)
 
 
-def leaks(rows: pd.DataFrame) -> pd.Series:
-  """Where the loss is less than it can be: there the captioner sees what it is to predict."""
-  return rows["nll"] < rows["entropy"] - 3 * rows["standard_error"]
-
-
 class Captioning(Study[Config]):
   """The experiment."""
 
@@ -103,11 +96,9 @@ class Captioning(Study[Config]):
       if config.dataset == "shapes":
         source = Shapes(order, settings, config.test_examples)
       else:
-        read = data.read(config, settings.image_size)
-        source = Files(read, settings, config.beam_size)
+        source = Files(data.read(config, settings.image_size), settings, config.beam_size)
       for model in config.all_models():
         captioners[order, model] = Captioner(model, source, settings)
-        captioners[order, model].check()
       path = config.output_dir / VOCABULARY
       if config.resume and path.exists() and Vocabulary.load(path).words != source.vocabulary.words:
         raise ValueError(
@@ -121,7 +112,7 @@ class Captioning(Study[Config]):
       captioner.source.vocabulary.save(run.path / VOCABULARY)  # For --predict.
       for seed in run.config.all_seeds():
         yield Cell(
-          key=cell_key(order, model, seed),
+          key={"order": order, "model": model, "seed": seed},
           make=functools.partial(Training, captioner, seed),
           steps=captioner.settings.steps,
           label=f"seed {seed}, {label_of(order, model)}",
@@ -137,10 +128,10 @@ class Captioning(Study[Config]):
     yield table.spread(title, results.rows, by, label, columns, "captioner").without_dashes()
 
   def remarks(self, results: Results[Config]) -> Iterable[str]:
-    """Why scores are missing, or which losses cannot be."""
+    """Why scores are missing, or where a captioner must have seen what it is to predict."""
     if results.config.dataset != "shapes":
       return [reason for reason in results.rows["skipped"].unique() if reason]
-    wrong = results.rows[leaks(results.rows)].to_dict("records")
+    wrong = results.rows.query("nll < entropy - 3 * standard_error").to_dict("records")
     return [f"[red]Below the optimum by more than 3 standard errors: {row}" for row in wrong]
 
   def draw(self, run: Run[Config]) -> None:
@@ -150,26 +141,11 @@ class Captioning(Study[Config]):
       first.setdefault((cell.key["order"], cell.key["model"]), cell)
     for (order, model), cell in first.items():
       captioner = run.data[order, model]
-      examples = captioner.examples(run.saved(cell)["params"])
+      examples = captioner.ask.captioned(run.saved(cell)["params"], captioner.source.shown())
       path = run.path / ("_".join(filter(None, ("attention", order, model))) + ".png")
       plots.draw_attention(examples, captioner.settings.patch_size, path)
-    bounds = dict[str, dict[str, float]]()
-    for order in filter(None, config.all_orders()):
-      entropies = ShapesCaptions(order=order).entropies("validation")
-      bounds[order] = {
-        "entropy given the image": entropies.given_image,
-        "entropy without it": entropies.caption,
-      }
-    labels = {name: model.label for name, model in MODELS.items()}
-    unit = "caption" if config.dataset == "shapes" else "token"
-    plots.draw_curves(
-      run.results().lines,
-      bounds,
-      labels,
-      run.path / "curves.png",
-      f"validation loss, nats a {unit}",
-      config.settings("either").canonical_steps,
-    )
+    canonical_steps = config.settings("either").canonical_steps
+    plots.draw_curves(run.results().lines, canonical_steps, run.path / "curves.png")
 
 
 def run(config: Config) -> int:

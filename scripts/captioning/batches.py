@@ -1,5 +1,6 @@
 """Captions as rows of ids, in batches of about the same length."""
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -8,13 +9,7 @@ from jaxbo_models.vocabulary import Vocabulary
 
 
 class CaptionRows(NamedTuple):
-  """One caption a row.
-
-  Attributes:
-    image: the image of each, ``[m]`` int32.
-    tokens: ``[m, length]`` int32, with beginning, end and padding.
-    num_tokens: how many are no padding, ``[m]``.
-  """
+  """One caption a row: its image ``[m]``, tokens ``[m, length]``, and how many are not padding."""
 
   image: np.ndarray
   tokens: np.ndarray
@@ -57,21 +52,18 @@ class LengthBatches:
     self._groups = np.array_split(order, num_lengths)
     self.lengths = [int(num_tokens[group].max()) for group in self._groups]
     self._batch_size, self._seed = batch_size, seed
-    self._epoch: tuple[int, list[tuple[np.ndarray, int]]] = (-1, [])
+    self._shuffled = functools.lru_cache(maxsize=1)(self._shuffle)
     self.per_epoch = sum(-(-len(group) // batch_size) for group in self._groups)
 
   def __call__(self, step: int) -> tuple[np.ndarray, int]:
     """The rows of a step, ``[batch_size]``, and what their tokens are cut to."""
     epoch, i = divmod(step, self.per_epoch)
-    if self._epoch[0] != epoch:
-      self._epoch = epoch, self._shuffled(np.random.default_rng([self._seed, epoch]))
-    return self._epoch[1][i]
+    return self._shuffled(epoch)[i]
 
-  def _shuffled(self, rng: np.random.Generator) -> list[tuple[np.ndarray, int]]:
-    batches = []
+  def _shuffle(self, epoch: int) -> list[tuple[np.ndarray, int]]:
+    rng, batches = np.random.default_rng([self._seed, epoch]), []
     for group, length in zip(self._groups, self.lengths, strict=True):
-      order = rng.permutation(group)
-      full = -(-len(order) // self._batch_size) * self._batch_size
-      rows = np.resize(order, full).reshape(-1, self._batch_size)
+      num = -(-len(group) // self._batch_size)
+      rows = np.resize(rng.permutation(group), (num, self._batch_size))
       batches += [(of_batch, length) for of_batch in rows]
     return [batches[i] for i in rng.permutation(len(batches))]

@@ -16,13 +16,9 @@ ORDERS = ("canonical", "either")
 
 
 class Model(NamedTuple):
-  """A captioner; see :class:`jaxbo_models.captioner.GuidedCaptioner`.
+  """A captioner, as :class:`jaxbo_models.captioner.GuidedCaptioner` has it.
 
-  Attributes:
-    label: its name.
-    guide: ``"sequential"``, ``"static"`` or ``"none"``.
-    query: what attention asks with: ``"guide"``, ``"hidden"`` or ``"hidden_word"``.
-    attention: whether there is any; without, all cells are averaged.
+  Without attention all cells are averaged.
   """
 
   label: str
@@ -53,26 +49,10 @@ RESPONSES = ("first_order", "itd", "esj", "aid")
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """Sizes and rates; the defaults are for shapes in canonical order.
+  """Sizes and rates, as :class:`Config` has them; the defaults are for canonical order."""
 
-  Attributes:
-    image_size: height and width of images.
-    patch_size: the side of a cell.
-    embed_dim: the width of words.
-    hidden_dim: units of the LSTMs.
-    attention_dim: the width of keys.
-    dropout: the probability to drop an entry.
-    steps: of training.
-    canonical_steps: of these, the first ones with captions of shapes in canonical order.
-    batch_size: captions of a step.
-    learning_rate: of Adam, after a warm-up; a cosine takes it down to zero.
-    max_words: of a caption; longer ones are cut.
-    min_count: how often a word must occur in training to get an id.
-    eval_every: steps between evaluations on the validation set.
-  """
-
-  image_size: tuple[int, int] = (32, 32)
-  patch_size: int = 8
+  image_size: tuple[int, int] = (32, 32)  # Height and width.
+  patch_size: int = 8  # The side of a cell.
   embed_dim: int = 32
   hidden_dim: int = 64
   attention_dim: int = 64
@@ -81,8 +61,8 @@ class Settings:
   canonical_steps: int = 0
   batch_size: int = 128
   learning_rate: float = 4e-3
-  max_words: int = 8
-  min_count: int = 1
+  max_words: int = 8  # Of a caption; longer ones are cut.
+  min_count: int = 1  # How often a word must occur in training to get an id.
   eval_every: int = 200
 
 
@@ -187,7 +167,7 @@ class Config(StudyConfig):
   batch_size: Count | None = None
   """Captions of a step."""
   learning_rate: Positive | None = None
-  """Learning rate of Adam."""
+  """Learning rate of Adam after a warm-up; a cosine takes it down to zero."""
   hidden_dim: Count | None = None
   """Units of the LSTMs."""
   embed_dim: Count | None = None
@@ -226,13 +206,12 @@ class Config(StudyConfig):
 
   def all_models(self) -> tuple[str, ...]:
     """The captioners to run."""
+    if self.methods:
+      return self.methods
     if self.ablation:
-      default = tuple(name for name in MODELS if name != "no_attention")
-    elif self.dataset == "nlvr_captions":
-      default = ("sequential", "none_word", "no_attention")
-    else:
-      default = ("sequential",)
-    return self.methods or default
+      return tuple(name for name in MODELS if name != "no_attention")
+    baselines = ("none_word", "no_attention") if self.dataset == "nlvr_captions" else ()
+    return ("sequential", *baselines)
 
   def all_orders(self) -> tuple[str, ...]:
     """The orders of captions to run; for people's sentences there is none."""

@@ -47,13 +47,7 @@ SETS = {
 
 
 class CaptionedImages(NamedTuple):
-  """Images and what people wrote of them.
-
-  Attributes:
-    images: ``[n, height, width, 3]`` uint8.
-    captions: the tokens of one or more captions of each.
-    names: of the images.
-  """
+  """Images ``[n, height, width, 3]`` uint8, the words of the captions of each, and their names."""
 
   images: np.ndarray
   captions: list[list[list[str]]]
@@ -75,7 +69,7 @@ class CaptionData(NamedTuple):
 
 def resize(image: np.ndarray | Image.Image, size: Size) -> np.ndarray:
   """An image of any kind as ``[height, width, 3]`` uint8; its aspect ratio is not kept."""
-  picture = image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
+  picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
   height, width = size
   return np.asarray(picture.convert("RGB").resize((width, height), Image.Resampling.BICUBIC))
 
@@ -119,34 +113,30 @@ def read_tfds(
   """What tensorflow-datasets has prepared, read without TensorFlow."""
   splits, preparation = SETS[dataset]
   sources = [tfds_source(dataset, split, data_dir, preparation) for split in splits]
-  train, *validation, test = (_read(source, size, max_images) for source in sources)
-  if validation:
-    return CaptionData(train, validation[0], test)
+  train, *others = (_read(source, size, max_images) for source in sources)
+  if len(others) == 2:
+    return CaptionData(train, *others)
   held_out = _held_out(dataset, train.captions)
-  return CaptionData(train.take(~held_out), train.take(held_out), test)
+  return CaptionData(train.take(~held_out), train.take(held_out), *others)
 
 
 def _held_out(dataset: str, captions: list[list[list[str]]]) -> np.ndarray:
   """Which images are for validation: of drawings those of a tenth of the sentences, else 23 %."""
   if dataset == "nlvr_captions":
-    sentence_of = [" ".join(of_image[0]) for of_image in captions]
-    sentences = sorted(set(sentence_of))
-    order = np.random.default_rng(0).permutation(len(sentences))
-    chosen = {sentences[i] for i in order[: max(1, len(sentences) // 10)]}
-    return np.array([sentence in chosen for sentence in sentence_of])
+    sentences = [" ".join(of_image[0]) for of_image in captions]
+    each, sentence = np.unique(sentences, return_inverse=True)
+    order = np.random.default_rng(0).permutation(len(each))
+    return np.isin(sentence, order[: max(1, len(each) // 10)])
   num = max(1, round(0.23 * len(captions)))
   return np.arange(len(captions)) >= len(captions) - num
 
 
 class Entry(Checked):
-  """An image of a JSON file."""
+  """An image of a JSON file: the name of its file, what was written of it, and its set."""
 
   images: str
-  """The name of its file."""
   captions: Annotated[list[str], Field(min_length=1)]
-  """What was written of it."""
   split: Annotated[str, Among(SPLITS)]
-  """The set that it is in."""
 
 
 def read_json(
@@ -165,18 +155,14 @@ def read_json(
   """
   if not path.is_file():
     raise FileNotFoundError(f"there is no file {path}")
-  found: dict[str, list[Entry]] = {"train": [], "validation": [], "test": []}
-  for entry in _entries(path):
-    found[SPLITS[entry.split]].append(entry)
-  sets = []
-  for split, entries in found.items():
-    if not entries:
+  entries, sets = _entries(path), []
+  for split in CaptionData._fields:
+    mine = [entry for entry in entries if SPLITS[entry.split] == split][:max_images]
+    if not mine:
       raise ValueError(f"{path} must have images in the split {split}, got none")
-    entries = entries[:max_images]
-    names = [entry.images for entry in entries]
-    images = [read_image((image_dir or path.parent) / name, size) for name in names]
-    captions = [_tokens(entry.images, entry.captions) for entry in entries]
-    sets.append(CaptionedImages(np.stack(images), captions, names))
+    images = [read_image((image_dir or path.parent) / entry.images, size) for entry in mine]
+    captions = [_tokens(entry.images, entry.captions) for entry in mine]
+    sets.append(CaptionedImages(np.stack(images), captions, [entry.images for entry in mine]))
   return CaptionData(*sets)
 
 
@@ -189,7 +175,7 @@ def _entries(path: Path) -> list[Entry]:
       texts = lambda image: [sentence["raw"] for sentence in image["sentences"]]
       rows = [(name(image), texts(image), image["split"]) for image in content["images"]]
     else:
-      rows = list(zip(content["images"], content["captions"], content["split"], strict=True))
+      rows = list(zip(*(content[name] for name in Entry.model_fields), strict=True))
   except (KeyError, TypeError, ValueError) as error:
     raise ValueError(
       f"{path} must have lists images, captions and split of the same length, {error!r}"
@@ -205,25 +191,17 @@ def _entries(path: Path) -> list[Entry]:
 
 def _read(source: Any, size: Size, max_images: int | None) -> CaptionedImages:
   """The images of a source, resized one by one: as they are they would not fit into memory."""
-  num = len(source) if max_images is None else min(max_images, len(source))
-  images = np.empty((num, *size, 3), np.uint8)
-  captions, names = [], []
+  num = min(len(source), max_images or len(source))
+  images, captions, names = np.empty((num, *size, 3), np.uint8), [], []
   for i in range(num):
     example = source[i]
     images[i] = resize(example["image"], size)
     names.append((example.get("image/filename") or example["image/id"]).decode())
-    captions.append(_tokens(names[-1], [text.decode() for text in _texts(example)]))
+    texts = example["captions"] if "captions" in example else [{"text": example["caption"]}]
+    # A sequence is a dictionary of lists, or a list of dictionaries.
+    texts = texts["text"] if isinstance(texts, dict) else [text["text"] for text in texts]
+    captions.append(_tokens(names[-1], [text.decode() for text in texts]))
   return CaptionedImages(images, captions, names)
-
-
-def _texts(example: Any) -> Sequence[bytes]:
-  """One text, or those of a sequence: a dictionary of lists, or a list of dictionaries."""
-  if "caption" in example:
-    return [example["caption"]]
-  captions = example["captions"]
-  if isinstance(captions, dict):
-    return captions["text"]
-  return [caption["text"] for caption in captions]
 
 
 def _tokens(name: str, texts: Sequence[str]) -> list[list[str]]:

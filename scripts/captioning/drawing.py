@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from scripts.captioning import language
+from scripts.captioning.language import SHAPES
 
 CELL, GRID, SHAPE = 8, 4, 6  # Pixels of a cell, cells in a row, pixels of a shape.
 # Red, green, blue, yellow, magenta, cyan.
@@ -22,31 +22,25 @@ _MASKS = np.array(  # Square, circle, triangle, cross.
 )
 
 
-def draw(
-  kinds: jax.Array, vertical: jax.Array, pixel_noise: float, key: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Draws objects, ``kinds [k]`` in reading order, in a row or in a column, at random places.
+def draw(kinds: jax.Array, vertical: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Draws two objects, ``kinds [2]`` in reading order, in a row or in a column, at random places.
 
   Returns:
-    The image ``[32, 32, 3]``, the cells ``[k]`` and the boxes ``[k, 4]``.
+    The image ``[32, 32, 3]`` and the cells ``[2]``.
   """
   keys = jax.random.split(key, 5)
-  num_objects = len(kinds)
-  line = jax.random.randint(keys[0], (), 0, GRID)
-  along = jnp.sort(jax.random.permutation(keys[1], GRID)[:num_objects])
-  across = jnp.full(num_objects, line)
+  across = jnp.full(2, jax.random.randint(keys[0], (), 0, GRID))
+  along = jnp.sort(jax.random.permutation(keys[1], GRID)[:2])
   row, column = jnp.where(vertical, along, across), jnp.where(vertical, across, along)
-  jitter = jax.random.randint(keys[2], (2, num_objects), 0, CELL - SHAPE + 1)
+  jitter = jax.random.randint(keys[2], (2, 2), 0, CELL - SHAPE + 1)
   top, left = CELL * row + jitter[0], CELL * column + jitter[1]
-  brightness = jax.random.uniform(keys[3], (num_objects, 1), minval=0.7, maxval=1.0)
-  color = jnp.asarray(_RGB)[kinds // len(language.SHAPES)] * brightness
+  brightness = jax.random.uniform(keys[3], (2, 1), minval=0.7, maxval=1.0)
+  color = jnp.asarray(_RGB)[kinds // len(SHAPES)] * brightness
   pixels = jnp.arange(CELL * GRID)[:, None]
-  y, x = pixels - top[None], pixels - left[None]  # [size, k], inside the object if in [0, 6).
+  y, x = pixels - top[None], pixels - left[None]  # [size, 2], inside the object if in [0, 6).
   inside = ((y >= 0) & (y < SHAPE))[:, None] & ((x >= 0) & (x < SHAPE))[None]
   y, x = (jnp.clip(offset, 0, SHAPE - 1) for offset in (y, x))
-  shape = kinds % len(language.SHAPES)
-  mask = inside & jnp.asarray(_MASKS)[shape, y[:, None], x[None]]
-  noise = pixel_noise * jax.random.normal(keys[4], (CELL * GRID, CELL * GRID, 3))
+  mask = inside & jnp.asarray(_MASKS)[kinds % len(SHAPES), y[:, None], x[None]]
+  noise = 0.05 * jax.random.normal(keys[4], (CELL * GRID, CELL * GRID, 3))
   image = jnp.clip(mask.astype(jnp.float32) @ color + noise, 0, 1)
-  boxes = jnp.stack([top, left, top + SHAPE, left + SHAPE], axis=1)
-  return image, (GRID * row + column).astype(jnp.int32), boxes.astype(jnp.int32)
+  return image, (GRID * row + column).astype(jnp.int32)

@@ -8,13 +8,13 @@ import numpy as np
 from jaxbo_models import caption_metrics
 from jaxbo_models.vocabulary import Vocabulary
 
+from scripts.captioning import plots
 from scripts.captioning.batches import LengthBatches, encode
 from scripts.captioning.config import Settings
 from scripts.captioning.data import CaptionData, CaptionedImages
 from scripts.captioning.model import Asked, in_batches
 from scripts.common.folder import Row
 
-NUM_EXAMPLES = 6
 NUM_LENGTHS = 3  # Groups of captions by length; each is compiled for.
 
 
@@ -27,25 +27,27 @@ class Files:
     self.vocabulary = Vocabulary.build(captions, min_count=settings.min_count)
     self._rows = encode(data.train.captions, self.vocabulary, settings.max_words)
     self._images = jax.device_put(data.train.images)
+    self.batches(0)  # Refuses too large a batch_size.
 
   def shown(self) -> np.ndarray:
     """Images of the test set, spread over it."""
     images = self._data.test.images
-    return images[np.linspace(0, len(images) - 1, NUM_EXAMPLES).astype(int)]
+    return images[np.linspace(0, len(images) - 1, plots.NUM_EXAMPLES).astype(int)]
 
   def key(self, seed: int) -> jax.Array:
     """What dropout comes from."""
     return jax.random.key(seed)
 
-  def batches(self, seed: int) -> Callable[[int], tuple[Any, ...]]:
-    """For each step all images, the row of the image of each caption, and the captions."""
-    batches = self._by_length(seed)
-    return lambda t: self._arguments(*batches(t))
+  def batches(self, seed: int) -> tuple[Callable[[int], tuple[Any, ...]], list[tuple[Any, ...]]]:
+    """For each step all images, which of them captions are of, and the captions; all shapes."""
+    size, images = self._settings.batch_size, self._images
+    batches = LengthBatches(self._rows.num_tokens, size, NUM_LENGTHS, seed)
 
-  def shapes(self) -> list[tuple[Any, ...]]:
-    """A batch of each length."""
-    rows = np.arange(self._settings.batch_size)
-    return [self._arguments(rows, length) for length in self._by_length(0).lengths]
+    def arguments(rows, length):
+      return images, self._rows.image[rows], self._rows.tokens[rows, :length]
+
+    first = np.arange(size)
+    return lambda t: arguments(*batches(t)), [arguments(first, n) for n in batches.lengths]
 
   def draw(self, key: jax.Array, t: jax.Array, *batch: Any) -> tuple[Any, Any, jax.Array]:
     """The images of a batch, their captions, and a key for dropout."""
@@ -82,9 +84,3 @@ class Files:
     rows = encode(images.captions, self.vocabulary, self._settings.max_words)
     losses = in_batches(ask.losses, params, images.images[rows.image], rows.tokens)
     return float(losses.sum() / (rows.num_tokens - 1).sum())
-
-  def _by_length(self, seed: int) -> LengthBatches:
-    return LengthBatches(self._rows.num_tokens, self._settings.batch_size, NUM_LENGTHS, seed)
-
-  def _arguments(self, rows: np.ndarray, length: int) -> tuple[Any, ...]:
-    return self._images, self._rows.image[rows], self._rows.tokens[rows, :length]

@@ -30,12 +30,8 @@ class MeanEncoder(nn.Module):
 
 def make_model(name: str, settings: Settings, vocab_size: int) -> GuidedCaptioner:
   """The captioner of that name."""
-  spec = MODELS[name]
-  encoder: nn.Module = PatchEncoder(
-    image_shape=(*settings.image_size, 3),
-    patch_size=settings.patch_size,
-    features=settings.hidden_dim,
-  )
+  spec, shape = MODELS[name], (*settings.image_size, 3)
+  encoder = PatchEncoder(shape, settings.patch_size, settings.hidden_dim)
   return GuidedCaptioner(
     vocab_size=vocab_size,
     embed_dim=settings.embed_dim,
@@ -53,9 +49,9 @@ def as_floats(images: jax.Array) -> jax.Array:
   return images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images
 
 
-def as_batch(images: jax.Array, tokens: jax.Array, pad: int = 0) -> dict[str, jax.Array]:
-  """What :func:`jaxbo_models.captioner.caption_losses` takes."""
-  return {"features": as_floats(images), "tokens": tokens, "mask": tokens != pad}
+def as_batch(images: jax.Array, tokens: jax.Array) -> dict[str, jax.Array]:
+  """What :func:`jaxbo_models.captioner.caption_losses` takes; padding is 0."""
+  return {"features": as_floats(images), "tokens": tokens, "mask": tokens != 0}
 
 
 def make_optimizer(settings: Settings) -> optax.GradientTransformation:
@@ -89,8 +85,7 @@ def make_step(
   losses = captioner.caption_losses(model)
 
   def step(state, batch, key):
-    if model.dropout:
-      batch = batch | {"key": key}
+    batch = batch | ({"key": key} if model.dropout else {})
     loss, grads = jax.value_and_grad(lambda params: jnp.mean(losses(params, batch)))(state.params)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     return State(optax.apply_updates(state.params, updates), opt_state), loss
@@ -98,69 +93,63 @@ def make_step(
   return step
 
 
-class Asked(NamedTuple):
-  """A trained captioner's compiled functions; all take parameters first, and say only words.
+class Asked:
+  """A captioner's compiled functions; all take parameters first, and say only words.
 
   Attributes:
+    model: the captioner.
     losses: ``losses(params, images, tokens) -> [n]``, in nats a caption.
     attention: ``attention(params, images, tokens) -> [n, length - 1, cells]``, where it looks when
       it predicts the tokens that follow.
     greedy: ``greedy(params, images) -> [n, length]``, the tokens after the first.
-    beam: ``beam(params, images)``, the :class:`jaxbo_models.captioner.Captions`.
+    beam: ``beam(params, images)``, the best :class:`jaxbo_models.captioner.Captions`.
   """
 
-  losses: Callable[..., jax.Array]
-  attention: Callable[..., jax.Array]
-  greedy: Callable[..., jax.Array]
-  beam: Callable[..., captioner.Captions]
+  def __init__(self, name: str, settings: Settings, vocabulary: Vocabulary, beam_size: int):
+    self._vocabulary = vocabulary
+    self.model = model = make_model(name, settings, len(vocabulary))
+    per_caption = captioner.caption_losses(model)
+    never = [i for i in (vocabulary.pad, vocabulary.bos, vocabulary.unk) if i is not None]
+    options: dict[str, Any] = {
+      "max_length": settings.max_words + 1,
+      "bos_id": vocabulary.bos,
+      "eos_id": vocabulary.eos,
+      "forbidden": jnp.zeros(model.vocab_size, bool).at[jnp.array(never)].set(True),
+    }
 
+    def losses(params, images, tokens):
+      return per_caption(params, as_batch(images, tokens))
 
-def ask(model: GuidedCaptioner, settings: Settings, vocabulary: Vocabulary, beam: int) -> Asked:
-  """Compiles what is asked of a captioner; its beam search keeps ``beam`` captions."""
-  per_caption = captioner.caption_losses(model)
-  never = [i for i in (vocabulary.pad, vocabulary.bos, vocabulary.unk) if i is not None]
-  options: dict[str, Any] = {
-    "max_length": settings.max_words + 1,
-    "bos_id": vocabulary.bos,
-    "eos_id": vocabulary.eos,
-    "forbidden": jnp.zeros(model.vocab_size, bool).at[jnp.array(never)].set(True),
-  }
+    def attention(params, images, tokens):
+      output: Any = model.apply({"params": params}, as_floats(images), tokens[:, :-1])
+      return output.attention
 
-  def losses(params, images, tokens):
-    return per_caption(params, as_batch(images, tokens))
+    def greedy(params, images):
+      step_fn, state = captioner.make_step(model, params, as_floats(images))
+      return captioner.greedy(step_fn, state, batch_size=len(images), **options)[0]
 
-  def attention(params, images, tokens):
-    batch = as_batch(images, tokens)
-    output: Any = model.apply({"params": params}, batch["features"], tokens[:, :-1])
-    return output.attention
+    def beam(params, images):
+      images = as_floats(images)
+      return captioner.caption_images(model, params, images, beam_size=beam_size, **options)
 
-  def greedy(params, images):
-    step_fn, state = captioner.make_step(model, params, as_floats(images))
-    return captioner.greedy(step_fn, state, batch_size=len(images), **options)[0]
+    self.losses, self.attention = jax.jit(losses), jax.jit(attention)
+    self.greedy, self.beam = jax.jit(greedy), jax.jit(beam)
 
-  def search(params, images):
-    return captioner.caption_images(model, params, as_floats(images), beam_size=beam, **options)
-
-  return Asked(*map(jax.jit, (losses, attention, greedy, search)))
+  def captioned(self, params: Any, images: np.ndarray) -> list[Captioned]:
+    """Images with the best caption of each and its end, to be drawn."""
+    examples, captions = [], jax.device_get(self.beam(params, jnp.asarray(images)))
+    for image, tokens, of_beam, attention in zip(images, *captions, strict=True):
+      words = [*self._vocabulary.decode(tokens[0]), "(end)"]
+      title = f"probability {np.exp(of_beam[0]):.2g}"
+      examples.append(Captioned(image, words, attention[: len(words)], title))
+    return examples
 
 
 def in_batches(function: Callable[..., Any], params: Any, *arrays: Any, size: int = 250) -> Any:
   """``function(params, *arrays)`` on rows, some at a time, as NumPy arrays."""
   num = len(arrays[0])
   size = min(size, num)
-  parts = []
-  for begin in range(0, num, size):
-    rows = np.arange(begin, begin + size) % num  # All parts have one shape.
-    parts.append(jax.tree.map(np.asarray, function(params, *(array[rows] for array in arrays))))
-  return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:num], *parts)
-
-
-def captioned(images: Any, captions: captioner.Captions, vocabulary: Vocabulary) -> list[Captioned]:
-  """The best caption of each image, to be drawn, with its end."""
-  examples = []
-  for image, tokens, of_beam, attention in zip(images, *captions, strict=False):
-    words = [*vocabulary.decode(np.asarray(tokens[0])), "(end)"]
-    probability = float(np.exp(of_beam[0]))
-    title = f"probability {probability:.2g}"
-    examples.append(Captioned(image, words, np.asarray(attention)[: len(words)], title))
-  return examples
+  # All parts have one shape: the last one goes on with the first rows.
+  parts = (np.arange(begin, begin + size) % num for begin in range(0, num, size))
+  results = [function(params, *(array[rows] for array in arrays)) for rows in parts]
+  return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:num], *results)

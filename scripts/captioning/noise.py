@@ -30,17 +30,18 @@ from sklearn.metrics import roc_auc_score
 
 import jaxbo
 from scripts.captioning.config import CLEANING, RESPONSES, WEIGHTINGS, Config
+from scripts.captioning.language import VOCABULARY
 from scripts.captioning.model import (
+  Asked,
   State,
   as_batch,
-  ask,
   in_batches,
   init_state,
   make_model,
   make_optimizer,
 )
 from scripts.captioning.scenes import ShapesCaptions
-from scripts.captioning.shapes import VOCABULARY, exact_match, held_out
+from scripts.captioning.shapes import exact_match, held_out, stream
 from scripts.common import cleaning
 from scripts.common.folder import Row
 from scripts.common.program import Program
@@ -48,15 +49,11 @@ from scripts.common.study import Results, Run, Study
 from scripts.common.table import Column, Table, spread
 from scripts.common.task import Cell, Compiled, Spent
 
-CLEAN, FLIPPED, SWAPPED = (
-  ShapesCaptions(), ShapesCaptions(color_flips=0.2), ShapesCaptions(swaps=0.3),
-)  # fmt: skip
-NUM_NOISY = 2048  # Captions whose weights are judged, in batches.
+CLEAN, FLIPPED = ShapesCaptions(), ShapesCaptions(color_flips=0.2)
+SWAPPED = ShapesCaptions(swaps=0.3)
+MODEL, BEFORE = "sequential_word", "before_cleaning"
+NUM_NOISY, NUM_TEST = 2048, 1000  # Captions whose weights are judged, in batches; clean ones.
 _TRAINING, _WEIGHTED, _CLEAN, _TEST, _ORDER = range(5)  # Streams of keys, beside the seed.
-
-
-def _key(seed: int, stream: int) -> jax.Array:
-  return jax.random.fold_in(jax.random.key(seed), stream)
 
 
 class Training(Compiled):
@@ -64,9 +61,9 @@ class Training(Compiled):
 
   def __init__(self, run: Run[Config], data: ShapesCaptions, weighting: str, of: str, seed: int):
     self.sizes = run.config.settings(of)
-    self.model = make_model("sequential_word", self.sizes, len(VOCABULARY))
+    model = make_model(MODEL, self.sizes, len(VOCABULARY))
     self.weighting = WEIGHTINGS[weighting][1]()
-    gradients = jaxbo.per_example_grad(captioner.caption_losses(self.model), repair=False)
+    gradients = jaxbo.per_example_grad(captioner.caption_losses(model), repair=False)
     tx: Any = optax.chain(jaxbo.reweight(self.weighting), make_optimizer(self.sizes))
 
     def step(state, t, key_data):
@@ -77,9 +74,9 @@ class Training(Compiled):
       updates, opt_state = tx.update(grads, opt_state, params)
       return State(optax.apply_updates(params, updates), opt_state), None
 
-    init = jax.jit(lambda key: init_state(self.model, tx, self.sizes, key))
+    init = jax.jit(lambda key: init_state(model, tx, self.sizes, key))
     program = run.shared((weighting, of), lambda: Program(step))
-    key_data = jax.random.key_data(_key(seed, _TRAINING))
+    key_data = jax.random.key_data(stream(seed, _TRAINING))
     super().__init__(program, init(jax.random.key(seed)), key_data)
 
 
@@ -97,7 +94,7 @@ class Reweighting(Judged, Training):
 
   def __init__(self, run: Run[Config], weighting: str, seed: int):
     super().__init__(run, FLIPPED, weighting, "reweighting", seed)
-    self._ask = run.shared("ask", lambda: ask(self.model, self.sizes, VOCABULARY, 1))
+    self._ask = run.shared("ask", lambda: Asked(MODEL, self.sizes, VOCABULARY, 1))
 
   def evaluate(self, state: Any, told: list[Any]) -> Row:
     """Judges the captioner and the weights.
@@ -110,7 +107,7 @@ class Reweighting(Judged, Training):
       ``loss_auc``: of the same by great losses.
     """
     params, weighting_state = state.params, state.opt_state[0].weighting_state
-    test, other = held_out(CLEAN, "test", 1000), held_out(FLIPPED, "train", NUM_NOISY)
+    test, other = held_out(CLEAN, "test", NUM_TEST), held_out(FLIPPED, "train", NUM_NOISY)
     said = in_batches(self._ask.greedy, params, test.images)
     losses = in_batches(self._ask.losses, params, test.images, test.tokens)
     noisy = in_batches(self._ask.losses, params, other.images, other.tokens, size=256)
@@ -132,18 +129,18 @@ class Cleaning(Judged):
 
   def __init__(self, run: Run[Config], response: str, seed: int, trained: Any):
     settings = run.config.override(CLEANING)
-    sizes = run.config.settings("before_cleaning")
-    model = make_model("sequential_word", sizes, len(VOCABULARY))
+    sizes = run.config.settings(BEFORE)
+    model = make_model(MODEL, sizes, len(VOCABULARY))
     losses = captioner.caption_losses(model)
     y = jax.tree.map(jnp.copy, trained.params)  # It is given to all responses.
 
-    def draw(data, stream, num, part):
-      scenes = jax.jit(lambda key: data.sample(key, num, part))(_key(seed, stream))
+    def draw(data, number, num, part):
+      scenes = jax.jit(lambda key: data.sample(key, num, part))(stream(seed, number))
       return scenes, as_batch(scenes.images, scenes.tokens)
 
     scenes, train = draw(SWAPPED, _WEIGHTED, settings.num_train, "train")
     _, val = draw(CLEAN, _CLEAN, settings.num_val, "train")
-    _, self._test = draw(CLEAN, _TEST, 1000, "test")
+    _, self._test = draw(CLEAN, _TEST, NUM_TEST, "test")
     self._swapped = np.asarray(scenes.swapped)
     self._losses = run.shared("losses", lambda: jax.jit(losses))
     self._loss_auc = float(roc_auc_score(self._swapped, self._losses(y, train)))
@@ -172,7 +169,7 @@ class Cleaning(Judged):
       return state, info.outer_loss
 
     program = run.shared(response, lambda: Program(step))
-    key_data = jax.random.key_data(_key(seed, _ORDER))
+    key_data = jax.random.key_data(stream(seed, _ORDER))
     super().__init__(program, init(jnp.zeros(settings.num_train), y), key_data, train, val)
 
   def evaluate(self, state: Any, told: list[Any]) -> Row:
@@ -245,26 +242,23 @@ class Noise(Study[Config]):
 
   def cells(self, run: Run[Config]) -> Iterable[Cell]:
     """Weightings, and then responses, on every seed."""
-    config = run.config
-    cell = functools.partial(Cell, checkpoint_every=config.checkpoint_every)
+    config, partial = run.config, functools.partial
+    cell = partial(Cell, checkpoint_every=config.checkpoint_every)
     for seed in config.all_seeds():
       for name in config.chosen(WEIGHTINGS):
-        make = functools.partial(Reweighting, run, name, seed)
+        make, steps = partial(Reweighting, run, name, seed), config.settings("reweighting").steps
         label = f"seed {seed}, {LABELS['weighting'][name]}"
-        steps = config.settings("reweighting").steps
         yield cell({"weighting": name, "seed": seed}, make, steps, label)
+    if not (responses := config.chosen(RESPONSES)):
+      return
     for seed in config.all_seeds():
-      make = functools.partial(Training, run, SWAPPED, "uniform", "before_cleaning", seed)
-      steps = config.settings("before_cleaning").steps
-      key = {"captioner": "before_cleaning", "seed": seed}
+      key, steps = {"captioner": BEFORE, "seed": seed}, config.settings(BEFORE).steps
+      make = partial(Training, run, SWAPPED, "uniform", BEFORE, seed)
       before = cell(key, make, steps, f"seed {seed}, before cleaning")
-      responses = config.chosen(RESPONSES)
-      if responses:
-        yield before
+      yield before
       for name in responses:
-        make = functools.partial(Cleaning, run, name, seed)
+        make, steps = partial(Cleaning, run, name, seed), config.override(CLEANING).outer_steps
         label = f"seed {seed}, {LABELS['response'][name]}"
-        steps = config.override(CLEANING).outer_steps
         yield cell({"response": name, "seed": seed}, make, steps, label, needs=(before,))
 
   def tables(self, results: Results[Config]) -> Iterable[Table]:

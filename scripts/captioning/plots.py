@@ -1,6 +1,6 @@
 """Pictures of captioning: images with one attention map a word, and training curves."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,10 +8,13 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
+from scripts.captioning.config import MODELS
+from scripts.captioning.scenes import ShapesCaptions
 from scripts.common import plots
 from scripts.common.plots import plt
 
-_WIDTH = 15  # Of a picture of attention, in inches.
+NUM_EXAMPLES = 6  # Images of a picture of attention.
+_WIDTH = 15  # Of such a picture, in inches.
 
 
 class Captioned(NamedTuple):
@@ -78,44 +81,34 @@ def _draw_word(
   )
 
 
-def draw_curves(
-  lines: pd.DataFrame,
-  bounds: Mapping[str, Mapping[str, float]],
-  labels: Mapping[str, str],
-  path: Path,
-  ylabel: str,
-  canonical_steps: int = 0,
-) -> None:
+def draw_curves(lines: pd.DataFrame, canonical_steps: int, path: Path) -> None:
   """Validation losses over steps: a panel for each kind of captions, a line for each captioner.
 
-  Args:
-    lines: with ``order``, ``model``, ``seed``, ``step`` and ``validation_nll``.
-    bounds: for each order, numbers by name that are drawn as horizontal lines.
-    labels: of the captioners.
-    path: of the picture.
-    ylabel: what the loss is.
-    canonical_steps: the first steps of captioners for either order, which they spend on captions in
-      canonical order alone; their loss means nothing then.
+  Captioners for either order spend their first ``canonical_steps`` on captions in canonical order
+  alone; their loss means nothing then.
   """
   orders = lines["order"].unique()
   fig, panels = plt.subplots(
     1, len(orders), figsize=(6.2 * len(orders), 4.4), layout="constrained", squeeze=False
   )
-  models = [name for name in labels if name in set(lines["model"])]
+  models = [name for name in MODELS if name in set(lines["model"])]
   meant = lines[(lines["order"] != "either") | (lines["step"] > canonical_steps)]
   for axes, order in zip(panels[0], orders, strict=True):
     for model, mine in meant[meant["order"] == order].groupby("model", sort=False):
       runs = [run for _, run in mine.groupby("seed")]
       ended = [run for run in runs if len(run) == max(map(len, runs))]
       color, values = f"C{models.index(model)}", [run["validation_nll"] for run in ended]
-      plots.mean_and_range(axes, ended[0]["step"], values, label=labels[model], color=color)
+      plots.mean_and_range(axes, ended[0]["step"], values, label=MODELS[model].label, color=color)
     if order == "either" and canonical_steps:
       axes.axvspan(0, canonical_steps, color="0.93", label="trained in canonical order")
-    for style, (name, value) in zip(("--", ":"), bounds.get(order, {}).items(), strict=False):
-      axes.axhline(value, color="0.3", linestyle=style, linewidth=1, label=f"{name}: {value:.3f}")
-    axes.set(xlabel="steps", ylabel=ylabel)
+    axes.set(xlabel="steps", ylabel=f"validation loss, nats a {'caption' if order else 'token'}")
     axes.xaxis.get_major_locator().set_params(integer=True)
     if order:
+      entropies = ShapesCaptions(order=order).entropies("validation")
+      names = ("entropy given the image", "entropy without it")
+      for name, value, style in zip(names, entropies, ("--", ":"), strict=True):
+        label = f"{name}: {value:.3f}"
+        axes.axhline(value, color="0.3", linestyle=style, linewidth=1, label=label)
       axes.set_title(f"captions in {order} order", loc="left", fontsize="medium")
       axes.set_yscale("symlog", linthresh=0.1)
       axes.set_ylim(bottom=0 if order == "canonical" else 0.5)

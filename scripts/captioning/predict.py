@@ -2,9 +2,7 @@
 
 import contextlib
 import json
-from typing import Any
 
-import jax
 import numpy as np
 from jaxbo_models.vocabulary import Vocabulary
 
@@ -14,11 +12,6 @@ from scripts.common import folder
 from scripts.common.checkpoints import Checkpoints, latest_step
 
 VOCABULARY, PICTURE = "vocabulary.json", "predictions.png"
-
-
-def cell_key(order: str, name: str, seed: int) -> dict[str, Any]:
-  """The columns that name a run."""
-  return {"order": order, "model": name, "seed": seed}
 
 
 def predict(config: Config) -> None:
@@ -38,7 +31,8 @@ def predict(config: Config) -> None:
     raise ValueError(f"output_dir must have a run of captioning, got another one in {path}")
   trained = Config(**saved["identity"], orders=config.orders, methods=config.methods)
   order, name = trained.all_orders()[0], trained.all_models()[0]
-  at = folder.checkpoints(config.output_dir, cell_key(order, name, config.first_seed))
+  key = {"order": order, "model": name, "seed": config.first_seed}
+  at = folder.checkpoints(config.output_dir, key)
   if not latest_step(at):
     there = sorted(path.name for path in at.parent.glob("*")) or ["none"]
     raise ValueError(f"there is no checkpoint {at}, but {' '.join(there)}")
@@ -46,14 +40,11 @@ def predict(config: Config) -> None:
     params = checkpoints.raw()["params"]
 
   settings, vocabulary = trained.settings(order), Vocabulary.load(config.output_dir / VOCABULARY)
-  captioner = model.make_model(name, settings, len(vocabulary))
-  ask = model.ask(captioner, settings, vocabulary, config.beam_size)
+  ask = model.Asked(name, settings, vocabulary, config.beam_size)
   images = np.stack([data.read_image(path, settings.image_size) for path in config.predict])
-  captions = jax.tree.map(np.asarray, ask.beam(params, images))
-  drawn = []
-  examples = model.captioned(images, captions, vocabulary)
-  for path, example in zip(config.predict, examples, strict=True):
-    print(f"{path}: {' '.join(example.words[:-1])}  ({example.title})")
-    drawn.append(example._replace(title=path.name))
+  drawn = ask.captioned(params, images)
+  for i, path in enumerate(config.predict):
+    print(f"{path}: {' '.join(drawn[i].words[:-1])}  ({drawn[i].title})")
+    drawn[i] = drawn[i]._replace(title=path.name)
   plots.draw_attention(drawn, settings.patch_size, config.output_dir / PICTURE)
   print(f"{PICTURE} is in {config.output_dir}")

@@ -8,16 +8,13 @@ import jax.numpy as jnp
 from scripts.captioning.config import Settings
 from scripts.captioning.files import Files
 from scripts.captioning.model import (
+  Asked,
   State,
   as_batch,
-  ask,
-  captioned,
   init_state,
-  make_model,
   make_optimizer,
   make_step,
 )
-from scripts.captioning.plots import Captioned
 from scripts.captioning.shapes import Shapes
 from scripts.common.folder import Row
 from scripts.common.program import Program
@@ -26,6 +23,8 @@ from scripts.common.task import Spent, Task
 
 class Captioner:
   """A captioner of the images of a source, compiled once for all seeds.
+
+  Raises ``ValueError`` if it cannot be trained.
 
   Attributes:
     source: of images and captions.
@@ -37,27 +36,18 @@ class Captioner:
 
   def __init__(self, name: str, source: Shapes | Files, settings: Settings):
     self.source, self.settings = source, settings
-    model, tx = make_model(name, settings, len(source.vocabulary)), make_optimizer(settings)
-    train = make_step(model, tx)
+    self.ask = Asked(name, settings, source.vocabulary, source.beam_size)
+    tx = make_optimizer(settings)
+    train = make_step(self.ask.model, tx)
 
     def step(state, t, key_data, *batch):
       key = jax.random.fold_in(jax.random.wrap_key_data(key_data), t)
       images, tokens, key = source.draw(key, t, *batch)
       return train(state, as_batch(images, tokens), key)
 
-    self.init = jax.jit(lambda key: init_state(model, tx, settings, key))
-    self.program = Program(step)
-    self.ask = ask(model, settings, source.vocabulary, source.beam_size)
-
-  def check(self) -> None:
-    """Raises ``ValueError`` if it cannot be trained."""
+    self.init = jax.jit(lambda key: init_state(self.ask.model, tx, settings, key))
     jax.eval_shape(self.init, jax.random.key(0))
-    self.source.batches(0)
-
-  def examples(self, params: Any) -> list[Captioned]:
-    """Some images of the test set with what it says of them."""
-    images = self.source.shown()
-    return captioned(images, self.ask.beam(params, jnp.asarray(images)), self.source.vocabulary)
+    self.program = Program(step)
 
 
 class Training(Task):
@@ -66,9 +56,9 @@ class Training(Task):
   def __init__(self, captioner: Captioner, seed: int):
     self._captioner, self._source = captioner, captioner.source
     self._key = jax.random.key_data(self._source.key(seed))
-    self._batch = self._source.batches(seed)
+    self._batch, one_of_each_shape = self._source.batches(seed)
     self.state = captioner.init(jax.random.key(seed))
-    for batch in self._source.shapes():
+    for batch in one_of_each_shape:
       captioner.program.compile(self.state, self._key, *batch)
 
   def step(self, state: State, t: int) -> tuple[State, jax.Array]:

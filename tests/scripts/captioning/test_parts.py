@@ -33,7 +33,7 @@ def test_captions_are_in_reading_order_in_the_first_steps():
   data = ShapesCaptions(order="either")
   batch = caption_shapes.held_out(data, "test", 40)
   first, later = (np.asarray(caption_shapes.captions_of_step(batch, t, 5)) for t in (4, 5))
-  said = " ".join(data.decode(tokens) for tokens in first)
+  said = " ".join(word for tokens in first for word in language.VOCABULARY.decode(tokens))
   assert "above" in said
   assert not {"right", "below"} & set(said.split())
   assert all(
@@ -47,7 +47,7 @@ def test_losses_of_files_are_those_of_a_token_of_the_set_that_was_asked_for():
   images = np.arange(2, dtype=np.uint8)[:, None, None, None]
   part = caption_data.CaptionedImages(images, captions, ["a", "b"])
   data = caption_data.CaptionData(part, part._replace(images=images + 5), part)
-  files = Files(data, Settings(max_words=3), beam_size=1)
+  files = Files(data, Settings(max_words=3, batch_size=1), beam_size=1)
   asked = types.SimpleNamespace(
     losses=lambda params, images, tokens: images[:, 0, 0, 0] * (tokens[:, 1:] > 0).sum(axis=1)
   )
@@ -64,7 +64,7 @@ def test_images_are_no_constant_of_the_compiled_step():
   files = Files(caption_data.CaptionData(part, part, part), sizes, beam_size=1)
   made = Captioner("none_word", files, sizes)
   key = jax.random.key(0)
-  arguments = jax.eval_shape(made.init, key), 0, jax.random.key_data(key), *files.shapes()[0]
+  arguments = jax.eval_shape(made.init, key), 0, jax.random.key_data(key), *files.batches(0)[1][0]
   traced = made.program._jitted.trace(*arguments)
   assert all(np.size(constant) < 100 for constant in traced.jaxpr.consts)
 
@@ -115,8 +115,8 @@ def test_without_attention_all_cells_are_averaged():
 
 def test_scores_of_a_captioner_that_knows_everything(monkeypatch):
   """Answers that are right by construction have the best scores, and wrong ones have not."""
-  data = ShapesCaptions(order="either")
-  batch = caption_shapes.held_out(data, "test", 40)
+  source = caption_shapes.Shapes("either", Settings(), num_test=40)
+  batch = caption_shapes.held_out(source.data, "test", 40)
   place = np.arange(9)
 
   def attention(params, images, tokens):
@@ -129,26 +129,27 @@ def test_scores_of_a_captioner_that_knows_everything(monkeypatch):
   # A search fills up what it returns with the end.
   right = np.where(batch.valid == language.PAD, language.EOS, batch.valid)[:, :, 1:]
   log = np.log(np.tile([0.6, 0.4], (40, 1)))
-  asked = caption_model.Asked(
+  asked = types.SimpleNamespace(
     losses=lambda params, images, tokens: np.full(len(images), math.log(2)),
     attention=attention,
     greedy=lambda params, images: right[:, 0],
     beam=lambda params, images: Captions(right[:, ::-1], log, np.zeros((40, 9, 16))),
   )
   monkeypatch.setattr(caption_model.in_batches, "__kwdefaults__", {"size": 40})
-  scores = types.SimpleNamespace(**caption_shapes.score(data, asked, None, 40))
+  scores = types.SimpleNamespace(**source.test(asked, None))
   assert scores.exact_match == scores.both_orders == 1
   assert scores.nll == pytest.approx(scores.entropy)
   assert [scores.mass_0, scores.mass_1, scores.mass_2, scores.mass_3] == [0.5, 1, 1, 1]
   assert scores.mentioned == 1
   assert scores.beam_sum == pytest.approx(1)
   assert scores.beam_gap == pytest.approx(math.log(1.5))
-  wrong = asked._replace(
+  wrong = types.SimpleNamespace(
     losses=lambda params, images, tokens: np.linspace(0.5, 0.6, len(images)),
+    attention=attention,
     greedy=lambda params, images: np.where(right[:, 0] == 15, 16, right[:, 0]),
     beam=lambda params, images: Captions(right[:, [0, 0]], log, np.zeros((40, 9, 16))),
   )
-  scores = types.SimpleNamespace(**caption_shapes.score(data, wrong, None, 40))
+  scores = types.SimpleNamespace(**source.test(wrong, None))
   assert 0 < scores.exact_match < 1
   assert scores.standard_error == pytest.approx(np.linspace(0.5, 0.6, 40).std(ddof=1) / 40**0.5)
   assert scores.both_orders == 0
@@ -178,16 +179,17 @@ def test_curves_are_drawn_of_a_run_whose_loss_was_not_finite(tmp_path):
   run = {"order": "", "model": "sequential", "seed": 0}
   points = ((1, 2.0), (2, float("nan")))
   lines = pd.DataFrame([run | {"step": t, "validation_nll": loss} for t, loss in points])
-  caption_plots.draw_curves(lines, {}, {"sequential": "a"}, tmp_path / "curves.png", "loss")
+  caption_plots.draw_curves(lines, 0, tmp_path / "curves.png")
   assert (tmp_path / "curves.png").exists()
 
 
 def test_the_best_caption_is_drawn_with_its_end_and_its_attention():
   tokens = np.array([[[3, 4, 2, 2], [4, 2, 2, 2]]])
   attention = np.arange(4.0)[None, :, None]
-  captions = Captions(tokens, np.log([[0.5, 0.25]]), attention)
   vocabulary = Vocabulary([*Vocabulary.SPECIAL[:3], "a", "dog"])
-  [example] = caption_model.captioned(np.zeros((1, 2, 2, 3)), captions, vocabulary)
+  asked = caption_model.Asked("sequential", Settings(), vocabulary, beam_size=2)
+  asked.beam = lambda params, images: Captions(tokens, np.log([[0.5, 0.25]]), attention)
+  [example] = asked.captioned(None, np.zeros((1, 2, 2, 3)))
   assert example.words == ["a", "dog", "(end)"]
   assert example.attention[:, 0].tolist() == [0, 1, 2]
   assert example.title == "probability 0.5"
