@@ -38,7 +38,7 @@ from typing import Any, ClassVar
 from scripts.adversarial_training import plots
 from scripts.adversarial_training.config import Config
 from scripts.adversarial_training.data import LONG_TAILED, SETS, counts_of
-from scripts.adversarial_training.methods import BASELINE, DONE, GRIDS, LABELS, Rates
+from scripts.adversarial_training.methods import BASELINE, DONE, LABELS, METHODS, Rates
 from scripts.adversarial_training.train import Training, Workplace
 from scripts.common import study, table
 from scripts.common.study import Results, Run, Study
@@ -139,7 +139,7 @@ class Tune(AdversarialTraining):
   def variants(self, config: Config, method: str) -> Iterator[tuple[dict[str, str], Rates]]:
     """As given, and then one rate of the method's grid at a time."""
     yield {"changed": "as given"}, config.rates
-    for name, values in GRIDS.get(method, {}).items():
+    for name, values in METHODS[method].grid.items():
       for value in values:
         if value != getattr(config.rates, name):
           yield {"changed": f"{name} {value:g}"}, config.rates.but(**{name: value})

@@ -1,7 +1,6 @@
 """Images for adversarial training: balanced or imbalanced, in a fixed order of batches."""
 
 import os
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,19 +19,13 @@ _SUBSET = (
   "tfds.dataset_builders.store_as_tfds_dataset writes\nsuch a folder. The whole set is "
   "--dataset cifar10."
 )
-_READ_AT_ONCE = 1000
 
 
 class Images(NamedTuple):
-  """Labelled images.
+  """Labelled images."""
 
-  Attributes:
-    images: ``[n, height, width, channels]``, uint8.
-    labels: ``[n]``, int32.
-  """
-
-  images: Any
-  labels: Any
+  images: Any  # [n, height, width, channels], uint8.
+  labels: Any  # [n], int32.
 
   def take(self, rows: Any) -> "Images":
     """The images in these rows."""
@@ -40,23 +33,16 @@ class Images(NamedTuple):
 
 
 class AdversarialData(NamedTuple):
-  """What to train on, to choose settings by, and to report; no image is in two of them.
+  """What to train on, to choose settings by, and to report; no image is in two of them."""
 
-  Attributes:
-    pool: what training sets are drawn from.
-    validation: the same number of each class.
-    test: the same.
-    names: of the classes.
-  """
-
-  pool: Images
-  validation: Images
-  test: Images
-  names: tuple[str, ...]
+  pool: Images  # What training sets are drawn from.
+  validation: Images  # The same number of each class.
+  test: Images  # The same number of each class.
+  names: tuple[str, ...]  # Of the classes.
 
 
 def read(
-  name: str, data_dir: str | os.PathLike | None, per_class_validation: int, per_class_test: int
+  name: str, data_dir: str | os.PathLike | None, num_validation: int, num_test: int
 ) -> AdversarialData:
   """Reads one of ``DATASETS``; so many images of each class of its splits are to judge by.
 
@@ -68,30 +54,24 @@ def read(
   sources = [tfds_source(name, split, data_dir, preparation) for split in ("train", "test")]
   names = tuple(sources[0].dataset_info.features["label"].names)
   train, test = map(_read_all, sources)
-  return split_up(train, test, names, per_class_validation, per_class_test)
+  return split_up(train, test, names, num_validation, num_test)
 
 
 def _read_all(source: Any) -> Images:
-  examples = [
-    example
-    for begin in range(0, len(source), _READ_AT_ONCE)
-    for example in source.__getitems__(range(begin, min(begin + _READ_AT_ONCE, len(source))))
-  ]
+  examples = source.__getitems__(range(len(source)))
   images = np.stack([example["image"] for example in examples])
   return Images(images, np.array([example["label"] for example in examples], np.int32))
 
 
 def split_up(
-  train: Images,
-  test: Images,
-  names: tuple[str, ...],
-  per_class_validation: int,
-  per_class_test: int,
+  train: Images, test: Images, names: tuple[str, ...], num_validation: int, num_test: int
 ) -> AdversarialData:
-  """Takes the images for validation out of ``train``, by a fixed key."""
-  rows = _choose(0, train.labels, [per_class_validation] * len(names), "validation_per_class")
+  """Takes so many images of each class for validation out of ``train``, by a fixed key."""
+  per_class = lambda number: [number] * len(names)
+  subset = imbalance.imbalanced_subset
+  rows = subset(0, train.labels, per_class(num_validation), "validation_per_class")
   rest = np.setdiff1d(np.arange(len(train.labels)), rows)
-  test_rows = _choose(0, test.labels, [per_class_test] * len(names), "test_per_class")
+  test_rows = subset(0, test.labels, per_class(num_test), "test_per_class")
   return AdversarialData(train.take(rest), train.take(rows), test.take(test_rows), names)
 
 
@@ -118,7 +98,7 @@ def training_rows(
 ) -> np.ndarray:
   """Which rows of the pool a training set has; those of one seed overlap as much as they can."""
   counts = counts_of(kind, len(data.names), largest, ratio)
-  return _choose(seed, data.pool.labels, counts.tolist(), "largest")
+  return imbalance.imbalanced_subset(seed, data.pool.labels, counts.tolist(), "largest")
 
 
 def order_of_epoch(
@@ -133,10 +113,3 @@ def order_of_epoch(
 def as_floats(images: Any) -> jax.Array:
   """Pixels in [0, 1]."""
   return images.astype(jnp.float32) / 255
-
-
-def _choose(seed: int, labels: np.ndarray, counts: Sequence[int], argument: str) -> np.ndarray:
-  try:
-    return imbalance.imbalanced_subset(seed, labels, counts)
-  except ValueError as error:
-    raise ValueError(f"{argument} must leave enough images of every class: {error}") from None

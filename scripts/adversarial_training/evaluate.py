@@ -13,15 +13,14 @@ from scripts.adversarial_training.config import Config
 from scripts.adversarial_training.data import Images, as_floats
 from scripts.common.folder import Row
 
-PGD, APGD_CE, APGD_T = "pgd", "apgd_ce", "apgd_t"
+PGD = "pgd"
 
 
 class Evaluator:
   """Accuracies on images; every attack is compiled once."""
 
   def __init__(self, model: Callable[[Any, jax.Array], jax.Array], config: Config):
-    self._model = model
-    self._batch_size = config.test_batch_size
+    self._model, self._batch_size = model, config.test_batch_size
     self._right = jax.jit(
       lambda params, part: jnp.argmax(model(params, as_floats(part.images)), axis=-1) == part.labels
     )
@@ -30,8 +29,8 @@ class Evaluator:
     targeted = {"objective": "targeted_dlr", "num_targets": config.num_targets}
     self._attacks = {
       PGD: jaxbo.pgd(model, epsilon=epsilon, step_size=epsilon / 4, num_steps=config.test_steps),
-      APGD_CE: jaxbo.apgd(model, **worst),
-      APGD_T: jaxbo.apgd(model, **worst, **targeted),
+      "apgd_ce": jaxbo.apgd(model, **worst),
+      "apgd_t": jaxbo.apgd(model, **worst, **targeted),
     }
     self._losses = jax.jit(self._losses_under_attack)
 
@@ -42,9 +41,8 @@ class Evaluator:
   def of_test(self, params: Any, part: Images, names: Sequence[str]) -> Row:
     """Accuracies in percent: clean, under PGD, in the worst case, of its tail, and of each class.
 
-    Tail and classes are those of the worst case over attacks. ``tail_loss`` is the mean
-    cross-entropy under PGD of the tenth of the images where it is highest: what is left of it is
-    what weights that prefer great losses are after. ``doubts`` are reasons not to believe it.
+    Tail and classes are those of the worst case over attacks. Weights that prefer great losses are
+    after ``tail_loss``. ``doubts`` are reasons not to believe it.
     """
     batch = np.asarray(part.images, np.float32) / 255, np.asarray(part.labels)
     with warnings.catch_warnings():
@@ -73,9 +71,6 @@ class Evaluator:
 
   def tail_loss(self, params: Any, images: np.ndarray, labels: np.ndarray) -> float:
     """The mean cross-entropy under PGD of the tenth of the images, in [0, 1], with the highest."""
-    begins = range(0, len(labels), self._batch_size)
-    parts = [slice(begin, begin + self._batch_size) for begin in begins]
-    losses = np.concatenate(
-      [self._losses(params, images[part], labels[part], part.start) for part in parts]
-    )
-    return float(np.sort(losses)[-max(1, len(losses) // 10) :].mean())
+    parts = [slice(i, i + self._batch_size) for i in range(0, len(labels), self._batch_size)]
+    losses = [self._losses(params, images[part], labels[part], part.start) for part in parts]
+    return float(np.sort(np.concatenate(losses))[-max(1, len(labels) // 10) :].mean())

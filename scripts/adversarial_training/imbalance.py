@@ -1,6 +1,5 @@
 """Imbalanced versions of labelled data: how many examples each class keeps, and which."""
 
-import math
 from collections.abc import Sequence
 
 import jax
@@ -23,23 +22,21 @@ def long_tailed_counts(num_classes: int, largest: int, ratio: float) -> np.ndarr
   return _floor(largest / float(ratio) ** exponents)
 
 
-def step_imbalanced_counts(
-  num_classes: int, largest: int, ratio: float, rare: float = 0.5
-) -> np.ndarray:
-  r"""How many examples each class has if the last :math:`\lfloor \mu C \rfloor` are rare.
+def step_imbalanced_counts(num_classes: int, largest: int, ratio: float) -> np.ndarray:
+  r"""How many examples each class has if the last :math:`\lfloor C / 2 \rfloor` are rare.
 
-  They have ``largest / ratio``, rounded down, and the others ``largest``; ``rare`` is :math:`\mu`
-  in [0, 1]. ``[C]``, int64.
+  They have ``largest / ratio``, rounded down, and the others ``largest``: ``[C]``, int64.
 
   Reference: Buda et al., `A systematic study of the class imbalance problem in convolutional neural
   networks <https://arxiv.org/abs/1710.05381>`_, 2018.
   """
-  num_rare = math.floor(rare * num_classes * _ROUNDING)
-  is_rare = np.arange(num_classes) >= num_classes - num_rare
+  is_rare = np.arange(num_classes) >= num_classes - num_classes // 2
   return _floor(np.where(is_rare, largest / ratio, largest))
 
 
-def imbalanced_subset(seed: int, labels: np.ndarray, counts: Sequence[int]) -> np.ndarray:
+def imbalanced_subset(
+  seed: int, labels: np.ndarray, counts: Sequence[int], argument: str
+) -> np.ndarray:
   """Chooses ``counts[c]`` examples of each class ``c`` at random, without replacement.
 
   Subsets by one seed are nested: if a class keeps more, it keeps the same ones and others.
@@ -48,7 +45,7 @@ def imbalanced_subset(seed: int, labels: np.ndarray, counts: Sequence[int]) -> n
     ``[sum(counts)]``, int32: which examples, class by class.
 
   Raises:
-    ValueError: if a class has fewer examples than its count.
+    ValueError: if a class has fewer examples than its count; it names the ``argument``.
   """
   shuffled = np.asarray(jax.random.permutation(jax.random.key(seed), labels.size))
   chosen = []
@@ -56,7 +53,8 @@ def imbalanced_subset(seed: int, labels: np.ndarray, counts: Sequence[int]) -> n
     rows = shuffled[labels[shuffled] == label]
     if count > len(rows):
       raise ValueError(
-        f"counts[{label}] must be at most {len(rows)}, what labels have, got {count}"
+        f"{argument} must leave enough images of every class: counts[{label}] must be at most "
+        f"{len(rows)}, what labels have, got {count}"
       )
     chosen.append(rows[:count])
   return np.concatenate(chosen)

@@ -4,7 +4,7 @@ What a paper or its code says was taken, with its epochs as shares of the traini
 paper does not say was chosen on images for validation (``--tune``).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, NamedTuple, Self
 
 import jax
@@ -63,29 +63,19 @@ class Rates(Checked):
 
 
 class Setting(NamedTuple):
-  """What methods are made from.
+  """What methods are made from."""
 
-  Attributes:
-    model: ``model(params, images) -> logits``.
-    epsilon: the largest change of a pixel.
-    num_steps: of the attack, K.
-    rates: of the methods.
-  """
-
-  model: Callable[..., Any]
-  epsilon: float | jax.Array
-  num_steps: int
+  model: Callable[..., Any]  # model(params, images) -> logits
+  epsilon: float | jax.Array  # The largest change of a pixel.
+  num_steps: int  # Of the attack, K.
   rates: Rates
 
 
 class Parts(NamedTuple):
-  """A method.
+  """A method: ``gradients(params, (images, labels), key, progress) -> (grads, extra)``, weighed.
 
-  Attributes:
-    gradients: ``gradients(params, (images, labels), key, progress) -> (grads, extra)``: lazy
-      gradients of each example, and further arguments of :func:`jaxbo.reweight`. ``progress`` is
-      the share of the training that is done.
-    weighting: what weighs them.
+  They are lazy gradients of each example, and further arguments of :func:`jaxbo.reweight`;
+  ``progress`` is the share of the training that is done.
   """
 
   gradients: Callable[..., tuple[jaxbo.PerExampleGrads, dict[str, jax.Array]]]
@@ -93,28 +83,23 @@ class Parts(NamedTuple):
 
 
 class Method(NamedTuple):
-  """The name of a method in tables, and what makes it."""
+  """The name of a method in tables, what makes it, and what ``--tune`` varies, one at a time."""
 
   label: str
   make: Callable[[Setting], Parts]
+  grid: Mapping[str, tuple[float, ...]] = {}
 
 
 def sign_attack(setting: Setting, **options: Any) -> jaxbo.Attack:
   """PGD with signed steps of a quarter of epsilon: the attack of most methods."""
-  return jaxbo.pgd(
-    setting.model,
-    epsilon=setting.epsilon,
-    step_size=setting.epsilon / 4,
-    num_steps=setting.num_steps,
-    **options,
-  )
+  model, epsilon, num_steps, _ = setting
+  radius = {"epsilon": epsilon, "step_size": epsilon / 4}
+  return jaxbo.pgd(model, num_steps=num_steps, **radius, **options)
 
 
 def cross_entropy(setting: Setting) -> Callable[..., jax.Array]:
   """``loss(params, images, labels) -> [batch]``."""
-  return lambda params, images, labels: jaxbo.cross_entropy_loss(
-    setting.model(params, images), labels
-  )
+  return lambda params, x, y: jaxbo.cross_entropy_loss(setting.model(params, x), y)
 
 
 def lazy(loss: Callable[..., jax.Array], params: Any, *batch: jax.Array) -> jaxbo.PerExampleGrads:
@@ -127,11 +112,9 @@ def lazy(loss: Callable[..., jax.Array], params: Any, *batch: jax.Array) -> jaxb
 def _plain(
   setting: Setting, weighting: jaxbo.Weighting, find: Any = None, score: Any = None
 ) -> Parts:
-  """Weighted cross-entropy of what is found.
+  """Weighted cross-entropy of what ``find(params, batch, key, progress)`` finds, or else PGD.
 
-  ``find(params, batch, key, progress)`` gives attacked images, and what the attack tells; it is
-  PGD if nothing is said. Weights are by ``score(params, attacked, labels, info, progress)``, or by
-  the losses.
+  Weights are by ``score(params, attacked, labels, info, progress)``, or else by the losses.
   """
   attack = sign_attack(setting)
   find = find or (lambda params, batch, key, progress: attack.run(params, batch, key))
@@ -246,32 +229,30 @@ def done(setting: Setting, direction: str) -> Parts:
 
 METHODS = {
   "at": Method("AT", lambda setting: _plain(setting, jaxbo.uniform())),
-  "trades": Method("TRADES", trades),
-  "mart": Method("MART", mart),
+  "trades": Method("TRADES", trades, {"trades_beta": (1.0, 3.0, 6.0)}),
+  "mart": Method("MART", mart, {"mart_beta": (1.0, 5.0)}),
   "fat": Method("FAT", fat),
-  "gairat": Method("GAIRAT", gairat),
-  "mail": Method("MAIL", mail),
-  "fast_bat": Method("Fast-BAT", fast_bat),
-  "at_kl": Method("AT + KL weights", lambda setting: _plain(setting, kl_weights(setting.rates))),
-  "done": Method("DONE, GD", lambda setting: done(setting, "gradient")),
-  "done_adam": Method("DONE, Adam", lambda setting: done(setting, "adam")),
+  "gairat": Method("GAIRAT", gairat, {"gairat_shift": (-1.0, 0.0, 2.0)}),
+  "mail": Method("MAIL", mail, {"mail_bias": (-0.5, 0.0)}),
+  "fast_bat": Method("Fast-BAT", fast_bat, {"fast_bat_step_size": (1.0, 5.0, 20.0)}),
+  "at_kl": Method(
+    "AT + KL weights",
+    lambda setting: _plain(setting, kl_weights(setting.rates)),
+    {"temperature": (1.0, 3.0, 10.0)},
+  ),
+  "done": Method(
+    "DONE, GD",
+    lambda setting: done(setting, "gradient"),
+    {
+      "temperature": (1.0, 3.0, 10.0),
+      "compositional_rate": (0.02, 0.1, 1.0),
+      "barrier": (1e-5, 1e-4, 1e-3),
+      "step_size": (1.0, 5.0, 20.0),
+      "curvature": (1.0, 10.0, 1e6),
+    },
+  ),
+  "done_adam": Method(
+    "DONE, Adam", lambda setting: done(setting, "adam"), {"adam_step_size": (0.1, 0.25, 0.5)}
+  ),
 }
 LABELS = {name: method.label for name, method in METHODS.items()}
-
-# What --tune varies of each method, one at a time.
-GRIDS: dict[str, dict[str, tuple[float, ...]]] = {
-  "trades": {"trades_beta": (1.0, 3.0, 6.0)},
-  "mart": {"mart_beta": (1.0, 5.0)},
-  "mail": {"mail_bias": (-0.5, 0.0)},
-  "gairat": {"gairat_shift": (-1.0, 0.0, 2.0)},
-  "fast_bat": {"fast_bat_step_size": (1.0, 5.0, 20.0)},
-  "at_kl": {"temperature": (1.0, 3.0, 10.0)},
-  "done": {
-    "temperature": (1.0, 3.0, 10.0),
-    "compositional_rate": (0.02, 0.1, 1.0),
-    "barrier": (1e-5, 1e-4, 1e-3),
-    "step_size": (1.0, 5.0, 20.0),
-    "curvature": (1.0, 10.0, 1e6),
-  },
-  "done_adam": {"adam_step_size": (0.1, 0.25, 0.5)},
-}

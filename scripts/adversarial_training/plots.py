@@ -1,5 +1,6 @@
 """Pictures of adversarial training: accuracy of each class, weights, and attacked images."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,24 +42,20 @@ def weights_and_margins(place: Workplace, params: Any) -> tuple[dict[str, np.nda
   make_key = lambda: jax.random.key(config.first_seed)
 
   @jax.jit
-  def margins_of(params, batch):
+  def margins(params, batch):
     attacked = sign_attack(setting)(params, batch, make_key())
     return -jaxbo.probabilistic_margin(place.model(params, attacked), batch[1])
 
-  weights = {}
-  for name in REWEIGHTED:
-    if name not in config.methods:
-      continue
-    parts = METHODS[name].make(setting)
+  @functools.partial(jax.jit, static_argnums=0)
+  def relative_weights(name, params, batch):
+    gradients, weighting = METHODS[name].make(setting)
+    grads, extra = gradients(params, batch, make_key(), jnp.float32(1.0))
+    scores = extra.get("scores", grads.losses)
+    return len(scores) * weighting.weigh(scores, weighting.init())[0]
 
-    @jax.jit
-    def weights_of(params, batch, parts=parts):
-      grads, extra = parts.gradients(params, batch, make_key(), jnp.float32(1.0))
-      scores = extra.get("scores", grads.losses)
-      return len(scores) * parts.weighting.weigh(scores, parts.weighting.init())[0]
-
-    weights[LABELS[name]] = np.asarray(weights_of(params, batch))
-  return weights, np.asarray(margins_of(params, batch))
+  chosen = [name for name in REWEIGHTED if name in config.methods]
+  weights = {LABELS[name]: np.asarray(relative_weights(name, params, batch)) for name in chosen}
+  return weights, np.asarray(margins(params, batch))
 
 
 def examples(
@@ -92,23 +89,20 @@ def draw_per_class(
 
   ``counts`` has the training images of each class by training set.
   """
-  runs = dict(list(rows[rows["method"].isin(methods)].groupby(["set", "method"])))
-  kinds = [kind for kind in counts if any((kind, method) in runs for method in methods)]
+  rows = rows[rows["method"].isin(methods)]
+  kinds = [kind for kind in counts if kind in set(rows["set"])]
   if not kinds:
     return
+  size = 10, 3.6 * len(kinds)
   fig, panels = plt.subplots(
-    len(kinds), 1, figsize=(10, 3.6 * len(kinds)), layout="constrained", squeeze=False, sharey=True
+    len(kinds), 1, figsize=size, layout="constrained", squeeze=False, sharey=True
   )
-  width = 0.8 / len(methods)
   for kind, axes in zip(kinds, panels[:, 0], strict=True):
-    for i, method in enumerate(methods):
-      if (kind, method) not in runs:
-        continue
-      values = runs[kind, method][[f"robust/{name}" for name in names]].to_numpy()
-      spread = values.std(axis=0, ddof=1) if len(values) > 1 else None
-      place = np.arange(len(names)) + (i - (len(methods) - 1) / 2) * width
-      axes.bar(place, values.mean(axis=0), width, yerr=spread, label=LABELS[method], color=f"C{i}",
-               error_kw={"lw": 1})  # fmt: skip
+    of_class = rows[rows["set"] == kind].groupby("method")[[f"robust/{name}" for name in names]]
+    means, spreads = (table.reindex(list(methods)).T for table in (of_class.mean(), of_class.std()))
+    means.columns = [LABELS[method] for method in methods]
+    bars: Any = {"width": 0.8, "error_kw": {"lw": 1}, "rot": 0, "legend": False}
+    means.plot.bar(ax=axes, yerr=spreads.to_numpy().T, **bars)
     ticks = [f"{name}\n{count}" for name, count in zip(names, counts[kind], strict=True)]
     axes.set_xticks(range(len(names)), ticks, fontsize="small")
     axes.set_ylabel("robust accuracy, %")
@@ -123,26 +117,21 @@ def draw_weights(weights: Mapping[str, np.ndarray], margins: np.ndarray, path: P
   """The relative weight of each training example against its margin, one panel a method."""
   columns = min(len(weights), 3)
   lines = -(-len(weights) // columns)
-  size = 4 * columns, 3.2 * lines
-  fig, grid = plt.subplots(
-    lines, columns, figsize=size, layout="constrained", squeeze=False, sharex=True, sharey=True
-  )
+  shared: Any = {"layout": "constrained", "squeeze": False, "sharex": True, "sharey": True}
+  fig, grid = plt.subplots(lines, columns, figsize=(4 * columns, 3.2 * lines), **shared)
   for axes in grid.ravel()[len(weights) :]:
     axes.set_visible(False)
   largest = max(float(of_method.max()) for of_method in weights.values())
   smallest = 1e-3  # Weights below are drawn there.
-  for i, (label, of_method) in enumerate(weights.items()):
-    axes = grid.flat[i]
+  for i, (axes, (label, of_method)) in enumerate(zip(grid.flat, weights.items(), strict=False)):
     axes.axhline(1, color="0.6", lw=1, ls="--")
     axes.axvline(0, color="0.6", lw=1, ls="--")
     shown = np.maximum(of_method, smallest)
     axes.scatter(margins, shown, s=6, alpha=0.5, color=f"C{i}", linewidths=0)
     axes.set_title(label, loc="left", fontsize="medium")
     axes.set(xlim=(-1.05, 1.05), yscale="log", ylim=(0.7 * smallest, 1.5 * largest))
-  for axes in grid[:, 0]:
-    axes.set_ylabel("weight (uniform: 1)")
-  for axes in grid[-1]:
-    axes.set_xlabel("margin of the adversarial example")
+  fig.supxlabel("margin of the adversarial example", fontsize="medium")
+  fig.supylabel("weight (uniform: 1)", fontsize="medium")
   plots.save(fig, path)
 
 
@@ -157,30 +146,26 @@ def draw_examples(
 
   ``images`` are ``[n, height, width, channels]`` in [0, 1], ``labels`` and ``names`` their classes.
   """
-  number = len(images)
-  if not number:
+  if not len(images):
     return
-  rows = 1 + 2 * len(attacked)
+  columns, rows = len(images), 1 + 2 * len(attacked)
   fig, grid = plt.subplots(
-    rows, number, figsize=(1.35 * number + 0.8, 1.55 * rows), layout="constrained", squeeze=False
+    rows, columns, figsize=(1.35 * columns + 0.8, 1.55 * rows), layout="constrained", squeeze=False
   )
-  show = lambda axes, image: axes.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=1)
-  for j in range(number):
-    show(grid[0, j], images[j])
-    grid[0, j].set_title(names[labels[j]], fontsize="small")
-    for i, model in enumerate(attacked):
-      right = model.predicted[j] == labels[j]
-      above, below = grid[1 + 2 * i, j], grid[2 + 2 * i, j]
-      show(above, model.images[j])
-      above.set_title(
-        names[model.predicted[j]], fontsize="small", color="tab:green" if right else "tab:red"
-      )
-      change = model.images[j] - images[j]
-      show(below, 0.5 + 0.5 * change / max(float(np.abs(change).max()), 1e-12))
-  for axes in grid.ravel():
-    axes.set(xticks=[], yticks=[])
-  grid[0, 0].set_ylabel("as it is", fontsize="small")
+
+  def show(row, shown, label, predicted=None):
+    grid[row, 0].set_ylabel(label, fontsize="small")
+    for j, axes in enumerate(grid[row]):
+      axes.imshow(shown[j].squeeze(), cmap="gray", vmin=0, vmax=1)
+      axes.set(xticks=[], yticks=[])
+      if predicted is not None:
+        color = "k" if row == 0 else "tab:green" if predicted[j] == labels[j] else "tab:red"
+        axes.set_title(names[predicted[j]], fontsize="small", color=color)
+
+  show(0, images, "as it is", labels)
   for i, model in enumerate(attacked):
-    grid[1 + 2 * i, 0].set_ylabel(f"{model.label}:\nattacked", fontsize="small")
-    grid[2 + 2 * i, 0].set_ylabel("the change,\nmagnified", fontsize="small")
+    change = model.images - images
+    largest = np.abs(change).max(axis=(1, 2, 3), keepdims=True)
+    show(1 + 2 * i, model.images, f"{model.label}:\nattacked", model.predicted)
+    show(2 + 2 * i, 0.5 + 0.5 * change / np.maximum(largest, 1e-12), "the change,\nmagnified")
   plots.save(fig, path)

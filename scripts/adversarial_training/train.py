@@ -48,17 +48,14 @@ class Workplace:
     self.images = data.read(
       config.dataset, config.data_dir, config.validation_per_class, config.test_per_class
     )
-    num_devices = jax.device_count()
-    if config.batch_size % num_devices:
+    number, size = jax.device_count(), config.batch_size
+    if size % number:
       raise ValueError(
-        f"batch_size must be a multiple of the number of devices, {num_devices}, got "
-        f"{config.batch_size}"
+        f"batch_size must be a multiple of the number of devices, {number}, got {size}"
       )
     fewest = min(len(self.rows(kind, config.first_seed)) for kind in config.sets)
-    if fewest < config.batch_size:
-      raise ValueError(
-        f"batch_size must be at most {fewest}, the images for training; got {config.batch_size}"
-      )
+    if fewest < size:
+      raise ValueError(f"batch_size must be at most {fewest}, the images for training; got {size}")
     self.devices = devices.all_devices()
     self.pool: Images = jax.device_put(self.images.pool, self.devices.everywhere)
     network = SmallCNN(len(self.images.names), config.widths, config.num_hidden)

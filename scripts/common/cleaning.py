@@ -32,58 +32,33 @@ NUM_CLASSES = 10
 
 
 class CleaningData(NamedTuple):
-  """The data of one seed.
-
-  Attributes:
-    train: examples with some wrong labels.
-    val: clean examples, the outer loss's.
-    test: clean examples, for reports only.
-    corrupted: which training labels are wrong, ``[num_train]`` bool. Only the oracle sees it.
-  """
+  """The data of one seed: examples with some wrong labels, clean ones to judge by, and others."""
 
   train: Examples
-  val: Examples
-  test: Examples
-  corrupted: np.ndarray
+  val: Examples  # Clean, of the outer loss.
+  test: Examples  # Clean, for reports only.
+  corrupted: np.ndarray  # [num_train] bool: which training labels are wrong. For the oracle alone.
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """Sizes and rates of a hyper-cleaning problem; the defaults are for the digits.
-
-  Attributes:
-    num_train: training examples.
-    num_val: validation examples.
-    hidden: widths of hidden layers; softmax regression if empty.
-    batch_size: examples of an inner step; ``None`` for all.
-    ridge: factor of the squared weight matrices.
-    inner_steps: inner steps for one outer step.
-    inner_learning_rate: of SGD.
-    momentum: of SGD.
-    outer_steps: outer steps.
-    outer_learning_rate: of Adam, on the logits of the weights.
-    linear_steps: Hessian-vector products of conjugate gradient and of the Neumann series.
-    damping: of conjugate gradient.
-    neumann_learning_rate: step of the Neumann series.
-    num_samples: directions of ESJ.
-    smoothing: radius of ESJ.
-  """
+  """Sizes and rates of a hyper-cleaning problem; the defaults are for the digits."""
 
   num_train: int = 1000
   num_val: int = 300
-  hidden: tuple[int, ...] = ()
-  batch_size: int | None = None
-  ridge: float = 1e-3
-  inner_steps: int = 20
-  inner_learning_rate: float = 1.0
-  momentum: float = 0.9
+  hidden: tuple[int, ...] = ()  # Widths of hidden layers; softmax regression if empty.
+  batch_size: int | None = None  # Of an inner step; None for all examples.
+  ridge: float = 1e-3  # The factor of the squared weight matrices.
+  inner_steps: int = 20  # For one outer step.
+  inner_learning_rate: float = 1.0  # Of SGD.
+  momentum: float = 0.9  # Of SGD.
   outer_steps: int = 200
-  outer_learning_rate: float = 0.1
-  linear_steps: int = 10
-  damping: float = 0.0
-  neumann_learning_rate: float = 1.0
-  num_samples: int = 64
-  smoothing: float = 1e-2
+  outer_learning_rate: float = 0.1  # Of Adam, on the logits of the weights.
+  linear_steps: int = 10  # Hessian-vector products of conjugate gradient and of the Neumann series.
+  damping: float = 0.0  # Of conjugate gradient.
+  neumann_learning_rate: float = 1.0  # The step of the Neumann series.
+  num_samples: int = 64  # Directions of ESJ.
+  smoothing: float = 1e-2  # The radius of ESJ.
 
 
 _MNIST = Settings(
@@ -102,49 +77,35 @@ DATASETS = {"digits": Settings(), "mnist": _MNIST, "fashion_mnist": _MNIST}
 
 
 def corrupt(
-  labels: np.ndarray, rate: float, num_classes: int, rng: np.random.Generator
+  labels: np.ndarray, rate: float, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Replaces ``round(rate * n)`` labels, drawn at random, by another class each.
+  """Replaces ``round(rate * n)`` of ``n`` labels, drawn at random, by another class each.
 
-  Args:
-    labels: ``[n]`` integers in ``[0, num_classes)``.
-    rate: the share of wrong labels, in [0, 1).
-    num_classes: the number of classes, at least 2.
-    rng: the source of randomness.
-
-  Returns:
-    ``(labels, corrupted)``: new labels, and which of them are wrong, bool.
-
-  Raises:
-    ValueError: if ``rate`` is outside [0, 1).
+  Returns the new labels, and which of them are wrong, bool.
   """
-  if not 0 <= rate < 1:
-    raise ValueError(f"corruption must be in [0, 1), got {rate}")
   corrupted = np.zeros(len(labels), bool)
   corrupted[rng.permutation(len(labels))[: round(rate * len(labels))]] = True
-  shift = rng.integers(1, num_classes, len(labels), dtype=labels.dtype)  # Never the true class.
-  return np.where(corrupted, (labels + shift) % num_classes, labels), corrupted
+  shift = rng.integers(1, NUM_CLASSES, len(labels), dtype=labels.dtype)  # Never the true class.
+  return np.where(corrupted, (labels + shift) % NUM_CLASSES, labels), corrupted
 
 
-def read(
-  dataset: str, data_dir: str | os.PathLike | None = None
-) -> tuple[Examples, Examples | None]:
-  """Reads ``(examples, test)``; without an official test set, ``test`` is ``None``."""
-  if dataset not in DATASETS:
-    raise ValueError(f"dataset must be one of {', '.join(DATASETS)}, got {dataset!r}")
+Read = tuple[Examples, Examples | None]  # All examples, and the official test set if there is one.
+
+
+def read(dataset: str, data_dir: str | os.PathLike | None = None) -> Read:
+  """Reads a data set."""
   if dataset == "digits":
     return data.digits(), None
   return data.tfds_images(dataset, "train", data_dir), data.tfds_images(dataset, "test", data_dir)
 
 
-def split(
-  examples: Examples, test: Examples | None, settings: Settings, corruption: float, seed: int
-) -> CleaningData:
+def split(read: Read, settings: Settings, corruption: float, seed: int) -> CleaningData:
   """Splits at random, and corrupts the training labels; what is left over is the test set."""
+  examples, test = read
   rng = np.random.default_rng(seed)
   order = rng.permutation(len(examples.labels))
   train, val, rest = np.split(order, np.cumsum([settings.num_train, settings.num_val]))
-  labels, corrupted = corrupt(examples.labels[train], corruption, NUM_CLASSES, rng)
+  labels, corrupted = corrupt(examples.labels[train], corruption, rng)
   return CleaningData(
     train=Examples(examples.images[train], labels),
     val=examples.take(val),
@@ -212,15 +173,10 @@ def make_losses(settings: Settings) -> tuple[Callable[..., jax.Array], Callable[
 
 
 class Method(NamedTuple):
-  """A row of the table.
-
-  Attributes:
-    label: its name.
-    head: ``head(inner, settings, key)``, the response; ``None`` if the weights are given.
-  """
+  """A row of the table; ``head(inner, settings, key)`` is its response."""
 
   label: str
-  head: Callable[..., optax.GradientTransformationExtraArgs] | None
+  head: Callable[..., optax.GradientTransformationExtraArgs] | None  # None: weights are given.
 
 
 METHODS = {
@@ -248,24 +204,14 @@ METHODS = {
 }
 
 
-class Program(NamedTuple):
-  """A method on one data set.
-
-  Attributes:
-    state: where it starts.
-    run: ``run(state, key, train, val) -> (state, outer_losses)``, some outer steps.
-    train: what ``run`` trains on.
-  """
-
-  state: jaxbo.BilevelState
-  run: Callable[..., tuple[jaxbo.BilevelState, jax.Array]]
-  train: Examples
-
-
 def make_program(
   method: str, cleaning: CleaningData, settings: Settings, seed: int, steps_per_run: int
-) -> Program:
-  """Builds a method; ``run`` is the same function, up to the data, for every seed."""
+) -> tuple[jaxbo.BilevelState, Callable[..., tuple[jaxbo.BilevelState, jax.Array]], Examples]:
+  """Builds a method: where it starts, ``run``, and what ``run`` trains on.
+
+  ``run(state, key, train, val) -> (state, outer_losses)`` does some outer steps; it is the same
+  function, up to the data, for every seed.
+  """
   train = cleaning.val if method == "validation" else cleaning.train
   inner_loss, outer_loss = make_losses(settings)
   inner = jaxbo.inner_solver(
@@ -301,7 +247,7 @@ def make_program(
     return jax.lax.scan(lambda state, key: one_step(state, key, train, val), state, keys)
 
   y0 = init_params(settings, train.images.shape[1], jax.random.key(seed))
-  return Program(init(x, y0), run, train)
+  return init(x, y0), run, train
 
 
 def accuracy(settings: Settings, y: Any, examples: Examples) -> jax.Array:

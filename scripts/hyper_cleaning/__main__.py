@@ -86,11 +86,9 @@ class Config(StudyConfig):
 
 def data_of(run: Run[Config], seed: int) -> CleaningData:
   """The data of a seed."""
-  examples, test = run.data
   settings, corruption = run.config.settings(), run.config.corruption
-  return run.shared(
-    ("data", seed), lambda: cleaning.split(examples, test, settings, corruption, seed)
-  )
+  split = lambda: cleaning.split(run.data, settings, corruption, seed)
+  return run.shared(("data", seed), split)
 
 
 class Cleaning(Compiled):
@@ -100,17 +98,19 @@ class Cleaning(Compiled):
     settings = run.config.settings()
     self.method, self.steps_per_call = method, run.config.steps_per_call()
     self.of_seed = data_of(run, seed)
-    made = cleaning.make_program(method, self.of_seed, settings, seed, self.steps_per_call)
+    state, run_steps, train = cleaning.make_program(
+      method, self.of_seed, settings, seed, self.steps_per_call
+    )
 
     def step(state, t, key, train, val):
       key = jax.random.fold_in(jax.random.wrap_key_data(key), t)
-      return made.run(state, key, train, val)
+      return run_steps(state, key, train, val)
 
     program = run.shared(method, lambda: Program(step))
     score = lambda y, examples: cleaning.accuracy(settings, y, examples)
     self._accuracy = run.shared("accuracy", lambda: jax.jit(score))
     key = jax.random.key_data(jax.random.key(seed))
-    super().__init__(program, made.state, key, made.train, self.of_seed.val)
+    super().__init__(program, state, key, train, self.of_seed.val)
     self._test: Examples = jax.device_put(self.of_seed.test)
 
   def evaluate(self, state: Any, told: list[Any]) -> Row:
@@ -138,9 +138,8 @@ class Cleaning(Compiled):
 
 def gain_share(rows: pd.DataFrame) -> pd.Series:
   """The share of the oracle's gain over training on everything, on the same seed."""
-  accuracy = rows.pivot(index="seed", columns="method", values="test_accuracy")
-  accuracy = accuracy.reindex(columns=["everything", "oracle"]).loc[rows["seed"]].to_numpy().T
-  worst, best = (pd.Series(of_row, rows.index) for of_row in accuracy)
+  accuracy = rows.set_index(["method", "seed"])["test_accuracy"].unstack("method")
+  worst, best = (rows["seed"].map(accuracy.get(name, {})) for name in ("everything", "oracle"))
   return ((rows["test_accuracy"] - worst) / (best - worst)).where(best > worst)
 
 
@@ -161,7 +160,7 @@ class HyperCleaning(Study[Config]):
   smoke: ClassVar = {"seeds": 1, "outer_steps": 40}
   step_name = "evaluation"
 
-  def prepare(self, config: Config) -> tuple[Examples, Examples | None]:
+  def prepare(self, config: Config) -> cleaning.Read:
     """All examples, and the official test set where there is one."""
     return cleaning.read(config.dataset, config.data_dir)
 
@@ -188,13 +187,12 @@ class HyperCleaning(Study[Config]):
 
   def draw(self, run: Run[Config]) -> None:
     """Accuracy against seconds, and the learnt weights of finished runs."""
-    weights: dict[str, list[plots.Weights]] = {}
+    weights: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
     for cell in run.finished():
       method, seed = cell.key["method"], cell.key["seed"]
       if METHODS[method].head is not None:
         values = np.asarray(jax.nn.sigmoid(run.saved(cell)["x"]))
-        of_seed = plots.Weights(values, data_of(run, seed).corrupted)
-        weights.setdefault(method, []).append(of_seed)
+        weights.setdefault(method, []).append((values, data_of(run, seed).corrupted))
     plots.draw(run.results().lines, weights, LABELS, run.path / "hyper_cleaning.png")
 
 

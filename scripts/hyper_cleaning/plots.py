@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -10,24 +9,18 @@ import pandas as pd
 from scripts.common import plots
 
 
-class Weights(NamedTuple):
-  """The weights of the training examples of a run, and which of them have a wrong label."""
-
-  values: np.ndarray
-  wrong: np.ndarray
-
-
 def draw(
   lines: pd.DataFrame,
-  weights: Mapping[str, Sequence[Weights]],
+  weights: Mapping[str, Sequence[tuple[np.ndarray, np.ndarray]]],
   labels: Mapping[str, str],
   path: Path,
 ) -> None:
   """Draws means over seeds in a band; a method whose weights stay has a dashed line, and no panel.
 
-  A run that did not end has a curve of its own that ends in a cross.
+  ``weights`` has for each run of a method the weights of the training examples, and which of them
+  have a wrong label. A run that did not end has a curve of its own that ends in a cross.
   """
-  moved = [method for method, runs in weights.items() if np.ptp(runs[0].values) > 0]
+  moved = [method for method, runs in weights.items() if np.ptp(runs[0][0]) > 0]
   fig, left, panels = plots.one_wide_and_a_grid(len(moved))
   last = lines["evaluation"].max()
   for i, (method, mine) in enumerate(lines.groupby("method", sort=False)):
@@ -35,8 +28,8 @@ def draw(
     runs = [run for _, run in mine.groupby("seed")]
     for run in runs:
       if len(run) < last:
-        label_of = f"{label}, unfinished"
-        plots.broken_off(left, run["seconds"], run["accuracy"], color=color, label=label_of)
+        unfinished = f"{label}, unfinished"
+        plots.broken_off(left, run["seconds"], run["accuracy"], color=color, label=unfinished)
     ended = [run for run in runs if len(run) == last]
     if ended:
       seconds = np.mean([run["seconds"] for run in ended], axis=0)

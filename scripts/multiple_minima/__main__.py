@@ -27,8 +27,6 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import pandas as pd
 from pydantic import model_validator
 
@@ -36,15 +34,13 @@ import jaxbo
 from benchmarks import measure
 from scripts.common import cleaning, study, table
 from scripts.common.config import FREE, Among, Count, Index, Share, StudyConfig
-from scripts.common.data import Examples
 from scripts.common.folder import Row
 from scripts.common.study import Results, Run, Study
 from scripts.common.table import Column, Table
-from scripts.common.task import Cell, Spent, Task
+from scripts.common.task import Cell, Spent
 from scripts.multiple_minima import plots, toys, training
-from scripts.multiple_minima.methods import BASELINES, DATASETS, METHODS
-from scripts.multiple_minima.settings import CHOSEN
-from scripts.multiple_minima.toys import LABELS, TOYS, Trajectory
+from scripts.multiple_minima.methods import BASELINES, COMPARED, DATASETS, LABELS, METHODS
+from scripts.multiple_minima.toys import TOYS, Trajectory
 from scripts.multiple_minima.training import BUDGETS, Parts, Problem, Training, make_problem
 
 NUM_POINTS = 15  # Of the curve of a method, until its gradients are spent.
@@ -54,9 +50,9 @@ UNIT = "everything"  # A step of it is one gradient.
 class Config(StudyConfig):
   """Where the inner problem has many minima: all bilevel methods side by side."""
 
-  dataset: Annotated[str, Among(CHOSEN)] = "digits"
+  dataset: Annotated[str, Among(DATASETS)] = "digits"
   """Of hyper-cleaning: digits are in scikit-learn's wheel, mnist is by tensorflow-datasets."""
-  methods: Annotated[tuple[str, ...], Among(LABELS)] = tuple(LABELS)
+  methods: Annotated[tuple[str, ...], Among(COMPARED)] = COMPARED
   """Which methods to run; hyper-cleaning has its baselines too. A resumed run has the same."""
   toys: Annotated[tuple[str, ...], Among(TOYS, least=0), FREE] = tuple(TOYS)
   """Which toys to run; none if nothing follows."""
@@ -82,44 +78,18 @@ class Config(StudyConfig):
     return self.budget or BUDGETS[self.dataset]
 
 
-class OnToy(Task):
-  """A method on a toy, in one step; its state is where the method went, in single precision."""
-
-  def __init__(self, method: str, toy: str):
-    self.method, self.toy = method, TOYS[toy]
-    num, zeros = self.toy.num_updates, lambda *shape: jnp.zeros(shape, jnp.float32)
-    params = jaxbo.Bilevel(*(zeros(num + 1, *np.shape(part)) for part in self.toy.start))
-    self.state = Trajectory(params, gap=zeros(num + 1), dual=zeros(num))
-
-  def step(self, state: Any, t: int) -> tuple[Any, Any]:
-    """Does all updates."""
-    trajectory = toys.run(self.method, self.toy)
-    return jax.tree.map(jnp.float32, trajectory), trajectory
-
-  def evaluate(self, state: Any, told: list[Any]) -> Row:
-    """The distance to the solution, and the gap, at the end."""
-    params, gap, _ = told[-1]
-    flat = lambda parts: np.concatenate([np.ravel(part) for part in parts])
-    miss = flat(leaf[-1] for leaf in params) - flat(self.toy.optimum)
-    return {"distance": float(np.linalg.norm(miss)), "gap": float(gap[-1])}
-
-  def result(self, state: Any, spent: Spent) -> Row:
-    """The same."""
-    return {name: spent.lines[-1][name] for name in ("distance", "gap")}
-
-
 def problem_of(run: Run[Config], method: str, seed: int) -> Problem:
   """What a method is given on a seed."""
-  (examples, test), settings = run.data, DATASETS[run.config.dataset]
-  split = lambda: cleaning.split(examples, test, settings, run.config.corruption, seed)
+  settings = DATASETS[run.config.dataset]
+  split = lambda: cleaning.split(run.data, settings, run.config.corruption, seed)
   return make_problem(method, run.shared(seed, split), settings, seed)
 
 
 def parts_of(run: Run[Config], method: str) -> Parts:
   """A method with the settings chosen for it."""
-  config, problem = run.config, problem_of(run, method, run.config.first_seed)
-  settings, chosen = DATASETS[config.dataset], CHOSEN[config.dataset].get(method, {})
-  share = config.num_gradients() / NUM_POINTS
+  config, chosen = run.config, METHODS[method].chosen
+  settings, share = DATASETS[config.dataset], config.num_gradients() / NUM_POINTS
+  problem = problem_of(run, method, config.first_seed)
   return run.shared(method, lambda: Parts(method, chosen, settings, share, problem))
 
 
@@ -179,21 +149,16 @@ class OnCleaning(Training):
     return float(retrain(self.parts.loop.params(state).outer, key, self.problem))
 
   def result(self, state: Any, spent: Spent) -> Row:
-    """What the gradients were enough for; the model that had seconds, and the one trained last.
-
-    NaN where a number means nothing.
-    """
-    of_gradients, of_seconds = (
-      within(spent.lines, name, most) for name, most in self.budgets.items()
-    )
+    """What the gradients were enough for; the model that had seconds, and the one trained last."""
+    lines, budgets = spent.lines, self.budgets
+    of_gradients = within(lines, "gradients", budgets["gradients"])
     names = ("auc", "f1", "wrong_learnt", "gap", "outer_loss", "steps")
-    first, last = spent.lines[0], spent.lines[-1]
     return {
       "accuracy": of_gradients["accuracy"],
-      "accuracy_at_seconds": of_seconds["accuracy"],
-      "retrained": last["retrained"],
+      "accuracy_at_seconds": within(lines, "seconds", budgets["seconds"])["accuracy"],
+      "retrained": lines[-1]["retrained"],
       **{name: of_gradients[name] for name in names},
-      "gradients_per_step": first["gradients"] / first["steps"],
+      "gradients_per_step": lines[0]["gradients"] / lines[0]["steps"],
       "seconds_per_step": self.cost["seconds"],
       "temporary_bytes": self.cost["temporary_bytes"],
     }
@@ -216,25 +181,6 @@ COLUMNS = {
 }
 
 
-def toy_table(rows: pd.DataFrame) -> Table:
-  """For each method: the distance to the solution and the gap at the end, toy by toy."""
-  names = list(dict.fromkeys(rows["toy"]))
-  columns = ["method", *(f"{toy} {what}" for toy in names for what in ("distance", "gap"))]
-  body = []
-  for method, mine in rows.groupby("method", sort=False):
-    ends = zip(mine["toy"], mine["distance"], mine["gap"], strict=True)
-    cells = {toy: [f"{distance:.3f}", f"{gap:.1e}"] for toy, distance, gap in ends}
-    body.append([LABELS[str(method)], *(text for toy in names for text in cells.get(toy, "--"))])
-  title = "Toys: distance to the solution, and gap g(x, y) - g*(x), at the end"
-  return Table(title, columns, body)
-
-
-def toy_cell(toy: str, method: str) -> Cell:
-  """A method on a toy."""
-  make = functools.partial(OnToy, method, toy)
-  return Cell({"toy": toy, "method": method}, make, 1, f"{toy}, {LABELS[method]}")
-
-
 def on_toys(rows: pd.DataFrame) -> "pd.Series[bool]":
   """Which rows are of toys."""
   return rows.reindex(columns=["toy"])["toy"].notna()
@@ -247,7 +193,7 @@ class MultipleMinima(Study[Config]):
   smoke: ClassVar = {"methods": ("pdbo", "itd"), "toys": ("T1",), "seeds": 1, "budget": 60}
   step_name = "point"
 
-  def prepare(self, config: Config) -> tuple[Examples, Examples | None] | None:
+  def prepare(self, config: Config) -> cleaning.Read | None:
     """The examples of hyper-cleaning."""
     return cleaning.read(config.dataset, config.data_dir) if config.seeds else None
 
@@ -260,7 +206,7 @@ class MultipleMinima(Study[Config]):
     """Every method on every toy, then every method and baseline on every seed of hyper-cleaning."""
     config = run.config
     for toy, method in itertools.product(config.toys, config.methods):
-      yield toy_cell(toy, method)
+      yield toys.cell(toy, method)
     costs: dict[str, Row] = run.notes.get("costs", {})
     for seed in config.all_seeds():
       for method, cost in costs.items():
@@ -269,14 +215,14 @@ class MultipleMinima(Study[Config]):
           steps += cost["steps"]
         num_points = steps // cost["steps"]
         make = functools.partial(OnCleaning, run, method, seed, costs, num_points)
-        label = f"seed {seed}, {METHODS[method].label}"
+        label = f"seed {seed}, {LABELS[method]}"
         yield Cell({"method": method, "seed": seed}, make, num_points, label, every=1)
 
   def tables(self, results: Results[Config]) -> Iterable[Table]:
     """The ends on the toys, and means over seeds of hyper-cleaning."""
     config, settings, toy = results.config, DATASETS[results.config.dataset], on_toys(results.rows)
     if toy.any():
-      yield toy_table(results.rows[toy])
+      yield toys.table(results.rows[toy])
     if not toy.all():
       title = (
         f"{config.dataset}: {settings.num_train} training examples, {config.corruption:.0%} of "
@@ -287,15 +233,14 @@ class MultipleMinima(Study[Config]):
       )
       rows = results.rows[~toy]
       learnt = rows["auc"].mask(rows["method"].isin(BASELINES))  # Their weights are given.
-      labels = {name: method.label for name, method in METHODS.items()}
-      yield table.spread(title, rows.assign(auc=learnt), "method", labels, COLUMNS)
+      yield table.spread(title, rows.assign(auc=learnt), "method", LABELS, COLUMNS)
 
   def draw(self, run: Run[Config]) -> None:
     """Where the methods went on the toys, and the curves of hyper-cleaning."""
     results, trajectories = run.results(), {}
     toy = on_toys(results.rows)
     for _, row in results.rows[toy].iterrows():
-      saved = run.saved(toy_cell(row["toy"], row["method"]))
+      saved = run.saved(toys.cell(row["toy"], row["method"]))
       params = jaxbo.Bilevel(**saved.pop("params"))
       trajectories[row["method"], row["toy"]] = Trajectory(params, **saved)
     if trajectories:

@@ -11,19 +11,12 @@ import jaxbo
 
 
 class Loop(NamedTuple):
-  """A method on a problem.
+  """A method on a problem; an outer step is on the batches of both losses."""
 
-  Attributes:
-    init: ``init(x, y) -> state``.
-    step: ``step(state, train, val) -> state``, one outer step on the batches of both losses.
-    params: ``params(state) -> jaxbo.Bilevel``.
-    num_batches: the leading axis of ``train`` if every inner step sees a batch of its own.
-  """
-
-  init: Callable[[Any, Any], Any]
-  step: Callable[[Any, Any, Any], Any]
-  params: Callable[[Any], jaxbo.Bilevel]
-  num_batches: int | None = None
+  init: Callable[[Any, Any], Any]  # init(x, y) -> state
+  step: Callable[[Any, Any, Any], Any]  # step(state, train, val) -> state
+  params: Callable[[Any], jaxbo.Bilevel]  # params(state)
+  num_batches: int | None = None  # The leading axis of ``train`` if each inner step has a batch.
 
 
 def value_function_loop(
@@ -51,16 +44,17 @@ def response_loop(
   outer: optax.GradientTransformation,
 ) -> Loop:
   """The loop of a method with a response, such as ``jaxbo.itd``."""
-  init, step = jaxbo.bilevel(outer_loss, inner, outer)
+  init, bilevel_step = jaxbo.bilevel(outer_loss, inner, outer)
 
-  def step_with_union(state, train, val):
-    extra = {}
-    if inner.per_step_batches:  # The linear system sees all examples of the inner run at once.
-      extra["linear_batch"] = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), train)
-    return step(state, train, val, **extra)[0]
+  def step(state, train, val):
+    if not inner.per_step_batches:
+      return bilevel_step(state, train, val)[0]
+    # The linear system sees all examples of the inner run at once.
+    union = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), train)
+    return bilevel_step(state, train, val, linear_batch=union)[0]
 
   params = lambda state: jaxbo.Bilevel(state.x, state.solution.params)
-  return Loop(init, step_with_union, params, inner.num_steps if inner.per_step_batches else None)
+  return Loop(init, step, params, inner.num_steps if inner.per_step_batches else None)
 
 
 def training_loop(inner_loss: Callable[..., jax.Array], tx: optax.GradientTransformation) -> Loop:

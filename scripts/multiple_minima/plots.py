@@ -10,20 +10,17 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-import jaxbo
 from scripts.common import plots
-from scripts.multiple_minima.methods import METHODS
-from scripts.multiple_minima.toys import LABELS, RESPONSES, TOYS, Trajectory
+from scripts.multiple_minima.methods import BASELINES, COMPARED, LABELS, RESPONSES
+from scripts.multiple_minima.toys import TOYS, Trajectory
 
-COLORS = {name: f"C{i}" for i, name in enumerate(LABELS)}
+COLORS = {name: f"C{i}" for i, name in enumerate(COMPARED)}
 WINDOWS = {  # of x, and of what stands on the vertical axis
   "T1": ((-0.3, 3.3), (-0.6, 2.2)),
   "T2": ((-0.3, 3.3), (-0.6, 3.0)),
   "T3": ((0.6, 2.1), (-2.1, -0.6)),
   "T4": ((1.0, 7.2), (2.6, 8.6)),
 }
-
-
 _STUCK = "ITD, AID-CG, ESJ: $y_2$ never moves"
 NOTES = {  # a text, what it points at, and where it stands
   "T1": (_STUCK, (2.0, 0.0), (1.25, -0.32)),
@@ -35,22 +32,15 @@ NOTES = {  # a text, what it points at, and where it stands
 def draw_toys(trajectories: Mapping[tuple[str, str], Trajectory], path: Path) -> None:
   """Draws ``trajectories[method, toy]``: landscapes, violations of the constraint, multipliers."""
   names = [name for name in TOYS if any(toy == name for _, toy in trajectories)]
-  fig, axes = plt.subplots(
-    3,
-    len(names),
-    figsize=(4.6 * len(names) + 0.6, 11),
-    layout="constrained",
-    squeeze=False,
-    height_ratios=[1.5, 1, 1],
-  )
+  options: Any = {"layout": "constrained", "squeeze": False, "height_ratios": [1.5, 1, 1]}
+  fig, axes = plt.subplots(3, len(names), figsize=(4.6 * len(names) + 0.6, 11), **options)
   for column, name in zip(axes.T, names, strict=True):
     _landscape(column[0], name)
-    for method in LABELS:
+    for method in COMPARED:
       if (method, name) in trajectories:
         _method(column, name, method, trajectories[method, name])
-    _, (low, high) = WINDOWS[name]
-    column[0].set(xlim=WINDOWS[name][0], ylim=(low, high))
-    column[0].set_title(TOYS[name].title)
+    xlim, ylim = WINDOWS[name]
+    column[0].set(xlim=xlim, ylim=ylim, title=TOYS[name].title)
     column[1].set(xscale="log", yscale="log", ylim=(1e-12, 30))
     column[2].set(xscale="log", yscale="symlog", ylim=(0, 1e3), xlabel="updates")
   axes[1, 0].set_ylabel("violation of the constraint\n$g(x, y) - g^*(x)$")
@@ -58,9 +48,7 @@ def draw_toys(trajectories: Mapping[tuple[str, str], Trajectory], path: Path) ->
   handles = {}
   for ax in axes[:2].ravel():
     handles |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
-  fig.legend(
-    handles.values(), handles.keys(), loc="outside lower center", ncols=6, fontsize="medium"
-  )
+  fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6)
   plots.save(fig, path)
 
 
@@ -72,7 +60,7 @@ def _landscape(ax: Any, name: str) -> None:
   flat = name in ("T1", "T2")
   # Of the inner minima (x, y1 = x, y2) of T1 and T2, all in the plane that is drawn; or of (x, y).
   y = jnp.stack([x, v], axis=-1) if flat else v
-  f = np.asarray(jax.vmap(jax.vmap(toy.outer_loss))(jaxbo.Bilevel(x, y)))
+  f = np.asarray(jax.vmap(jax.vmap(toy.outer_loss))(x, y))
   ax.contourf(x, v, np.sqrt(f - f.min()), levels=14, cmap="Greys", alpha=0.55)
   ax.set(xlabel="$x$", ylabel="$y_2$" if flat else "$y$")
   if flat:
@@ -86,12 +74,10 @@ def _landscape(ax: Any, name: str) -> None:
   if name in NOTES:
     note, at, where = NOTES[name]
     ax.annotate(note, at, where, fontsize="small", arrowprops={"arrowstyle": "-"})
-  x, y = toy.optimum
-  vertical = y[1] if flat else y
-  ax.plot(x, vertical, "*", ms=20, mfc="gold", mec="k", zorder=5, ls="none", label="solution")
-  x, y = toy.start
-  vertical = y[1] if flat else y
-  ax.plot(x, vertical, "o", ms=9, mfc="w", mec="k", zorder=5, ls="none", label="start")
+  style: Any = {"zorder": 5, "mec": "k", "ls": "none"}
+  (x, y), (x0, y0) = toy.optimum, toy.start
+  ax.plot(x, y[1] if flat else y, "*", ms=20, mfc="gold", label="solution", **style)
+  ax.plot(x0, y0[1] if flat else y0, "o", ms=9, mfc="w", label="start", **style)
   ax.plot([], [], "X", ms=8, mfc="0.4", mec="w", ls="none", label="end")
 
 
@@ -118,12 +104,7 @@ PANELS = (  # (on the horizontal axis, on the vertical axis, title)
   ("gradients", "gap", "violation of the constraint, $g(x, y) - 0$"),
   ("gradients", "dual", "multiplier"),
 )
-_BASELINES = {
-  "everything": ":",
-  "validation": "-.",
-  "oracle": "--",
-  "oracle_validation": (0, (6, 1)),
-}
+_BASELINES = dict(zip(BASELINES, (":", "-.", "--", (0, (6, 1))), strict=True))
 
 
 def draw_cleaning(lines: pd.DataFrame, budgets: Mapping[str, float], path: Path) -> None:
@@ -135,7 +116,7 @@ def draw_cleaning(lines: pd.DataFrame, budgets: Mapping[str, float], path: Path)
       x = mine[horizontal].to_numpy()[: values.shape[1]]
       if np.isnan(values).all() or (vertical == "auc" and method in _BASELINES):
         continue
-      label = METHODS[str(method)].label
+      label = LABELS[str(method)]
       if method in _BASELINES:
         ax.plot(x, values.mean(axis=0), color="k", ls=_BASELINES[str(method)], label=label)
       else:
@@ -143,12 +124,10 @@ def draw_cleaning(lines: pd.DataFrame, budgets: Mapping[str, float], path: Path)
         if method in RESPONSES:
           ax.get_lines()[-1].set_linestyle("--")
     ax.set(title=title, xlabel=horizontal, xlim=(0, budgets[horizontal]))
-  axes[0, 0].set_ylim(0.7, 1.0)
-  axes[0, 1].set_ylim(0.7, 1.0)
+  for ax in axes[0, :2]:
+    ax.set_ylim(0.7, 1.0)
   axes[1, 1].set_yscale("log")
   axes[1, 2].set_yscale("symlog", linthresh=0.1)
   axes[1, 2].set_ylim(0)
-  fig.legend(
-    *axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize="medium"
-  )
+  fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
   plots.save(fig, path)

@@ -13,6 +13,7 @@ T1 and T2 have a flat inner direction, T3 has many outer minima, T4 many inner m
   :math:`f = (x - 2)^2 + (y - 4)^2`.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,66 +21,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pandas as pd
 
 import jaxbo
+from scripts.common.folder import Row
+from scripts.common.table import Table
+from scripts.common.task import Cell, Spent, Task
 from scripts.multiple_minima import loops
 from scripts.multiple_minima.loops import Loop
-
-LABELS = {
-  "pdbo": "PDBO",
-  "proximal_pdbo": "Proximal-PDBO",
-  "bome": "BOME",
-  "v_pbgd": "V-PBGD",
-  "f2sa": "F2SA",
-  "itd": "ITD",
-  "aid": "AID-CG",
-  "esj": "ESJ",
-}
-RESPONSES = ("itd", "aid", "esj")
-
-
-def flat_inner(x, y, batch):
-  """T1 and T2."""
-  del batch
-  return 0.5 * y[0] ** 2 - x * y[0]
-
-
-def flat_outer(p):
-  """T1."""
-  return 0.5 * (p.outer - p.inner[1]) ** 2 + 0.5 * (p.inner[0] - 1) ** 2
-
-
-def active_outer(p):
-  """T2."""
-  return flat_outer(p) + 0.5 * (p.outer - 3) ** 2
-
-
-def flat_gap(p):
-  """The gap of T1 and T2, exactly."""
-  return 0.5 * (p.inner[0] - p.outer) ** 2
-
-
-def pbgd_inner(x, y, batch):
-  """T3."""
-  del batch
-  return (y + x) ** 2 + x * jnp.sin(y + x) ** 2
-
-
-def pbgd_outer(p):
-  """T3."""
-  x, y = p
-  return jnp.cos(4 * y + 2) / (1 + jnp.exp(2 - 4 * x)) + 0.5 * jnp.log((4 * x - 2) ** 2 + 1)
-
-
-def sine_inner(x, y, batch):
-  """T4, with any number of inner dimensions."""
-  del batch
-  return jnp.sum(jnp.sin(x + y - 2))
-
-
-def sine_outer(p):
-  """T4."""
-  return (p.outer - 2) ** 2 + jnp.sum((p.inner - 4) ** 2)
+from scripts.multiple_minima.methods import LABELS, RESPONSES
 
 
 class Toy(NamedTuple):
@@ -90,92 +40,74 @@ class Toy(NamedTuple):
   V-PBGD, F2SA and BOME went to another minimum), PDBO's steps (plain ones diverged on T2 and T3),
   its rate of the multiplier on T4 (at 20 it stayed in the nearest valley), and V-PBGD's multiplier
   (constant, it stayed there too). BOME has the published rate and was not changed.
-
-  Attributes:
-    title: what is to be seen.
-    inner_loss: ``inner_loss(x, y, batch)``.
-    outer_loss: ``outer_loss(params)``.
-    gap: ``gap(params)``, the inner loss above its least value, exactly.
-    start: ``(x, y)`` at the start.
-    optimum: ``(x, y)`` at the solution.
-    num_updates: of every method.
-    inner: learning rate of SGD for the lower value and for inner runs, about :math:`1 / L_g`.
-    num_steps: its steps in one update; methods with a response get :data:`RESPONSE_STEPS`.
-    smoothness: :math:`(L_f, L_h)` for the step of PDBO, see
-      ``jaxbo.scale_by_lagrangian_smoothness``.
-    slack: of PDBO.
-    dual: learning rate of its multiplier. A slow multiplier lets :math:`f` pull first.
-    box: the projection of ``x``.
   """
 
   title: str
-  inner_loss: Callable[..., jax.Array]
-  outer_loss: Callable[[jaxbo.Bilevel], jax.Array]
-  gap: Callable[[jaxbo.Bilevel], jax.Array]
+  inner_loss: Callable[[Any, Any], jax.Array]  # All three are of (x, y).
+  outer_loss: Callable[[Any, Any], jax.Array]
+  gap: Callable[[Any, Any], jax.Array]  # The inner loss above its least value, exactly.
   start: tuple[Any, Any]
   optimum: tuple[Any, Any]
-  num_updates: int
-  inner: float
-  num_steps: int
-  smoothness: tuple[float, float]
-  slack: float
-  dual: float
-  box: tuple[float, float] = (-10.0, 10.0)
+  inner: float  # SGD's rate for the lower value and for inner runs, about 1 / L_g.
+  num_steps: int  # SGD's steps in one update; methods with a response have RESPONSE_STEPS.
+  smoothness: tuple[float, float]  # (L_f, L_h) of jaxbo.scale_by_lagrangian_smoothness, for PDBO.
+  dual: float  # The rate of PDBO's multiplier. A slow multiplier lets f pull first.
+  slack: float = 1e-3  # Of PDBO.
+  num_updates: int = 8000
+  box: tuple[float, float] = (-10.0, 10.0)  # Where x stays.
 
 
 RESPONSE_STEPS, RESPONSE_RATE = 20, 0.05
 MULTIPLIER = 10.0  # Where the penalties of V-PBGD and F2SA end.
 _FLAT = Toy(
   "T1: a flat inner direction",
-  flat_inner,
-  flat_outer,
-  flat_gap,
+  inner_loss=lambda x, y: 0.5 * y[0] ** 2 - x * y[0],
+  outer_loss=lambda x, y: 0.5 * (x - y[1]) ** 2 + 0.5 * (y[0] - 1) ** 2,
+  gap=lambda x, y: 0.5 * (y[0] - x) ** 2,
   start=(3.0, (0.0, 0.0)),
   optimum=(1.0, (1.0, 1.0)),
-  num_updates=4000,
   inner=1.0,
   num_steps=1,
   smoothness=(3.0, 2.0),
-  slack=1e-3,
   dual=1.0,
+  num_updates=4000,
 )
+_many_outer = lambda x, y: (y + x) ** 2 + x * jnp.sin(y + x) ** 2  # Zero where it is least.
 TOYS = {
   "T1": _FLAT,
   "T2": _FLAT._replace(
     title="T2: the constraint is active",
-    outer_loss=active_outer,
+    outer_loss=lambda x, y: _FLAT.outer_loss(x, y) + 0.5 * (x - 3) ** 2,
     optimum=(2.0, (2.0, 2.0)),
-    num_updates=8000,
-    slack=5e-3,
     dual=2.0,
+    slack=5e-3,
+    num_updates=8000,
   ),
   "T3": Toy(
     "T3: many outer minima",
-    pbgd_inner,
-    pbgd_outer,
-    lambda p: pbgd_inner(p.outer, p.inner, None),
+    inner_loss=_many_outer,
+    outer_loss=lambda x, y: (
+      jnp.cos(4 * y + 2) / (1 + jnp.exp(2 - 4 * x)) + 0.5 * jnp.log((4 * x - 2) ** 2 + 1)
+    ),
+    gap=_many_outer,
     start=(1.8, -1.8),
     optimum=(1.215145, -1.215145),
-    num_updates=8000,
     inner=0.1,
     num_steps=5,
     smoothness=(20.0, 20.0),
-    slack=1e-3,
     dual=2.0,
     box=(0.0, 3.0),
   ),
   "T4": Toy(
     "T4: many inner minima",
-    sine_inner,
-    sine_outer,
-    lambda p: sine_inner(p.outer, p.inner, None) + 1,
+    inner_loss=lambda x, y: jnp.sin(x + y - 2),
+    outer_loss=lambda x, y: (x - 2) ** 2 + (y - 4) ** 2,
+    gap=lambda x, y: jnp.sin(x + y - 2) + 1,
     start=(6.0, 6.0),
     optimum=(2.356194, 4.356194),
-    num_updates=8000,
     inner=0.5,
     num_steps=2,
     smoothness=(4.0, 4.0),
-    slack=1e-3,
     dual=0.5,
   ),
 }
@@ -183,9 +115,10 @@ TOYS = {
 
 def make_loop(method: str, toy: Toy) -> Loop:
   """The method on the toy."""
-  outer_loss = lambda x, y, batch: toy.outer_loss(jaxbo.Bilevel(x, y))
+  loss = lambda x, y, batch: toy.inner_loss(x, y)
+  outer_loss = lambda x, y, batch: toy.outer_loss(x, y)
   box = lambda x: optax.projections.projection_box(x, *toy.box)
-  loss, sgd = toy.inner_loss, optax.sgd(toy.inner)
+  sgd = optax.sgd(toy.inner)
   if method in RESPONSES:
     inner = jaxbo.inner_solver(loss, sgd, RESPONSE_STEPS)
     head = {
@@ -210,26 +143,18 @@ def make_loop(method: str, toy: Toy) -> Loop:
     head = jaxbo.add_primal_dual_penalty(loss, extrapolation=1.0, **common)
     if method == "proximal_pdbo":
       head = jaxbo.add_proximal_terms(head, outer_weight=0.5, constraint_weight=0.1, period=20)
-    smooth_f, smooth_h = toy.smoothness
-    head = jaxbo.scale_by_lagrangian_smoothness(
-      head, outer_smoothness=smooth_f, constraint_smoothness=smooth_h
-    )
+    f, h = toy.smoothness
+    head = jaxbo.scale_by_lagrangian_smoothness(head, outer_smoothness=f, constraint_smoothness=h)
     tx = optax.chain(head, optax.sgd(1.0), jaxbo.project(outer=box))
   return loops.value_function_loop(outer_loss, tx)
 
 
 class Trajectory(NamedTuple):
-  """Where a method went, ``[num_updates + 1, ...]`` in float64.
+  """Where a method went before every update and at the end, in float64."""
 
-  Attributes:
-    params: the parameters before every update and after the last.
-    gap: the inner loss above its least value.
-    dual: the multiplier of every update, ``[num_updates]``; NaN if there is none.
-  """
-
-  params: jaxbo.Bilevel
-  gap: Any
-  dual: Any
+  params: jaxbo.Bilevel  # [num_updates + 1, ...].
+  gap: Any  # [num_updates + 1].
+  dual: Any  # The multiplier of every update, [num_updates]; NaN if there is none.
 
 
 def run(method: str, toy: Toy) -> Trajectory:
@@ -237,16 +162,61 @@ def run(method: str, toy: Toy) -> Trajectory:
   with jax.enable_x64(True):
     loop = make_loop(method, toy)
 
-    def body(state, _):
+    def update(state, _):
       new = loop.step(state, None, None)
-      return new, (loop.params(new), toy.gap(loop.params(new)), loops.dual_of(new))
+      return new, (loop.params(state), toy.gap(*loop.params(state)), loops.dual_of(new))
 
     @jax.jit
     def whole(start):
-      params, gap, dual = jax.lax.scan(body, loop.init(*start), length=toy.num_updates)[1]
-      first = jaxbo.Bilevel(*start)
-      join = lambda a, b: jnp.concatenate([jnp.asarray(a)[None], b])
-      return jax.tree.map(join, first, params), join(toy.gap(first), gap), dual
+      state, (params, gap, dual) = jax.lax.scan(update, loop.init(*start), length=toy.num_updates)
+      end = loop.params(state)
+      append = lambda a, b: jnp.concatenate([a, b[None]])
+      return Trajectory(jax.tree.map(append, params, end), append(gap, toy.gap(*end)), dual)
 
     start = jax.tree.map(jnp.float64, (toy.start[0], jnp.asarray(toy.start[1])))
-    return Trajectory(*jax.tree.map(np.asarray, whole(start)))
+    return jax.tree.map(np.asarray, whole(start))
+
+
+class OnToy(Task):
+  """A method on a toy, in one step; its state is where the method went, in single precision."""
+
+  def __init__(self, method: str, toy: str):
+    self.method, self.toy = method, TOYS[toy]
+    num, zeros = self.toy.num_updates, lambda *shape: jnp.zeros(shape, jnp.float32)
+    params = jaxbo.Bilevel(*(zeros(num + 1, *np.shape(part)) for part in self.toy.start))
+    self.state = Trajectory(params, gap=zeros(num + 1), dual=zeros(num))
+
+  def step(self, state: Any, t: int) -> tuple[Any, Any]:
+    """Does all updates."""
+    trajectory = run(self.method, self.toy)
+    return jax.tree.map(jnp.float32, trajectory), trajectory
+
+  def evaluate(self, state: Any, told: list[Any]) -> Row:
+    """The distance to the solution, and the gap, at the end."""
+    params, gap, _ = told[-1]
+    flat = lambda parts: np.concatenate([np.ravel(part) for part in parts])
+    miss = flat(leaf[-1] for leaf in params) - flat(self.toy.optimum)
+    return {"distance": float(np.linalg.norm(miss)), "gap": float(gap[-1])}
+
+  def result(self, state: Any, spent: Spent) -> Row:
+    """The same."""
+    return {name: spent.lines[-1][name] for name in ("distance", "gap")}
+
+
+def cell(toy: str, method: str) -> Cell:
+  """A method on a toy."""
+  make = functools.partial(OnToy, method, toy)
+  return Cell({"toy": toy, "method": method}, make, 1, f"{toy}, {LABELS[method]}")
+
+
+def table(rows: pd.DataFrame) -> Table:
+  """For each method: the distance to the solution and the gap at the end, toy by toy."""
+  names = list(dict.fromkeys(rows["toy"]))
+  columns = ["method", *(f"{toy} {what}" for toy in names for what in ("distance", "gap"))]
+  body = []
+  for method, mine in rows.groupby("method", sort=False):
+    ends = zip(mine["toy"], mine["distance"], mine["gap"], strict=True)
+    cells = {toy: [f"{distance:.3f}", f"{gap:.1e}"] for toy, distance, gap in ends}
+    body.append([LABELS[str(method)], *(text for toy in names for text in cells.get(toy, "--"))])
+  title = "Toys: distance to the solution, and gap g(x, y) - g*(x), at the end"
+  return Table(title, columns, body)

@@ -32,23 +32,14 @@ RETRAINING_STEPS = 500
 
 
 class Problem(NamedTuple):
-  """The data of one seed, on the device.
+  """The data of one seed, on the device."""
 
-  Attributes:
-    train: what the inner loss sees.
-    val: what the outer loss sees.
-    test: for reports only.
-    x: where the logits of the weights start, ``[num_train]``.
-    y: where the model starts.
-    corrupted: which of ``train`` have a wrong label, ``[num_train]``.
-  """
-
-  train: Examples
-  val: Examples
-  test: Examples
-  x: jax.Array
-  y: Any
-  corrupted: jax.Array
+  train: Examples  # What the inner loss sees.
+  val: Examples  # What the outer loss sees.
+  test: Examples  # For reports only.
+  x: jax.Array  # Where the logits of the weights start, [num_train].
+  y: Any  # Where the model starts.
+  corrupted: jax.Array  # Which of ``train`` have a wrong label, [num_train].
 
 
 def make_problem(method: str, data: CleaningData, settings: Settings, seed: int) -> Problem:
@@ -111,13 +102,10 @@ def retrained_accuracy(
 
 
 class Parts:
-  """What all seeds of a method share.
+  """What all seeds of a method share: its loop, its program and what they cost.
 
-  Attributes:
-    loop: the method with the settings chosen for it.
-    gradients: what an outer step costs.
-    steps: the outer steps of ``program``, at least one, which use up a share of the budget.
-    program: the step of :class:`Training`; it tells how many of its kind were done.
+  A step of ``program`` is as many outer ``steps``, at least one, as use up a share of the budget of
+  ``gradients``; it tells how many of its kind were done.
   """
 
   def __init__(

@@ -5,7 +5,7 @@
 Every method has a grid of 16 points (``scripts/multiple_minima/methods.py``) and runs each on
 seeds 100 and 101, which no report uses, for the same budget of gradients as the script. The points
 of the best mean test accuracy at the end of the budget are written into ``chosen.json`` of the
-run's folder: what belongs into ``CHOSEN`` of ``scripts/multiple_minima/settings.py``.
+run's folder: what belongs into ``METHODS``.
 """
 
 import functools
@@ -19,15 +19,12 @@ import pandas as pd
 
 from scripts.common import cleaning, study
 from scripts.common.config import FREE, Among, Count, Index, StudyConfig
-from scripts.common.data import Examples
 from scripts.common.folder import Row
 from scripts.common.study import Results, Run, Study
 from scripts.common.table import Column, Table
 from scripts.common.task import Cell, Spent
-from scripts.multiple_minima.methods import BASELINES, DATASETS, METHODS
+from scripts.multiple_minima.methods import COMPARED, DATASETS, LABELS, METHODS
 from scripts.multiple_minima.training import BUDGETS, Parts, Training, make_problem
-
-TUNED = tuple(name for name in METHODS if name not in BASELINES)
 
 
 class Config(StudyConfig):
@@ -35,7 +32,7 @@ class Config(StudyConfig):
 
   dataset: Annotated[str, Among(DATASETS)] = "digits"
   """The data set."""
-  methods: Annotated[tuple[str, ...], Among(TUNED), FREE] = TUNED
+  methods: Annotated[tuple[str, ...], Among(COMPARED), FREE] = COMPARED
   """Which methods to tune."""
   budget: Count | None = None
   """Gradient evaluations, instead of the data set's default."""
@@ -65,10 +62,9 @@ def best(rows: pd.DataFrame) -> dict[str, tuple[dict[str, Any], pd.Series]]:
   """For each method the settings of the best mean accuracy, the first of equals, and accuracies."""
   chosen = {}
   for method, mine in rows.groupby("method", sort=False):
-    means = mine.groupby("point")["accuracy"].mean()
-    point = int(means.index.to_numpy()[means.to_numpy().argmax()])
-    accuracies = mine.loc[mine["point"] == point, "accuracy"]
-    chosen[str(method)] = grid_of(str(method))[point], accuracies
+    of_point = mine.groupby("point")["accuracy"]
+    point: Any = of_point.mean().idxmax()
+    chosen[str(method)] = grid_of(str(method))[point], of_point.get_group(point)
   return chosen
 
 
@@ -79,19 +75,18 @@ class Tune(Study[Config]):
   smoke: ClassVar = {"methods": ("pdbo",), "seeds": 1, "budget": 30}
   program = "scripts.multiple_minima.tune"
 
-  def prepare(self, config: Config) -> tuple[Examples, Examples | None]:
+  def prepare(self, config: Config) -> cleaning.Read:
     """The examples."""
     return cleaning.read(config.dataset, config.data_dir)
 
   def cells(self, run: Run[Config]) -> Iterable[Cell]:
     """All points of all grids on all seeds."""
     config, settings = run.config, DATASETS[run.config.dataset]
-    examples, test = run.data
-    split = lambda seed: cleaning.split(examples, test, settings, 0.5, seed)
-    data = {seed: split(seed) for seed in config.all_seeds()}
     budget = config.budget or BUDGETS[config.dataset]
 
-    problem = lambda method, seed: make_problem(method, data[seed], settings, seed)
+    def problem(method, seed):
+      split = lambda: cleaning.split(run.data, settings, 0.5, seed)
+      return make_problem(method, run.shared(seed, split), settings, seed)
 
     @functools.lru_cache(1)  # Programs of earlier points are not needed again.
     def parts(method, point):
@@ -104,12 +99,12 @@ class Tune(Study[Config]):
     for method in config.methods:
       for point, seed in itertools.product(range(len(grid_of(method))), config.all_seeds()):
         key = {"method": method, "point": point, "seed": seed}
-        yield Cell(key, functools.partial(make, **key), 1, f"{METHODS[method].label}, {point}")
+        yield Cell(key, functools.partial(make, **key), 1, f"{LABELS[method]}, {point}")
 
   def tables(self, results: Results[Config]) -> Iterable[Table]:
     """The best of each method."""
     body = [
-      [METHODS[method].label, Column("").cell(accuracies), json.dumps(settings)]
+      [LABELS[method], Column("").cell(accuracies), json.dumps(settings)]
       for method, (settings, accuracies) in best(results.rows).items()
     ]
     yield Table("Best mean test accuracy", ["method", "accuracy", "settings"], body)

@@ -30,35 +30,39 @@ def test_the_last_count_of_a_whole_quotient_is_exact():
 
 
 def test_step_imbalanced_counts_have_two_values_rounded_down():
-  for rare, num_rare in ((0.5, 2), (0.25, 1), (0.7, 2), (0.0, 0), (1, 4)):
-    expected = [60] * (4 - num_rare) + [3] * num_rare
-    assert step_imbalanced_counts(4, 60, 20, rare).tolist() == expected
-  assert step_imbalanced_counts(2, 79, 20).tolist() == [79, 3]
+  assert step_imbalanced_counts(4, 60, 20).tolist() == [60, 60, 3, 3]
+  assert step_imbalanced_counts(3, 79, 20).tolist() == [79, 79, 3]
 
 
 LABELS = np.random.default_rng(0).integers(0, 4, 200)
 
 
+def subset(seed, labels, counts):
+  return imbalanced_subset(seed, labels, counts, "largest")
+
+
 def test_a_subset_has_so_many_of_each_class_and_none_twice():
   counts = [30, 7, 0, 1]
-  chosen = imbalanced_subset(0, LABELS, counts)
+  chosen = subset(0, LABELS, counts)
   np.testing.assert_array_equal(LABELS[chosen], np.repeat(np.arange(4), counts))
   assert len(set(chosen)) == len(chosen)
-  np.testing.assert_array_equal(chosen, imbalanced_subset(0, LABELS, counts))
-  with pytest.raises(ValueError, match=r"counts\[0\] must be at most \d+, .* got 500"):
-    imbalanced_subset(0, LABELS, [500])
+  np.testing.assert_array_equal(chosen, subset(0, LABELS, counts))
+  with pytest.raises(
+    ValueError, match=r"largest must leave .*: counts\[0\] must be at most .* got 500"
+  ):
+    subset(0, LABELS, [500])
 
 
 def test_subsets_of_one_key_are_nested_and_those_of_others_are_not():
-  small, large = (set(imbalanced_subset(1, LABELS, [n] * 4).tolist()) for n in (5, 9))
+  small, large = (set(subset(1, LABELS, [n] * 4).tolist()) for n in (5, 9))
   assert small < large
-  assert not small <= set(imbalanced_subset(2, LABELS, [9] * 4).tolist())
+  assert not small <= set(subset(2, LABELS, [9] * 4).tolist())
 
 
 def test_every_example_of_a_class_is_equally_likely():
   """Four standard errors of a binomial share, for each of 50 examples."""
   labels, num_seeds = np.arange(100) % 2, 800
-  chosen = [imbalanced_subset(seed, labels, [10, 0]) for seed in range(num_seeds)]
+  chosen = [subset(seed, labels, [10, 0]) for seed in range(num_seeds)]
   shares = np.bincount(np.concatenate(chosen), minlength=100) / num_seeds
   np.testing.assert_array_equal(shares[labels == 1], 0)
   assert np.abs(shares[labels == 0] - 0.2).max() < 4 * np.sqrt(0.2 * 0.8 / num_seeds)

@@ -22,7 +22,7 @@ from scripts.adversarial_training import data as adv_data
 from scripts.adversarial_training import plots
 from scripts.adversarial_training.config import Config
 from scripts.adversarial_training.evaluate import Evaluator
-from scripts.adversarial_training.methods import GRIDS, METHODS, Method, Parts, Rates, Setting, lazy
+from scripts.adversarial_training.methods import METHODS, Method, Parts, Rates, Setting, lazy
 from scripts.adversarial_training.train import State, make_program
 from scripts.common.study import Results
 from tests.scripts.adversarial_training import small
@@ -158,8 +158,7 @@ def test_done_and_fast_bat_have_the_implicit_term_of_the_library(gradients):
 
 
 def test_what_is_varied_are_rates_that_methods_have():
-  assert all(set(grid) <= set(Rates.model_fields) for grid in GRIDS.values())
-  assert set(GRIDS) <= set(METHODS)
+  assert all(set(method.grid) <= set(Rates.model_fields) for method in METHODS.values())
 
 
 # -- Training.
@@ -308,7 +307,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
   command = [sys.executable, "-m", small.__name__, str(broken)]
   killed = subprocess.run(command, check=False, cwd=Path(__file__).parents[3])
   assert killed.returncode == -signal.SIGKILL
-  assert len((broken / "metrics.jsonl").read_text().splitlines()) == 3
+  assert len((broken / "metrics.jsonl").read_text().splitlines()) == 4
   seen = small.patch(monkeypatch.setattr)
   assert script.run(small.config(whole)) == 0
   assert script.run(small.config(broken).but(resume=True)) == 0
@@ -323,7 +322,8 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
 
 def test_rates_are_varied_one_at_a_time_on_validation_images(tmp_path, capsys, monkeypatch):
   seen = small.patch(monkeypatch.setattr)
-  monkeypatch.setitem(GRIDS, "at_kl", {"temperature": (1.0, 3.0)})
+  method = METHODS["at_kl"]._replace(grid={"temperature": (1.0, 3.0)})
+  monkeypatch.setitem(METHODS, "at_kl", method)
   assert script.run(small.config(tmp_path).but(tune=True, seeds=1)) == 0
   table = capsys.readouterr().out
   assert "AT + KL weights, as given" in table

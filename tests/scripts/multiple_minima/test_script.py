@@ -1,14 +1,14 @@
 """All methods where the inner problem has many minima, small: toys, budgets, files, resumption."""
 
+import contextlib
 import dataclasses
+import io
 import json
 import math
-import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from types import SimpleNamespace
 
 import chex
@@ -21,55 +21,42 @@ import pytest
 from PIL import Image
 
 import jaxbo
-from scripts.common import cleaning, study
+from scripts.common import cleaning, folder, study
 from scripts.multiple_minima import __main__ as script
 from scripts.multiple_minima import loops, methods, toys, training, tune
 from scripts.multiple_minima.__main__ import Config, MultipleMinima
 from scripts.multiple_minima.training import Parts, Training, make_problem
 from tests.bilevel import value_problems as vp
+from tests.scripts.multiple_minima import small
 
 pytestmark = pytest.mark.slow  # All together, not each.
 
-BUDGET = 40
-SMALL = dataclasses.replace(methods.DATASETS["digits"], num_train=40, num_val=20, hidden=(8,))
+SMALL, BUDGET = small.SETTINGS, small.BUDGET
 
 
-@pytest.fixture
-def small(monkeypatch):
-  """Small problems, and times that are not measured."""
-  monkeypatch.setitem(methods.DATASETS, "digits", SMALL)
-  monkeypatch.setattr(training, "RETRAINING_STEPS", 20)
-  for name, toy in toys.TOYS.items():
-    monkeypatch.setitem(toys.TOYS, name, toy._replace(num_updates=20))
-
-  def seconds(parts):
-    return parts.steps * parts.gradients * (2.0 if parts.gradients > 1.5 else 1.0)
-
-  monkeypatch.setattr(
-    script.measure,
-    "time_together",
-    lambda programs, **options: {
-      name: SimpleNamespace(seconds=seconds(call.args[0].parts)) for name, call in programs.items()
-    },
-  )
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+  """The folder of a small run, and what it printed."""
+  path, printed = tmp_path_factory.mktemp("whole"), io.StringIO()
+  with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+    small.patch(patch.setattr, patch.setitem)
+    assert study.run(MultipleMinima(), small.config(path)) == 0
+  return path, printed.getvalue()
 
 
-def lines_of(path):
-  return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+def read(path):
+  """Lines and rows of hyper-cleaning, without seconds that passed and what is NaN."""
+  numbers = lambda entry: {k: v for k, v in entry.items() if v == v and k != "seconds"}
+  of_cleaning = lambda entries: [numbers(entry) for entry in entries if entry.get("toy") != "T1"]
+  return list(map(of_cleaning, folder.read(path)[:2]))
 
 
-def test_a_run_prints_its_tables_and_writes_its_files(small, tmp_path, capsys, monkeypatch):
-  monkeypatch.setattr(script, "BASELINES", ("everything", "validation"))
-  spread = lambda settings, x, key, problem: jnp.std(x)  # Zero for the logits of the start.
-  monkeypatch.setattr(training, "retrained_accuracy", spread)
-  names = {"methods": ("pdbo", "itd"), "toys": ("T1",)}
-  config = Config(output_dir=tmp_path, seeds=1, budget=BUDGET, **names)
-  assert study.run(MultipleMinima(), config) == 0
-  output = capsys.readouterr().out
+def test_a_run_prints_its_tables_and_writes_its_files(whole):
+  path, output = whole
   for word in ("T1 distance", "T1 gap", "PDBO", "validation only", "50% of labels", "retrained"):
     assert word in output
   assert "T2" not in output
-  rows, lines = pd.read_csv(tmp_path / "results.csv"), lines_of(tmp_path)
+  rows, lines = pd.read_csv(path / "results.csv"), folder.read(path)[0]
   on_toys, rows = rows[rows["toy"] == "T1"], rows[rows["toy"].isna()]
   assert on_toys["method"].tolist() == ["pdbo", "itd"]
   assert rows["method"].tolist() == ["everything", "validation", "pdbo", "itd"]
@@ -86,39 +73,28 @@ def test_a_run_prints_its_tables_and_writes_its_files(small, tmp_path, capsys, m
     assert row["accuracy_at_seconds"] == of_seconds["accuracy"]
     assert row["steps"] * row["gradients_per_step"] <= BUDGET + 1e-9
     assert ["retrained" in line for line in mine] == [False] * (len(mine) - 1) + [True]
-    assert (mine[-1]["retrained"] is None) == (row["method"] in methods.BASELINES)
+    assert math.isnan(mine[-1]["retrained"]) == (row["method"] in methods.BASELINES)
     assert mine[-1]["retrained"] != 0  # With the weights that were learnt.
     assert math.isnan(row["auc"]) == (row["method"] == "validation")
   of_cleaning = [line for line in lines if "toy" not in line]
   assert all(line["dual"] >= 0 for line in of_cleaning if line["method"] == "pdbo")
-  assert all(line["dual"] is None for line in of_cleaning if line["method"] == "itd")
+  assert all(math.isnan(line["dual"]) for line in of_cleaning if line["method"] == "itd")
   for name in ("toys.png", "cleaning.png"):
-    with Image.open(tmp_path / name) as picture:
+    with Image.open(path / name) as picture:
       assert picture.height > 1000
 
 
-def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
+def test_a_killed_run_goes_on_bit_for_bit(whole, tmp_path, monkeypatch):
   """From the costs of the whole run: the points of a curve depend on the clock."""
-  config = Config(output_dir=tmp_path / "whole", toys=(), methods=("pdbo",), seeds=1, budget=30)
-  stopped = tmp_path / "stopped"
-  assert study.run(MultipleMinima(), config) == 0
-  stopped.mkdir()
   for name in ("config.json", "notes.json"):
-    shutil.copy(config.output_dir / name, stopped)
-  flags = f"--toys --methods pdbo --seeds 1 --budget 30 --resume --output-dir {stopped}".split()
-  command = [sys.executable, "-m", "scripts.multiple_minima", *flags]
-  process = subprocess.Popen(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, stdout=-3)
-  count = lambda: len(lines_of(stopped)) if (stopped / "metrics.jsonl").exists() else 0
-  while process.poll() is None and count() < 20:
-    time.sleep(0.01)
-  process.send_signal(signal.SIGKILL)
-  assert process.wait() == -signal.SIGKILL
-  assert len(lines_of(stopped)) < len(lines_of(config.output_dir))
-  assert study.run(MultipleMinima(), config.but(output_dir=stopped, resume=True)) == 0
-  timed = lambda lines: [line | {"seconds": 0} for line in lines]
-  assert timed(lines_of(stopped)) == timed(lines_of(config.output_dir))
-  paths = (stopped, config.output_dir)
-  assert len({(path / "results.csv").read_text() for path in paths}) == 1
+    shutil.copy(whole[0] / name, tmp_path)
+  killed = subprocess.run([sys.executable, "-m", small.__name__, str(tmp_path)], check=False)
+  assert killed.returncode == -signal.SIGKILL
+  assert [len(entries) for entries in read(tmp_path)] == [small.LINES, 1]  # In the second cell.
+  small.patch(monkeypatch.setattr, monkeypatch.setitem)
+  config = small.config(tmp_path, toys=(), resume=True)
+  assert study.run(MultipleMinima(), config) == 0
+  assert read(tmp_path) == read(whole[0])
 
 
 @pytest.mark.parametrize(
@@ -158,7 +134,7 @@ def test_a_curve_goes_on_until_both_budgets_are_spent():
 def test_responses_cannot_move_along_a_flat_inner_direction():
   """T1 from y2 = 0: x ends at (1 + y2) / 2 and f at (1 - y2)^2 / 4."""
   toy = toys.TOYS["T1"]
-  for method in toys.RESPONSES:
+  for method in methods.RESPONSES:
     params, gap, dual = toys.run(method, toy)
     np.testing.assert_allclose(params.outer[-1], 0.5, atol=1e-3)
     np.testing.assert_allclose(params.inner[-1], [0.5, 0.0], atol=1e-3)
@@ -179,12 +155,12 @@ def test_primal_dual_methods_end_at_the_closed_form_of_t2(method):
   np.testing.assert_allclose(gap[-1], slack, rtol=1e-2)
 
 
-@pytest.mark.parametrize("method", toys.LABELS)
+@pytest.mark.parametrize("method", methods.COMPARED)
 def test_a_slow_multiplier_leaves_the_nearest_valley(method):
   """T4 starts in another valley than the solution's: 2 pi apart in x + y."""
   toy = toys.TOYS["T4"]
   params, _, _ = toys.run(method, toy)
-  stays = method in (*toys.RESPONSES, "bome")
+  stays = method in (*methods.RESPONSES, "bome")
   valley = 1.5 * np.pi + 2 + (2 * np.pi if stays else 0)
   np.testing.assert_allclose(params.outer[-1] + params.inner[-1], valley, atol=0.15)
 
@@ -207,7 +183,7 @@ def test_alternating_levels_are_the_tail_of_f2sa():
 
 @pytest.fixture(scope="module")
 def data():
-  return cleaning.split(*cleaning.read("digits"), SMALL, 0.5, seed=0)
+  return cleaning.split(cleaning.read("digits"), SMALL, 0.5, seed=0)
 
 
 def test_baselines_have_the_examples_that_their_names_say(data):
@@ -294,7 +270,8 @@ def test_batches_are_drawn_where_the_settings_say_so_and_anew_in_every_step(data
   assert len({leaf.tobytes() for leaf in first}) == 3
 
 
-def test_tuning_writes_the_best_point_of_a_grid(small, tmp_path, data, capsys, monkeypatch):
+def test_tuning_writes_the_best_point_of_a_grid(tmp_path, data, capsys, monkeypatch):
+  small.patch(monkeypatch.setattr, monkeypatch.setitem)
   grid = {"outer": (0.1, 0.3), "inner": (0.1,), "num_steps": (1,)}
   monkeypatch.setitem(methods.METHODS, "itd", methods.METHODS["itd"]._replace(grid=grid))
   config = tune.Config(methods=("itd",), budget=30, seeds=1, first_seed=0, output_dir=tmp_path)
