@@ -33,11 +33,11 @@ Batches are divided among all devices.
 import functools
 import itertools
 from collections.abc import Iterable, Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 from scripts.adversarial_training import plots
 from scripts.adversarial_training.config import Config
-from scripts.adversarial_training.data import LONG_TAILED, SETS, counts_of
+from scripts.adversarial_training.data import SETS, counts_of
 from scripts.adversarial_training.methods import BASELINE, DONE, LABELS, METHODS, Rates
 from scripts.adversarial_training.train import Training, Workplace
 from scripts.common import study, table
@@ -60,10 +60,6 @@ class AdversarialTraining(Study[Config]):
   """The report: every method on every training set and seed."""
 
   config = Config
-  smoke: ClassVar = {
-    "sets": (LONG_TAILED,), "methods": (BASELINE, DONE), "seeds": 1, "epochs": 2, "largest": 300,
-    "ratio": 10.0, "test_per_class": 20, "validation_per_class": 20,
-  }  # fmt: skip
   step_name = "epoch"
 
   def prepare(self, config: Config) -> Workplace:
@@ -133,8 +129,6 @@ def class_counts(results: Results[Config], kind: str) -> Any:
 
 class Tune(AdversarialTraining):
   """Changes one rate of one method at a time; nothing here looks at the test set."""
-
-  smoke: ClassVar = {**AdversarialTraining.smoke, "methods": ("at_kl",)}
 
   def variants(self, config: Config, method: str) -> Iterator[tuple[dict[str, str], Rates]]:
     """As given, and then one rate of the method's grid at a time."""

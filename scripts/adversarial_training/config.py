@@ -1,7 +1,7 @@
 """What adversarial training is of: its arguments, and what must hold for them."""
 
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, ClassVar, Self
 
 import optax
 from pydantic import Field, model_validator
@@ -19,6 +19,11 @@ class Config(StudyConfig):
 
   A seed draws images, parameters, batches and attacks, the same for all methods.
   """
+
+  smallest: ClassVar = {
+    "sets": (LONG_TAILED,), "methods": ("at", "at_kl"), "seeds": 1, "epochs": 2, "largest": 300,
+    "ratio": 10.0, "test_per_class": 20, "validation_per_class": 20,
+  }  # fmt: skip
 
   dataset: Annotated[str, Among(DATASETS)] = "mnist"
   """As tensorflow-datasets has prepared it."""

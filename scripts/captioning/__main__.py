@@ -33,7 +33,6 @@ otherwise it is said why not.
 import functools
 import sys
 from collections.abc import Iterable
-from typing import ClassVar
 
 from jaxbo_models.vocabulary import Vocabulary
 
@@ -81,12 +80,6 @@ class Captioning(Study[Config]):
   """The experiment."""
 
   config = Config
-  smoke: ClassVar = {
-    "orders": ("canonical",),
-    "methods": ("none_word",),
-    "steps": 30,
-    "test_examples": 100,
-  }
 
   def prepare(self, config: Config) -> dict[tuple[str, str], Captioner]:
     """All captioners by their orders and names, so that what cannot run is refused at once."""

@@ -19,7 +19,7 @@ captions by heart, the swapped ones too.
 
 import functools
 from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -233,7 +233,6 @@ class Noise(Study[Config]):
   """Reweighting and hyper-cleaning of captions."""
 
   config = Config
-  smoke: ClassVar = {"steps": 20, "outer_steps": 2, "num_val": 64, "methods": ("first_order",)}
 
   def prepare(self, config: Config) -> None:
     """Refuses what cannot be judged."""

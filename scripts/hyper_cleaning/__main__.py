@@ -49,6 +49,8 @@ LABELS = {name: method.label for name, method in METHODS.items()}
 class Config(StudyConfig):
   """Data hyper-cleaning: learns one weight per training example from a small clean set."""
 
+  smallest: ClassVar = {"seeds": 1, "outer_steps": 40}
+
   dataset: Annotated[str, Among(cleaning.DATASETS)] = "digits"
   """Digits are in scikit-learn's wheel; the others are prepared by tensorflow-datasets."""
   methods: Annotated[tuple[str, ...], Among(METHODS), FREE] = tuple(METHODS)
@@ -157,7 +159,6 @@ class HyperCleaning(Study[Config]):
   """The experiment."""
 
   config = Config
-  smoke: ClassVar = {"seeds": 1, "outer_steps": 40}
   step_name = "evaluation"
 
   def prepare(self, config: Config) -> cleaning.Read:

@@ -50,6 +50,8 @@ UNIT = "everything"  # A step of it is one gradient.
 class Config(StudyConfig):
   """Where the inner problem has many minima: all bilevel methods side by side."""
 
+  smallest: ClassVar = {"methods": ("pdbo", "itd"), "toys": ("T1",), "seeds": 1, "budget": 60}
+
   dataset: Annotated[str, Among(DATASETS)] = "digits"
   """Of hyper-cleaning: digits are in scikit-learn's wheel, mnist is by tensorflow-datasets."""
   methods: Annotated[tuple[str, ...], Among(COMPARED)] = COMPARED
@@ -190,7 +192,6 @@ class MultipleMinima(Study[Config]):
   """The experiment."""
 
   config = Config
-  smoke: ClassVar = {"methods": ("pdbo", "itd"), "toys": ("T1",), "seeds": 1, "budget": 60}
   step_name = "point"
 
   def prepare(self, config: Config) -> cleaning.Read | None:

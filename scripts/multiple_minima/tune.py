@@ -30,6 +30,8 @@ from scripts.multiple_minima.training import BUDGETS, Parts, Training, make_prob
 class Config(StudyConfig):
   """Chooses the settings of scripts.multiple_minima on seeds that it does not report."""
 
+  smallest: ClassVar = {"methods": ("pdbo",), "seeds": 1, "budget": 30}
+
   dataset: Annotated[str, Among(DATASETS)] = "digits"
   """The data set."""
   methods: Annotated[tuple[str, ...], Among(COMPARED), FREE] = COMPARED
@@ -72,7 +74,6 @@ class Tune(Study[Config]):
   """The choice."""
 
   config = Config
-  smoke: ClassVar = {"methods": ("pdbo",), "seeds": 1, "budget": 30}
   program = "scripts.multiple_minima.tune"
 
   def prepare(self, config: Config) -> cleaning.Read:
