@@ -1,0 +1,25 @@
+"""An experiment whose process is killed: ``python -m tests.scripts.common.killed 9 ROOM FLAGS``."""
+
+import os
+import runpy
+import signal
+import sys
+
+from scripts.common.folder import RunFolder
+
+
+def kill_after(number):
+  """From now on this process ends when its run has so many lines."""
+  add_lines = RunFolder.add_lines
+
+  def add_and_end(self, lines):
+    add_lines(self, lines)
+    if len(self.lines) >= number:
+      os.kill(os.getpid(), signal.SIGKILL)
+
+  RunFolder.add_lines = add_and_end
+
+
+if __name__ == "__main__":
+  kill_after(int(sys.argv.pop(1)))
+  runpy.run_module(f"scripts.{sys.argv.pop(1)}", run_name="__main__")
