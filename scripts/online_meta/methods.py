@@ -1,5 +1,6 @@
 """The methods of the online meta-learning experiments, each a few lines over jaxbo."""
 
+import math
 from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple
 
@@ -7,33 +8,23 @@ import jax
 import optax
 
 import jaxbo
-from scripts.common.config import Among, Count, NonNegative, StudyConfig
+from scripts.common.config import Among, Count, NonNegative
+from scripts.common.tuning import TunedConfig
 from scripts.online_meta.model import Model, accuracy
-
-INFINITY = float("inf")
 
 
 class Rates(NamedTuple):
-  """What is chosen on validation streams; numbers that a method does not use are nan.
+  """What is chosen on validation streams; numbers that a method does not use are NaN."""
 
-  Attributes:
-    inner: the learning rate of the inner steps; of BGD, the first deviation.
-    outer: that of the meta-updates.
-    in_scale: how much slower in-distribution tasks are learnt.
-    modulation: lambda of the update modulation.
-    switch: the threshold of the switch score.
-    shift: the threshold of the shift score.
-  """
-
-  inner: Any
-  outer: Any = float("nan")
-  in_scale: Any = float("nan")
-  modulation: Any = float("nan")
-  switch: Any = float("nan")
-  shift: Any = float("nan")
+  inner: Any  # the learning rate of the inner steps; of BGD, the first deviation
+  outer: Any = math.nan  # that of the meta-updates
+  in_scale: Any = math.nan  # how much slower in-distribution tasks are learnt
+  modulation: Any = math.nan  # lambda of the update modulation
+  switch: Any = math.nan  # the threshold of the switch score
+  shift: Any = math.nan  # the threshold of the shift score
 
 
-class Choices(StudyConfig):
+class Choices(TunedConfig):
   """What is the same for all methods, or open in LEEDS (Q1 to Q7 of the specification)."""
 
   num_ways: Count = 10
@@ -63,23 +54,14 @@ class Choices(StudyConfig):
 
 
 class Method(NamedTuple):
-  """A method.
-
-  Attributes:
-    label: its name in tables.
-    make: ``make(model, rates, choices) -> learner``.
-    begins: what it starts from: ``"maml"``, ``"anil"`` or ``"random"``.
-    moves: the rates that it has, beside ``inner``.
-    thresholds: which thresholds are calibrated on its own validation run.
-    detects: whether there is something to judge.
-  """
+  """A method."""
 
   label: str
   make: Callable[[Model, Rates, Choices], jaxbo.OnlineMetaLearner]
-  begins: str = "maml"
-  moves: tuple[str, ...] = ()
-  thresholds: tuple[str, ...] = ()
-  detects: bool = False
+  begins: str = "maml"  # what it starts from: that, "anil" or "random"
+  moves: tuple[str, ...] = ()  # the rates that it has, beside ``inner``
+  thresholds: tuple[str, ...] = ()  # those that are calibrated on its own validation run
+  detects: bool = False  # whether there is something to judge
 
 
 def _sgd(model: Model, rates: Rates, choices: Choices) -> jaxbo.InnerSolver:
@@ -116,16 +98,17 @@ def _meta_ogd(model: Model, rates: Rates, choices: Choices) -> jaxbo.OnlineMetaL
 def _c_maml(pap: bool, modulated: bool) -> Callable[..., jaxbo.OnlineMetaLearner]:
   def make(model, rates, choices):
     inner = _sgd(model, rates, choices)
-    options: dict[str, Any] = {
-      "drop_threshold": rates.switch,
-      "modulation": rates.modulation if modulated else None,
-      "response": _response(inner, choices),
+    options: dict[str, Any] = {"buffer_size": choices.buffer_size} if pap else {}
+    return (jaxbo.c_maml_pap if pap else jaxbo.c_maml)(
+      model.loss,
+      inner,
+      optax.adam(rates.outer),
+      drop_threshold=rates.switch,
+      modulation=rates.modulation if modulated else None,
+      response=_response(inner, choices),
+      **options,
       **_options(model),
-    }
-    if pap:
-      options["buffer_size"] = choices.buffer_size
-    learner = jaxbo.c_maml_pap if pap else jaxbo.c_maml
-    return learner(model.loss, inner, optax.adam(rates.outer), **options)
+    )
 
   return make
 
