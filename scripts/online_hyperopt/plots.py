@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from scripts.common import plots
 from scripts.common.plots import plt
@@ -58,7 +57,8 @@ def draw_runs(
       mark_phases(axes, kinds[name].phases(lines["round"].max()))
     below.set_xlabel("round")
   grid[0, 0].set_ylabel("balanced accuracy on fresh data")
-  legend_below(fig, grid[0, 0], 5)
+  lines_and_labels = grid[0, 0].get_legend_handles_labels()
+  fig.legend(*lines_and_labels, loc="outside lower center", ncols=5, fontsize="small")
   plots.save(fig, path)
 
 
@@ -66,12 +66,6 @@ def by_seed(rows: pd.DataFrame, x: str, y: str) -> tuple[np.ndarray, np.ndarray]
   """The values of ``x``, and those of ``y``, a row for each seed."""
   table = rows.pivot(index="seed", columns=x, values=y).astype(float)
   return table.columns.to_numpy(), table.to_numpy()
-
-
-def legend_below(fig: Figure, axes: Axes, columns: int) -> None:
-  """What the lines of ``axes`` are, under the whole picture."""
-  handles, labels = axes.get_legend_handles_labels()
-  fig.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize="small")
 
 
 def leave_out_diverged(axes: Axes, curves: Sequence[np.ndarray]) -> None:
@@ -123,5 +117,6 @@ def draw_sweep(rows: pd.DataFrame, path: Path) -> None:
     axes.set(xscale="log", xlabel="window K")
     axes.set_xticks(windows, map(str, windows))
     axes.minorticks_off()
-  legend_below(fig, of_streams[0], rows["method"].nunique())
+  lines, labels = of_streams[0].get_legend_handles_labels()
+  fig.legend(lines, labels, loc="outside lower center", ncols=len(labels), fontsize="small")
   plots.save(fig, path)

@@ -52,7 +52,9 @@ def draw(config: Config, data: settings.Data, name: str, seeds: Sequence[int]) -
   kind, examples = STREAMS[config.problem][name], data.examples
   pools = [settings.pools_of(config, data, seed) for seed in seeds]
   schedules = [
-    streams.draw(kind, pool, examples, config.rounds, config.batch_size, seed)
+    kind.draw(
+      np.random.default_rng([seed, 1]), pool, examples.labels, config.rounds, config.batch_size
+    )
     for seed, pool in zip(seeds, pools, strict=True)
   ]
   stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *schedules)
@@ -73,16 +75,7 @@ class State(NamedTuple):
 
 
 class Player:
-  """A method on a problem; rates and streams are arguments, so that one program serves all.
-
-  Attributes:
-    init: ``init(rates, stream) -> online state``.
-    program: the :class:`Program` of the rounds between two evaluations, on ``(rates, stream)``; it
-      tells the local regret of window 1, ``[seeds]``, where the true hypergradient is known.
-    evaluate: ``evaluate(online state, stream)``, balanced accuracy on fresh data, ``[seeds]``.
-    losses: ``losses(rates, stream)``, the mean over seeds of the sum over all rounds of the outer
-      loss, for each of the candidates in ``rates``, side by side.
-  """
+  """A method on a problem; rates and streams are arguments, so that one program serves all."""
 
   def __init__(self, variant: Variant, problem: Problem, rounds: int, num_classes: int):
     shapes = jax.eval_shape(problem.init, jax.random.key(0))
@@ -129,11 +122,16 @@ class Player:
       online = to_tune.init(*problem.init(jax.random.key(stream.seed)), stream.rounds())
       return jnp.sum(to_tune.run(online, stream.rounds(), rounds)[1].metrics["loss"])
 
-    mean_loss = lambda *on: jnp.mean(jax.vmap(loss, in_axes=(None, EACH))(*on))
+    # The first state for (rates, stream).
     self.init = jax.jit(jax.vmap(init, in_axes=(None, EACH)))
-    self.evaluate = jax.jit(jax.vmap(evaluate, in_axes=(0, EACH)))
-    self.losses = jax.jit(jax.vmap(mean_loss, in_axes=(0, None)))
+    # The rounds between two evaluations, on (rates, stream). It tells the local regret of window 1,
+    # [seeds], where the true hypergradient is known.
     self.program = Program(step)
+    # Balanced accuracy on fresh data for (state, stream), [seeds].
+    self.evaluate = jax.jit(jax.vmap(evaluate, in_axes=(0, EACH)))
+    # The cumulative outer loss, a mean over seeds, of each of the candidates in (rates, stream).
+    mean_loss = lambda *on: jnp.mean(jax.vmap(loss, in_axes=(None, EACH))(*on))
+    self.losses = jax.jit(jax.vmap(mean_loss, in_axes=(0, None)))
 
 
 def player_of(run: Run[Config], variant: Variant) -> Player:

@@ -255,11 +255,3 @@ SHIFTING: Mapping[str, StreamKind] = {
   "staged": StreamKind(QUARTER_TURNS, [f"prior {phase + 1}" for phase in range(NUM_PHASES)]),
   "dynamic": StreamKind(TURNING, ["the prior turns"]),
 }
-
-
-def draw(
-  kind: StreamKind, pools: Pools, examples: Examples, rounds: int, batch_size: int, seed: int
-) -> Schedule:
-  """Draws a stream; the same for the same seed."""
-  rng = np.random.default_rng([seed, 1])
-  return kind.draw(rng, pools, examples.labels, rounds, batch_size)

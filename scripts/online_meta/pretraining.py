@@ -101,13 +101,10 @@ class Pretraining(Task):
 
 def cell(run: Run[Config], begins: str) -> Cell:
   """The pre-training of a kind, ``"maml"`` or ``"anil"``."""
-
-  def make():
-    model = run.config.model(begins)
-    return Pretraining(run.config, model, run.data.train, run.data.early)
-
+  config, data = run.config, run.data
+  make = lambda: Pretraining(config, config.model(begins), data.train, data.early)
   key, label = {"method": f"{begins}_pretraining"}, f"pre-training, {begins.upper()}"
-  return Cell(key, make, run.config.pretrain_epochs, label, every=1, checkpoint_every=1)
+  return Cell(key, make, config.pretrain_epochs, label, every=1, checkpoint_every=1)
 
 
 def trained(run: Run[Config], begins: str) -> Params:

@@ -76,10 +76,8 @@ class Streams(NamedTuple):
 class Program:
   """A method; rates, parameters and streams are arguments, so that one program serves all.
 
-  Attributes:
-    play: ``play(rates, xs, stream, keys) -> Trace``; ``xs`` and ``keys`` have an axis of seeds.
-    shapes: of its result.
-    state_bytes: what one seed keeps beside the meta-model.
+  ``play(rates, xs, stream, keys)`` gives a trace of ``shapes``; ``xs`` and ``keys`` have an axis of
+  seeds, and one seed keeps ``state_bytes`` beside the meta-model.
   """
 
   def __init__(self, config: Config, name: str, rounds: int, xs: Any, stream: Any, keys: Any):
@@ -174,13 +172,7 @@ class Best(Task):
 
 
 def best_losses(
-  model: Model,
-  x: Any,
-  stream: Any,
-  keys: jax.Array,
-  rounds: int,
-  passes: int = 4,
-  rate: float = 0.01,
+  model: Model, x: Any, stream: Any, keys: jax.Array, rounds: int, passes=4, rate=0.01
 ) -> jax.Array:
   """The losses of the best fixed model of each task, ``[seeds, rounds]``.
 
@@ -196,7 +188,8 @@ def best_losses(
       return new, (state, batch.task_switch)
 
     _, (states, switches) = jax.lax.scan(advance, stream.init(key), length=rounds)
-    lengths = lengths_of_tasks(switches)
+    tasks = jnp.cumsum(switches, dtype=jnp.int32) - 1
+    lengths = jax.ops.segment_sum(jnp.ones_like(tasks), tasks, num_segments=rounds)[tasks]
     batch_of = lambda t: stream.step(jax.tree.map(lambda leaf: leaf[t], states))[1].train
     zeros, adam = model.start(x), optax.adam(rate)
 
@@ -217,12 +210,4 @@ def best_losses(
 
     return jax.lax.scan(judge, zeros, jnp.arange(rounds))[1]
 
-  run = over_seeds(one)
-  return run(None, repeat(x, keys), stream, keys)
-
-
-def lengths_of_tasks(switches: jax.Array) -> jax.Array:
-  """How many rounds the task has that each round belongs to."""
-  tasks = jnp.cumsum(switches, dtype=jnp.int32) - 1
-  ones = jnp.ones_like(tasks)
-  return jax.ops.segment_sum(ones, tasks, num_segments=len(switches))[tasks]
+  return over_seeds(one)(None, repeat(x, keys), stream, keys)
