@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self, TypeVar
 
 from pydantic import (
+  AfterValidator,
   BaseModel,
   ConfigDict,
   Field,
@@ -37,6 +38,16 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 FREE = "free"  # Marks a field that a resumed run may have otherwise.
 
 
+def _each_once(values: Any) -> Any:
+  if len(set(values)) < len(values):
+    raise ValueError(f"should name each one once, got {' '.join(map(str, values))}")
+  return values
+
+
+Value = TypeVar("Value")
+Several = Annotated[tuple[Value, ...], Field(min_length=1), AfterValidator(_each_once)]
+
+
 @dataclasses.dataclass(frozen=True)
 class Among:
   """A name, or several ones without repetition, of those that there are; ``--help`` lists them."""
@@ -53,8 +64,7 @@ class Among:
     unknown = [name for name in chosen or () if name not in names]
     if unknown:
       raise ValueError(f"should be among {', '.join(names)}; got {' '.join(unknown)}")
-    if chosen is not None and len(set(chosen)) < len(chosen):
-      raise ValueError(f"should name each one once, got {' '.join(chosen)}")
+    _each_once(chosen or ())
     if chosen is not None and len(chosen) < self.least:
       raise ValueError(f"should name at least {self.least} of {', '.join(names)}; got none")
     return value

@@ -93,15 +93,13 @@ class OnlineHyperopt(Study[Config]):
   def tables(self, results: Results[Config]) -> Iterable[Table]:
     """One for each stream."""
     config = results.config
-    for stream in config.stream_names():
-      rows = results.rows[results.rows["stream"] == stream]
-      if len(rows):
-        title = (
-          f"{config.problem} of {config.model_name()} on {config.dataset}, stream {stream}: "
-          f"{config.rounds} rounds of {config.batch_size} examples; mean ± standard deviation of "
-          f"{config.seeds} seeds"
-        )
-        yield table_of(title, rows)
+    for stream, rows in results.rows.groupby("stream", sort=False):
+      title = (
+        f"{config.problem} of {config.model_name()} on {config.dataset}, stream {stream}: "
+        f"{config.rounds} rounds of {config.batch_size} examples; mean ± standard deviation of "
+        f"{config.seeds} seeds"
+      )
+      yield table_of(title, rows)
 
   def draw(self, run: Run[Config]) -> None:
     """What was lost over rounds; and against the window, where there are more than two."""

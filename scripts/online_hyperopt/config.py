@@ -1,6 +1,5 @@
 """What the online experiments are of: arguments, data, pools of examples, problems and rates."""
 
-import json
 import math
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, Self
@@ -9,24 +8,26 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from scripts.common import data
-from scripts.common.config import FREE, Among, Count, NonNegative, Positive, StudyConfig
+from scripts.common.config import FREE, Among, Count, NonNegative, Positive, Several
 from scripts.common.data import Examples
+from scripts.common.tuning import TunedConfig
 from scripts.online_hyperopt import problems, streams
 from scripts.online_hyperopt.methods import METHODS, Rates, Variant
 from scripts.online_hyperopt.problems import RIDGE_BOX, Problem
 from scripts.online_hyperopt.streams import Pools
 
-RATES_FILE = Path(__file__).with_name("rates.json")
 NUM_EVALUATIONS = 20
-PUBLISHED_WINDOW = 5
 STREAMS = {
   "loss_tuning": streams.IMBALANCED,
   "ridge": streams.NOISY,
   "representation": streams.SHIFTING,
 }
+MODELS = {  # The first is the default.
+  "loss_tuning": ("linear", "mlp", "conv4"),
+  "ridge": ("linear",),
+  "representation": ("mlp", "conv4"),
+}
 STREAM_NAMES = tuple(dict.fromkeys(name for kinds in STREAMS.values() for name in kinds))
-
-
 DATASETS = {  # examples of each class that the inner and the outer losses are drawn from
   "digits": (100, 40),
   "mnist": (4000, 1000),
@@ -34,7 +35,7 @@ DATASETS = {  # examples of each class that the inner and the outer losses are d
 }
 
 
-class Config(StudyConfig):
+class Config(TunedConfig):
   """Online hyperparameter optimization: SOBOW and OAGD on streams that change."""
 
   problem: Annotated[str, Among(STREAMS)] = "loss_tuning"
@@ -45,9 +46,9 @@ class Config(StudyConfig):
   """Which streams, instead of all: gradual, zigzag, static; static, staged, dynamic elsewhere."""
   methods: Annotated[tuple[str, ...] | None, Among(METHODS), FREE] = None
   """Which methods, instead of all; the published ones are for loss_tuning alone."""
-  windows: Annotated[tuple[Count, ...], Field(min_length=1)] = (1, 5)
+  windows: Several[Count] = (1, 5)
   """Windows K of those methods that have one; the published ones have 5."""
-  model: Annotated[str | None, Among(problems.MODELS)] = None
+  model: Annotated[str | None, Among(MODELS["loss_tuning"])] = None
   """By default linear, mlp for representation."""
   width: Count | None = None
   """Units of mlp or channels of conv4, instead of 64."""
@@ -59,11 +60,6 @@ class Config(StudyConfig):
   """Examples of a batch, inside and outside."""
   seeds: Count = 5
   """How many seeds; each draws the split of the digits, the stream and the initial parameters."""
-  tune: bool = False
-  """Chooses learning rates on the seeds 100 to 102 and writes them to rates.json in output_dir, or
-  to rates_file if one is given; no report."""
-  rates_file: Path | None = None
-  """Where the chosen learning rates are, instead of the ones in the sources."""
   inner_learning_rate: Positive | None = None
   """Instead of the chosen ones, for all methods that are not published; with the next one."""
   outer_learning_rate: Positive | None = None
@@ -78,22 +74,17 @@ class Config(StudyConfig):
     for name, values, allowed in (
       ("streams", self.stream_names(), STREAMS[self.problem]),
       ("methods", self.method_names(), self._methods_of_problem()),
+      ("model", [self.model_name()], MODELS[self.problem]),
     ):
       if not set(values) <= set(allowed):
         raise ValueError(
           f"{name} of {self.problem} must be among {', '.join(allowed)}; got {' '.join(values)}"
         )
-    if len(set(self.windows)) < len(self.windows):
-      raise ValueError(f"windows must name each one once, got {' '.join(map(str, self.windows))}")
     given = (self.inner_learning_rate, self.outer_learning_rate)
     if given.count(None) == 1:
       raise ValueError(
         f"inner_learning_rate and outer_learning_rate must be given together, got {given}"
       )
-    if self.problem == "ridge" and self.model_name() != "linear":
-      raise ValueError(f"model must be linear for ridge, got {self.model!r}")
-    if self.problem == "representation" and self.model_name() == "linear":
-      raise ValueError("model must be mlp or conv4 for representation, got 'linear'")
     return self
 
   def identity(self) -> dict[str, Any]:
@@ -114,7 +105,7 @@ class Config(StudyConfig):
 
   def model_name(self) -> str:
     """The model to train."""
-    return self.model or ("mlp" if self.problem == "representation" else "linear")
+    return self.model or MODELS[self.problem][0]
 
   def name(self) -> str:
     """The name of the table of learning rates."""
@@ -125,9 +116,7 @@ class Config(StudyConfig):
     variants = []
     for name in self.method_names():
       method = METHODS[name]
-      windows = self.windows if method.windowed else (1,)
-      if method.published and method.windowed:
-        windows = (PUBLISHED_WINDOW,)
+      windows = (method.window,) if method.window else self.windows
       variants += [Variant(name, k) for k in windows if not method.inner_per_window or k > 1]
     return variants
 
@@ -141,9 +130,7 @@ class Config(StudyConfig):
       return Rates(math.nan, math.nan, math.nan)
     if self.inner_learning_rate is not None and self.outer_learning_rate is not None:
       return Rates(self.inner_learning_rate, self.outer_learning_rate, self.damping)
-    path = self.rates_file or RATES_FILE
-    tables = json.loads(path.read_text()) if path.exists() else {}
-    windows = tables.get(self.name(), {}).get(variant.method)
+    windows = self.rates_tables().get(self.name(), {}).get(variant.method)
     if not windows:
       raise ValueError(
         f"no learning rates were chosen for {variant.method} on {self.name()}: choose them with "
@@ -173,7 +160,7 @@ def read(config: Config) -> Data:
     train = data.tfds_images("mnist", "train", config.data_dir)
     fresh = data.tfds_images("mnist", "test[:1000]", config.data_dir)  # as the published code
     test = len(train.labels) + np.arange(1000)
-    examples = Examples(*(np.concatenate(pair) for pair in zip(train, fresh, strict=True)))
+    examples = Examples(*map(np.concatenate, zip(train, fresh, strict=True)))
   if config.problem == "ridge":  # Rows of unit norm bound the curvature of the inner loss.
     norms = np.linalg.norm(examples.images, axis=1, keepdims=True)
     examples = examples._replace(images=examples.images / np.maximum(norms, 1e-6))

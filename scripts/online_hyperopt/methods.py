@@ -11,7 +11,6 @@ the same inner steps, so that what :math:`x` contributes can be told from what t
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -44,25 +43,15 @@ class Setting(NamedTuple):
 
 
 class Method(NamedTuple):
-  """A method.
-
-  Attributes:
-    label: its name in tables.
-    make: gives the arguments of :func:`jaxbo.online`.
-    windowed: whether it depends on the window.
-    inner_per_window: whether the window counts for inner steps alone, so that 1 makes it another.
-    responds: whether it has a response, and so moves ``x`` by more than ``df/dx``.
-    damped: whether it has a linear solver to damp.
-    published: whether its settings are the published ones, so that it has no rates of its own.
-  """
+  """A method; ``make`` gives the arguments of :func:`jaxbo.online`."""
 
   label: str
   make: Callable[[Setting], dict[str, Any]]
-  windowed: bool = True
-  inner_per_window: bool = False
-  responds: bool = False
-  damped: bool = False
-  published: bool = False
+  window: int | None = None  # the only one that it has, 1 if it has no use for one
+  inner_per_window: bool = False  # The window counts for inner steps alone: 1 makes it another.
+  responds: bool = False  # It moves x by more than df/dx.
+  damped: bool = False  # It has a linear solver to damp.
+  published: bool = False  # It has the published settings, and so no rates of its own.
 
 
 class Variant(NamedTuple):
@@ -75,33 +64,27 @@ class Variant(NamedTuple):
   def label(self) -> str:
     """Its name in tables."""
     method = METHODS[self.method]
-    return f"{method.label}, K={self.window}" if method.windowed else method.label
-
-
-def make_loop(
-  variant: Variant,
-  problem: Problem,
-  rates: Rates,
-  y: Any,
-  rounds: int,
-  metrics: dict[str, Any] | None = None,
-) -> jaxbo.Online:
-  """The loop of a method; ``y`` are inner parameters or their shapes."""
-  arguments = METHODS[variant.method].make(Setting(problem, rates, variant.window, y, rounds))
-  return jaxbo.online(problem.outer_loss, **arguments, metrics=metrics)
+    return method.label if method.window == 1 else f"{method.label}, K={self.window}"
 
 
 def _inner(of: Setting, num_steps: int = 1) -> jaxbo.InnerSolver:
   return jaxbo.inner_solver(of.problem.inner_loss, optax.sgd(of.rates.inner), num_steps)
 
 
+def _replay(of: Setting) -> dict[str, Any]:
+  return {"memory": of.window, "replay": True}
+
+
+def _conjugate_gradient(of: Setting, *, warm_start: bool) -> jaxbo.LinearSolver:
+  return jaxbo.conjugate_gradient(LINEAR_STEPS, 0.0, of.rates.damping, warm_start=warm_start)
+
+
 def _ogd(of: Setting) -> dict[str, Any]:
-  outer = jaxbo.ogd(of.rates.outer, project=of.problem.project)
-  return {"inner": _inner(of), "outer": outer}
+  return {"inner": _inner(of), "outer": jaxbo.ogd(of.rates.outer, project=of.problem.project)}
 
 
 def _ogd_replay(of: Setting) -> dict[str, Any]:
-  return _ogd(of) | {"memory": of.window, "replay": True}
+  return _ogd(of) | _replay(of)
 
 
 def _sobow(of: Setting, num_steps: int = 1) -> dict[str, Any]:
@@ -111,7 +94,7 @@ def _sobow(of: Setting, num_steps: int = 1) -> dict[str, Any]:
     inner,
     window=of.window,
     decay=DECAY,
-    linear_solver=_conjugate_gradient(of.rates, warm_start=True),
+    linear_solver=_conjugate_gradient(of, warm_start=True),
     inner_params=of.y,
     project=of.problem.project,
   )
@@ -144,14 +127,10 @@ def _oagd(of: Setting) -> dict[str, Any]:
     inner,
     of.problem.outer_loss,
     decay=DECAY,
-    linear_solver=_conjugate_gradient(of.rates, warm_start=False),
+    linear_solver=_conjugate_gradient(of, warm_start=False),
     project=of.problem.project,
   )
-  return {"inner": inner, "outer": outer, "memory": of.window, "replay": True}
-
-
-def _conjugate_gradient(rates: Rates, *, warm_start: bool) -> jaxbo.LinearSolver:
-  return jaxbo.conjugate_gradient(LINEAR_STEPS, 0.0, rates.damping, warm_start=warm_start)
+  return {"inner": inner, "outer": outer, **_replay(of)}
 
 
 # -- The published code of OAGD.
@@ -176,17 +155,17 @@ def published_rates(rounds: int) -> tuple[np.ndarray, np.ndarray, int]:
   return inner, np.where(t < start, 0.0, outer), start
 
 
-def _table(rates: np.ndarray) -> Callable[[Any], jax.Array]:
-  """A schedule that reads a table."""
-  return lambda count: jnp.asarray(rates, jnp.float32)[jnp.minimum(count, len(rates) - 1)]
+def _sgd(rates: np.ndarray) -> optax.GradientTransformation:
+  """With momentum and weight decay; the rates are those of its steps."""
+  table = lambda count: jnp.asarray(rates, jnp.float32)[jnp.minimum(count, len(rates) - 1)]
+  return optax.chain(optax.add_decayed_weights(1e-4), optax.sgd(table, momentum=0.9))
 
 
-def _published_inner(of: Setting, window: int) -> jaxbo.InnerSolver:
+def _published_inner(of: Setting) -> jaxbo.InnerSolver:
   rates, _, _ = published_rates(of.rounds)
   # The optimizer counts steps, of which a round has as many as there are batches in the window.
-  by_step = np.repeat(rates, np.minimum(np.arange(of.rounds) + 1, window))
-  optimizer = optax.chain(optax.add_decayed_weights(1e-4), optax.sgd(_table(by_step), momentum=0.9))
-  return jaxbo.inner_solver(of.problem.inner_loss, optimizer, 1)
+  by_step = np.repeat(rates, np.minimum(np.arange(of.rounds) + 1, of.window))
+  return jaxbo.inner_solver(of.problem.inner_loss, _sgd(by_step), 1)
 
 
 def _published_series(matvec, b, x0):
@@ -200,39 +179,39 @@ def _published_series(matvec, b, x0):
 
 
 def _ogd_published(of: Setting) -> dict[str, Any]:
-  return {"inner": _published_inner(of, 1), "outer": jaxbo.ogd(0.0)}
+  return {"inner": _published_inner(of), "outer": jaxbo.ogd(0.0)}
 
 
 def _ogd_replay_published(of: Setting) -> dict[str, Any]:
-  inner = _published_inner(of, of.window)
-  return {"inner": inner, "outer": jaxbo.ogd(0.0), "memory": of.window, "replay": True}
+  return _ogd_published(of) | _replay(of)
 
 
 def _oagd_published(of: Setting) -> dict[str, Any]:
-  inner = _published_inner(of, of.window)
+  inner = _published_inner(of)
   _, by_round, start = published_rates(of.rounds)
   started: Any = lambda step, **_: step >= start
   response = jaxbo.add_implicit_response(inner, _published_series)
-  steps = optax.chain(
-    optax.add_decayed_weights(1e-4), optax.sgd(_table(by_round[start:]), momentum=0.9)
-  )
   outer = optax.chain(
     jaxbo.average_over_batches(response, of.problem.outer_loss, decay=DECAY),
-    optax.conditionally_mask(steps, started),
+    optax.conditionally_mask(_sgd(by_round[start:]), started),
   )
-  return {"inner": inner, "outer": outer, "memory": of.window, "replay": True}
+  return {"inner": inner, "outer": outer, **_replay(of)}
 
 
 METHODS = {
-  "ogd": Method("OGD", _ogd, windowed=False),
+  "ogd": Method("OGD", _ogd, window=1),
   "sobow": Method("SOBOW", _sobow, responds=True, damped=True),
   "sobow_steps": Method(
     "SOBOW, K steps", _sobow_steps, inner_per_window=True, responds=True, damped=True
   ),
-  "sogd": Method("SOGD", _sogd, windowed=False, responds=True),
+  "sogd": Method("SOGD", _sogd, window=1, responds=True),
   "ogd_replay": Method("OGD, replay", _ogd_replay, inner_per_window=True),
   "oagd": Method("OAGD", _oagd, responds=True, damped=True),
-  "ogd_published": Method("OGD, published", _ogd_published, windowed=False, published=True),
-  "ogd_replay_published": Method("OGD, published, replay", _ogd_replay_published, published=True),
-  "oagd_published": Method("OAGD, published", _oagd_published, responds=True, published=True),
+  "ogd_published": Method("OGD, published", _ogd_published, window=1, published=True),
+  "ogd_replay_published": Method(
+    "OGD, published, replay", _ogd_replay_published, window=5, published=True
+  ),
+  "oagd_published": Method(
+    "OAGD, published", _oagd_published, window=5, responds=True, published=True
+  ),
 }

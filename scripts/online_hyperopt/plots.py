@@ -1,6 +1,6 @@
 """Pictures of online runs: metrics over rounds with the phases marked, and against the window."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ COLORS = {
   "ogd": "0.45", "ogd_replay": "0.7", "sobow": "C0", "sobow_steps": "C9", "sogd": "C2",
   "oagd": "C1", "ogd_published": "C5", "ogd_replay_published": "C4", "oagd_published": "C3",
 }  # fmt: skip
-CELL = ["stream", "method", "window"]
 
 
 def draw_runs(
@@ -25,12 +24,11 @@ def draw_runs(
 ) -> None:
   """A column for each stream: balanced accuracy, and cumulative loss less that of the first method.
 
-  Lines are means over seeds in a band from least to greatest; the largest window is solid. Of runs
-  that are in ``rows``, the others did not end.
+  Lines are means over seeds; the largest window is in a band from least to greatest, the others are
+  dashed. Of runs that are in ``rows``, the others did not end.
   """
-  lines = lines.merge(rows[[*CELL, "seed"]])
+  lines = lines.merge(rows[["stream", "method", "window", "seed"]])
   names = [name for name in kinds if (lines["stream"] == name).any()]
-  rounds = lines["round"].max()
   fig, grid = plt.subplots(
     2, len(names), figsize=(4.6 * len(names) + 1, 7.5), sharex=True, squeeze=False,
     layout="constrained",
@@ -38,51 +36,45 @@ def draw_runs(
   for (above, below), name in zip(grid.T, names, strict=True):
     mine = lines[lines["stream"] == name]
     largest = mine.groupby("method")["window"].max()
-    gains, baseline = list[pd.DataFrame](), None
+    gains, baseline = list[np.ndarray](), None
     for (method, window), run in mine.groupby(["method", "window"], sort=False):
       variant = Variant(str(method), int(str(window)))
-      style = {
-        "color": COLORS[variant.method],
-        "label": variant.label,
-        "linestyle": "-" if variant.window == largest[variant.method] else ":",
-      }
-      band(above, run.pivot(index="round", columns="seed", values="balanced_accuracy"), **style)
-      loss = run.pivot(index="round", columns="seed", values="cumulative_loss").astype(float)
+      style: Any = {"label": variant.label, "color": COLORS[variant.method]}
+      style["band"] = variant.window == largest[variant.method]
+      x, accuracy = by_seed(run, "round", "balanced_accuracy")
+      plots.mean_and_range(above, x, accuracy, **style)
+      _, loss = by_seed(run, "round", "cumulative_loss")
       if baseline is None:
         baseline = loss
         grid[1, 0].set_ylabel(f"cumulative loss, less that of {variant.label}")
       gains.append(loss - baseline)
-      band(below, gains[-1], **style)
+      plots.mean_and_range(below, x, gains[-1], **style)
     leave_out_diverged(below, gains)
     above.set_title(name)
     # The first evaluation is of what knows nothing.
     above.set_ylim(bottom=mine["balanced_accuracy"][mine["round"] > 0].min() - 0.02)
     for axes in (above, below):
-      mark_phases(axes, kinds[name].phases(rounds))
+      mark_phases(axes, kinds[name].phases(lines["round"].max()))
     below.set_xlabel("round")
   grid[0, 0].set_ylabel("balanced accuracy on fresh data")
-  fig.legend(
-    *grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize="small"
-  )
+  lines_and_labels = grid[0, 0].get_legend_handles_labels()
+  fig.legend(*lines_and_labels, loc="outside lower center", ncols=5, fontsize="small")
   plots.save(fig, path)
 
 
-def band(axes: Axes, values: pd.DataFrame, **style: Any) -> None:
-  """The mean over columns, which are seeds, in a band from least to greatest."""
-  x, array = values.index.to_numpy(), values.to_numpy()
-  axes.plot(x, array.mean(axis=1), **style)
-  low, high = array.min(axis=1), array.max(axis=1)
-  axes.fill_between(x, low, high, color=style["color"], alpha=0.08, lw=0)
+def by_seed(rows: pd.DataFrame, x: str, y: str) -> tuple[np.ndarray, np.ndarray]:
+  """The values of ``x``, and those of ``y``, a row for each seed."""
+  table = rows.pivot(index="seed", columns=x, values=y).astype(float)
+  return table.columns.to_numpy(), table.to_numpy()
 
 
-def leave_out_diverged(axes: Axes, curves: list[pd.DataFrame]) -> None:
+def leave_out_diverged(axes: Axes, curves: Sequence[np.ndarray]) -> None:
   """Limits ``y`` to curves no more than ten times as large as the median one, if one is larger."""
-  arrays = [curve.to_numpy() for curve in curves]
-  sizes = np.array([np.abs(array).max() for array in arrays])
+  sizes = np.array([np.abs(curve).max() for curve in curves])
   sizes[np.isnan(sizes)] = np.inf  # Lines have no infinite numbers.
-  shown = [a for a, small in zip(arrays, sizes <= 10 * np.median(sizes), strict=True) if small]
-  if 0 < len(shown) < len(arrays):
-    low, high = min(array.min() for array in shown), max(array.max() for array in shown)
+  shown = [c for c, small in zip(curves, sizes <= 10 * np.median(sizes), strict=True) if small]
+  if 0 < len(shown) < len(curves):
+    low, high = min(curve.min() for curve in shown), max(curve.max() for curve in shown)
     axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
 
 
@@ -106,29 +98,25 @@ def draw_sweep(rows: pd.DataFrame, path: Path) -> None:
   fig, panels = plt.subplots(
     1, len(names) + 1, figsize=(4 * (len(names) + 1), 4.4), squeeze=False, layout="constrained"
   )
+  *of_streams, memory = panels[0]
   for (name, of_method), mine in rows.groupby(["stream", "method"], sort=False):
-    axes, method = panels[0, names.index(str(name))], str(of_method)
-    style = {"color": COLORS[method], "label": METHODS[method].label}
-    if not METHODS[method].windowed:
+    axes, method = of_streams[names.index(str(name))], METHODS[str(of_method)]
+    style: Any = {"color": COLORS[str(of_method)], "label": method.label}
+    if method.window == 1:
       axes.axhline(mine["cumulative_loss"].mean(), linestyle="--", **style)
     elif mine["window"].nunique() > 1:
-      band(
-        axes,
-        mine.pivot(index="window", columns="seed", values="cumulative_loss"),
-        marker="o",
-        **style,
-      )
+      plots.mean_and_range(axes, *by_seed(mine, "window", "cumulative_loss"), **style)
       if name == names[0]:
         kept = mine.groupby("window")["state_bytes"].first() / 2**10
-        panels[0, -1].plot(kept.index, kept, color=COLORS[method], marker="o")
-  for axes, name in zip(panels[0], names, strict=False):
+        memory.plot(kept.index, kept, color=style["color"], marker="o")
+  for axes, name in zip(of_streams, names, strict=True):
     axes.set(title=name, ylabel="cumulative loss")
-  panels[0, -1].set(title="memory", yscale="log", ylabel="kept beside both levels, KiB a seed")
+  memory.set(title="memory", yscale="log", ylabel="kept beside both levels, KiB a seed")
+  windows = sorted(rows["window"].unique())
   for axes in panels[0]:
-    windows = sorted(rows["window"].unique())
     axes.set(xscale="log", xlabel="window K")
     axes.set_xticks(windows, map(str, windows))
     axes.minorticks_off()
-  handles, labels = panels[0, 0].get_legend_handles_labels()
-  fig.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize="small")
+  lines, labels = of_streams[0].get_legend_handles_labels()
+  fig.legend(lines, labels, loc="outside lower center", ncols=len(labels), fontsize="small")
   plots.save(fig, path)

@@ -21,62 +21,45 @@ from jaxbo_models.linear_head import cross_entropy, logits, zero_head
 import jaxbo
 from scripts.online_hyperopt.streams import Batch
 
-MODELS = ("linear", "mlp", "conv4")
 RIDGE_BOX = (-7.0, -2.0)  # of the logarithms of the ridge
-EXACT_STEPS = (400, 100)  # of inner solver and conjugate gradient, for the true hypergradient
 
 
 class Features(NamedTuple):
   """A model of features, before a linear head.
 
-  Attributes:
-    init: ``init(key) -> params``.
-    apply: ``apply(params, images) -> [n, width]``, as in training.
-    frozen: ``frozen(params, images, reference)``: as in evaluation. What depends on other images of
-      a batch is taken from ``reference``.
-    width: how many features there are.
+  ``apply(params, images, reference) -> [n, width]`` is as in training without a ``reference``, and
+  as in evaluation with one: what depends on other images of a batch is taken from there.
   """
 
-  init: Callable[[jax.Array], Any]
-  apply: Callable[[Any, jax.Array], jax.Array]
-  frozen: Callable[[Any, jax.Array, jax.Array], jax.Array]
-  width: int
+  init: Callable[[jax.Array], Any]  # of a key
+  apply: Callable[..., jax.Array]
+  width: int  # how many features there are
 
 
 class Problem(NamedTuple):
-  """An online bilevel problem.
+  """An online bilevel problem, for ``x`` and ``y``."""
 
-  Attributes:
-    init: ``init(key) -> (x, y)``.
-    inner_loss: ``inner_loss(x, y, batch)``.
-    outer_loss: ``outer_loss(x, y, batch)``.
-    predict: ``predict(x, y, images, reference) -> logits``, for reports; see :class:`Features`.
-    project: the projection of ``x``, or ``None``.
-    hypergradient: ``hypergradient(x, batch)``, the true one, or ``None`` where it is not known.
-  """
-
-  init: Callable[[jax.Array], tuple[Any, Any]]
+  init: Callable[[jax.Array], tuple[Any, Any]]  # of a key
   inner_loss: Callable[[Any, Any, Batch], jax.Array]
   outer_loss: Callable[[Any, Any, Batch], jax.Array]
-  predict: Callable[[Any, Any, jax.Array, jax.Array], jax.Array]
-  project: Callable[[Any], Any] | None = None
-  hypergradient: Callable[[Any, jaxbo.OnlineBatch], Any] | None = None
+  predict: Callable[..., jax.Array]  # the logits of (x, y, images, reference), see Features
+  project: Callable[[Any], Any] | None = None  # of x
+  hypergradient: Callable[[Any, jaxbo.OnlineBatch], Any] | None = None  # if it is known: of x
 
 
 def make_features(model: str, num_inputs: int, width: int) -> Features:
-  """The features of that name, of ``MODELS``; ``"linear"`` has no parameters.
+  """The features ``"linear"``, which has no parameters, ``"mlp"`` or ``"conv4"``.
 
   Raises:
     ValueError: if images are too small for convolutions.
   """
   if model == "linear":
-    apply = lambda params, images: images
-    return Features(lambda key: {}, apply, lambda p, images, _: images, num_inputs)
+    return Features(lambda key: {}, lambda params, images, reference=None: images, num_inputs)
   if model == "mlp":
     he = jax.nn.initializers.he_normal()
     init = lambda key: {"w": he(key, (num_inputs, width)), "b": jnp.zeros(width)}
-    apply = lambda params, images: jax.nn.relu(images @ params["w"] + params["b"][None])
-    return Features(init, apply, lambda params, images, _: apply(params, images), width)
+    relu = lambda params, images: jax.nn.relu(images @ params["w"] + params["b"][None])
+    return Features(init, lambda params, images, reference=None: relu(params, images), width)
   return _conv4(num_inputs, width)
 
 
@@ -92,33 +75,23 @@ def _conv4(num_inputs: int, width: int) -> Features:
   running = Conv4(width, batch_stats="running", momentum=0.0)  # the last batch's, as in PyTorch's 1
 
   def init(key):
-    params = batch_norm.init(key, as_images(jnp.zeros((2, num_inputs))))["params"]
+    params: Any = batch_norm.init(key, as_images(jnp.zeros((2, num_inputs))))["params"]
     # As the published code draws them: variance 2 / (9 features).
     he = jax.nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+    for i in range(4):
+      layer = params[f"Conv_{i}"]
+      layer["kernel"] = he(jax.random.fold_in(key, i), layer["kernel"].shape)
+    return params
 
-    def draw(path, leaf):
-      layer, name = (part.key for part in path)
-      if name != "kernel":
-        return leaf
-      return he(jax.random.fold_in(key, int(layer.removeprefix("Conv_"))), leaf.shape)
+  def apply(params, images, reference=None):
+    variables = {"params": params}
+    if reference is None:
+      return jnp.asarray(batch_norm.apply(variables, as_images(images)))
+    move: Any = {"train": True, "mutable": ["batch_stats"]}
+    _, stats = running.apply(variables, as_images(reference), **move)
+    return jnp.asarray(running.apply({**variables, **stats}, as_images(images)))
 
-    return jax.tree_util.tree_map_with_path(draw, params)
-
-  def apply(params, images):
-    return jnp.asarray(batch_norm.apply({"params": params}, as_images(images)))
-
-  def frozen(params, images, reference):
-    shapes = jax.eval_shape(running.init, jax.random.key(0), as_images(reference))
-    empty = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), shapes["batch_stats"])
-    _, stats = running.apply(
-      {"params": params, "batch_stats": empty},
-      as_images(reference),
-      train=True,
-      mutable=["batch_stats"],
-    )
-    return jnp.asarray(running.apply({"params": params, **stats}, as_images(images)))
-
-  return Features(init, apply, frozen, width)
+  return Features(init, apply, width)
 
 
 def weighted_cross_entropy(z: jax.Array, batch: Batch) -> jax.Array:
@@ -134,21 +107,17 @@ def loss_tuning(features: Features, num_classes: int) -> Problem:
     x = {"temperature": jnp.ones(num_classes), "shift": jnp.zeros(num_classes)}
     return x, {"features": features.init(key), "head": zero_head(features.width, num_classes)}
 
-  def apply(y, images):
-    return logits(y["head"], features.apply(y["features"], images))
+  def predict(x, y, images, reference=None):
+    del x  # It matters through y alone.
+    return logits(y["head"], features.apply(y["features"], images, reference))
 
   def inner_loss(x, y, batch):
     scale = jax.nn.sigmoid(x["temperature"])
-    adjusted = apply(y, batch.images) * scale[None] + x["shift"][None]
+    adjusted = predict(x, y, batch.images) * scale[None] + x["shift"][None]
     return weighted_cross_entropy(adjusted, batch)
 
   def outer_loss(x, y, batch):
-    del x  # It matters through y alone.
-    return weighted_cross_entropy(apply(y, batch.images), batch)
-
-  def predict(x, y, images, reference):
-    del x
-    return logits(y["head"], features.frozen(y["features"], images, reference))
+    return weighted_cross_entropy(predict(x, y, batch.images), batch)
 
   return Problem(init, inner_loss, outer_loss, predict)
 
@@ -161,41 +130,34 @@ def feature_ridge(num_inputs: int, num_classes: int, log_ridge: float, *, exact:
     return jnp.full(num_inputs, log_ridge), jnp.zeros((num_inputs, num_classes))
 
   def inner_loss(x, y, batch):
-    fit = cross_entropy(batch.images @ y, batch.labels)
-    return fit + 0.5 * jnp.sum(jnp.exp(x)[:, None] * y**2)
+    return outer_loss(x, y, batch) + 0.5 * jnp.sum(jnp.exp(x)[:, None] * y**2)
 
   def outer_loss(x, y, batch):
     del x
     return cross_entropy(batch.images @ y, batch.labels)
 
   def hypergradient(x, batch):
-    return exact_hypergradient(
-      inner_loss, outer_loss, x, jnp.zeros((num_inputs, num_classes)), batch
-    )
+    """At the minimum of the inner loss, which is strongly convex and solved to the end.
+
+    With rows of unit norm its curvature is at most 1/2 + exp(-2), so that steps of 1.2 are safe;
+    its condition number is below 700.
+    """
+    optimizer = optax.sgd(1.2, momentum=0.93, nesterov=True)
+    inner = jaxbo.inner_solver(inner_loss, optimizer, num_steps=400)
+    response = jaxbo.add_implicit_response(inner, jaxbo.conjugate_gradient(100, 1e-6))
+    zeros = jnp.zeros((num_inputs, num_classes))
+    solution = inner.solve(x, inner.init(zeros), batch.train)
+    grads = jax.grad(outer_loss, argnums=(0, 1))(x, solution.params, batch.val)
+    return response.update(grads, response.init(x), x, solution=solution, batch=batch.train)[0]
 
   return Problem(
     init,
     inner_loss,
     outer_loss,
-    lambda x, y, images, _: images @ y,
+    lambda x, y, images, reference: images @ y,
     project=lambda x: optax.projections.projection_box(x, *RIDGE_BOX),
     hypergradient=hypergradient if exact else None,
   )
-
-
-def exact_hypergradient(inner_loss, outer_loss, x, y0, batch):
-  """The hypergradient at the minimum of a strongly convex inner loss, solved to the end.
-
-  With rows of unit norm the curvature of the inner loss is at most 1/2 + exp(-2), so that steps of
-  1.2 are safe; its condition number is below 700.
-  """
-  num_steps, linear_steps = EXACT_STEPS
-  optimizer = optax.sgd(1.2, momentum=0.93, nesterov=True)
-  inner = jaxbo.inner_solver(inner_loss, optimizer, num_steps)
-  response = jaxbo.add_implicit_response(inner, jaxbo.conjugate_gradient(linear_steps, 1e-6))
-  solution = inner.solve(x, inner.init(y0), batch.train)
-  grads = jax.grad(outer_loss, argnums=(0, 1))(x, solution.params, batch.val)
-  return response.update(grads, response.init(x), x, solution=solution, batch=batch.train)[0]
 
 
 def representation(features: Features, num_classes: int, ridge: float) -> Problem:
@@ -204,13 +166,13 @@ def representation(features: Features, num_classes: int, ridge: float) -> Proble
   def init(key):
     return features.init(key), zero_head(features.width, num_classes)
 
+  def predict(x, y, images, reference=None):
+    return logits(y, features.apply(x, images, reference))
+
   def outer_loss(x, y, batch):
-    return cross_entropy(logits(y, features.apply(x, batch.images)), batch.labels)
+    return cross_entropy(predict(x, y, batch.images), batch.labels)
 
   def inner_loss(x, y, batch):
     return outer_loss(x, y, batch) + ridge / 2 * optax.tree.norm(y, squared=True)
-
-  def predict(x, y, images, reference):
-    return logits(y, features.frozen(x, images, reference))
 
   return Problem(init, inner_loss, outer_loss, predict)

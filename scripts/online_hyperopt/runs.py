@@ -1,5 +1,6 @@
 """Runs of online methods: compiled once for all streams, all seeds side by side."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pandas as pd
 
 import jaxbo
 from scripts.common.folder import Row
@@ -14,9 +16,9 @@ from scripts.common.program import Program
 from scripts.common.study import Run
 from scripts.common.task import Compiled, Spent
 from scripts.online_hyperopt import config as settings
-from scripts.online_hyperopt import methods, streams
+from scripts.online_hyperopt import streams
 from scripts.online_hyperopt.config import NUM_EVALUATIONS, STREAMS, Config
-from scripts.online_hyperopt.methods import Rates, Variant
+from scripts.online_hyperopt.methods import METHODS, Rates, Setting, Variant
 from scripts.online_hyperopt.problems import Problem
 from scripts.online_hyperopt.streams import Schedule
 
@@ -26,12 +28,9 @@ TEST_BATCH = 250
 class Stream(NamedTuple):
   """A stream on the device, for all seeds or, without the axis of seeds, for one of them.
 
-  Attributes:
-    features: ``[rows, features]``, shared by all seeds.
-    labels: ``[rows]``, shared by all seeds.
-    schedule: leaves ``[seeds, rounds, batch]``.
-    test_rows: ``[seeds, rows]``.
-    seed: of the initial parameters, ``[seeds]``.
+  ``features [rows, features]`` and ``labels [rows]`` are shared by all seeds; the others are a
+  ``schedule`` with leaves ``[seeds, rounds, batch]``, ``test_rows [seeds, rows]``, and the ``seed``
+  of the initial parameters, ``[seeds]``.
   """
 
   features: Any
@@ -53,7 +52,9 @@ def draw(config: Config, data: settings.Data, name: str, seeds: Sequence[int]) -
   kind, examples = STREAMS[config.problem][name], data.examples
   pools = [settings.pools_of(config, data, seed) for seed in seeds]
   schedules = [
-    streams.draw(kind, pool, examples, config.rounds, config.batch_size, seed)
+    kind.draw(
+      np.random.default_rng([seed, 1]), pool, examples.labels, config.rounds, config.batch_size
+    )
     for seed, pool in zip(seeds, pools, strict=True)
   ]
   stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *schedules)
@@ -63,31 +64,18 @@ def draw(config: Config, data: settings.Data, name: str, seeds: Sequence[int]) -
 
 
 class State(NamedTuple):
-  """All seeds of a run so far; losses and breakdowns are zero in rounds that are to come.
+  """All seeds of a run so far; ``[seeds, rounds]`` are zero in rounds that are to come.
 
-  Attributes:
-    online: the method's, with an axis of seeds.
-    loss: the outer loss of what was played, on the batch of the round, ``[seeds, rounds]``.
-    breakdown: 1 where the linear solver met curvature that was not positive, NaN where there is
-      none, ``[seeds, rounds]``.
+  A breakdown is 1 where the linear solver met curvature that was not positive, NaN without one.
   """
 
-  online: jaxbo.OnlineState
-  loss: jax.Array
+  online: jaxbo.OnlineState  # of the method, with an axis of seeds
+  loss: jax.Array  # the outer loss of what was played, on the batch of the round
   breakdown: jax.Array
 
 
 class Player:
-  """A method on a problem; rates and streams are arguments, so that one program serves all.
-
-  Attributes:
-    init: ``init(rates, stream) -> online state``.
-    program: the :class:`Program` of the rounds between two evaluations, on ``(rates, stream)``; it
-      tells the local regret of window 1, ``[seeds]``, where the true hypergradient is known.
-    evaluate: ``evaluate(online state, stream)``, balanced accuracy on fresh data, ``[seeds]``.
-    losses: ``losses(rates, stream)``, the mean over seeds of the sum over all rounds of the outer
-      loss, for each of the candidates in ``rates``, side by side.
-  """
+  """A method on a problem; rates and streams are arguments, so that one program serves all."""
 
   def __init__(self, variant: Variant, problem: Problem, rounds: int, num_classes: int):
     shapes = jax.eval_shape(problem.init, jax.random.key(0))
@@ -101,8 +89,9 @@ class Player:
       metrics["regret"] = jaxbo.local_regret(problem.hypergradient)
 
     def loop(rates: Rates, names: Sequence[str] = tuple(metrics)) -> jaxbo.Online:
+      of = Setting(problem, rates, variant.window, shapes[1], rounds)
       wanted = {name: metrics[name] for name in names}
-      return methods.make_loop(variant, problem, rates, shapes[1], rounds, wanted)
+      return jaxbo.online(problem.outer_loss, **METHODS[variant.method].make(of), metrics=wanted)
 
     def init(rates, stream):
       return loop(rates).init(*problem.init(jax.random.key(stream.seed)), stream.rounds())
@@ -115,9 +104,8 @@ class Player:
       online, new = jax.vmap(play, in_axes=(0, None, EACH))(state.online, rates, stream)
       start = t * (rounds // NUM_EVALUATIONS)
       put = lambda kept, new: jax.lax.dynamic_update_slice_in_dim(kept, new, start, axis=1)
-      regret = new["regret"].total[:, -1] if "regret" in new else None
-      state = State(online, put(state.loss, new["loss"]), put(state.breakdown, new["breakdown"]))
-      return state, regret
+      kept = put(state.loss, new["loss"]), put(state.breakdown, new["breakdown"])
+      return State(online, *kept), new["regret"].total[:, -1] if "regret" in new else None
 
     def evaluate(online, stream):
       reference = stream.rounds()(jax.random.key(0), online.round_count).val.images
@@ -134,11 +122,16 @@ class Player:
       online = to_tune.init(*problem.init(jax.random.key(stream.seed)), stream.rounds())
       return jnp.sum(to_tune.run(online, stream.rounds(), rounds)[1].metrics["loss"])
 
-    mean_loss = lambda *on: jnp.mean(jax.vmap(loss, in_axes=(None, EACH))(*on))
+    # The first state for (rates, stream).
     self.init = jax.jit(jax.vmap(init, in_axes=(None, EACH)))
-    self.evaluate = jax.jit(jax.vmap(evaluate, in_axes=(0, EACH)))
-    self.losses = jax.jit(jax.vmap(mean_loss, in_axes=(0, None)))
+    # The rounds between two evaluations, on (rates, stream). It tells the local regret of window 1,
+    # [seeds], where the true hypergradient is known.
     self.program = Program(step)
+    # Balanced accuracy on fresh data for (state, stream), [seeds].
+    self.evaluate = jax.jit(jax.vmap(evaluate, in_axes=(0, EACH)))
+    # The cumulative outer loss, a mean over seeds, of each of the candidates in (rates, stream).
+    mean_loss = lambda *on: jnp.mean(jax.vmap(loss, in_axes=(None, EACH))(*on))
+    self.losses = jax.jit(jax.vmap(mean_loss, in_axes=(0, None)))
 
 
 def player_of(run: Run[Config], variant: Variant) -> Player:
@@ -168,13 +161,13 @@ class Play(Compiled):
   """A method on a stream, all seeds; a step is the rounds between two evaluations."""
 
   def __init__(self, run: Run[Config], name: str, variant: Variant):
-    self.config, self.seeds = run.config, run.config.all_seeds()
-    draw_it = lambda: draw(self.config, run.data, name, self.seeds)
+    self.seeds, self.rounds = list(run.config.all_seeds()), run.config.rounds
+    draw_it = lambda: draw(run.config, run.data, name, self.seeds)
     stream = run.shared(("stream", name), draw_it)
-    self.rates, player = self.config.rates_of(variant), player_of(run, variant)
+    self.rates, player = run.config.rates_of(variant), player_of(run, variant)
     rates = Rates(*map(jnp.float32, self.rates))  # Other rates do not compile again.
     online = player.init(rates, stream)
-    nothing = lambda: jnp.zeros((len(self.seeds), self.config.rounds))
+    nothing = lambda: jnp.zeros((len(self.seeds), self.rounds))
     self.start = jax.tree.map(jnp.copy, online.x)
     self.accuracy = lambda online: player.evaluate(online, stream)
     self.accuracy_at_start = self.accuracy(online)
@@ -182,48 +175,44 @@ class Play(Compiled):
 
   def evaluate(self, state: State, told: list[Any]) -> list[Row]:
     """A line for each seed, two the first time: there is one before the first round too."""
-    done, nothing = int(state.online.round_count[0]), np.zeros(len(self.seeds))
+    done = int(state.online.round_count[0])
     loss = np.cumsum(np.asarray(state.loss)[:, :done], axis=1)[:, -1]
-    regret = nothing + np.nan if told[-1] is None else told[-1]
-    found = [(done, self.accuracy(state.online), loss, regret)]
-    if done == self.config.rounds // NUM_EVALUATIONS:
-      found.insert(0, (0, self.accuracy_at_start, nothing, nothing))
-    return [
-      {
-        "seed": seed,
-        "round": round,
-        "balanced_accuracy": float(accuracy[i]),
-        "cumulative_loss": float(loss[i]),
-        "regret": float(regret[i]),
-      }
-      for round, accuracy, loss, regret in found
-      for i, seed in enumerate(self.seeds)
-    ]
+    regret = math.nan if told[-1] is None else told[-1]
+    lines = self._lines(done, self.accuracy(state.online), loss, regret)
+    if done > self.rounds // NUM_EVALUATIONS:
+      return lines
+    return self._lines(0, self.accuracy_at_start, 0.0, 0.0) + lines
+
+  def _lines(self, done: int, accuracy: Any, loss: Any, regret: Any) -> list[Row]:
+    line = {"round": done, "balanced_accuracy": accuracy, "cumulative_loss": loss}
+    return self._each({**line, "regret": regret})
 
   def result(self, state: State, spent: Spent) -> list[Row]:
     """A row for each seed."""
-    rows, moved = list[Row](), distance(state.online.x, self.start)
-    loss, breakdown = np.asarray(state.loss), np.asarray(state.breakdown)
-    for i, seed in enumerate(self.seeds):
-      lines = [line for line in spent.lines if line["seed"] == seed]
-      accuracy = np.array([line["balanced_accuracy"] for line in lines], np.float32)
-      rows.append(
-        {
-          "seed": seed,
-          "cumulative_loss": float(loss[i].sum()),
-          "mean_accuracy": float(accuracy.mean()),
-          "final_accuracy": float(accuracy[-1]),
-          "distance": float(moved[i]),
-          "regret": lines[-1]["regret"],
-          "breakdown_share": float(breakdown[i].mean()),
-          "seconds_per_round": spent.seconds / loss.size,
-          "state_bytes": kept_bytes(state.online) // len(loss),
-          "inner_learning_rate": self.rates.inner,
-          "outer_learning_rate": self.rates.outer,
-          "damping": self.rates.damping,
-        }
-      )
-    return rows
+    loss, lines = np.asarray(state.loss), pd.DataFrame(spent.lines)
+    of_seed = lambda name: lines.pivot(index="seed", columns="round", values=name).to_numpy()
+    accuracy = of_seed("balanced_accuracy").astype(np.float32)
+    return self._each(
+      {
+        "cumulative_loss": loss.sum(axis=1),
+        "mean_accuracy": np.ascontiguousarray(accuracy).mean(axis=1),
+        "final_accuracy": accuracy[:, -1],
+        "distance": distance(state.online.x, self.start),
+        "regret": of_seed("regret")[:, -1],
+        "breakdown_share": np.asarray(state.breakdown).mean(axis=1),
+        "seconds_per_round": spent.seconds / loss.size,
+        "state_bytes": kept_bytes(state.online) // len(loss),
+        "inner_learning_rate": self.rates.inner,
+        "outer_learning_rate": self.rates.outer,
+        "damping": self.rates.damping,
+      }
+    )
+
+  def _each(self, values: Row) -> list[Row]:
+    """A row for each seed, of numbers that are its own, ``[seeds]``, or the same for all."""
+    columns = {name: jax.device_get(value) for name, value in values.items()}
+    rows: Any = pd.DataFrame({"seed": self.seeds, **columns})
+    return rows.to_dict("records")
 
 
 def kept_bytes(online: jaxbo.OnlineState) -> int:

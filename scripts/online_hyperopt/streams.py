@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from numpy.typing import ArrayLike
 
 import jaxbo
 from scripts.common.data import Examples
@@ -25,12 +26,9 @@ PRIOR_RATIO = 20.0  # of the likeliest class to the least likely
 
 
 class Batch(NamedTuple):
-  """A minibatch of a level.
+  """A minibatch of a level: ``images [batch, features]``, and int32 labels and weights ``[batch]``.
 
-  Attributes:
-    images: ``[batch, features]``.
-    labels: ``[batch]``, int32.
-    weights: ``[batch]``, what each example counts in the loss.
+  The weights are what each example counts in the loss.
   """
 
   images: Any
@@ -39,17 +37,11 @@ class Batch(NamedTuple):
 
 
 class Pools(NamedTuple):
-  """Which rows of the features a seed may use: disjoint, by class.
+  """Which rows of the features a seed may use, without an overlap."""
 
-  Attributes:
-    train: for each class, the rows of the inner losses.
-    val: for each class, the rows of the outer losses.
-    test: fresh data, for reports only.
-  """
-
-  train: Sequence[np.ndarray]
-  val: Sequence[np.ndarray]
-  test: np.ndarray
+  train: Sequence[np.ndarray]  # for each class, the rows of the inner losses
+  val: Sequence[np.ndarray]  # for each class, the rows of the outer losses
+  test: np.ndarray  # fresh data, for reports only
 
 
 class Level(NamedTuple):
@@ -68,15 +60,10 @@ class Schedule(NamedTuple):
 
 
 class StreamKind(NamedTuple):
-  """A kind of stream.
-
-  Attributes:
-    draw: ``draw(rng, pools, labels, rounds, batch_size) -> Schedule``.
-    names: of the phases, one or ``NUM_PHASES``.
-  """
+  """A kind of stream: ``draw(rng, pools, labels, rounds, batch_size)``, and names of phases."""
 
   draw: Callable[[np.random.Generator, Pools, np.ndarray, int, int], Schedule]
-  names: Sequence[str]
+  names: Sequence[str]  # one or NUM_PHASES
 
   def phases(self, rounds: int) -> list[tuple[int, str]]:
     """The pairs of first round and name of each phase."""
@@ -109,12 +96,8 @@ def split_by_class(
 ) -> Pools:
   """The first ``train_size`` rows of each class, its last ``val_size``, and the test rows.
 
-  Args:
-    examples: all examples; rows of ``test`` are in none of the other parts.
-    train_size: rows of each class for the inner losses.
-    val_size: rows of each class for the outer losses.
-    seed: shuffles before; ``None`` keeps the order, as the published code does.
-    test: the rows of an official test set; ``None`` takes what is left over.
+  A ``seed`` shuffles before; ``None`` keeps the order, as the published code does. ``test`` are the
+  rows of an official test set; ``None`` takes what is left over.
 
   Raises:
     ValueError: if a class has too few examples.
@@ -124,20 +107,17 @@ def split_by_class(
     order = np.setdiff1d(order, test)
   if seed is not None:
     order = np.random.default_rng(seed).permutation(order)
-  classes = np.unique(examples.labels)
-  members = [order[examples.labels[order] == label] for label in classes]
+  members = [order[examples.labels[order] == label] for label in np.unique(examples.labels)]
   fewest = min(map(len, members))
   if train_size + val_size + (test is None) > fewest:
     raise ValueError(
       f"train_size and val_size must leave the smallest class of {fewest} examples "
       f"{'some' if test is None else 'none'} over, got {train_size} and {val_size}"
     )
-  rest = [rows[train_size:-val_size] for rows in members]
-  return Pools(
-    train=[rows[:train_size] for rows in members],
-    val=[rows[-val_size:] for rows in members],
-    test=np.concatenate(rest) if test is None else test,
+  train, rest, val = zip(
+    *(np.split(rows, [train_size, len(rows) - val_size]) for rows in members), strict=True
   )
+  return Pools(train, val, np.concatenate(rest) if test is None else test)
 
 
 def class_counts(largest: int, ratio: float, num_classes: int) -> list[int]:
@@ -145,9 +125,9 @@ def class_counts(largest: int, ratio: float, num_classes: int) -> list[int]:
   return [math.ceil(largest * ratio**i) for i in range(num_classes)]
 
 
-def class_weights(counts: Sequence[int]) -> np.ndarray:
+def class_weights(counts: ArrayLike) -> np.ndarray:
   """Weights that make every class count the same: inverse counts, of Euclidean norm 1."""
-  weights = sum(counts) / np.asarray(counts)
+  weights = np.sum(counts) / np.asarray(counts)
   return weights / np.linalg.norm(weights)
 
 
@@ -173,41 +153,35 @@ def quarters(rounds: int) -> np.ndarray:
 # -- Imbalanced classes.
 
 
-def _imbalanced(pools: Sequence[np.ndarray], ratio: float) -> np.ndarray:
-  counts = class_counts(len(pools[0]), ratio, len(pools))
+def _imbalanced(pools: Sequence[np.ndarray], ratio: float | None = None) -> np.ndarray:
+  """Rows of each class, ``ratio`` times as many as of the one before; see ``IMBALANCE``."""
+  ratio_or_default = ratio or IMBALANCE ** (1 / (len(pools) - 1))
+  counts = class_counts(len(pools[0]), ratio_or_default, len(pools))
   return np.concatenate([rows[:count] for rows, count in zip(pools, counts, strict=True)])
-
-
-def _static_ratio(num_classes: int) -> float:
-  return IMBALANCE ** (1 / (num_classes - 1))
 
 
 def _draw_gradual(rng, pools, labels, rounds, batch_size):
   lengths = np.bincount(quarters(rounds))
-  parts = [
+  train = [
     passes(rng, _imbalanced(pools.train, ratio), length, batch_size)
     for ratio, length in zip(GRADUAL_RATIOS, lengths, strict=True)
   ]
   val = passes(rng, np.concatenate(pools.val), rounds, batch_size)
-  return Schedule(_level(np.concatenate(parts), labels), _level(val, labels))
+  return Schedule(_level(np.concatenate(train), labels), _level(val, labels))
 
 
 def _draw_zigzag(rng, pools, labels, rounds, batch_size):
-  half = -(-rounds // 2)
-  balanced = passes(rng, np.concatenate(pools.train), half, batch_size)
-  skewed = _imbalanced(pools.train, _static_ratio(len(pools.train)))
-  both = np.stack([balanced, passes(rng, skewed, half, batch_size)], axis=1)
+  parts = np.concatenate(pools.train), _imbalanced(pools.train)
+  both = np.stack([passes(rng, part, -(-rounds // 2), batch_size) for part in parts], axis=1)
   val = passes(rng, np.concatenate(pools.val), rounds, batch_size)
   return Schedule(_level(both.reshape(-1, batch_size)[:rounds], labels), _level(val, labels))
 
 
 def _draw_imbalanced(rng, pools, labels, rounds, batch_size):
-  ratio = _static_ratio(len(pools.train))
-  train, val = (_imbalanced(part, ratio) for part in (pools.train, pools.val))
-  weights = class_weights(class_counts(len(pools.val[0]), ratio, len(pools.val)))
+  train, val = _imbalanced(pools.train), _imbalanced(pools.val)
   return Schedule(
     _level(passes(rng, train, rounds, batch_size), labels),
-    _level(passes(rng, val, rounds, batch_size), labels, weights),
+    _level(passes(rng, val, rounds, batch_size), labels, class_weights(np.bincount(labels[val]))),
   )
 
 
@@ -233,10 +207,6 @@ def _with_noise(rates: Callable[[int], np.ndarray]) -> Callable[..., Schedule]:
   return draw
 
 
-def _swinging_noise(rounds: int) -> np.ndarray:
-  return STATIC_NOISE + NOISE_SWING * np.sin(2 * np.pi * np.arange(rounds) / rounds)
-
-
 # -- Priors of the classes, in both levels.
 
 
@@ -252,13 +222,13 @@ def _with_prior(shifts: Callable[[int], np.ndarray]) -> Callable[..., Schedule]:
 
   def draw(rng, pools, labels, rounds, batch_size):
     num_classes = len(pools.train)
-    drawn = {"train": [], "val": []}
+    drawn = [], []
     for shift in shifts(rounds) * num_classes:
       prior = shifted_prior(shift, num_classes)
-      for name, part in (("train", pools.train), ("val", pools.val)):
+      for rows, part in zip(drawn, (pools.train, pools.val), strict=True):
         classes = rng.choice(num_classes, batch_size, p=prior)
-        drawn[name].append([rng.choice(part[label]) for label in classes])
-    return Schedule(*(_level(np.asarray(drawn[name]), labels) for name in ("train", "val")))
+        rows.append([rng.choice(part[label]) for label in classes])
+    return Schedule(*(_level(np.asarray(rows), labels) for rows in drawn))
 
   return draw
 
@@ -270,12 +240,13 @@ IMBALANCED: Mapping[str, StreamKind] = {
 }
 STATIC = _with_noise(lambda rounds: np.full(rounds, STATIC_NOISE))
 STAGED = _with_noise(lambda rounds: np.asarray(STAGED_NOISE)[quarters(rounds)])
+SWINGING = _with_noise(
+  lambda rounds: STATIC_NOISE + NOISE_SWING * np.sin(2 * np.pi * np.arange(rounds) / rounds)
+)
 NOISY: Mapping[str, StreamKind] = {
   "static": StreamKind(STATIC, [f"{STATIC_NOISE:.0%} wrong labels"]),
   "staged": StreamKind(STAGED, [f"{rate:.0%} wrong" for rate in STAGED_NOISE]),
-  "dynamic": StreamKind(
-    _with_noise(_swinging_noise), [f"0 to {STATIC_NOISE + NOISE_SWING:.0%} wrong labels"]
-  ),
+  "dynamic": StreamKind(SWINGING, [f"0 to {STATIC_NOISE + NOISE_SWING:.0%} wrong labels"]),
 }
 QUARTER_TURNS = _with_prior(lambda rounds: quarters(rounds) / NUM_PHASES)
 TURNING = _with_prior(lambda rounds: np.arange(rounds) / rounds)
@@ -284,11 +255,3 @@ SHIFTING: Mapping[str, StreamKind] = {
   "staged": StreamKind(QUARTER_TURNS, [f"prior {phase + 1}" for phase in range(NUM_PHASES)]),
   "dynamic": StreamKind(TURNING, ["the prior turns"]),
 }
-
-
-def draw(
-  kind: StreamKind, pools: Pools, examples: Examples, rounds: int, batch_size: int, seed: int
-) -> Schedule:
-  """Draws a stream; the same for the same seed."""
-  rng = np.random.default_rng([seed, 1])
-  return kind.draw(rng, pools, examples.labels, rounds, batch_size)

@@ -40,10 +40,10 @@ rounds instead of 10,000, 2 draws of BGD instead of 5, one pre-training for all 
 """
 
 import functools
+import itertools
 from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import numpy as np
 import pandas as pd
 
 from scripts.common import study, table
@@ -53,8 +53,9 @@ from scripts.common.task import Cell
 from scripts.online_meta import plots, pretraining, runs, sweep, tuning
 from scripts.online_meta.config import SMOKE, Config, read
 from scripts.online_meta.data import NAMES, Domains
-from scripts.online_meta.methods import METHODS, Rates
+from scripts.online_meta.methods import METHODS
 from scripts.online_meta.report import Trace
+from scripts.online_meta.runs import Streams
 from scripts.online_meta.tuning import Tuning
 
 LABELS = {name: method.label for name, method in METHODS.items()}
@@ -62,10 +63,9 @@ LABELS = {name: method.label for name, method in METHODS.items()}
 
 def columns(dataset: str) -> dict[str, Column]:
   """Accuracies in percent and what they cost."""
-  names = {f"accuracy_domain_{i}": name for i, name in enumerate(NAMES[dataset])}
   titles = {
     "accuracy": "acc. before",
-    **names,
+    **{f"accuracy_domain_{i}": name for i, name in enumerate(NAMES[dataset])},
     "accuracy_out": "all OOD",
     "accuracy_after": "after",
   }
@@ -98,16 +98,6 @@ def detection_table(title: str, rows: pd.DataFrame) -> Table:
   return table.spread(title, found, "detector", str, DETECTION)
 
 
-def rates_of(run: Run[Config], name: str) -> Rates:
-  """The rates of a method; for LEEDS with thresholds that are of this run."""
-  return tuning.calibrated(run) if name == "leeds" else run.config.rates_of(name)
-
-
-def key_of(stay_probability: float, method: str, seeds: np.ndarray) -> dict[str, Any]:
-  """The key of a group of seeds, which the first of them names."""
-  return {"stay_probability": stay_probability, "method": method, "group": int(seeds[0])}
-
-
 def traces_of(run: Run[Config]) -> dict[tuple[float, str], Trace]:
   """The traces of the first seed, by stream and method, as far as there are any."""
   first = [cell for cell in run.finished() if cell.key["group"] == run.config.first_seed]
@@ -132,17 +122,17 @@ class OnlineMeta(Study[Config]):
     config = run.config
     begins = dict.fromkeys(["maml", *(METHODS[name].begins for name in config.methods)])
     yield from (pretraining.cell(run, kind) for kind in begins if kind != "random")
-    for p in config.stay_probabilities:
-      for seeds in config.groups():
-        where = f"p = {p:g}, seed {seeds[0]}"
-        make = functools.partial(runs.Best, run, p, seeds)
-        best = Cell(key_of(p, "best", seeds), make, 1, f"best fixed models, {where}")
-        yield best
-        for name in config.methods:
-          rates = functools.partial(rates_of, run, name)
-          make = functools.partial(runs.Play, run, name, rates, p, seeds)
-          label = f"{LABELS[name]}, {where}"
-          yield Cell(key_of(p, name, seeds), make, 1, label, needs=(best,))
+    for p, seeds in itertools.product(config.stay_probabilities, config.groups()):
+      where = f"p = {p:g}, seed {seeds[0]}"
+      key = {"stay_probability": p, "method": "best", "group": int(seeds[0])}
+      streams = Streams(p, seeds)
+      make = functools.partial(runs.Best, run, streams)
+      best = Cell(key, make, 1, f"best fixed models, {where}")
+      yield best
+      for name in config.methods:
+        rates = functools.partial(tuning.rates_of, run, name)
+        make = functools.partial(runs.Play, run, name, rates, streams)
+        yield Cell(key | {"method": name}, make, 1, f"{LABELS[name]}, {where}", needs=(best,))
 
   def finish(self, run: Run[Config]) -> None:
     """Tries other thresholds of LEEDS, on the first stream and the first seed."""
@@ -151,8 +141,8 @@ class OnlineMeta(Study[Config]):
     p = config.stay_probabilities[0]
     if not config.sweep or (p, "leeds") not in traces:
       return
-    rates, seeds = tuning.calibrated(run), config.groups()[0]
-    play = lambda rates: runs.play(run, "leeds", rates, p, seeds, reported=True).of(0)
+    rates, streams = tuning.rates_of(run, "leeds"), Streams(p, config.groups()[0])
+    play = lambda rates: runs.play(run, "leeds", rates, streams).of(0)
     rows = pd.DataFrame(sweep.measure(run, rates, traces[p, "leeds"], play))
     told = traces[p, "leeds_told"].before.mean() if (p, "leeds_told") in traces else None
     chosen = {kind: getattr(rates, kind) for kind in ("switch", "shift")}
@@ -162,9 +152,10 @@ class OnlineMeta(Study[Config]):
     """Two for each stream."""
     config = results.config
     for p, rows in results.rows.groupby("stay_probability", sort=False):
+      network = f"Conv4 of width {config.width}" if config.network == "conv4" else config.network
       title = (
         f"{config.dataset}, p = {p:g}: {config.rounds} rounds, {config.num_ways}-way "
-        f"{config.num_shots}-shot, {config.size} pixels, {config.network_name()}, "
+        f"{config.num_shots}-shot, {config.size} pixels, {network}, "
         f"{config.inner_steps} inner steps; mean ± standard deviation of {config.seeds} seeds"
       )
       yield table.spread(title, rows, "method", LABELS, columns(config.dataset))

@@ -1,6 +1,5 @@
 """What the online meta-learning experiments are of: arguments, sizes, streams, model, rates."""
 
-import json
 import math
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -9,13 +8,12 @@ import numpy as np
 from pydantic import Field, model_validator
 
 import jaxbo.tasks
-from scripts.common.config import FREE, Among, Count, NonNegative, Positive
+from scripts.common.config import FREE, Among, Count, NonNegative, Positive, Several
 from scripts.online_meta import data
 from scripts.online_meta.data import Domains
 from scripts.online_meta.methods import METHODS, Choices, Rates
 from scripts.online_meta.model import Model, conv4, stripes
 
-RATES_FILE = Path(__file__).with_name("rates.json")
 SMOKE = {
   "dataset": "glyphs", "methods": ("fine_tuning", "leeds"), "stay_probabilities": (0.7,),
   "seeds": 1, "rounds": 10, "tune_rounds": 10, "num_ways": 3, "num_shots": 2,
@@ -31,7 +29,10 @@ class Config(Choices):
   the spot."""
   methods: Annotated[tuple[str, ...], Among(METHODS), FREE] = tuple(METHODS)
   """Which methods to run."""
-  stay_probabilities: Annotated[tuple[float, ...], Field(min_length=1), FREE] = (0.9, 0.98)
+  stay_probabilities: Annotated[Several[float], FREE] = (
+    0.9,
+    0.98,
+  )
   """The probability p that a task stays, one stream for each."""
   rounds: Annotated[int, Field(ge=2)] = 200
   """Rounds of a stream; the published protocol has 10,000."""
@@ -67,21 +68,13 @@ class Config(Choices):
   """Whether to run LEEDS with other thresholds too, on the first seed."""
   validation: bool = False
   """Plays streams of the validation images instead of those that are reported, to try choices."""
-  tune: bool = False
-  """Chooses rates on validation streams and writes them to rates.json in output_dir, or to
-  rates_file if one is given; no report."""
   tune_rounds: Count = 150
-  """Rounds of these streams."""
-  rates_file: Path | None = None
-  """Where the chosen rates are, instead of the ones in the sources."""
+  """Rounds of the validation streams that rates are chosen on."""
   output_dir: Annotated[Path, FREE] = Path("runs/online_meta")
   """Where results go."""
 
   @model_validator(mode="after")
   def _together(self) -> Self:
-    if len(set(self.stay_probabilities)) < len(self.stay_probabilities):
-      got = " ".join(map(str, self.stay_probabilities))
-      raise ValueError(f"stay_probabilities must name each one once, got {got}")
     if self.seeds % self.seeds_at_once:
       raise ValueError(
         f"seeds must be a multiple of seeds_at_once={self.seeds_at_once}, got {self.seeds}"
@@ -93,23 +86,16 @@ class Config(Choices):
     tasks = f"{self.num_ways}way{self.num_shots}shot"
     return f"{self.dataset}/{tasks}/{self.size}px/width{self.width}/steps{self.inner_steps}"
 
-  def network_name(self) -> str:
-    """What is trained, for tables."""
-    return f"Conv4 of width {self.width}" if self.network == "conv4" else self.network
-
   def groups(self) -> list[np.ndarray]:
     """The seeds, by those that run side by side."""
     return np.split(np.array(self.all_seeds()), self.seeds // self.seeds_at_once)
 
-  def model(self, adapt: str = "all") -> Model:
-    """The classifier."""
+  def model(self, begins: str = "maml") -> Model:
+    """The classifier of methods that begin so; after ANIL they adapt the head."""
+    adapt = "head" if begins == "anil" else "all"
     if self.network == "conv4":
       return conv4(self.width, self.size, self.num_ways, adapt)
     return stripes(self.size, self.num_ways, adapt)
-
-  def model_from(self, begins: str) -> Model:
-    """The classifier of methods that begin so; after ANIL they adapt the head."""
-    return self.model("head" if begins == "anil" else "all")
 
   def stream(self, domains: tuple[Any, ...], stay_probability: float) -> jaxbo.tasks.TaskStream:
     """The stream on arrays of images."""
@@ -129,16 +115,14 @@ class Config(Choices):
     Raises:
       ValueError: if none were chosen, or one is NaN.
     """
-    path, name = self.rates_file or RATES_FILE, self.name()
-    tables = json.loads(path.read_text()) if path.exists() else {}
+    name, tables = self.name(), self.rates_tables()
     if self.smoke and name not in tables:  # Its numbers say nothing.
       name = min(tables, default=name)
     table = tables.get(name, {})
     if (source := method.removesuffix("_told")) not in table:
       raise ValueError(f"no rates were chosen for {source} on {name}: choose them with --tune")
     rates = Rates(**{field: float(value) for field, value in table[source].items()})
-    needed = [*table[source], *(METHODS[method].thresholds if method != "leeds" else ())]
-    for field in needed:
+    for field in [*table[source], *(METHODS[method].thresholds if method != "leeds" else ())]:
       if math.isnan(getattr(rates, field)):
         raise ValueError(f"{method}: {field} must be a number or an infinity, got nan")
     if source == "leeds" and self.in_distribution_scale is not None:

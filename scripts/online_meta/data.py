@@ -19,28 +19,20 @@ NAMES = {  # of the three domains; the first is that of the pre-training
 class Domains(NamedTuple):
   """What an experiment is played on; images are ``[classes, per_class, size, size, 1]`` uint8.
 
-  Attributes:
-    train: the characters to pre-train on.
-    early: the characters that say when to stop, and what is chosen.
-    validation: the three domains of the streams that thresholds and rates are chosen on.
-    test: those of the streams that are reported. No character is in two sets; digits and clothes
-      are other images of the same classes.
+  Streams of validation and test share no character; their digits and clothes are other images of
+  the same classes.
   """
 
-  train: ImageClasses
-  early: ImageClasses
-  validation: tuple[np.ndarray, ...]
-  test: tuple[np.ndarray, ...]
+  train: ImageClasses  # the characters to pre-train on
+  early: ImageClasses  # the characters that say when to stop, and what is chosen
+  validation: tuple[np.ndarray, ...]  # the domains of streams that rates are chosen on
+  test: tuple[np.ndarray, ...]  # those of the streams that are reported
 
 
 def omniglot_mnist_fashion(data_dir: Path | None, size: int, per_class: int) -> Domains:
   """Omniglot's characters, then MNIST and Fashion-MNIST; white on black all of them.
 
-  Args:
-    data_dir: the folder that holds ``name/version/``; by default ``TFDS_DATA_DIR``, or
-      ``~/tensorflow_datasets``.
-    size: height and width, 16 to 28.
-    per_class: how many digits and clothes of each class to read.
+  Digits and clothes are the first ``per_class`` of each class.
 
   Raises:
     FileNotFoundError: if a data set is not there; the message says how to prepare it.
@@ -64,17 +56,14 @@ def by_label(name: str, split: str, data_dir: Path | None, size: int, per_class:
   """The first ``per_class`` images of each of ten classes, ``[10, per_class, size, size, 1]``."""
   source = tfds_source(name, split, data_dir)
   count = min(len(source), 13 * per_class + 200)  # A class has 9 % of MNIST at least.
-  images, labels = [], []
-  for begin in range(0, count, 1000):
-    rows = source.__getitems__(range(begin, min(begin + 1000, count)))
-    images.append(np.stack([row["image"][..., 0] for row in rows]))
-    labels += [row["label"] for row in rows]
-  pixels, numbers = np.concatenate(images), np.asarray(labels)
-  members = [np.flatnonzero(numbers == label)[:per_class] for label in range(NUM_CLASSES)]
-  if min(map(len, members)) < per_class:
+  rows = source.__getitems__(range(count))
+  pixels = np.stack([row["image"][..., 0] for row in rows])
+  labels = np.array([row["label"] for row in rows])
+  members = [np.flatnonzero(labels == label)[:per_class] for label in range(NUM_CLASSES)]
+  fewest = min(map(len, members))
+  if fewest < per_class:
     raise ValueError(
-      f"images_per_class must be at most {min(map(len, members))}, what {name} has in {split}, got "
-      f"{per_class}"
+      f"images_per_class must be at most {fewest}, what {name} has in {split}, got {per_class}"
     )
   return fewshot_data.shrink(pixels, size)[np.stack(members)][..., None]
 

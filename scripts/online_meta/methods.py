@@ -1,39 +1,33 @@
 """The methods of the online meta-learning experiments, each a few lines over jaxbo."""
 
+import math
 from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Any, NamedTuple
 
 import jax
 import optax
 
 import jaxbo
-from scripts.common.config import Among, Count, NonNegative, StudyConfig
+from scripts.common.config import Among, Count, NonNegative
+from scripts.common.tuning import TunedConfig
 from scripts.online_meta.model import Model, accuracy
 
-INFINITY = float("inf")
+Learner = jaxbo.OnlineMetaLearner
 
 
 class Rates(NamedTuple):
-  """What is chosen on validation streams; numbers that a method does not use are nan.
+  """What is chosen on validation streams; numbers that a method does not use are NaN."""
 
-  Attributes:
-    inner: the learning rate of the inner steps; of BGD, the first deviation.
-    outer: that of the meta-updates.
-    in_scale: how much slower in-distribution tasks are learnt.
-    modulation: lambda of the update modulation.
-    switch: the threshold of the switch score.
-    shift: the threshold of the shift score.
-  """
-
-  inner: Any
-  outer: Any = float("nan")
-  in_scale: Any = float("nan")
-  modulation: Any = float("nan")
-  switch: Any = float("nan")
-  shift: Any = float("nan")
+  inner: Any  # the learning rate of the inner steps; of BGD, the first deviation
+  outer: Any = math.nan  # that of the meta-updates
+  in_scale: Any = math.nan  # how much slower in-distribution tasks are learnt
+  modulation: Any = math.nan  # lambda of the update modulation
+  switch: Any = math.nan  # the threshold of the switch score
+  shift: Any = math.nan  # the threshold of the shift score
 
 
-class Choices(StudyConfig):
+class Choices(TunedConfig):
   """What is the same for all methods, or open in LEEDS (Q1 to Q7 of the specification)."""
 
   num_ways: Count = 10
@@ -63,34 +57,25 @@ class Choices(StudyConfig):
 
 
 class Method(NamedTuple):
-  """A method.
-
-  Attributes:
-    label: its name in tables.
-    make: ``make(model, rates, choices) -> learner``.
-    begins: what it starts from: ``"maml"``, ``"anil"`` or ``"random"``.
-    moves: the rates that it has, beside ``inner``.
-    thresholds: which thresholds are calibrated on its own validation run.
-    detects: whether there is something to judge.
-  """
+  """A method."""
 
   label: str
-  make: Callable[[Model, Rates, Choices], jaxbo.OnlineMetaLearner]
-  begins: str = "maml"
-  moves: tuple[str, ...] = ()
-  thresholds: tuple[str, ...] = ()
-  detects: bool = False
+  make: Callable[[Model, Rates, Choices], Learner]
+  begins: str = "maml"  # what it starts from: that, "anil" or "random"
+  moves: tuple[str, ...] = ()  # the rates that it has, beside ``inner``
+  thresholds: tuple[str, ...] = ()  # those that are calibrated on its own validation run
+  detects: bool = False  # whether there is something to judge
 
 
 def _sgd(model: Model, rates: Rates, choices: Choices) -> jaxbo.InnerSolver:
   return model.inner(optax.sgd(rates.inner), choices.inner_steps)
 
 
-def _tune(model: Model, rates: Rates, choices: Choices) -> jaxbo.OnlineMetaLearner:
+def _tune(model: Model, rates: Rates, choices: Choices) -> Learner:
   return jaxbo.fine_tuning(model.loss, _sgd(model, rates, choices), **_options(model))
 
 
-def _bgd(model: Model, rates: Rates, choices: Choices) -> jaxbo.OnlineMetaLearner:
+def _bgd(model: Model, rates: Rates, choices: Choices) -> Learner:
   images = choices.num_ways * choices.num_shots
   bgd = jaxbo.bayesian_gradient_descent(
     10.0, rates.inner, num_samples=choices.bgd_samples, num_examples=images
@@ -98,58 +83,51 @@ def _bgd(model: Model, rates: Rates, choices: Choices) -> jaxbo.OnlineMetaLearne
   return jaxbo.fine_tuning(model.loss, model.inner(bgd, choices.inner_steps), **_options(model))
 
 
-def _frozen(model: Model, rates: Rates, choices: Choices) -> jaxbo.OnlineMetaLearner:
+def _frozen(model: Model, rates: Rates, choices: Choices) -> Learner:
   return jaxbo.frozen_maml(model.loss, _sgd(model, rates, choices), **_options(model))
 
 
-def _scratch(model: Model, rates: Rates, choices: Choices) -> jaxbo.OnlineMetaLearner:
+def _scratch(model: Model, rates: Rates, choices: Choices) -> Learner:
   inner, told = _sgd(model, rates, choices), jaxbo.oracle_detector()
   return jaxbo.train_from_scratch(model.loss, inner, told, query="same", **_options(model))
 
 
-def _meta_ogd(model: Model, rates: Rates, choices: Choices) -> jaxbo.OnlineMetaLearner:
+def _meta_ogd(model: Model, rates: Rates, choices: Choices) -> Learner:
   inner = _sgd(model, rates, choices)
   outer = optax.chain(_response(inner, choices), optax.adam(rates.outer))
   return jaxbo.meta_ogd(model.loss, inner, outer, query=choices.query, **_options(model))
 
 
-def _c_maml(pap: bool, modulated: bool) -> Callable[..., jaxbo.OnlineMetaLearner]:
-  def make(model, rates, choices):
-    inner = _sgd(model, rates, choices)
-    options: dict[str, Any] = {
-      "drop_threshold": rates.switch,
-      "modulation": rates.modulation if modulated else None,
-      "response": _response(inner, choices),
-      **_options(model),
-    }
-    if pap:
-      options["buffer_size"] = choices.buffer_size
-    learner = jaxbo.c_maml_pap if pap else jaxbo.c_maml
-    return learner(model.loss, inner, optax.adam(rates.outer), **options)
-
-  return make
+def _c_maml(model: Model, rates: Rates, choices: Choices, pap=False, modulated=False) -> Learner:
+  inner = _sgd(model, rates, choices)
+  options: dict[str, Any] = {"buffer_size": choices.buffer_size} if pap else {}
+  return (jaxbo.c_maml_pap if pap else jaxbo.c_maml)(
+    model.loss,
+    inner,
+    optax.adam(rates.outer),
+    drop_threshold=rates.switch,
+    modulation=rates.modulation if modulated else None,
+    response=_response(inner, choices),
+    **options,
+    **_options(model),
+  )
 
 
-def _leeds(told: bool) -> Callable[..., jaxbo.OnlineMetaLearner]:
-  def make(model, rates, choices):
-    inner = _sgd(model, rates, choices)
-    gate = jaxbo.gate_by_detection(
-      optax.adam(rates.outer), rates.in_scale, 1.0, choices.no_switch_scale
-    )
-    thresholds = (rates.switch, rates.shift)
-    return jaxbo.online_meta_learner(
-      model.loss,
-      inner,
-      optax.chain(_response(inner, choices), gate),
-      jaxbo.oracle_detector() if told else jaxbo.threshold_detector(*thresholds),
-      query=choices.query,
-      switch_score=choices.switch_score,
-      shift_score=choices.shift_score,
-      shift_model=choices.shift_model,
-      **_options(model),
-    )
-
-  return make
+def _leeds(model: Model, rates: Rates, choices: Choices, told=False) -> Learner:
+  inner, adam = _sgd(model, rates, choices), optax.adam(rates.outer)
+  gate = jaxbo.gate_by_detection(adam, rates.in_scale, 1.0, choices.no_switch_scale)
+  thresholds = (rates.switch, rates.shift)
+  return jaxbo.online_meta_learner(
+    model.loss,
+    inner,
+    optax.chain(_response(inner, choices), gate),
+    jaxbo.oracle_detector() if told else jaxbo.threshold_detector(*thresholds),
+    query=choices.query,
+    switch_score=choices.switch_score,
+    shift_score=choices.shift_score,
+    shift_model=choices.shift_model,
+    **_options(model),
+  )
 
 
 def _options(model: Model) -> dict[str, Any]:
@@ -173,15 +151,18 @@ METHODS = {
   "maml": Method("MAML", _frozen),
   "anil": Method("ANIL", _frozen, begins="anil"),
   "meta_ogd": Method("MetaOGD", _meta_ogd, moves=("outer",)),
-  "c_maml": _drop_detector("C-MAML", _c_maml(False, False)),
-  "c_maml_um": _drop_detector("C-MAML, modulated", _c_maml(False, True), "modulation"),
-  "c_maml_pap": _drop_detector("C-MAML, mod., prolonged", _c_maml(True, True), "modulation"),
-  "leeds": Method(
-    "LEEDS", _leeds(False), moves=("outer", "in_scale"), thresholds=("switch", "shift"),
-    detects=True,
+  "c_maml": _drop_detector("C-MAML", _c_maml),
+  "c_maml_um": _drop_detector("C-MAML, modulated", partial(_c_maml, modulated=True), "modulation"),
+  "c_maml_pap": _drop_detector(
+    "C-MAML, mod., prolonged", partial(_c_maml, pap=True, modulated=True), "modulation"
   ),
-  "leeds_told": Method("LEEDS, told", _leeds(True), moves=("outer", "in_scale"), detects=True),
-}  # fmt: skip
+  "leeds": Method(
+    "LEEDS", _leeds, moves=("outer", "in_scale"), thresholds=("switch", "shift"), detects=True
+  ),
+  "leeds_told": Method(
+    "LEEDS, told", partial(_leeds, told=True), moves=("outer", "in_scale"), detects=True
+  ),
+}
 
 
 def state_bytes(state: Any, x: Any) -> int:

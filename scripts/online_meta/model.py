@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jaxbo_models import Conv4
+from jaxbo_models.linear_head import cross_entropy, logits, zero_head
 
 import jaxbo
 
@@ -19,17 +20,12 @@ class Params(NamedTuple):
 
 
 class Model(NamedTuple):
-  """A classifier whose inner parameters are an offset of all its parameters, or of the head.
+  """A classifier whose inner parameters are an offset of all its parameters, or of the head."""
 
-  Attributes:
-    init: ``init(key) -> Params``, not trained.
-    loss: ``loss(x, y, (images, labels)) -> (cross entropy, logits)``.
-    start: ``start(x) -> y``, zeros.
-  """
-
-  init: Callable[[jax.Array], Params]
+  init: Callable[[jax.Array], Params]  # of a key
+  # loss(x, y, (images, labels)) -> (cross entropy, logits)
   loss: Callable[[Params, Any, Any], tuple[jax.Array, jax.Array]]
-  start: Callable[[Params], Any]
+  start: Callable[[Params], Any]  # start(x) -> y, zeros
 
   def inner(self, optimizer: optax.GradientTransformation, num_steps: int) -> jaxbo.InnerSolver:
     """The steps of a round."""
@@ -52,27 +48,18 @@ def stripes(size: int, num_ways: int, adapt: str = "all") -> Model:
   return _with_head(init, features, size, num_ways, adapt)
 
 
-def _with_head(
-  init_backbone: Callable[[jax.Array], Any],
-  features_of: Callable[[Any, jax.Array], jax.Array],
-  size: int,
-  num_ways: int,
-  adapt: str,
-) -> Model:
+def _with_head(init_backbone, features_of, size: int, num_ways: int, adapt: str) -> Model:
   def init(key):
     weights = init_backbone(key)
     features = jax.eval_shape(features_of, weights, jnp.zeros((2, size, size, 1)))
-    head = {"w": jnp.zeros((features.shape[-1], num_ways)), "b": jnp.zeros(num_ways)}
-    return Params(weights, head)
+    return Params(weights, zero_head(features.shape[-1], num_ways))
 
   def loss(x, y, batch):
     images, labels = batch
-    weights, head = (
-      optax.tree.add(x, y) if adapt == "all" else Params(x.backbone, optax.tree.add(x.head, y))
-    )
-    features = features_of(weights, images.astype(jnp.float32) / 255)
-    logits = features @ head["w"] + head["b"][None]
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), logits
+    add = optax.tree.add
+    weights, head = add(x, y) if adapt == "all" else Params(x.backbone, add(x.head, y))
+    z = logits(head, features_of(weights, images.astype(jnp.float32) / 255))
+    return cross_entropy(z, labels), z
 
   start = lambda x: optax.tree.zeros_like(x if adapt == "all" else x.head)
   return Model(init, loss, start)

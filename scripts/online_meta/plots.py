@@ -21,14 +21,6 @@ COLORS = {
 DOMAIN_COLORS = ("#ffffff", "#fdebd0", "#d6eaf8")
 
 
-def smoothed(values: np.ndarray, window: int) -> np.ndarray:
-  """The mean of the last ``window`` values, of fewer at the start."""
-  sums = np.cumsum(np.concatenate([[0.0], values]))
-  ends = np.arange(1, len(values) + 1)
-  begins = np.maximum(ends - window, 0)
-  return (sums[ends] - sums[begins]) / (ends - begins)
-
-
 def draw_rounds(
   traces: Mapping[tuple[float, str], Trace], names: Sequence[str], path: Path, window: int = 30
 ) -> None:
@@ -47,7 +39,7 @@ def draw_rounds(
     for method, trace in mine.items():
       style = {"color": COLORS[method], "lw": 2.2 if method == "leeds" else 1.0}
       style |= {"label": METHODS[method].label, "ls": ":" if method == "leeds_told" else "-"}
-      axes.plot(smoothed(trace.before, window), **style)
+      axes.plot(pd.Series(trace.before).rolling(window, min_periods=1).mean(), **style)
     axes.set(
       ylim=(0, 1.12), xlim=(0, len(first.before) - 1), ylabel="accuracy before adaptation",
       title=f"a task stays with probability {stream:g}; mean of {window} rounds, one seed",

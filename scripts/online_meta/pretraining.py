@@ -21,19 +21,12 @@ EPOCH_STEPS, EVAL_TASKS = 50, 50  # meta-steps of an epoch, tasks of an evaluati
 
 
 class State(NamedTuple):
-  """Pre-training so far.
-
-  Attributes:
-    x: the parameters.
-    outer: the state of Adam and the response.
-    best: the parameters after the best epoch.
-    history: the accuracy after each epoch, on other classes after adaptation; NaN before.
-  """
+  """Pre-training so far."""
 
   x: Params
-  outer: Any
-  best: Params
-  history: Any
+  outer: Any  # the state of Adam and the response
+  best: Params  # after the best epoch
+  history: Any  # the accuracy after each epoch, on other classes after adaptation; NaN before
 
 
 class Pretraining(Task):
@@ -108,13 +101,10 @@ class Pretraining(Task):
 
 def cell(run: Run[Config], begins: str) -> Cell:
   """The pre-training of a kind, ``"maml"`` or ``"anil"``."""
-
-  def make():
-    model = run.config.model_from(begins)
-    return Pretraining(run.config, model, run.data.train, run.data.early)
-
+  config, data = run.config, run.data
+  make = lambda: Pretraining(config, config.model(begins), data.train, data.early)
   key, label = {"method": f"{begins}_pretraining"}, f"pre-training, {begins.upper()}"
-  return Cell(key, make, run.config.pretrain_epochs, label, every=1, checkpoint_every=1)
+  return Cell(key, make, config.pretrain_epochs, label, every=1, checkpoint_every=1)
 
 
 def trained(run: Run[Config], begins: str) -> Params:

@@ -18,31 +18,18 @@ QUALITY = {
 
 
 class Trace(NamedTuple):
-  """What happened in every round, leaves ``[seeds, rounds]``, or ``[rounds]`` of one seed.
+  """What happened in every round, leaves ``[seeds, rounds]``, or ``[rounds]`` of one seed."""
 
-  Attributes:
-    before: accuracy of the last task's model on the new images, before their labels are used.
-    after: that of the adapted model.
-    loss: the loss that belongs to ``before``.
-    switch: whether a task switch was detected.
-    shift: whether a distribution shift was.
-    switch_score: the score behind the first.
-    shift_score: the score behind the second.
-    meta_updated: whether the meta-model was updated.
-    domain: the true domain.
-    task_switch: the true switches.
-  """
-
-  before: Any
-  after: Any
-  loss: Any
-  switch: Any
-  shift: Any
-  switch_score: Any
-  shift_score: Any
-  meta_updated: Any
-  domain: Any
-  task_switch: Any
+  before: Any  # accuracy of the last task's model on the new images, before their labels are used
+  after: Any  # that of the adapted model
+  loss: Any  # the loss that belongs to ``before``
+  switch: Any  # whether a task switch was detected
+  shift: Any  # whether a distribution shift was
+  switch_score: Any  # the score behind the first
+  shift_score: Any  # the score behind the second
+  meta_updated: Any  # whether the meta-model was updated
+  domain: Any  # the true domain
+  task_switch: Any  # the true switches
 
   def of(self, i: int) -> Self:
     """The trace of the ``i``-th seed."""
@@ -64,23 +51,19 @@ def mean_where(values: np.ndarray, mask: np.ndarray) -> float:
 
 
 def numbers(method: str, trace: Trace, best: np.ndarray) -> Row:
-  """Columns of ``results.csv`` for one seed; NaN where there is nothing to say.
+  """Columns of ``results.csv`` for the trace of one seed; NaN where there is nothing to say.
 
-  Args:
-    method: its name.
-    trace: of the seed.
-    best: the losses of the best fixed model of each task, ``[rounds]``.
+  ``best`` are the losses of the best fixed model of each task, ``[rounds]``.
   """
-  found, of_domain = qualities(trace), [trace.domain == number for number in range(3)]
+  found = qualities(trace)
   told = {"switch": METHODS[method].detects, "shift": method.startswith("leeds")}
-  of = lambda values: {
-    f"_domain_{number}": mean_where(values, mask) for number, mask in enumerate(of_domain)
-  }
-  row: Row = {"accuracy": float(np.mean(trace.before))}
-  row |= {f"accuracy{domain}": value for domain, value in of(trace.before).items()}
-  row["accuracy_out"] = mean_where(trace.before, ~of_domain[0])
-  row["accuracy_after"] = float(np.mean(trace.after))
-  row |= {f"accuracy_after{domain}": value for domain, value in of(trace.after).items()}
+  row: Row = {}
+  for name, values in (("accuracy", trace.before), ("accuracy_after", trace.after)):
+    row[name] = float(np.mean(values))
+    for domain in range(3):
+      row[f"{name}_domain_{domain}"] = mean_where(values, trace.domain == domain)
+    if name == "accuracy":
+      row["accuracy_out"] = mean_where(values, trace.domain != 0)
   row["regret"] = float(jaxbo.task_averaged_regret(trace.loss, best, trace.task_switch))
   for kind, plural in (("switch", "switches"), ("shift", "shifts")):
     row[f"num_{plural}"] = int(found[kind].num_changes)

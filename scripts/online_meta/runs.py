@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -53,86 +53,79 @@ def keys_of(seeds: Any) -> jax.Array:
   return jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
 
 
-def repeat(x: Any, seeds: Any) -> Any:
-  """The same parameters for every seed."""
-  return jax.tree.map(lambda leaf: jnp.repeat(leaf[None], len(seeds), axis=0), x)
+def repeat(x: Any, keys: jax.Array) -> Any:
+  """The same parameters for every key."""
+  return jax.tree.map(lambda leaf: jnp.repeat(leaf[None], len(keys), axis=0), x)
 
 
-def stream_of(run: Run[Config], stay_probability: float, *, reported: bool) -> Any:
-  """The stream of the images that are reported, or of those that are not."""
-  domains, config = run.data, run.config
-  parts = domains.validation, domains.validation if config.validation else domains.test
-  arrays = run.shared("images", lambda: jax.device_put(parts))[reported]
-  return config.stream(arrays, stay_probability)
+class Streams(NamedTuple):
+  """A stream for each of the seeds, of the images that are reported or of those that are not."""
+
+  stay_probability: float
+  seeds: np.ndarray
+  reported: bool = True
+
+  def of(self, run: Run[Config]) -> Any:
+    """The stream that keys of seeds make."""
+    domains, config = run.data, run.config
+    parts = domains.validation, domains.validation if config.validation else domains.test
+    arrays = run.shared("images", lambda: jax.device_put(parts))[self.reported]
+    return config.stream(arrays, self.stay_probability)
 
 
 class Program:
   """A method; rates, parameters and streams are arguments, so that one program serves all.
 
-  Attributes:
-    play: ``play(rates, xs, stream, keys) -> Trace``; ``xs`` and ``keys`` have an axis of seeds.
-    shapes: of its result.
-    state_bytes: what one seed keeps beside the meta-model.
+  ``play(rates, xs, stream, keys)`` gives a trace of ``shapes``; ``xs`` and ``keys`` have an axis of
+  seeds, and one seed keeps ``state_bytes`` beside the meta-model.
   """
 
-  def __init__(self, config: Config, name: str, rounds: int, xs: Any, stream: Any, seeds: Any):
+  def __init__(self, config: Config, name: str, rounds: int, xs: Any, stream: Any, keys: Any):
     method = METHODS[name]
-    model = config.model_from(method.begins)
+    model = config.model(method.begins)
 
     def one(rates, x, stream, key):
       learner = method.make(model, rates, config)
       return trace_of(learner.run(learner.init(x, stream=stream, key=key), stream, rounds)[1])
 
     numbers = Rates(*jnp.ones(len(Rates._fields)))
-    lowered = jax.jit(over_seeds(one)).lower(numbers, xs, stream, keys_of(seeds))
+    lowered = jax.jit(over_seeds(one)).lower(numbers, xs, stream, keys)
     self.play, self.shapes = lowered.compile(), lowered.out_info
     learner, x = method.make(model, numbers, config), jax.tree.map(lambda leaf: leaf[0], xs)
     init = lambda x: learner.init(x, stream=stream, key=0)
     self.state_bytes = state_bytes(jax.eval_shape(init, x), x)
 
 
-def initial(run: Run[Config], begins: str, seeds: Any) -> Any:
-  """What a method starts from, with an axis of seeds."""
-  if begins != "random":
-    return repeat(pretraining.trained(run, begins), seeds)
-  model = run.config.model()
-  return jax.vmap(lambda key: model.init(jax.random.fold_in(key, 1)))(keys_of(seeds))
-
-
 def prepared(
-  run: Run[Config], name: str, stay_probability: float, seeds: Any, *, reported: bool
+  run: Run[Config], name: str, streams: Streams
 ) -> tuple[Program, Callable[[Rates], Trace]]:
-  """The program of a method, and what plays a stream with it, of the reported images or others."""
-  config, xs = run.config, initial(run, METHODS[name].begins, seeds)
-  stream = stream_of(run, stay_probability, reported=reported)
-  rounds = config.rounds if reported else config.tune_rounds
-  make = lambda: Program(config, name, rounds, xs, stream, seeds)
-  program, keys = run.shared(("program", name, reported), make), keys_of(seeds)
+  """The program of a method, and what plays streams with it."""
+  config, begins, keys = run.config, METHODS[name].begins, keys_of(streams.seeds)
+  if begins == "random":
+    model = config.model()
+    xs = jax.vmap(lambda key: model.init(jax.random.fold_in(key, 1)))(keys)
+  else:
+    xs = repeat(pretraining.trained(run, begins), keys)
+  stream, rounds = streams.of(run), config.rounds if streams.reported else config.tune_rounds
+  make = lambda: Program(config, name, rounds, xs, stream, keys)
+  program = run.shared(("program", name, streams.reported), make)
   return program, lambda rates: program.play(Rates(*map(jnp.float32, rates)), xs, stream, keys)
 
 
-def play(
-  run: Run[Config], name: str, rates: Rates, stay_probability: float, seeds: Any, *, reported: bool
-) -> Trace:
-  """What a method did on a stream, as NumPy arrays."""
-  _, play_it = prepared(run, name, stay_probability, seeds, reported=reported)
+def play(run: Run[Config], name: str, rates: Rates, streams: Streams) -> Trace:
+  """What a method did on streams, as NumPy arrays."""
+  _, play_it = prepared(run, name, streams)
   return jax.tree.map(np.asarray, play_it(rates))
 
 
 class Play(Task):
-  """A method on a stream, for a group of seeds; its one step is the whole stream."""
+  """A method on streams; its one step is all of them, for ``rates()``."""
 
   def __init__(
-    self,
-    run: Run[Config],
-    name: str,
-    rates: Callable[[], Rates],
-    stay_probability: float,
-    seeds: Any,
-    best: jax.Array,
+    self, run: Run[Config], name: str, rates: Callable[[], Rates], streams: Streams, best: jax.Array
   ):
-    self.name, self.seeds, self.best = name, seeds, best
-    self.program, self.play = prepared(run, name, stay_probability, seeds, reported=True)
+    self.name, self.seeds, self.best = name, streams.seeds.tolist(), best
+    self.program, self.play = prepared(run, name, streams)
     self.rates = rates()
     empty = lambda leaf: jnp.zeros(leaf.shape, leaf.dtype)
     self.state = jax.tree.map(empty, self.program.shapes)
@@ -145,11 +138,9 @@ class Play(Task):
   def evaluate(self, state: Trace, told: list[None]) -> list[Row]:
     """The accuracy of every seed."""
     del told
-    accuracy = np.mean(np.asarray(state.before), axis=1)
-    return [
-      {"seed": int(seed), "accuracy": float(value)}
-      for seed, value in zip(self.seeds, accuracy, strict=True)
-    ]
+    accuracy = np.mean(np.asarray(state.before), axis=1).tolist()
+    both = zip(self.seeds, accuracy, strict=True)
+    return [{"seed": seed, "accuracy": value} for seed, value in both]
 
   def result(self, state: Trace, spent: Spent) -> list[Row]:
     """A row for each seed."""
@@ -159,36 +150,29 @@ class Play(Task):
     }
     traces, best = jax.tree.map(np.asarray, state), np.asarray(self.best)
     return [
-      {"seed": int(seed), **report.numbers(self.name, traces.of(i), best[i]), **cost}
+      {"seed": seed, **report.numbers(self.name, traces.of(i), best[i]), **cost}
       for i, seed in enumerate(self.seeds)
     ]
 
 
 class Best(Task):
-  """The losses of the best fixed model of each task, on a stream, for a group of seeds."""
+  """The losses of the best fixed model of each task of streams."""
 
-  def __init__(self, run: Run[Config], stay_probability: float, seeds: Any):
-    self.run, self.stay_probability, self.seeds = run, stay_probability, seeds
-    self.state = jnp.zeros((len(seeds), run.config.rounds))
+  def __init__(self, run: Run[Config], streams: Streams):
+    self.run, self.streams = run, streams
+    self.state = jnp.zeros((len(streams.seeds), run.config.rounds))
 
   def step(self, state: jax.Array, t: int) -> tuple[jax.Array, None]:
     """Finds them."""
     del state, t
-    run, rounds = self.run, self.run.config.rounds
-    find = functools.partial(best_losses, run.config.model(), rounds=rounds)
+    run, keys = self.run, keys_of(self.streams.seeds)
+    find = functools.partial(best_losses, run.config.model(), rounds=run.config.rounds)
     find = run.shared("best", lambda: jax.jit(find))
-    stream = stream_of(run, self.stay_probability, reported=True)
-    return find(pretraining.trained(run, "maml"), stream, keys_of(self.seeds)), None
+    return find(pretraining.trained(run, "maml"), self.streams.of(run), keys), None
 
 
 def best_losses(
-  model: Model,
-  x: Any,
-  stream: Any,
-  keys: jax.Array,
-  rounds: int,
-  passes: int = 4,
-  rate: float = 0.01,
+  model: Model, x: Any, stream: Any, keys: jax.Array, rounds: int, passes=4, rate=0.01
 ) -> jax.Array:
   """The losses of the best fixed model of each task, ``[seeds, rounds]``.
 
@@ -204,7 +188,8 @@ def best_losses(
       return new, (state, batch.task_switch)
 
     _, (states, switches) = jax.lax.scan(advance, stream.init(key), length=rounds)
-    lengths = lengths_of_tasks(switches)
+    tasks = jnp.cumsum(switches, dtype=jnp.int32) - 1
+    lengths = jax.ops.segment_sum(jnp.ones_like(tasks), tasks, num_segments=rounds)[tasks]
     batch_of = lambda t: stream.step(jax.tree.map(lambda leaf: leaf[t], states))[1].train
     zeros, adam = model.start(x), optax.adam(rate)
 
@@ -225,12 +210,4 @@ def best_losses(
 
     return jax.lax.scan(judge, zeros, jnp.arange(rounds))[1]
 
-  run = over_seeds(one)
-  return run(None, repeat(x, keys), stream, keys)
-
-
-def lengths_of_tasks(switches: jax.Array) -> jax.Array:
-  """How many rounds the task has that each round belongs to."""
-  tasks = jnp.cumsum(switches, dtype=jnp.int32) - 1
-  ones = jnp.ones_like(tasks)
-  return jax.ops.segment_sum(ones, tasks, num_segments=len(switches))[tasks]
+  return over_seeds(one)(None, repeat(x, keys), stream, keys)

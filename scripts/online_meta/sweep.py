@@ -22,40 +22,34 @@ def measure(
 ) -> list[Row]:
   """A row for each threshold that is tried; each is a note of the run, so that it is played once.
 
-  Args:
-    run: of which it is a part.
-    rates: the chosen ones.
-    base: the trace of them, of one seed.
-    play: what gives the trace of other ones.
+  ``base`` is the trace of one seed with the chosen rates, ``play`` gives that of others.
   """
   at_switches = base.shift_score[base.switch]
   tried = {
     "switch": np.unique([factor * rates.switch for factor in SWITCH_FACTORS]),
     "shift": np.unique([rates.shift, *np.quantile(at_switches, SHIFT_LEVELS)]),
   }
+
+  def judge(kind: str, threshold: float) -> Row:
+    trace = play(rates._replace(**{kind: threshold}))
+    quality = qualities(trace)[kind]
+    return {
+      "accuracy": float(trace.before.mean()),
+      "out": mean_where(trace.before, trace.domain != 0),
+      "precision": float(quality.precision),
+      "recall": float(quality.recall),
+    }
+
   # A run that goes on may have another stream, or another first seed.
   where = f"p={run.config.stay_probabilities[0]:g}, seed {run.config.first_seed}"
   rows = list[Row]()
   for kind, values in tried.items():
-    judged = functools.partial(judge, kind, play, rates)
     logged = logged_quality(base, kind, values).tolist()
     for i, (value, of_log) in enumerate(zip(values.tolist(), logged, strict=True)):
-      row = run.note(f"sweep of {where}, {kind} {i}", functools.partial(judged, value))
+      row = run.note(f"sweep of {where}, {kind} {i}", functools.partial(judge, kind, value))
       known = dict(zip(("logged_precision", "logged_recall"), of_log, strict=True))
       rows.append({"kind": kind, "threshold": value, **row, **known})
   return rows
-
-
-def judge(kind: str, play: Callable[[Rates], Trace], rates: Rates, threshold: float) -> Row:
-  """How LEEDS does with another threshold."""
-  trace = play(rates._replace(**{kind: threshold}))
-  quality = qualities(trace)[kind]
-  return {
-    "accuracy": float(trace.before.mean()),
-    "out": mean_where(trace.before, trace.domain != 0),
-    "precision": float(quality.precision),
-    "recall": float(quality.recall),
-  }
 
 
 def logged_quality(trace: Trace, kind: str, values: np.ndarray) -> np.ndarray:

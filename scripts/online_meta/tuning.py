@@ -1,26 +1,28 @@
 """Rates of online meta-learners: chosen on validation streams, kept in a file."""
 
 import functools
-import json
 import math
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pandas as pd
 
 import jaxbo
+from scripts.common import tuning
 from scripts.common.folder import Row
-from scripts.common.study import Results, Run, Study
+from scripts.common.study import Results, Run
 from scripts.common.table import Table
 from scripts.common.task import Cell, Spent, Task
+from scripts.common.tuning import Choice
 from scripts.online_meta import pretraining, runs
-from scripts.online_meta.config import RATES_FILE, SMOKE, Config, read
+from scripts.online_meta.config import SMOKE, Config, read
 from scripts.online_meta.data import Domains
-from scripts.online_meta.methods import INFINITY, METHODS, Rates
+from scripts.online_meta.methods import METHODS, Rates
 from scripts.online_meta.report import Trace
+from scripts.online_meta.runs import Streams
 
 FIRST_SEED = 1000
 GRIDS: dict[str, tuple[float, ...]] = {  # The second number is where a search begins.
@@ -35,9 +37,9 @@ Player = Callable[[str, Rates], Sequence[Trace]]
 
 def player(run: Run[Config]) -> Player:
   """What plays a method on the validation streams."""
-  seeds, streams = np.arange(run.config.seeds_at_once) + FIRST_SEED, run.config.stay_probabilities
-  play = functools.partial(runs.play, run, seeds=seeds, reported=False)
-  return lambda name, rates: [play(name, rates, p) for p in streams]
+  seeds = np.arange(run.config.seeds_at_once) + FIRST_SEED
+  streams = [Streams(p, seeds, reported=False) for p in run.config.stay_probabilities]
+  return lambda name, rates: [runs.play(run, name, rates, of) for of in streams]
 
 
 def grid_of(name: str, field: str) -> tuple[float, ...]:
@@ -48,7 +50,7 @@ def grid_of(name: str, field: str) -> tuple[float, ...]:
 def score(traces: Sequence[Trace]) -> float:
   """Accuracy before adaptation, the mean over streams; minus infinity for what diverged."""
   finite = all(np.isfinite(trace.loss).all() for trace in traces)
-  return float(np.mean([np.mean(trace.before) for trace in traces])) if finite else -INFINITY
+  return float(np.mean([np.mean(trace.before) for trace in traces])) if finite else -math.inf
 
 
 def search(name: str, play: Player) -> tuple[Rates, float]:
@@ -59,22 +61,21 @@ def search(name: str, play: Player) -> tuple[Rates, float]:
   rate diverged.
   """
   method = METHODS[name]
-  fields = ("inner", *method.moves)
-  rates = Rates(**{field: grid_of(name, field)[1] for field in fields})
+  grids = {field: grid_of(name, field) for field in ("inner", *method.moves)}
+  rates = Rates(**{field: grid[1] for field, grid in grids.items()})
   if method.thresholds:
-    rates = rates._replace(switch=INFINITY)
-  tried: dict[Rates, tuple[float, Sequence[Trace]]] = {}
+    rates = rates._replace(switch=math.inf)
+  tried: dict[str, tuple[float, Sequence[Trace]]] = {}
 
   def try_out(rates: Rates) -> float:
-    key = Rates(*(round(value, 9) if math.isfinite(value) else str(value) for value in rates))
+    key = repr(rates)  # NaN does not equal itself.
     if key not in tried:
       traces = play("leeds_told" if name == "leeds" else name, rates)
       tried[key] = (score(traces), traces)
     return tried[key][0]
 
-  for field in fields:
-    options = [rates._replace(**{field: value}) for value in grid_of(name, field)]
-    rates = max(options, key=try_out)
+  for field, grid in grids.items():
+    rates = max((rates._replace(**{field: value}) for value in grid), key=try_out)
   best = try_out(rates)
   if not method.thresholds or not math.isfinite(best):
     return rates, best
@@ -94,21 +95,18 @@ def thresholds(traces: Sequence[Trace]) -> jaxbo.Thresholds:
     first = pick(traces[0])[:1, 0]  # What calibrate leaves out.
     return np.concatenate([first, *rows])
 
-  scores = jaxbo.Scores(
-    jnp.asarray(joined(lambda trace: trace.switch_score)),
-    jnp.asarray(joined(lambda trace: trace.shift_score)),
-  )
+  scores = joined(lambda trace: trace.switch_score), joined(lambda trace: trace.shift_score)
   truth = joined(lambda trace: trace.task_switch), joined(lambda trace: trace.domain != 0)
-  return jaxbo.calibrate(scores, *truth, rule="roc")
+  return jaxbo.calibrate(jaxbo.Scores(*map(jnp.asarray, scores)), *truth, rule="roc")
 
 
-def calibrated(run: Run[Config]) -> Rates:
-  """The rates of LEEDS, with thresholds of the pre-trained model of this run if none are given.
+def rates_of(run: Run[Config], method: str) -> Rates:
+  """The rates of a method; where LEEDS has no thresholds, those of the model of this run.
 
   Another machine rounds otherwise, and pre-training then ends at another model, with other scores.
   """
-  rates = run.config.rates_of("leeds")
-  own = [name for name in METHODS["leeds"].thresholds if math.isnan(getattr(rates, name))]
+  rates, wanted = run.config.rates_of(method), METHODS[method].thresholds
+  own = [name for name in wanted if math.isnan(getattr(rates, name))]
   if not own:
     return rates
 
@@ -143,7 +141,7 @@ class Search(Task):
     return row
 
 
-class Tuning(Study[Config]):
+class Tuning(tuning.Tuning[Config]):
   """The choice of rates."""
 
   config = Config
@@ -162,6 +160,13 @@ class Tuning(Study[Config]):
     for name in names:
       yield Cell({"method": name}, functools.partial(Search, run, name), 1, METHODS[name].label)
 
+  def choices(self, rows: pd.DataFrame) -> Iterable[Choice]:
+    """The rates that each search has found."""
+    for row in rows.to_dict("records"):
+      known = {name: row[name] for name in Rates._fields if not math.isnan(row[name])}
+      kept = {name: "inf" if math.isinf(value) else value for name, value in known.items()}
+      yield Choice(METHODS[row["method"]].label, (row["method"],), kept, row["accuracy"])
+
   def tables(self, results: Results[Config]) -> Iterable[Table]:
     """What was chosen."""
     text = lambda value: "-" if math.isnan(value) else f"{value:.4g}"
@@ -171,30 +176,3 @@ class Tuning(Study[Config]):
     ]
     title = f"Rates for {results.config.name()}"
     yield Table(title, list(results.rows.columns), rows).without_dashes()
-
-  def remarks(self, results: Results[Config]) -> Iterable[str]:
-    """Where the rates are."""
-    for row in results.rows.to_dict("records"):
-      if not math.isfinite(row["accuracy"]):
-        yield f"{METHODS[row['method']].label}: every rate of the grid diverged"
-    yield f"The rates are in {file_of(results.config)}, for --rates-file"
-
-  def draw(self, run: Run[Config]) -> None:
-    """Writes the rates beside those that the file has already."""
-    path = file_of(run.config)
-    tables: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    for row in run.results().rows.to_dict("records"):
-      if math.isfinite(row["accuracy"]):
-        known = {name: row[name] for name in Rates._fields if not math.isnan(row[name])}
-        kept = {name: "inf" if math.isinf(value) else value for name, value in known.items()}
-        tables.setdefault(run.config.name(), {})[row["method"]] = kept
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(tables, indent=1, sort_keys=True) + "\n")
-
-
-def file_of(config: Config) -> Path:
-  """Where rates are written: never into the sources."""
-  given = config.rates_file
-  if given is None or given.resolve() == RATES_FILE.resolve():
-    return config.output_dir / "rates.json"
-  return given

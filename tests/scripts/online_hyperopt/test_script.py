@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import jax
@@ -17,15 +16,18 @@ import pytest
 from PIL import Image
 from sklearn.metrics import balanced_accuracy_score
 
-from scripts.common import data
+import jaxbo
+from scripts.common import data, folder
+from scripts.common.checkpoints import latest_step
 from scripts.common.data import Examples
+from scripts.common.tuning import Choice
 from scripts.online_hyperopt import __main__ as script
 from scripts.online_hyperopt import config as settings
 from scripts.online_hyperopt import methods as online_methods
 from scripts.online_hyperopt import plots as online_plots
 from scripts.online_hyperopt import problems, runs, streams, tuning
 from scripts.online_hyperopt.config import Config
-from scripts.online_hyperopt.methods import METHODS, Rates, Variant
+from scripts.online_hyperopt.methods import METHODS, Rates, Setting, Variant
 
 pytestmark = pytest.mark.slow  # All together, not each.
 
@@ -91,7 +93,8 @@ GRAD_F = jax.jit(jax.grad(OUTER))
 def played(method, rates, window, rounds):
   """``x`` and ``y`` after some rounds of a method of the script, flat."""
   y = jax.eval_shape(TUNING.init, jax.random.key(0))[1]
-  loop = online_methods.make_loop(Variant(method, window), TUNING, rates, y, ROUNDS)
+  arguments = METHODS[method].make(Setting(TUNING, rates, window, y, ROUNDS))
+  loop = jaxbo.online(TUNING.outer_loss, **arguments)
   schedule = jax.tree.map(lambda leaf: leaf[0], stream().schedule)
   of_seed = streams.stream_of(jnp.asarray(EXAMPLES.images), schedule)
   state = loop.init(*TUNING.init(jax.random.key(0)), of_seed)
@@ -242,7 +245,7 @@ def test_conv4_in_evaluation_has_the_statistics_of_the_reference():
   features = problems.make_features("conv4", 256, width=8)
   params = jax.jit(features.init)(jax.random.key(0))
   images = jnp.asarray(RNG.normal(size=(12, 256)), jnp.float32)
-  frozen, together = jax.jit(features.frozen), jax.jit(features.apply)(params, images)
+  frozen, together = jax.jit(features.apply), jax.jit(features.apply)(params, images)
   np.testing.assert_allclose(frozen(params, images, images), together, atol=2e-5)
   alone = frozen(params, images[:1], images)
   np.testing.assert_allclose(alone, together[:1], atol=2e-5)
@@ -335,7 +338,7 @@ def test_the_regret_of_a_run_is_the_sum_of_squared_true_hypergradients():
 
 
 def test_the_least_finite_loss_is_chosen_of_what_matters_to_a_method():
-  grid = tuning.Grid((0.1, 1.0), (0.3, 3.0), (0.0, 0.1))
+  grid = Rates((0.1, 1.0), (0.3, 3.0), (0.0, 0.1))
   rates = tuning.candidates(grid, moves_x=True, damped=False)
   np.testing.assert_allclose(
     np.array(rates).T, [(0.1, 0.3, 0), (0.1, 3, 0), (1, 0.3, 0), (1, 3, 0)], rtol=1e-6
@@ -344,8 +347,9 @@ def test_the_least_finite_loss_is_chosen_of_what_matters_to_a_method():
   losses = pd.Series([np.nan, 2.0, 1.5, np.inf])
   rows = pd.DataFrame(np.array(rates).T, columns=list(Rates._fields), dtype=float).round(6)
   rows = rows.assign(method="sobow", window=5, cumulative_loss=losses)
-  assert tuning.chosen(rows) == {Variant("sobow", 5): (Rates(1.0, 0.3, 0.0), 1.5)}
-  assert tuning.chosen(rows.assign(cumulative_loss=np.nan)) == {}
+  choices = lambda rows: list(tuning.Tuning().choices(rows))
+  assert choices(rows) == [Choice("SOBOW, K=5", ("sobow", "5"), [1.0, 0.3, 0.0], 1.5)]
+  assert [choice.score for choice in choices(rows.assign(cumulative_loss=np.nan))] == [np.inf]
 
 
 def test_rates_are_of_the_largest_window_that_is_not_larger(tmp_path):
@@ -408,13 +412,13 @@ def test_seeds_that_diverged_are_counted_and_left_out_of_the_means():
 
 
 def test_tuning_writes_rates_that_a_run_uses(tmp_path, capsys, monkeypatch):
-  grids = {"loss_tuning/digits": tuning.Grid((0.3, 1.0), (0.5,), (0.1,))}
+  grids = {"loss_tuning/digits": Rates((0.3, 1.0), (0.5,), (0.1,))}
   monkeypatch.setattr(tuning, "GRIDS", grids)
-  committed = settings.RATES_FILE.read_text()
+  committed = Config().rates_in_sources().read_text()
   given = {"inner_learning_rate": None, "outer_learning_rate": None}
   assert script.run(config(tmp_path, tune=True, **given)) == 0
   assert "SOBOW, K=2" in capsys.readouterr().out
-  assert settings.RATES_FILE.read_text() == committed
+  assert Config().rates_in_sources().read_text() == committed
   file = tmp_path / "rates.json"
   table = json.loads(file.read_text())["loss_tuning/digits/linear"]
   assert table.keys() == {"ogd", "sobow"}
@@ -422,7 +426,7 @@ def test_tuning_writes_rates_that_a_run_uses(tmp_path, capsys, monkeypatch):
   assert table["sobow"]["2"][1:] == [0.5, 0.1]
   own = config(tmp_path, rates_file=file, **given)
   assert own.rates_of(Variant("sobow", 2)) == Rates(*table["sobow"]["2"])
-  assert tuning.file_of(own) == file
+  assert own.rates_to_write() == file
   assert script.run(config(tmp_path / "b", rates_file=tmp_path / "none", **given)) == 2
   assert "no learning rates were chosen for ogd" in capsys.readouterr().err
 
@@ -432,11 +436,9 @@ def test_tuning_writes_rates_that_a_run_uses(tmp_path, capsys, monkeypatch):
   [
     ({"streams": ("staged",)}, "streams of loss_tuning must be among gradual, zigzag, static; got"),
     ({"problem": "ridge", "streams": None, "methods": ("oagd_published",)}, "methods of ridge"),
-    ({"windows": (5, 5)}, "windows must name each one once, got 5 5"),
-    ({"rounds": 50}, "rounds should be a multiple of 20, got 50"),
+    ({"windows": (5, 5)}, "windows should name each one once, got 5 5"),
     ({"outer_learning_rate": None}, r"must be given together, got \(1.0, None\)"),
-    ({"problem": "ridge", "streams": None, "model": "mlp"}, "model must be linear for ridge"),
-    ({"problem": "representation", "streams": None, "model": "linear"}, "model must be mlp or"),
+    ({"problem": "ridge", "streams": None, "model": "mlp"}, "model of ridge must be among linear"),
   ],
 )
 def test_fields_that_do_not_go_together_say_what_is_allowed(tmp_path, wrong, message):
@@ -473,28 +475,27 @@ def test_hyper_representation_moves_its_backbone(tmp_path):
 
 
 def test_a_run_that_was_killed_goes_on_bit_for_bit(tmp_path):
-  def ran(path, *flags, kill=False):
-    command = [sys.executable, "-m", "scripts.online_hyperopt", "--smoke", "--methods", "sobow"]
-    process = subprocess.Popen([*command, "--output-dir", str(path), *flags])
-    metrics = path / "metrics.jsonl"
-    while kill and (not metrics.exists() or metrics.read_text().count("\n") < 2 * 8):
-      time.sleep(0.02)
-    if kill:
-      process.send_signal(signal.SIGKILL)
-    return process.wait()
-
-  assert ran(tmp_path / "whole") == 0
-  assert ran(tmp_path / "killed", kill=True) == -signal.SIGKILL
-  assert ran(tmp_path / "killed", "--resume") == 0
-  for name, read in (("results.csv", pd.read_csv), ("metrics.jsonl", _lines)):
-    whole, killed = (
-      read(tmp_path / of / name).filter(regex="^(?!seconds)") for of in ("whole", "killed")
-    )
-    pd.testing.assert_frame_equal(whole, killed, check_exact=True)
-
-
-def _lines(path):
-  return pd.read_json(path, lines=True, precise_float=True)
+  mine = config(tmp_path / "killed", streams=("gradual", "zigzag"), methods=("sobow",), seeds=1)
+  assert script.run(mine.but(output_dir=tmp_path / "whole")) == 0
+  code = f"""
+import tests.conftest  # Its programs are compiled already.
+from scripts.online_hyperopt import __main__ as script
+from scripts.online_hyperopt import config as settings
+from tests.scripts.common.killed import kill_after
+settings.DATASETS["digits"] = (20, 8)
+kill_after(34)
+script.run(settings.Config(**{mine.model_dump(mode="json")}))
+"""
+  process = subprocess.run([sys.executable, "-c", code], check=False)
+  assert process.returncode == -signal.SIGKILL
+  assert [len(table) for table in folder.read(mine.output_dir)[:2]] == [34, 1]
+  second = {"stream": "zigzag", "method": "sobow", "window": 2}
+  assert latest_step(folder.checkpoints(mine.output_dir, second)) in (5, 10)
+  assert script.run(mine.but(resume=True)) == 0
+  killed, whole = (folder.read(tmp_path / name) for name in ("killed", "whole"))
+  for a, b in zip(killed[:2], whole[:2], strict=True):
+    a, b = (pd.DataFrame(table).filter(regex="^(?!seconds)") for table in (a, b))
+    pd.testing.assert_frame_equal(a, b, check_exact=True)
 
 
 @pytest.mark.skipif(
@@ -514,10 +515,10 @@ def test_newsgroups_are_rows_of_unit_norm_with_the_training_posts_first():
 @pytest.mark.parametrize("diverged", [1e9, np.nan])
 def test_a_method_that_diverged_does_not_flatten_the_picture(diverged):
   fig, (few, many) = online_plots.plt.subplots(1, 2)
-  curves = [pd.DataFrame(np.full((3, 2), value)) for value in (0.0, -1.0, 4.0)]
-  for axes, mine in ((few, curves), (many, [*curves, pd.DataFrame(np.full((3, 2), diverged))])):
+  curves = [np.full((3, 2), value) for value in (0.0, -1.0, 4.0)]
+  for axes, mine in ((few, curves), (many, [*curves, np.full((3, 2), diverged)])):
     for curve in mine:
-      axes.plot(curve.to_numpy())
+      axes.plot(curve)
     online_plots.leave_out_diverged(axes, mine)
   np.testing.assert_allclose(many.get_ylim(), few.get_ylim())
   online_plots.plt.close(fig)

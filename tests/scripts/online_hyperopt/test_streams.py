@@ -17,7 +17,7 @@ POOLS = streams.split_by_class(EXAMPLES, train_size=320, val_size=100, seed=0)
 
 
 def drawn(kind, seed=0, rounds=ROUNDS, pools=POOLS):
-  return streams.draw(kind, pools, EXAMPLES, rounds, BATCH, seed)
+  return kind.draw(np.random.default_rng([seed, 1]), pools, EXAMPLES.labels, rounds, BATCH)
 
 
 def counts_of(labels):

@@ -1,12 +1,13 @@
 """Online meta-learning, the script: data, pre-training, choice of rates, traces, files, errors."""
 
+import contextlib
 import functools
+import io
 import json
 import math
 import signal
 import subprocess
 import sys
-import time
 import types
 from pathlib import Path
 
@@ -19,14 +20,16 @@ import pytest
 from PIL import Image
 
 import jaxbo
+from scripts.common import folder
 from scripts.online_meta import __main__ as script
 from scripts.online_meta import data as meta_data
 from scripts.online_meta import methods as meta_methods
 from scripts.online_meta import model as meta_model
 from scripts.online_meta import pretraining, report, runs, sweep, tuning
-from scripts.online_meta.config import RATES_FILE, Config
-from scripts.online_meta.methods import INFINITY, METHODS, Rates
+from scripts.online_meta.config import Config
+from scripts.online_meta.methods import METHODS, Rates
 from scripts.online_meta.report import Trace
+from scripts.online_meta.runs import Streams
 
 pytestmark = pytest.mark.slow  # All together, not each.
 
@@ -43,9 +46,11 @@ def config(path, **options):
   return Config(**(small | options))
 
 
-@pytest.fixture(autouse=True)
-def _small(monkeypatch):
-  small_sizes(monkeypatch.setattr)
+@pytest.fixture(scope="module", autouse=True)
+def _small():
+  with pytest.MonkeyPatch.context() as patch:
+    small_sizes(patch.setattr)
+    yield
 
 
 def small_sizes(put):
@@ -300,7 +305,7 @@ def test_rates_are_searched_one_after_the_other_and_thresholds_are_calibrated():
   assert set(played) == {"leeds_told"}
   assert len(played) == 9  # 4 + 3 + 2: nothing twice.
   diverged = lambda name, rates: [trace(loss=np.float32([np.nan] * 6))]
-  assert tuning.search("maml", diverged)[1] == -INFINITY
+  assert tuning.search("maml", diverged)[1] == -math.inf
 
 
 @pytest.mark.parametrize("with_detector", [0.6, 0.4])
@@ -315,7 +320,7 @@ def test_c_maml_leaves_updates_out_where_that_is_better(with_detector):
     return [mine]
 
   rates, value = tuning.search("c_maml", play)
-  assert (rates.switch, value) == ((2.0, 0.6) if with_detector > 0.5 else (INFINITY, 0.5))
+  assert (rates.switch, value) == ((2.0, 0.6) if with_detector > 0.5 else (math.inf, 0.5))
 
 
 def test_thresholds_leave_out_the_first_round_of_every_stream():
@@ -333,7 +338,7 @@ def test_rates_are_kept_by_setting_and_method(tmp_path):
   c_maml, leeds = {"inner": 0.1, "outer": 0.01, "switch": "inf"}, {"inner": 0.2, "in_scale": 0.1}
   tables = {mine.name(): {"c_maml": c_maml, "leeds": leeds}}
   mine.rates_file.write_text(json.dumps(tables))
-  assert mine.rates_of("c_maml").switch == INFINITY
+  assert mine.rates_of("c_maml").switch == math.inf
   assert math.isnan(mine.rates_of("c_maml").shift)
   assert mine.rates_of("leeds_told").inner == 0.2
   assert mine.but(in_distribution_scale=0.7).rates_of("leeds").in_scale == 0.7
@@ -360,13 +365,21 @@ def test_the_rates_file_has_all_that_the_default_run_needs():
 # -- The script.
 
 
-def test_a_run_writes_traces_tables_and_pictures_and_goes_on(tmp_path, capsys):
-  mine = config(tmp_path, sweep=True, seeds_at_once=2)
-  write_rates(mine, 1.2, -1.5)
-  with jax.debug_key_reuse(False):  # It takes the batched switch of the stream for reuse.
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+  """The settings of a small run, of LEEDS at first, which finds its thresholds; and its output."""
+  mine = config(tmp_path_factory.mktemp("whole"), sweep=True, seeds_at_once=2)
+  write_rates(mine)
+  printed = io.StringIO()
+  # The check of keys takes the batched switch of the stream for reuse.
+  with jax.debug_key_reuse(False), contextlib.redirect_stdout(printed):
     assert script.run(mine.but(methods=("leeds",))) == 0
     assert script.run(mine.but(resume=True)) == 0
-  output = capsys.readouterr().out
+  return mine, printed.getvalue()
+
+
+def test_a_run_writes_traces_tables_and_pictures_and_goes_on(whole, capsys):
+  mine, output = whole
   assert output.count("│     2 │") == 3 + 4  # Of LEEDS and its detectors; then of both methods.
   for word in ("glyphs, p = 0.7: 12 rounds, 3-way 2-shot", "LEEDS", "negatives", "Detection"):
     assert word in output
@@ -378,7 +391,8 @@ def test_a_run_writes_traces_tables_and_pictures_and_goes_on(tmp_path, capsys):
     with Image.open(mine.output_dir / name) as picture:
       assert picture.width > 800
   notes = json.loads((mine.output_dir / "notes.json").read_text())
-  assert notes["sweep of p=0.7, seed 0, switch 6"]["recall"] == 0  # A threshold of 4.8.
+  assert notes["thresholds"].keys() == {"switch", "shift"}
+  assert notes["sweep of p=0.7, seed 0, switch 6"]["recall"] == 0  # Of four times the chosen one.
   bad = mine.but(resume=True, pretrain_tasks=3)
   assert script.run(bad) == 2
   assert "pretrain_tasks must be 2 to resume, got 3" in capsys.readouterr().err
@@ -404,7 +418,7 @@ def played(mine, name, seeds, rates):
   """The trace of a method on the tiny model."""
   run = a_run(mine)
   run.made["trained", "maml"] = mine.model().init(jax.random.key(0))
-  return runs.play(run, name, rates, 0.7, seeds, reported=True)
+  return runs.play(run, name, rates, Streams(0.7, np.array(seeds)))
 
 
 def test_seeds_side_by_side_are_as_one_after_the_other(tmp_path):
@@ -417,42 +431,29 @@ def test_seeds_side_by_side_are_as_one_after_the_other(tmp_path):
   assert np.any(both.loss[0] != both.loss[1])
 
 
-def test_a_run_that_was_killed_goes_on_bit_for_bit(tmp_path):
-  write_rates(config(tmp_path))  # LEEDS finds its thresholds.
-
-  def ran(name, *, resume=False, kill=False):
-    code = f"""
-import pathlib, sys
+def test_a_run_that_was_killed_goes_on_bit_for_bit(whole, tmp_path):
+  mine = whole[0].but(output_dir=tmp_path)
+  code = f"""
+import jax, tests.conftest  # Its programs are compiled already.
+jax.config.update("jax_debug_key_reuse", False)
 from scripts.online_meta import __main__ as script
+from tests.scripts.common.killed import kill_after
 from tests.scripts.online_meta import test_script as small
 small.small_sizes(setattr)
-path = pathlib.Path({str(tmp_path)!r})
-mine = small.config(path, methods=("leeds", "maml"), output_dir=path / {name!r}, resume={resume})
-sys.exit(script.run(mine))
+kill_after(5)
+script.run(small.Config(**{mine.model_dump(mode="json")}))
 """
-    process = subprocess.Popen([sys.executable, "-c", code])
-    table = tmp_path / name / "results.csv"
-    while kill and process.poll() is None and not table.exists():
-      time.sleep(0.005)
-    if kill:
-      process.send_signal(signal.SIGKILL)
-    return process.wait()
-
-  assert ran("whole") == 0
-  assert ran("killed", kill=True) == -signal.SIGKILL
-  assert ran("killed", resume=True) == 0
-  for file, read in (("results.csv", pd.read_csv), ("metrics.jsonl", lines_of)):
-    whole, killed = (
-      read(tmp_path / name / file).filter(regex="^(?!seconds)") for name in ("whole", "killed")
-    )
-    assert len(whole) >= 4
-    pd.testing.assert_frame_equal(whole, killed, check_exact=True)
-  notes = [(tmp_path / name / "notes.json").read_text() for name in ("whole", "killed")]
-  assert notes[0] == notes[1]
-
-
-def lines_of(path):
-  return pd.read_json(path, lines=True, precise_float=True)
+  process = subprocess.run([sys.executable, "-c", code], check=False)
+  assert process.returncode == -signal.SIGKILL
+  lines, rows, _ = folder.read(tmp_path)
+  assert (len(lines), len(rows)) == (5, 2)  # LEEDS has its rows, MAML has not.
+  with jax.debug_key_reuse(False):
+    assert script.run(mine.but(resume=True)) == 0
+  expected, found = (folder.read(path) for path in (whole[0].output_dir, tmp_path))
+  for a, b in zip(expected[:2], found[:2], strict=True):
+    a, b = (pd.DataFrame(table).filter(regex="^(?!seconds)") for table in (a, b))
+    pd.testing.assert_frame_equal(a, b, check_exact=True)
+  assert expected[2] == found[2]
 
 
 @pytest.mark.parametrize(
@@ -465,7 +466,7 @@ def test_every_method_can_be_traced(options, tmp_path):
   for name, method in METHODS.items():
     if options.get("query") == "next" and name not in ("leeds", "meta_ogd"):
       continue
-    model = mine.model_from(method.begins)
+    model = mine.model(method.begins)
 
     def run(x, stream, method=method, model=model):
       learner = method.make(model, rates, mine)
@@ -567,8 +568,8 @@ def test_thresholds_that_are_not_given_are_calibrated_on_validation_streams(tmp_
   calls = []
   switch, domain = np.tile([True, False], 10)[None], np.repeat([0, 1], 10)[None]
 
-  def play(run, name, rates, p, seeds, *, reported):
-    calls.append((name, p, seeds.tolist(), reported))
+  def play(run, name, rates, streams):
+    calls.append((name, streams.stay_probability, streams.seeds.tolist(), streams.reported))
     return trace()._replace(
       switch_score=1.0 + 2 * switch, shift_score=-5.0 + domain, task_switch=switch, domain=domain
     )
@@ -578,7 +579,7 @@ def test_thresholds_that_are_not_given_are_calibrated_on_validation_streams(tmp_
   def own(*given):
     mine = config(tmp_path, stay_probabilities=(0.5, 0.75))
     write_rates(mine, *given)
-    return tuning.calibrated(a_run(mine))[4:]
+    return tuning.rates_of(a_run(mine), "leeds")[4:]
 
   assert own(9.0, "inf") == (9.0, math.inf)
   assert not calls
@@ -598,18 +599,19 @@ def test_tuning_and_choices_are_on_validation_images_and_a_report_on_its_own(tmp
     (True, True, 9, domains.validation),
   ):
     mine = config(tmp_path, rounds=9, tune_rounds=4, validation=validation)
-    program, _ = runs.prepared(a_run(mine), "online_sgd", 0.5, [0], reported=reported)
+    streams = Streams(0.5, np.array([0]), reported)
+    program, _ = runs.prepared(a_run(mine), "online_sgd", streams)
     assert program[2] == rounds
     np.testing.assert_array_equal(program[4], images[0])
 
 
 def test_tuning_writes_rates_that_a_run_uses(tmp_path, capsys, monkeypatch):
   monkeypatch.setattr(tuning, "GRIDS", {"inner": (0.1, 0.2), "outer": (0.1, 0.2)})
-  committed = RATES_FILE.read_text()
+  committed = Config().rates_in_sources().read_text()
   mine = config(tmp_path, methods=("meta_ogd",), tune=True, rates_file=None)
   assert script.run(mine) == 0
   assert "MetaOGD" in capsys.readouterr().out
-  assert RATES_FILE.read_text() == committed
+  assert Config().rates_in_sources().read_text() == committed
   file = mine.output_dir / "rates.json"
   table = json.loads(file.read_text())[mine.name()]
   assert table.keys() == {"meta_ogd"}
@@ -658,5 +660,5 @@ def test_what_cannot_be_run_ends_with_2_and_no_file(wrong, message, tmp_path, ca
 def test_fields_that_do_not_go_together_say_what_is_allowed(tmp_path):
   with pytest.raises(ValueError, match="seeds must be a multiple of seeds_at_once=2, got 3"):
     config(tmp_path, seeds=3, seeds_at_once=2)
-  with pytest.raises(ValueError, match="stay_probabilities must name each one once"):
+  with pytest.raises(ValueError, match="stay_probabilities should name each one once"):
     config(tmp_path, stay_probabilities=(0.9, 0.9))
