@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -260,7 +260,8 @@ def _play(study: Study[Config], run: Run[Config], files: RunFolder) -> int:
   with Bar(terminal) as bar:
     try:
       run.play(bar)
-      study.finish(run)
+      with _left_out(terminal):
+        study.finish(run)
     except KeyboardInterrupt:
       status = 130
   if jax.process_index():
@@ -273,15 +274,22 @@ def _play(study: Study[Config], run: Run[Config], files: RunFolder) -> int:
       table.print(terminal)
     for remark in study.remarks(results):
       terminal.print(remark)
-    try:
+    with _left_out(terminal):
       study.draw(run)
-    except FileNotFoundError as error:
-      terminal.print(f"No pictures: {error}")
   if run.config.save_results and not status:
     kept = study.room() / "results" / run.config.save_results
     files.save_results(run.config, kept, run.is_mine())
   terminal.print(f"{folder.METRICS}, {folder.RESULTS} and pictures are in {run.path}")
   return status
+
+
+@contextlib.contextmanager
+def _left_out(terminal: Console) -> Iterator[None]:
+  """Goes on without what needs a checkpoint that was deleted."""
+  try:
+    yield
+  except FileNotFoundError as error:
+    terminal.print(f"Left out, since {error}")
 
 
 def main(config: type[Config], run: Callable[[Config], int], doc: str | None) -> None:

@@ -9,11 +9,11 @@ import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import pandas as pd
 
-from scripts.common.config import StudyConfig
+from scripts.common.config import FREE, StudyConfig
 from scripts.common.study import Results, Run, Study
 
 
@@ -23,7 +23,7 @@ class TunedConfig(StudyConfig):
   tune: bool = False
   """Chooses rates on seeds or streams that are not reported and writes them to rates.json in
   output_dir, or to rates_file if one is given; no report."""
-  rates_file: Path | None = None
+  rates_file: Annotated[Path | None, FREE] = None
   """Where the chosen rates are, instead of the ones in the sources."""
 
   def name(self) -> str:

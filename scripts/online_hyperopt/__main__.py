@@ -28,7 +28,6 @@ called published have those of OAGD's code and its window of 5.
 
 import functools
 from collections.abc import Iterable
-from typing import ClassVar
 
 import numpy as np
 import pandas as pd
@@ -36,12 +35,12 @@ import pandas as pd
 from scripts.common import study, table
 from scripts.common.study import Results, Run, Study
 from scripts.common.table import Column, Table
-from scripts.common.task import Cell
+from scripts.common.task import Cell, Row
 from scripts.online_hyperopt import plots
 from scripts.online_hyperopt.config import NUM_EVALUATIONS, STREAMS, Config, Data, read
 from scripts.online_hyperopt.methods import Variant
 from scripts.online_hyperopt.runs import Play
-from scripts.online_hyperopt.tuning import SMOKE, Tuning
+from scripts.online_hyperopt.tuning import Tuning
 
 COLUMNS = {
   "cumulative_loss": Column("cum. loss", 1),
@@ -73,8 +72,11 @@ class OnlineHyperopt(Study[Config]):
   """The experiment."""
 
   config = Config
-  smoke: ClassVar = SMOKE
   step_name = "evaluation"
+
+  def depends_on(self, config: Config) -> Row:
+    """The rates that were chosen."""
+    return {"rates": config.rates_tables().get(config.name(), {})}
 
   def prepare(self, config: Config) -> Data:
     """The examples and the problem; every method must have rates."""

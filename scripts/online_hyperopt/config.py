@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, Self
+from typing import Annotated, Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -37,6 +37,11 @@ DATASETS = {  # examples of each class that the inner and the outer losses are d
 
 class Config(TunedConfig):
   """Online hyperparameter optimization: SOBOW and OAGD on streams that change."""
+
+  smallest: ClassVar = {
+    "streams": ("static",), "methods": ("ogd", "sobow", "oagd"), "windows": (5,), "rounds": 20,
+    "batch_size": 16, "seeds": 2,
+  }  # fmt: skip
 
   problem: Annotated[str, Among(STREAMS)] = "loss_tuning"
   """What is learnt online."""

@@ -4,7 +4,7 @@ import functools
 import itertools
 import math
 from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +22,6 @@ from scripts.online_hyperopt.config import Config, Data, read
 from scripts.online_hyperopt.methods import METHODS, Rates, Variant
 
 SEEDS = range(100, 103)
-SMOKE = {
-  "streams": ("static",), "methods": ("ogd", "sobow", "oagd"), "windows": (5,), "rounds": 20,
-  "batch_size": 16, "seeds": 2,
-}  # fmt: skip
 GRIDS = {  # of rates, by problem and data set; coarse where a run takes long
   "loss_tuning/digits": Rates((1.0, 3.0, 10.0), (0.3, 1.0, 3.0, 10.0, 30.0), (0.0, 0.1)),
   "loss_tuning/mnist": Rates((0.03, 0.1, 0.3, 1.0), (0.3, 3.0, 30.0), (0.1, 1.0)),
@@ -76,7 +72,6 @@ class Tuning(tuning.Tuning[Config]):
   """The choice of rates."""
 
   config = Config
-  smoke: ClassVar = SMOKE
 
   def prepare(self, config: Config) -> Data:
     """The examples and the problem."""

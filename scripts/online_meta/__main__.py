@@ -42,16 +42,15 @@ rounds instead of 10,000, 2 draws of BGD instead of 5, one pre-training for all 
 import functools
 import itertools
 from collections.abc import Iterable
-from typing import ClassVar
 
 import pandas as pd
 
 from scripts.common import study, table
 from scripts.common.study import Results, Run, Study
 from scripts.common.table import Column, Table
-from scripts.common.task import Cell
+from scripts.common.task import Cell, Row
 from scripts.online_meta import plots, pretraining, runs, sweep, tuning
-from scripts.online_meta.config import SMOKE, Config, read
+from scripts.online_meta.config import Config, read
 from scripts.online_meta.data import NAMES, Domains
 from scripts.online_meta.methods import METHODS
 from scripts.online_meta.report import Trace
@@ -109,7 +108,10 @@ class OnlineMeta(Study[Config]):
   """The experiment."""
 
   config = Config
-  smoke: ClassVar = SMOKE
+
+  def depends_on(self, config: Config) -> Row:
+    """The rates that were chosen."""
+    return {"rates": config.rates_tables().get(config.name(), {})}
 
   def prepare(self, config: Config) -> Domains:
     """The images; every method must have rates."""

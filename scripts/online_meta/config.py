@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, ClassVar, Self
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -14,26 +14,23 @@ from scripts.online_meta.data import Domains
 from scripts.online_meta.methods import METHODS, Choices, Rates
 from scripts.online_meta.model import Model, conv4, stripes
 
-SMOKE = {
-  "dataset": "glyphs", "methods": ("fine_tuning", "leeds"), "stay_probabilities": (0.7,),
-  "seeds": 1, "rounds": 10, "tune_rounds": 10, "num_ways": 3, "num_shots": 2,
-  "network": "stripes", "images_per_class": 6, "pretrain_epochs": 1,
-}  # fmt: skip
-
 
 class Config(Choices):
   """Online meta-learning without task boundaries: LEEDS, C-MAML and others on OSAKA's streams."""
+
+  smallest: ClassVar = {
+    "dataset": "glyphs", "methods": ("fine_tuning", "leeds"), "stay_probabilities": (0.7,),
+    "seeds": 1, "rounds": 10, "tune_rounds": 10, "num_ways": 3, "num_shots": 2,
+    "network": "stripes", "images_per_class": 6, "pretrain_epochs": 1,
+  }  # fmt: skip
 
   dataset: Annotated[str, Among(data.READERS)] = "omniglot"
   """Omniglot (then MNIST and Fashion-MNIST, prepared by tensorflow-datasets), or glyphs drawn on
   the spot."""
   methods: Annotated[tuple[str, ...], Among(METHODS), FREE] = tuple(METHODS)
   """Which methods to run."""
-  stay_probabilities: Annotated[Several[float], FREE] = (
-    0.9,
-    0.98,
-  )
-  """The probability p that a task stays, one stream for each."""
+  stay_probabilities: Several[float] = (0.9, 0.98)
+  """The probability p that a task stays, one stream for each; thresholds are calibrated on all."""
   rounds: Annotated[int, Field(ge=2)] = 200
   """Rounds of a stream; the published protocol has 10,000."""
   seeds: Count = 3

@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from scripts.common.table import Table
 from scripts.common.task import Cell, Spent, Task
 from scripts.common.tuning import Choice
 from scripts.online_meta import pretraining, runs
-from scripts.online_meta.config import SMOKE, Config, read
+from scripts.online_meta.config import Config, read
 from scripts.online_meta.data import Domains
 from scripts.online_meta.methods import METHODS, Rates
 from scripts.online_meta.report import Trace
@@ -145,7 +145,6 @@ class Tuning(tuning.Tuning[Config]):
   """The choice of rates."""
 
   config = Config
-  smoke: ClassVar = SMOKE
 
   def prepare(self, config: Config) -> Domains:
     """The images."""

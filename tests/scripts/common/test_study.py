@@ -179,7 +179,7 @@ def test_without_its_checkpoints_a_finished_run_has_tables_and_no_pictures(tmp_p
   assert play(tmp_path, resume=True) == 0
   printed = " ".join(capsys.readouterr().out.split())
   assert printed.count("Sums") == 2
-  assert "No pictures:" in printed
+  assert "Left out, since" in printed
   assert "has no checkpoint" in printed
 
 
