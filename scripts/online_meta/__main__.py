@@ -15,9 +15,9 @@ Every method then plays the same rounds, with the same number of inner steps:
 * Detectors are judged by `jaxbo.detection_quality`: precision, recall, delay in rounds, false
   alarms; of switches, and of shifts, the switches that lead out of the pre-training's domain.
 
-Claim (default size, 3 seeds, percent before adaptation): LEEDS reaches 78.5 (3.7) at p = 0.9 and
-90.4 (1.4) at p = 0.98, as a version that is told all switches does; C-MAML 71.1 (4.9) and 85.0
-(1.3), MetaOGD 68.3 (4.5) and 79.2 (1.7), fine-tuning 75.7 (3.6) and 90.1 (1.5).
+Claim (default size, 3 seeds, percent before adaptation): LEEDS reaches 78.0 (3.3) at p = 0.9 and
+90.6 (1.4) at p = 0.98, as a version that is told all switches does; C-MAML 69.4 (4.5) and 83.8
+(1.6), MetaOGD 65.8 (2.4) and 78.8 (1.8), fine-tuning 76.2 (2.7) and 90.4 (1.5).
 
 "told" methods know the switches. Rates are from scripts/online_meta/rates.json: they were chosen
 with `--tune` on streams of other characters and other images. On such streams the thresholds of
