@@ -9,7 +9,9 @@ import contextlib
 import inspect
 import json
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -29,6 +31,7 @@ from scripts.common.table import Table
 from scripts.common.task import Cell, Row, Rows, Spent, Task
 
 Config = TypeVar("Config", bound=StudyConfig)
+ASKED_TO_STOP = threading.Event()  # By Ctrl-C; Python drops an exception that meets a callback.
 
 
 class Results(Generic[Config]):
@@ -221,6 +224,8 @@ class Run(Generic[Config]):
     stop = min(cell.steps, *((done // n + 1) * n for n in every)) if every else cell.steps
     told, start = list[Any](), time.perf_counter()
     while done < stop:
+      if ASKED_TO_STOP.is_set():
+        raise KeyboardInterrupt
       state, one = task.step(state, done)
       jax.block_until_ready(told[-1:])  # One step waits while another runs.
       told.append(one)
@@ -263,6 +268,7 @@ def _play(study: Study[Config], run: Run[Config], files: RunFolder) -> int:
       with _left_out(terminal):
         study.finish(run)
     except KeyboardInterrupt:
+      ASKED_TO_STOP.clear()
       status = 130
   if jax.process_index():
     return status
@@ -283,6 +289,11 @@ def _play(study: Study[Config], run: Run[Config], files: RunFolder) -> int:
   return status
 
 
+def _stop(*_: Any) -> None:
+  ASKED_TO_STOP.set()
+  raise KeyboardInterrupt
+
+
 @contextlib.contextmanager
 def _left_out(terminal: Console) -> Iterator[None]:
   """Goes on without what needs a checkpoint that was deleted."""
@@ -300,6 +311,7 @@ def main(config: type[Config], run: Callable[[Config], int], doc: str | None) ->
     told = tyro.cli(config, default=small, description=doc)
     # Compilation is most of its time.
     jax.config.update("jax_disable_most_optimizations", True)
+  signal.signal(signal.SIGINT, _stop)
   try:
     status = run(told)
   except KeyboardInterrupt:  # Again, while what was finished was shown.

@@ -1,5 +1,6 @@
 """The mechanism of all experiments, on the smallest one: what runs, resumes, and is refused."""
 
+import contextlib
 import functools
 import itertools
 import json
@@ -305,6 +306,30 @@ def test_a_state_may_be_donated_although_others_begin_there(tmp_path):
   begun = numbers("plain", 0)[:3].sum()
   expected = [begun, *(begun + numbers("plain", seed)[:2].sum() for seed in (1, 2))]
   np.testing.assert_allclose([row["sum"] for row in rows], expected, rtol=1e-4)
+
+
+def test_a_ctrl_c_that_python_dropped_is_seen_at_the_next_step(tmp_path, monkeypatch):
+  ended, steps, step = [], [], Sum.step
+
+  def asked(self, state, t):
+    steps.append(t)
+    if len(steps) == 3:
+      with contextlib.suppress(KeyboardInterrupt):  # As where it meets a callback.
+        signal.raise_signal(signal.SIGINT)
+    return step(self, state, t)
+
+  monkeypatch.setattr(Sum, "step", asked)
+  monkeypatch.setattr(os, "_exit", lambda status: ended.append(status))
+  monkeypatch.setattr(sys, "argv", ["toy", "--output-dir", str(tmp_path), "--seeds", "1"])
+  before = signal.getsignal(signal.SIGINT)
+  try:
+    with pytest.raises(SystemExit):
+      study.main(Config, functools.partial(study.run, Toy()), None)
+  finally:
+    signal.signal(signal.SIGINT, before)
+  assert ended == [130]
+  assert len(steps) == 3
+  assert play(tmp_path, seeds=1, resume=True) == 0
 
 
 def test_ctrl_c_while_tables_are_made_ends_the_program_with_130(tmp_path, monkeypatch):
