@@ -8,9 +8,7 @@ training and optimizer are the same for all methods.
 
 Claim (long-tailed MNIST, epsilon 0.1, 3 seeds): DONE lowers the loss of the worst 10 % of the test
 images by 0.54 (0.06) nats against AT, but not the tail of the accuracy: RA-Tail-30 is 54.8 % (3.6)
-beside 56.1 % (4.0), 1.2 (0.3) points less in pairs of one seed, at the same clean accuracy. The
-temperature decides (--tune): the lower, the smaller the worst losses and the tail accuracy. The
-implicit term has no effect.
+beside 56.1 % (4.0), 1.2 (0.3) points less in pairs of one seed, at the same clean accuracy.
 
 Accuracies are of test images, the same number of each class, in percent. "APGD worst case" counts
 an image only if it resists PGD-20, APGD on the cross-entropy and APGD on the targeted DLR loss.
