@@ -20,7 +20,7 @@ and the standard deviation over seeds; differences are between runs of the same 
 effective sample size as a share of the batch, "noise weight" the mean weight of noisy sequences, 1
 for uniform weights; "time" is that of a step beside one with uniform weights, in turns.
 
-  python -m scripts.continual_lm                           8 minutes on 2 CPU cores, no download
+  python -m scripts.continual_lm                           11 minutes on one core, no download
   python -m scripts.continual_lm --dataset text_domains    WikiText-2, novels, politics, ...
   python -m scripts.continual_lm --init hf --model-dir DIR --dataset text_domains --batch-size 8
                                                            real GPT-2, OPT or Pythia weights
