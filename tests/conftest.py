@@ -41,11 +41,7 @@ if programs.stat().st_uid == os.getuid():
 
 @pytest.hookimpl(tryfirst=True)  # Before xdist reads the marks.
 def pytest_collection_modifyitems(items):
-  """Keeps the tests of a file on one worker: what one has compiled, the next one finds.
-
-  Files with slow tests come first, so that no worker begins a long one when the others are done.
-  """
-  items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+  """Keeps the tests of a file on one worker: what one has compiled, the next one finds."""
   for item in items:
     if item.get_closest_marker("xdist_group") is None:
       item.add_marker(pytest.mark.xdist_group(str(item.path.relative_to(item.config.rootpath))))
