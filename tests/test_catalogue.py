@@ -59,6 +59,13 @@ def compiled(entry):
   return harness.init(x), jax.jit(step, donate_argnums=0, keep_unused=True)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def forget_steps():
+  """JAX forgets compiled programs when tests of another file follow; a step is new after that."""
+  yield
+  compiled.cache_clear()
+
+
 def play(entry, rounds, carry=None):
   """The carry after ``rounds``, from a copy of ``carry`` or from the beginning."""
   start, step = compiled(entry)
