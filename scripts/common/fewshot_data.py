@@ -36,8 +36,8 @@ def omniglot(
   All characters of the original two sets are put together, shuffled with a fixed seed and split
   into 1,100 for training, 100 for validation and 423 for testing: the split by characters of MAML
   and learn2learn, though not the same characters (theirs depend on the run). Alphabets are shared
-  between the parts, which is easier than the original split by alphabets. There are no rotations
-  here: ``sample_episode(..., num_rotations=4)`` makes them.
+  between the parts, which is easier than the original split by alphabets. Rotations are
+  made by ``sample_episode(..., num_rotations=4)``.
 
   The 105 x 105 drawings are reduced to ``size`` by exact averages over areas and inverted: strokes
   are 255, paper is 0. Reading takes 7 seconds on one core, so nothing is cached. ``percent`` reads

@@ -146,7 +146,7 @@ class RunFolder:
     del saved["config"]
     text = json.dumps(saved, indent=1) + "\n"
     for value in dict(config).values():
-      if isinstance(value, Path):
+      if isinstance(value, Path) and value.is_absolute():
         text = text.replace(str(value), value.name)
     _write(path / CONFIG, text)
     _write(path / RESULTS, _table(list(filter(mine, self.rows))))

@@ -154,7 +154,7 @@ class Trajectory(NamedTuple):
 
   params: jaxbo.Bilevel  # [num_updates + 1, ...].
   gap: Any  # [num_updates + 1].
-  dual: Any  # The multiplier of every update, [num_updates]; NaN if there is none.
+  dual: Any  # The multiplier of every update, [num_updates]; NaN for methods without one.
 
 
 def run(method: str, toy: Toy) -> Trajectory:

@@ -243,6 +243,12 @@ def test_kept_results_are_read_back_and_hold_nothing_of_this_machine_or_of_other
   assert not any(str(tmp_path) in path.read_text() for path in (tmp_path / "room").rglob("*.*"))
 
 
+def test_kept_results_are_whole_where_a_path_is_a_dot(tmp_path, monkeypatch):
+  monkeypatch.setattr(Toy, "room", lambda self: tmp_path / "room")
+  assert play(tmp_path / "run", scale=0.5, numbers=Path(), save_results="digits", steps=1) == 0
+  assert Toy().load("digits").config.scale == 0.5
+
+
 def test_what_is_measured_once_is_kept_for_resumed_runs(tmp_path):
   config, calls = Config(output_dir=tmp_path), []
   for resume in (False, True):
