@@ -33,7 +33,8 @@ def tables(room: str, name: str) -> tuple[list[str], str]:
   study: Study[Any] = getattr(module, saved["study"])()
   shown = [f"{table.title}\n\n{table.markdown()}\n" for table in study.tables(study.load(name))]
   ran = saved["runs"][-1]
-  where = f"{ran['num_devices']} x {ran['device']}, {ran['cores']} core{'s' if ran['cores'] > 1 else ''}"
+  cores = f"{ran['cores']} core" + ("s" if ran["cores"] > 1 else "")
+  where = f"{ran['num_devices']} x {ran['device']}, {cores}"
   source = f"commit {str(ran['commit'])[:9]}, jax {ran['jax']}, {where}, {ran['date'][:10]}"
   return shown, f"(`{ran['command']}`, {source}; rows in `scripts/{room}/results/{name}`)\n"
 
