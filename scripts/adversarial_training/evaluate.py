@@ -11,7 +11,7 @@ import numpy as np
 import jaxbo
 from scripts.adversarial_training.config import Config
 from scripts.adversarial_training.data import Images, as_floats
-from scripts.common.folder import Row
+from scripts.common.task import Row
 
 PGD = "pgd"
 

@@ -20,10 +20,8 @@ from scripts.adversarial_training.evaluate import Evaluator
 from scripts.adversarial_training.methods import METHODS, Method, Rates, Setting
 from scripts.common import devices
 from scripts.common.devices import Devices
-from scripts.common.folder import Row
-from scripts.common.program import Program
 from scripts.common.study import Run
-from scripts.common.task import Compiled, Spent
+from scripts.common.task import Compiled, Program, Row, Spent
 
 
 class State(NamedTuple):

@@ -13,7 +13,7 @@ from scripts.captioning.batches import LengthBatches, encode
 from scripts.captioning.config import Settings
 from scripts.captioning.data import CaptionData, CaptionedImages
 from scripts.captioning.model import Asked, in_batches
-from scripts.common.folder import Row
+from scripts.common.task import Row
 
 NUM_LENGTHS = 3  # Groups of captions by length; each is compiled for.
 

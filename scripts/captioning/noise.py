@@ -43,11 +43,9 @@ from scripts.captioning.model import (
 from scripts.captioning.scenes import ShapesCaptions
 from scripts.captioning.shapes import exact_match, held_out, stream
 from scripts.common import cleaning
-from scripts.common.folder import Row
-from scripts.common.program import Program
 from scripts.common.study import Results, Run, Study
 from scripts.common.table import Column, Table, spread
-from scripts.common.task import Cell, Compiled, Spent
+from scripts.common.task import Cell, Compiled, Program, Row, Spent
 
 CLEAN, FLIPPED = ShapesCaptions(), ShapesCaptions(color_flips=0.2)
 SWAPPED = ShapesCaptions(swaps=0.3)

@@ -13,7 +13,7 @@ from scripts.captioning.config import Settings
 from scripts.captioning.language import EOS, PAD, VOCABULARY
 from scripts.captioning.model import Asked, in_batches
 from scripts.captioning.scenes import CaptionedShapes, ShapesCaptions
-from scripts.common.folder import Row
+from scripts.common.task import Row
 
 _TRAINING, _VALIDATION, _TEST = range(3)  # Streams of keys, beside the seed.
 

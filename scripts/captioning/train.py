@@ -16,9 +16,7 @@ from scripts.captioning.model import (
   make_step,
 )
 from scripts.captioning.shapes import Shapes
-from scripts.common.folder import Row
-from scripts.common.program import Program
-from scripts.common.task import Spent, Task
+from scripts.common.task import Program, Row, Spent, Task
 
 
 class Captioner:

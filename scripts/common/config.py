@@ -104,13 +104,9 @@ class Checked(BaseModel):
 
 
 class StudyConfig(Checked):
-  """The fields that every experiment has.
+  """The fields that every experiment has."""
 
-  Attributes:
-    smallest: what ``--smoke`` makes of fields that were not given.
-  """
-
-  smallest: ClassVar[Mapping[str, Any]] = {}
+  smallest: ClassVar[Mapping[str, Any]] = {}  # What ``--smoke`` makes of what is not given.
 
   seeds: Count = 3
   """How many seeds."""

@@ -1,9 +1,12 @@
-"""Where arrays lie: divided among all devices of all processes by rows, or the same on all."""
+"""Several devices and processes: where arrays lie, and how processes refuse together."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
@@ -30,3 +33,19 @@ def put(devices: Devices, array: np.ndarray, rows: np.ndarray) -> jax.Array:
   shape = (len(rows), *array.shape[1:])
   read = lambda index: array[rows[index[0]]]
   return jax.make_array_from_callback(shape, devices.rows, read)
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+  """What one process refuses inside, all refuse: none goes on and waits for one that has left."""
+  refusal = None
+  try:
+    yield
+  except (ValueError, OSError) as error:
+    refusal = error
+  if jax.process_count() > 1:
+    refused = multihost_utils.process_allgather(np.bool_(refusal is not None))
+    if refused.any() and refusal is None:
+      refusal = ValueError(f"process {refused.argmax()} cannot go on; it says why")
+  if refusal is not None:
+    raise refusal

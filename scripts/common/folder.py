@@ -16,17 +16,16 @@ import platform
 import shutil
 import socket
 import subprocess
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import pandas as pd
-from jax.experimental import multihost_utils
 
 from scripts.common.config import StudyConfig
+from scripts.common.devices import together
 from scripts.common.task import Row
 
 CONFIG, METRICS, RESULTS, NOTES, LOCK = (
@@ -36,23 +35,13 @@ CHECKPOINTS = "checkpoints"
 
 
 class RunFolder:
-  """The files of one run; a second run in the same folder is refused while the first one goes on.
+  """The files of one run, with what they have in ``lines``, ``rows`` and ``notes``.
 
-  Attributes:
-    path: where it is.
-    lines: what ``metrics.jsonl`` has.
-    rows: what ``results.csv`` has.
-    notes: what ``notes.json`` has.
+  A second run in the same folder is refused while the first one goes on.
   """
 
   def __init__(self, config: StudyConfig, study: str, program: str, depends_on: Row | None = None):
     """Begins a run, or goes on with the one that is there.
-
-    Args:
-      config: its settings.
-      study: the class that makes its tables.
-      program: what ``python -m`` runs.
-      depends_on: what else names the run, beside the identity of ``config``.
 
     Raises:
       ValueError: if the folder cannot be written to, is in use, belongs to another run, or has one
@@ -161,22 +150,6 @@ class RunFolder:
     if self._writes:
       self._log.close()
       self._lock.close()
-
-
-@contextlib.contextmanager
-def together() -> Iterator[None]:
-  """What one process refuses inside, all refuse: none goes on and waits for one that has left."""
-  refusal = None
-  try:
-    yield
-  except (ValueError, OSError) as error:
-    refusal = error
-  if jax.process_count() > 1:
-    refused = multihost_utils.process_allgather(np.bool_(refusal is not None))
-    if refused.any() and refusal is None:
-      refusal = ValueError(f"process {refused.argmax()} cannot go on; it says why")
-  if refusal is not None:
-    raise refusal
 
 
 def checkpoints(folder: Path, key: Mapping[str, Any]) -> Path:

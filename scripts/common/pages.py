@@ -19,10 +19,20 @@ from typing import Any
 import tyro
 
 from scripts.common import folder
-from scripts.common.study import Study
+from scripts.common.study import Results, Study
 
 ROOT = Path(__file__).parents[2]
 MARKERS = re.compile(r"(<!-- results: (\w+) (\S+)( \d+)? -->\n).*?(<!-- end of results -->)", re.S)
+
+
+def load(study: Study[Any], name: str) -> Results[Any]:
+  """The results that a study kept under a name."""
+  path = study.room() / "results" / name
+  saved = json.loads((path / folder.CONFIG).read_text())
+  lines, rows, notes = folder.read(path)
+  values = saved["identity"] | saved["runs"][-1]["seeds"]
+  config = study.config(**{k: v for k, v in values.items() if k in study.config.model_fields})
+  return Results(config, lines, rows, notes)
 
 
 @functools.cache
@@ -31,7 +41,7 @@ def tables(room: str, name: str) -> tuple[list[str], str]:
   module = importlib.import_module(f"scripts.{room}.__main__")
   saved = json.loads((ROOT / "scripts" / room / "results" / name / folder.CONFIG).read_text())
   study: Study[Any] = getattr(module, saved["study"])()
-  shown = [f"{table.title}\n\n{table.markdown()}\n" for table in study.tables(study.load(name))]
+  shown = [f"{table.title}\n\n{table.markdown()}\n" for table in study.tables(load(study, name))]
   ran = saved["runs"][-1]
   cores = f"{ran['cores']} core" + ("s" if ran["cores"] > 1 else "")
   where = f"{ran['num_devices']} x {ran['device']}, {cores}"

@@ -1,6 +1,7 @@
 """What a run shows while it goes on: a console, and one bar for all of its cells."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from rich.console import Console
@@ -23,21 +24,13 @@ class Bar(Progress):
     super().__init__("{task.description}", *columns, "{task.fields[told]}", console=console)
     self._all = self.add_task("", total=None, told="")
 
-  def total(self, steps: int) -> None:
-    """Says how many steps there are."""
-    self.update(self._all, total=steps)
-
-  def label(self, text: str) -> None:
-    """Names the cell that runs."""
-    self.update(self._all, description=text, told="compiling")
-
-  def count(self, steps: int) -> None:
-    """Counts steps that were done."""
-    self.advance(self._all, steps)
+  def show(self, **changes: Any) -> None:
+    """Changes what rich's ``update`` knows: ``description``, ``total``, ``advance``."""
+    self.update(self._all, **changes)
 
   def tell(self, lines: Sequence[Row]) -> None:
     """Shows the numbers of the last line."""
     if lines:
       numbers = [(name, value) for name, value in lines[-1].items() if isinstance(value, float)]
       told = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in numbers[:3])
-      self.update(self._all, told=told)
+      self.show(told=told)

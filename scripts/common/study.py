@@ -25,24 +25,18 @@ from rich.console import Console
 from scripts.common import folder
 from scripts.common.checkpoints import Checkpoints
 from scripts.common.config import StudyConfig
+from scripts.common.devices import together
 from scripts.common.folder import RunFolder
 from scripts.common.progress import Bar, console
 from scripts.common.table import Table
-from scripts.common.task import Cell, Row, Rows, Spent, Task
+from scripts.common.task import Cell, Row, Rows, Spent
 
 Config = TypeVar("Config", bound=StudyConfig)
 ASKED_TO_STOP = threading.Event()  # By Ctrl-C; Python drops an exception that meets a callback.
 
 
 class Results(Generic[Config]):
-  """What tables are made of.
-
-  Attributes:
-    config: of the run.
-    rows: what ``results.csv`` has.
-    lines: what ``metrics.jsonl`` has; NaN where a number was not finite.
-    notes: what was measured once for all cells.
-  """
+  """What tables are made of: lines have NaN where a number was not finite."""
 
   def __init__(self, config: Config, lines: list[Row], rows: list[Row], notes: dict[str, Any]):
     self.config, self.notes = config, notes
@@ -50,17 +44,11 @@ class Results(Generic[Config]):
 
 
 class Study(Generic[Config]):
-  """An experiment. A room gives its cells, tables and pictures; the rest is here.
-
-  Attributes:
-    config: the class of its settings.
-    step_name: the column of lines that counts steps.
-    program: what ``python -m`` runs, if it is not the room.
-  """
+  """An experiment. A room gives its cells, tables and pictures; the rest is here."""
 
   config: type[Config]
-  step_name: ClassVar[str] = "step"
-  program: ClassVar[str | None] = None
+  step_name: ClassVar[str] = "step"  # The column of lines that counts steps.
+  program: ClassVar[str | None] = None  # What ``python -m`` runs, if it is not the room.
 
   def connect(self, config: Config) -> None:
     """Meets other processes, before anything is computed."""
@@ -101,25 +89,9 @@ class Study(Generic[Config]):
     """The folder of the experiment's files."""
     return Path(inspect.getfile(type(self))).parent
 
-  def load(self, name: str) -> Results[Config]:
-    """The results that were kept under a name in the repository."""
-    path = self.room() / "results" / name
-    saved = json.loads((path / folder.CONFIG).read_text())
-    lines, rows, notes = folder.read(path)
-    values = saved["identity"] | saved["runs"][-1]["seeds"]
-    config = self.config(**{k: v for k, v in values.items() if k in self.config.model_fields})
-    return Results(config, lines, rows, notes)
-
 
 class Run(Generic[Config]):
-  """A study at work in a folder.
-
-  Attributes:
-    config: of the run.
-    data: what ``prepare`` read.
-    path: where its files are.
-    notes: what was measured once for all cells so far.
-  """
+  """A study at work in the folder ``path``, on the ``data`` that ``prepare`` read."""
 
   def __init__(self, study: Study[Config], config: Config, data: Any, files: RunFolder):
     self.study, self.config, self.data = study, config, data
@@ -129,8 +101,8 @@ class Run(Generic[Config]):
 
   def is_mine(self) -> Callable[[Row], bool]:
     """Tells rows and lines of the methods and seeds of this run from others in its folder."""
-    keys = [cell.key.items() for cell in self.study.cells(self)]
-    return lambda row: any(key <= row.items() for key in keys)
+    cells = list(self.study.cells(self))
+    return lambda row: any(cell.owns(row) for cell in cells)
 
   def results(self) -> Results[Config]:
     """What there is so far, for the methods and seeds of this run."""
@@ -152,13 +124,13 @@ class Run(Generic[Config]):
 
   def play(self, bar: Bar) -> None:
     """Finishes all cells; rows of finished ones are there already."""
-    bar.label("measuring")
+    bar.show(description="measuring")
     self.study.begin(self)
     cells = list(self.study.cells(self))
-    bar.total(sum(cell.steps for cell in cells))
+    bar.show(total=sum(cell.steps for cell in cells))
     for cell in cells:
       if self._finished(cell):
-        bar.count(cell.steps)
+        bar.show(advance=cell.steps)
       else:
         self._train(cell, bar)
 
@@ -185,54 +157,44 @@ class Run(Generic[Config]):
     return contextlib.closing(Checkpoints(folder.checkpoints(self.path, cell.key)))
 
   def _finished(self, cell: Cell) -> bool:
-    return any(cell.key.items() <= row.items() for row in self._files.rows)
+    return any(map(cell.owns, self._files.rows))
 
   def _train(self, cell: Cell, bar: Bar | None) -> None:
-    show = bar or Bar(Console(quiet=True))
-    show.label(cell.label)
-    task = cell.make(*(self.state(needed) for needed in cell.needs))
+    bar = bar or Bar(Console(quiet=True))
+    bar.show(description=cell.label, told="compiling")
+    task = cell.make(*map(self.state, cell.needs))
+    name = self.study.step_name
     with self._checkpoints(cell) as checkpoints:
       state, seconds, done = checkpoints.restore(task.state)
-      show.count(done)
-      name = self.study.step_name
-      of_cell = lambda line: cell.key.items() <= line.items()
-      late = [line for line in self._files.lines if of_cell(line) and line[name] > done]
+      bar.show(advance=done)
+      late = [line for line in self._files.lines if cell.owns(line) and line[name] > done]
       if late:  # An interrupted run wrote them after its last checkpoint.
         self._files.keep_lines([line for line in self._files.lines if line not in late])
       if not cell.steps:  # Others may need its state all the same.
         checkpoints.save(0, state, seconds)
-      while done < cell.steps:
-        state, told, seconds, done = self._steps(cell, task, state, seconds, done, show)
-        if done == cell.steps or (cell.every and done % cell.every == 0):
+      for stop in cell.stops(done):
+        told, start = list[Any](), time.perf_counter()
+        for t in range(done, stop):
+          if ASKED_TO_STOP.is_set():
+            raise KeyboardInterrupt
+          state, one = task.step(state, t)
+          jax.block_until_ready(told[-1:])  # One step waits while another runs.
+          told.append(one)
+          bar.show(advance=1)
+        jax.block_until_ready((state, told))
+        done, seconds = stop, seconds + time.perf_counter() - start
+        if cell.due(cell.every, done):
           line = {**cell.key, name: done, "seconds": seconds}
           values = _as_list(task.evaluate(state, told))
           self._files.add_lines([line | one for one in values])
-          show.tell(values)
-        if done == cell.steps or (cell.checkpoint_every and done % cell.checkpoint_every == 0):
+          bar.tell(values)
+        if cell.due(cell.checkpoint_every, done):
           checkpoints.save(done, state, seconds)
     if not self._finished(cell):
-      spent = Spent(seconds, [line for line in self._files.lines if of_cell(line)])
+      spent = Spent(seconds, list(filter(cell.owns, self._files.lines)))
       if rows := _as_list(task.result(state, spent)):  # What only others need has none.
         self._files.add_rows([{**cell.key, **row} for row in rows])
     self._last = (cell.key, state)
-
-  def _steps(
-    self, cell: Cell, task: Task, state: Any, seconds: float, done: int, bar: Bar
-  ) -> tuple[Any, list[Any], float, int]:
-    """Goes on to where an evaluation or a checkpoint is due."""
-    every = [n for n in (cell.every, cell.checkpoint_every) if n]
-    stop = min(cell.steps, *((done // n + 1) * n for n in every)) if every else cell.steps
-    told, start = list[Any](), time.perf_counter()
-    while done < stop:
-      if ASKED_TO_STOP.is_set():
-        raise KeyboardInterrupt
-      state, one = task.step(state, done)
-      jax.block_until_ready(told[-1:])  # One step waits while another runs.
-      told.append(one)
-      done += 1
-      bar.count(1)
-    jax.block_until_ready((state, told))
-    return state, told, seconds + time.perf_counter() - start, done
 
 
 def _as_list(rows: Rows) -> list[Row]:
@@ -246,7 +208,7 @@ def run(study: Study[Config], config: Config) -> int:
   """
   try:
     study.connect(config)
-    with folder.together():
+    with together():
       data = study.prepare(config)
     program = study.program or f"scripts.{study.room().name}"
     files = RunFolder(config, type(study).__name__, program, study.depends_on(config))

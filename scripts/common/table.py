@@ -43,19 +43,12 @@ class Table:
 
 @dataclass(frozen=True)
 class Column:
-  """A column of a table.
-
-  Attributes:
-    title: what stands above it.
-    digits: behind the point.
-    factor: of the unit that it is shown in.
-    mean_only: whether its spread says nothing.
-  """
+  """A column of a table."""
 
   title: str
-  digits: int = 3
-  factor: float = 1.0
-  mean_only: bool = False
+  digits: int = 3  # Behind the point.
+  factor: float = 1.0  # Of the unit that it is shown in.
+  mean_only: bool = False  # Its spread says nothing.
 
   def cell(self, values: Iterable[Any]) -> str:
     """``mean ± sample standard deviation`` of the finite values; a dash if there is none."""
@@ -79,16 +72,7 @@ def spread(
   columns: Mapping[str, Column],
   head: str = "method",
 ) -> Table:
-  """Mean and spread over the runs of each group, with how many there are.
-
-  Args:
-    title: of the table.
-    rows: a row for each run.
-    by: what names a group.
-    label: the text for a group.
-    columns: what is shown of which column of ``rows``.
-    head: the title of the first column.
-  """
+  """Mean and spread of the columns over the runs of each group, with how many runs it has."""
   body = [
     [_text(label, group), str(len(mine)), *(c.cell(mine[name]) for name, c in columns.items())]
     for group, mine in rows.groupby(by, sort=False)

@@ -1,13 +1,14 @@
 """A cell of an experiment, and the task that it makes: a state, a step, and what they tell."""
 
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from scripts.common.program import Program
+from benchmarks import measure
 
 Row = dict[str, Any]  # Of a table, by column.
 Rows = Row | Sequence[Row]
@@ -15,9 +16,9 @@ Rows = Row | Sequence[Row]
 
 @dataclass
 class Spent:
-  """What a cell took: seconds of its steps, without compilation and evaluation, and its lines."""
+  """What a cell took, and its lines."""
 
-  seconds: float
+  seconds: float  # Of its steps, without compilation and evaluation.
   lines: list[Row]
 
 
@@ -47,6 +48,35 @@ class Task:
     return []
 
 
+class Program:
+  """``step(state, t, *data) -> (state, told)``, which reuses the state's memory; ``t`` is an int32.
+
+  It is compiled for the shapes that it meets first, and again where others come.
+
+  Attributes:
+    compile_seconds: what the last compilation took.
+    temporary_bytes: XLA's scratch memory of it, beside inputs and outputs; -1 if unknown.
+  """
+
+  def __init__(self, step: Callable[..., tuple[Any, Any]], **options: Any):
+    self._jitted = jax.jit(step, donate_argnums=0, **options)
+    self._compiled: dict[Any, Callable[..., tuple[Any, Any]]] = {}
+    self.compile_seconds = 0.0
+    self.temporary_bytes = -1
+
+  def compile(self, state: Any, *data: Any) -> Callable[..., tuple[Any, Any]]:
+    """The compiled step for arguments like these."""
+    leaves, structure = jax.tree.flatten((state, data))
+    shapes = (structure, *((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves))
+    if shapes not in self._compiled:
+      start = time.perf_counter()
+      compiled = self._jitted.lower(state, jnp.int32(0), *data).compile()
+      self.compile_seconds = time.perf_counter() - start
+      self.temporary_bytes = measure.temporary_bytes(compiled)
+      self._compiled[shapes] = compiled
+    return self._compiled[shapes]
+
+
 class Compiled(Task):
   """A task whose step is a :class:`Program` on data that stay on the device."""
 
@@ -62,22 +92,26 @@ class Compiled(Task):
 
 @dataclass(frozen=True)
 class Cell:
-  """A method with a seed and a setting.
+  """A method with a seed and a setting; it is evaluated and saved after its last step, too."""
 
-  Attributes:
-    key: the columns that name it, in ``metrics.jsonl`` and ``results.csv``.
-    make: makes its task, from the final states of the cells that it ``needs``.
-    steps: how many steps it has.
-    label: its name beside the bar.
-    every: steps between evaluations; there is one after the last step in any case.
-    checkpoint_every: steps between checkpoints; there is one after the last step in any case.
-    needs: cells that must be finished before.
-  """
-
-  key: Mapping[str, Any]
-  make: Callable[..., Task]
+  key: Mapping[str, Any]  # The columns that name it in ``metrics.jsonl`` and ``results.csv``.
+  make: Callable[..., Task]  # From the final states of the cells that it needs.
   steps: int
-  label: str
-  every: int | None = None
+  label: str  # Its name beside the bar.
+  every: int | None = None  # Steps between evaluations.
   checkpoint_every: int | None = None
   needs: tuple["Cell", ...] = ()
+
+  def owns(self, row: Row) -> bool:
+    """Whether a row or a line is of this cell."""
+    return self.key.items() <= row.items()
+
+  def due(self, every: int | None, done: int) -> bool:
+    """Whether what comes at every so many steps, and after the last one, comes now."""
+    return done == self.steps or (bool(every) and done % every == 0)
+
+  def stops(self, done: int) -> Iterator[int]:
+    """The later steps after which an evaluation or a checkpoint is due."""
+    for t in range(done + 1, self.steps + 1):
+      if self.due(self.every, t) or self.due(self.checkpoint_every, t):
+        yield t

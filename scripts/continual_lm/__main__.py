@@ -44,11 +44,9 @@ import jaxbo
 from benchmarks import measure
 from scripts.common import devices, study, table
 from scripts.common.devices import Devices
-from scripts.common.folder import Row
-from scripts.common.program import Program
 from scripts.common.study import Results, Run, Study
 from scripts.common.table import Column, Table
-from scripts.common.task import Cell, Spent, Task
+from scripts.common.task import Cell, Program, Row, Spent, Task
 from scripts.continual_lm import data as lm_data
 from scripts.continual_lm import methods as lm_methods
 from scripts.continual_lm import model, plots, report, train

@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Self
 
 from pydantic import Field, model_validator
 
-from scripts.common.config import FREE, Among, Count, Index, Positive, Share, StudyConfig
+from scripts.common.config import FREE, Among, Count, Index, Positive, Several, Share, StudyConfig
 from scripts.continual_lm.data import CORRUPTIONS
 from scripts.continual_lm.documents import DATASETS
 from scripts.continual_lm.methods import METHODS, START, Rates
@@ -28,7 +28,7 @@ class Config(StudyConfig):
   """A folder with config.json, *.safetensors and the tokenizer's files, for hf."""
   methods: Annotated[tuple[str, ...], Among(METHODS), FREE] = tuple(METHODS)
   """Which reweightings."""
-  corruptions: Annotated[tuple[Share, ...], Field(min_length=1), FREE] = (0.0, 0.2)
+  corruptions: Annotated[Several[Share], FREE] = (0.0, 0.2)
   """Shares of noise among the sequences of the continual phase, each in [0, 1). As methods and
   seeds, they may be others in a run that goes on."""
   corruption_kind: Annotated[str, Among(CORRUPTIONS)] = "shuffled"
@@ -75,8 +75,6 @@ class Config(StudyConfig):
   @model_validator(mode="after")
   def fields_together(self) -> Self:
     """Refuses what only fits with something else."""
-    if len(set(self.corruptions)) < len(self.corruptions):
-      raise ValueError(f"corruptions should name each one once, got {self.corruptions}")
     if (self.init == "hf") != (self.model_dir is not None):
       raise ValueError(
         f"model_dir should be given with init=hf and only then, got {self.model_dir}"

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 import jaxbo
-from scripts.common.folder import Row
+from scripts.common.task import Row
 from scripts.continual_lm.data import HeldOut, Sequences
 from scripts.continual_lm.methods import BASELINE, METHODS, START, Rates
 from scripts.continual_lm.train import Shown

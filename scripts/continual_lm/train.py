@@ -15,7 +15,7 @@ import optax
 
 import jaxbo
 from scripts.common.devices import Devices, put
-from scripts.common.program import Program
+from scripts.common.task import Program
 from scripts.continual_lm import methods as lm_methods
 from scripts.continual_lm.data import Sequences
 

@@ -35,11 +35,9 @@ from jaxbo.tasks import Episode
 from scripts.common import fewshot_data, study
 from scripts.common.config import FREE, Among, Count, Index, Positive, StudyConfig
 from scripts.common.fewshot_data import FewShotData, ImageClasses
-from scripts.common.folder import Row
-from scripts.common.program import Program
 from scripts.common.study import Results, Run, Study
 from scripts.common.table import Column, Table
-from scripts.common.task import Cell, Compiled, Spent
+from scripts.common.task import Cell, Compiled, Program, Row, Spent
 from scripts.few_shot import plots
 from scripts.few_shot.problem import LABELS, Backbone, make_method
 from scripts.few_shot.setting import Draw, Settings, draw_key, sampler

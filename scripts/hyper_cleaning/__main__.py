@@ -35,11 +35,9 @@ from scripts.common import cleaning, study, table
 from scripts.common.cleaning import METHODS, CleaningData, Settings
 from scripts.common.config import FREE, Among, Count, Positive, Share, StudyConfig
 from scripts.common.data import Examples
-from scripts.common.folder import Row
-from scripts.common.program import Program
 from scripts.common.study import Results, Run, Study
 from scripts.common.table import Column, Table
-from scripts.common.task import Cell, Compiled, Spent
+from scripts.common.task import Cell, Compiled, Program, Row, Spent
 from scripts.hyper_cleaning import plots
 
 NUM_EVALUATIONS = 20

@@ -34,10 +34,9 @@ import jaxbo
 from benchmarks import measure
 from scripts.common import cleaning, study, table
 from scripts.common.config import FREE, Among, Count, Index, Share, StudyConfig
-from scripts.common.folder import Row
 from scripts.common.study import Results, Run, Study
 from scripts.common.table import Column, Table
-from scripts.common.task import Cell, Spent
+from scripts.common.task import Cell, Row, Spent
 from scripts.multiple_minima import plots, toys, training
 from scripts.multiple_minima.methods import BASELINES, COMPARED, DATASETS, LABELS, METHODS
 from scripts.multiple_minima.toys import TOYS, Trajectory

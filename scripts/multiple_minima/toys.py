@@ -24,9 +24,8 @@ import optax
 import pandas as pd
 
 import jaxbo
-from scripts.common.folder import Row
 from scripts.common.table import Table
-from scripts.common.task import Cell, Spent, Task
+from scripts.common.task import Cell, Row, Spent, Task
 from scripts.multiple_minima import loops
 from scripts.multiple_minima.loops import Loop
 from scripts.multiple_minima.methods import LABELS, RESPONSES

@@ -21,8 +21,7 @@ from benchmarks import measure
 from scripts.common import cleaning
 from scripts.common.cleaning import Batch, CleaningData, Settings
 from scripts.common.data import Examples
-from scripts.common.program import Program
-from scripts.common.task import Compiled
+from scripts.common.task import Compiled, Program
 from scripts.multiple_minima import loops
 from scripts.multiple_minima.loops import Loop
 from scripts.multiple_minima.methods import BASELINES, METHODS, sgd

@@ -19,10 +19,9 @@ import pandas as pd
 
 from scripts.common import cleaning, study
 from scripts.common.config import FREE, Among, Count, Index, StudyConfig
-from scripts.common.folder import Row
 from scripts.common.study import Results, Run, Study
 from scripts.common.table import Column, Table
-from scripts.common.task import Cell, Spent
+from scripts.common.task import Cell, Row, Spent
 from scripts.multiple_minima.methods import COMPARED, DATASETS, LABELS, METHODS
 from scripts.multiple_minima.training import BUDGETS, Parts, Training, make_problem
 

@@ -57,9 +57,7 @@ def draw_runs(
       mark_phases(axes, kinds[name].phases(lines["round"].max()))
     below.set_xlabel("round")
   grid[0, 0].set_ylabel("balanced accuracy on fresh data")
-  lines_and_labels = grid[0, 0].get_legend_handles_labels()
-  fig.legend(*lines_and_labels, loc="outside lower center", ncols=5, fontsize="small")
-  plots.save(fig, path)
+  plots.save(fig, path, legend_of=grid[0, 0], ncols=5)
 
 
 def by_seed(rows: pd.DataFrame, x: str, y: str) -> tuple[np.ndarray, np.ndarray]:
@@ -117,6 +115,4 @@ def draw_sweep(rows: pd.DataFrame, path: Path) -> None:
     axes.set(xscale="log", xlabel="window K")
     axes.set_xticks(windows, map(str, windows))
     axes.minorticks_off()
-  lines, labels = of_streams[0].get_legend_handles_labels()
-  fig.legend(lines, labels, loc="outside lower center", ncols=len(labels), fontsize="small")
-  plots.save(fig, path)
+  plots.save(fig, path, legend_of=of_streams[0])

@@ -11,10 +11,8 @@ import optax
 import pandas as pd
 
 import jaxbo
-from scripts.common.folder import Row
-from scripts.common.program import Program
 from scripts.common.study import Run
-from scripts.common.task import Compiled, Spent
+from scripts.common.task import Compiled, Program, Row, Spent
 from scripts.online_hyperopt import config as settings
 from scripts.online_hyperopt import streams
 from scripts.online_hyperopt.config import NUM_EVALUATIONS, STREAMS, Config

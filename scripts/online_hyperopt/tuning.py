@@ -12,10 +12,9 @@ import numpy as np
 import pandas as pd
 
 from scripts.common import tuning
-from scripts.common.folder import Row
 from scripts.common.study import Results, Run
 from scripts.common.table import Table
-from scripts.common.task import Cell, Spent, Task
+from scripts.common.task import Cell, Row, Spent, Task
 from scripts.common.tuning import Choice
 from scripts.online_hyperopt import runs
 from scripts.online_hyperopt.config import Config, Data, read

@@ -11,9 +11,8 @@ import optax
 import jaxbo
 from jaxbo.tasks import sample_episode
 from scripts.common.fewshot_data import ImageClasses
-from scripts.common.folder import Row
 from scripts.common.study import Run
-from scripts.common.task import Cell, Task
+from scripts.common.task import Cell, Row, Task
 from scripts.online_meta.config import Config
 from scripts.online_meta.model import Model, Params, accuracy
 

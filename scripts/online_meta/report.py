@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 
 import jaxbo
-from scripts.common.folder import Row
+from scripts.common.task import Row
 from scripts.online_meta.methods import METHODS
 
 QUALITY = {

@@ -10,9 +10,8 @@ import numpy as np
 import optax
 
 import jaxbo
-from scripts.common.folder import Row
 from scripts.common.study import Run
-from scripts.common.task import Spent, Task
+from scripts.common.task import Row, Spent, Task
 from scripts.online_meta import pretraining, report
 from scripts.online_meta.config import Config
 from scripts.online_meta.methods import METHODS, Rates, state_bytes

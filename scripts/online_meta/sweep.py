@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from scripts.common.folder import Row
 from scripts.common.study import Run
+from scripts.common.task import Row
 from scripts.online_meta.config import Config
 from scripts.online_meta.methods import Rates
 from scripts.online_meta.report import Trace, mean_where, qualities

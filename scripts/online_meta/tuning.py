@@ -12,10 +12,9 @@ import pandas as pd
 
 import jaxbo
 from scripts.common import tuning
-from scripts.common.folder import Row
 from scripts.common.study import Results, Run
 from scripts.common.table import Table
-from scripts.common.task import Cell, Spent, Task
+from scripts.common.task import Cell, Row, Spent, Task
 from scripts.common.tuning import Choice
 from scripts.online_meta import pretraining, runs
 from scripts.online_meta.config import Config, read
@@ -65,21 +64,23 @@ def search(name: str, play: Player) -> tuple[Rates, float]:
   rates = Rates(**{field: grid[1] for field, grid in grids.items()})
   if method.thresholds:
     rates = rates._replace(switch=math.inf)
-  tried: dict[str, tuple[float, Sequence[Trace]]] = {}
+  tried: dict[str, Sequence[Trace]] = {}
 
-  def try_out(rates: Rates) -> float:
+  def traces_of(rates: Rates) -> Sequence[Trace]:
     key = repr(rates)  # NaN does not equal itself.
     if key not in tried:
-      traces = play("leeds_told" if name == "leeds" else name, rates)
-      tried[key] = (score(traces), traces)
-    return tried[key][0]
+      tried[key] = play("leeds_told" if name == "leeds" else name, rates)
+    return tried[key]
+
+  def try_out(rates: Rates) -> float:
+    return score(traces_of(rates))
 
   for field, grid in grids.items():
     rates = max((rates._replace(**{field: value}) for value in grid), key=try_out)
   best = try_out(rates)
   if not method.thresholds or not math.isfinite(best):
     return rates, best
-  found = thresholds(next(traces for value, traces in tried.values() if value == best))
+  found = thresholds(traces_of(rates))
   calibrated = rates._replace(switch=found.switch)
   if "shift" in method.thresholds:
     return calibrated._replace(shift=found.shift), best
