@@ -5,7 +5,6 @@ import json
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import chex
 import jax
@@ -27,6 +26,7 @@ from scripts.adversarial_training.train import State, make_program
 from scripts.common.study import Results
 from tests.scripts.adversarial_training import small
 from tests.scripts.adversarial_training.small import DATA, NAMES
+from tests.scripts.common.killed import environment
 
 pytestmark = pytest.mark.slow  # All together, not each.
 
@@ -305,7 +305,7 @@ def test_a_run_prints_tables_and_draws(tmp_path, capsys, monkeypatch):
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
   whole, broken = tmp_path / "whole", tmp_path / "broken"
   command = [sys.executable, "-m", small.__name__, str(broken)]
-  killed = subprocess.run(command, check=False, cwd=Path(__file__).parents[3])
+  killed = subprocess.run(command, check=False, env=environment())
   assert killed.returncode == -signal.SIGKILL
   assert len((broken / "metrics.jsonl").read_text().splitlines()) == 4
   seen = small.patch(monkeypatch.setattr)

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 
-import jax
 import numpy as np
 import pytest
 from jaxbo_models.vocabulary import Vocabulary
@@ -31,6 +30,7 @@ pytestmark = pytest.mark.slow  # All together, not each.
 TINY = {"hidden_dim": 8, "embed_dim": 8, "attention_dim": 8, "batch_size": 8, "test_examples": 40}
 SMALL = TINY | {"steps": 4, "canonical_steps": 1, "eval_every": 3, "checkpoint_every": 2}
 SMALL |= {"orders": ("either",)}
+from tests.scripts.common.killed import environment
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -104,10 +104,7 @@ def test_a_run_leaves_metrics_results_and_pictures(whole):
 def test_a_killed_run_goes_on_bit_for_bit(whole, tmp_path):
   config = Config(output_dir=tmp_path / "run", **SMALL)
   command = [sys.executable, "-m", "scripts.captioning", "--output-dir", str(config.output_dir)]
-  # Most of its programs are those of the whole run.
-  cache = {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir or ""}
-  cache |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-  process = subprocess.Popen([*command, *config.flags().split()], env=os.environ | cache)
+  process = subprocess.Popen([*command, *config.flags().split()], env=environment())
   while process.poll() is None and not metrics(config.output_dir):  # After a checkpoint.
     time.sleep(0.01)
   os.kill(process.pid, signal.SIGKILL)

@@ -5,7 +5,19 @@ import runpy
 import signal
 import sys
 
+import jax
+
 from scripts.common.folder import RunFolder
+
+
+def environment():
+  """Of a process that finds the programs that tests of this one have compiled."""
+  return os.environ | {
+    "JAX_PLATFORMS": "cpu",
+    "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir or "",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+  }
 
 
 def kill_after(number):

@@ -1,6 +1,5 @@
 """Fields of a config: ranges, names, help, and the flags that repeat a run."""
 
-import subprocess
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -21,8 +20,7 @@ from scripts.common.config import (
   Share,
   StudyConfig,
 )
-
-ROOT = Path(__file__).parents[3]
+from tests.scripts.common import toy_study
 
 
 class Rates(Checked):
@@ -122,14 +120,16 @@ def test_the_flags_repeat_the_run():
   assert Config(note="it's two words").flags() == "--note 'it'\"'\"'s two words'"
 
 
-def test_help_lists_the_names_of_methods_and_bad_values_end_with_2():
-  command = [sys.executable, "-m", "tests.scripts.common.toy_study"]
-  run = lambda *args: subprocess.run([*command, *args], cwd=ROOT, capture_output=True, text=True)
-  shown = " ".join(run("--help").stdout.split())
-  assert "Among: plain, double." in shown
-  refused = run("--methods", "magic")
-  assert refused.returncode == 2
-  assert "methods should be among plain, double; got magic" in " ".join(refused.stderr.split())
+def test_help_lists_the_names_of_methods_and_bad_values_end_with_2(monkeypatch, capsys):
+  for arguments, status, said in (
+    (["--help"], 0, "Among: plain, double."),
+    (["--methods", "magic"], 2, "methods should be among plain, double; got magic"),
+  ):
+    monkeypatch.setattr(sys, "argv", ["toy", *arguments])
+    with pytest.raises(SystemExit) as ended:
+      study.main(toy_study.Config, lambda config: 0, None)
+    assert ended.value.code == status
+    assert said in " ".join("".join(capsys.readouterr()).split())
 
 
 def test_settings_are_overridden_by_what_is_given():

@@ -19,11 +19,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from scripts.common import folder, study
+from scripts.common import folder, pages, study
 from scripts.common.checkpoints import Checkpoints
 from scripts.common.folder import RunFolder
 from scripts.common.study import Run
 from scripts.common.task import Cell
+from tests.scripts.common.killed import environment
 from tests.scripts.common.toy_study import METHODS, Config, Sum, Toy
 
 ROOT = Path(__file__).parents[3]
@@ -113,14 +114,14 @@ def test_a_run_that_was_stopped_at_any_write_goes_on_to_the_same_files(
     assert lines == whole[1]
 
 
-def command(path, *more):
-  arguments = ["--steps", "300", "--checkpoint-every", "25", "--output-dir", str(path), *more]
-  return [sys.executable, "-m", "tests.scripts.common.toy_study", *arguments]
+SETTINGS = {"steps": 300, "checkpoint_every": 25, "seeds": 1}
 
 
-def start(path, *more):
+def start(path):
   """Starts the program, and holds it when it has written some lines."""
-  process = subprocess.Popen(command(path, *more), cwd=ROOT, stdout=-3, stderr=-3)
+  flags = [*Config(**SETTINGS).flags().split(), "--output-dir", str(path)]
+  command = [sys.executable, "-m", "tests.scripts.common.toy_study", *flags]
+  process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=-3, stderr=-3)
   log = path / "metrics.jsonl"
   for _ in range(600):
     if log.exists() and log.read_text().count("\n") >= 20:
@@ -132,9 +133,7 @@ def start(path, *more):
 
 @pytest.mark.slow
 def test_a_killed_program_goes_on_bit_for_bit_and_an_interrupted_one_says_130(tmp_path, capsys):
-  options = {"cwd": ROOT, "check": True, "stdout": subprocess.DEVNULL}
-  finish = lambda path, *more: subprocess.run(command(path, *more), **options)
-  finish(tmp_path / "whole")
+  assert play(tmp_path / "whole", **SETTINGS) == 0
   for name, number, status in (("killed", signal.SIGKILL, -9), ("asked", signal.SIGINT, 130)):
     process = start(tmp_path / name)
     assert play(tmp_path / name, resume=True) == 2
@@ -142,7 +141,7 @@ def test_a_killed_program_goes_on_bit_for_bit_and_an_interrupted_one_says_130(tm
     process.send_signal(number)
     process.send_signal(signal.SIGCONT)
     assert process.wait(60) == status
-    finish(tmp_path / name, "--resume")
+    assert play(tmp_path / name, resume=True, **SETTINGS) == 0
     assert files_of(tmp_path / name) == files_of(tmp_path / "whole")
 
 
@@ -233,7 +232,7 @@ def test_kept_results_are_read_back_and_hold_nothing_of_this_machine_or_of_other
   told = {"scale": 2.0, "first_seed": 3, "numbers": tmp_path / "numbers.txt"}
   assert play(tmp_path / "run", **told, seeds=3) == 0
   assert play(tmp_path / "run", **told, resume=True, save_results="digits") == 0
-  kept = Toy().load("digits")
+  kept = pages.load(Toy(), "digits")
   expected = Config(scale=2.0, numbers=Path("numbers.txt"))
   assert kept.config.identity() == expected.identity()
   assert list(kept.config.all_seeds()) == [3, 4]
@@ -246,7 +245,7 @@ def test_kept_results_are_read_back_and_hold_nothing_of_this_machine_or_of_other
 def test_kept_results_are_whole_where_a_path_is_a_dot(tmp_path, monkeypatch):
   monkeypatch.setattr(Toy, "room", lambda self: tmp_path / "room")
   assert play(tmp_path / "run", scale=0.5, numbers=Path(), save_results="digits", steps=1) == 0
-  assert Toy().load("digits").config.scale == 0.5
+  assert pages.load(Toy(), "digits").config.scale == 0.5
 
 
 def test_what_is_measured_once_is_kept_for_resumed_runs(tmp_path):

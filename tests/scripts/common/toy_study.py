@@ -10,10 +10,9 @@ import jax.numpy as jnp
 
 from scripts.common import study, table
 from scripts.common.config import FREE, Among, Count, Positive, StudyConfig
-from scripts.common.program import Program
 from scripts.common.study import Results, Run, Study
 from scripts.common.table import Column, Table
-from scripts.common.task import Cell, Compiled, Row, Spent
+from scripts.common.task import Cell, Compiled, Program, Row, Spent
 
 METHODS = {"plain": 1.0, "double": 2.0}
 

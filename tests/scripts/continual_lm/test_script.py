@@ -6,7 +6,6 @@ import functools
 import io
 import itertools
 import json
-import os
 import shutil
 import signal
 import socket
@@ -41,6 +40,7 @@ from scripts.continual_lm.__main__ import ContinualLM, Training
 from scripts.continual_lm.config import Config
 from scripts.continual_lm.documents import DATASETS
 from scripts.continual_lm.methods import METHODS, START, Rates
+from tests.scripts.common.killed import environment
 from tests.scripts.continual_lm import small_lm
 from tests.scripts.continual_lm.small_lm import SMALL
 
@@ -475,14 +475,10 @@ def start_two(output_dir, *more):
   flags = [*Config(**options).flags().split(), "--output-dir", str(output_dir), *more]
   flags += ["--coordinator-address", address, "--num-processes", "2", "--process-id"]
   command = [sys.executable, "-m", "tests.scripts.continual_lm.small_lm", *flags]
-  environment = os.environ | {
-    "JAX_PLATFORMS": "cpu",
-    "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir or "",
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-  }
-  environment["XLA_FLAGS"] = environment["XLA_FLAGS"].replace("device_count=8", "device_count=1")
+  its = environment()
+  its["XLA_FLAGS"] = its["XLA_FLAGS"].replace("device_count=8", "device_count=1")
   pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-  return [subprocess.Popen([*command, str(i)], env=environment, **pipes) for i in range(2)]
+  return [subprocess.Popen([*command, str(i)], env=its, **pipes) for i in range(2)]
 
 
 def tables_of(path):

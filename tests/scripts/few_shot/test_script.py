@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import os
 import signal
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from scripts.few_shot import __main__ as script
 from scripts.few_shot import problem as few_shot
 from scripts.few_shot import setting as few_shot_setting
 from scripts.few_shot.__main__ import Config, FewShot, FewShotStudy
+from tests.scripts.common.killed import environment
 from tests.scripts.few_shot import small_few_shot
 from tests.scripts.few_shot.small_few_shot import SMALL
 
@@ -341,13 +341,8 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
   assert study.run(FewShotStudy(), Config(output_dir=whole, **options)) == 0
   flags = Config(**options).flags().replace("--first-seed", "--seed").split()
   program = [sys.executable, "-m", "tests.scripts.few_shot.small_few_shot"]
-  environment = os.environ | {
-    "JAX_PLATFORMS": "cpu",
-    "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir or "",
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-  }
   command = [*program, *flags, "--output-dir", str(stopped)]
-  process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+  process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL)
   cell = folder.checkpoints(stopped, {"method": "esj_through", "seed": 1})
   while process.poll() is None and latest_step(cell) < 2:
     time.sleep(0.01)

@@ -20,6 +20,7 @@ from scripts.hyper_cleaning.__main__ import LABELS, Config, HyperCleaning, gain_
 from scripts.hyper_cleaning.plots import draw
 
 ROOT = Path(__file__).parents[3]
+from tests.scripts.common.killed import environment
 
 
 def config(path, **more):
@@ -58,7 +59,8 @@ def test_rows_are_of_the_last_evaluation_on_the_test_set(small):
 def test_a_killed_run_goes_on_bit_for_bit(small, tmp_path):
   command = [sys.executable, "-m", "tests.scripts.common.killed", "9", "hyper_cleaning"]
   command += ["--outer-steps", "6", "--methods", "everything", "oracle", "--seeds", "1"]
-  killed = subprocess.run([*command, "--output-dir", str(tmp_path)], check=False, cwd=ROOT)
+  command += ["--output-dir", str(tmp_path)]
+  killed = subprocess.run(command, check=False, cwd=ROOT, env=environment())
   assert killed.returncode == -signal.SIGKILL
   lines, rows, _ = folder.read(tmp_path)
   assert (len(lines), len(rows)) == (9, 1)  # It was at the second method.
@@ -115,9 +117,9 @@ def lines_of(runs):
 def test_the_picture_has_a_curve_for_each_method_and_tells_clean_from_wrong(tmp_path, monkeypatch):
   axes, histograms, save, hist = [], [], plots.save, Axes.hist
 
-  def recorded_save(fig, path):
+  def recorded_save(fig, path, **options):
     axes.extend(sorted(fig.axes, key=lambda axes: "seconds" not in axes.get_xlabel()))
-    save(fig, path)
+    save(fig, path, **options)
 
   def recorded_hist(self, x, bins, *, label, **kwargs):
     histograms.append((label, x.tolist()))
@@ -191,9 +193,9 @@ def test_the_default_run_on_digits_meets_its_bars_on_seed_0(tmp_path):
   """With a quarter of ESJ's directions; in a process of its own, with optimized code."""
   methods = ["itd", "aid", "esj", "oracle"]
   command = [sys.executable, "-m", "scripts.hyper_cleaning", "--seeds", "1", "--methods", *methods]
-  environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+  as_users = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
   command += ["--num-samples", "16", "--output-dir", str(tmp_path)]
-  subprocess.run(command, check=True, cwd=ROOT, env=environment)
+  subprocess.run(command, check=True, cwd=ROOT, env=as_users)
   rows = {row["method"]: row for row in folder.read(tmp_path)[1]}
   assert list(rows) == methods
   for method, bar in {"itd": 0.95, "aid": 0.95, "esj": 0.90}.items():

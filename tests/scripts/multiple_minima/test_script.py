@@ -27,6 +27,7 @@ from scripts.multiple_minima import loops, methods, toys, training, tune
 from scripts.multiple_minima.__main__ import Config, MultipleMinima
 from scripts.multiple_minima.training import Parts, Training, make_problem
 from tests.bilevel import value_problems as vp
+from tests.scripts.common.killed import environment
 from tests.scripts.multiple_minima import small
 
 pytestmark = pytest.mark.slow  # All together, not each.
@@ -88,7 +89,8 @@ def test_a_killed_run_goes_on_bit_for_bit(whole, tmp_path, monkeypatch):
   """From the costs of the whole run: the points of a curve depend on the clock."""
   for name in ("config.json", "notes.json"):
     shutil.copy(whole[0] / name, tmp_path)
-  killed = subprocess.run([sys.executable, "-m", small.__name__, str(tmp_path)], check=False)
+  command = [sys.executable, "-m", small.__name__, str(tmp_path)]
+  killed = subprocess.run(command, check=False, env=environment())
   assert killed.returncode == -signal.SIGKILL
   assert [len(entries) for entries in read(tmp_path)] == [small.LINES, 1]  # In the second cell.
   small.patch(monkeypatch.setattr, monkeypatch.setitem)

@@ -28,6 +28,7 @@ from scripts.online_hyperopt import plots as online_plots
 from scripts.online_hyperopt import problems, runs, streams, tuning
 from scripts.online_hyperopt.config import Config
 from scripts.online_hyperopt.methods import METHODS, Rates, Setting, Variant
+from tests.scripts.common.killed import environment
 
 pytestmark = pytest.mark.slow  # All together, not each.
 
@@ -486,7 +487,7 @@ settings.DATASETS["digits"] = (20, 8)
 kill_after(34)
 script.run(settings.Config(**{mine.model_dump(mode="json")}))
 """
-  process = subprocess.run([sys.executable, "-c", code], check=False)
+  process = subprocess.run([sys.executable, "-c", code], check=False, env=environment())
   assert process.returncode == -signal.SIGKILL
   assert [len(table) for table in folder.read(mine.output_dir)[:2]] == [34, 1]
   second = {"stream": "zigzag", "method": "sobow", "window": 2}

@@ -30,6 +30,7 @@ from scripts.online_meta.config import Config
 from scripts.online_meta.methods import METHODS, Rates
 from scripts.online_meta.report import Trace
 from scripts.online_meta.runs import Streams
+from tests.scripts.common.killed import environment
 
 pytestmark = pytest.mark.slow  # All together, not each.
 
@@ -443,7 +444,7 @@ small.small_sizes(setattr)
 kill_after(5)
 script.run(small.Config(**{mine.model_dump(mode="json")}))
 """
-  process = subprocess.run([sys.executable, "-c", code], check=False)
+  process = subprocess.run([sys.executable, "-c", code], check=False, env=environment())
   assert process.returncode == -signal.SIGKILL
   lines, rows, _ = folder.read(tmp_path)
   assert (len(lines), len(rows)) == (5, 2)  # LEEDS has its rows, MAML has not.
