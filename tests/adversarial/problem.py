@@ -12,6 +12,7 @@ BATCH, SIDE, HIDDEN, CLASSES = 8, 4, 12, 5
 EPSILON = 0.1
 
 
+@jax.jit  # Tests call it by itself too, and an operation alone is a program.
 def model(params, images):
   """One hidden layer, smooth; ``[batch, 4, 4, 1]`` to five logits."""
   x = images.reshape(images.shape[0], SIDE * SIDE)
@@ -21,15 +22,16 @@ def model(params, images):
 
 def params(dtype=jnp.float32):
   rng = np.random.default_rng(0)
-  draw = lambda *shape: jnp.asarray(rng.normal(size=shape) / np.sqrt(shape[0]), dtype)
-  return {"w": 3 * draw(SIDE * SIDE, HIDDEN), "b": draw(HIDDEN), "v": 3 * draw(HIDDEN, CLASSES)}
+  draw = lambda *shape: rng.normal(size=shape) / np.sqrt(shape[0])
+  made = {"w": 3 * draw(SIDE * SIDE, HIDDEN), "b": draw(HIDDEN), "v": 3 * draw(HIDDEN, CLASSES)}
+  return {name: jnp.asarray(values, dtype) for name, values in made.items()}
 
 
 def batch(seed=1, dtype=jnp.float32):
   """Images with pixels at both ends of the range; two labels in three are the model's."""
   rng = np.random.default_rng(seed)
   images = np.clip(rng.uniform(-0.2, 1.2, (BATCH, SIDE, SIDE, 1)), 0, 1)
-  labels = np.array(jnp.argmax(model(params(), jnp.asarray(images, jnp.float32)), axis=1))
+  labels = np.argmax(np.array(model(params(), images.astype(np.float32))), axis=1)
   labels[::3] = (labels[::3] + 1) % CLASSES
   return jnp.asarray(images, dtype), jnp.asarray(labels, jnp.int32)
 
@@ -41,10 +43,12 @@ def cross_entropy(logits, labels):
   return np.log(np.exp(z).sum(axis=1)) - z[np.arange(len(z)), np.asarray(labels)]
 
 
+@jax.jit
 def loss(params, images, labels):
   return -jnp.take_along_axis(jax.nn.log_softmax(model(params, images)), labels[:, None], 1)[:, 0]
 
 
+@jax.jit
 def margin_attack_loss(params, images, labels):
   """Minus a smooth margin: another objective than the loss."""
   logits = model(params, images)

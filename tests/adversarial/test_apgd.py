@@ -87,23 +87,24 @@ def test_checkpoints_are_those_of_autoattack():
 
 def test_a_step_is_halved_where_few_steps_climb_or_nothing_improves():
   """Three of four climb but in the first; the best value has changed in the first two alone."""
-  one = lambda *values: jnp.array(values, jnp.float32)
-  places, zeros = jnp.zeros((4, 2)), jnp.zeros(4)
-  carry = _start(places, (places, zeros, zeros > 0, zeros > 0), 0.5)._replace(
+  one = lambda *values: np.array(values, np.float32)
+  places, zeros = np.zeros((4, 2), np.float32), np.zeros(4, np.float32)
+  carry = jax.jit(_start)(places, (places, zeros, zeros > 0, zeros > 0), 0.5)._replace(
     best_delta=places + 1,
     best_value=one(3, 3, 2, 2),
     checkpoint_value=one(1, 1, 2, 2),
-    num_climbs=jnp.array([3, 4, 4, 4]),
-    halved=jnp.array([False, False, False, True]),
+    num_climbs=np.array([3, 4, 4, 4], np.int32),
+    halved=np.array([False, False, False, True]),
   )
-  after = _check_point(carry, jnp.int32(4))
+  check_point = jax.jit(_check_point)
+  after = jax.device_get(check_point(carry, 4))
   assert (after.step_size / carry.step_size).tolist() == [0.5, 1, 0.5, 1]
   assert after.halved.tolist() == [True, False, True, False]
   assert after.delta[:, 0].tolist() == [1, 0, 1, 0]
   assert after.value.tolist() == [3, 0, 2, 0]
   assert after.num_climbs.tolist() == [0, 0, 0, 0]
   assert after.checkpoint_value.tolist() == [3, 3, 2, 2]
-  between = _check_point(carry, jnp.int32(0))
+  between = check_point(carry, 0)
   for mine, theirs in zip(between, carry, strict=True):
     np.testing.assert_array_equal(mine, theirs)
 
@@ -153,9 +154,13 @@ def test_apgd_turns_back_where_numbers_are_not_finite():
   np.testing.assert_allclose(found[lost], start[lost], atol=1e-6)
   assert np.all((found[~lost] > 0.5) & (found[~lost] <= 0.55))
   assert info.not_finite.all()
-  place, nothing, yes = jnp.zeros((1, 2)), jnp.zeros(1), jnp.ones(1, bool)
-  carry = _start(place, (place, nothing, ~yes, ~yes), 0.5)
-  after = _visit(carry, place + 1, (place, nothing + jnp.nan, yes, yes))
+
+  @jax.jit
+  def start_and_visit(place, nothing, yes):
+    carry = _start(place, (place, nothing, ~yes, ~yes), 0.5)
+    return carry, _visit(carry, place + 1, (place, nothing + jnp.nan, yes, yes))
+
+  carry, after = start_and_visit(np.zeros((1, 2), "f"), np.zeros(1, "f"), np.ones(1, bool))
   assert after.adversarial_value == carry.adversarial_value == -jnp.inf
 
 

@@ -131,31 +131,32 @@ def test_labels_of_few_bits_are_as_good_as_others():
 
 def test_under_jit_images_are_clipped_and_unknown_labels_left_alone():
   run = jax.jit(lambda images, labels: PGD.run(PARAMS, (images, labels)))
-  outside = IMAGES.at[0, 0, 0, 0].set(7.0).at[1, 0, 0, 0].set(-3.0)
-  clipped = IMAGES.at[0, 0, 0, 0].set(1.0).at[1, 0, 0, 0].set(0.0)
+  outside = np.array(IMAGES)
+  outside[:2, 0, 0, 0] = 7.0, -3.0
+  clipped = outside.clip(0, 1)
   ours, expected = run(outside, LABELS), run(clipped, LABELS)
   np.testing.assert_array_equal(ours[0], expected[0])
-  perturbed, info = run(IMAGES, LABELS.at[3].set(99).at[4].set(-1))
+  unknown = np.array(LABELS)
+  unknown[3:5] = 99, -1
+  perturbed, info = jax.device_get(run(IMAGES, unknown))
   np.testing.assert_array_equal(perturbed[3:5], IMAGES[3:5])
   assert np.flatnonzero(info.not_finite).tolist() == [3, 4]
   assert info.num_not_finite == 2
   # An objective that does not look at labels knows them no better.
-  for moved in (
+  attacks = (
     jaxbo.pgd(model, objective="kl", random_start=0.001, **TINY),
     jaxbo.square(model, objective="kl", epsilon=EPSILON, num_queries=2),
-  ):
-    info = jax.jit(lambda y, moved=moved: moved.run(PARAMS, (IMAGES, y), 0)[1])(
-      LABELS.at[3].set(99)
-    )
-    assert np.flatnonzero(info.not_finite).tolist() == [3]
-  others, expected = np.array([0, 1, 2, 5, 6, 7]), run(IMAGES, LABELS)[0]
+  )
+  for info in jax.jit(lambda y: [a.run(PARAMS, (IMAGES, y), 0)[1] for a in attacks])(unknown):
+    assert np.flatnonzero(info.not_finite).tolist() == [3, 4]
+  others, expected = np.array([0, 1, 2, 5, 6, 7]), np.asarray(run(IMAGES, LABELS)[0])
   np.testing.assert_array_equal(perturbed[others], expected[others])
 
 
-def brittle(params, images):
-  """The logits of the third image are NaN, and so is the gradient of the sixth."""
+def brittle(params, images, broken):
+  """If broken, the logits of the third image are NaN, and so is the gradient of the sixth."""
   logits = model(params, images)
-  row = jnp.arange(images.shape[0])[:, None]
+  row = jnp.where(broken, jnp.arange(images.shape[0]), -1)[:, None]
   # The root has no slope at zero, where its argument always is.
   nothing = jnp.sum(images - jax.lax.stop_gradient(images), axis=(1, 2, 3))[:, None]
   rough = jnp.sqrt(jnp.where(row == 5, nothing, 1.0)) * jnp.arange(1.0, 6.0)[None]
@@ -163,22 +164,24 @@ def brittle(params, images):
 
 
 @jax.jit
-def attack_brittle(images, labels, key):
-  pgd = functools.partial(jaxbo.pgd, **TINY)
-  results = {}
-  for name, make in {
-    "whole": lambda model: pgd(model, random_start=False),
-    "adam": lambda model: pgd(model, random_start=False, direction="adam"),
-    "apgd": lambda model: jaxbo.apgd(model, epsilon=EPSILON, num_steps=6),
-    "square": lambda model: jaxbo.square(model, epsilon=EPSILON, num_queries=6),
-  }.items():
-    run = lambda f, make=make: make(f).run(PARAMS, (images, labels), jax.random.clone(key))
-    results[name] = run(brittle), run(model)
-  return results
+def attack_brittle(images, labels, broken):
+  model = lambda params, images: brittle(params, images, broken)
+  pgd = functools.partial(jaxbo.pgd, model, random_start=False, **TINY)
+  attacks = {
+    "whole": pgd(),
+    "adam": pgd(direction="adam"),
+    "apgd": jaxbo.apgd(model, epsilon=EPSILON, num_steps=6),
+    "square": jaxbo.square(model, epsilon=EPSILON, num_queries=6),
+  }
+  return {name: attack.run(PARAMS, (images, labels), 0) for name, attack in attacks.items()}
 
 
 def test_examples_that_are_not_finite_stay_where_they_were_and_are_counted():
-  for name, (ours, sound) in attack_brittle(IMAGES, LABELS, jax.random.key(0)).items():
+  found, untouched = (
+    jax.device_get(attack_brittle(IMAGES, LABELS, broken)) for broken in (True, False)
+  )
+  for name, ours in found.items():
+    sound = untouched[name]
     expected = [2] if name == "square" else [2, 5]
     assert np.flatnonzero(ours[1].not_finite).tolist() == expected, name
     assert np.isfinite(ours[0]).all(), name
@@ -186,9 +189,9 @@ def test_examples_that_are_not_finite_stay_where_they_were_and_are_counted():
     np.testing.assert_allclose(ours[0][others], sound[0][others], atol=1e-6)
     np.testing.assert_array_equal(ours[1].num_correct[others], sound[1].num_correct[others])
     if name in ("whole", "adam"):
-      np.testing.assert_array_equal(ours[0][np.array([2, 5])], IMAGES[np.array([2, 5])])
+      np.testing.assert_array_equal(ours[0][[2, 5]], np.asarray(IMAGES)[[2, 5]])
     assert not sound[1].not_finite.any()
-  assert PGD.run(PARAMS, (jnp.nan * IMAGES, LABELS))[1].num_not_finite == problem.BATCH
+  assert PGD.run(PARAMS, (np.full_like(IMAGES, np.nan), LABELS))[1].num_not_finite == problem.BATCH
 
 
 @pytest.mark.parametrize("direction", ["steepest", "adam"])
@@ -204,8 +207,8 @@ def test_a_gradient_that_breaks_on_the_way_leaves_the_last_finite_point(directio
 
 
 def test_bfloat16_images_and_parameters_are_perturbed_in_float32():
-  narrow = jax.tree.map(lambda p: p.astype(jnp.bfloat16), PARAMS)
-  images = IMAGES.astype(jnp.bfloat16)
+  narrow = problem.params(jnp.bfloat16)
+  images = problem.batch(dtype=jnp.bfloat16)[0]
   for attack in (PGD, jaxbo.apgd(model, epsilon=EPSILON, num_steps=4)):
     perturbed, info = attack.run(narrow, (images, LABELS), 0)
     assert perturbed.dtype == jnp.float32
@@ -244,8 +247,12 @@ def test_no_gradient_flows_through_an_attack():
   total = lambda p, x: jnp.sum(problem.loss(p, x, LABELS))
   batch = (IMAGES, LABELS)
   noisy = jaxbo.pgd(model, direction="gradient", **TINY)
-  through = jax.grad(lambda p: total(p, noisy(p, batch, 0)))(PARAMS)
-  constant = jax.grad(total)(PARAMS, noisy(PARAMS, batch, 0))
+  through, constant = jax.jit(
+    lambda params: (
+      jax.grad(lambda p: total(p, noisy(p, batch, 0)))(params),
+      jax.grad(total)(params, noisy(params, batch, 0)),
+    )
+  )(PARAMS)
   for a, b in zip(*map(jax.tree.leaves, (through, constant)), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 

@@ -141,12 +141,12 @@ def test_pgd_and_its_early_stop_are_those_of_the_papers(stop_after):
 
 def test_the_best_run_is_a_misclassified_one_and_then_the_highest():
   """Columns: none wrong; one wrong with the lower value; two wrong; the wrong one not finite."""
-  values = jnp.array([[1.0, 5.0, 1.0, jnp.inf], [2.0, 1.0, 2.0, 3.0], [0.0, 2.0, 9.0, 4.0]])
-  wrong = jnp.array([[0, 0, 1, 1], [0, 1, 1, 0], [0, 0, 0, 0]], bool)
-  runs = jnp.broadcast_to(jnp.arange(3.0)[:, None, None], (3, 4, 2))
-  info = jaxbo.AttackInfo(jnp.arange(12).reshape(3, 4), ~jnp.isfinite(values))
-  found = best(Found(runs, values, wrong, info))
-  assert found.perturbed[:, 0].tolist() == [1, 1, 1, 2]
+  values = np.array([[1.0, 5.0, 1.0, np.inf], [2.0, 1.0, 2.0, 3.0], [0.0, 2.0, 9.0, 4.0]], "f")
+  wrong = np.array([[0, 0, 1, 1], [0, 1, 1, 0], [0, 0, 0, 0]], bool)
+  runs = np.broadcast_to(np.arange(3, dtype="f")[:, None, None], (3, 4, 2))
+  info = jaxbo.AttackInfo(np.arange(12).reshape(3, 4), ~np.isfinite(values))
+  found = jax.jit(best)(Found(runs, values, wrong, info))
+  assert np.asarray(found.perturbed)[:, 0].tolist() == [1, 1, 1, 2]
   assert found.wrong.tolist() == [False, True, True, False]
   assert found.info.num_correct.tolist() == [4, 5, 6, 11]
   assert found.info.not_finite.tolist() == [False, False, False, True]
@@ -191,11 +191,12 @@ def test_the_step_of_fgsm_is_longer_from_a_random_start():
 
 def test_objectives_are_their_formulas():
   logits = jnp.array([[3.0, 1.0, 0.5, 2.0], [0.0, 1.0, 4.0, -1.0]])
-  labels = jnp.array([0, 0])
-  np.testing.assert_allclose(difference_of_logits_ratio(logits, labels), [-1 / 2, 4 / 4], rtol=1e-6)
+  both = lambda z, y, t: (difference_of_logits_ratio(z, y), targeted_dlr(z, y, t))
+  dlr, targeted = jax.jit(both)(logits, np.array([0, 0]), np.array([1, 1]))
+  np.testing.assert_allclose(dlr, [-1 / 2, 4 / 4], rtol=1e-6)
   # z_1 = 3 against the mean of z_3 = 1 and z_4 = 0.5; then 4 against that of 0 and -1.
   expected = [-(3 - 1) / (3 - 0.75), -(0 - 1) / (4 + 0.5)]
-  np.testing.assert_allclose(targeted_dlr(logits, labels, jnp.array([1, 1])), expected, rtol=1e-6)
+  np.testing.assert_allclose(targeted, expected, rtol=1e-6)
 
 
 def test_a_restart_can_only_help():
@@ -215,9 +216,9 @@ def test_a_restart_can_only_help():
 
 
 def test_random_starts_fill_the_ball():
-  images = jnp.full((4000, 3), 0.5)
+  images = np.full((4000, 3), 0.5, "f")
   for norm in ("linf", "l2"):
-    start = make_ball(norm, 0.1, 0.0, 1.0).random(jax.random.key(0), images)
+    start = np.asarray(jax.jit(make_ball(norm, 0.1, 0.0, 1.0).random)(jax.random.key(0), images))
     share = np.linalg.norm(start, axis=1, ord=2 if norm == "l2" else np.inf)
     # The share of a ball within half its radius, in three dimensions; four standard errors.
     assert np.mean(share < 0.05) == pytest.approx(1 / 8, abs=4 * np.sqrt(1 / 8 * 7 / 8 / 4000))
@@ -284,14 +285,14 @@ def test_square_leaves_points_that_are_not_finite():
 
 
 def test_a_square_is_one_square_of_the_asked_area():
-  delta = _paint(jax.random.key(0), jnp.zeros((50, 6, 8, 3)), jnp.float32(9 / 48), 0.1)
-  touched = np.asarray(delta != 0)
+  delta = np.asarray(jax.jit(_paint)(jax.random.key(0), np.zeros((50, 6, 8, 3), "f"), 9 / 48, 0.1))
+  touched = delta != 0
   assert np.all(touched.sum(axis=(1, 2)) == 9)
   rows, columns = touched.any(axis=(2, 3)).sum(axis=1), touched.any(axis=(1, 3)).sum(axis=1)
   assert np.all(rows == 3)
   assert np.all(columns == 3)
   # One sign for a channel, both signs over all, and corners everywhere, the last ones too.
-  signs = np.sign(np.asarray(delta)).sum(axis=(1, 2)) / 9
+  signs = np.sign(delta).sum(axis=(1, 2)) / 9
   assert set(np.unique(signs)) == {-1.0, 1.0}
   assert touched[:, -1].any()
   assert touched[:, :, -1].any()

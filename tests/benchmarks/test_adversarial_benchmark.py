@@ -7,6 +7,7 @@ import json
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from benchmarks import adversarial, measure
@@ -21,7 +22,8 @@ CONFIG = Config(attack_steps=10, rounds=1, calls=1)
 
 @pytest.fixture(scope="module")
 def steps():
-  return make_steps(CONFIG, 4)
+  methods = ("at", "done", "done_adam", "at_kl", "fast_bat")
+  return make_steps(dataclasses.replace(CONFIG, methods=methods), 4)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +40,7 @@ def test_adversarial_training_by_hand_is_the_same_step():
   (params, _, loss), (by_hand, _, same_loss) = (of[name]() for name in (BASELINE, BY_HAND))
   chex.assert_trees_all_close(params, by_hand, rtol=1e-4, atol=1e-6)
   assert float(loss) == pytest.approx(float(same_loss), rel=1e-5)
-  changed = jax.tree.map(lambda a, b: jnp.abs(a - b).max() > 0, params, of[BASELINE].args[0])
+  changed = jax.tree.map(lambda a, b: np.any(np.not_equal(a, b)), params, of[BASELINE].args[0])
   assert all(jax.tree.leaves(changed))
 
 

@@ -39,5 +39,18 @@ def perturbed(variables, seed=0):
   return jax.tree.map(perturb, variables)
 
 
+def draw_variables(model, images):
+  """As :func:`perturbed`, but from shapes alone: to compile ``init`` takes a second or more."""
+  rng = np.random.default_rng(0)
+
+  def draw(path, leaf):
+    if leaf.ndim == 1:
+      return rng.uniform(-0.3, 0.3, leaf.shape) + (path[-1].key in ("scale", "var"))
+    return rng.normal(0, np.prod(leaf.shape[:-1]) ** -0.5, leaf.shape)
+
+  shapes = jax.eval_shape(model.init, jax.random.key(0), images)
+  return jax.tree.map_with_path(draw, shapes)
+
+
 def images(*shape, seed=1):
   return np.random.default_rng(seed).normal(size=shape)

@@ -74,7 +74,7 @@ def compiled(beam_size, penalty=0.0, max_length=T):
   return jax.jit(run)
 
 
-FREE, NONE = jnp.full((BATCH, T), -1), jnp.zeros(V, bool)
+FREE, NONE = np.full((BATCH, T), -1, np.int32), np.zeros(V, bool)
 
 
 @pytest.mark.parametrize("penalty", [0.0, 0.6, 2.0])
@@ -83,9 +83,9 @@ FREE, NONE = jnp.full((BATCH, T), -1), jnp.zeros(V, bool)
   [(None, ()), ((-1, 3, -1, -1), ()), (None, (2,)), ((2, -1, -1, 1), (2, 3))],
 )
 def test_a_wide_beam_finds_what_enumeration_finds(penalty, forced, forbidden):
-  rows = FREE if forced is None else jnp.tile(jnp.array(forced)[None], (BATCH, 1))
+  rows = FREE if forced is None else np.tile(np.array(forced, np.int32)[None], (BATCH, 1))
   mask = np.isin(np.arange(V), forbidden)
-  tokens, sums = compiled(V**T, penalty)(rows, jnp.asarray(mask))
+  tokens, sums = jax.device_get(compiled(V**T, penalty)(rows, mask))
   assert tokens.shape == (BATCH, V**T, T)
   for image in range(BATCH):
     expected = enumerate_captions(image, penalty=penalty, forced=forced, forbidden=forbidden)
@@ -94,7 +94,7 @@ def test_a_wide_beam_finds_what_enumeration_finds(penalty, forced, forbidden):
     np.testing.assert_allclose(sums[image, :n], [total for _, total in expected], rtol=1e-5)
     np.testing.assert_array_equal(sums[image, n:], -np.inf)
   if forced is None and not forbidden:
-    np.testing.assert_allclose(jnp.exp(sums).sum(1), 1, rtol=1e-5)
+    np.testing.assert_allclose(np.exp(sums).sum(1), 1, rtol=1e-5)
 
 
 def reference_beam(image, beam_size, penalty=0.0, length=T):
@@ -118,7 +118,7 @@ def reference_beam(image, beam_size, penalty=0.0, length=T):
 
 @pytest.mark.parametrize("beam_size, penalty", [(1, 0.0), (2, 0.0), (3, 0.6), (2, 2.0)])
 def test_a_narrow_beam_is_the_algorithm_written_in_python(beam_size, penalty):
-  tokens, sums = compiled(beam_size, penalty)(FREE, NONE)
+  tokens, sums = jax.device_get(compiled(beam_size, penalty)(FREE, NONE))
   for image in range(BATCH):
     expected = reference_beam(image, beam_size, penalty)
     np.testing.assert_array_equal(tokens[image], [caption for caption, _ in expected])
@@ -140,7 +140,7 @@ def test_the_search_ends_as_soon_as_nothing_can_overtake():
     return counting(tokens, state)
 
   options = {"batch_size": 2, "beam_size": 2, "max_length": 50, **SIZES}
-  tokens, sums = captioner.beam_search(noted, jnp.zeros(2), **options)
+  tokens, sums = jax.jit(lambda state: captioner.beam_search(noted, state, **options))(np.zeros(2))
   jax.effects_barrier()
   # After the second step two captions have ended, with 0.9 and 0.04 * 0.9, and 0.04 ** 2 is open.
   assert len(calls) == 2
@@ -150,14 +150,13 @@ def test_the_search_ends_as_soon_as_nothing_can_overtake():
 
 
 def test_without_an_end_live_captions_are_returned():
-  forbidden = jnp.zeros(V, bool).at[END].set(True)
-  tokens, sums = compiled(2)(FREE, forbidden)
-  assert (np.asarray(tokens) != END).all()
+  tokens, sums = jax.device_get(compiled(2)(FREE, np.arange(V) == END))
+  assert (tokens != END).all()
   for image in range(BATCH):
     best = enumerate_captions(image, forbidden=(END,))[0]
     assert sums[image, 0] <= best[1] + 1e-5
     before = np.concatenate([[0], tokens[image, 0, :-1]])
-    total = sum(TABLE[image, t, before[t], u] for t, u in enumerate(np.asarray(tokens[image, 0])))
+    total = sum(TABLE[image, t, before[t], u] for t, u in enumerate(tokens[image, 0]))
     np.testing.assert_allclose(sums[image, 0], total, rtol=1e-5)
 
 
@@ -180,7 +179,7 @@ def test_one_compilation_serves_all_values():
     )[1]
 
   first = run(FREE[:, :3], NONE)
-  other = run(FREE[:, :3].at[:, 0].set(2), NONE.at[3].set(True))
+  other = run(np.where(np.arange(3) == 0, 2, FREE[:, :3]), np.arange(V) == 3)
   assert len(traces) == 1
   assert np.abs(first - other).max() > 1e-3
 
@@ -205,7 +204,7 @@ def test_greedy_takes_the_most_probable_token_and_stops_at_the_end():
     ((-1, 1, -1, -1), ()),
   ):
     tokens, sums = run(
-      jnp.tile(jnp.array(forced)[None], (BATCH, 1)), jnp.asarray(np.isin(np.arange(V), forbidden))
+      np.tile(np.array(forced)[None], (BATCH, 1)), np.isin(np.arange(V), forbidden)
     )
     for image in range(BATCH):
       caption, total = [], 0.0
@@ -259,7 +258,7 @@ def test_samples_have_the_frequencies_of_the_model_and_its_log_probabilities():
 
 def test_temperature_and_forbidden_tokens_change_what_is_drawn():
   first = lambda tokens: np.asarray(tokens[:, :, 0])
-  tokens, sums = sampler()(jax.random.key(1), 0.5, NONE.at[2].set(True), FREE)
+  tokens, sums = sampler()(jax.random.key(1), 0.5, np.arange(V) == 2, FREE)
   for image in range(BATCH):
     power = np.exp(2 * TABLE[image, 0, 0]) * (np.arange(V) != 2)
     p = power / power.sum()
@@ -267,7 +266,7 @@ def test_temperature_and_forbidden_tokens_change_what_is_drawn():
     assert (np.abs(share - p) <= 4 * np.sqrt(p * (1 - p) / 4000)).all()
   cold, _ = sampler()(jax.random.key(1), 1e-4, NONE, FREE)
   np.testing.assert_array_equal(first(cold), TABLE[:, 0, 0].argmax(-1)[:, None].repeat(4000, 1))
-  forced, sums = sampler()(jax.random.key(1), 1.0, NONE, FREE.at[:, 0].set(3))
+  forced, sums = sampler()(jax.random.key(1), 1.0, NONE, np.where(np.arange(T) == 0, 3, FREE))
   assert (first(forced) == 3).all()
   assert (np.asarray(sums) <= TABLE[:, 0, 0, 3][:, None] + 1e-5).all()
   np.testing.assert_array_equal(
@@ -276,7 +275,7 @@ def test_temperature_and_forbidden_tokens_change_what_is_drawn():
   )
 
 
-@pytest.mark.parametrize("flags", [{}, {"guide": "static"}, {"init_state": "pooled"}], ids=str)
+@pytest.mark.parametrize("flags", [{}, {"guide": "static", "init_state": "pooled"}], ids=str)
 def test_the_captioners_steps_are_its_scan(flags):
   """Also where beams share an image whose cells are masked."""
   model = make(**flags)
@@ -322,8 +321,8 @@ def test_the_captioners_steps_are_its_scan(flags):
     ({"bos_id": 4}, r"bos_id must be in \[0, vocab_size = 4\), got 4"),
     ({"eos_id": -1}, r"eos_id must be in \[0, vocab_size = 4\), got -1"),
     ({"batch_size": 2}, r"init_state must have leaves \[batch_size = 2, ...\], got .* \(3,\)"),
-    ({"forced": FREE[:, :3]}, r"forced must be integers .* = \(3, 4\), got int32 .*\(3, 3\)"),
-    ({"forced": FREE * 1.0}, "forced must be integers .*, got float32"),
+    ({"forced": -jnp.ones((3, 3), int)}, r"integers .* = \(3, 4\), got int32 .*\(3, 3\)"),
+    ({"forced": -jnp.ones((3, 4))}, "forced must be integers .*, got float32"),
     ({"forbidden": jnp.zeros(3, bool)}, r"forbidden must be bool \[vocab_size = 4\], got bool"),
     ({"forbidden": jnp.zeros(4)}, r"forbidden must be bool .*, got float32"),
     ({"step_fn": lambda tokens, state: (tokens, state)}, r"must return .* \(3, 2\).* got \(3, 2\)"),

@@ -54,8 +54,7 @@ def test_logits_equal_those_of_numpy_for_all_statistics_and_convolutions(x64):
   images = jnp.asarray(oracle.images(3, 9, 18, 2))
   kinds = [("batch", "patches"), ("running", "native")]
   models = {kind: PreActResNet18(4, WIDTHS, batch_stats=kind[0], conv=kind[1]) for kind in kinds}
-  init = models[kinds[1]].init
-  variables = oracle.perturbed(jax.jit(init)(jax.random.key(0), images))
+  variables = oracle.draw_variables(models[kinds[1]], images)
   given = {"batch": {"params": variables["params"]}, "running": variables}
   apply = jax.jit(lambda v, x: {kind: m.apply(v[kind[0]], x) for kind, m in models.items()})
   logits = apply(given, images)

@@ -48,16 +48,17 @@ def reference(variables, x):
 @pytest.mark.parametrize("batch_stats", ["batch", "running"])
 def test_features_equal_those_of_numpy(batch_stats, x64):
   model, images = ResNet12(WIDTHS, batch_stats), oracle.images(3, 19, 34, 2)
-  variables = oracle.perturbed(jax.jit(model.init)(jax.random.key(0), jnp.asarray(images)))
+  variables = oracle.draw_variables(model, images)
   features = jax.jit(model.apply)(variables, jnp.asarray(images))
   np.testing.assert_allclose(features, reference(variables, images), rtol=1e-6, atol=1e-6)
 
 
 def test_kernels_begin_with_variance_2_over_fan_out():
-  images = jnp.ones((1, 16, 16, 3))
-  params = jax.jit(ResNet12((16, 16, 16, 32)).init)(jax.random.key(0), images)["params"]
+  model, images = ResNet12((16, 16, 16, 32)), jnp.ones((1, 16, 16, 3))
+  last_block = lambda key: model.init(key, images)["params"]["ResidualBlock_3"]
+  block = jax.jit(last_block)(jax.random.key(0))
   for layer, fan_out in [("Conv_0", 9 * 32), ("Conv_2", 9 * 32), ("shortcut", 32)]:
-    kernel = np.asarray(params["ResidualBlock_3"][layer]["kernel"])
+    kernel = np.asarray(block[layer]["kernel"])
     standard_error = np.sqrt(2 / kernel.size)  # of a variance, relative, if normal
     assert abs(kernel.var() * fan_out / 2 - 1) < 4 * standard_error
     assert abs(kernel.mean()) < 4 * np.sqrt(2 / fan_out / kernel.size)
@@ -93,7 +94,8 @@ def test_drop_block_drops_the_share_that_its_probabilities_say(height, width, ra
 
 
 def test_drop_block_drops_whole_squares_inside_the_image():
-  y = np.asarray(drop_block(jnp.ones((20, 9, 8, 2)), jax.random.key(0), 0.1, 3))
+  drop = jax.jit(drop_block, static_argnums=3)
+  y = np.asarray(drop(np.ones((20, 9, 8, 2), "f"), jax.random.key(0), 0.1, 3))
   dropped = y == 0
   assert dropped.any()
   for n, i, j, c in zip(*np.nonzero(dropped), strict=True):
@@ -118,13 +120,13 @@ def KEY(seed=0):
 def test_drop_block_keeps_what_is_not_finite_out_and_survives_dropping_everything():
   x = jnp.full((1, 1, 1, 1), jnp.inf)
   keys = jax.random.split(KEY(), 20)
-  y = jax.vmap(lambda key: drop_block(x, key, 0.5, 1))(keys)
+  y = jax.jit(jax.vmap(lambda key: drop_block(x, key, 0.5, 1)))(keys)
   assert set(np.asarray(y).ravel().tolist()) == {0.0, np.inf}
 
 
 def test_features_with_drop_block_depend_on_the_key_and_on_nothing_else():
   model, images = ResNet12(WIDTHS, drop_rate=0.3), jnp.asarray(oracle.images(3, 34, 32, 2), "f")
-  variables = jax.jit(model.init)(KEY(), images)  # needs no key for dropout
+  variables = oracle.draw_variables(model, images)  # needs no key for dropout
 
   @jax.jit
   def trained(key, rate):
@@ -134,12 +136,16 @@ def test_features_with_drop_block_depend_on_the_key_and_on_nothing_else():
   one, again, other = trained(KEY(1), 0.3), trained(KEY(1), 0.3), trained(KEY(2), 0.3)
   np.testing.assert_array_equal(one, again)
   assert np.abs(one - other).max() > 1e-3
-  evaluated = jax.jit(model.apply)(variables, images)  # without a key
-  np.testing.assert_allclose(trained(KEY(1), 0.0), evaluated, rtol=1e-5, atol=1e-5)
   plain = ResNet12(WIDTHS)
-  np.testing.assert_array_equal(jax.jit(plain.apply)(variables, images), evaluated)
-  trained_plain = jax.jit(lambda v, x: plain.apply(v, x, train=True))(variables, images)
-  np.testing.assert_array_equal(trained_plain, evaluated)
+
+  @jax.jit
+  def without_key(v, x):
+    return model.apply(v, x), plain.apply(v, x), plain.apply(v, x, train=True)
+
+  evaluated, *others = without_key(variables, images)
+  np.testing.assert_allclose(trained(KEY(1), 0.0), evaluated, rtol=1e-5, atol=1e-5)
+  for features in others:
+    np.testing.assert_array_equal(features, evaluated)
 
 
 @cases("rate", [-0.1, 1.0, float("nan")])

@@ -30,7 +30,7 @@ def test_size_is_that_of_wong_and_kolter():
 def test_logits_equal_those_of_numpy_and_both_convolutions_agree(x64):
   """Values, and gradients in the images and in every parameter; odd and even sizes."""
   images = jnp.asarray(oracle.images(3, 13, 18, 2))
-  variables = oracle.perturbed(jax.jit(SmallCNN(4, (3, 5), 6).init)(jax.random.key(0), images))
+  variables = oracle.draw_variables(SmallCNN(4, (3, 5), 6), images)
   weights = np.random.default_rng(5).normal(size=(3, 4))
 
   def value(conv, variables, images):

@@ -37,8 +37,14 @@ def osaka(**options):
   return jaxbo.tasks.osaka_stream(DOMAINS, **arguments)
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
 def play(stream, state, num_rounds, flags_only=False):
+  """The state after so many rounds, and their batches in NumPy; or only the flags."""
+  state, batches = _play(stream, state, num_rounds, flags_only)
+  return state, jax.device_get(batches)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _play(stream, state, num_rounds, flags_only):
   def body(state, _):
     state, batch = stream.step(state)
     return state, batch.extra if flags_only else batch
@@ -153,17 +159,17 @@ def test_tasks_of_a_domain_with_as_many_classes_as_ways_differ_in_the_labels_alo
 
 
 def test_a_run_resumes_bit_for_bit_and_is_a_function_of_the_key():
-  stream = osaka()
-  middle, first = play(stream, stream.init(6), 250)
+  stream = osaka(num_queries=2)
+  middle, first = play(stream, stream.init(6), 1000)
   restored = jax.tree.map(jnp.asarray, jax.device_get(middle))
-  _, second = play(stream, restored, 250)
-  _, whole = play(stream, stream.init(6), 500)
+  _, second = play(stream, restored, 1000)
+  _, whole = play(stream, stream.init(6), 2000)
   joined = jax.tree.map(lambda a, b: np.concatenate([a, b]), first, second)
   jax.tree.map(np.testing.assert_array_equal, joined, whole)
   assert first.task_switch[0]
-  assert np.any(play(stream, stream.init(7), 250)[1].images != first.images)
+  assert np.any(play(stream, stream.init(7), 1000)[1].images != first.images)
   raw = stream.init(jax.random.key_data(jax.random.key(6)))
-  np.testing.assert_array_equal(play(stream, raw, 250)[1].images, first.images)
+  np.testing.assert_array_equal(play(stream, raw, 1000)[1].images, first.images)
 
 
 def test_the_data_are_arguments_of_a_jitted_function():
