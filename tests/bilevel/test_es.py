@@ -89,17 +89,6 @@ def test_equal_leaves_get_different_directions(x64):
   assert not np.allclose(np.abs(one[0]), np.abs(one[1]))
 
 
-@pytest.mark.parametrize("num_samples", [1, 8])
-def test_relative_error_is_p_plus_1_over_q_for_gaussian_directions(num_samples, x64):
-  """D2."""
-  p = 20
-  _, solver, x, _, solution, grads, exact = quadratic_setting(p, 8)
-  samples = estimates(solver, x, solution, grads, 1500, num_samples=num_samples)
-  response = np.linalg.norm(exact - flat(grads[0]))
-  errors = np.sum((samples - exact) ** 2, axis=1) / response**2
-  assert_within_standard_errors(errors, (p + 1) / num_samples)
-
-
 @pytest.mark.parametrize(
   ("response", "bias"),
   [

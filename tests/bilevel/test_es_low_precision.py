@@ -53,8 +53,9 @@ def test_bfloat16_features_are_perturbed_in_float32():
   np.testing.assert_allclose(*results, rtol=2e-2)
 
 
-@pytest.mark.parametrize("num_tasks", [None, 2])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+  ("dtype", "num_tasks"), [("float32", None), ("float32", 2), ("bfloat16", None)]
+)
 @pytest.mark.parametrize(
   "optimizer",
   [
