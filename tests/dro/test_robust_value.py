@@ -30,11 +30,11 @@ def test_first_and_second_derivatives_are_the_weights_and_theirs(name, x64):
   mask, losses = jnp.arange(6) < 5, jnp.asarray([*LOSSES, jnp.nan])
   direction = jnp.asarray([*DIRECTION, 0.0])
   value = lambda losses: jaxbo.robust_value(losses, weighting, mask=mask)
-  gradient = jax.grad(value)
 
   @jax.jit
   def derivatives(losses):
-    return value(losses), *jax.jvp(gradient, (losses,), (direction,))
+    (result, weights), (_, second) = jax.jvp(jax.value_and_grad(value), (losses,), (direction,))
+    return result, weights, second
 
   result, weights, second = derivatives(losses)
   expected, info = families.weigh(name, LOSSES, *PARAMETERS[name])
@@ -60,10 +60,10 @@ def test_derivatives_by_parameters_of_the_weighting(name, x64):
 
   @jax.jit
   def derivatives(*parameters):
-    by_parameters = tuple(range(1, 1 + len(parameters)))
-    first = jax.grad(value, by_parameters)(losses, *parameters)
-    mixed = jax.jacfwd(jax.grad(value), by_parameters)(losses, *parameters)
-    return value(losses, *parameters), jax.grad(value)(losses, *parameters), first, mixed
+    all_of_them = tuple(range(1 + len(parameters)))
+    result, grads = jax.value_and_grad(value, all_of_them)(losses, *parameters)
+    mixed = jax.jacfwd(jax.grad(value), all_of_them[1:])(losses, *parameters)
+    return result, grads[0], grads[1:], mixed
 
   _, _, first, mixed = derivatives(*parameters)
   for i in range(len(parameters)):
@@ -97,7 +97,8 @@ def test_a_traced_parameter_that_is_not_differentiated_changes_nothing():
 )
 def test_where_a_ball_has_no_second_derivative_it_is_zero(name, parameter, losses):
   gradient = jax.grad(lambda v: jaxbo.robust_value(v, families.MAKE[name](parameter)))
-  np.testing.assert_array_equal(jax.jacfwd(gradient)(jnp.array(losses)), np.zeros((3, 3)))
+  second = jax.jit(jax.jacfwd(gradient))(jnp.array(losses))
+  np.testing.assert_array_equal(second, np.zeros((3, 3)))
 
 
 def test_what_is_masked_may_have_any_tangent():
@@ -146,7 +147,8 @@ def test_values_of_small_batches_are_biased_low_as_jensen_says():
   r"""Exponential losses: :math:`E e^{s l} = 1 / (1 - s)`, so mean and variance are known."""
   temperature, size, count = 4.0, 32, 200_000
   losses = jax.random.exponential(jax.random.key(0), (count, size))
-  values = jax.vmap(lambda row: jaxbo.robust_value(row, jaxbo.kl(temperature)))(losses)
+  value = lambda row: jaxbo.robust_value(row, jaxbo.kl(temperature))
+  values = jax.jit(jax.vmap(value))(losses)
   mean, square = 1 / (1 - 1 / temperature), 1 / (1 - 2 / temperature)
   bias = -temperature * (square / mean**2 - 1) / (2 * size)
   error = float(values.mean()) - temperature * np.log(mean)
