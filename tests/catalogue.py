@@ -48,11 +48,13 @@ class Entry(NamedTuple):
     name: what the tests call it.
     make: ``make(seed, inner) -> Harness``, for a seed, traced or not, and the inner parameters.
     slow: whether it shows other options of what is an entry already, so that fast tests skip it.
+    random: whether the seed does anything.
   """
 
   name: str
   make: Callable[[Any, Any], Harness]
   slow: bool = False
+  random: bool = False
 
 
 def params(dtype=jnp.float32):
@@ -116,6 +118,12 @@ def _build(make: Any, **offered: Any) -> optax.GradientTransformationExtraArgs:
   return optax.with_extra_args_support(make)
 
 
+def _is_random(make: Any) -> bool:
+  """Whether :func:`_build` gives ``make`` the seed."""
+  made = isinstance(make, optax.GradientTransformation)
+  return not made and "key" in inspect.signature(make).parameters
+
+
 def _apply(params, updates, scale):
   """``params + scale * updates``, without the cast of optax: another dtype of updates shows."""
   return jax.tree.map(lambda p, u: p + jnp.asarray(scale, u.dtype) * u, params, updates)
@@ -143,7 +151,7 @@ def response(name, make, solver=plain_solver, *, scale=-0.1, slow=False):
 
     return Harness(init, step)
 
-  return Entry(name, harness, slow)
+  return Entry(name, harness, slow, _is_random(make))
 
 
 def value_function(name, make, *, scale=-0.1, slow=False):
@@ -167,7 +175,7 @@ def value_function(name, make, *, scale=-0.1, slow=False):
 
     return Harness(init, step)
 
-  return Entry(name, harness, slow)
+  return Entry(name, harness, slow, _is_random(make))
 
 
 def online(name, make, solver=None, *, slow=False, **options):
@@ -192,7 +200,7 @@ def online(name, make, solver=None, *, slow=False, **options):
 
     return Harness(init, step)
 
-  return Entry(name, harness, slow)
+  return Entry(name, harness, slow, _is_random(make))
 
 
 def minimizer(name, make, *, slow=False):
@@ -213,7 +221,7 @@ def minimizer(name, make, *, slow=False):
 
     return Harness(init, step)
 
-  return Entry(name, harness, slow)
+  return Entry(name, harness, slow, _is_random(make))
 
 
 def _example_losses(x, batch):
@@ -249,7 +257,7 @@ def robust(name, make, *, scale=-0.1, stored=False, repair=False, slow=False):
 
     return Harness(init, step)
 
-  return Entry(name, harness, slow)
+  return Entry(name, harness, slow, _is_random(make))
 
 
 def alias(kind, name, method, chain, **options):

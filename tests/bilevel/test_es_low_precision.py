@@ -22,11 +22,12 @@ def test_bfloat16_parameters_are_perturbed_in_float32(outer, inner):
   solver = jaxbo.inner_solver(loss, optax.sgd(1.0), 1)  # One step of 1 ends at tanh(x).
   results = []
   for x_dtype, y_dtype in ((outer, inner), ("float32", "float32")):
-    x = jnp.arange(4, dtype=x_dtype) / 4
-    solution = solver.solve(x, solver.init(jnp.zeros(4, y_dtype)), None)
+    x = jnp.asarray(np.arange(4) / 4, x_dtype)
+    solution = jax.jit(solver.solve)(x, solver.init(jnp.zeros(4, y_dtype)), None)
     grads = (jnp.zeros_like(x), jnp.arange(1, 5, dtype=y_dtype))
     head = jaxbo.add_es_response(solver, 4, 1e-3)
-    result, _ = head.update(grads, head.init(x), x, solution=solution, batch=None)
+    update = lambda state: head.update(grads, state, x, solution=solution, batch=None)  # noqa: B023
+    result, _ = jax.jit(update)(head.init(x))
     assert result.dtype == x_dtype
     results.append(flat(result))
   np.testing.assert_allclose(results[0], results[1], rtol=1e-2, atol=1e-2)
@@ -52,8 +53,9 @@ def test_bfloat16_features_are_perturbed_in_float32():
   np.testing.assert_allclose(*results, rtol=2e-2)
 
 
-@pytest.mark.parametrize("num_tasks", [None, 2])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+  ("dtype", "num_tasks"), [("float32", None), ("float32", 2), ("bfloat16", None)]
+)
 @pytest.mark.parametrize(
   "optimizer",
   [
@@ -71,14 +73,18 @@ def test_what_an_optimizer_keeps_in_bfloat16_stays_so(optimizer, dtype, num_task
   if num_tasks:
     solver, batch = jaxbo.over_tasks(solver, num_tasks), jnp.ones(num_tasks, dtype)
   x = jnp.linspace(0.1, 1.0, 4)
-  solution = solver.solve(x, solver.init(jnp.zeros(4, dtype), x, batch), batch)
-  solution = solver.solve(x, solution, batch)
-  grads = jnp.zeros(4), jnp.ones_like(solution.params)
   head = jaxbo.add_es_response(solver, 4, 0.1, directions="orthogonal", difference="central")
-  result, state = head.update(grads, head.init(x), x, solution=solution, batch=batch)
+  unrolled = jaxbo.add_unrolled_response(solver)
+
+  @jax.jit
+  def updates():
+    solution = solver.solve(x, solver.init(jnp.zeros(4, dtype), x, batch), batch)
+    solution = solver.solve(x, solution, batch)
+    grads = jnp.zeros(4), jnp.ones_like(solution.params)
+    result, state = head.update(grads, head.init(x), x, solution=solution, batch=batch)
+    return result, state, unrolled.update(grads, None, x, solution=solution, batch=batch)[0]
+
+  result, state, exact = updates()
   assert state.info.num_finite == 4
   chex.assert_trees_all_equal_dtypes(state, head.init(x))
-  exact, _ = jaxbo.add_unrolled_response(solver).update(
-    grads, None, x, solution=solution, batch=batch
-  )
   np.testing.assert_allclose(result, exact, rtol=0.1, atol=0.1)

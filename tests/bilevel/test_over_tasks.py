@@ -34,7 +34,7 @@ def meta_batch(scales, solver=None, dtype=jnp.float64):
   """Solved tasks whose responses are ``scales[t] * FEATURES' b_t`` with equal ``b_t``."""
   solver = jaxbo.over_tasks(solver or single(), len(scales))
   x, batch = jnp.linspace(-1.0, 1.0, P, dtype=dtype), jnp.asarray(scales, dtype)
-  solution = solver.solve(x, solver.init(jnp.zeros(D, dtype)), batch)
+  solution = jax.jit(solver.solve)(x, solver.init(jnp.zeros(D, dtype)), batch)
   grads = jnp.zeros(P, dtype), jnp.tile(jnp.arange(1.0, D + 1, dtype=dtype), (len(scales), 1))
   return solver, x, solution, grads, batch
 
@@ -58,9 +58,10 @@ def test_a_meta_batch_is_each_task_alone(per_step, through, x64):
   x = jnp.linspace(-1.0, 1.0, P)
   batch = jnp.asarray(RNG.normal(size=(2, NUM_TASKS) if per_step else NUM_TASKS))
   b = jnp.asarray(RNG.normal(size=(NUM_TASKS, D)))
-  solution = solver.solve(x, solver.init(jnp.zeros(D)), batch)
+  solution = jax.jit(solver.solve)(x, solver.init(jnp.zeros(D)), batch)
   of_task = lambda t: batch[:, t] if per_step else batch[t]
-  alone = [one.solve(x, one.init(jnp.zeros(D)), of_task(t)) for t in range(NUM_TASKS)]
+  solve_one = jax.jit(one.solve)
+  alone = [solve_one(x, one.init(jnp.zeros(D)), of_task(t)) for t in range(NUM_TASKS)]
   stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *alone)
   chex.assert_trees_all_close(solution, stacked, rtol=1e-9)
 
@@ -76,12 +77,17 @@ def test_a_meta_batch_is_each_task_alone(per_step, through, x64):
       per_task=s is solver,
     ),
   ):
-    head = make(solver)
-    update = lambda head, b, y, batch: head.update(
-      (jnp.zeros(P), b), head.init(x), x, solution=y, batch=batch
-    )[0]
-    result = update(head, b, solution, batch)
-    expected = sum(update(make(one), b[t], alone[t], of_task(t)) for t in range(NUM_TASKS))
+
+    def updater(head):
+      return jax.jit(
+        lambda b, y, batch: head.update(
+          (jnp.zeros(P), b), head.init(x), x, solution=y, batch=batch
+        )[0]
+      )
+
+    result = updater(make(solver))(b, solution, batch)
+    update = updater(make(one))
+    expected = sum(update(b[t], alone[t], of_task(t)) for t in range(NUM_TASKS))
     np.testing.assert_allclose(result, expected, rtol=1e-8)
 
 
@@ -118,7 +124,7 @@ def test_separate_directions_in_feature_space_lose_the_noise_of_other_tasks(per_
   )
   solver = jaxbo.over_tasks(one, 2)
   x, batch = jnp.zeros((2, D)), jnp.arange(2)  # Task t sees row t alone.
-  solution = solver.solve(x, solver.init(jnp.zeros(D)), batch)
+  solution = jax.jit(solver.solve)(x, solver.init(jnp.zeros(D)), batch)
   b = jnp.asarray(RNG.normal(size=(2, D)))
   samples = estimates(
     solver, x, solution, (jnp.zeros((2, D)), b), 3000, num_samples=3, per_task=per_task, batch=batch
@@ -131,7 +137,8 @@ def test_separate_directions_in_feature_space_lose_the_noise_of_other_tasks(per_
 def test_separate_directions_differ_between_tasks():
   solver, x, solution, grads, batch = meta_batch([1.0, -1.0], dtype=jnp.float32)
   head = jaxbo.add_es_response(solver, 2, per_task=True)
-  result, state = head.update(grads, head.init(x), x, solution=solution, batch=batch)
+  update = jax.jit(lambda state: head.update(grads, state, x, solution=solution, batch=batch))
+  result, state = update(head.init(x))
   assert np.linalg.norm(result) > 0.1  # With the same directions the tasks would cancel.
   assert state.info.num_finite == 4
 

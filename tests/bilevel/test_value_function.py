@@ -166,6 +166,7 @@ def trees(t, dtype=jnp.float64):
   return jaxbo.Bilevel(x, y), (x_flat, y_flat)
 
 
+@jax.jit
 def outer_grads(params):
   return jax.grad(lambda p: PROBLEM.outer_loss(p.outer, p.inner, None))(params)
 
@@ -199,7 +200,8 @@ def test_the_lower_value_iterate_is_not_differentiated_through(name, x64):
   """The result is the gradient of f + dual (g(x, y) - g(x, y_hat)) with y_hat held."""
   tx, _ = ORACLES[name]
   params, (x, y) = trees(0)
-  result, state = tx.update(outer_grads(params), tx.init(params), params, batch=jnp.float64(1))
+  update = jax.jit(lambda p: tx.update(outer_grads(p), tx.init(p), p, batch=jnp.float64(1)))
+  result, state = update(params)
   y_hat, dual = state[0], state.info.dual
   assert dual > 0
 
@@ -207,7 +209,8 @@ def test_the_lower_value_iterate_is_not_differentiated_through(name, x64):
     excess = PROBLEM.inner_loss(p.outer, p.inner, None) - PROBLEM.inner_loss(p.outer, y_hat, None)
     return PROBLEM.outer_loss(p.outer, p.inner, None) + dual * excess
 
-  chex.assert_trees_all_close(result, jax.grad(lagrangian)(params), rtol=1e-11, atol=1e-11)
+  expected = jax.jit(jax.grad(lagrangian))(params)
+  chex.assert_trees_all_close(result, expected, rtol=1e-11, atol=1e-11)
 
   def value(x, y):
     miss, distance = y - PROBLEM.t, x - PROBLEM.s
@@ -309,7 +312,7 @@ def test_nothing_is_differentiated_twice(name):
     jax.grad(jax.grad(square))(1.0)
   tx = heads(loss, 2)[name]
   params = jaxbo.Bilevel(jnp.float32(1.0), jnp.float32(3.0))
-  result, _ = tx.update(params, tx.init(params), params, batch=None)
+  result, _ = jax.jit(lambda p: tx.update(p, tx.init(p), p, batch=None))(params)
   chex.assert_tree_all_finite(result)
 
 
@@ -321,7 +324,7 @@ def test_the_steps_of_the_lower_value_may_have_a_batch_of_their_own(name):
   loss = lambda x, y, batch: jnp.sum((y - batch * x) ** 2)
   tx = heads(loss, 3)[name]
   params = jaxbo.Bilevel(jnp.float32(1.0), jnp.ones(2))
-  update = functools.partial(tx.update, params, tx.init(params), params)
+  update = jax.jit(functools.partial(tx.update, params, tx.init(params), params))
   shared, _ = update(batch=3.0)
   same, _ = update(batch=3.0, value_batch=3.0)
   other, state = update(batch=3.0, value_batch=-1.0)
@@ -364,8 +367,14 @@ def test_the_penalty_is_unbiased_given_the_lower_value_iterate(x64):
     return loss(x, y, 0.3) if batch is None else jnp.mean(jax.vmap(lambda b: loss(x, y, b))(batch))
 
   tx_mean = heads(mean_loss, 3)["penalty"]
-  expected, _ = tx_mean.update(grads, tx_mean.init(params), params, batch=batches, value_batch=None)
-  mean = jax.tree.map(lambda leaf: jnp.mean(leaf, 0), jax.vmap(one)(batches))
+
+  @jax.jit
+  def both():
+    state = tx_mean.init(params)
+    expected, _ = tx_mean.update(grads, state, params, batch=batches, value_batch=None)
+    return expected, jax.tree.map(lambda leaf: jnp.mean(leaf, 0), jax.vmap(one)(batches))
+
+  expected, mean = both()
   chex.assert_trees_all_close(mean, expected, rtol=1e-12)
 
 

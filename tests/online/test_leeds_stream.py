@@ -90,7 +90,7 @@ def test_a_network_with_an_oracle_equals_a_loop_by_hand(x64):
 
     return jax.lax.scan(body, state, length=rounds)
 
-  end, (batches, info) = run(state)
+  end, (batches, info) = jax.device_get(run(state))
 
   def descend(params, batch):
     for _ in range(STEPS):
@@ -105,6 +105,7 @@ def test_a_network_with_an_oracle_equals_a_loop_by_hand(x64):
 
   meta_gradient = jax.jit(jax.grad(lambda p, s, q: task_loss(descend(p, s), q)[0]))
   evaluate, update = jax.jit(task_loss), jax.jit(optimizer.update)
+  correct = jax.jit(accuracy)
   theta = phi = double
   opt_state, found = optimizer.init(theta), []
   for t in range(rounds):
@@ -114,7 +115,13 @@ def test_a_network_with_an_oracle_equals_a_loop_by_hand(x64):
     energy = -np.mean(np.log(np.sum(np.exp(np.asarray(after_logits)), axis=1)))
     after, query_logits = evaluate(phi, batch.val)
     found.append(
-      (before, accuracy(logits, batch.train), after, accuracy(query_logits, batch.val), energy)
+      (
+        before,
+        correct(logits, batch.train),
+        after,
+        correct(query_logits, batch.val),
+        energy,
+      )
     )
     if batch.task_switch:
       scale = 1.0 if batch.domain != 0 else 0.25
@@ -161,7 +168,7 @@ def test_ten_thousand_rounds_are_one_scan_that_resumes_bit_for_bit():
   jax.tree.map(np.testing.assert_array_equal, state, whole)
   joined = jax.tree.map(lambda *leaves: np.concatenate(leaves), *pieces)
   jax.tree.map(np.testing.assert_array_equal, joined, history)
-  rounds = jax.make_jaxpr(lambda state, stream: method.run(state, stream, 10_000))(start, STREAM)
+  rounds = run.trace(start, STREAM, 10_000).jaxpr  # As it was traced above.
   scans = [eqn for eqn in rounds.jaxpr.eqns if eqn.primitive.name == "scan"]
   assert [eqn.params["length"] for eqn in scans] == [10_000]
   # Switches are flagged more often than others, and a known task is predicted better.
