@@ -31,8 +31,8 @@ class Method(NamedTuple):
     weighting: what weighs them.
   """
 
-  gradients: Callable[..., tuple[jaxbo.PerExampleGrads, dict[str, Any]]]
-  weighting: jaxbo.Weighting
+  gradients: Callable[..., tuple[jaxbo.dro.PerExampleGrads, dict[str, Any]]]
+  weighting: jaxbo.dro.Weighting
 
 
 def make_methods(model: Callable[..., Any], epsilon: float, num_steps: int) -> dict[str, Method]:
@@ -41,13 +41,13 @@ def make_methods(model: Callable[..., Any], epsilon: float, num_steps: int) -> d
   Rates hardly matter here. None repairs a batch with a loss that is not finite, which would double
   the time of compilation.
   """
-  uniform, kl_weights = jaxbo.uniform(), jaxbo.compositional(jaxbo.kl(3.0), 0.1)
+  uniform, kl_weights = jaxbo.dro.uniform(), jaxbo.dro.compositional(jaxbo.dro.kl(3.0), 0.1)
 
   def plain(params, images, labels):
-    return jaxbo.cross_entropy_loss(model(params, images), labels)
+    return jaxbo.adversarial.cross_entropy_loss(model(params, images), labels)
 
   def margin(params, images, labels):
-    return jaxbo.margin_loss(model(params, images), labels)
+    return jaxbo.adversarial.margin_loss(model(params, images), labels)
 
   def at_attacked(params, images, attacked, labels):
     del images
@@ -59,7 +59,9 @@ def make_methods(model: Callable[..., Any], epsilon: float, num_steps: int) -> d
     )
 
   def attack(**options):
-    return jaxbo.pgd(model, epsilon=epsilon, step_size=epsilon / 4, num_steps=num_steps, **options)
+    return jaxbo.adversarial.pgd(
+      model, epsilon=epsilon, step_size=epsilon / 4, num_steps=num_steps, **options
+    )
 
   def attacked(loss, attack, score=None):
     of_batch = jaxbo.per_example_grad(lambda params, batch: loss(params, *batch), repair=False)
@@ -78,24 +80,26 @@ def make_methods(model: Callable[..., Any], epsilon: float, num_steps: int) -> d
 
   negative = lambda loss: lambda *arguments: -loss(*arguments)
   done = functools.partial(
-    implicit, jaxbo.done_grad, negative(margin), barrier=1e-5, num_steps=num_steps
+    implicit, jaxbo.adversarial.done_grad, negative(margin), barrier=1e-5, num_steps=num_steps
   )
   kl_start = attack(objective="kl", random_start=1e-3)
   steps_taken = lambda params, found, labels, info: info.num_correct.astype(jnp.float32)
-  of_margin = lambda params, found, labels, info: jaxbo.probabilistic_margin(
+  of_margin = lambda params, found, labels, info: jaxbo.adversarial.probabilistic_margin(
     model(params, found), labels
   )
   return {
     "at": Method(attacked(at_attacked, attack()), uniform),
-    "trades": Method(attacked(with_clean(jaxbo.trades_loss, beta=6.0), kl_start), uniform),
-    "mart": Method(attacked(with_clean(jaxbo.mart_loss, beta=5.0), attack()), uniform),
+    "trades": Method(
+      attacked(with_clean(jaxbo.adversarial.trades_loss, beta=6.0), kl_start), uniform
+    ),
+    "mart": Method(attacked(with_clean(jaxbo.adversarial.mart_loss, beta=5.0), attack()), uniform),
     "fat": Method(attacked(at_attacked, attack(stop_after=2)), uniform),
     "gairat": Method(
-      attacked(at_attacked, attack(), steps_taken), jaxbo.gairat(num_steps, shift=-1.0)
+      attacked(at_attacked, attack(), steps_taken), jaxbo.adversarial.gairat(num_steps, shift=-1.0)
     ),
-    "mail": Method(attacked(at_attacked, attack(), of_margin), jaxbo.mail(10.0, -0.5)),
+    "mail": Method(attacked(at_attacked, attack(), of_margin), jaxbo.adversarial.mail(10.0, -0.5)),
     "fast_bat": Method(
-      implicit(jaxbo.fast_bat_grad, negative(plain), step_size=5000 / 255), uniform
+      implicit(jaxbo.adversarial.fast_bat_grad, negative(plain), step_size=5000 / 255), uniform
     ),
     "at_kl": Method(attacked(at_attacked, attack()), kl_weights),
     "done": Method(done(step_size=5.0), kl_weights),

@@ -37,11 +37,11 @@ MODEL = MLP((512, 512, NUM_CLASSES))
 OPTIMIZER = optax.adam(1e-3)
 PLAIN, KL, STORED = "plain", "kl", "kl, stored per-example gradients"
 WEIGHTINGS = {
-  KL: jaxbo.kl(0.5),
-  "kl_ball": jaxbo.kl_ball(0.1),
-  "cvar": jaxbo.cvar(0.3),
-  "chi_square_ball": jaxbo.chi_square_ball(0.5),
-  "lin_upper": jaxbo.lin_upper(0.4),
+  KL: jaxbo.dro.kl(0.5),
+  "kl_ball": jaxbo.dro.kl_ball(0.1),
+  "cvar": jaxbo.dro.cvar(0.3),
+  "chi_square_ball": jaxbo.dro.chi_square_ball(0.5),
+  "lin_upper": jaxbo.dro.lin_upper(0.4),
 }
 WITHOUT_LOOPS = (PLAIN, KL, "kl, no repair", STORED, "lin_upper")
 

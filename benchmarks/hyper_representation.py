@@ -81,7 +81,7 @@ def run(options: Any, steps: int, seed: jax.Array) -> tuple[jax.Array, jax.Array
   H, w0 = normal(keys[4], (NUM_FEATURES, NUM_HIDDEN)), normal(keys[5], (NUM_HIDDEN,))
   inner = jaxbo.inner_solver(inner_loss, optax.sgd(1e-3), 20, warm_start=False)
   head = make_head(options, inner, head_key)
-  init, step = jaxbo.bilevel(fit, inner, optax.chain(head, optax.adam(0.05)))
+  init, step = jaxbo.bilevel_loop(fit, inner, optax.chain(head, optax.adam(0.05)))
 
   w = inner.solve(H, inner.init(w0), train)
   grads = jax.grad(fit, (0, 1))(H, w.params, val)

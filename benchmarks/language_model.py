@@ -129,7 +129,7 @@ def make_steps(config: transformer.TransformerConfig, size: int, length: int) ->
   tokens = jax.random.randint(jax.random.key(1), (size, length), 0, config.vocab_size)
   params = jax.jit(model.init)(jax.random.key(0), tokens[:1])["params"]
   loss_fn = transformer.sequence_losses(model)
-  tx = optax.chain(jaxbo.reweight(jaxbo.kl(0.5)), OPTIMIZER)
+  tx = optax.chain(jaxbo.reweight(jaxbo.dro.kl(0.5)), OPTIMIZER)
   plain = jax.jit(functools.partial(plain_step, loss_fn))
   reweighted = jax.jit(functools.partial(robust_step, loss_fn, tx))
   batch = {"tokens": tokens}

@@ -73,7 +73,7 @@ def make_loop(
   window: int = WINDOW,
   cg_steps: int = CG_STEPS,
   response: bool = True,
-) -> tuple[jaxbo.Online, jaxbo.OnlineState]:
+) -> tuple[jaxbo.online.Online, jaxbo.online.OnlineState]:
   """The loop of a method, and its first state.
 
   The matrices must be arguments of what is jitted, else XLA folds what it can. They are no part of
@@ -98,7 +98,7 @@ def make_loop(
     outer = jaxbo.sobow(0.1, inner, window=window, **options)
   else:
     outer = jaxbo.oagd(0.1, inner, outer_loss, **options)
-  loop = jaxbo.online(outer_loss, inner, outer, **memory)
+  loop = jaxbo.online_loop(outer_loss, inner, outer, **memory)
   return loop, loop.init(x, y, stream)
 
 
@@ -210,7 +210,7 @@ def state_bytes(weight: Weight, window: int) -> dict[str, int]:
     jax.eval_shape(average(**options).init, weight.x).gradient_window
   )
   inner = jaxbo.inner_solver(lambda x, y, batch: y**2, optax.sgd(0.1), 1)
-  loop = jaxbo.online(lambda x, y, batch: y**2, inner, jaxbo.ogd(0.1), memory=window)
+  loop = jaxbo.online_loop(lambda x, y, batch: y**2, inner, jaxbo.ogd(0.1), memory=window)
   zero = jnp.zeros(())
   zeros = lambda batch: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), batch)
   init = lambda: loop.init(zero, zero, lambda key, t: zeros(weight.batch)).memory

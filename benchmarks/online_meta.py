@@ -116,38 +116,38 @@ def make_stream() -> jaxbo.tasks.TaskStream:
   )
 
 
-def make_learners(model: Model) -> dict[str, jaxbo.OnlineMetaLearner]:
+def make_learners(model: Model) -> dict[str, jaxbo.meta.OnlineMetaLearner]:
   """All methods; what they begin with, before the stream, makes no difference here."""
   accuracy = lambda logits, batch: jnp.mean(jnp.argmax(logits, -1) == batch[1], dtype=jnp.float32)
   options: dict[str, Any] = {"start": model.start, "metric": accuracy}
   loss, plain = model.loss, lambda x, y, batch: model.loss(x, y, batch)[0]
   inner = jaxbo.inner_solver(plain, optax.sgd(0.1), 3)
-  bgd = jaxbo.bayesian_gradient_descent(10.0, 0.1, num_samples=2, num_examples=WAYS * SHOTS)
+  bgd = jaxbo.meta.bayesian_gradient_descent(10.0, 0.1, num_samples=2, num_examples=WAYS * SHOTS)
   response, adam = jaxbo.add_unrolled_response(inner), optax.adam(1e-3)
   gated = optax.chain(response, jaxbo.gate_by_detection(adam, 0.1, 1.0))
   of_drops = {"drop_threshold": 1e6, "response": response, **options}
-  told, same = jaxbo.oracle_detector(), {"query": "same", **options}
-  tuned = jaxbo.fine_tuning(loss, inner, **options)
-  adapted = jaxbo.frozen_maml(loss, inner, **options)
+  told, same = jaxbo.meta.oracle_detector(), {"query": "same", **options}
+  tuned = jaxbo.meta.fine_tuning(loss, inner, **options)
+  adapted = jaxbo.meta.frozen_maml(loss, inner, **options)
   return {
     "online_sgd": tuned,
     "fine_tuning": tuned,
-    "bgd": jaxbo.fine_tuning(loss, jaxbo.inner_solver(plain, bgd, 3), **options),
-    "scratch": jaxbo.train_from_scratch(loss, inner, told, **same),
+    "bgd": jaxbo.meta.fine_tuning(loss, jaxbo.inner_solver(plain, bgd, 3), **options),
+    "scratch": jaxbo.meta.train_from_scratch(loss, inner, told, **same),
     "maml": adapted,
     "anil": adapted,
-    "meta_ogd": jaxbo.meta_ogd(loss, inner, optax.chain(response, adam), **same),
-    "c_maml": jaxbo.c_maml(loss, inner, adam, **of_drops),
-    "c_maml_um": jaxbo.c_maml(loss, inner, adam, modulation=2.0, **of_drops),
-    "c_maml_pap": jaxbo.c_maml_pap(loss, inner, adam, modulation=2.0, **of_drops),
-    "leeds": jaxbo.online_meta_learner(
-      loss, inner, gated, jaxbo.threshold_detector(1e6, 1e6), **same
+    "meta_ogd": jaxbo.meta.meta_ogd(loss, inner, optax.chain(response, adam), **same),
+    "c_maml": jaxbo.meta.c_maml(loss, inner, adam, **of_drops),
+    "c_maml_um": jaxbo.meta.c_maml(loss, inner, adam, modulation=2.0, **of_drops),
+    "c_maml_pap": jaxbo.meta.c_maml_pap(loss, inner, adam, modulation=2.0, **of_drops),
+    "leeds": jaxbo.meta.online_meta_learner(
+      loss, inner, gated, jaxbo.meta.threshold_detector(1e6, 1e6), **same
     ),
-    "leeds_told": jaxbo.online_meta_learner(loss, inner, gated, told, **same),
+    "leeds_told": jaxbo.meta.online_meta_learner(loss, inner, gated, told, **same),
   }
 
 
-def make_learner(name: str, model: Model) -> tuple[jaxbo.OnlineMetaLearner, Any, Any]:
+def make_learner(name: str, model: Model) -> tuple[jaxbo.meta.OnlineMetaLearner, Any, Any]:
   """The learner of a method, its first state, and the meta-model."""
   learner, x = make_learners(model)[name], model.init(jax.random.key(1))
   return learner, learner.init(x, stream=make_stream(), key=2), x

@@ -70,7 +70,7 @@ def make_method(
   else:
     response = jaxbo.add_es_response(inner, smoothing=1e-3, key=0, **options)
   outer = optax.chain(response, optax.adam(1e-3))
-  init_loop, step_loop = jaxbo.bilevel(
+  init_loop, step_loop = jaxbo.bilevel_loop(
     few_shot.query_loss(of_all if is_maml else of_head), inner, outer
   )
 

@@ -17,7 +17,8 @@ class Method(NamedTuple):
   """A method and what it may choose from.
 
   Attributes:
-    make: ``make(smoothness, *static, **traced) -> (init, step)``, a loop as of ``jaxbo.bilevel``.
+    make: ``make(smoothness, *static, **traced) -> (init, step)``, a loop as of
+      ``jaxbo.bilevel_loop``.
     static: names and values that the program depends on.
     traced: names and values that are arguments of the program.
     products: second-order products of an update.
@@ -127,7 +128,7 @@ def _f2sa(smoothness, alternate, *, multiplier, rate):
 def _response(smoothness, num_steps, linear_solver, rate, inner_rate):
   solver = jaxbo.inner_solver(inner_loss, optax.sgd(inner_rate / smoothness[1]), num_steps)
   tx = jaxbo.aid(rate, solver, linear_solver, inner_params=jnp.zeros(NUM_INNER))
-  return jaxbo.bilevel(outer_loss, solver, tx)
+  return jaxbo.bilevel_loop(outer_loss, solver, tx)
 
 
 def _soba(smoothness, num_steps, *, rate, inner_rate):

@@ -19,7 +19,6 @@ html_title = "jaxbo"
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
-add_module_names = False
 napoleon_use_ivar = True
 myst_enable_extensions = ["dollarmath"]
 nb_execution_mode = "cache"

@@ -6,7 +6,7 @@ the transformation is used:
 
 * ``response`` -- behind an inner solver, on the pair ``(df/dx, df/dy)``;
 * ``value_function`` -- on gradients in ``Bilevel`` parameters;
-* ``online`` -- in the loop ``jaxbo.online``;
+* ``online`` -- in the loop ``jaxbo.online_loop``;
 * ``minimizer`` -- on the gradient of a loss that it is given as ``value_fn``;
 * ``robust`` -- on per-example gradients.
 
@@ -24,6 +24,14 @@ import jax.numpy as jnp
 import optax
 
 import jaxbo
+
+# Everything that the library offers, by its dotted name.
+PUBLIC = {
+  f"{module.__name__}.{name}": getattr(module, name)
+  for module in (jaxbo, *(m for m in vars(jaxbo).values() if inspect.ismodule(m)))
+  for name in getattr(module, "__all__", ())
+  if not inspect.ismodule(getattr(module, name))
+}
 
 INNER = {"v": jnp.zeros((2, 3)), "c": jnp.zeros(())}
 
@@ -184,7 +192,7 @@ def online(name, make, solver=None, *, slow=False, **options):
   def harness(seed, inner):
     inner_solver = None if solver is None else solver()
     tx = _build(make, solver=inner_solver, key=seed)
-    loop = jaxbo.online(outer_loss, inner_solver, tx, **options)
+    loop = jaxbo.online_loop(outer_loss, inner_solver, tx, **options)
     dtype = jax.tree.leaves(inner)[0].dtype
     batches = lambda t: (jnp.cos(t).astype(dtype), jnp.sin(t).astype(dtype))
 

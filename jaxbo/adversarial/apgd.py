@@ -88,7 +88,7 @@ def apgd(
     >>> import jax.numpy as jnp, jaxbo
     >>> def model(params, images):
     ...   return jnp.concatenate([images, -images], axis=1) * params
-    >>> attack = jaxbo.apgd(model, epsilon=0.25, num_steps=5)
+    >>> attack = jaxbo.adversarial.apgd(model, epsilon=0.25, num_steps=5)
     >>> attack(jnp.float32(2.0), (jnp.array([[0.5]]), jnp.array([0])), key=0).tolist()
     [[0.25]]
 

@@ -23,9 +23,9 @@ class AttackInfo(NamedTuple):
   """What an attack met on its way; ``[batch]``.
 
   Attributes:
-    num_correct: at how many of the points where it took a gradient (by :func:`jaxbo.square`: a
-      query) the example was still classified correctly, int32; as floats, the scores of
-      :func:`jaxbo.gairat`.
+    num_correct: at how many of the points where it took a gradient (by
+      :func:`jaxbo.adversarial.square`: a query) the example was still classified correctly, int32;
+      as floats, the scores of :func:`jaxbo.adversarial.gairat`.
     not_finite: whether it met an objective or gradient that is not finite. The example was left
       where it was.
   """
@@ -40,7 +40,7 @@ class AttackInfo(NamedTuple):
 
 
 class Attack(NamedTuple):
-  """An attack: a pure, compiled function; made by :func:`jaxbo.pgd` and its like.
+  """An attack: a pure, compiled function; made by :func:`jaxbo.adversarial.pgd` and its like.
 
   ``attack(params, (images, labels), key)`` gives perturbed images. It can be called in jitted
   functions, under ``vmap`` and ``shard_map``; it takes no gradient by the parameters, and none

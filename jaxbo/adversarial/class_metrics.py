@@ -25,7 +25,7 @@ def class_accuracy(correct: Any, labels: Any, num_classes: int) -> np.ndarray:
 
   Example:
     >>> import jaxbo
-    >>> print(jaxbo.class_accuracy([True, False, True], [0, 0, 2], 3))
+    >>> print(jaxbo.adversarial.class_accuracy([True, False, True], [0, 0, 2], 3))
     [0.5 nan 1. ]
   """
   num_classes = _check.positive_int("num_classes", num_classes)
@@ -68,7 +68,7 @@ def tail_accuracy(correct: Any, labels: Any, num_classes: int, fraction: float =
   Example:
     >>> import jaxbo
     >>> correct, labels = [True, False, True, True, False, True], [0, 0, 1, 1, 2, 2]
-    >>> jaxbo.tail_accuracy(correct, labels, num_classes=3, fraction=0.5)       # two classes
+    >>> jaxbo.adversarial.tail_accuracy(correct, labels, num_classes=3, fraction=0.5)  # two of them
     0.5
   """
   _check.within("fraction", fraction, 0, 1, ends="(]")

@@ -45,7 +45,9 @@ def done_grad(
   microbatch_size: int | None = None,
   repair: bool = True,
 ) -> Callable[..., PerExampleGrads]:
-  r"""Per-example gradients of adversarial training through the attack, lazy, for :func:`reweight`.
+  r"""Lazy per-example gradients of adversarial training through the attack.
+
+  For :func:`~jaxbo.reweight`.
 
   Every example is perturbed by its own attack, smoothed by a log-barrier on its box
   :math:`[b^-, b^+] = [\max(-\epsilon, low - x), \min(\epsilon, high - x)]`:
@@ -87,16 +89,16 @@ def done_grad(
     step_size: :math:`\alpha > 0`.
     inverse: ``"diagonal"`` leaves the Hessian of the attack loss out, but for ``curvature``;
       ``"cg"`` solves the full system by ten steps of conjugate gradients for each example, or
-      any :class:`LinearSolver` does; ``"none"`` leaves the second term out, so that what is left
-      is ordinary adversarial training.
+      any :class:`~jaxbo.bilevel.LinearSolver` does; ``"none"`` leaves the second term out, so that
+      what is left is ordinary adversarial training.
     curvature: :math:`\lambda \ge 0`: what stands in for the Hessian with ``"diagonal"``.
     direction: ``"gradient"``, or ``"adam"`` for Adam's steps on :math:`\varphi`, which end within
       about ``step_size`` of the minimum.
     low: the smallest value of a pixel.
     high: the largest.
     margin: how near to a wall the attack may come, as a part of the width of the box, in (0, 0.5).
-    microbatch_size: as in :func:`per_example_grad`, for the pass by the parameters.
-    repair: as in :func:`per_example_grad`.
+    microbatch_size: as in :func:`~jaxbo.per_example_grad`, for the pass by the parameters.
+    repair: as in :func:`~jaxbo.per_example_grad`.
 
   Returns:
     A function ``(params, (images, labels), key=None) -> PerExampleGrads``, for use in a jitted
@@ -114,7 +116,7 @@ def done_grad(
     ...   return (images @ params) * (1.0 - 2.0 * labels)
     >>> def attack_loss(params, images, labels):
     ...   return -loss(params, images, labels)
-    >>> grad = jaxbo.done_grad(
+    >>> grad = jaxbo.adversarial.done_grad(
     ...   loss, attack_loss, epsilon=0.1, barrier=0.01, num_steps=30, step_size=1.0)
     >>> params, batch = jnp.array([2.0, -1.0]), (jnp.array([[0.5, 0.0]]), jnp.array([0]))
     >>> grads = grad(params, batch)
@@ -199,18 +201,19 @@ def done(
   optimizer: Optimizer = optax.sgd,
   axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
-  r"""DONE: :func:`kl` weights by a moving average of their normaliser, then descent.
+  r"""DONE: :func:`~jaxbo.dro.kl` weights by a moving average of their normaliser, then descent.
 
   .. math:: \min_\theta\; r \log \mathbb E_i\, e^{\ell_i(\theta, \hat\delta_i(\theta)) / r}
 
-  The compositional form of worst-case weights, whose gradient :func:`done_grad` gives through the
-  attack: gradients come in from there.
+  The compositional form of worst-case weights, whose gradient :func:`~jaxbo.adversarial.done_grad`
+  gives through the attack: gradients come in from there.
 
   Args:
     learning_rate: a float or a schedule.
-    temperature: :math:`r`, as in :func:`kl`; a number or a schedule. The default is ours: the
-      paper's could not be found.
-    rate: as in :func:`compositional`; 1 for weights of each batch alone. The default is ours.
+    temperature: :math:`r`, as in :func:`~jaxbo.dro.kl`; a number or a schedule. The default is
+      ours: the paper's could not be found.
+    rate: as in :func:`~jaxbo.dro.compositional`; 1 for weights of each batch alone. The default is
+      ours.
     optimizer: the optimizer behind, made by ``optimizer(learning_rate)``.
     axis_name: as in :func:`reweight`.
 
@@ -223,7 +226,7 @@ def done(
     ...   return jax.nn.softplus((images @ params) * (1.0 - 2.0 * labels))
     >>> def attack_loss(params, images, labels):
     ...   return -loss(params, images, labels)
-    >>> grad = jaxbo.done_grad(
+    >>> grad = jaxbo.adversarial.done_grad(
     ...   loss, attack_loss, epsilon=0.1, barrier=1e-3, num_steps=5, step_size=1.0)
     >>> tx = jaxbo.done(0.5, temperature=0.5)
     >>> @jax.jit

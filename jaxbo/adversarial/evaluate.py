@@ -90,7 +90,9 @@ def standard_attacks(
 
   Example:
     >>> import jaxbo
-    >>> attacks = jaxbo.standard_attacks(lambda params, images: images @ params, epsilon=8 / 255)
+    >>> def model(params, images):
+    ...   return images @ params
+    >>> attacks = jaxbo.adversarial.standard_attacks(model, epsilon=8 / 255)
     >>> list(attacks)
     ['pgd_20', 'pgd_100', 'apgd_ce', 'apgd_t', 'square']
   """
@@ -155,9 +157,10 @@ def evaluate_robustness(
     >>> import jax.numpy as jnp, jaxbo
     >>> def model(params, images):
     ...   return jnp.concatenate([images, -images], axis=1) * params
-    >>> attacks = {"pgd": jaxbo.pgd(model, epsilon=0.3, step_size=0.2, num_steps=4, low=-1.0)}
+    >>> pgd = jaxbo.adversarial.pgd(model, epsilon=0.3, step_size=0.2, num_steps=4, low=-1.0)
+    >>> attacks = {"pgd": pgd}
     >>> batch = jnp.array([[0.5], [0.1], [-0.2]]), jnp.array([0, 0, 0])
-    >>> report = jaxbo.evaluate_robustness(model, jnp.float32(2.0), batch, 0, attacks)
+    >>> report = jaxbo.adversarial.evaluate_robustness(model, jnp.float32(2.0), batch, 0, attacks)
     >>> {name: round(value, 2) for name, value in report.accuracies().items()}
     {'clean': 0.67, 'pgd': 0.33, 'worst_case': 0.33}
 

@@ -55,8 +55,8 @@ def fast_bat_grad(
     low: the smallest value of a pixel.
     high: the largest.
     tolerance: how near to a wall, in units of the images, counts as on it.
-    microbatch_size: as in :func:`per_example_grad`, for the pass by the parameters.
-    repair: as in :func:`per_example_grad`.
+    microbatch_size: as in :func:`~jaxbo.per_example_grad`, for the pass by the parameters.
+    repair: as in :func:`~jaxbo.per_example_grad`.
 
   Returns:
     A function ``(params, (images, labels), key) -> PerExampleGrads``, as :func:`done_grad`'s.
@@ -72,7 +72,7 @@ def fast_bat_grad(
     ...   return (images @ params) * (1.0 - 2.0 * labels)
     >>> def attack_loss(params, images, labels):
     ...   return -loss(params, images, labels)
-    >>> grad = jaxbo.fast_bat_grad(loss, attack_loss, epsilon=0.1, step_size=1.0)
+    >>> grad = jaxbo.adversarial.fast_bat_grad(loss, attack_loss, epsilon=0.1, step_size=1.0)
     >>> params, batch = jnp.array([2.0, -1.0]), (jnp.array([[0.5, 0.0]]), jnp.array([0]))
     >>> print(grad(params, batch, key=0).pullback(jnp.ones(1)).round(3))     # at the walls
     [0.6 0. ]

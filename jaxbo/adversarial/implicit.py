@@ -22,7 +22,7 @@ class DoneInfo(NamedTuple):
     not_finite: whether a gradient by the image was not finite. The example was then left at its
       last finite perturbation. If it is the gradient of the outer loss, the example has no implicit
       term. If it is that of the attack loss, there is none to be had: the loss is NaN, and
-      :func:`reweight` leaves the example out.
+      :func:`~jaxbo.reweight` leaves the example out.
   """
 
   perturbed: jax.Array

@@ -20,7 +20,8 @@ def cross_entropy_loss(logits: Any, labels: Any) -> jax.Array:
 
   Example:
     >>> import jax.numpy as jnp, jaxbo
-    >>> print(jaxbo.cross_entropy_loss(jnp.array([[0.0, 0.0]]), jnp.array([1])).round(4))
+    >>> logits, labels = jnp.array([[0.0, 0.0]]), jnp.array([1])
+    >>> print(jaxbo.adversarial.cross_entropy_loss(logits, labels).round(4))
     [0.6931]
   """
   logits, labels = _checked(logits, labels)
@@ -39,7 +40,7 @@ def margin_loss(logits: Any, labels: Any) -> jax.Array:
 
   Example:
     >>> import jax.numpy as jnp, jaxbo
-    >>> print(jaxbo.margin_loss(jnp.array([[1.0, 3.0, 2.0]]), jnp.array([1])))
+    >>> print(jaxbo.adversarial.margin_loss(jnp.array([[1.0, 3.0, 2.0]]), jnp.array([1])))
     [-1.]
 
   References:
@@ -62,7 +63,7 @@ def probabilistic_margin(logits: Any, labels: Any) -> jax.Array:
 
   Example:
     >>> import jax.numpy as jnp, jaxbo
-    >>> print(jaxbo.probabilistic_margin(jnp.array([[5.0, 5.0]]), jnp.array([0])))
+    >>> print(jaxbo.adversarial.probabilistic_margin(jnp.array([[5.0, 5.0]]), jnp.array([0])))
     [0.]
 
   References:
@@ -104,7 +105,7 @@ def trades_loss(
   Example:
     >>> import jax.numpy as jnp, jaxbo
     >>> clean, moved = jnp.array([[1.0, 0.0]]), jnp.array([[0.0, 0.0]])
-    >>> print(jaxbo.trades_loss(clean, moved, jnp.array([0]), beta=1.0).round(4))
+    >>> print(jaxbo.adversarial.trades_loss(clean, moved, jnp.array([0]), beta=1.0).round(4))
     [0.4242]
 
   References:
@@ -149,7 +150,7 @@ def mart_loss(
   Example:
     >>> import jax.numpy as jnp, jaxbo
     >>> logits = jnp.array([[0.0, 0.0]])                       # 2 log 2: nothing moved
-    >>> print(jaxbo.mart_loss(logits, logits, jnp.array([0])).round(4))
+    >>> print(jaxbo.adversarial.mart_loss(logits, logits, jnp.array([0])).round(4))
     [1.3863]
 
   References:

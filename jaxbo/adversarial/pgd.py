@@ -73,7 +73,7 @@ def pgd(
     >>> import jax.numpy as jnp, jaxbo
     >>> def model(params, images):                              # two classes, one pixel
     ...   return jnp.concatenate([images, -images], axis=1) * params
-    >>> attack = jaxbo.pgd(model, epsilon=0.25, step_size=0.1, num_steps=6)
+    >>> attack = jaxbo.adversarial.pgd(model, epsilon=0.25, step_size=0.1, num_steps=6)
     >>> attack(jnp.float32(2.0), (jnp.array([[0.5]]), jnp.array([0])), key=0).tolist()
     [[0.25]]
 
@@ -173,7 +173,7 @@ def fgsm(
     >>> import jax.numpy as jnp, jaxbo
     >>> def model(params, images):
     ...   return jnp.concatenate([images, -images], axis=1) * params
-    >>> attack = jaxbo.fgsm(model, epsilon=0.25, random_start=False)
+    >>> attack = jaxbo.adversarial.fgsm(model, epsilon=0.25, random_start=False)
     >>> attack(jnp.float32(2.0), (jnp.array([[0.5]]), jnp.array([0]))).tolist()
     [[0.25]]
 

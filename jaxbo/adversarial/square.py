@@ -54,7 +54,7 @@ def square(
     >>> def model(params, images):
     ...   mean = jnp.mean(images, axis=(1, 2, 3))
     ...   return params * jnp.stack([mean - 0.5, 0.5 - mean], axis=1)
-    >>> attack = jaxbo.square(model, epsilon=0.1, num_queries=50)
+    >>> attack = jaxbo.adversarial.square(model, epsilon=0.1, num_queries=50)
     >>> images = jnp.full((1, 4, 4, 1), 0.52)
     >>> perturbed = attack(jnp.float32(1.0), (images, jnp.array([0])), key=0)
     >>> print(perturbed.mean() < 0.5)                          # misclassified

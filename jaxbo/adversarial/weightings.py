@@ -47,14 +47,14 @@ def gairat(
       ``"discrete"``, :math:`w \propto 1 - \kappa / (K + 1)`, which knows no shift.
 
   Returns:
-    A :class:`Weighting` for ``scores=`` of :func:`reweight`, floats.
+    A :class:`~jaxbo.dro.Weighting` for ``scores=`` of :func:`~jaxbo.reweight`, floats.
 
   Raises:
     ValueError: if an argument is outside its range.
 
   Example:
     >>> import jax.numpy as jnp, jaxbo, numpy as np
-    >>> weighting = jaxbo.gairat(num_steps=10)
+    >>> weighting = jaxbo.adversarial.gairat(num_steps=10)
     >>> weights, _, _ = weighting.weigh(jnp.array([0.0, 5.0, 10.0]), weighting.init())
     >>> print(np.asarray(weights).round(3))
     [0.893 0.107 0.   ]
@@ -97,14 +97,14 @@ def mail(
     bias: :math:`b`. Published: 10 and -0.5 for plain and MART training, 2 and 0 for TRADES.
 
   Returns:
-    A :class:`Weighting` for ``scores=`` of :func:`reweight`.
+    A :class:`~jaxbo.dro.Weighting` for ``scores=`` of :func:`~jaxbo.reweight`.
 
   Raises:
     ValueError: if ``slope`` is negative, or ``bias`` is not finite.
 
   Example:
     >>> import jax.numpy as jnp, jaxbo, numpy as np
-    >>> weighting = jaxbo.mail(slope=2.0, bias=0.0)
+    >>> weighting = jaxbo.adversarial.mail(slope=2.0, bias=0.0)
     >>> weights, _, _ = weighting.weigh(jnp.array([-1.0, 0.0, 1.0]), weighting.init())
     >>> print(np.asarray(weights).round(3))
     [0.079 0.333 0.587]
@@ -140,15 +140,15 @@ def wat(num_classes: int, step_size: float | jax.Array = 0.1) -> Weighting:
     step_size: :math:`\eta > 0`; the default is the published one.
 
   Returns:
-    A :class:`Weighting` that needs ``groups=``, the labels.
+    A :class:`~jaxbo.dro.Weighting` that needs ``groups=``, the labels.
 
   Raises:
     ValueError: if an argument is outside its range.
 
   Example:
     >>> import jax.numpy as jnp, jaxbo, numpy as np
-    >>> weighting = jaxbo.wat(num_classes=2, step_size=1.0)
-    >>> state = jaxbo.WatState(class_costs=jnp.array([0.0, 2.0]))
+    >>> weighting = jaxbo.adversarial.wat(num_classes=2, step_size=1.0)
+    >>> state = jaxbo.adversarial.WatState(class_costs=jnp.array([0.0, 2.0]))
     >>> losses, labels = jnp.array([1.0, 1.0]), jnp.array([0, 1])
     >>> print(np.asarray(weighting.weigh(losses, state, groups=labels)[0]).round(3))
     [0.212 0.788]

@@ -1,1 +1,40 @@
-"""Bilevel optimization: the inner problem, its solver, and the responses to hypergradients."""
+"""What bilevel methods are made of: records of the inner problem, linear solvers, states."""
+
+from jaxbo.bilevel.dynamic_barrier import DynamicBarrierInfo, DynamicBarrierState
+from jaxbo.bilevel.es import EsInfo, EsResponseState
+from jaxbo.bilevel.implicit import ImplicitInfo, ImplicitResponseState
+from jaxbo.bilevel.inner import InnerInfo, Through
+from jaxbo.bilevel.linear_solvers import LinearInfo, LinearSolver
+from jaxbo.bilevel.loop import BilevelInfo, BilevelState
+from jaxbo.bilevel.penalty import ValuePenaltyInfo, ValuePenaltyState
+from jaxbo.bilevel.primal_dual import PrimalDualInfo, PrimalDualState
+from jaxbo.bilevel.projection import project_params
+from jaxbo.bilevel.proximal import ProximalInfo, ProximalState
+from jaxbo.bilevel.response import DropInfo, DropResponseState
+from jaxbo.bilevel.unrolled import UnrolledInfo, UnrolledResponseState
+
+__all__ = [
+  "BilevelInfo",
+  "BilevelState",
+  "DropInfo",
+  "DropResponseState",
+  "DynamicBarrierInfo",
+  "DynamicBarrierState",
+  "EsInfo",
+  "EsResponseState",
+  "ImplicitInfo",
+  "ImplicitResponseState",
+  "InnerInfo",
+  "LinearInfo",
+  "LinearSolver",
+  "PrimalDualInfo",
+  "PrimalDualState",
+  "ProximalInfo",
+  "ProximalState",
+  "Through",
+  "UnrolledInfo",
+  "UnrolledResponseState",
+  "ValuePenaltyInfo",
+  "ValuePenaltyState",
+  "project_params",
+]

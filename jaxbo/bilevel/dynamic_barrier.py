@@ -15,7 +15,7 @@ from jaxbo.bilevel.value_function import add_penalty, check_update, lower_value,
 
 
 class DynamicBarrierInfo(NamedTuple):
-  r"""Diagnostics of :func:`add_dynamic_barrier`; scalars of float32 at least.
+  r"""Diagnostics of :func:`~jaxbo.add_dynamic_barrier`; scalars of float32 at least.
 
   Attributes:
     excess: :math:`q = g(x, y) - g(x, \hat y)` before the update.
@@ -32,7 +32,7 @@ class DynamicBarrierInfo(NamedTuple):
 
 
 class DynamicBarrierState(NamedTuple):
-  """State of :func:`add_dynamic_barrier`: nothing but diagnostics.
+  """State of :func:`~jaxbo.add_dynamic_barrier`: nothing but diagnostics.
 
   Attributes:
     info: the :class:`DynamicBarrierInfo` of the last update.

@@ -14,7 +14,7 @@ from jaxbo.bilevel.response import MISSING, add, check_solver, check_update, gua
 
 
 class EsInfo(NamedTuple):
-  """Diagnostics of :func:`add_es_response`.
+  """Diagnostics of :func:`~jaxbo.add_es_response`.
 
   Attributes:
     hypergradient_norm: norm of what came out, float32 at least.
@@ -29,7 +29,7 @@ class EsInfo(NamedTuple):
 
 
 class EsResponseState(NamedTuple):
-  """State of :func:`add_es_response`.
+  """State of :func:`~jaxbo.add_es_response`.
 
   Attributes:
     es_key: the constant base key, as raw key data.
@@ -283,7 +283,7 @@ def esj(
     >>> import jax, jax.numpy as jnp, jaxbo, optax
     >>> inner = jaxbo.inner_solver(lambda x, y, batch: (y - 3 * x) ** 2, optax.sgd(0.25), 20)
     >>> outer_loss = lambda x, y, batch: (y - 6.0) ** 2              # minimal at x = 2
-    >>> init, step = jaxbo.bilevel(outer_loss, inner, jaxbo.esj(0.01, inner))
+    >>> init, step = jaxbo.bilevel_loop(outer_loss, inner, jaxbo.esj(0.01, inner))
     >>> state = init(jnp.float32(1.0), jnp.float32(0.0))
     >>> for _ in range(50):
     ...   state, info = jax.jit(step)(state, None, None)

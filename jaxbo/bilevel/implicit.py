@@ -13,14 +13,14 @@ from jaxbo.bilevel.response import MISSING, add, check_solver, check_update, gua
 
 
 class ImplicitInfo(NamedTuple):
-  """Diagnostics of :func:`add_implicit_response`.
+  """Diagnostics of :func:`~jaxbo.add_implicit_response`.
 
   Attributes:
     hypergradient_norm: norm of what came out, float32 at least.
     response_norm: norm of the response alone.
     response_finite: whether the response was finite; if not, it counts as zero.
     linear_residual: relative residual of the linear system, see
-      :class:`jaxbo.LinearInfo`.
+      :class:`jaxbo.bilevel.LinearInfo`.
     linear_steps: steps that the linear solver took, int32; -1 if it does not say.
     linear_breakdown: whether the linear solver had to stop early (zero or negative curvature, or
       numbers that are not finite).
@@ -35,7 +35,7 @@ class ImplicitInfo(NamedTuple):
 
 
 class ImplicitResponseState(NamedTuple):
-  """State of :func:`add_implicit_response`.
+  """State of :func:`~jaxbo.add_implicit_response`.
 
   Attributes:
     linear_solution: the last finite solution of the linear system, shaped like the inner
@@ -218,7 +218,7 @@ def aid(
     >>> import jax, jax.numpy as jnp, jaxbo, optax
     >>> inner = jaxbo.inner_solver(lambda x, y, batch: (y - x**2) ** 2, optax.sgd(0.25), 30)
     >>> outer_loss = lambda x, y, batch: (y - 4.0) ** 2              # minimal at x = 2
-    >>> init, step = jaxbo.bilevel(outer_loss, inner, jaxbo.aid(0.02, inner))
+    >>> init, step = jaxbo.bilevel_loop(outer_loss, inner, jaxbo.aid(0.02, inner))
     >>> state = init(jnp.float32(1.0), jnp.float32(0.0))
     >>> for _ in range(20):
     ...   state, info = jax.jit(step)(state, None, None)
@@ -259,7 +259,7 @@ def stocbio(
     >>> inner = jaxbo.inner_solver(lambda x, y, batch: (y - x**2) ** 2, optax.sgd(0.25), 30)
     >>> outer_loss = lambda x, y, batch: (y - 4.0) ** 2              # minimal at x = 2
     >>> outer = jaxbo.stocbio(0.02, inner, num_terms=10, neumann_learning_rate=0.25)
-    >>> init, step = jaxbo.bilevel(outer_loss, inner, outer)
+    >>> init, step = jaxbo.bilevel_loop(outer_loss, inner, outer)
     >>> state = init(jnp.float32(1.0), jnp.float32(0.0))
     >>> for _ in range(20):
     ...   state, info = jax.jit(step)(state, None, None)

@@ -35,7 +35,7 @@ class InnerSolution(NamedTuple):
     opt_state: the state of the inner optimizer after the last step.
     start: ``(params, opt_state)`` before the first step. Responses run the inner problem again
       from here, so that every run shares everything but ``x``.
-    info: the :class:`InnerInfo` of the run.
+    info: the :class:`~jaxbo.bilevel.InnerInfo` of the run.
   """
 
   params: optax.Params
@@ -45,7 +45,7 @@ class InnerSolution(NamedTuple):
 
 
 class Path(Protocol):
-  """The type of :attr:`InnerSolver.path`."""
+  """The type of :attr:`~jaxbo.InnerSolver.path`."""
 
   def __call__(
     self,

@@ -90,7 +90,7 @@ def conjugate_gradient(
       :func:`jaxbo.add_implicit_response` needs ``inner_params``.
 
   Returns:
-    A :class:`LinearSolver`.
+    A :class:`~jaxbo.bilevel.LinearSolver`.
 
   Raises:
     ValueError: if an argument is outside its range.
@@ -164,7 +164,7 @@ def fixed_point(num_steps: int, learning_rate: float, *, warm_start: bool = Fals
       :func:`jaxbo.add_implicit_response` needs ``inner_params``.
 
   Returns:
-    A :class:`LinearSolver`.
+    A :class:`~jaxbo.bilevel.LinearSolver`.
 
   Raises:
     ValueError: if an argument is outside its range.
@@ -208,8 +208,8 @@ def neumann(num_steps: int, learning_rate: float) -> LinearSolver:
     learning_rate: the step :math:`\eta > 0`, below :math:`2 / \lambda_{\max}(A)`.
 
   Returns:
-    A :class:`LinearSolver`. The ``residual`` that it reports is that of the sum without its last
-    term, since the last one's would cost a product more.
+    A :class:`~jaxbo.bilevel.LinearSolver`. The ``residual`` that it reports is that of the sum
+    without its last term, since the last one's would cost a product more.
 
   Raises:
     ValueError: if an argument is outside its range.

@@ -25,7 +25,7 @@ class Bilevel(NamedTuple):
 
 
 def check_params(name: str, params: Any) -> Bilevel:
-  """Returns ``params``; raises unless they are :class:`Bilevel` floats."""
+  """Returns ``params``; raises unless they are :class:`~jaxbo.Bilevel` floats."""
   if params is None:
     raise ValueError(f"{name}: update must be given params, jaxbo.Bilevel(outer=x, inner=y)")
   if not isinstance(params, Bilevel):

@@ -15,7 +15,7 @@ from jaxbo.bilevel.value_function import add_penalty, check_update, lower_value,
 
 
 class ValuePenaltyInfo(NamedTuple):
-  r"""Diagnostics of :func:`add_value_function_penalty`; scalars of float32 at least.
+  r"""Diagnostics of :func:`~jaxbo.add_value_function_penalty`; scalars of float32 at least.
 
   Attributes:
     excess: :math:`q = g(x, y) - g(x, \hat y)` before the update.
@@ -31,7 +31,7 @@ class ValuePenaltyInfo(NamedTuple):
 
 
 class ValuePenaltyState(NamedTuple):
-  r"""State of :func:`add_value_function_penalty`.
+  r"""State of :func:`~jaxbo.add_value_function_penalty`.
 
   Attributes:
     penalty_params: the lower-value iterate :math:`\hat y`, float32 at least.

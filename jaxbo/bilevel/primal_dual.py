@@ -15,7 +15,7 @@ from jaxbo.bilevel.value_function import add_penalty, check_update, lower_value,
 
 
 class PrimalDualInfo(NamedTuple):
-  r"""Diagnostics of :func:`add_primal_dual_penalty`; scalars of float32 at least.
+  r"""Diagnostics of :func:`~jaxbo.add_primal_dual_penalty`; scalars of float32 at least.
 
   Attributes:
     constraint: :math:`h = g(x, y) - \tilde g(x, \hat y) - \delta` before the update. An
@@ -40,7 +40,7 @@ class PrimalDualInfo(NamedTuple):
 
 
 class PrimalDualState(NamedTuple):
-  r"""State of :func:`add_primal_dual_penalty`.
+  r"""State of :func:`~jaxbo.add_primal_dual_penalty`.
 
   Attributes:
     value_params: the lower-value iterate :math:`\hat y`, float32 at least.

@@ -73,11 +73,12 @@ def project(
 
 
 def project_params(projection: Projection) -> optax.GradientTransformationExtraArgs:
-  r"""Makes the step of one level end in a convex set: :func:`project` for plain parameters.
+  r"""Makes the step of one level end in a convex set: :func:`~jaxbo.project` for plain parameters.
 
   .. math:: u \leftarrow P_X(x + u) - x
 
-  Like :func:`project` it stands last in a chain; what is said there about rounding and cost holds.
+  Like :func:`~jaxbo.project` it stands last in a chain; what is said there about rounding and cost
+  holds.
 
   Args:
     projection: maps ``x`` to the nearest point of :math:`X`.
@@ -92,7 +93,7 @@ def project_params(projection: Projection) -> optax.GradientTransformationExtraA
   Example:
     >>> import jax.numpy as jnp, jaxbo, optax
     >>> box = lambda x: optax.projections.projection_box(x, 0.0, 1.0)
-    >>> tx = optax.chain(optax.sgd(1.0), jaxbo.project_params(box))
+    >>> tx = optax.chain(optax.sgd(1.0), jaxbo.bilevel.project_params(box))
     >>> x = jnp.float32(0.5)
     >>> updates, _ = tx.update(jnp.float32(3.0), tx.init(x), x)
     >>> float(optax.apply_updates(x, updates))

@@ -16,7 +16,7 @@ from jaxbo.bilevel.value_function import ConstraintTerm, check_update, scaled
 
 
 class ProximalInfo(NamedTuple):
-  r"""Diagnostics of :func:`add_proximal_terms`.
+  r"""Diagnostics of :func:`~jaxbo.add_proximal_terms`.
 
   Attributes:
     centre_distance: :math:`\|z - \bar z\|` at this update, float32 at least; how far a whole
@@ -27,7 +27,7 @@ class ProximalInfo(NamedTuple):
 
 
 class ProximalState(NamedTuple):
-  r"""State of :func:`add_proximal_terms`.
+  r"""State of :func:`~jaxbo.add_proximal_terms`.
 
   Attributes:
     proximal_head: the state of the head.

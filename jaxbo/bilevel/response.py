@@ -1,4 +1,4 @@
-r"""What every response transformation shares, and the simplest one: :func:`drop_response`.
+r"""What every response transformation shares, and the simplest one: :func:`~jaxbo.drop_response`.
 
 A response transformation takes the pair :math:`(\nabla_x f, \nabla_y f)` at the inner solution and
 returns the hypergradient :math:`\nabla_x f + (\partial y / \partial x)^\top \nabla_y f`.
@@ -68,7 +68,7 @@ def add(outer_grad: optax.Params, response: optax.Params) -> optax.Params:
 
 
 class DropInfo(NamedTuple):
-  """Diagnostics of :func:`drop_response`.
+  """Diagnostics of :func:`~jaxbo.drop_response`.
 
   Attributes:
     hypergradient_norm: norm of what came out, float32 at least.
@@ -78,7 +78,7 @@ class DropInfo(NamedTuple):
 
 
 class DropResponseState(NamedTuple):
-  """State of :func:`drop_response`."""
+  """State of :func:`~jaxbo.drop_response`."""
 
   info: DropInfo
 

@@ -12,7 +12,7 @@ from jaxbo.bilevel.response import MISSING, add, check_solver, check_update, gua
 
 
 class UnrolledInfo(NamedTuple):
-  """Diagnostics of :func:`add_unrolled_response`.
+  """Diagnostics of :func:`~jaxbo.add_unrolled_response`.
 
   Attributes:
     hypergradient_norm: norm of what came out, float32 at least.
@@ -26,7 +26,7 @@ class UnrolledInfo(NamedTuple):
 
 
 class UnrolledResponseState(NamedTuple):
-  """State of :func:`add_unrolled_response`."""
+  """State of :func:`~jaxbo.add_unrolled_response`."""
 
   info: UnrolledInfo
 
@@ -116,7 +116,7 @@ def itd(
     >>> import jax, jax.numpy as jnp, jaxbo, optax
     >>> inner = jaxbo.inner_solver(lambda x, y, batch: (y - x**2) ** 2, optax.sgd(0.25), 30)
     >>> outer_loss = lambda x, y, batch: (y - 4.0) ** 2              # minimal at x = 2
-    >>> init, step = jaxbo.bilevel(outer_loss, inner, jaxbo.itd(0.02, inner))
+    >>> init, step = jaxbo.bilevel_loop(outer_loss, inner, jaxbo.itd(0.02, inner))
     >>> state = init(jnp.float32(1.0), jnp.float32(0.0))
     >>> for _ in range(20):
     ...   state, info = jax.jit(step)(state, None, None)

@@ -30,7 +30,7 @@ class ConstraintTerm(NamedTuple):
 
   Attributes:
     value: a scalar.
-    gradient: its gradient, :class:`Bilevel`.
+    gradient: its gradient, :class:`~jaxbo.Bilevel`.
   """
 
   value: jax.Array

@@ -34,14 +34,14 @@ def ir_dro(
   optimizer: Optimizer = optax.adamw,
   axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
-  """IR-DRO: instance reweighting for continual training, :func:`kl` weights before AdamW.
+  """IR-DRO: instance reweighting for continual training, :func:`~jaxbo.dro.kl` before AdamW.
 
   The published code weighs each device's examples among themselves; here weights are those of the
   whole batch.
 
   Args:
     learning_rate: a float or a schedule; published runs use 2e-6.
-    temperature: as in :func:`kl`; the default is the published one.
+    temperature: as in :func:`~jaxbo.dro.kl`; the default is the published one.
     optimizer: the optimizer behind, made by ``optimizer(learning_rate)``.
     axis_name: as in :func:`reweight`.
 
@@ -74,14 +74,14 @@ def group_dro(
   optimizer: Optimizer = optax.sgd,
   axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
-  """Group DRO: descent on the worst group, :func:`group` weights before SGD.
+  """Group DRO: descent on the worst group, :func:`~jaxbo.dro.group` weights before SGD.
 
   Args:
     learning_rate: a float or a schedule.
-    num_groups: as in :func:`group`; ``update`` needs ``groups=``.
-    step_size: as in :func:`group`; the default is the published one.
-    adjustment: as in :func:`group`.
-    group_sizes: as in :func:`group`.
+    num_groups: as in :func:`~jaxbo.dro.group`; ``update`` needs ``groups=``.
+    step_size: as in :func:`~jaxbo.dro.group`; the default is the published one.
+    adjustment: as in :func:`~jaxbo.dro.group`.
+    group_sizes: as in :func:`~jaxbo.dro.group`.
     optimizer: the optimizer behind, made by ``optimizer(learning_rate)``.
     axis_name: as in :func:`reweight`.
 
@@ -118,11 +118,11 @@ def cvar_dro(
   optimizer: Optimizer = optax.sgd,
   axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
-  """CVaR-DRO: descent on the mean of the worst losses, :func:`cvar` weights before SGD.
+  """CVaR-DRO: descent on the mean of the worst losses, :func:`~jaxbo.dro.cvar` weights before SGD.
 
   Args:
     learning_rate: a float or a schedule.
-    level: as in :func:`cvar`.
+    level: as in :func:`~jaxbo.dro.cvar`.
     optimizer: the optimizer behind, made by ``optimizer(learning_rate)``.
     axis_name: as in :func:`reweight`.
 
@@ -152,11 +152,11 @@ def chi2_dro(
   optimizer: Optimizer = optax.sgd,
   axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
-  """Chi-square DRO: descent on the worst case over :func:`chi_square_ball`, before SGD.
+  """Chi-square DRO: descent on the worst case over :func:`~jaxbo.dro.chi_square_ball`, before SGD.
 
   Args:
     learning_rate: a float or a schedule.
-    radius: as in :func:`chi_square_ball`.
+    radius: as in :func:`~jaxbo.dro.chi_square_ball`.
     optimizer: the optimizer behind, made by ``optimizer(learning_rate)``.
     axis_name: as in :func:`reweight`.
 
@@ -186,11 +186,11 @@ def term(
   optimizer: Optimizer = optax.sgd,
   axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
-  """TERM: tilted empirical risk minimisation, :func:`tilted` weights before SGD.
+  """TERM: tilted empirical risk minimisation, :func:`~jaxbo.dro.tilted` weights before SGD.
 
   Args:
     learning_rate: a float or a schedule.
-    t: as in :func:`tilted`: positive for fairness, negative for robustness to outliers.
+    t: as in :func:`~jaxbo.dro.tilted`: positive for fairness, negative for robustness to outliers.
     optimizer: the optimizer behind, made by ``optimizer(learning_rate)``.
     axis_name: as in :func:`reweight`.
 

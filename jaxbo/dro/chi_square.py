@@ -40,7 +40,7 @@ def chi_square(penalty: float | jax.Array | optax.Schedule) -> Weighting:
 
   Example:
     >>> import jax.numpy as jnp, jaxbo
-    >>> weighting = jaxbo.chi_square(2.0)
+    >>> weighting = jaxbo.dro.chi_square(2.0)
     >>> weights, _, info = weighting.weigh(jnp.array([1.0, 2.0, 3.0, 4.0]), weighting.init())
     >>> print(weights, info.objective)
     [0.0625 0.1875 0.3125 0.4375] 2.8125
@@ -97,7 +97,7 @@ def chi_square_ball(radius: float | jax.Array) -> Weighting:
 
   Example:
     >>> import jax.numpy as jnp, jaxbo
-    >>> weights, _, info = jaxbo.chi_square_ball(0.1).weigh(jnp.array([1.0, 2.0, 3.0, 4.0]), ())
+    >>> weights, _, info = jaxbo.dro.chi_square_ball(0.1).weigh(jnp.array([1.0, 2.0, 3.0, 4.0]), ())
     >>> print((100 * weights).round(), info.objective.round(4))
     [10. 20. 30. 40.] 3.0
 

@@ -65,7 +65,7 @@ def compositional(
 
   Example:
     >>> import jax.numpy as jnp, jaxbo, numpy as np
-    >>> weighting = jaxbo.compositional(jaxbo.kl(1.0), rate=0.1)
+    >>> weighting = jaxbo.dro.compositional(jaxbo.dro.kl(1.0), rate=0.1)
     >>> _, state, _ = weighting.weigh(jnp.array([1.0]), weighting.init())     # a batch of one
     >>> weights, state, _ = weighting.weigh(jnp.array([3.0]), state)          # and a harder one
     >>> print(np.asarray(weights).round(2))                          # e^3 / (0.9 e + 0.1 e^3)
@@ -79,8 +79,8 @@ def compositional(
   check_weighting("weighting", weighting)
   if weighting.log_ratio is None:
     raise TypeError(
-      "weighting must be exponential at a given temperature: jaxbo.kl with a number or schedule, "
-      "or jaxbo.tilted"
+      "weighting must be exponential at a given temperature: jaxbo.dro.kl with a number or a "
+      "schedule, or jaxbo.dro.tilted"
     )
   log_ratio = weighting.log_ratio
   check_schedule("rate", rate, lambda name, value: _check.within(name, value, 0, 1, ends="(]"))

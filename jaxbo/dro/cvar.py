@@ -37,7 +37,7 @@ def cvar(level: float | jax.Array) -> Weighting:
 
   Example:
     >>> import jax.numpy as jnp, jaxbo, numpy as np
-    >>> weights, _, info = jaxbo.cvar(0.6).weigh(jnp.array([1.0, 2.0, 3.0, 4.0]), ())
+    >>> weights, _, info = jaxbo.dro.cvar(0.6).weigh(jnp.array([1.0, 2.0, 3.0, 4.0]), ())
     >>> print(np.asarray(weights).round(4), info.objective.round(4))
     [0.     0.1667 0.4167 0.4167] 3.25
 
@@ -78,7 +78,7 @@ def kl_cvar(level: float | jax.Array, temperature: Temperature) -> Weighting:
 
   Example:
     >>> import jax.numpy as jnp, jaxbo, numpy as np
-    >>> weighting = jaxbo.kl_cvar(0.5, temperature=1.0)
+    >>> weighting = jaxbo.dro.kl_cvar(0.5, temperature=1.0)
     >>> weights, _, info = weighting.weigh(jnp.array([1.0, 2.0, 3.0, 4.0]), weighting.init())
     >>> print(np.asarray(weights).round(3), info.objective.round(4))
     [0.045 0.122 0.333 0.5  ] 3.0107

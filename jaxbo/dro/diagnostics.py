@@ -20,7 +20,7 @@ class WeightInfo(NamedTuple):
       prior, uniform without one.
     entropy: :math:`-\sum_i w_i \log w_i`.
     max_weight: the largest weight.
-    weight_sum: the sum of the weights: 1, but for :func:`jaxbo.compositional`; 0 if no example
+    weight_sum: the sum of the weights: 1, but for :func:`jaxbo.dro.compositional`; 0 if no example
       counts.
     surrogate: :math:`\sum_i w_i \ell_i`, the loss whose gradient is taken.
     objective: the robust value, which the weights maximise; the surrogate where they maximise

@@ -58,7 +58,7 @@ def group(
 
   Example:
     >>> import jax.numpy as jnp, jaxbo, numpy as np
-    >>> weighting = jaxbo.group(num_groups=2, step_size=1.0)
+    >>> weighting = jaxbo.dro.group(num_groups=2, step_size=1.0)
     >>> losses, groups = jnp.array([1.0, 1.0, 2.0]), jnp.array([0, 0, 1])
     >>> weights, state, _ = weighting.weigh(losses, weighting.init(), groups=groups)
     >>> print(np.asarray(weights).round(3))                # softmax([1, 2]) = [0.269, 0.731]

@@ -24,7 +24,7 @@ def uniform() -> Weighting:
 
   Example:
     >>> import jax.numpy as jnp, jaxbo
-    >>> jaxbo.uniform().weigh(jnp.array([1.0, 3.0]), ())[0].tolist()
+    >>> jaxbo.dro.uniform().weigh(jnp.array([1.0, 3.0]), ())[0].tolist()
     [0.5, 0.5]
   """
   return make_weighting(
@@ -61,7 +61,7 @@ def kl(temperature: Temperature) -> Weighting:
 
   Example:
     >>> import jax.numpy as jnp, jaxbo, numpy as np
-    >>> weighting = jaxbo.kl(temperature=1.0)
+    >>> weighting = jaxbo.dro.kl(temperature=1.0)
     >>> weights, _, info = weighting.weigh(jnp.array([1.0, 2.0, 3.0, 4.0]), weighting.init())
     >>> print(np.asarray(weights).round(3))
     [0.032 0.087 0.237 0.644]
@@ -113,7 +113,7 @@ def tilted(t: float | jax.Array | Callable[[Any], Any]) -> Weighting:
 
   Example:
     >>> import jax.numpy as jnp, jaxbo, numpy as np
-    >>> weighting = jaxbo.tilted(-1.0)
+    >>> weighting = jaxbo.dro.tilted(-1.0)
     >>> weights, _, info = weighting.weigh(jnp.array([1.0, 2.0, 3.0, 4.0]), weighting.init())
     >>> print(np.asarray(weights).round(3), info.objective.round(4))
     [0.644 0.237 0.087 0.032] 1.9461
@@ -160,7 +160,7 @@ def kl_ball(radius: float | jax.Array) -> Weighting:
 
   Example:
     >>> import jax.numpy as jnp, jaxbo, numpy as np
-    >>> weights, _, info = jaxbo.kl_ball(0.1).weigh(jnp.array([1.0, 2.0, 3.0, 4.0]), ())
+    >>> weights, _, info = jaxbo.dro.kl_ball(0.1).weigh(jnp.array([1.0, 2.0, 3.0, 4.0]), ())
     >>> print(np.asarray(weights).round(3), f"{info.objective:.3f}")
     [0.121 0.183 0.277 0.419] 2.994
     >>> print(f"{info.kl:.3f} {info.temperature:.3f}")

@@ -64,7 +64,7 @@ def min_max(floor: float = 1e-6) -> Normalizer:
 
   Example:
     >>> import jax.numpy as jnp, jaxbo
-    >>> weighting = jaxbo.lin_upper(1.0, jaxbo.min_max(floor=1.0))
+    >>> weighting = jaxbo.dro.lin_upper(1.0, jaxbo.dro.min_max(floor=1.0))
     >>> print((10000 * weighting.weigh(jnp.array([2.0, 2.001]), weighting.init())[0]).round())
     [4998. 5002.]
   """
@@ -94,8 +94,8 @@ def quantile_range(low: float = 0.05, high: float = 0.95, floor: float = 1e-6) -
   Example:
     >>> import jax.numpy as jnp, jaxbo
     >>> losses = jnp.array([1.0, 2.0, 3.0, 4.0, 1000.0])
-    >>> for normalizer in (jaxbo.min_max(), jaxbo.quantile_range(0.0, 0.75)):
-    ...   weighting = jaxbo.lin_upper(1.0, normalizer)
+    >>> for normalizer in (jaxbo.dro.min_max(), jaxbo.dro.quantile_range(0.0, 0.75)):
+    ...   weighting = jaxbo.dro.lin_upper(1.0, normalizer)
     ...   print((100 * weighting.weigh(losses, weighting.init())[0]).round())
     [15. 15. 15. 15. 40.]
     [ 9. 18. 24. 24. 24.]
@@ -128,7 +128,7 @@ def running_range(rate: float | jax.Array = 0.1, floor: float = 1e-6) -> Normali
 
   Example:
     >>> import jax.numpy as jnp, jaxbo
-    >>> weighting = jaxbo.lin_upper(1.0, jaxbo.running_range(0.1))
+    >>> weighting = jaxbo.dro.lin_upper(1.0, jaxbo.dro.running_range(0.1))
     >>> _, state, _ = weighting.weigh(jnp.array([0.0, 4.0]), weighting.init())
     >>> print(weighting.weigh(jnp.array([3.0, 4.0]), state)[0])        # both in the upper half
     [0.5 0.5]
@@ -177,7 +177,7 @@ def shaped(
 
   Example:
     >>> import jax.numpy as jnp, jaxbo
-    >>> hardest_half = jaxbo.shaped(jaxbo.kl(1.0), lambda h: (h > 0) * 1.0)
+    >>> hardest_half = jaxbo.dro.shaped(jaxbo.dro.kl(1.0), lambda h: (h > 0) * 1.0)
     >>> weights, _, _ = hardest_half.weigh(jnp.array([1.0, 2.0, 5.0]), hardest_half.init())
     >>> print((100 * weights).round())
     [21. 21. 58.]
@@ -186,7 +186,9 @@ def shaped(
   _check.takes_arguments("shape", shape, "scores")
   normalizer = min_max() if normalizer is None else normalizer
   if not isinstance(normalizer, Normalizer):
-    raise TypeError(f"normalizer must be a jaxbo.Normalizer, say jaxbo.min_max(), got {normalizer}")
+    raise TypeError(
+      f"normalizer must be a jaxbo.dro.Normalizer, say jaxbo.dro.min_max(), got {normalizer}"
+    )
 
   def init(dtype: jax.typing.DTypeLike = jnp.float32):
     return weighting.init(dtype), normalizer.init(dtype)
@@ -216,7 +218,7 @@ def lin_upper(temperature: Temperature = 1.0, normalizer: Normalizer | None = No
 
   Example:
     >>> import jax.numpy as jnp, jaxbo
-    >>> weighting = jaxbo.lin_upper(temperature=1.0)
+    >>> weighting = jaxbo.dro.lin_upper(temperature=1.0)
     >>> weights, _, _ = weighting.weigh(jnp.array([1.0, 2.0, 3.0, 5.0]), weighting.init())
     >>> print((100 * weights).round())                   # proportional to exp([0, 0.5, 1, 1])
     [12. 20. 34. 34.]
@@ -242,7 +244,7 @@ def quadratic(temperature: Temperature = 1.0, normalizer: Normalizer | None = No
 
   Example:
     >>> import jax.numpy as jnp, jaxbo
-    >>> weighting = jaxbo.quadratic(temperature=1.0)
+    >>> weighting = jaxbo.dro.quadratic(temperature=1.0)
     >>> weights, _, _ = weighting.weigh(jnp.array([1.0, 2.0, 3.0]), weighting.init())
     >>> print((100 * weights).round())
     [21. 58. 21.]
@@ -268,7 +270,7 @@ def extremes(temperature: Temperature = 1.0, normalizer: Normalizer | None = Non
 
   Example:
     >>> import jax.numpy as jnp, jaxbo
-    >>> weighting = jaxbo.extremes(temperature=1.0)
+    >>> weighting = jaxbo.dro.extremes(temperature=1.0)
     >>> weights, _, _ = weighting.weigh(jnp.array([1.0, 2.0, 3.0]), weighting.init())
     >>> print((100 * weights).round())
     [42. 16. 42.]

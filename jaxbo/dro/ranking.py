@@ -58,7 +58,7 @@ def top_k(k: int) -> Weighting:
 
   Example:
     >>> import jax.numpy as jnp, jaxbo
-    >>> jaxbo.top_k(2).weigh(jnp.array([1.0, 4.0, 2.0, 3.0]), ())[0].tolist()
+    >>> jaxbo.dro.top_k(2).weigh(jnp.array([1.0, 4.0, 2.0, 3.0]), ())[0].tolist()
     [0.0, 0.5, 0.0, 0.5]
 
   References:
@@ -98,7 +98,7 @@ def mid_rank(fraction: float, band: int) -> Weighting:
 
   Example:
     >>> import jax.numpy as jnp, jaxbo
-    >>> jaxbo.mid_rank(0.25, band=1).weigh(jnp.array([1.0, 9.0, 2.0, 3.0]), ())[0].tolist()
+    >>> jaxbo.dro.mid_rank(0.25, band=1).weigh(jnp.array([1.0, 9.0, 2.0, 3.0]), ())[0].tolist()
     [0.0, 0.0, 0.0, 1.0]
 
   References:
@@ -142,7 +142,7 @@ def doro(weighting: Weighting, fraction: float | jax.Array) -> Weighting:
 
   Example:
     >>> import jax.numpy as jnp, jaxbo, numpy as np
-    >>> weighting = jaxbo.doro(jaxbo.cvar(1 / 3), fraction=0.25)
+    >>> weighting = jaxbo.dro.doro(jaxbo.dro.cvar(1 / 3), fraction=0.25)
     >>> weights, _, _ = weighting.weigh(jnp.array([1.0, 2.0, 3.0, 100.0]), weighting.init())
     >>> print(np.asarray(weights).round(3))
     [0. 0. 1. 0.]

@@ -15,7 +15,7 @@ from jaxbo.dro.weighting import Weighting, check_weighting
 
 
 class ReweightState(NamedTuple):
-  """State of :func:`reweight`.
+  """State of :func:`~jaxbo.reweight`.
 
   Attributes:
     weighting_state: what the weighting remembers.
@@ -33,8 +33,9 @@ def reweight(
 
   .. math:: g = \sum_i w_i \nabla \ell_i, \qquad w = \text{weighting}(\ell_1, \dots, \ell_n)
 
-  Weights are constants. Where they maximise a robust objective (:func:`kl`, :func:`cvar`,
-  :func:`chi_square`, ...), :math:`g` is its exact gradient, by Danskin's theorem.
+  Weights are constants. Where they maximise a robust objective (:func:`~jaxbo.dro.kl`,
+  :func:`~jaxbo.dro.cvar`, :func:`~jaxbo.dro.chi_square`, ...), :math:`g` is its exact gradient, by
+  Danskin's theorem.
 
   *Devices.* Under ``jit`` with a batch that is sharded over devices there is nothing to do: the
   weights are those of the whole batch. Inside a ``shard_map`` name the axis: devices exchange
@@ -54,17 +55,18 @@ def reweight(
   ``[batch]`` numbers.
 
   Args:
-    weighting: such as :func:`kl`.
+    weighting: such as :func:`~jaxbo.dro.kl`.
     axis_name: an axis of the ``shard_map`` around, or several, over which the batch is divided.
     scale: ``"mean"``: weights sum to 1, so that gradients have the scale of those of a mean loss;
       ``"sum"``: they sum to the number of examples that count.
 
   Returns:
-    A transformation that stands first in the chain. ``update`` takes :class:`PerExampleGrads`, or,
-    as an optax ``Aggregator``, materialised per-example gradients whose leaves are
-    ``[batch, *param_shape]``, with ``losses=``. Further arguments, all ``[batch]``: ``mask=``
-    (boolean, true for what counts), ``prior=``, ``groups=``, and ``scores=``, which weights are
-    found from in place of the losses (a margin, or the excess over a reference model).
+    A transformation that stands first in the chain. ``update`` takes
+    :class:`~jaxbo.dro.PerExampleGrads`, or, as an optax ``Aggregator``, materialised per-example
+    gradients whose leaves are ``[batch, *param_shape]``, with ``losses=``. Further arguments, all
+    ``[batch]``: ``mask=`` (boolean, true for what counts), ``prior=``, ``groups=``, and
+    ``scores=``, which weights are found from in place of the losses (a margin, or the excess over a
+    reference model).
 
   Note:
     ``optax.experimental.aggregating.process`` forwards no extra arguments to neighbours that take
@@ -81,7 +83,7 @@ def reweight(
     >>> import jax, jax.numpy as jnp, jaxbo, optax
     >>> def loss_fn(params, batch):
     ...   return 0.5 * (params - batch) ** 2
-    >>> tx = optax.chain(jaxbo.reweight(jaxbo.kl(temperature=0.1)), optax.sgd(0.05))
+    >>> tx = optax.chain(jaxbo.reweight(jaxbo.dro.kl(temperature=0.1)), optax.sgd(0.05))
     >>> @jax.jit
     ... def step(params, state, batch):
     ...   grads = jaxbo.per_example_grad(loss_fn)(params, batch)

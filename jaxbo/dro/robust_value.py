@@ -39,7 +39,7 @@ def robust_value(
     groups: ids of groups, ``[batch]``.
     state: of the weighting; its initial one by default.
     axis_name: an axis of the ``shard_map`` around; the value is then global. Differentiate inside
-      with :func:`reweight` instead: what a sum over devices differentiates to depends on the
+      with :func:`~jaxbo.reweight` instead: what a sum over devices differentiates to depends on the
       replication check.
 
   Returns:
@@ -52,7 +52,7 @@ def robust_value(
   Example:
     >>> import jax, jax.numpy as jnp, jaxbo
     >>> losses = jnp.array([1.0, 2.0, 3.0, 4.0])
-    >>> value, gradient = jax.value_and_grad(jaxbo.robust_value)(losses, jaxbo.cvar(0.5))
+    >>> value, gradient = jax.value_and_grad(jaxbo.dro.robust_value)(losses, jaxbo.dro.cvar(0.5))
     >>> print(value, gradient)
     3.5 [0.  0.  0.5 0.5]
   """

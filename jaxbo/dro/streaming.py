@@ -29,10 +29,10 @@ def streaming_grad(
   Averaging the reweighted gradients of microbatches is something else: weights would be relative
   to the microbatch. Here they are those of the whole batch, to rounding.
 
-  *One pass* suffices for exponential weights (:func:`kl` and :func:`tilted` at a given temperature,
-  :func:`compositional`, :func:`uniform`), by the online softmax: beside the largest score
-  :math:`m` so far, keep :math:`s = \sum_i p_i e^{z_i - m}` and
-  :math:`G = \sum_i p_i e^{z_i - m} \nabla \ell_i`, and rescale both where :math:`m` grows; the
+  *One pass* suffices for exponential weights (:func:`~jaxbo.dro.kl` and :func:`~jaxbo.dro.tilted`
+  at a given temperature, :func:`~jaxbo.dro.compositional`, :func:`~jaxbo.dro.uniform`), by the
+  online softmax: beside the largest score :math:`m` so far, keep :math:`s = \sum_i p_i e^{z_i - m}`
+  and :math:`G = \sum_i p_i e^{z_i - m} \nabla \ell_i`, and rescale both where :math:`m` grows; the
   gradient is :math:`G / s`. It costs what plain gradient accumulation costs. *All other weightings*
   take two passes, first for the losses, then for the gradients: 4/3 of that.
 
@@ -41,16 +41,17 @@ def streaming_grad(
 
   Args:
     loss_fn: as in :func:`per_example_grad`.
-    weighting: such as :func:`kl`.
+    weighting: such as :func:`~jaxbo.dro.kl`.
     microbatch_size: how many examples go through the model at once; it must divide the batch.
     axis_name: as in :func:`reweight`.
     repair: as in :func:`per_example_grad`.
 
   Returns:
     A function ``(params, batch, state=None, *, mask=None, prior=None, groups=None)`` that returns
-    the gradient and the :class:`WeightInfo`. For a weighting with memory (a schedule, a moving
-    average) give it the :class:`ReweightState` of ``reweight(weighting).init(params)``; the second
-    result is then the next state, which holds the ``info``.
+    the gradient and the :class:`~jaxbo.dro.WeightInfo`. For a weighting with memory (a schedule, a
+    moving average) give it the :class:`~jaxbo.dro.ReweightState` of
+    ``reweight(weighting).init(params)``; the second result is then the next state, which holds the
+    ``info``.
 
   Raises:
     ValueError: if ``microbatch_size`` is not positive, or does not divide the batch.
@@ -60,7 +61,7 @@ def streaming_grad(
     >>> import jax, jax.numpy as jnp, jaxbo, optax
     >>> def loss_fn(params, batch):
     ...   return 0.5 * (params - batch) ** 2
-    >>> gradient = jaxbo.streaming_grad(loss_fn, jaxbo.kl(0.1), microbatch_size=2)
+    >>> gradient = jaxbo.streaming_grad(loss_fn, jaxbo.dro.kl(0.1), microbatch_size=2)
     >>> g, info = jax.jit(gradient)(jnp.float32(0.0), jnp.array([0.0, 1.0, -1.0, 1.0]))
     >>> print(g.round(3))                    # -(2 - 1) / 3, but for the example whose loss is 0
     -0.333

@@ -57,7 +57,7 @@ def target_ess(fraction: float | jax.Array) -> TargetEss:
 
   Example:
     >>> import jax.numpy as jnp, jaxbo
-    >>> weighting = jaxbo.kl(jaxbo.target_ess(0.5))
+    >>> weighting = jaxbo.dro.kl(jaxbo.dro.target_ess(0.5))
     >>> _, _, info = weighting.weigh(jnp.array([1.0, 2.0, 3.0, 4.0]), weighting.init())
     >>> print(f"{info.effective_sample_size:.1f} {info.temperature:.2f}")
     2.0 0.94

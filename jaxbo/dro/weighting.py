@@ -17,7 +17,7 @@ class Weighting(NamedTuple):
 
   All rules of the library are pure, work under ``jit`` and ``vmap``, treat weights as constants,
   give examples of equal loss equal shares of the prior, and give weights that sum to 1 (but for
-  :func:`jaxbo.compositional`). What is masked, has no finite loss, or has a prior of zero gets
+  :func:`jaxbo.dro.compositional`). What is masked, has no finite loss, or has a prior of zero gets
   weight zero; if that is all, so do all weights, and the state stays as it was.
 
   Attributes:
@@ -111,7 +111,7 @@ def weigh_within(inner: Weighting, scores: jax.Array, batch: Batch, state: Any, 
 def check_weighting(name: str, value: Any) -> None:
   """Raises ``TypeError`` unless ``value`` is a weighting."""
   if not isinstance(value, Weighting):
-    raise TypeError(f"{name} must be a jaxbo.Weighting, say jaxbo.kl(1.0), got {value!r}")
+    raise TypeError(f"{name} must be a jaxbo.dro.Weighting, say jaxbo.dro.kl(1.0), got {value!r}")
 
 
 def _like(new: Any, old: jax.Array) -> jax.Array:

@@ -8,15 +8,15 @@ import jax.numpy as jnp
 import optax
 
 from jaxbo import _check, _tree
-from jaxbo.bilevel.driver import BilevelInfo, BilevelState, checked_outer_loss
 from jaxbo.bilevel.inner import InnerInfo, InnerSolution
+from jaxbo.bilevel.loop import BilevelInfo, BilevelState, checked_outer_loss
 from jaxbo.bilevel.parameters import Bilevel
 
 
 def joint(
   outer_loss: Callable[..., Any], outer: optax.GradientTransformation, *, has_aux: bool = False
 ) -> tuple[Callable[..., BilevelState], Callable[..., tuple[BilevelState, BilevelInfo]]]:
-  """``(init, step)`` like :func:`jaxbo.bilevel`, for a method that moves both levels itself.
+  """``(init, step)`` like :func:`jaxbo.bilevel_loop`, for a method that moves both levels itself.
 
   Gradients of the outer loss go in as :class:`jaxbo.Bilevel`; ``update`` is given ``batch=``, the
   batch of the inner loss, and ``outer_batch=``. The inner solution holds parameters and nothing

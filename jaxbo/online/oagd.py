@@ -18,7 +18,7 @@ from jaxbo.online.window import Window, check_window
 
 
 class BatchAverageInfo(NamedTuple):
-  """Diagnostics of :func:`average_over_batches`.
+  """Diagnostics of :func:`~jaxbo.average_over_batches`.
 
   Attributes:
     average_norm: norm of what came out, float32 at least.
@@ -30,7 +30,7 @@ class BatchAverageInfo(NamedTuple):
 
 
 class BatchAverageState(NamedTuple):
-  """State of :func:`average_over_batches`.
+  """State of :func:`~jaxbo.average_over_batches`.
 
   Attributes:
     response_state: the state of the head, after the newest batch.
@@ -56,7 +56,7 @@ def average_over_batches(
 
   Where :func:`jaxbo.window_average` keeps old gradients, this keeps old *batches* and evaluates
   their hypergradients again: no delay from old iterates, for ``K`` times the work. The memory is
-  that of :func:`jaxbo.online`, which gives it to ``update``.
+  that of :func:`jaxbo.online_loop`, which gives it to ``update``.
 
   Cost: the head, once for each batch in the memory, and one gradient of the outer loss for each
   but the newest, whose gradient comes in. Slots that are empty cost nothing. A linear solver with a
@@ -71,8 +71,8 @@ def average_over_batches(
 
   Returns:
     A transformation like ``head``, which stands first in the chain in its place. ``update`` must
-    be given ``memory=`` beside what the head needs: a :class:`jaxbo.Window` of
-    :class:`jaxbo.OnlineBatch` whose newest entry is the current batch. A batch whose
+    be given ``memory=`` beside what the head needs: a :class:`jaxbo.online.Window` of
+    :class:`jaxbo.online.OnlineBatch` whose newest entry is the current batch. A batch whose
     hypergradient is not finite is left out.
 
   Raises:
@@ -86,7 +86,7 @@ def average_over_batches(
     >>> outer_loss = lambda x, y, batch: y * batch                  # h_s is the batch of round s
     >>> head = jaxbo.add_implicit_response(inner, jaxbo.conjugate_gradient(1))
     >>> outer = optax.chain(jaxbo.average_over_batches(head, outer_loss, decay=0.5), optax.sgd(1.0))
-    >>> loop = jaxbo.online(outer_loss, inner, outer, memory=2)
+    >>> loop = jaxbo.online_loop(outer_loss, inner, outer, memory=2)
     >>> stream = lambda key, t: (None, jnp.float32(3.0) * (t + 1))
     >>> state = loop.init(jnp.float32(0.0), jnp.float32(0.0), stream)
     >>> state, _ = loop.run(state, stream, 2)
@@ -170,7 +170,7 @@ def oagd(
 ) -> optax.GradientTransformationExtraArgs:
   r"""OAGD: descent along the hypergradient of the window-smoothed loss at the current iterate.
 
-  It needs the last batches: ``jaxbo.online(..., memory=window)`` keeps them, and with
+  It needs the last batches: ``jaxbo.online_loop(..., memory=window)`` keeps them, and with
   ``replay=True`` the inner solver runs once on each batch in the memory, from the oldest to the
   newest. The settings of the published code for loss tuning are
 
@@ -185,7 +185,7 @@ def oagd(
       jaxbo.average_over_batches(response, outer_loss, decay=0.9),
       optax.conditionally_mask(steps, lambda step, **_: step >= 80),  # x waits for 80 rounds
     )
-    loop = jaxbo.online(outer_loss, inner, outer, memory=5, replay=True)
+    loop = jaxbo.online_loop(outer_loss, inner, outer, memory=5, replay=True)
 
   (There the window does not reach back over the end of an epoch; here it does.)
 
@@ -203,8 +203,8 @@ def oagd(
 
   Returns:
     ``optax.chain(average_over_batches(add_implicit_response(...), ...),
-    optax.scale_by_learning_rate(learning_rate))``, and :func:`jaxbo.project_params` if there is a
-    projection.
+    optax.scale_by_learning_rate(learning_rate))``, and :func:`jaxbo.bilevel.project_params` if
+    there is a projection.
 
   Example:
     >>> import jax, jax.numpy as jnp, jaxbo, optax
@@ -212,7 +212,7 @@ def oagd(
     >>> outer_loss = lambda x, y, batch: 0.5 * (y - batch) ** 2      # follow what drifts
     >>> stream = lambda key, t: (None, 1.0 + 0.001 * t)
     >>> outer = jaxbo.oagd(0.1, inner, outer_loss, decay=0.9)
-    >>> loop = jaxbo.online(outer_loss, inner, outer, memory=5)
+    >>> loop = jaxbo.online_loop(outer_loss, inner, outer, memory=5)
     >>> state = loop.init(jnp.float32(0.0), jnp.float32(0.0), stream)
     >>> state, history = jax.jit(lambda state: loop.run(state, stream, 500))(state)
     >>> print(state.loop.x.round(2))                                 # 1 + 0.5, and a delay

@@ -1,4 +1,4 @@
-"""Regret and path lengths, as metrics of :func:`jaxbo.online`."""
+"""Regret and path lengths, as metrics of :func:`jaxbo.online_loop`."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -53,7 +53,7 @@ def local_regret(
   ``window`` copies of ``x``, or of a batch.
 
   Args:
-    hypergradient: ``hypergradient(x, batch) -> dF/dx``, with the :class:`jaxbo.OnlineBatch`.
+    hypergradient: ``hypergradient(x, batch) -> dF/dx``, with the :class:`jaxbo.online.OnlineBatch`.
     window: :math:`K \ge 1`; that of the regret, which need not be that of the method.
     decay: :math:`\eta` in (0, 1].
     at: ``"own"`` or ``"current"``.
@@ -73,8 +73,8 @@ def local_regret(
     >>> import jax.numpy as jnp, jaxbo, optax
     >>> inner = jaxbo.inner_solver(lambda x, y, batch: 0.5 * (y - x) ** 2, optax.sgd(1.0), 1)
     >>> loss = lambda x, y, batch: 0.5 * (y - batch) ** 2             # dF/dx = x - batch
-    >>> regret = jaxbo.local_regret(lambda x, batch: x - batch.val)
-    >>> loop = jaxbo.online(loss, inner, jaxbo.aid(0.5, inner), metrics={"regret": regret})
+    >>> regret = jaxbo.online.local_regret(lambda x, batch: x - batch.val)
+    >>> loop = jaxbo.online_loop(loss, inner, jaxbo.aid(0.5, inner), metrics={"regret": regret})
     >>> stream = lambda key, t: (None, jnp.float32(4.0))
     >>> state = loop.init(jnp.float32(0.0), jnp.float32(0.0), stream)
     >>> state, history = loop.run(state, stream, 4)
@@ -145,7 +145,7 @@ def path_length(
   so ``change`` is the distance of the inner minima, or of the outer values, of two batches.
 
   Args:
-    change: ``change(batch, last_batch) -> scalar``, with :class:`jaxbo.OnlineBatch` without
+    change: ``change(batch, last_batch) -> scalar``, with :class:`jaxbo.online.OnlineBatch` without
       ``extra``.
     power: :math:`p > 0`; 2 in :math:`H_{2,T}`.
 
@@ -159,8 +159,8 @@ def path_length(
   Example:
     >>> import jax.numpy as jnp, jaxbo, optax
     >>> inner = jaxbo.inner_solver(lambda x, y, b: 0.5 * (y - x - b) ** 2, optax.sgd(1.0), 1)
-    >>> drift = jaxbo.path_length(lambda batch, last: abs(batch.train - last.train), power=2)
-    >>> loop = jaxbo.online(lambda x, y, batch: y**2, inner, jaxbo.aid(0.1, inner),
+    >>> drift = jaxbo.online.path_length(lambda batch, last: abs(batch.train - last.train), power=2)
+    >>> loop = jaxbo.online_loop(lambda x, y, batch: y**2, inner, jaxbo.aid(0.1, inner),
     ...                     metrics={"H": drift})                     # y* = x + b_t
     >>> stream = lambda key, t: (0.5 * t, None)
     >>> state = loop.init(jnp.float32(0.0), jnp.float32(0.0), stream)

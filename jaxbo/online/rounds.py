@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxbo.bilevel.driver import BilevelInfo, BilevelState
+from jaxbo.bilevel.loop import BilevelInfo, BilevelState
 
 
 class OnlineBatch(NamedTuple):
@@ -43,9 +43,9 @@ class OnlineRound(NamedTuple):
     t: the number of the round, int32 from 0.
     key: the base key of the stream.
     batch: the :class:`OnlineBatch`.
-    before: the :class:`BilevelState` that was played, before the losses were known.
-    after: the :class:`BilevelState` after the round.
-    info: the :class:`BilevelInfo`.
+    before: the :class:`~jaxbo.bilevel.BilevelState` that was played, before the losses were known.
+    after: the :class:`~jaxbo.bilevel.BilevelState` after the round.
+    info: the :class:`~jaxbo.bilevel.BilevelInfo`.
   """
 
   t: jax.Array

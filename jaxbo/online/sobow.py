@@ -36,7 +36,7 @@ def sobow(
 
   The losses may change in every round, and old ones are never needed: the window keeps gradients,
   where OAGD (:func:`jaxbo.oagd`) keeps data. With ``window=1`` it is plain online AID. The loop
-  around it is :func:`jaxbo.online`.
+  around it is :func:`jaxbo.online_loop`.
 
   The single loop is a solver with ``optax.sgd(alpha)``, ``num_steps=1`` and a warm start. More
   steps are allowed: :math:`y` then follows more closely, for as many gradients.
@@ -50,7 +50,7 @@ def sobow(
   it. The text of the algorithm was not available to us, so these are readings, each with its
   switch:
 
-  * the hypergradient is taken *after* the inner step; ``jaxbo.online(..., hyper_at="before")``
+  * the hypergradient is taken *after* the inner step; ``jaxbo.online_loop(..., hyper_at="before")``
     takes it at :math:`(x_t, y_t)`;
   * the linear system starts at the last solution; without ``warm_start`` it starts at zero;
   * the number of its steps is constant; a tolerance that falls with time is
@@ -69,10 +69,10 @@ def sobow(
     )
 
   Where the inner Hessian is not positive definite, conjugate gradient stops at the last good
-  iterate and says so (``linear_breakdown`` in the :class:`jaxbo.ImplicitInfo` of the state); give
-  it ``damping``. What is not finite never enters the window: a response that is not counts as zero
-  (``response_finite``), so that :math:`\nabla_x f_t` enters alone, and a :math:`\nabla_x f_t` that
-  is not leaves an empty slot (:func:`jaxbo.window_average`).
+  iterate and says so (``linear_breakdown`` in the :class:`jaxbo.bilevel.ImplicitInfo` of the
+  state); give it ``damping``. What is not finite never enters the window: a response that is not
+  counts as zero (``response_finite``), so that :math:`\nabla_x f_t` enters alone, and a
+  :math:`\nabla_x f_t` that is not leaves an empty slot (:func:`jaxbo.window_average`).
 
   Args:
     learning_rate: :math:`\beta`, a float or a schedule. Mind the delay of the window: see
@@ -92,8 +92,9 @@ def sobow(
 
   Returns:
     ``optax.chain(add_implicit_response(...), window_average(...),
-    optax.scale_by_learning_rate(learning_rate))``, and :func:`jaxbo.project_params` if there is a
-    projection. With :math:`\frac12 \|\cdot\|^2` as the mirror map, the step of OBBO is the same.
+    optax.scale_by_learning_rate(learning_rate))``, and :func:`jaxbo.bilevel.project_params` if
+    there is a projection. With :math:`\frac12 \|\cdot\|^2` as the mirror map, the step of OBBO is
+    the same.
 
   Raises:
     ValueError: as :func:`jaxbo.add_implicit_response` and :func:`jaxbo.window_average`.
@@ -106,7 +107,7 @@ def sobow(
     >>> inner = jaxbo.inner_solver(inner_loss, optax.sgd(0.5), num_steps=1)
     >>> y0 = jnp.float32(0.0)
     >>> outer = jaxbo.sobow(0.1, inner, window=5, decay=0.9, inner_params=y0)
-    >>> loop = jaxbo.online(outer_loss, inner, outer)
+    >>> loop = jaxbo.online_loop(outer_loss, inner, outer)
     >>> state = loop.init(jnp.float32(0.0), y0, stream)
     >>> state, history = jax.jit(lambda state: loop.run(state, stream, 500))(state)
     >>> print(state.x.round(2))                                      # 1 + 0.5, and a delay
@@ -147,7 +148,7 @@ def ogd(
 
   Returns:
     ``optax.chain(drop_response(), optax.scale_by_learning_rate(learning_rate))``, and
-    :func:`jaxbo.project_params` if there is a projection.
+    :func:`jaxbo.bilevel.project_params` if there is a projection.
 
   Example:
     >>> import jax.numpy as jnp, jaxbo

@@ -29,7 +29,7 @@ class Triple(NamedTuple):
 
 
 class CorrectedResponseInfo(NamedTuple):
-  """Diagnostics of :func:`add_corrected_response`.
+  """Diagnostics of :func:`~jaxbo.add_corrected_response`.
 
   Attributes:
     direction_norm: norm of what came out for both levels, float32 at least.
@@ -42,7 +42,7 @@ class CorrectedResponseInfo(NamedTuple):
 
 
 class CorrectedResponseState(NamedTuple):
-  """State of :func:`add_corrected_response`.
+  """State of :func:`~jaxbo.add_corrected_response`.
 
   Attributes:
     linear_iterate: the iterate :math:`v` of the linear system, float32 at least.
@@ -97,8 +97,8 @@ def add_corrected_response(
   Returns:
     A transformation of :class:`jaxbo.Bilevel` gradients of :math:`f` at :math:`(x, y)` to the
     directions :math:`(d^x, d^y)`; it stands first in the chain. ``update`` must be given
-    ``params``, ``batch=`` and ``outer_batch=``, which :func:`jaxbo.online` without an inner solver
-    does.
+    ``params``, ``batch=`` and ``outer_batch=``, which :func:`jaxbo.online_loop` without an inner
+    solver does.
 
   Raises:
     ValueError: if a number is outside its range.
@@ -211,8 +211,8 @@ def sogd(
   r"""SOGD: descent of both levels along :func:`add_corrected_response`.
 
   A single loop without a window: of all methods here it does the least work in a round. It moves
-  both levels itself, so the loop is ``jaxbo.online(outer_loss, None, sogd(...))``. In the theory
-  the learning rates fall like :math:`t^{-1/3}` and the correction like their square.
+  both levels itself, so the loop is ``jaxbo.online_loop(outer_loss, None, sogd(...))``. In the
+  theory the learning rates fall like :math:`t^{-1/3}` and the correction like their square.
 
   Args:
     outer_learning_rate: a float or a schedule for :math:`x`.
@@ -235,7 +235,7 @@ def sogd(
     >>> outer_loss = lambda x, y, batch: 0.5 * (y - batch) ** 2      # follow what drifts
     >>> outer = jaxbo.sogd(0.1, 0.5, inner_loss, outer_loss, linear_learning_rate=0.5,
     ...                    correction=0.5)
-    >>> loop = jaxbo.online(outer_loss, None, outer)
+    >>> loop = jaxbo.online_loop(outer_loss, None, outer)
     >>> stream = lambda key, t: (None, 1.0 + 0.001 * t)
     >>> state = loop.init(jnp.float32(0.0), jnp.float32(0.0), stream)
     >>> state, history = jax.jit(lambda state: loop.run(state, stream, 500))(state)

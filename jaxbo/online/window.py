@@ -88,7 +88,7 @@ def check_window(size: Any, decay: Any, normalization: Any, name: str = "size") 
 
 
 class WindowAverageInfo(NamedTuple):
-  r"""Diagnostics of :func:`window_average`.
+  r"""Diagnostics of :func:`~jaxbo.window_average`.
 
   Attributes:
     average_norm: norm of what came out, :math:`\|d_t\|`, float32 at least.
@@ -102,7 +102,7 @@ class WindowAverageInfo(NamedTuple):
 
 
 class WindowAverageState(NamedTuple):
-  """State of :func:`window_average`.
+  """State of :func:`~jaxbo.window_average`.
 
   Attributes:
     gradient_window: the :class:`Window` of the last incoming gradients, leaves

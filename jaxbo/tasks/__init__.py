@@ -2,11 +2,11 @@
 
 **Few-shot episodes**: :func:`sample_episode`, :class:`Episode`.
 
-**Streams** for :func:`jaxbo.online`: :func:`minibatch_stream`, :func:`phase_stream`.
+**Streams** for :func:`jaxbo.online_loop`: :func:`minibatch_stream`, :func:`phase_stream`.
 
-**Streams of tasks** for :func:`jaxbo.online_meta_learner`: :func:`osaka_stream`, few-shot tasks
-that change without notice; :func:`moving_gaussian_stream` and :func:`jumping_gaussian_stream`,
-whose answers are known exactly.
+**Streams of tasks** for :func:`jaxbo.meta.online_meta_learner`: :func:`osaka_stream`, few-shot
+tasks that change without notice; :func:`moving_gaussian_stream` and
+:func:`jumping_gaussian_stream`, whose answers are known exactly.
 """
 
 from jaxbo.tasks.episodes import Episode, sample_episode

@@ -1,4 +1,4 @@
-"""Streams of batches for :func:`jaxbo.online`: pure functions of a key and of the round."""
+"""Streams of batches for :func:`jaxbo.online_loop`: pure functions of a key and of the round."""
 
 import functools
 import itertools

@@ -16,8 +16,8 @@ class TaskStream(NamedTuple):
 
   Both functions are pure, and ``jax.tree_util.Partial``: given to a jitted function as an argument,
   the stream brings its data along, where a closure would copy them into the program. What a round
-  brings is a pair ``(train, val)``, a :class:`jaxbo.OnlineBatch`, or any pytree with the attributes
-  ``train``, ``val`` and ``extra``, such as :class:`StreamBatch`.
+  brings is a pair ``(train, val)``, a :class:`jaxbo.online.OnlineBatch`, or any pytree with the
+  attributes ``train``, ``val`` and ``extra``, such as :class:`StreamBatch`.
 
   Attributes:
     init: ``init(key=0) -> state``; the key is an int, a raw key array or a typed key.
@@ -34,7 +34,7 @@ class TaskStream(NamedTuple):
     ...   slope = jax.random.normal(jax.random.fold_in(task_key, t // 20))
     ...   u = jax.random.normal(jax.random.fold_in(data_key, t), (2, 8))
     ...   train, val = ((u[i], slope * u[i]) for i in range(2))
-    ...   return (key, t + 1), jaxbo.OnlineBatch(train, val, {"task_switch": t % 20 == 0})
+    ...   return (key, t + 1), jaxbo.online.OnlineBatch(train, val, {"task_switch": t % 20 == 0})
     >>> stream = jaxbo.tasks.TaskStream(Partial(init), Partial(step))
     >>> state, batch = stream.step(stream.init(0))
     >>> bool(batch.extra["task_switch"])

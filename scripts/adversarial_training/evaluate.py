@@ -28,9 +28,11 @@ class Evaluator:
     worst = {"epsilon": epsilon, "num_steps": config.worst_steps}
     targeted = {"objective": "targeted_dlr", "num_targets": config.num_targets}
     self._attacks = {
-      PGD: jaxbo.pgd(model, epsilon=epsilon, step_size=epsilon / 4, num_steps=config.test_steps),
-      "apgd_ce": jaxbo.apgd(model, **worst),
-      "apgd_t": jaxbo.apgd(model, **worst, **targeted),
+      PGD: jaxbo.adversarial.pgd(
+        model, epsilon=epsilon, step_size=epsilon / 4, num_steps=config.test_steps
+      ),
+      "apgd_ce": jaxbo.adversarial.apgd(model, **worst),
+      "apgd_t": jaxbo.adversarial.apgd(model, **worst, **targeted),
     }
     self._losses = jax.jit(self._losses_under_attack)
 
@@ -47,7 +49,7 @@ class Evaluator:
     batch = np.asarray(part.images, np.float32) / 255, np.asarray(part.labels)
     with warnings.catch_warnings():
       warnings.simplefilter("ignore", UserWarning)
-      found = jaxbo.evaluate_robustness(
+      found = jaxbo.adversarial.evaluate_robustness(
         self._model, params, batch, 0, self._attacks, batch_size=self._batch_size
       )
     classes = 100 * found.class_accuracies()
@@ -59,7 +61,7 @@ class Evaluator:
       "tail": 100 * found.tail_accuracy(),
       "worst_class": float(classes.min()),
       "tail_loss": self.tail_loss(params, *batch),
-      "tail_pgd": 100 * jaxbo.tail_accuracy(found.correct[PGD], batch[1], len(names)),
+      "tail_pgd": 100 * jaxbo.adversarial.tail_accuracy(found.correct[PGD], batch[1], len(names)),
       "doubts": "; ".join(found.warnings),
       **{f"robust/{name}": float(value) for name, value in zip(names, classes, strict=True)},
     }
@@ -67,7 +69,7 @@ class Evaluator:
   def _losses_under_attack(self, params: Any, images: Any, labels: Any, index: Any) -> jax.Array:
     key = jax.random.fold_in(jax.random.key(1), index)
     attacked = self._attacks[PGD](params, (images, labels), key)
-    return jaxbo.cross_entropy_loss(self._model(params, attacked), labels)
+    return jaxbo.adversarial.cross_entropy_loss(self._model(params, attacked), labels)
 
   def tail_loss(self, params: Any, images: np.ndarray, labels: np.ndarray) -> float:
     """The mean cross-entropy under PGD of the tenth of the images, in [0, 1], with the highest."""

@@ -78,8 +78,8 @@ class Parts(NamedTuple):
   ``progress`` is the share of the training that is done.
   """
 
-  gradients: Callable[..., tuple[jaxbo.PerExampleGrads, dict[str, jax.Array]]]
-  weighting: jaxbo.Weighting
+  gradients: Callable[..., tuple[jaxbo.dro.PerExampleGrads, dict[str, jax.Array]]]
+  weighting: jaxbo.dro.Weighting
 
 
 class Method(NamedTuple):
@@ -90,19 +90,21 @@ class Method(NamedTuple):
   grid: Mapping[str, tuple[float, ...]] = {}
 
 
-def sign_attack(setting: Setting, **options: Any) -> jaxbo.Attack:
+def sign_attack(setting: Setting, **options: Any) -> jaxbo.adversarial.Attack:
   """PGD with signed steps of a quarter of epsilon: the attack of most methods."""
   model, epsilon, num_steps, _ = setting
   radius = {"epsilon": epsilon, "step_size": epsilon / 4}
-  return jaxbo.pgd(model, num_steps=num_steps, **radius, **options)
+  return jaxbo.adversarial.pgd(model, num_steps=num_steps, **radius, **options)
 
 
 def cross_entropy(setting: Setting) -> Callable[..., jax.Array]:
   """``loss(params, images, labels) -> [batch]``."""
-  return lambda params, x, y: jaxbo.cross_entropy_loss(setting.model(params, x), y)
+  return lambda params, x, y: jaxbo.adversarial.cross_entropy_loss(setting.model(params, x), y)
 
 
-def lazy(loss: Callable[..., jax.Array], params: Any, *batch: jax.Array) -> jaxbo.PerExampleGrads:
+def lazy(
+  loss: Callable[..., jax.Array], params: Any, *batch: jax.Array
+) -> jaxbo.dro.PerExampleGrads:
   """The gradients of ``loss(params, *batch)``."""
   # Without the loop for losses that are not finite, which would double the time of compilation: a
   # batch with one is skipped.
@@ -110,7 +112,7 @@ def lazy(loss: Callable[..., jax.Array], params: Any, *batch: jax.Array) -> jaxb
 
 
 def _plain(
-  setting: Setting, weighting: jaxbo.Weighting, find: Any = None, score: Any = None
+  setting: Setting, weighting: jaxbo.dro.Weighting, find: Any = None, score: Any = None
 ) -> Parts:
   """Weighted cross-entropy of what ``find(params, batch, key, progress)`` finds, or else PGD.
 
@@ -136,7 +138,7 @@ def fat(setting: Setting) -> Parts:
     phase = jnp.sum(progress >= begins, dtype=jnp.int32)
     return jax.lax.switch(phase, runs, params, batch, key)
 
-  return _plain(setting, jaxbo.uniform(), find)
+  return _plain(setting, jaxbo.dro.uniform(), find)
 
 
 def gairat(setting: Setting) -> Parts:
@@ -146,7 +148,7 @@ def gairat(setting: Setting) -> Parts:
     begun = progress >= setting.rates.gairat_begin
     return jnp.where(begun, info.num_correct.astype(jnp.float32), 0)
 
-  weighting = jaxbo.gairat(setting.num_steps, shift=setting.rates.gairat_shift)
+  weighting = jaxbo.adversarial.gairat(setting.num_steps, shift=setting.rates.gairat_shift)
   return _plain(setting, weighting, score=score)
 
 
@@ -154,13 +156,17 @@ def mail(setting: Setting) -> Parts:
   """MAIL: weights by the margin of probabilities; uniform at first."""
 
   def score(params, attacked, labels, info, progress):
-    margin = jaxbo.probabilistic_margin(setting.model(params, attacked), labels)
+    margin = jaxbo.adversarial.probabilistic_margin(setting.model(params, attacked), labels)
     return jnp.where(progress >= setting.rates.mail_begin, margin, 0)
 
-  return _plain(setting, jaxbo.mail(setting.rates.mail_slope, setting.rates.mail_bias), score=score)
+  return _plain(
+    setting, jaxbo.adversarial.mail(setting.rates.mail_slope, setting.rates.mail_bias), score=score
+  )
 
 
-def _with_clean_logits(setting: Setting, attack: jaxbo.Attack, loss: Any, **options: Any) -> Parts:
+def _with_clean_logits(
+  setting: Setting, attack: jaxbo.adversarial.Attack, loss: Any, **options: Any
+) -> Parts:
   """A loss of clean and adversarial logits."""
 
   def both(params, images, attacked, labels):
@@ -169,22 +175,28 @@ def _with_clean_logits(setting: Setting, attack: jaxbo.Attack, loss: Any, **opti
   def gradients(params, batch, key, progress):
     return lazy(both, params, batch[0], attack(params, batch, key), batch[1]), {}
 
-  return Parts(gradients, jaxbo.uniform())
+  return Parts(gradients, jaxbo.dro.uniform())
 
 
 def trades(setting: Setting) -> Parts:
   """TRADES; its attack starts at small Gaussian noise and maximises the divergence."""
   attack = sign_attack(setting, objective="kl", random_start=1e-3)
-  return _with_clean_logits(setting, attack, jaxbo.trades_loss, beta=setting.rates.trades_beta)
+  return _with_clean_logits(
+    setting, attack, jaxbo.adversarial.trades_loss, beta=setting.rates.trades_beta
+  )
 
 
 def mart(setting: Setting) -> Parts:
   """MART."""
   attack = sign_attack(setting)
-  return _with_clean_logits(setting, attack, jaxbo.mart_loss, beta=setting.rates.mart_beta)
+  return _with_clean_logits(
+    setting, attack, jaxbo.adversarial.mart_loss, beta=setting.rates.mart_beta
+  )
 
 
-def _implicit(of_batch: Callable[..., jaxbo.PerExampleGrads], weighting: jaxbo.Weighting) -> Parts:
+def _implicit(
+  of_batch: Callable[..., jaxbo.dro.PerExampleGrads], weighting: jaxbo.dro.Weighting
+) -> Parts:
   """A gradient of the library that has an attack of its own."""
   return Parts(lambda params, batch, key, progress: (of_batch(params, batch, key), {}), weighting)
 
@@ -192,7 +204,7 @@ def _implicit(of_batch: Callable[..., jaxbo.PerExampleGrads], weighting: jaxbo.W
 def fast_bat(setting: Setting) -> Parts:
   """Fast-BAT: two steps of the attack, whatever K is, and their implicit gradient."""
   loss = cross_entropy(setting)
-  of_batch = jaxbo.fast_bat_grad(
+  of_batch = jaxbo.adversarial.fast_bat_grad(
     loss,
     lambda *arguments: -loss(*arguments),
     epsilon=setting.epsilon,
@@ -200,21 +212,23 @@ def fast_bat(setting: Setting) -> Parts:
     curvature=setting.rates.fast_bat_curvature,
     repair=False,
   )
-  return _implicit(of_batch, jaxbo.uniform())
+  return _implicit(of_batch, jaxbo.dro.uniform())
 
 
-def kl_weights(rates: Rates) -> jaxbo.Weighting:
+def kl_weights(rates: Rates) -> jaxbo.dro.Weighting:
   """The weights of DONE."""
-  return jaxbo.compositional(jaxbo.kl(rates.temperature), rates.compositional_rate)
+  return jaxbo.dro.compositional(jaxbo.dro.kl(rates.temperature), rates.compositional_rate)
 
 
 def done(setting: Setting, direction: str) -> Parts:
   """DONE: KL weights, and the implicit gradient of an attack on the margin of logits."""
   rates = setting.rates
   of_adam = rates.adam_step_size * setting.epsilon
-  of_batch = jaxbo.done_grad(
+  of_batch = jaxbo.adversarial.done_grad(
     cross_entropy(setting),
-    lambda params, images, labels: -jaxbo.margin_loss(setting.model(params, images), labels),
+    lambda params, images, labels: (
+      -jaxbo.adversarial.margin_loss(setting.model(params, images), labels)
+    ),
     epsilon=setting.epsilon,
     barrier=rates.barrier,
     num_steps=setting.num_steps,
@@ -228,7 +242,7 @@ def done(setting: Setting, direction: str) -> Parts:
 
 
 METHODS = {
-  "at": Method("AT", lambda setting: _plain(setting, jaxbo.uniform())),
+  "at": Method("AT", lambda setting: _plain(setting, jaxbo.dro.uniform())),
   "trades": Method("TRADES", trades, {"trades_beta": (1.0, 3.0, 6.0)}),
   "mart": Method("MART", mart, {"mart_beta": (1.0, 5.0)}),
   "fat": Method("FAT", fat),

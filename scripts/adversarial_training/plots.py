@@ -44,7 +44,7 @@ def weights_and_margins(place: Workplace, params: Any) -> tuple[dict[str, np.nda
   @jax.jit
   def margins(params, batch):
     attacked = sign_attack(setting)(params, batch, make_key())
-    return -jaxbo.probabilistic_margin(place.model(params, attacked), batch[1])
+    return -jaxbo.adversarial.probabilistic_margin(place.model(params, attacked), batch[1])
 
   @functools.partial(jax.jit, static_argnums=0)
   def relative_weights(name, params, batch):

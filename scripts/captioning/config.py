@@ -38,11 +38,11 @@ MODELS = {
   "no_attention": Model("no guide, no attention", "none", "hidden_word", attention=False),
 }
 WEIGHTINGS = {
-  "uniform": ("uniform", jaxbo.uniform),
-  "ir_dro": ("IR-DRO, temperature 4", lambda: jaxbo.kl(4.0)),
-  "tilted": ("TERM, tilt -1/4 (prefers small losses)", lambda: jaxbo.tilted(-0.25)),
-  "mid_rank": ("MidRanking, band 3", lambda: jaxbo.mid_rank(0.125, 3)),
-  "quadratic": ("Quadratic", lambda: jaxbo.quadratic(0.4)),
+  "uniform": ("uniform", jaxbo.dro.uniform),
+  "ir_dro": ("IR-DRO, temperature 4", lambda: jaxbo.dro.kl(4.0)),
+  "tilted": ("TERM, tilt -1/4 (prefers small losses)", lambda: jaxbo.dro.tilted(-0.25)),
+  "mid_rank": ("MidRanking, band 3", lambda: jaxbo.dro.mid_rank(0.125, 3)),
+  "quadratic": ("Quadratic", lambda: jaxbo.dro.quadratic(0.4)),
 }
 RESPONSES = ("first_order", "itd", "esj", "aid")
 

@@ -154,7 +154,9 @@ class Cleaning(Judged):
     assert head is not None
     outer = optax.chain(head(inner, settings, seed), optax.adam(settings.outer_learning_rate))
     # The weights matter through y alone.
-    init, bilevel_step = jaxbo.bilevel(lambda x, y, batch: jnp.mean(losses(y, batch)), inner, outer)
+    init, bilevel_step = jaxbo.bilevel_loop(
+      lambda x, y, batch: jnp.mean(losses(y, batch)), inner, outer
+    )
 
     def step(state, t, key_data, train, val):
       key = jax.random.fold_in(jax.random.wrap_key_data(key_data), t)

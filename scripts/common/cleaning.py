@@ -206,7 +206,9 @@ METHODS = {
 
 def make_program(
   method: str, cleaning: CleaningData, settings: Settings, seed: int, steps_per_run: int
-) -> tuple[jaxbo.BilevelState, Callable[..., tuple[jaxbo.BilevelState, jax.Array]], Examples]:
+) -> tuple[
+  jaxbo.bilevel.BilevelState, Callable[..., tuple[jaxbo.bilevel.BilevelState, jax.Array]], Examples
+]:
   """Builds a method: where it starts, ``run``, and what ``run`` trains on.
 
   ``run(state, key, train, val) -> (state, outer_losses)`` does some outer steps; it is the same
@@ -228,7 +230,7 @@ def make_program(
   else:
     outer = optax.chain(head(inner, settings, seed), optax.adam(settings.outer_learning_rate))
     x = jnp.zeros(len(train.labels))
-  init, step = jaxbo.bilevel(outer_loss, inner, outer)
+  init, step = jaxbo.bilevel_loop(outer_loss, inner, outer)
 
   def one_step(state, key, train, val):
     if settings.batch_size is None:

@@ -75,7 +75,7 @@ def program_of(run: Run[Config], method: str) -> tuple[Callable[[Any], State], P
   """The beginning and the step of a method, for all seeds and shares of noise."""
   config, given = run.config, run.data
   if method == START:
-    weighting = jaxbo.uniform()
+    weighting = jaxbo.dro.uniform()
     rate = lm_methods.pretraining_schedule(config.pretrain_learning_rate, config.pretrain_steps)
   else:
     weighting = METHODS[method].weighting(config.rates, len(given.data.domains))

@@ -39,24 +39,26 @@ class Method(NamedTuple):
   """A way to weigh a batch: its name, and ``weighting(rates, num_domains)``."""
 
   label: str
-  weighting: Callable[[Rates, int], jaxbo.Weighting]
+  weighting: Callable[[Rates, int], jaxbo.dro.Weighting]
 
 
 METHODS = {
-  "uniform": Method("uniform", lambda r, _: jaxbo.uniform()),
-  "ir_dro": Method("IR-DRO", lambda r, _: jaxbo.kl(r.temperature)),
+  "uniform": Method("uniform", lambda r, _: jaxbo.dro.uniform()),
+  "ir_dro": Method("IR-DRO", lambda r, _: jaxbo.dro.kl(r.temperature)),
   "ir_dro_compositional": Method(
     "IR-DRO, compositional",
-    lambda r, _: jaxbo.compositional(jaxbo.kl(r.temperature), r.compositional_rate),
+    lambda r, _: jaxbo.dro.compositional(jaxbo.dro.kl(r.temperature), r.compositional_rate),
   ),
-  "mid_rank_0": Method("MidRanking, band 0 (hardest)", lambda r, _: jaxbo.mid_rank(r.fraction, 0)),
-  "mid_rank_1": Method("MidRanking, band 1", lambda r, _: jaxbo.mid_rank(r.fraction, 1)),
-  "mid_rank_3": Method("MidRanking, band 3", lambda r, _: jaxbo.mid_rank(r.fraction, 3)),
-  "lin_upper": Method("LinUpper", lambda r, _: jaxbo.lin_upper(r.shape_temperature)),
-  "quadratic": Method("Quadratic", lambda r, _: jaxbo.quadratic(r.shape_temperature)),
-  "extremes": Method("Extremes", lambda r, _: jaxbo.extremes(r.shape_temperature)),
-  "cvar": Method("CVaR", lambda r, _: jaxbo.cvar(r.level)),
-  "group_dro": Method("group DRO", lambda r, domains: jaxbo.group(domains, r.group_step_size)),
+  "mid_rank_0": Method(
+    "MidRanking, band 0 (hardest)", lambda r, _: jaxbo.dro.mid_rank(r.fraction, 0)
+  ),
+  "mid_rank_1": Method("MidRanking, band 1", lambda r, _: jaxbo.dro.mid_rank(r.fraction, 1)),
+  "mid_rank_3": Method("MidRanking, band 3", lambda r, _: jaxbo.dro.mid_rank(r.fraction, 3)),
+  "lin_upper": Method("LinUpper", lambda r, _: jaxbo.dro.lin_upper(r.shape_temperature)),
+  "quadratic": Method("Quadratic", lambda r, _: jaxbo.dro.quadratic(r.shape_temperature)),
+  "extremes": Method("Extremes", lambda r, _: jaxbo.dro.extremes(r.shape_temperature)),
+  "cvar": Method("CVaR", lambda r, _: jaxbo.dro.cvar(r.level)),
+  "group_dro": Method("group DRO", lambda r, domains: jaxbo.dro.group(domains, r.group_step_size)),
 }
 BASELINE = "uniform"
 START = "checkpoint"  # What all of them go on from.
@@ -64,7 +66,7 @@ LABELS = {START: "checkpoint (no training on)"} | {n: one.label for n, one in ME
 
 
 def make_optimizer(
-  weighting: jaxbo.Weighting, learning_rate: optax.ScalarOrSchedule
+  weighting: jaxbo.dro.Weighting, learning_rate: optax.ScalarOrSchedule
 ) -> optax.GradientTransformationExtraArgs:
   """Weighted gradients, clipped, into AdamW with the settings that GPT-like models are used to."""
   return optax.chain(

@@ -64,7 +64,7 @@ def of_run(lines: Sequence[Row], tokens_per_step: int) -> dict[str, float]:
 
 
 def weighted_losses(
-  weighting: jaxbo.Weighting, losses: np.ndarray, sizes: Sequence[int], num_batches: int
+  weighting: jaxbo.dro.Weighting, losses: np.ndarray, sizes: Sequence[int], num_batches: int
 ) -> list[float]:
   """The weighted mean of losses in random batches of each size: what a weighting looks at.
 

@@ -39,7 +39,7 @@ class Shown(NamedTuple):
 
 def make_program(
   loss_fn: LossFn,
-  weighting: jaxbo.Weighting,
+  weighting: jaxbo.dro.Weighting,
   learning_rate: optax.ScalarOrSchedule,
   devices: Devices,
 ) -> tuple[Callable[[Any], State], Program]:

@@ -154,7 +154,7 @@ def make_method(
     of_task = lambda y, e: cross_entropy(one.apply(x, y, e.query_images), e.query_labels)
     return jnp.mean(jax.vmap(of_task)(ys, episodes))
 
-  init_loop, step_loop = jaxbo.bilevel(outer_loss, inner, optax.chain(response, tx))
+  init_loop, step_loop = jaxbo.bilevel_loop(outer_loss, inner, optax.chain(response, tx))
 
   def init(key, images):
     x = backbone.init(key, images)

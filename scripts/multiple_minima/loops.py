@@ -44,7 +44,7 @@ def response_loop(
   outer: optax.GradientTransformation,
 ) -> Loop:
   """The loop of a method with a response, such as ``jaxbo.itd``."""
-  init, bilevel_step = jaxbo.bilevel(outer_loss, inner, outer)
+  init, bilevel_step = jaxbo.bilevel_loop(outer_loss, inner, outer)
 
   def step(state, train, val):
     if not inner.per_step_batches:

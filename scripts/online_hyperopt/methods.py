@@ -1,4 +1,4 @@
-r"""Online bilevel methods side by side, each a loop of :func:`jaxbo.online`.
+r"""Online bilevel methods side by side, each a loop of :func:`jaxbo.online_loop`.
 
 SOBOW, OAGD and online gradient descent share one inner step of plain gradient descent, of which
 OAGD takes one on each batch in its window. OAGD's published settings for loss tuning (window 5,
@@ -43,7 +43,7 @@ class Setting(NamedTuple):
 
 
 class Method(NamedTuple):
-  """A method; ``make`` gives the arguments of :func:`jaxbo.online`."""
+  """A method; ``make`` gives the arguments of :func:`jaxbo.online_loop`."""
 
   label: str
   make: Callable[[Setting], dict[str, Any]]
@@ -75,7 +75,7 @@ def _replay(of: Setting) -> dict[str, Any]:
   return {"memory": of.window, "replay": True}
 
 
-def _conjugate_gradient(of: Setting, *, warm_start: bool) -> jaxbo.LinearSolver:
+def _conjugate_gradient(of: Setting, *, warm_start: bool) -> jaxbo.bilevel.LinearSolver:
   return jaxbo.conjugate_gradient(LINEAR_STEPS, 0.0, of.rates.damping, warm_start=warm_start)
 
 

@@ -44,7 +44,9 @@ class Problem(NamedTuple):
   outer_loss: Callable[[Any, Any, Batch], jax.Array]
   predict: Callable[..., jax.Array]  # the logits of (x, y, images, reference), see Features
   project: Callable[[Any], Any] | None = None  # of x
-  hypergradient: Callable[[Any, jaxbo.OnlineBatch], Any] | None = None  # if it is known: of x
+  hypergradient: Callable[[Any, jaxbo.online.OnlineBatch], Any] | None = (
+    None  # if it is known: of x
+  )
 
 
 def make_features(model: str, num_inputs: int, width: int) -> Features:

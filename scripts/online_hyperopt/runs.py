@@ -38,7 +38,7 @@ class Stream(NamedTuple):
   seed: Any
 
   def rounds(self) -> Any:
-    """What :func:`jaxbo.online` plays, for one seed."""
+    """What :func:`jaxbo.online_loop` plays, for one seed."""
     return streams.stream_of(self.features, self.schedule)
 
 
@@ -67,7 +67,7 @@ class State(NamedTuple):
   A breakdown is 1 where the linear solver met curvature that was not positive, NaN without one.
   """
 
-  online: jaxbo.OnlineState  # of the method, with an axis of seeds
+  online: jaxbo.online.OnlineState  # of the method, with an axis of seeds
   loss: jax.Array  # the outer loss of what was played, on the batch of the round
   breakdown: jax.Array
 
@@ -84,12 +84,14 @@ class Player:
       ),
     }
     if problem.hypergradient is not None:
-      metrics["regret"] = jaxbo.local_regret(problem.hypergradient)
+      metrics["regret"] = jaxbo.online.local_regret(problem.hypergradient)
 
-    def loop(rates: Rates, names: Sequence[str] = tuple(metrics)) -> jaxbo.Online:
+    def loop(rates: Rates, names: Sequence[str] = tuple(metrics)) -> jaxbo.online.Online:
       of = Setting(problem, rates, variant.window, shapes[1], rounds)
       wanted = {name: metrics[name] for name in names}
-      return jaxbo.online(problem.outer_loss, **METHODS[variant.method].make(of), metrics=wanted)
+      return jaxbo.online_loop(
+        problem.outer_loss, **METHODS[variant.method].make(of), metrics=wanted
+      )
 
     def init(rates, stream):
       return loop(rates).init(*problem.init(jax.random.key(stream.seed)), stream.rounds())
@@ -213,7 +215,7 @@ class Play(Compiled):
     return rows.to_dict("records")
 
 
-def kept_bytes(online: jaxbo.OnlineState) -> int:
+def kept_bytes(online: jaxbo.online.OnlineState) -> int:
   """The bytes of what a method keeps beside both levels' parameters and their optimizers.
 
   That is the window of gradients, the last linear solution, and the memory of batches.

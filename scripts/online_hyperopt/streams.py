@@ -1,9 +1,9 @@
 r"""Streams whose distribution changes: class imbalance, label noise, and shifting class priors.
 
 A stream is drawn once for each seed, with NumPy, as a :class:`Schedule`: which rows of a table of
-features each round sees, with which labels. What :func:`jaxbo.online` plays is a gather from the
-table, a pure function of the number of the round, so that a run is one scan and several seeds are
-one ``vmap``. The streams of imbalanced classes are those of the published code of OAGD
+features each round sees, with which labels. What :func:`jaxbo.online_loop` plays is a gather from
+the table, a pure function of the number of the round, so that a run is one scan and several seeds
+are one ``vmap``. The streams of imbalanced classes are those of the published code of OAGD
 (https://github.com/BojianHou/OAGD, ``dataset/mnist.py``); the others are ours.
 """
 
@@ -73,15 +73,15 @@ class StreamKind(NamedTuple):
 
 def stream_of(
   features: Any, schedule: Schedule
-) -> Callable[[jax.Array, jax.Array], jaxbo.OnlineBatch]:
-  """The stream for :func:`jaxbo.online`; it needs no key, since all was drawn before."""
+) -> Callable[[jax.Array, jax.Array], jaxbo.online.OnlineBatch]:
+  """The stream for :func:`jaxbo.online_loop`; it needs no key, since all was drawn before."""
   return jax.tree_util.Partial(_read, features, schedule)
 
 
 def _read(features, schedule, key, t):
   del key
   of_level = lambda level: Batch(features[level.rows[t]], level.labels[t], level.weights[t])
-  return jaxbo.OnlineBatch(of_level(schedule.train), of_level(schedule.val))
+  return jaxbo.online.OnlineBatch(of_level(schedule.train), of_level(schedule.val))
 
 
 # -- Rows.

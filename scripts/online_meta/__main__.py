@@ -12,7 +12,7 @@ Every method then plays the same rounds, with the same number of inner steps:
 * "regret" is the task-averaged regret against the best fixed model of each task, a copy of the
   pre-trained one that saw all rounds of the task many times; "meta-upd." counts meta-updates, "KiB"
   is what is kept beside the meta-model (the task's model, buffers, moments, detectors).
-* Detectors are judged by `jaxbo.detection_quality`: precision, recall, delay in rounds, false
+* Detectors are judged by `jaxbo.meta.detection_quality`: precision, recall, delay in rounds, false
   alarms; of switches, and of shifts, the switches that lead out of the pre-training's domain.
 
 Claim (default size, 3 seeds, percent before adaptation): LEEDS reaches 78.0 (3.3) at p = 0.9 and

@@ -13,7 +13,7 @@ from scripts.common.config import Among, Count, NonNegative
 from scripts.common.tuning import TunedConfig
 from scripts.online_meta.model import Model, accuracy
 
-Learner = jaxbo.OnlineMetaLearner
+Learner = jaxbo.meta.OnlineMetaLearner
 
 
 class Rates(NamedTuple):
@@ -72,36 +72,38 @@ def _sgd(model: Model, rates: Rates, choices: Choices) -> jaxbo.InnerSolver:
 
 
 def _tune(model: Model, rates: Rates, choices: Choices) -> Learner:
-  return jaxbo.fine_tuning(model.loss, _sgd(model, rates, choices), **_options(model))
+  return jaxbo.meta.fine_tuning(model.loss, _sgd(model, rates, choices), **_options(model))
 
 
 def _bgd(model: Model, rates: Rates, choices: Choices) -> Learner:
   images = choices.num_ways * choices.num_shots
-  bgd = jaxbo.bayesian_gradient_descent(
+  bgd = jaxbo.meta.bayesian_gradient_descent(
     10.0, rates.inner, num_samples=choices.bgd_samples, num_examples=images
   )
-  return jaxbo.fine_tuning(model.loss, model.inner(bgd, choices.inner_steps), **_options(model))
+  return jaxbo.meta.fine_tuning(
+    model.loss, model.inner(bgd, choices.inner_steps), **_options(model)
+  )
 
 
 def _frozen(model: Model, rates: Rates, choices: Choices) -> Learner:
-  return jaxbo.frozen_maml(model.loss, _sgd(model, rates, choices), **_options(model))
+  return jaxbo.meta.frozen_maml(model.loss, _sgd(model, rates, choices), **_options(model))
 
 
 def _scratch(model: Model, rates: Rates, choices: Choices) -> Learner:
-  inner, told = _sgd(model, rates, choices), jaxbo.oracle_detector()
-  return jaxbo.train_from_scratch(model.loss, inner, told, query="same", **_options(model))
+  inner, told = _sgd(model, rates, choices), jaxbo.meta.oracle_detector()
+  return jaxbo.meta.train_from_scratch(model.loss, inner, told, query="same", **_options(model))
 
 
 def _meta_ogd(model: Model, rates: Rates, choices: Choices) -> Learner:
   inner = _sgd(model, rates, choices)
   outer = optax.chain(_response(inner, choices), optax.adam(rates.outer))
-  return jaxbo.meta_ogd(model.loss, inner, outer, query=choices.query, **_options(model))
+  return jaxbo.meta.meta_ogd(model.loss, inner, outer, query=choices.query, **_options(model))
 
 
 def _c_maml(model: Model, rates: Rates, choices: Choices, pap=False, modulated=False) -> Learner:
   inner = _sgd(model, rates, choices)
   options: dict[str, Any] = {"buffer_size": choices.buffer_size} if pap else {}
-  return (jaxbo.c_maml_pap if pap else jaxbo.c_maml)(
+  return (jaxbo.meta.c_maml_pap if pap else jaxbo.meta.c_maml)(
     model.loss,
     inner,
     optax.adam(rates.outer),
@@ -117,11 +119,11 @@ def _leeds(model: Model, rates: Rates, choices: Choices, told=False) -> Learner:
   inner, adam = _sgd(model, rates, choices), optax.adam(rates.outer)
   gate = jaxbo.gate_by_detection(adam, rates.in_scale, 1.0, choices.no_switch_scale)
   thresholds = (rates.switch, rates.shift)
-  return jaxbo.online_meta_learner(
+  return jaxbo.meta.online_meta_learner(
     model.loss,
     inner,
     optax.chain(_response(inner, choices), gate),
-    jaxbo.oracle_detector() if told else jaxbo.threshold_detector(*thresholds),
+    jaxbo.meta.oracle_detector() if told else jaxbo.meta.threshold_detector(*thresholds),
     query=choices.query,
     switch_score=choices.switch_score,
     shift_score=choices.shift_score,

@@ -36,12 +36,12 @@ class Trace(NamedTuple):
     return type(self)(*(leaf[i] for leaf in self))
 
 
-def qualities(trace: Trace) -> dict[str, jaxbo.DetectionQuality]:
+def qualities(trace: Trace) -> dict[str, jaxbo.meta.DetectionQuality]:
   """How well both detectors did, on the trace of one seed."""
   out = trace.task_switch & (trace.domain != 0)
   return {
-    "switch": jaxbo.detection_quality(trace.switch, trace.task_switch),
-    "shift": jaxbo.detection_quality(trace.shift, out, boundaries=trace.task_switch),
+    "switch": jaxbo.meta.detection_quality(trace.switch, trace.task_switch),
+    "shift": jaxbo.meta.detection_quality(trace.shift, out, boundaries=trace.task_switch),
   }
 
 
@@ -64,7 +64,7 @@ def numbers(method: str, trace: Trace, best: np.ndarray) -> Row:
       row[f"{name}_domain_{domain}"] = mean_where(values, trace.domain == domain)
     if name == "accuracy":
       row["accuracy_out"] = mean_where(values, trace.domain != 0)
-  row["regret"] = float(jaxbo.task_averaged_regret(trace.loss, best, trace.task_switch))
+  row["regret"] = float(jaxbo.meta.task_averaged_regret(trace.loss, best, trace.task_switch))
   for kind, plural in (("switch", "switches"), ("shift", "shifts")):
     row[f"num_{plural}"] = int(found[kind].num_changes)
     for name, field in QUALITY.items():

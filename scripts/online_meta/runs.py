@@ -19,7 +19,7 @@ from scripts.online_meta.model import Model
 from scripts.online_meta.report import Trace
 
 
-def trace_of(info: jaxbo.OnlineMetaInfo) -> Trace:
+def trace_of(info: jaxbo.meta.OnlineMetaInfo) -> Trace:
   """What is kept of the history."""
   return Trace(
     before=info.before.metric,

@@ -88,7 +88,7 @@ def search(name: str, play: Player) -> tuple[Rates, float]:
   return (calibrated, try_out(calibrated)) if better else (rates, best)
 
 
-def thresholds(traces: Sequence[Trace]) -> jaxbo.Thresholds:
+def thresholds(traces: Sequence[Trace]) -> jaxbo.meta.Thresholds:
   """Calibrated on the scores of all validation streams, without their first rounds."""
 
   def joined(pick: Callable[[Trace], Any]) -> np.ndarray:
@@ -98,7 +98,7 @@ def thresholds(traces: Sequence[Trace]) -> jaxbo.Thresholds:
 
   scores = joined(lambda trace: trace.switch_score), joined(lambda trace: trace.shift_score)
   truth = joined(lambda trace: trace.task_switch), joined(lambda trace: trace.domain != 0)
-  return jaxbo.calibrate(jaxbo.Scores(*map(jnp.asarray, scores)), *truth, rule="roc")
+  return jaxbo.meta.calibrate(jaxbo.meta.Scores(*map(jnp.asarray, scores)), *truth, rule="roc")
 
 
 def rates_of(run: Run[Config], method: str) -> Rates:

@@ -60,7 +60,7 @@ def margin_attack_loss(params, images, labels):
 @functools.partial(jax.jit, static_argnums=2)
 def _look(image, label, model):
   logits_of = lambda x: model(params(), x[None])
-  value = lambda x: jaxbo.cross_entropy_loss(logits_of(x), label[None])[0]
+  value = lambda x: jaxbo.adversarial.cross_entropy_loss(logits_of(x), label[None])[0]
   loss, slope = jax.value_and_grad(value)(image)
   return loss, slope, jnp.argmax(logits_of(image)[0])
 

@@ -19,8 +19,8 @@ PARAMS, (IMAGES, LABELS) = problem.params(), problem.batch()
 
 
 def test_apgd_is_at_least_as_strong_as_pgd_at_equal_steps():
-  pgd = jaxbo.pgd(model, epsilon=EPSILON, step_size=EPSILON / 4, num_steps=20)
-  apgd = jaxbo.apgd(model, epsilon=EPSILON, num_steps=20)
+  pgd = jaxbo.adversarial.pgd(model, epsilon=EPSILON, step_size=EPSILON / 4, num_steps=20)
+  apgd = jaxbo.adversarial.apgd(model, epsilon=EPSILON, num_steps=20)
   losses, wrong = {}, {}
   for name, attack in {"pgd": pgd, "apgd": apgd}.items():
     logits = model(PARAMS, attack(PARAMS, (IMAGES, LABELS), 3))
@@ -70,7 +70,7 @@ def apgd_by_hand(image, start, label, epsilon, num_steps):
 
 def test_apgd_is_that_of_the_paper(x64):
   epsilon, key, images = 0.3, jax.random.key(5), IMAGES.astype(jnp.float64)
-  attack = jaxbo.apgd(wavy, epsilon=epsilon, num_steps=30)
+  attack = jaxbo.adversarial.apgd(wavy, epsilon=epsilon, num_steps=30)
   perturbed = attack(PARAMS, (images, LABELS), jax.random.clone(key))
   start = images + make_ball("linf", epsilon, 0.0, 1.0).random(key, images)
   for i in range(problem.BATCH):
@@ -119,9 +119,9 @@ def test_restarts_and_targets_start_at_points_of_their_own():
   options = {"epsilon": 0.1, "num_steps": 1}
   images = jnp.full((200, 1), 0.5)
   for attack, num_points in (
-    (jaxbo.pgd(flat, step_size=0.1, objective="margin", restarts=4, **options), 1),
-    (jaxbo.apgd(flat, objective="margin", restarts=4, **options), 2),
-    (jaxbo.apgd(flat, objective="targeted_dlr", num_targets=4, **options), 2),
+    (jaxbo.adversarial.pgd(flat, step_size=0.1, objective="margin", restarts=4, **options), 1),
+    (jaxbo.adversarial.apgd(flat, objective="margin", restarts=4, **options), 2),
+    (jaxbo.adversarial.apgd(flat, objective="targeted_dlr", num_targets=4, **options), 2),
   ):
     perturbed, info = attack.run((), (images, jnp.zeros(200, jnp.int32)), 0)
     assert np.mean(perturbed - 0.5) == pytest.approx(0.06, abs=4 * 0.033 / np.sqrt(200))
@@ -132,7 +132,9 @@ def test_apgd_keeps_the_misclassified_point_of_the_largest_objective():
   """Its only step is to the top of the objective, where all is classified correctly."""
   uphill = lambda params, x: jnp.concatenate([10 * (x - 0.45), 0 * x], axis=1)
   options = {"epsilon": 0.1, "num_steps": 1, "restarts": 4}
-  attack = jaxbo.apgd(uphill, objective=lambda logits, labels, clean: logits[:, 0], **options)
+  attack = jaxbo.adversarial.apgd(
+    uphill, objective=lambda logits, labels, clean: logits[:, 0], **options
+  )
   images, key = jnp.full((50, 1), 0.5), jax.random.key(0)
   found = attack((), (images, jnp.zeros(50, jnp.int32)), jax.random.clone(key))
   draw = lambda key: images + make_ball("linf", 0.1, 0.0, 1.0).random(key, images)
@@ -146,7 +148,7 @@ def test_apgd_turns_back_where_numbers_are_not_finite():
   """They are beyond 0.55, where its first steps end; they are no success."""
   cliff = lambda p, x: jnp.where(x > 0.55, jnp.nan, jnp.concatenate([2 - x, x], axis=1))
   images, key = jnp.full((50, 1), 0.5), jax.random.key(0)
-  attack = jaxbo.apgd(cliff, epsilon=0.3, num_steps=30)
+  attack = jaxbo.adversarial.apgd(cliff, epsilon=0.3, num_steps=30)
   found, info = attack.run((), (images, jnp.zeros(50, jnp.int32)), jax.random.clone(key))
   start = images + make_ball("linf", 0.3, 0.0, 1.0).random(key, images)
   lost = np.asarray(start > 0.55)
@@ -173,9 +175,9 @@ def test_targets_are_the_likeliest_other_classes():
 
   batch = jnp.full((1, 1), 0.05), jnp.zeros(1, jnp.int32)
   options = {"epsilon": 0.15, "num_steps": 12, "objective": "targeted_dlr", "low": -1.0}
-  attack = jaxbo.apgd(steps, num_targets=3, **options)
+  attack = jaxbo.adversarial.apgd(steps, num_targets=3, **options)
   # Towards the first two classes, down the slope, nothing is found but by the start.
-  few = jaxbo.apgd(steps, num_targets=2, **options)
+  few = jaxbo.adversarial.apgd(steps, num_targets=2, **options)
   predicted = lambda attack: [int(steps((), attack((), batch, k)).argmax()) for k in range(4)]
   assert predicted(attack) == [3, 3, 3, 3]
   assert 0 in predicted(few)
@@ -190,5 +192,5 @@ def test_where_all_targets_fail_the_largest_margin_is_kept():
 
   batch = jnp.zeros((2, 1)), jnp.zeros(2, jnp.int32)
   options = {"epsilon": 0.1, "num_steps": 5, "low": -1.0, "num_targets": 2}
-  attack = jaxbo.apgd(out_of_reach, objective="targeted_dlr", **options)
+  attack = jaxbo.adversarial.apgd(out_of_reach, objective="targeted_dlr", **options)
   np.testing.assert_allclose(attack((), batch, 0), 0.1, rtol=1e-5)

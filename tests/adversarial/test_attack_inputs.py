@@ -16,11 +16,11 @@ pytestmark = pytest.mark.slow
 
 PARAMS, (IMAGES, LABELS) = problem.params(), problem.batch()
 TINY = {"epsilon": EPSILON, "step_size": 0.03, "num_steps": 4}
-PGD = jaxbo.pgd(model, random_start=False, **TINY)
+PGD = jaxbo.adversarial.pgd(model, random_start=False, **TINY)
 
 
 def test_errors_name_the_argument(as_users_run):
-  pgd = functools.partial(jaxbo.pgd, model)
+  pgd = functools.partial(jaxbo.adversarial.pgd, model)
   cases = {
     "epsilon must be non-negative": {"epsilon": -0.1},
     "step_size must be positive": {"step_size": 0.0},
@@ -43,17 +43,21 @@ def test_errors_name_the_argument(as_users_run):
     with pytest.raises(ValueError, match=message):
       pgd(**{**TINY, **change})
   for make, options, message in [
-    (jaxbo.fgsm, {"epsilon": -1.0}, "epsilon must be non-negative"),
-    (jaxbo.apgd, {"epsilon": 0.1, "num_steps": 0}, "num_steps must be at least 1"),
-    (jaxbo.apgd, {"epsilon": 0.1, "num_targets": 0}, "num_targets must be at least 1"),
-    (jaxbo.apgd, {"epsilon": 0.1, "objective": "targeted"}, "objective must be one of"),
-    (jaxbo.square, {"epsilon": 0.1, "num_queries": 0}, "num_queries must be at least 1"),
-    (jaxbo.square, {"epsilon": 0.1, "area": 0.0}, r"area must be in \(0, 1\]"),
+    (jaxbo.adversarial.fgsm, {"epsilon": -1.0}, "epsilon must be non-negative"),
+    (jaxbo.adversarial.apgd, {"epsilon": 0.1, "num_steps": 0}, "num_steps must be at least 1"),
+    (jaxbo.adversarial.apgd, {"epsilon": 0.1, "num_targets": 0}, "num_targets must be at least 1"),
+    (jaxbo.adversarial.apgd, {"epsilon": 0.1, "objective": "targeted"}, "objective must be one of"),
+    (
+      jaxbo.adversarial.square,
+      {"epsilon": 0.1, "num_queries": 0},
+      "num_queries must be at least 1",
+    ),
+    (jaxbo.adversarial.square, {"epsilon": 0.1, "area": 0.0}, r"area must be in \(0, 1\]"),
   ]:
     with pytest.raises(ValueError, match=message):
       make(model, **options)
   with pytest.raises(TypeError, match=r"model must be a function model\(params, images\)"):
-    jaxbo.pgd(lambda images: images, **TINY)
+    jaxbo.adversarial.pgd(lambda images: images, **TINY)
   with pytest.raises(TypeError, match="objective must be a function"):
     pgd(objective=lambda logits: logits, **TINY)
   with pytest.raises(TypeError, match=r"stop_after must be a non-negative Python int, got 1\.5"):
@@ -83,13 +87,13 @@ def test_errors_name_what_is_wrong_with_the_batch():
   with pytest.raises(TypeError, match=r"batch must be a pair \(images, labels\), got dict"):
     PGD(PARAMS, {"images": IMAGES})
   with pytest.raises(TypeError, match="key must be an int, a raw key array or a typed key"):
-    jaxbo.pgd(model, **TINY)(PARAMS, (IMAGES, LABELS))
+    jaxbo.adversarial.pgd(model, **TINY)(PARAMS, (IMAGES, LABELS))
   with pytest.raises(ValueError, match=r"model must return logits, \[8, num_classes\], got \(8,\)"):
-    jaxbo.pgd(lambda p, x: x[:, 0, 0, 0], **TINY)(PARAMS, (IMAGES, LABELS), 0)
+    jaxbo.adversarial.pgd(lambda p, x: x[:, 0, 0, 0], **TINY)(PARAMS, (IMAGES, LABELS), 0)
   two = lambda p, x: model(p, x)[:, :3]
   with pytest.raises(ValueError, match="must have at least 4 classes to compare, got 3"):
-    jaxbo.apgd(two, epsilon=0.1, objective="targeted_dlr")(PARAMS, (IMAGES, LABELS), 0)
-  flat = jaxbo.square(lambda p, x: model(p, x.reshape(-1, 4, 4, 1)), epsilon=0.1)
+    jaxbo.adversarial.apgd(two, epsilon=0.1, objective="targeted_dlr")(PARAMS, (IMAGES, LABELS), 0)
+  flat = jaxbo.adversarial.square(lambda p, x: model(p, x.reshape(-1, 4, 4, 1)), epsilon=0.1)
   with pytest.raises(ValueError, match=r"images must be \[batch, height, width, channels\]"):
     flat(PARAMS, (IMAGES.reshape(8, 16), LABELS), 0)
 
@@ -97,9 +101,9 @@ def test_errors_name_what_is_wrong_with_the_batch():
 def test_objectives_give_a_number_for_each_image():
   """A mean would be the same for all: neither step sizes nor restarts could be told apart."""
   make = {
-    "pgd": functools.partial(jaxbo.pgd, **TINY),
-    "apgd": functools.partial(jaxbo.apgd, epsilon=EPSILON, num_steps=2),
-    "square": functools.partial(jaxbo.square, epsilon=EPSILON, num_queries=2),
+    "pgd": functools.partial(jaxbo.adversarial.pgd, **TINY),
+    "apgd": functools.partial(jaxbo.adversarial.apgd, epsilon=EPSILON, num_steps=2),
+    "square": functools.partial(jaxbo.adversarial.square, epsilon=EPSILON, num_queries=2),
   }
   for attack in make.values():
     for objective, shape in [
@@ -120,8 +124,10 @@ def test_labels_of_few_bits_are_as_good_as_others():
   linear = lambda params, images: images.reshape(len(images), 16) @ params
   labels = np.arange(8, dtype=np.int8)
   for attack in (
-    jaxbo.pgd(linear, **TINY),
-    jaxbo.apgd(linear, epsilon=EPSILON, num_steps=2, objective="targeted_dlr", num_targets=1),
+    jaxbo.adversarial.pgd(linear, **TINY),
+    jaxbo.adversarial.apgd(
+      linear, epsilon=EPSILON, num_steps=2, objective="targeted_dlr", num_targets=1
+    ),
   ):
     ours, info = attack.run(wide, (IMAGES, labels), 0)
     expected, _ = attack.run(wide, (IMAGES, labels.astype(np.int32)), 0)
@@ -144,8 +150,8 @@ def test_under_jit_images_are_clipped_and_unknown_labels_left_alone():
   assert info.num_not_finite == 2
   # An objective that does not look at labels knows them no better.
   attacks = (
-    jaxbo.pgd(model, objective="kl", random_start=0.001, **TINY),
-    jaxbo.square(model, objective="kl", epsilon=EPSILON, num_queries=2),
+    jaxbo.adversarial.pgd(model, objective="kl", random_start=0.001, **TINY),
+    jaxbo.adversarial.square(model, objective="kl", epsilon=EPSILON, num_queries=2),
   )
   for info in jax.jit(lambda y: [a.run(PARAMS, (IMAGES, y), 0)[1] for a in attacks])(unknown):
     assert np.flatnonzero(info.not_finite).tolist() == [3, 4]
@@ -166,12 +172,12 @@ def brittle(params, images, broken):
 @jax.jit
 def attack_brittle(images, labels, broken):
   model = lambda params, images: brittle(params, images, broken)
-  pgd = functools.partial(jaxbo.pgd, model, random_start=False, **TINY)
+  pgd = functools.partial(jaxbo.adversarial.pgd, model, random_start=False, **TINY)
   attacks = {
     "whole": pgd(),
     "adam": pgd(direction="adam"),
-    "apgd": jaxbo.apgd(model, epsilon=EPSILON, num_steps=6),
-    "square": jaxbo.square(model, epsilon=EPSILON, num_queries=6),
+    "apgd": jaxbo.adversarial.apgd(model, epsilon=EPSILON, num_steps=6),
+    "square": jaxbo.adversarial.square(model, epsilon=EPSILON, num_queries=6),
   }
   return {name: attack.run(PARAMS, (images, labels), 0) for name, attack in attacks.items()}
 
@@ -200,7 +206,7 @@ def test_a_gradient_that_breaks_on_the_way_leaves_the_last_finite_point(directio
   cliff = lambda p, x: jnp.where(x > 0.55, jnp.nan, jnp.concatenate([-x, x], axis=1))
   batch = jnp.full((1, 1), 0.5), jnp.zeros(1, jnp.int32)
   sizes = {"epsilon": 0.3, "step_size": 0.02, "num_steps": 9}
-  attack = jaxbo.pgd(cliff, random_start=False, direction=direction, **sizes)
+  attack = jaxbo.adversarial.pgd(cliff, random_start=False, direction=direction, **sizes)
   perturbed, info = attack.run((), batch)
   assert float(perturbed[0, 0]) == pytest.approx(0.56, abs=1e-3)
   assert bool(info.not_finite[0])
@@ -209,7 +215,7 @@ def test_a_gradient_that_breaks_on_the_way_leaves_the_last_finite_point(directio
 def test_bfloat16_images_and_parameters_are_perturbed_in_float32():
   narrow = problem.params(jnp.bfloat16)
   images = problem.batch(dtype=jnp.bfloat16)[0]
-  for attack in (PGD, jaxbo.apgd(model, epsilon=EPSILON, num_steps=4)):
+  for attack in (PGD, jaxbo.adversarial.apgd(model, epsilon=EPSILON, num_steps=4)):
     perturbed, info = attack.run(narrow, (images, LABELS), 0)
     assert perturbed.dtype == jnp.float32
     assert np.abs(perturbed - images.astype(jnp.float32)).max() <= EPSILON + 1e-6
@@ -237,7 +243,7 @@ def test_no_gradient_of_the_parameters_is_taken():
 
   batch = (IMAGES, LABELS)
   assert products(lambda params: PGD(params, batch)) == 0
-  attack = jaxbo.apgd(model, epsilon=EPSILON, num_steps=3, objective="targeted_dlr")
+  attack = jaxbo.adversarial.apgd(model, epsilon=EPSILON, num_steps=3, objective="targeted_dlr")
   assert products(lambda params: attack(params, batch, 0)) == 0
   trained = jax.grad(lambda p: jnp.sum(problem.loss(p, PGD(p, batch), LABELS)))
   assert products(trained) == 2
@@ -246,7 +252,7 @@ def test_no_gradient_of_the_parameters_is_taken():
 def test_no_gradient_flows_through_an_attack():
   total = lambda p, x: jnp.sum(problem.loss(p, x, LABELS))
   batch = (IMAGES, LABELS)
-  noisy = jaxbo.pgd(model, direction="gradient", **TINY)
+  noisy = jaxbo.adversarial.pgd(model, direction="gradient", **TINY)
   through, constant = jax.jit(
     lambda params: (
       jax.grad(lambda p: total(p, noisy(p, batch, 0)))(params),
@@ -263,8 +269,10 @@ def test_eight_devices_attack_as_one():
   rows = PartitionSpec("d")
   attacks = [
     PGD,
-    jaxbo.apgd(model, epsilon=EPSILON, num_steps=3, objective="targeted_dlr", num_targets=2),
-    jaxbo.square(model, epsilon=EPSILON, num_queries=3),
+    jaxbo.adversarial.apgd(
+      model, epsilon=EPSILON, num_steps=3, objective="targeted_dlr", num_targets=2
+    ),
+    jaxbo.adversarial.square(model, epsilon=EPSILON, num_queries=3),
   ]
   step = lambda images, labels: [a.run(PARAMS, (images, labels), 0) for a in attacks]
   sharded = jax.shard_map(step, mesh=mesh, in_specs=rows, out_specs=rows)
@@ -284,7 +292,9 @@ def test_foolbox_agrees_on_which_images_fall():
   bounded = foolbox.JAXModel(lambda x: model(PARAMS, x), bounds=(0, 1))
   theirs = foolbox.attacks.LinfPGD(abs_stepsize=0.02, steps=10, random_start=False)
   points, _, success = theirs(bounded, *wide, epsilons=EPSILON)
-  attack = jaxbo.pgd(model, epsilon=EPSILON, step_size=0.02, num_steps=10, random_start=False)
+  attack = jaxbo.adversarial.pgd(
+    model, epsilon=EPSILON, step_size=0.02, num_steps=10, random_start=False
+  )
   ours = attack(PARAMS, wide)
   np.testing.assert_allclose(ours, np.asarray(points), atol=1e-6)
   wrong = np.argmax(model(PARAMS, ours), axis=1) != np.asarray(wide[1])

@@ -33,18 +33,18 @@ def guarded(params, images):
 def make_attacks(epsilon, num_steps=6):
   """All kinds of attacks; ``epsilon`` may be traced."""
   options = {"epsilon": epsilon, "num_steps": num_steps}
-  pgd = functools.partial(jaxbo.pgd, guarded, step_size=epsilon / 3 + 1e-6, **options)
+  pgd = functools.partial(jaxbo.adversarial.pgd, guarded, step_size=epsilon / 3 + 1e-6, **options)
   return {
-    "fgsm": jaxbo.fgsm(guarded, epsilon=epsilon),
-    "fgsm_l2": jaxbo.fgsm(guarded, epsilon=epsilon, norm="l2", random_start=False),
+    "fgsm": jaxbo.adversarial.fgsm(guarded, epsilon=epsilon),
+    "fgsm_l2": jaxbo.adversarial.fgsm(guarded, epsilon=epsilon, norm="l2", random_start=False),
     "pgd": pgd(),
     "pgd_adam": pgd(direction="adam", objective="margin"),
     "pgd_l2": pgd(norm="l2", restarts=2),
     "pgd_noise": pgd(random_start=0.001, objective="kl"),
-    "apgd": jaxbo.apgd(guarded, **options),
-    "apgd_l2": jaxbo.apgd(guarded, norm="l2", objective="dlr", restarts=2, **options),
-    "apgd_t": jaxbo.apgd(guarded, objective="targeted_dlr", num_targets=2, **options),
-    "square": jaxbo.square(guarded, epsilon=epsilon, num_queries=30),
+    "apgd": jaxbo.adversarial.apgd(guarded, **options),
+    "apgd_l2": jaxbo.adversarial.apgd(guarded, norm="l2", objective="dlr", restarts=2, **options),
+    "apgd_t": jaxbo.adversarial.apgd(guarded, objective="targeted_dlr", num_targets=2, **options),
+    "square": jaxbo.adversarial.square(guarded, epsilon=epsilon, num_queries=30),
   }
 
 
@@ -102,7 +102,7 @@ def test_the_key_decides_what_is_drawn():
     np.testing.assert_array_equal(again[name][0], perturbed)
     draws = name != "fgsm_l2"
     assert np.any(results(1)[name][0] != perturbed) == draws, name
-  attack = jaxbo.pgd(model, **TINY)
+  attack = jaxbo.adversarial.pgd(model, **TINY)
   keys = (7, jax.random.key(7), jax.random.PRNGKey(7))
   kinds = [attack(PARAMS, (IMAGES, LABELS), key) for key in keys]
   np.testing.assert_array_equal(kinds[0], kinds[1])
@@ -129,7 +129,7 @@ def pgd_by_hand(image, label, step_size, num_steps, stop_after=None):
 
 @pytest.mark.parametrize("stop_after", [None, 1])
 def test_pgd_and_its_early_stop_are_those_of_the_papers(stop_after):
-  attack = jaxbo.pgd(model, stop_after=stop_after, random_start=False, **TINY)
+  attack = jaxbo.adversarial.pgd(model, stop_after=stop_after, random_start=False, **TINY)
   perturbed, info = attack.run(PARAMS, (IMAGES, LABELS))
   for i in range(problem.BATCH):
     expected, num_correct = pgd_by_hand(IMAGES[i], LABELS[i], 0.03, 6, stop_after)
@@ -144,7 +144,7 @@ def test_the_best_run_is_a_misclassified_one_and_then_the_highest():
   values = np.array([[1.0, 5.0, 1.0, np.inf], [2.0, 1.0, 2.0, 3.0], [0.0, 2.0, 9.0, 4.0]], "f")
   wrong = np.array([[0, 0, 1, 1], [0, 1, 1, 0], [0, 0, 0, 0]], bool)
   runs = np.broadcast_to(np.arange(3, dtype="f")[:, None, None], (3, 4, 2))
-  info = jaxbo.AttackInfo(np.arange(12).reshape(3, 4), ~np.isfinite(values))
+  info = jaxbo.adversarial.AttackInfo(np.arange(12).reshape(3, 4), ~np.isfinite(values))
   found = jax.jit(best)(Found(runs, values, wrong, info))
   assert np.asarray(found.perturbed)[:, 0].tolist() == [1, 1, 1, 2]
   assert found.wrong.tolist() == [False, True, True, False]
@@ -163,7 +163,7 @@ def test_plain_and_adam_steps_are_those_of_optax():
     ("l2", "steepest"): slope / sizes,
   }
   for (norm, direction), move in expected.items():
-    attack = jaxbo.pgd(model, step_size=0.5, norm=norm, direction=direction, **fixed)
+    attack = jaxbo.adversarial.pgd(model, step_size=0.5, norm=norm, direction=direction, **fixed)
     perturbed = attack(PARAMS, (IMAGES, LABELS))
     np.testing.assert_allclose(perturbed - IMAGES, 0.5 * move, atol=1e-4)
 
@@ -172,19 +172,21 @@ def test_the_step_of_fgsm_is_longer_from_a_random_start():
   """1.25 epsilon, cut to the ball; without the cut at the range it is seen from inside."""
   linear = lambda params, x: jnp.stack([x.sum(axis=1), -x.sum(axis=1)], axis=1)
   images, labels = jnp.full((64, 3), 0.5), jnp.zeros(64, jnp.int32)
-  moved = jaxbo.fgsm(linear, epsilon=0.1)((), (images, labels), 0) - 0.5
+  moved = jaxbo.adversarial.fgsm(linear, epsilon=0.1)((), (images, labels), 0) - 0.5
   # From u in (-0.1, 0.1) down by 0.125: all end at the wall but those above 0.025.
   assert moved.min() >= -0.1 - 1e-6
   inside = np.asarray(moved) > -0.1 + 1e-6
   assert 0.25 < inside.mean() < 0.5
   assert np.asarray(moved).max() == pytest.approx(-0.025, abs=0.003)
-  exact = jaxbo.fgsm(linear, epsilon=0.1, random_start=False)((), (images, labels)) - 0.5
+  exact = (
+    jaxbo.adversarial.fgsm(linear, epsilon=0.1, random_start=False)((), (images, labels)) - 0.5
+  )
   np.testing.assert_allclose(exact, -0.1, rtol=1e-5)
   # Otherwise it is one step of PGD.
   options = {"norm": "l2", "low": -1.0, "high": 2.0, "random_start": False, "objective": "margin"}
   attacks = (
-    jaxbo.fgsm(model, epsilon=0.5, **options),
-    jaxbo.pgd(model, epsilon=0.5, step_size=0.5, num_steps=1, **options),
+    jaxbo.adversarial.fgsm(model, epsilon=0.5, **options),
+    jaxbo.adversarial.pgd(model, epsilon=0.5, step_size=0.5, num_steps=1, **options),
   )
   np.testing.assert_array_equal(*(attack(PARAMS, (IMAGES, LABELS)) for attack in attacks))
 
@@ -210,8 +212,8 @@ def test_a_restart_can_only_help():
   images, labels = jnp.full((20, 1), 0.5), jnp.zeros(20, jnp.int32)
   options = {"epsilon": 0.3, "step_size": 0.02, "num_steps": 20}
   loss_at = lambda x: np.asarray(-hills((), x)[:, 0])
-  one = loss_at(jaxbo.pgd(hills, **options)((), (images, labels), 0))
-  many = loss_at(jaxbo.pgd(hills, restarts=8, **options)((), (images, labels), 0))
+  one = loss_at(jaxbo.adversarial.pgd(hills, **options)((), (images, labels), 0))
+  many = loss_at(jaxbo.adversarial.pgd(hills, restarts=8, **options)((), (images, labels), 0))
   assert one.min() < 0 < many.min()
 
 
@@ -227,14 +229,14 @@ def test_random_starts_fill_the_ball():
 
 
 FLAT = lambda params, images: jax.lax.stop_gradient(model(params, images))
-FEW, MANY = (jaxbo.square(FLAT, epsilon=EPSILON, num_queries=n) for n in (1, 200))
+FEW, MANY = (jaxbo.adversarial.square(FLAT, epsilon=EPSILON, num_queries=n) for n in (1, 200))
 
 
 def test_square_needs_no_gradient_and_improves_with_its_queries():
   margins = []
   for attack in (FEW, MANY):
     perturbed, info = attack.run(PARAMS, (IMAGES, LABELS), 0)
-    margins.append(np.asarray(jaxbo.margin_loss(model(PARAMS, perturbed), LABELS)))
+    margins.append(np.asarray(jaxbo.adversarial.margin_loss(model(PARAMS, perturbed), LABELS)))
   assert np.mean(margins[1]) > np.mean(margins[0]) + 0.1
   assert np.all(margins[1] >= margins[0])
   assert np.max(info.num_correct) == 201
@@ -254,7 +256,9 @@ def test_square_leaves_alone_what_is_misclassified():
 
 
 def test_square_starts_with_vertical_stripes():
-  attack = jaxbo.square(FLAT, epsilon=EPSILON, num_queries=1, area=1e-6)  # Of one pixel.
+  attack = jaxbo.adversarial.square(
+    FLAT, epsilon=EPSILON, num_queries=1, area=1e-6
+  )  # Of one pixel.
   moved = attack(PARAMS, (jnp.full_like(IMAGES, 0.5), LABELS), 0) - 0.5
   of_columns = np.median(moved, axis=1)
   np.testing.assert_allclose(np.abs(of_columns), EPSILON, rtol=1e-5)
@@ -268,7 +272,7 @@ def test_squares_shrink_as_published():
   # The last of them find a chessboard, whose fields are pixels.
   board = 1 - 2.0 * (np.indices((4, 4)).sum(axis=0)[None, :, :, None] % 2)
   fine = lambda params, x: jnp.stack([9 - (total := jnp.sum(board * x, (1, 2, 3))), total], axis=1)
-  attack = jaxbo.square(fine, epsilon=EPSILON, num_queries=500)
+  attack = jaxbo.adversarial.square(fine, epsilon=EPSILON, num_queries=500)
   perturbed = attack((), (jnp.full((8, 4, 4, 1), 0.5), jnp.zeros(8, jnp.int32)), 0)
   np.testing.assert_allclose(perturbed - 0.5, np.repeat(EPSILON * board, 8, 0), atol=1e-6)
 
@@ -278,7 +282,7 @@ def test_square_leaves_points_that_are_not_finite():
   cliff = lambda params, x: jnp.where(x[:, 0, 0] > 0.5, jnp.nan, model(params, x))
   images = jnp.full((32, 4, 4, 1), 0.5)
   labels = jnp.argmax(model(PARAMS, images), axis=1)
-  attack = jaxbo.square(cliff, epsilon=EPSILON, num_queries=500)
+  attack = jaxbo.adversarial.square(cliff, epsilon=EPSILON, num_queries=500)
   perturbed, info = attack.run(PARAMS, (images, labels), 0)
   assert np.all(perturbed[:, 0, 0] < 0.5)
   assert info.num_not_finite > 10

@@ -67,13 +67,13 @@ def compiled(name, inverse):
   attack_loss = {"margin": margin, "opposite": opposite, "linearised": linearised}[name]
   options = {"curvature": CURVATURE} if name == "linearised" else {}
   options["inverse"] = jaxbo.conjugate_gradient(2 * DIM) if inverse == "cg" else inverse
-  tx = jaxbo.reweight(jaxbo.kl(R))
+  tx = jaxbo.reweight(jaxbo.dro.kl(R))
 
   @jax.jit
   def value_and_grad(params, barrier=1e-2):
     sizes = {"epsilon": 0.1, "barrier": barrier, "num_steps": 1500, "step_size": 1 / CURVATURE}
     options.update(margin=1e-9, repair=False)
-    grads = jaxbo.done_grad(loss, attack_loss, **sizes, **options)(params, make()[1])
+    grads = jaxbo.adversarial.done_grad(loss, attack_loss, **sizes, **options)(params, make()[1])
     gradient, state = tx.update(grads, tx.init(params), params)
     weights = jax.nn.softmax(grads.losses / R)
     of_params = lambda p: jnp.sum(weights * loss(p, grads.aux.perturbed, make()[1][1]))
@@ -178,7 +178,7 @@ def test_fast_bat_is_its_formula(x64):
 
   @jax.jit
   def ours(params, images):
-    grad = jaxbo.fast_bat_grad(loss, margin, repair=False, **options)
+    grad = jaxbo.adversarial.fast_bat_grad(loss, margin, repair=False, **options)
     grads = grad(params, (images, labels), jax.random.clone(key))
     return grads.pullback(weights), grads.losses, grads.aux
 
@@ -228,7 +228,7 @@ def pulled(loss=problem.loss, attack_loss=problem.margin_attack_loss, rate=1.0, 
   @jax.jit
   def pull(params, batch, key=None, step_size=1.0, barrier=1e-2):
     sizes = {"step_size": step_size, "barrier": barrier, "repair": False}
-    grad = jaxbo.done_grad(loss, attack_loss, **{**OPTIONS, **sizes, **options})
+    grad = jaxbo.adversarial.done_grad(loss, attack_loss, **{**OPTIONS, **sizes, **options})
     grads, state = grad(params, batch, key), tx.init(params)
     for _ in range(2):  # The second time too: at rate 1 nothing is remembered.
       updates, state = tx.update(grads, state, params)
@@ -272,7 +272,9 @@ def test_perturbations_are_strictly_inside_also_at_pixels_0_and_1(pull, step_siz
 
 
 def test_the_margin_keeps_away_from_the_walls():
-  grad = jaxbo.done_grad(problem.loss, problem.margin_attack_loss, margin=0.2, **OPTIONS)
+  grad = jaxbo.adversarial.done_grad(
+    problem.loss, problem.margin_attack_loss, margin=0.2, **OPTIONS
+  )
   perturbed = jax.jit(lambda params: grad(params, BATCH).aux.perturbed)(PARAMS)
   share = (perturbed - LOW) / (HIGH - LOW)
   assert share.min() == pytest.approx(0.2, abs=1e-4)
@@ -307,7 +309,7 @@ def test_eight_devices_give_the_gradient_of_one():
   """The full system of each example too, with the replication check on."""
   options = {**OPTIONS, "inverse": jaxbo.conjugate_gradient(3), "repair": False}
   tx = {axis: jaxbo.done(1.0, R, axis_name=axis) for axis in (None, "d")}
-  grad = jaxbo.done_grad(problem.loss, problem.margin_attack_loss, **options)
+  grad = jaxbo.adversarial.done_grad(problem.loss, problem.margin_attack_loss, **options)
 
   def step(images, labels, axis):
     state = tx[axis].init(PARAMS)
@@ -349,7 +351,7 @@ def test_a_gradient_that_is_not_finite_leaves_the_example_alone():
   np.testing.assert_allclose(found["losses"][others], sound["losses"][others], rtol=1e-4)
   assert np.isnan(found["losses"][2])  # It has no implicit term.
   # Fast-BAT looks at the outer loss once.
-  fast_grad = jaxbo.fast_bat_grad(*losses, epsilon=EPSILON, step_size=1.0)
+  fast_grad = jaxbo.adversarial.fast_bat_grad(*losses, epsilon=EPSILON, step_size=1.0)
   fast = jax.jit(lambda params: fast_grad(params, BATCH, 0).aux)(PARAMS)
   assert np.flatnonzero(fast.not_finite).tolist() == [2, 5]
   np.testing.assert_allclose(fast.perturbed[2], start[2], atol=1e-5)
@@ -369,7 +371,7 @@ def test_the_running_normaliser_follows_its_rate():
 
 
 def test_errors_name_the_argument():
-  make = functools.partial(jaxbo.done_grad, problem.loss, problem.margin_attack_loss)
+  make = functools.partial(jaxbo.adversarial.done_grad, problem.loss, problem.margin_attack_loss)
   cases = {
     "epsilon must be positive": {"epsilon": 0.0},
     "barrier must be positive": {"barrier": 0.0},
@@ -385,7 +387,7 @@ def test_errors_name_the_argument():
     with pytest.raises(ValueError, match=message):
       make(**{**OPTIONS, **change})
   with pytest.raises(TypeError, match="attack_loss must be a function"):
-    jaxbo.done_grad(problem.loss, lambda params: 0.0, **OPTIONS)
+    jaxbo.adversarial.done_grad(problem.loss, lambda params: 0.0, **OPTIONS)
   with pytest.raises(ValueError, match=r"images must be from low=0\.0 to high=1\.0, got values"):
     make(**OPTIONS)(PARAMS, (BATCH[0] * 255, BATCH[1]))
   sound = problem.loss, problem.margin_attack_loss
@@ -396,12 +398,14 @@ def test_errors_name_the_argument():
     for inverse in ("diagonal", "none"):
       message = rf"{name} must return \(8,\), one loss for each image, got \(\)"
       with pytest.raises(ValueError, match=f"^{message}"):
-        jaxbo.done_grad(*with_mean, inverse=inverse, **OPTIONS)(PARAMS, BATCH)
+        jaxbo.adversarial.done_grad(*with_mean, inverse=inverse, **OPTIONS)(PARAMS, BATCH)
     with pytest.raises(ValueError, match=f"^{message}"):
-      jaxbo.fast_bat_grad(*with_mean, epsilon=0.1, step_size=1.0)(PARAMS, BATCH, 0)
+      jaxbo.adversarial.fast_bat_grad(*with_mean, epsilon=0.1, step_size=1.0)(PARAMS, BATCH, 0)
     with pytest.raises(TypeError, match=f"^{name} must be real floats, got dtype int32"):
-      jaxbo.done_grad(*with_whole, **OPTIONS)(PARAMS, BATCH)
-  fast = functools.partial(jaxbo.fast_bat_grad, problem.loss, problem.margin_attack_loss)
+      jaxbo.adversarial.done_grad(*with_whole, **OPTIONS)(PARAMS, BATCH)
+  fast = functools.partial(
+    jaxbo.adversarial.fast_bat_grad, problem.loss, problem.margin_attack_loss
+  )
   for name in ("epsilon", "step_size", "curvature"):
     options = {"epsilon": 0.1, "step_size": 1.0, name: 0.0}
     with pytest.raises(ValueError, match=f"{name} must be positive"):

@@ -21,10 +21,10 @@ CHEAP = {"epsilon": EPSILON, "num_steps": 5, "num_queries": 8}
 
 @functools.cache
 def report(batch_size=3):
-  attacks = jaxbo.standard_attacks(model, **CHEAP)
+  attacks = jaxbo.adversarial.standard_attacks(model, **CHEAP)
   with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    return jaxbo.evaluate_robustness(
+    return jaxbo.adversarial.evaluate_robustness(
       model, PARAMS, (np.asarray(IMAGES), LABELS), 0, attacks, batch_size=batch_size
     )
 
@@ -48,10 +48,10 @@ def test_the_worst_case_is_that_of_every_image():
 
 def test_metrics_of_classes_are_those_of_the_worst_case():
   ours = report()
-  expected = jaxbo.class_accuracy(ours.worst_case, LABELS, problem.CLASSES)
+  expected = jaxbo.adversarial.class_accuracy(ours.worst_case, LABELS, problem.CLASSES)
   np.testing.assert_array_equal(ours.class_accuracies(), expected)
   for fraction in (0.3, 1.0):
-    tail = jaxbo.tail_accuracy(ours.worst_case, LABELS, problem.CLASSES, fraction)
+    tail = jaxbo.adversarial.tail_accuracy(ours.worst_case, LABELS, problem.CLASSES, fraction)
     assert ours.tail_accuracy(fraction) == tail
   assert ours.tail_accuracy() == ours.tail_accuracy(0.3)
 
@@ -61,23 +61,25 @@ def test_the_tail_is_the_worst_third_of_classes():
   labels = np.repeat(np.arange(10), 10)
   accuracies = np.array([0.9, 0.1, 0.8, 0.3, 0.5, 0.7, 0.2, 1.0, 0.6, 0.4])
   correct = np.tile(np.arange(10), 10) < 10 * np.repeat(accuracies, 10) - 0.5
-  np.testing.assert_allclose(jaxbo.class_accuracy(correct, labels, 10), accuracies)
-  tail = functools.partial(jaxbo.tail_accuracy, correct, labels)
+  np.testing.assert_allclose(jaxbo.adversarial.class_accuracy(correct, labels, 10), accuracies)
+  tail = functools.partial(jaxbo.adversarial.tail_accuracy, correct, labels)
   assert tail(10) == tail(10, 0.3) == pytest.approx((0.1 + 0.2 + 0.3) / 3)
   assert tail(10, 0.31) == pytest.approx((0.1 + 0.2 + 0.3 + 0.4) / 4)
   assert tail(10, 1e-3) == pytest.approx(0.1)
   assert tail(10, 1.0) == pytest.approx(np.mean(accuracies))
   # Classes without images do not count, neither as bad nor in number.
   assert tail(20, 0.3) == pytest.approx(0.2)
-  assert np.isnan(jaxbo.class_accuracy(correct, labels, 11)[10])
-  assert np.isnan(jaxbo.tail_accuracy([], [], 3))
+  assert np.isnan(jaxbo.adversarial.class_accuracy(correct, labels, 11)[10])
+  assert np.isnan(jaxbo.adversarial.tail_accuracy([], [], 3))
 
 
 def doubts(other, attacks=None, params=PARAMS):
   attacks = {} if attacks is None else attacks
   with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
-    ours = jaxbo.evaluate_robustness(other, params, (IMAGES, LABELS), 0, attacks, batch_size=8)
+    ours = jaxbo.adversarial.evaluate_robustness(
+      other, params, (IMAGES, LABELS), 0, attacks, batch_size=8
+    )
   assert [str(w.message) for w in caught] == [f"evaluate_robustness: {r}" for r in ours.warnings]
   assert all(w.category is UserWarning for w in caught)
   return " ".join(ours.warnings)
@@ -114,8 +116,10 @@ def test_square_that_breaks_what_withstood_the_others_is_warned_of():
   """A staircase has no slope, so that gradients find nothing."""
   stairs = lambda p, x: model(p, jnp.round(8 * x) / 8)
   attacks = {
-    "pgd": jaxbo.pgd(stairs, epsilon=0.3, step_size=0.1, num_steps=3, random_start=False),
-    "square": jaxbo.square(stairs, epsilon=0.3, num_queries=100),
+    "pgd": jaxbo.adversarial.pgd(
+      stairs, epsilon=0.3, step_size=0.1, num_steps=3, random_start=False
+    ),
+    "square": jaxbo.adversarial.square(stairs, epsilon=0.3, num_queries=100),
   }
   assert "square, which uses no gradients, breaks" in doubts(stairs, attacks)
 
@@ -124,21 +128,23 @@ def test_attacks_that_meet_nan_are_counted_once_for_an_image():
   """Also where the last batch is filled up with the last image."""
   batch = IMAGES[:4], jnp.zeros(4, jnp.int32)  # Of logits that are NaN argmax takes the first.
   broken = lambda p, x: jnp.where(x[:, 0, 0] < -1, 0.0, model(p, x) * jnp.nan)
-  attack = jaxbo.pgd(broken, epsilon=0.1, step_size=0.1, num_steps=1)
+  attack = jaxbo.adversarial.pgd(broken, epsilon=0.1, step_size=0.1, num_steps=1)
   with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    ours = jaxbo.evaluate_robustness(broken, PARAMS, batch, 0, {"pgd": attack}, batch_size=3)
+    ours = jaxbo.adversarial.evaluate_robustness(
+      broken, PARAMS, batch, 0, {"pgd": attack}, batch_size=3
+    )
   assert ours.num_not_finite == {"pgd": 4}
   assert ours.accuracies() == {"clean": 0.0, "pgd": 0.0, "worst_case": 0.0}
 
 
 def test_standard_attacks_adapt_to_the_task():
-  few = jaxbo.standard_attacks(model, epsilon=0.1, num_queries=0, num_classes=3)
+  few = jaxbo.adversarial.standard_attacks(model, epsilon=0.1, num_queries=0, num_classes=3)
   assert list(few) == ["pgd_20", "pgd_100", "apgd_ce", "apgd_t"]
   three = lambda p, x: model(p, x)[:, :3]
-  attack = jaxbo.standard_attacks(three, **CHEAP, num_classes=3)["apgd_t"]
+  attack = jaxbo.adversarial.standard_attacks(three, **CHEAP, num_classes=3)["apgd_t"]
   assert np.isfinite(attack(PARAMS, (IMAGES, LABELS % 3), 0)).all()
-  nothing = jaxbo.standard_attacks(model, epsilon=0.0, num_steps=2)["pgd_2"]
+  nothing = jaxbo.adversarial.standard_attacks(model, epsilon=0.0, num_steps=2)["pgd_2"]
   np.testing.assert_array_equal(nothing(PARAMS, (IMAGES, LABELS), 0), IMAGES)
 
 
@@ -148,7 +154,7 @@ def test_standard_attacks_are_those_of_the_protocol(as_users_run, monkeypatch):
     make = lambda model, *, name=name, **options: asked.append((name, options))
     monkeypatch.setattr(evaluate, name, make)
   inside = {"epsilon": 0.25, "low": -1.0, "high": 2.0}
-  jaxbo.standard_attacks(model, num_steps=50, num_queries=70, **inside)
+  jaxbo.adversarial.standard_attacks(model, num_steps=50, num_queries=70, **inside)
   assert asked == [
     ("pgd", inside | {"step_size": 0.0625, "num_steps": 20}),
     ("pgd", inside | {"step_size": 0.0625, "num_steps": 50}),
@@ -159,8 +165,8 @@ def test_standard_attacks_are_those_of_the_protocol(as_users_run, monkeypatch):
 
 
 def test_errors_name_the_argument(as_users_run):
-  attacks = jaxbo.standard_attacks(model, **CHEAP)
-  of_batch = functools.partial(jaxbo.evaluate_robustness, model, PARAMS)
+  attacks = jaxbo.adversarial.standard_attacks(model, **CHEAP)
+  of_batch = functools.partial(jaxbo.adversarial.evaluate_robustness, model, PARAMS)
   with pytest.raises(ValueError, match="batch_size must be at least 1"):
     of_batch((IMAGES, LABELS), 0, attacks, batch_size=0)
   with pytest.raises(ValueError, match=r"images must be from low=0\.0 to high=1\.0"):
@@ -174,10 +180,10 @@ def test_errors_name_the_argument(as_users_run):
     with pytest.raises(TypeError, match="attacks must be a dict of attacks by name, got"):
       of_batch((IMAGES, LABELS), 0, wrong)
   with pytest.raises(TypeError, match="labels must be integers, got dtype float64"):
-    jaxbo.class_accuracy([True], [0.0], 2)
+    jaxbo.adversarial.class_accuracy([True], [0.0], 2)
   with pytest.raises(ValueError, match="fraction must be in"):
-    jaxbo.tail_accuracy([True], [0], 1, 0.0)
+    jaxbo.adversarial.tail_accuracy([True], [0], 1, 0.0)
   with pytest.raises(ValueError, match="labels must be from 0 to 1, got 2 to 2"):
-    jaxbo.class_accuracy([True], [2], 2)
+    jaxbo.adversarial.class_accuracy([True], [2], 2)
   with pytest.raises(ValueError, match=r"correct must be \[num_images\]"):
-    jaxbo.class_accuracy([True, False], [0], 2)
+    jaxbo.adversarial.class_accuracy([True, False], [0], 2)

@@ -41,12 +41,12 @@ def test_losses_are_their_formulas():
   @jax.jit
   def everything(clean, moved, labels):
     return (
-      jaxbo.cross_entropy_loss(clean, labels),
-      jaxbo.margin_loss(clean, labels),
-      jaxbo.probabilistic_margin(clean, labels),
-      jaxbo.trades_loss(clean, moved, labels),
-      jaxbo.trades_loss(clean, moved, labels, 0.5, weights=weights),
-      jaxbo.mart_loss(clean, moved, labels),
+      jaxbo.adversarial.cross_entropy_loss(clean, labels),
+      jaxbo.adversarial.margin_loss(clean, labels),
+      jaxbo.adversarial.probabilistic_margin(clean, labels),
+      jaxbo.adversarial.trades_loss(clean, moved, labels),
+      jaxbo.adversarial.trades_loss(clean, moved, labels, 0.5, weights=weights),
+      jaxbo.adversarial.mart_loss(clean, moved, labels),
     )
 
   entropy, margin, probabilistic, trades, weighted, mart = everything(CLEAN, MOVED, LABELS)
@@ -70,38 +70,45 @@ def test_losses_and_their_gradients_are_finite_where_logits_are_extreme():
     return jax.value_and_grad(total, (0, 1))(clean, moved)
 
   def total(clean, moved):
-    return jnp.sum(jaxbo.mart_loss(clean, moved, labels) + jaxbo.trades_loss(clean, moved, labels))
+    return jnp.sum(
+      jaxbo.adversarial.mart_loss(clean, moved, labels)
+      + jaxbo.adversarial.trades_loss(clean, moved, labels)
+    )
 
   for moved in (logits, logits[::-1]):
     value, slopes = slopes_of(logits, moved)
     assert np.isfinite(value)
     assert all(np.isfinite(s).all() for s in slopes)
   # -log(1 - p) of the second row is the gap of the two largest.
-  boosted = jax.jit(lambda z: jaxbo.mart_loss(z, z, labels, beta=0.0))(logits)
+  boosted = jax.jit(lambda z: jaxbo.adversarial.mart_loss(z, z, labels, beta=0.0))(logits)
   close(boosted, [0.0, 400.0 + 200.0])
 
 
 def test_losses_take_narrow_floats_and_any_integers():
   narrow = jnp.asarray(CLEAN, jnp.bfloat16)
   for dtype in (np.uint8, np.int8, np.int64):
-    value = jax.jit(jaxbo.cross_entropy_loss)(narrow, LABELS.astype(dtype))
+    value = jax.jit(jaxbo.adversarial.cross_entropy_loss)(narrow, LABELS.astype(dtype))
     assert value.dtype == jnp.float32
     close(value, cross_entropy(np.asarray(narrow, np.float64)), rtol=1e-4)
-  margin_loss = jax.jit(jaxbo.margin_loss)
+  margin_loss = jax.jit(jaxbo.adversarial.margin_loss)
   assert np.isnan(margin_loss(CLEAN[:1], np.array([7])))[0]
   many = 50.0 * (np.arange(300) == 290)[None]
   close(margin_loss(many, np.array([34], np.uint8)), [50.0])
 
 
 def test_errors_of_losses_name_the_argument():
-  for loss in (jaxbo.trades_loss, jaxbo.mart_loss):
+  for loss in (jaxbo.adversarial.trades_loss, jaxbo.adversarial.mart_loss):
     with pytest.raises(ValueError, match="beta must be non-negative"):
       loss(CLEAN, MOVED, LABELS, beta=-1.0)
     with pytest.raises(ValueError, match="adversarial_logits must have the shape of clean_logits"):
       loss(CLEAN, MOVED[:, :2], LABELS)
   with pytest.raises(ValueError, match=r"weights must be \(6,\), got shape \(2,\)"):
-    jaxbo.trades_loss(CLEAN, MOVED, LABELS, weights=np.ones(2))
-  for loss in (jaxbo.cross_entropy_loss, jaxbo.margin_loss, jaxbo.probabilistic_margin):
+    jaxbo.adversarial.trades_loss(CLEAN, MOVED, LABELS, weights=np.ones(2))
+  for loss in (
+    jaxbo.adversarial.cross_entropy_loss,
+    jaxbo.adversarial.margin_loss,
+    jaxbo.adversarial.probabilistic_margin,
+  ):
     with pytest.raises(ValueError, match=r"logits must be \[batch, num_classes\] and labels"):
       loss(CLEAN[0], LABELS)
     with pytest.raises(TypeError, match="labels must be integers, got dtype float"):
@@ -122,30 +129,30 @@ def test_gairat_weights_are_their_formula():
     "discrete": (steps + 1 - kappa) / (steps + 1),
   }
   for shape, w in expected.items():
-    close(weights(jaxbo.gairat(steps, shape=shape), kappa)[0], w / w.sum(), rtol=1e-4)
-  close(weights(jaxbo.gairat(steps, np.inf), kappa)[0], np.full(5, 0.2))
+    close(weights(jaxbo.adversarial.gairat(steps, shape=shape), kappa)[0], w / w.sum(), rtol=1e-4)
+  close(weights(jaxbo.adversarial.gairat(steps, np.inf), kappa)[0], np.full(5, 0.2))
   # An odd number of steps is not rounded; where all are hopeless they share.
   w = (1 + np.tanh(0.5 + 5 * (1 - 2 * kappa / 7))) / 2
-  close(weights(jaxbo.gairat(7, 0.5), kappa)[0], w / w.sum(), rtol=1e-4)
-  close(weights(jaxbo.gairat(10, -1e3), [10.0, 10.0])[0], [0.5, 0.5])
+  close(weights(jaxbo.adversarial.gairat(7, 0.5), kappa)[0], w / w.sum(), rtol=1e-4)
+  close(weights(jaxbo.adversarial.gairat(10, -1e3), [10.0, 10.0])[0], [0.5, 0.5])
 
 
 def test_mail_weights_are_their_formula():
   margins = np.array([-1.0, -0.2, 0.0, 0.7])
   for slope, bias in [(10.0, -0.5), (2.0, 0.0)]:
     w = 1 / (1 + np.exp(-slope * (margins + bias)))
-    close(weights(jaxbo.mail(slope, bias), margins)[0], w / w.sum(), rtol=1e-4)
+    close(weights(jaxbo.adversarial.mail(slope, bias), margins)[0], w / w.sum(), rtol=1e-4)
   default = 1 / (1 + np.exp(-10 * (margins - 0.5)))
-  close(weights(jaxbo.mail(), margins)[0], default / default.sum(), rtol=1e-4)
-  close(weights(jaxbo.mail(slope=0.0), margins)[0], np.full(4, 0.25))
-  close(weights(jaxbo.mail(1e4), [-1.0, -1.0])[0], [0.5, 0.5])
+  close(weights(jaxbo.adversarial.mail(), margins)[0], default / default.sum(), rtol=1e-4)
+  close(weights(jaxbo.adversarial.mail(slope=0.0), margins)[0], np.full(4, 0.25))
+  close(weights(jaxbo.adversarial.mail(1e4), [-1.0, -1.0])[0], [0.5, 0.5])
 
 
 def test_schedules_follow_the_number_of_batches():
   switch = lambda first, then: lambda count: jnp.where(count < 1, first, then)
   for weighting, plain in [
-    (jaxbo.gairat(4, switch(jnp.inf, -1.0)), jaxbo.gairat(4)),
-    (jaxbo.mail(switch(0.0, 10.0)), jaxbo.mail()),
+    (jaxbo.adversarial.gairat(4, switch(jnp.inf, -1.0)), jaxbo.adversarial.gairat(4)),
+    (jaxbo.adversarial.mail(switch(0.0, 10.0)), jaxbo.adversarial.mail()),
   ]:
     scores = [0.0, 0.5, 1.0]
     first, state = weights(weighting, scores)
@@ -154,7 +161,7 @@ def test_schedules_follow_the_number_of_batches():
 
 
 def test_masks_and_priors_count_for_weights_of_instances():
-  for weighting in (jaxbo.gairat(4), jaxbo.mail()):
+  for weighting in (jaxbo.adversarial.gairat(4), jaxbo.adversarial.mail()):
     scores = np.array([0.3, 0.1, 0.9, np.nan])
     mask, prior = jnp.array([True, False, True, True]), jnp.array([1.0, 5.0, 3.0, 1.0])
     w = weights(weighting, scores, mask=mask, prior=prior)[0]
@@ -164,8 +171,8 @@ def test_masks_and_priors_count_for_weights_of_instances():
 
 def test_wat_weights_are_those_of_hedge():
   costs, labels = np.array([0.5, 2.0, 1.0]), np.array([0, 1, 2, 1])
-  weighting = jaxbo.wat(3, step_size=0.7)
-  state = jaxbo.WatState(jnp.asarray(costs, jnp.float32))
+  weighting = jaxbo.adversarial.wat(3, step_size=0.7)
+  state = jaxbo.adversarial.WatState(jnp.asarray(costs, jnp.float32))
   shares = softmax(0.7 * np.append(costs, costs.mean()))
   expected = (shares[:3] + shares[3] / 3)[labels]
   w, after = weights(weighting, np.ones(4), state, groups=labels)
@@ -175,11 +182,11 @@ def test_wat_weights_are_those_of_hedge():
   close(weights(weighting, np.ones(4), groups=labels)[0], np.full(4, 0.25))
   # Of more classes than labels of few bits can count too.
   narrow = labels.astype(np.int8)
-  close(weights(jaxbo.wat(200), np.ones(4), groups=narrow)[0], np.full(4, 0.25))
+  close(weights(jaxbo.adversarial.wat(200), np.ones(4), groups=narrow)[0], np.full(4, 0.25))
 
 
 def test_costs_of_classes_are_set_in_the_state_of_the_optimizer():
-  tx = optax.chain(jaxbo.reweight(jaxbo.wat(2, 1.0)), optax.sgd(1.0))
+  tx = optax.chain(jaxbo.reweight(jaxbo.adversarial.wat(2, 1.0)), optax.sgd(1.0))
   params, labels = jnp.float32(1.0), jnp.array([0, 1])
   state = tx.init(params)
   old = optax.tree.get(state, "class_costs")
@@ -190,7 +197,7 @@ def test_costs_of_classes_are_set_in_the_state_of_the_optimizer():
 
 
 def test_scores_of_gairat_go_through_reweight():
-  tx = jaxbo.reweight(jaxbo.gairat(10))
+  tx = jaxbo.reweight(jaxbo.adversarial.gairat(10))
   params, kappa = jnp.float32(1.0), jnp.array([0, 10], jnp.int32)
   grads = jaxbo.per_example_grad(lambda p, x: p * x)(params, jnp.array([1.0, 3.0]))
   gradient, _ = tx.update(grads, tx.init(params), params, scores=kappa.astype(jnp.float32))
@@ -199,13 +206,16 @@ def test_scores_of_gairat_go_through_reweight():
 
 def test_errors_of_weightings_name_the_argument():
   for make, message in [
-    (lambda: jaxbo.gairat(0), "num_steps must be at least 1"),
-    (lambda: jaxbo.gairat(5, float("nan")), "shift must be a number or an infinity"),
-    (lambda: jaxbo.gairat(5, shape="relu"), "shape must be one of 'tanh', 'sigmoid', 'discrete'"),
-    (lambda: jaxbo.mail(-1.0), "slope must be non-negative"),
-    (lambda: jaxbo.mail(1.0, np.inf), "bias must be finite"),
-    (lambda: jaxbo.wat(0), "num_classes must be at least 1"),
-    (lambda: jaxbo.wat(3, 0.0), "step_size must be positive"),
+    (lambda: jaxbo.adversarial.gairat(0), "num_steps must be at least 1"),
+    (lambda: jaxbo.adversarial.gairat(5, float("nan")), "shift must be a number or an infinity"),
+    (
+      lambda: jaxbo.adversarial.gairat(5, shape="relu"),
+      "shape must be one of 'tanh', 'sigmoid', 'discrete'",
+    ),
+    (lambda: jaxbo.adversarial.mail(-1.0), "slope must be non-negative"),
+    (lambda: jaxbo.adversarial.mail(1.0, np.inf), "bias must be finite"),
+    (lambda: jaxbo.adversarial.wat(0), "num_classes must be at least 1"),
+    (lambda: jaxbo.adversarial.wat(3, 0.0), "step_size must be positive"),
     (lambda: jaxbo.done(0.1, 0.0), "temperature must be positive"),
     (lambda: jaxbo.done(0.1, rate=0.0), "rate must be in"),
   ]:

@@ -282,7 +282,7 @@ def flat_outer_loss(x, y, batch):
 def run_flat_problem(make_head, num_outer_steps, y2=0.0):
   inner = jaxbo.inner_solver(flat_inner_loss, optax.sgd(1.0), 2)
   outer = optax.chain(make_head(inner), optax.sgd(0.2))
-  init, step = jaxbo.bilevel(flat_outer_loss, inner, outer)
+  init, step = jaxbo.bilevel_loop(flat_outer_loss, inner, outer)
   state = init(jnp.float32(0.0), jnp.array([0.0, y2]))
   return jax.lax.scan(lambda s, _: step(s, None, None), state, length=num_outer_steps)
 

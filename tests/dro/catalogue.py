@@ -8,9 +8,14 @@ from tests.catalogue import alias, robust
 
 FALLING = optax.linear_schedule(5.0, 0.5, 4)
 GROUPS = {"adjustment": 0.3, "group_sizes": [3, 1]}
-COMPOSITIONAL = jaxbo.compositional(jaxbo.kl(FALLING), 0.3)
+COMPOSITIONAL = jaxbo.dro.compositional(jaxbo.dro.kl(FALLING), 0.3)
 # Without memory, with one that grows with groups, and balls that are searched for.
-OTHERS = (jaxbo.uniform(), jaxbo.group(2, 0.1), jaxbo.cvar(0.7), jaxbo.chi_square_ball(0.5))
+OTHERS = (
+  jaxbo.dro.uniform(),
+  jaxbo.dro.group(2, 0.1),
+  jaxbo.dro.cvar(0.7),
+  jaxbo.dro.chi_square_ball(0.5),
+)
 
 
 def together(*parts: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
@@ -32,7 +37,7 @@ ENTRIES = [
   robust("reweight_others", together(*map(jaxbo.reweight, OTHERS))),
   robust(
     "reweight_stored",
-    jaxbo.reweight(jaxbo.tilted(optax.linear_schedule(0.0, -2.0, 4)), scale="sum"),
+    jaxbo.reweight(jaxbo.dro.tilted(optax.linear_schedule(0.0, -2.0, 4)), scale="sum"),
     stored=True,
   ),
 ]
@@ -44,38 +49,45 @@ def method(name, of_method, weighting, optimizer=optax.sgd):
 
 
 ALIASES = [
-  method("ir_dro", jaxbo.ir_dro(0.1, FALLING), jaxbo.kl(FALLING), optax.adamw),
-  method("ir_dro_with_adam", jaxbo.ir_dro(0.1, optimizer=optax.adam), jaxbo.kl(1.0), optax.adam),
-  method("group_dro", jaxbo.group_dro(0.1, 2, 0.2, **GROUPS), jaxbo.group(2, 0.2, **GROUPS)),
+  method("ir_dro", jaxbo.ir_dro(0.1, FALLING), jaxbo.dro.kl(FALLING), optax.adamw),
+  method(
+    "ir_dro_with_adam", jaxbo.ir_dro(0.1, optimizer=optax.adam), jaxbo.dro.kl(1.0), optax.adam
+  ),
+  method("group_dro", jaxbo.group_dro(0.1, 2, 0.2, **GROUPS), jaxbo.dro.group(2, 0.2, **GROUPS)),
   method(
     "group_dro_with_adam",
     jaxbo.group_dro(0.1, 2, optimizer=optax.adam),
-    jaxbo.group(2, 0.01),
+    jaxbo.dro.group(2, 0.01),
     optax.adam,
   ),
-  method("cvar_dro", jaxbo.cvar_dro(0.1, 0.7), jaxbo.cvar(0.7)),
+  method("cvar_dro", jaxbo.cvar_dro(0.1, 0.7), jaxbo.dro.cvar(0.7)),
   method(
     "cvar_dro_with_adam",
     jaxbo.cvar_dro(0.1, 0.7, optimizer=optax.adam),
-    jaxbo.cvar(0.7),
+    jaxbo.dro.cvar(0.7),
     optax.adam,
   ),
-  method("chi2_dro", jaxbo.chi2_dro(0.1, 0.5), jaxbo.chi_square_ball(0.5)),
+  method("chi2_dro", jaxbo.chi2_dro(0.1, 0.5), jaxbo.dro.chi_square_ball(0.5)),
   method(
     "chi2_dro_with_adam",
     jaxbo.chi2_dro(0.1, 0.5, optimizer=optax.adam),
-    jaxbo.chi_square_ball(0.5),
+    jaxbo.dro.chi_square_ball(0.5),
     optax.adam,
   ),
-  method("term", jaxbo.term(0.1, FALLING), jaxbo.tilted(FALLING)),
+  method("term", jaxbo.term(0.1, FALLING), jaxbo.dro.tilted(FALLING)),
   method(
-    "term_with_adam", jaxbo.term(0.1, -0.5, optimizer=optax.adam), jaxbo.tilted(-0.5), optax.adam
+    "term_with_adam",
+    jaxbo.term(0.1, -0.5, optimizer=optax.adam),
+    jaxbo.dro.tilted(-0.5),
+    optax.adam,
   ),
-  method("done", jaxbo.done(0.1, FALLING, rate=0.3), jaxbo.compositional(jaxbo.kl(FALLING), 0.3)),
+  method(
+    "done", jaxbo.done(0.1, FALLING, rate=0.3), jaxbo.dro.compositional(jaxbo.dro.kl(FALLING), 0.3)
+  ),
   method(
     "done_with_adam",
     jaxbo.done(0.1, optimizer=optax.adam),
-    jaxbo.compositional(jaxbo.kl(1.0), 0.1),
+    jaxbo.dro.compositional(jaxbo.dro.kl(1.0), 0.1),
     optax.adam,
   ),
 ]

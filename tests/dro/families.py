@@ -15,13 +15,13 @@ import jaxbo
 
 SIZE = 50
 MAKE = {
-  "kl": jaxbo.kl,
-  "kl_ball": jaxbo.kl_ball,
-  "cvar": jaxbo.cvar,
-  "kl_cvar": jaxbo.kl_cvar,
-  "chi_square": jaxbo.chi_square,
-  "chi_square_ball": jaxbo.chi_square_ball,
-  "tilted": jaxbo.tilted,
+  "kl": jaxbo.dro.kl,
+  "kl_ball": jaxbo.dro.kl_ball,
+  "cvar": jaxbo.dro.cvar,
+  "kl_cvar": jaxbo.dro.kl_cvar,
+  "chi_square": jaxbo.dro.chi_square,
+  "chi_square_ball": jaxbo.dro.chi_square_ball,
+  "tilted": jaxbo.dro.tilted,
 }
 
 

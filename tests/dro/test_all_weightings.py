@@ -15,26 +15,26 @@ pytestmark = pytest.mark.slow  # All together, not each.
 
 N = 8
 ROBUST = {  # convex in the losses, so that raising one never lowers its weight
-  "kl": jaxbo.kl(0.7),
-  "kl_ball": jaxbo.kl_ball(0.2),
-  "cvar": jaxbo.cvar(0.4),
-  "kl_cvar": jaxbo.kl_cvar(0.4, 0.5),
-  "chi_square": jaxbo.chi_square(0.8),
-  "chi_square_ball": jaxbo.chi_square_ball(0.3),
-  "tilted": jaxbo.tilted(1.5),
-  "top_k": jaxbo.top_k(3),
+  "kl": jaxbo.dro.kl(0.7),
+  "kl_ball": jaxbo.dro.kl_ball(0.2),
+  "cvar": jaxbo.dro.cvar(0.4),
+  "kl_cvar": jaxbo.dro.kl_cvar(0.4, 0.5),
+  "chi_square": jaxbo.dro.chi_square(0.8),
+  "chi_square_ball": jaxbo.dro.chi_square_ball(0.3),
+  "tilted": jaxbo.dro.tilted(1.5),
+  "top_k": jaxbo.dro.top_k(3),
 }
 ALL = ROBUST | {
-  "uniform": jaxbo.uniform(),
-  "kl_target": jaxbo.kl(jaxbo.target_ess(0.6)),
-  "tilted_down": jaxbo.tilted(-1.5),
-  "group": jaxbo.group(3, 0.5, adjustment=1.0, group_sizes=[10, 20, 1]),
-  "mid_rank": jaxbo.mid_rank(0.3, 1),
-  "doro": jaxbo.doro(jaxbo.kl(0.5), 0.25),
-  "lin_upper": jaxbo.lin_upper(0.4),
-  "quadratic": jaxbo.quadratic(jaxbo.target_ess(0.7), jaxbo.quantile_range(0.1, 0.8)),
-  "extremes": jaxbo.extremes(1.0, jaxbo.running_range(0.3)),
-  "compositional": jaxbo.compositional(jaxbo.kl(0.7), 0.2),
+  "uniform": jaxbo.dro.uniform(),
+  "kl_target": jaxbo.dro.kl(jaxbo.dro.target_ess(0.6)),
+  "tilted_down": jaxbo.dro.tilted(-1.5),
+  "group": jaxbo.dro.group(3, 0.5, adjustment=1.0, group_sizes=[10, 20, 1]),
+  "mid_rank": jaxbo.dro.mid_rank(0.3, 1),
+  "doro": jaxbo.dro.doro(jaxbo.dro.kl(0.5), 0.25),
+  "lin_upper": jaxbo.dro.lin_upper(0.4),
+  "quadratic": jaxbo.dro.quadratic(jaxbo.dro.target_ess(0.7), jaxbo.dro.quantile_range(0.1, 0.8)),
+  "extremes": jaxbo.dro.extremes(1.0, jaxbo.dro.running_range(0.3)),
+  "compositional": jaxbo.dro.compositional(jaxbo.dro.kl(0.7), 0.2),
 }
 
 
@@ -181,7 +181,7 @@ def test_shifts_and_scales():
   for name in scale_free.split():
     np.testing.assert_allclose(doubled[name][0], plain[name][0], atol=1e-5, err_msg=name)
   # Twice the losses at twice the temperature.
-  weighting = jaxbo.kl(1.4)
+  weighting = jaxbo.dro.kl(1.4)
   weights, _, info = weighting.weigh(jnp.asarray(2 * losses, jnp.float32), weighting.init())
   np.testing.assert_allclose(weights, plain["kl"][0], rtol=1e-5)
   np.testing.assert_allclose(info.objective, 2 * plain["kl"][2].objective, rtol=1e-5)
@@ -190,7 +190,7 @@ def test_shifts_and_scales():
 def test_weights_are_constants_unless_asked_otherwise():
   """Test 5 of the specification: what goes wrong if they are differentiated."""
   losses, temperature = jnp.array([1.0, 2.0, 3.0, 4.0]), 0.7
-  weighting = jaxbo.kl(temperature)
+  weighting = jaxbo.dro.kl(temperature)
   weigh = lambda losses, **options: weighting.weigh(losses, weighting.init(), **options)[0]
   surrogate = lambda losses, **options: jnp.sum(weigh(losses, **options) * losses)
   weights = np.asarray(weigh(losses))

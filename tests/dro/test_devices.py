@@ -19,14 +19,14 @@ pytestmark = pytest.mark.slow
 PARAMS, BATCH = problem.params(), problem.batch(16)
 GROUPS, PRIOR = jnp.arange(16) % 3, jnp.linspace(0.5, 1.5, 16)
 WEIGHTINGS = {
-  "kl": jaxbo.compositional(jaxbo.kl(0.5), 0.3),
-  "target": jaxbo.kl(jaxbo.target_ess(0.6)),
-  "cvar": jaxbo.cvar(0.3),
-  "kl_cvar": jaxbo.kl_cvar(0.3, 0.5),
-  "chi_square_ball": jaxbo.chi_square_ball(0.3),
-  "group": jaxbo.group(3, 0.5),
-  "doro": jaxbo.doro(jaxbo.top_k(4), 0.1),
-  "lin_upper": jaxbo.lin_upper(0.4, jaxbo.quantile_range(0.1, 0.8)),
+  "kl": jaxbo.dro.compositional(jaxbo.dro.kl(0.5), 0.3),
+  "target": jaxbo.dro.kl(jaxbo.dro.target_ess(0.6)),
+  "cvar": jaxbo.dro.cvar(0.3),
+  "kl_cvar": jaxbo.dro.kl_cvar(0.3, 0.5),
+  "chi_square_ball": jaxbo.dro.chi_square_ball(0.3),
+  "group": jaxbo.dro.group(3, 0.5),
+  "doro": jaxbo.dro.doro(jaxbo.dro.top_k(4), 0.1),
+  "lin_upper": jaxbo.dro.lin_upper(0.4, jaxbo.dro.quantile_range(0.1, 0.8)),
 }
 ROWS = PartitionSpec("d")
 
@@ -86,7 +86,7 @@ def test_under_an_explicit_mesh_microbatches_are_divided_as_the_batch_is():
     arguments = jax.device_put((data(True), GROUPS, PRIOR), NamedSharding(devices, ROWS))
     few = jax.jit(functools.partial(gradients, microbatch_size=8))(*arguments)
     close(few["kl"], alone(True)["kl"])
-    streamed = jaxbo.streaming_grad(problem.loss_fn, jaxbo.kl(0.5), microbatch_size=8)
+    streamed = jaxbo.streaming_grad(problem.loss_fn, jaxbo.dro.kl(0.5), microbatch_size=8)
     result, _ = jax.jit(streamed)(PARAMS, arguments[0], prior=arguments[2])
     close(result, alone(True)["kl"][0])
 
@@ -131,7 +131,7 @@ def test_stored_gradients_microbatches_and_streams_are_global_too(check_vma):
     options = {"microbatch_size": 1, "axis_name": "d"}
     one, two = (
       jaxbo.streaming_grad(problem.loss_fn, weighting, **options)(PARAMS, batch, prior=prior)[0]
-      for weighting in (jaxbo.kl(0.5), WEIGHTINGS["cvar"])
+      for weighting in (jaxbo.dro.kl(0.5), WEIGHTINGS["cvar"])
     )
     return make(stored=True)["kl"], make(microbatch_size=2)["kl"], one, two
 
@@ -147,7 +147,7 @@ def test_local_weights_would_be_something_else():
 
   def local(batch):
     grads = jaxbo.per_example_grad(problem.loss_fn)(PARAMS, batch)
-    tx = jaxbo.reweight(jaxbo.kl(0.5))
+    tx = jaxbo.reweight(jaxbo.dro.kl(0.5))
     return jax.lax.pmean(tx.update(grads, tx.init(PARAMS), PARAMS)[0], "d")
 
   wrong = in_shard_map(local, check_vma=False)(BATCH)
@@ -196,7 +196,7 @@ def test_stored_gradients_that_are_summed_already_are_refused():
   def step(batch):
     one = lambda row: jax.value_and_grad(lambda p: problem.loss_fn(p, row))(PARAMS)
     losses, grads = jax.vmap(one)(batch)
-    tx = jaxbo.reweight(jaxbo.kl(0.5), axis_name="d")
+    tx = jaxbo.reweight(jaxbo.dro.kl(0.5), axis_name="d")
     return tx.update(grads, tx.init(PARAMS), PARAMS, losses=losses)[0]
 
   with pytest.raises(ValueError, match=r"grads\['b'\] must vary over the axis 'd'"):
@@ -206,7 +206,7 @@ def test_stored_gradients_that_are_summed_already_are_refused():
 def test_an_unknown_axis_is_refused():
   grads = jaxbo.per_example_grad(problem.loss_fn)(PARAMS, BATCH)
   for tx in (
-    jaxbo.reweight(jaxbo.kl(0.5), axis_name="devices"),
+    jaxbo.reweight(jaxbo.dro.kl(0.5), axis_name="devices"),
     jaxbo.ir_dro(0.1, axis_name="devices"),
     jaxbo.group_dro(0.1, 3, axis_name="devices"),
     jaxbo.cvar_dro(0.1, 0.5, axis_name="devices"),

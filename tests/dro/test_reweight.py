@@ -12,7 +12,7 @@ from tests.cases import cases
 from tests.dro import problem
 
 PARAMS, BATCH = problem.params(), problem.batch()
-KL = jaxbo.kl(0.5)
+KL = jaxbo.dro.kl(0.5)
 close = lambda a, b: chex.assert_trees_all_close(a, b, rtol=2e-5, atol=1e-6)
 
 
@@ -48,7 +48,7 @@ def test_the_gradient_is_the_weighted_sum():
 
 def test_the_gradient_is_that_of_the_robust_value():
   """No term comes from the weights (Danskin)."""
-  value = lambda params: jaxbo.robust_value(problem.loss_fn(params, BATCH), KL)
+  value = lambda params: jaxbo.dro.robust_value(problem.loss_fn(params, BATCH), KL)
   close(jax.jit(jax.grad(value))(PARAMS), lazy_kl(BATCH, ALL)[0][0])
 
 
@@ -138,7 +138,7 @@ def test_without_repair_a_bad_batch_gives_no_gradient():
   assert state.info.num_excluded == 1
   # A pullback of the user's own cannot be repaired either.
   losses, vjp = jax.vjp(lambda p: problem.loss_fn(p, BATCH), PARAMS)
-  own = jaxbo.PerExampleGrads(losses, lambda weights: vjp(weights)[0])
+  own = jaxbo.dro.PerExampleGrads(losses, lambda weights: vjp(weights)[0])
   close(update(KL, own)[0], lazy_kl(BATCH, ALL)[0][0])
 
 
@@ -160,7 +160,9 @@ def test_replaced_rows_keep_integers_booleans_and_keys():
   }
   for size in (None, 2):
     grads = jaxbo.per_example_grad(loss_fn, microbatch_size=size)
-    step = jax.jit(lambda batch, grads=grads: update(jaxbo.uniform(), grads(jnp.ones(()), batch)))
+    step = jax.jit(
+      lambda batch, grads=grads: update(jaxbo.dro.uniform(), grads(jnp.ones(()), batch))
+    )
     np.testing.assert_allclose(step(batch)[0], (1 - 2 + 2) / 3, rtol=1e-6)
 
 
@@ -216,7 +218,7 @@ def test_microbatches_are_summed_in_single_precision():
   """In bfloat16 a sum of 1/1024 each would stop growing at 1/4."""
   grads = jaxbo.per_example_grad(lambda params, batch: params * batch, microbatch_size=1)
   ones, one = jnp.ones(1024, jnp.bfloat16), jnp.ones((), jnp.bfloat16)
-  gradient = jax.jit(lambda batch: update(jaxbo.uniform(), grads(one, batch))[0])(ones)
+  gradient = jax.jit(lambda batch: update(jaxbo.dro.uniform(), grads(one, batch))[0])(ones)
   assert gradient.dtype == jnp.bfloat16
   assert gradient == 1
 
@@ -240,7 +242,7 @@ class TestErrors:
       KL.weigh(jnp.ones((1, 2)), KL.init())
 
   def test_lists_will_do(self, as_users_run):
-    weighting = jaxbo.group(2, 0.1)
+    weighting = jaxbo.dro.group(2, 0.1)
     losses, groups = [1.0, 2.0], [0, 1]
     for given in (losses, groups), (jnp.array(losses), jnp.array(groups)):
       weights = weighting.weigh(given[0], weighting.init(), groups=given[1])[0]
@@ -259,7 +261,7 @@ class TestErrors:
       jaxbo.per_example_grad(problem.loss_fn, has_aux=True)(PARAMS, BATCH)
 
   def test_what_reweight_is_given(self, as_users_run):
-    with pytest.raises(TypeError, match=r"weighting must be a jaxbo.Weighting, .* got 0.5"):
+    with pytest.raises(TypeError, match=r"weighting must be a jaxbo.dro.Weighting, .* got 0.5"):
       jaxbo.reweight(0.5)
     with pytest.raises(ValueError, match="scale must be one of 'mean', 'sum', got 'max'"):
       jaxbo.reweight(KL, scale="max")
@@ -285,7 +287,7 @@ class TestErrors:
         update(KL, grads, **options)
 
   def test_groups(self, as_users_run):
-    weighting = jaxbo.group(3, 0.1)
+    weighting = jaxbo.dro.group(3, 0.1)
     for groups, error, match in (
       (None, TypeError, "groups= must be given"),
       (jnp.array([0, 3]), ValueError, "groups must be from 0 to 2, got 0 to 3"),
@@ -299,46 +301,62 @@ class TestErrors:
   @cases(
     ("make", "error", "match"),
     [
-      (lambda: jaxbo.kl(0.0), ValueError, "temperature must be positive and finite, got 0.0"),
-      (lambda: jaxbo.kl(float("nan")), ValueError, "temperature must be positive .* got nan"),
-      (lambda: jaxbo.kl(-1), ValueError, "temperature must be positive and finite, got -1"),
-      (lambda: jaxbo.kl("hot"), TypeError, "temperature must be a number, got 'hot'"),
-      (lambda: jaxbo.kl(lambda: 1.0), TypeError, r"must be a function temperature\(count\)"),
-      (lambda: jaxbo.lin_upper(0.0), ValueError, "temperature must be positive"),
-      (lambda: jaxbo.kl_cvar(0.5, -1.0), ValueError, "temperature must be positive"),
-      (lambda: jaxbo.kl_cvar(0.0, 1.0), ValueError, r"level must be in \(0, 1\], got 0.0"),
-      (lambda: jaxbo.cvar(1.5), ValueError, r"level must be in \(0, 1\], got 1.5"),
-      (lambda: jaxbo.cvar(float("nan")), ValueError, r"level must be in \(0, 1\], got nan"),
-      (lambda: jaxbo.kl_ball(0.0), ValueError, "radius must be positive and finite, got 0.0"),
-      (lambda: jaxbo.chi_square_ball(-1.0), ValueError, "radius must be positive"),
-      (lambda: jaxbo.chi_square(0.0), ValueError, "penalty must be positive and finite, got 0.0"),
-      (lambda: jaxbo.tilted(float("inf")), ValueError, "t must be finite, got inf"),
-      (lambda: jaxbo.target_ess(0.0), ValueError, r"fraction must be in \(0, 1\], got 0.0"),
-      (lambda: jaxbo.top_k(0), ValueError, "k must be at least 1, got 0"),
-      (lambda: jaxbo.mid_rank(0.0, 0), ValueError, r"fraction must be in \(0, 1\], got 0.0"),
-      (lambda: jaxbo.mid_rank(0.25, 4), ValueError, "band must be below 1 / fraction = 4, .*got 4"),
-      (lambda: jaxbo.mid_rank(1 / 49, 49), ValueError, "band must be below 1 / fraction = 49"),
-      (lambda: jaxbo.mid_rank(0.25, -1), ValueError, "band must be .* at least 0, got -1"),
-      (lambda: jaxbo.doro(jaxbo.cvar(0.5), 1.0), ValueError, r"fraction must be in \[0, 1\)"),
-      (lambda: jaxbo.doro(0.5, 0.1), TypeError, "weighting must be a jaxbo.Weighting"),
-      (lambda: jaxbo.group(0, 0.1), ValueError, "num_groups must be at least 1"),
-      (lambda: jaxbo.group(2, 0.0), ValueError, "step_size must be positive"),
-      (lambda: jaxbo.group(2, 0.1, adjustment=1.0), ValueError, "group_sizes must be given"),
-      (lambda: jaxbo.group(2, 0.1, group_sizes=[1, 0]), ValueError, "2 positive numbers"),
-      (lambda: jaxbo.compositional(KL, 0.0), ValueError, r"rate must be in \(0, 1\], got 0.0"),
-      (lambda: jaxbo.compositional(jaxbo.cvar(0.5), 0.1), TypeError, "must be exponential"),
+      (lambda: jaxbo.dro.kl(0.0), ValueError, "temperature must be positive and finite, got 0.0"),
+      (lambda: jaxbo.dro.kl(float("nan")), ValueError, "temperature must be positive .* got nan"),
+      (lambda: jaxbo.dro.kl(-1), ValueError, "temperature must be positive and finite, got -1"),
+      (lambda: jaxbo.dro.kl("hot"), TypeError, "temperature must be a number, got 'hot'"),
+      (lambda: jaxbo.dro.kl(lambda: 1.0), TypeError, r"must be a function temperature\(count\)"),
+      (lambda: jaxbo.dro.lin_upper(0.0), ValueError, "temperature must be positive"),
+      (lambda: jaxbo.dro.kl_cvar(0.5, -1.0), ValueError, "temperature must be positive"),
+      (lambda: jaxbo.dro.kl_cvar(0.0, 1.0), ValueError, r"level must be in \(0, 1\], got 0.0"),
+      (lambda: jaxbo.dro.cvar(1.5), ValueError, r"level must be in \(0, 1\], got 1.5"),
+      (lambda: jaxbo.dro.cvar(float("nan")), ValueError, r"level must be in \(0, 1\], got nan"),
+      (lambda: jaxbo.dro.kl_ball(0.0), ValueError, "radius must be positive and finite, got 0.0"),
+      (lambda: jaxbo.dro.chi_square_ball(-1.0), ValueError, "radius must be positive"),
       (
-        lambda: jaxbo.compositional(jaxbo.kl(jaxbo.target_ess(0.5)), 0.1),
+        lambda: jaxbo.dro.chi_square(0.0),
+        ValueError,
+        "penalty must be positive and finite, got 0.0",
+      ),
+      (lambda: jaxbo.dro.tilted(float("inf")), ValueError, "t must be finite, got inf"),
+      (lambda: jaxbo.dro.target_ess(0.0), ValueError, r"fraction must be in \(0, 1\], got 0.0"),
+      (lambda: jaxbo.dro.top_k(0), ValueError, "k must be at least 1, got 0"),
+      (lambda: jaxbo.dro.mid_rank(0.0, 0), ValueError, r"fraction must be in \(0, 1\], got 0.0"),
+      (
+        lambda: jaxbo.dro.mid_rank(0.25, 4),
+        ValueError,
+        "band must be below 1 / fraction = 4, .*got 4",
+      ),
+      (lambda: jaxbo.dro.mid_rank(1 / 49, 49), ValueError, "band must be below 1 / fraction = 49"),
+      (lambda: jaxbo.dro.mid_rank(0.25, -1), ValueError, "band must be .* at least 0, got -1"),
+      (
+        lambda: jaxbo.dro.doro(jaxbo.dro.cvar(0.5), 1.0),
+        ValueError,
+        r"fraction must be in \[0, 1\)",
+      ),
+      (lambda: jaxbo.dro.doro(0.5, 0.1), TypeError, "weighting must be a jaxbo.dro.Weighting"),
+      (lambda: jaxbo.dro.group(0, 0.1), ValueError, "num_groups must be at least 1"),
+      (lambda: jaxbo.dro.group(2, 0.0), ValueError, "step_size must be positive"),
+      (lambda: jaxbo.dro.group(2, 0.1, adjustment=1.0), ValueError, "group_sizes must be given"),
+      (lambda: jaxbo.dro.group(2, 0.1, group_sizes=[1, 0]), ValueError, "2 positive numbers"),
+      (lambda: jaxbo.dro.compositional(KL, 0.0), ValueError, r"rate must be in \(0, 1\], got 0.0"),
+      (lambda: jaxbo.dro.compositional(jaxbo.dro.cvar(0.5), 0.1), TypeError, "must be exponential"),
+      (
+        lambda: jaxbo.dro.compositional(jaxbo.dro.kl(jaxbo.dro.target_ess(0.5)), 0.1),
         TypeError,
         "must be exponential",
       ),
-      (lambda: jaxbo.quantile_range(0.9, 0.1), ValueError, r"high must be in \(0.9, 1\], got 0.1"),
-      (lambda: jaxbo.running_range(0.0), ValueError, r"rate must be in \(0, 1\], got 0.0"),
-      (lambda: jaxbo.min_max(0.0), ValueError, "floor must be positive"),
-      (lambda: jaxbo.shaped(KL, jnp.abs, "min_max"), TypeError, "normalizer must be a jaxbo"),
-      (lambda: jaxbo.shaped(KL, 1.0), TypeError, r"shape must be a function shape\(scores\)"),
+      (
+        lambda: jaxbo.dro.quantile_range(0.9, 0.1),
+        ValueError,
+        r"high must be in \(0.9, 1\], got 0.1",
+      ),
+      (lambda: jaxbo.dro.running_range(0.0), ValueError, r"rate must be in \(0, 1\], got 0.0"),
+      (lambda: jaxbo.dro.min_max(0.0), ValueError, "floor must be positive"),
+      (lambda: jaxbo.dro.shaped(KL, jnp.abs, "min_max"), TypeError, "normalizer must be a jaxbo"),
+      (lambda: jaxbo.dro.shaped(KL, 1.0), TypeError, r"shape must be a function shape\(scores\)"),
       (lambda: jaxbo.ir_dro(0.1, 0.0), ValueError, "temperature must be positive"),
-      (lambda: jaxbo.robust_value(jnp.ones(2), 1.0), TypeError, "weighting must be"),
+      (lambda: jaxbo.dro.robust_value(jnp.ones(2), 1.0), TypeError, "weighting must be"),
       (
         lambda: jaxbo.streaming_grad(problem.loss_fn, KL, microbatch_size=0),
         ValueError,

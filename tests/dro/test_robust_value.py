@@ -29,7 +29,7 @@ def test_first_and_second_derivatives_are_the_weights_and_theirs(name, x64):
   weighting = families.MAKE[name](*PARAMETERS[name])
   mask, losses = jnp.arange(6) < 5, jnp.asarray([*LOSSES, jnp.nan])
   direction = jnp.asarray([*DIRECTION, 0.0])
-  value = lambda losses: jaxbo.robust_value(losses, weighting, mask=mask)
+  value = lambda losses: jaxbo.dro.robust_value(losses, weighting, mask=mask)
   gradient = jax.grad(value)
 
   @jax.jit
@@ -56,7 +56,7 @@ def test_derivatives_by_parameters_of_the_weighting(name, x64):
   """Of the value, and of its gradient, against finite differences."""
   parameters = [jnp.float64(parameter) for parameter in PARAMETERS[name]]
   losses = jnp.asarray([*LOSSES, jnp.nan])
-  value = lambda losses, *p: jaxbo.robust_value(losses, families.MAKE[name](*p))
+  value = lambda losses, *p: jaxbo.dro.robust_value(losses, families.MAKE[name](*p))
 
   @jax.jit
   def derivatives(*parameters):
@@ -79,10 +79,10 @@ def test_a_traced_parameter_that_is_not_differentiated_changes_nothing():
 
   @jax.jit
   def gradient(losses, radius):
-    return jax.grad(lambda v: jaxbo.robust_value(v, jaxbo.chi_square_ball(radius)))(losses)
+    return jax.grad(lambda v: jaxbo.dro.robust_value(v, jaxbo.dro.chi_square_ball(radius)))(losses)
 
   losses = jnp.array([1.0, 2.0, 4.0])
-  expected = jaxbo.chi_square_ball(1e-12).weigh(losses, ())[0]
+  expected = jaxbo.dro.chi_square_ball(1e-12).weigh(losses, ())[0]
   np.testing.assert_array_equal(gradient(losses, jnp.float32(1e-12)), expected)
 
 
@@ -96,14 +96,14 @@ def test_a_traced_parameter_that_is_not_differentiated_changes_nothing():
   ],
 )
 def test_where_a_ball_has_no_second_derivative_it_is_zero(name, parameter, losses):
-  gradient = jax.grad(lambda v: jaxbo.robust_value(v, families.MAKE[name](parameter)))
+  gradient = jax.grad(lambda v: jaxbo.dro.robust_value(v, families.MAKE[name](parameter)))
   second = jax.jit(jax.jacfwd(gradient))(jnp.array(losses))
   np.testing.assert_array_equal(second, np.zeros((3, 3)))
 
 
 def test_what_is_masked_may_have_any_tangent():
   mask = jnp.array([True, True, False])
-  value = lambda losses: jaxbo.robust_value(losses, jaxbo.kl(1.0), mask=mask)
+  value = lambda losses: jaxbo.dro.robust_value(losses, jaxbo.dro.kl(1.0), mask=mask)
   losses, tangents = jnp.array([1.0, 1.0, 9.0]), jnp.array([1.0, 3.0, jnp.nan])
   np.testing.assert_allclose(jax.jvp(value, (losses,), (tangents,))[1], 2.0, rtol=1e-6)
 
@@ -113,7 +113,7 @@ def test_a_robust_value_is_an_inner_loss_too():
   data = jnp.array([0.0, 1.0, 3.0])
 
   def inner_loss(x, y, batch):
-    return jaxbo.robust_value(0.5 * (y - batch - x) ** 2, jaxbo.kl(0.8))
+    return jaxbo.dro.robust_value(0.5 * (y - batch - x) ** 2, jaxbo.dro.kl(0.8))
 
   solver = jaxbo.inner_solver(inner_loss, optax.sgd(0.1), 300)
   head = jaxbo.add_implicit_response(solver, jaxbo.conjugate_gradient(3))
@@ -129,16 +129,16 @@ def test_a_robust_value_is_an_inner_loss_too():
 
 def test_weightings_that_maximise_nothing_give_the_weighted_loss():
   losses = jnp.array([1.0, 9.0, 2.0, 3.0])
-  value, gradient = jax.value_and_grad(jaxbo.robust_value)(losses, jaxbo.mid_rank(0.25, 1))
+  value, gradient = jax.value_and_grad(jaxbo.dro.robust_value)(losses, jaxbo.dro.mid_rank(0.25, 1))
   assert value == 3.0
   np.testing.assert_array_equal(gradient, [0, 0, 0, 1])
 
 
 def test_a_state_and_groups_are_used():
-  weighting = jaxbo.group(2, 1.0)
+  weighting = jaxbo.dro.group(2, 1.0)
   losses, groups = jnp.array([1.0, 3.0]), jnp.array([0, 1])
-  state = jaxbo.GroupState(jnp.log(jnp.array([0.9, 0.1])))
-  value = jaxbo.robust_value(losses, weighting, groups=groups, state=state)
+  state = jaxbo.dro.GroupState(jnp.log(jnp.array([0.9, 0.1])))
+  value = jaxbo.dro.robust_value(losses, weighting, groups=groups, state=state)
   q = np.array([0.9 * np.e, 0.1 * np.e**3])
   np.testing.assert_allclose(value, q @ [1, 3] / q.sum(), rtol=1e-6)
 
@@ -147,7 +147,7 @@ def test_values_of_small_batches_are_biased_low_as_jensen_says():
   r"""Exponential losses: :math:`E e^{s l} = 1 / (1 - s)`, so mean and variance are known."""
   temperature, size, count = 4.0, 32, 200_000
   losses = jax.random.exponential(jax.random.key(0), (count, size))
-  value = lambda row: jaxbo.robust_value(row, jaxbo.kl(temperature))
+  value = lambda row: jaxbo.dro.robust_value(row, jaxbo.dro.kl(temperature))
   values = jax.jit(jax.vmap(value))(losses)
   mean, square = 1 / (1 - 1 / temperature), 1 / (1 - 2 / temperature)
   bias = -temperature * (square / mean**2 - 1) / (2 * size)

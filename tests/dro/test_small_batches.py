@@ -34,7 +34,7 @@ def points():
 
 def run(points, size, rate, key, num_steps=20000, learning_rate=0.01):
   """The mean of the last three quarters of the iterates."""
-  weighting = jaxbo.compositional(jaxbo.kl(1.0), rate)
+  weighting = jaxbo.dro.compositional(jaxbo.dro.kl(1.0), rate)
   mask = jnp.arange(max(SIZES)) < size
 
   def step(carry, t):

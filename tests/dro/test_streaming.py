@@ -21,10 +21,10 @@ BATCH = {**BATCH, "y": BATCH["y"].at[11].add(8.0).at[23].add(20.0)}
 MASK, PRIOR = np.arange(problem.N) != 5, np.linspace(0.1, 2.0, problem.N, dtype=np.float32)
 PRIOR[2] = np.inf  # is excluded
 WEIGHTINGS = {
-  "kl": jaxbo.kl(optax.piecewise_constant_schedule(3.0, {1: 0.5})),
-  "tilted": jaxbo.tilted(-0.4),
-  "compositional": jaxbo.compositional(jaxbo.kl(2.0), 0.3),
-  "cvar": jaxbo.cvar(0.3),
+  "kl": jaxbo.dro.kl(optax.piecewise_constant_schedule(3.0, {1: 0.5})),
+  "tilted": jaxbo.dro.tilted(-0.4),
+  "compositional": jaxbo.dro.compositional(jaxbo.dro.kl(2.0), 0.3),
+  "cvar": jaxbo.dro.cvar(0.3),
 }
 close = functools.partial(chex.assert_trees_all_close, rtol=3e-5, atol=1e-5)
 
@@ -85,43 +85,43 @@ def passes(weighting):
 
 
 def test_exponential_weights_take_one_pass_and_the_others_two():
-  assert passes(jaxbo.kl(0.5)) == [1, 1]
-  assert passes(jaxbo.cvar(0.5)) == [2, 1]
+  assert passes(jaxbo.dro.kl(0.5)) == [1, 1]
+  assert passes(jaxbo.dro.cvar(0.5)) == [2, 1]
 
 
 def test_without_a_state_the_info_is_returned_and_nothing_left_gives_zero():
-  streamed = jax.jit(jaxbo.streaming_grad(problem.loss_fn, jaxbo.kl(0.5), microbatch_size=8))
+  streamed = jax.jit(jaxbo.streaming_grad(problem.loss_fn, jaxbo.dro.kl(0.5), microbatch_size=8))
   gradient, info = streamed(PARAMS, BATCH)
   losses, _ = problem.per_example(BATCH)
   weights = np.exp((losses - losses.max()) / 0.5)
   close(gradient, problem.weighted(BATCH, weights / weights.sum()))
-  assert isinstance(info, jaxbo.WeightInfo)
+  assert isinstance(info, jaxbo.dro.WeightInfo)
   gradient, info = streamed(PARAMS, {**BATCH, "y": jnp.full(problem.N, jnp.nan)})
   assert all(not np.any(leaf) for leaf in jax.tree.leaves(gradient))
   assert info.num_valid == 0
 
 
 def test_averaging_the_gradients_of_microbatches_is_something_else():
-  tx = jaxbo.reweight(jaxbo.kl(0.5))
+  tx = jaxbo.reweight(jaxbo.dro.kl(0.5))
   total = np.zeros(3)
   for j in range(3):
     rows = jax.tree.map(lambda leaf, j=j: leaf[j::3], BATCH)
     grads = jaxbo.per_example_grad(problem.loss_fn)(PARAMS, rows)
     total += tx.update(grads, tx.init(PARAMS))[0]["w"] / 3
-  streamed = jaxbo.streaming_grad(problem.loss_fn, jaxbo.kl(0.5), microbatch_size=8)
+  streamed = jaxbo.streaming_grad(problem.loss_fn, jaxbo.dro.kl(0.5), microbatch_size=8)
   right = jax.jit(streamed)(PARAMS, BATCH)[0]["w"]
   assert np.linalg.norm(total - right) > 0.5 * np.linalg.norm(right)
 
 
 def test_huge_scores_neither_overflow_nor_vanish():
-  streamed = jaxbo.streaming_grad(problem.loss_fn, jaxbo.kl(1e-4), microbatch_size=4)
+  streamed = jaxbo.streaming_grad(problem.loss_fn, jaxbo.dro.kl(1e-4), microbatch_size=4)
   gradient, _ = jax.jit(streamed)(PARAMS, BATCH)
   close(gradient, problem.weighted(BATCH, np.arange(problem.N) == 23))
 
 
 def test_double_precision_is_the_whole_batch_to_its_rounding(x64):
   double = functools.partial(jax.tree.map, lambda leaf: jnp.asarray(leaf, jnp.float64))
-  streamed = jaxbo.streaming_grad(problem.loss_fn, jaxbo.kl(0.5), microbatch_size=4)
+  streamed = jaxbo.streaming_grad(problem.loss_fn, jaxbo.dro.kl(0.5), microbatch_size=4)
   gradient, _ = jax.jit(streamed)(double(PARAMS), double(BATCH))
   losses, _ = problem.per_example(BATCH)
   weights = np.exp((losses - losses.max()) / 0.5)

@@ -172,21 +172,21 @@ def test_duplicates_are_mass_of_the_prior(name):
 
 @pytest.mark.parametrize("fraction", [0.3, 0.5215, 0.9, 1.0])
 def test_a_target_for_the_effective_sample_size_is_met(fraction):
-  weighting = jaxbo.kl(jaxbo.target_ess(fraction))
+  weighting = jaxbo.dro.kl(jaxbo.dro.target_ess(fraction))
   weights, _, info = jax.jit(weighting.weigh)(jnp.array(LOSSES), weighting.init())
   np.testing.assert_allclose(info.effective_sample_size, 4 * fraction, rtol=1e-4)
   np.testing.assert_allclose(weights, weigh("kl", LOSSES, info.temperature)[0], rtol=1e-4)
 
 
 def test_a_target_below_the_share_of_ties_is_their_share():
-  weighting = jaxbo.kl(jaxbo.target_ess(0.1))
+  weighting = jaxbo.dro.kl(jaxbo.dro.target_ess(0.1))
   weights, _, _ = weighting.weigh(jnp.array([3.0, 1.0, 3.0, 2.0]), weighting.init())
   np.testing.assert_allclose(weights, [0.5, 0, 0.5, 0], atol=1e-6)
 
 
 def test_single_precision_neither_overflows_nor_cancels():
   losses = jnp.array(LOSSES, jnp.float32)
-  weigh_kl = jax.jit(lambda losses, t: jaxbo.kl(t).weigh(losses, jaxbo.kl(1.0).init()))
+  weigh_kl = jax.jit(lambda losses, t: jaxbo.dro.kl(t).weigh(losses, jaxbo.dro.kl(1.0).init()))
   mean_and_half_variance = lambda t: 2.5 + 1.25 / (2 * t)
   for temperature, value in (
     (1e4, mean_and_half_variance(1e4)),  # the textbook formula gives 2.49982
@@ -212,7 +212,7 @@ def test_single_precision_neither_overflows_nor_cancels():
 def test_capped_weights_at_a_high_temperature_have_the_value_of_the_mean():
   """Rounding of the weights, times the temperature, would be -1e15."""
   for level in (0.5, 1.0):
-    weighting = jaxbo.kl_cvar(level, 1e30)
+    weighting = jaxbo.dro.kl_cvar(level, 1e30)
     info = weighting.weigh(jnp.array([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]), weighting.init())[2]
     np.testing.assert_allclose(info.objective, 4.0, rtol=1e-6)
 
@@ -222,12 +222,12 @@ def test_weights_of_a_chi_square_ball_are_the_same_at_every_scale(scale):
   """Squares of these losses are beyond the range of float32."""
   losses = jnp.array([-4.0, 2.0, 3.0, 4.0])
   expected = weigh("chi_square_ball", losses, 0.3)[0]
-  weights = jaxbo.chi_square_ball(0.3).weigh(scale * losses, ())[0]
+  weights = jaxbo.dro.chi_square_ball(0.3).weigh(scale * losses, ())[0]
   np.testing.assert_allclose(weights, expected, atol=1e-6)
 
 
 def test_a_schedule_counts_batches_and_bad_values_give_the_limit_or_the_prior():
-  weighting = jaxbo.kl(lambda count: jnp.array([100.0, 1.0, 0.0, -1.0, jnp.nan])[count])
+  weighting = jaxbo.dro.kl(lambda count: jnp.array([100.0, 1.0, 0.0, -1.0, jnp.nan])[count])
   weigh_next = jax.jit(weighting.weigh)
   state, weights = weighting.init(), []
   for _ in range(5):

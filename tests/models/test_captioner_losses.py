@@ -182,7 +182,7 @@ def test_discriminative_losses_are_those_of_pytorch():
 def test_a_robust_step_follows_the_worst_captions():
   model, params, run = setup()
   loss_fn = captioner.caption_losses(model, **TERMS)
-  tx = jaxbo.reweight(jaxbo.kl(5.0))
+  tx = jaxbo.reweight(jaxbo.dro.kl(5.0))
 
   @jax.jit
   def step(params, batch):

@@ -339,7 +339,7 @@ def test_gradients_reweighted_by_jaxbo_are_weighted_sums():
   model, params = setup("opt")
   mask = jnp.ones(TOKENS.shape, bool).at[1, 5:].set(False)
   loss_fn = transformer.sequence_losses(model)
-  tx = jaxbo.reweight(jaxbo.kl(0.5))
+  tx = jaxbo.reweight(jaxbo.dro.kl(0.5))
 
   @jax.jit
   def robust(params):

@@ -33,8 +33,8 @@ def detected(*parts: optax.GradientTransformation) -> optax.GradientTransformati
 
   def update(updates, state, params=None, **extra):
     count, state = state
-    scores = jaxbo.Scores(jnp.float32(0.0), jnp.float32(0.0))
-    extra["detection"] = jaxbo.Detection(count != 1, count % 3 == 2, scores)
+    scores = jaxbo.meta.Scores(jnp.float32(0.0), jnp.float32(0.0))
+    extra["detection"] = jaxbo.meta.Detection(count != 1, count % 3 == 2, scores)
     extra["value"] = jnp.float32(2.0)
     updates, state = tx.update(updates, state, params, **extra)
     return updates, (count + 1, state)
@@ -49,7 +49,7 @@ ENTRIES = [
       jaxbo.add_unrolled_response(solver, 1),
       jaxbo.window_average(3, decay=0.9),
       jaxbo.window_average(2, normalization="present", storage_dtype=jnp.bfloat16),
-      jaxbo.project_params(clip),
+      jaxbo.bilevel.project_params(clip),
     ),
   ),
   online(
@@ -74,12 +74,12 @@ ENTRIES = [
   ),
   minimizer(
     "bayesian_gradient_descent",
-    lambda key: jaxbo.bayesian_gradient_descent(1.0, 0.1, num_samples=2, key=key),
+    lambda key: jaxbo.meta.bayesian_gradient_descent(1.0, 0.1, num_samples=2, key=key),
   ),
 ]
 
 _down = optax.scale_by_learning_rate(0.1)
-_inside = jaxbo.project_params(clip)
+_inside = jaxbo.bilevel.project_params(clip)
 _window = {"decay": 0.9, "normalization": "present"}
 
 ALIASES = [

@@ -147,8 +147,10 @@ def play(
   metrics: dict[str, Any] = {"trace": trace}
   if regret:
     for at in ("own", "current"):
-      metrics[at] = jaxbo.local_regret(hypergradient, window=regret, decay=decay, at=at)
-  loop = jaxbo.online(outer_loss, inner, outer, hyper_at=hyper_at, memory=memory, metrics=metrics)
+      metrics[at] = jaxbo.online.local_regret(hypergradient, window=regret, decay=decay, at=at)
+  loop = jaxbo.online_loop(
+    outer_loss, inner, outer, hyper_at=hyper_at, memory=memory, metrics=metrics
+  )
   state, info = loop.run(loop.init(x, y, stream), stream, num_rounds)
   return state, info.metrics
 

@@ -65,7 +65,7 @@ def test_the_trace_is_that_of_the_published_equations(radius, x64):
       ]
     )
   }
-  loop = jaxbo.online(outer_loss, None, outer, metrics=metrics)
+  loop = jaxbo.online_loop(outer_loss, None, outer, metrics=metrics)
   stream = problem.stream()
   state = loop.init(jnp.zeros(2), jnp.zeros(2), stream)
   state, info = jax.jit(loop.run, static_argnums=2)(state, stream, 10)
@@ -79,7 +79,7 @@ def test_a_round_that_is_not_finite_does_not_count():
   loss = lambda x, y, batch: 0.5 * jnp.sum((y - batch) ** 2)
   follow = lambda x, y, batch: 0.5 * jnp.sum(batch * (y - x) ** 2)
   outer = jaxbo.sogd(0.1, 0.5, follow, loss, linear_learning_rate=0.5, correction=0.5)
-  loop = jaxbo.online(loss, None, outer, metrics={"x": lambda round: round.after.x})
+  loop = jaxbo.online_loop(loss, None, outer, metrics={"x": lambda round: round.after.x})
   ones, zero = jnp.ones(2), jnp.zeros(2)
   step = jax.jit(loop.step)
   state = loop.init(zero, zero, lambda key, t: (ones, ones))
@@ -100,7 +100,7 @@ def test_a_value_function_method_runs_online():
   follow = lambda x, y, batch: 0.5 * (y - x) ** 2
   loss = lambda x, y, batch: 0.5 * (y - batch) ** 2
   outer = jaxbo.f2sa(0.05, 0.01, follow, multiplier=50.0, inner_optimizer=optax.sgd(0.5))
-  loop = jaxbo.online(loss, None, outer)
+  loop = jaxbo.online_loop(loss, None, outer)
   stream = lambda key, t: (None, jnp.float32(2.0))
   state = loop.init(jnp.float32(0.0), jnp.float32(0.0), stream)
   state, info = jax.jit(lambda state: loop.run(state, stream, 2000))(state)
@@ -127,7 +127,7 @@ def test_auxiliary_outputs_are_in_the_info():
   follow = lambda x, y, batch: 0.5 * jnp.sum((y - x) ** 2)
   plain = lambda x, y, batch: loss(x, y, batch)[0]
   outer = jaxbo.sogd(0.1, 0.5, follow, plain, linear_learning_rate=0.5, correction=0.5)
-  loop = jaxbo.online(loss, None, outer, has_aux=True)
+  loop = jaxbo.online_loop(loss, None, outer, has_aux=True)
   start = loop.init(jnp.zeros(3), jnp.zeros(3), lambda key, t: (None, None))
   _, info = jax.eval_shape(loop.step, start, (None, None))
   assert info.loop.aux["x"].shape == (3,)
@@ -149,6 +149,6 @@ def test_bad_arguments():
   with pytest.raises(TypeError, match="update must be given outer_batch="):
     tx.update(params, tx.init(params), params, batch=None)
   with pytest.raises(ValueError, match="inner must be an inner solver with replay=True"):
-    jaxbo.online(outer_loss, None, tx, memory=2, replay=True)
+    jaxbo.online_loop(outer_loss, None, tx, memory=2, replay=True)
   with pytest.raises(ValueError, match="inner must be an inner solver with replay=True"):
-    jaxbo.online(outer_loss, None, tx, hyper_at="before")
+    jaxbo.online_loop(outer_loss, None, tx, hyper_at="before")

@@ -51,7 +51,7 @@ def test_a_window_of_one_is_plain_online_aid():
   stream = lambda key, t: ((*matrices, jnp.cos(t + jnp.arange(3.0))), (jnp.ones(3), x, 0.5))
 
   def run(outer):
-    loop = jaxbo.online(outer_loss, solver, outer)
+    loop = jaxbo.online_loop(outer_loss, solver, outer)
     return jax.jit(lambda s: loop.run(s, stream, 20))(loop.init(x, y, stream))[0].x
 
   found = run(jaxbo.sobow(0.1, solver, window=1, decay=0.5, linear_solver=cg, inner_params=y))
@@ -139,7 +139,7 @@ def test_the_limits_of_stability_with_one_inner_step(size, x64):
     inner = jaxbo.inner_solver(inner_loss, optax.sgd(alpha), 1)
     cg = jaxbo.conjugate_gradient(1)  # Exact in one dimension.
     outer = jaxbo.sobow(beta, inner, window=size, decay=decay, linear_solver=cg)
-    loop = jaxbo.online(outer_loss, inner, outer)
+    loop = jaxbo.online_loop(outer_loss, inner, outer)
 
     def turn(flat):
       state = loop.init(flat[:1], flat[1:2], lambda key, t: batch)

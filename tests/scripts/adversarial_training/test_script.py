@@ -74,7 +74,9 @@ def close(a, b):
 
 
 def attacked(**options):
-  attack = jaxbo.pgd(model, epsilon=EPSILON, step_size=EPSILON / 4, num_steps=NUM_STEPS, **options)
+  attack = jaxbo.adversarial.pgd(
+    model, epsilon=EPSILON, step_size=EPSILON / 4, num_steps=NUM_STEPS, **options
+  )
   return attack.run(PARAMS, BATCH, jax.random.clone(KEY))
 
 
@@ -122,8 +124,8 @@ def test_gairat_and_mail_begin_uniform_and_then_weigh_by_steps_and_margins(gradi
 def test_trades_and_mart_look_at_clean_and_attacked_images(gradients):
   of_trades = attacked(objective="kl", random_start=1e-3)[0]
   for name, images, loss, beta in (
-    ("trades", of_trades, jaxbo.trades_loss, 6.0),
-    ("mart", attacked()[0], jaxbo.mart_loss, 5.0),
+    ("trades", of_trades, jaxbo.adversarial.trades_loss, 6.0),
+    ("mart", attacked()[0], jaxbo.adversarial.mart_loss, 5.0),
   ):
 
     def mean(params, images=images, loss=loss, beta=beta):
@@ -133,19 +135,22 @@ def test_trades_and_mart_look_at_clean_and_attacked_images(gradients):
 
 
 def test_done_and_fast_bat_have_the_implicit_term_of_the_library(gradients):
-  loss = lambda p, x, y: jaxbo.cross_entropy_loss(model(p, x), y)
-  margin = lambda p, x, y: -jaxbo.margin_loss(model(p, x), y)
+  loss = lambda p, x, y: jaxbo.adversarial.cross_entropy_loss(model(p, x), y)
+  margin = lambda p, x, y: -jaxbo.adversarial.margin_loss(model(p, x), y)
   rates = SETTING.rates
   done = functools.partial(
-    jaxbo.done_grad, loss, margin, epsilon=EPSILON, barrier=rates.barrier, num_steps=NUM_STEPS,
-    curvature=rates.curvature,
+    jaxbo.adversarial.done_grad, loss, margin, epsilon=EPSILON, barrier=rates.barrier,
+    num_steps=NUM_STEPS, curvature=rates.curvature,
   )  # fmt: skip
   of_attack = {"epsilon": EPSILON, "step_size": rates.fast_bat_step_size}
-  fast_bat = jaxbo.fast_bat_grad(loss, lambda *a: -loss(*a), **of_attack)
+  fast_bat = jaxbo.adversarial.fast_bat_grad(loss, lambda *a: -loss(*a), **of_attack)
   by = {
-    "done": (done(step_size=0.5), jaxbo.kl(rates.temperature)),
-    "done_adam": (done(step_size=0.25 * EPSILON, direction="adam"), jaxbo.kl(rates.temperature)),
-    "fast_bat": (fast_bat, jaxbo.uniform()),
+    "done": (done(step_size=0.5), jaxbo.dro.kl(rates.temperature)),
+    "done_adam": (
+      done(step_size=0.25 * EPSILON, direction="adam"),
+      jaxbo.dro.kl(rates.temperature),
+    ),
+    "fast_bat": (fast_bat, jaxbo.dro.uniform()),
   }
   for name, (gradient, weighting) in by.items():
     tx = jaxbo.reweight(weighting)
@@ -208,7 +213,7 @@ def test_steps_know_how_far_training_is_and_have_keys_of_their_own():
         values = values_of(setting, key, progress) * jnp.ones(len(batch[1]))
         return lazy(lambda params, values: values + 0 * params["w"].sum(), params, values), {}
 
-      return Parts(gradients, jaxbo.uniform())
+      return Parts(gradients, jaxbo.dro.uniform())
 
     return [told.loss for told in train(1, 4, Method("probe", make), epsilon_rise=0.5)[1]]
 

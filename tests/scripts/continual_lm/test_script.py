@@ -134,17 +134,17 @@ def test_every_method_weighs_as_the_library_does():
     group_step_size=0.9,
   )  # fmt: skip
   expected = {
-    "uniform": jaxbo.uniform(),
-    "ir_dro": jaxbo.kl(0.7),
-    "ir_dro_compositional": jaxbo.compositional(jaxbo.kl(0.7), 0.3),
-    "mid_rank_0": jaxbo.mid_rank(0.25, 0),
-    "mid_rank_1": jaxbo.mid_rank(0.25, 1),
-    "mid_rank_3": jaxbo.mid_rank(0.25, 3),
-    "lin_upper": jaxbo.lin_upper(0.6),
-    "quadratic": jaxbo.quadratic(0.6),
-    "extremes": jaxbo.extremes(0.6),
-    "cvar": jaxbo.cvar(0.5),
-    "group_dro": jaxbo.group(DOMAINS, 0.9),
+    "uniform": jaxbo.dro.uniform(),
+    "ir_dro": jaxbo.dro.kl(0.7),
+    "ir_dro_compositional": jaxbo.dro.compositional(jaxbo.dro.kl(0.7), 0.3),
+    "mid_rank_0": jaxbo.dro.mid_rank(0.25, 0),
+    "mid_rank_1": jaxbo.dro.mid_rank(0.25, 1),
+    "mid_rank_3": jaxbo.dro.mid_rank(0.25, 3),
+    "lin_upper": jaxbo.dro.lin_upper(0.6),
+    "quadratic": jaxbo.dro.quadratic(0.6),
+    "extremes": jaxbo.dro.extremes(0.6),
+    "cvar": jaxbo.dro.cvar(0.5),
+    "group_dro": jaxbo.dro.group(DOMAINS, 0.9),
   }
   assert expected.keys() == METHODS.keys()
 
@@ -162,7 +162,7 @@ def test_every_method_weighs_as_the_library_does():
 
 def test_the_optimizer_is_adamw_with_decay_on_clipped_gradients():
   """In float64 NumPy; the gradient of the first step alone is clipped."""
-  tx = lm_methods.make_optimizer(jaxbo.uniform(), 0.1)
+  tx = lm_methods.make_optimizer(jaxbo.dro.uniform(), 0.1)
   w = np.array([2.0, -1.0])
   params = {"w": jnp.asarray(w, jnp.float32)}
   state, update = tx.init(params), jax.jit(tx.update)
@@ -238,10 +238,10 @@ def test_what_weights_look_at_depends_on_the_batch_size_unless_they_are_composit
   tilted = np.exp(losses) @ losses / np.exp(losses).sum()
   looks = functools.partial(report.weighted_losses, losses=losses, num_batches=4000)
   spread = losses.std() / np.sqrt(4000)
-  one, many = looks(jaxbo.kl(1.0), sizes=[1, 256])
+  one, many = looks(jaxbo.dro.kl(1.0), sizes=[1, 256])
   assert abs(one - losses.mean()) < 4 * spread
   assert abs(many - tilted) < 0.02
-  [one] = looks(jaxbo.compositional(jaxbo.kl(1.0), 0.05), sizes=[1])
+  [one] = looks(jaxbo.dro.compositional(jaxbo.dro.kl(1.0), 0.05), sizes=[1])
   # The weights' relative second moment is 2, so the standard error is about 1.5 of the plain one.
   assert abs(one - tilted) < 0.05 + 6 * spread
 

@@ -95,7 +95,7 @@ def played(method, rates, window, rounds):
   """``x`` and ``y`` after some rounds of a method of the script, flat."""
   y = jax.eval_shape(TUNING.init, jax.random.key(0))[1]
   arguments = METHODS[method].make(Setting(TUNING, rates, window, y, ROUNDS))
-  loop = jaxbo.online(TUNING.outer_loss, **arguments)
+  loop = jaxbo.online_loop(TUNING.outer_loss, **arguments)
   schedule = jax.tree.map(lambda leaf: leaf[0], stream().schedule)
   of_seed = streams.stream_of(jnp.asarray(EXAMPLES.images), schedule)
   state = loop.init(*TUNING.init(jax.random.key(0)), of_seed)

@@ -498,7 +498,9 @@ def test_what_methods_are_made_of(tmp_path):
   modulated = {name: optax.tree.get(states[name], "modulation") for name in states}
   kinds = [name for name, value in modulated.items() if value is not None]
   assert kinds == ["c_maml_um", "c_maml_pap"]
-  buffers = {name: isinstance(s.last_support, jaxbo.SupportBuffer) for name, s in states.items()}
+  buffers = {
+    name: isinstance(s.last_support, jaxbo.meta.SupportBuffer) for name, s in states.items()
+  }
   assert [name for name, value in buffers.items() if value] == ["c_maml_pap"]
   dropped = first("leeds", mine.but(first_order=True))
   assert optax.tree.get(dropped, "response_finite") is None

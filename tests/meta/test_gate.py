@@ -12,7 +12,7 @@ from tests.cases import cases
 
 pytestmark = pytest.mark.slow  # All together, not each.
 
-SCORES = jaxbo.Scores(jnp.float32(0.0), jnp.float32(0.0))
+SCORES = jaxbo.meta.Scores(jnp.float32(0.0), jnp.float32(0.0))
 CASES = {"no switch": (False, False), "in": (True, False), "out": (True, True)}
 PARAMS = {"a": jnp.float32(1.0), "b": jnp.arange(3.0)}
 GRADS = {"a": jnp.float32(-2.0), "b": jnp.ones(3)}
@@ -20,7 +20,7 @@ GRADS = {"a": jnp.float32(-2.0), "b": jnp.ones(3)}
 
 def detected(case):
   switch, shift = CASES[case]
-  return jaxbo.Detection(jnp.bool_(switch), jnp.bool_(shift), SCORES)
+  return jaxbo.meta.Detection(jnp.bool_(switch), jnp.bool_(shift), SCORES)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -8,14 +8,15 @@ import jax.numpy as jnp
 import optax
 
 from jaxbo import _check, _tree
-from jaxbo.bilevel.driver import checked_outer_loss
 from jaxbo.bilevel.inner import InnerSolver
+from jaxbo.bilevel.loop import checked_outer_loss
 from jaxbo.bilevel.response import check_solver
 from jaxbo.bilevel.unrolled import add_unrolled_response
-from jaxbo.online.cmaml import check_parts, modulate_by_loss
-from jaxbo.online.detection import Detection, Scores, threshold_detector
-from jaxbo.online.meta_learner import OnlineMetaLearner
-from jaxbo.online.meta_rounds import (
+from jaxbo.meta.cmaml import check_parts, modulate_by_loss
+from jaxbo.meta.detection import Detection, Scores, threshold_detector
+from jaxbo.meta.learner import OnlineMetaLearner
+from jaxbo.meta.ood_scores import mean_score
+from jaxbo.meta.rounds import (
   OnlineMetaInfo,
   OnlineMetaState,
   Prediction,
@@ -23,7 +24,6 @@ from jaxbo.online.meta_rounds import (
   is_broken,
   make_run,
 )
-from jaxbo.online.ood_scores import mean_score
 from jaxbo.online.rounds import as_batch
 
 
@@ -95,7 +95,7 @@ def c_maml_pap(
   Memory: the meta-model, the task's model, and ``buffer_size`` rounds of data.
 
   Args:
-    outer_loss: as in :func:`jaxbo.online_meta_learner`.
+    outer_loss: as in :func:`jaxbo.meta.online_meta_learner`.
     inner: the inner solver.
     optimizer: for the meta-model; Adam in the published code.
     drop_threshold: :math:`\gamma`; infinity leaves boundaries to the size of the buffer.
@@ -103,12 +103,12 @@ def c_maml_pap(
       The published 101 is ``2 * 10 * 5 + 1`` for 10 ways and 5 shots.
     modulation: :math:`\lambda` of :func:`jaxbo.modulate_by_loss`, of the mean loss, or ``None``.
     response: :func:`jaxbo.add_unrolled_response` if not given.
-    start: as in :func:`jaxbo.online_meta_learner`, like the next two.
+    start: as in :func:`jaxbo.meta.online_meta_learner`, like the next two.
     shift_score: it is logged; nothing depends on it.
     metric: what to report beside the loss.
 
   Returns:
-    An :class:`jaxbo.OnlineMetaLearner`, whose state keeps a :class:`SupportBuffer` in
+    An :class:`jaxbo.meta.OnlineMetaLearner`, whose state keeps a :class:`SupportBuffer` in
     ``last_support``. ``info.meta_updated`` says where there was a meta-update, and
     ``info.outer_loss`` is its mean loss.
 
@@ -120,7 +120,7 @@ def c_maml_pap(
     >>> import jax.numpy as jnp, jaxbo, optax
     >>> loss = lambda x, y, u: (0.5 * jnp.sum((x + y - u) ** 2), x + y)
     >>> inner = jaxbo.inner_solver(lambda *args: loss(*args)[0], optax.sgd(0.5), 1)
-    >>> learner = jaxbo.c_maml_pap(loss, inner, optax.sgd(1.0), drop_threshold=1.0)
+    >>> learner = jaxbo.meta.c_maml_pap(loss, inner, optax.sgd(1.0), drop_threshold=1.0)
     >>> state = learner.init(jnp.zeros(1), batch=(jnp.ones(1), jnp.ones(1)))
     >>> for u in (1.0, 1.0, 9.0):                                     # the last is another task
     ...   state, info = learner.step(state, (jnp.full(1, u), jnp.ones(1)))

@@ -26,7 +26,7 @@ def counts(quality):
   )  # fmt: skip
 
 
-quality_of = jax.jit(jaxbo.detection_quality)
+quality_of = jax.jit(jaxbo.meta.detection_quality)
 
 
 @pytest.mark.parametrize(
@@ -71,8 +71,8 @@ def test_a_flag_that_comes_too_late_is_a_false_alarm():
 def test_the_stream_and_the_trace_agree():
   rng = np.random.default_rng(0)
   changed, detected, ends = rng.random((3, 50)) < 0.3
-  quality = jaxbo.DetectionQuality.start()
-  update = jax.jit(jaxbo.DetectionQuality.update)
+  quality = jaxbo.meta.DetectionQuality.start()
+  update = jax.jit(jaxbo.meta.DetectionQuality.update)
   for row in zip(detected, changed, ends, strict=True):
     quality = update(quality, *row)
   whole = quality_of(detected, changed, boundaries=ends)
@@ -86,8 +86,8 @@ def test_logged_scores_can_be_swept_and_give_the_flags_of_a_run_with_that_thresh
   loss = lambda x, y, u: (0.5 * jnp.sum((x + y - u.mean(axis=0)) ** 2), x + y)
   inner = jaxbo.inner_solver(lambda *args: loss(*args)[0], optax.sgd(0.5), 1)
   stream = jaxbo.tasks.moving_gaussian_stream(2, 5, stay_probability=0.8, domain_step=0.0)
-  detector = jaxbo.threshold_detector(0.0, 0.0)
-  learner = jaxbo.online_meta_learner(
+  detector = jaxbo.meta.threshold_detector(0.0, 0.0)
+  learner = jaxbo.meta.online_meta_learner(
     loss, inner, None, detector, restart="always", shift_score=jnp.square
   )
   state = learner.init(jnp.full(2, -6.0), stream=stream, key=0)
@@ -101,14 +101,14 @@ def test_logged_scores_can_be_swept_and_give_the_flags_of_a_run_with_that_thresh
 
   history = run(with_threshold(thresholds[1]), stream, 200)[1]
   truth, scores = history.extra.task_switch, history.detection.scores.switch
-  swept = jax.vmap(lambda at: jaxbo.detection_quality(scores > at, truth))(thresholds)
-  online = jaxbo.detection_quality(history.detection.switch, truth)
+  swept = jax.vmap(lambda at: jaxbo.meta.detection_quality(scores > at, truth))(thresholds)
+  online = jaxbo.meta.detection_quality(history.detection.switch, truth)
   assert counts(online) == counts(jax.tree.map(lambda leaf: leaf[1], swept))
   assert swept.recall[0] == 1
   assert np.all(np.diff(swept.recall) <= 0)
   assert swept.num_hits[-1] == swept.num_false_alarms[-1] == 0
   other = run(with_threshold(thresholds[2]), stream, 200)[1]
-  assert counts(jaxbo.detection_quality(other.detection.switch, truth)) == counts(
+  assert counts(jaxbo.meta.detection_quality(other.detection.switch, truth)) == counts(
     jax.tree.map(lambda leaf: leaf[2], swept)
   )
 
@@ -118,12 +118,12 @@ def test_the_regret_is_against_the_best_of_each_task_not_of_each_round():
   candidates = jnp.array([[0.0, 1.0], [4.0, 1.0], [9.0, 1.0], [1.0, 3.0], [1.0, 0.0]])
   switches = flags("10010")
   # Task 1: 6 against min(13, 3); task 2: 9 against min(2, 3).
-  regret = jaxbo.task_averaged_regret(losses, candidates, switches)
+  regret = jaxbo.meta.task_averaged_regret(losses, candidates, switches)
   assert float(regret) == ((6 - 3) + (9 - 2)) / 2
   # The first round begins a task, flagged or not.
-  assert jaxbo.task_averaged_regret(losses, candidates, flags("00010")) == regret
+  assert jaxbo.meta.task_averaged_regret(losses, candidates, flags("00010")) == regret
   best = jnp.array([1.0, 1.0, 1.0, 1.0, 1.0])
-  assert float(jaxbo.task_averaged_regret(losses, best, switches)) == (15 - 5) / 2
+  assert float(jaxbo.meta.task_averaged_regret(losses, best, switches)) == (15 - 5) / 2
 
 
 def test_the_regret_of_the_running_mean_on_quadratics(x64):
@@ -140,17 +140,17 @@ def test_the_regret_of_the_running_mean_on_quadratics(x64):
     # sum |p - m_{n-1}|^2 / 2 - sum |p - mean|^2 / 2 = sum (1 / n) |p_n - m_{n-1}|^2 / 2.
     welford += np.sum(played[-1] / n)
   switches = np.tile(np.arange(30) == 0, 2)
-  regret = jaxbo.task_averaged_regret(np.concatenate(played), np.concatenate(best), switches)
+  regret = jaxbo.meta.task_averaged_regret(np.concatenate(played), np.concatenate(best), switches)
   np.testing.assert_allclose(regret, welford / 2, rtol=1e-12)
 
 
 def test_bad_shapes():
   with pytest.raises(ValueError, match=r"all flags must have one shape \[rounds\], got"):
-    jaxbo.detection_quality(np.zeros(3, bool), np.zeros(4, bool))
+    jaxbo.meta.detection_quality(np.zeros(3, bool), np.zeros(4, bool))
   with pytest.raises(ValueError, match=r"losses and task_switch must have the shape \[rounds\]"):
-    jaxbo.task_averaged_regret(np.zeros(3), np.zeros(4), np.zeros(3, bool))
+    jaxbo.meta.task_averaged_regret(np.zeros(3), np.zeros(4), np.zeros(3, bool))
   with pytest.raises(ValueError, match=r"must have the shape \[rounds\], comparator_losses"):
-    jaxbo.task_averaged_regret(*[np.zeros(0)] * 3)
+    jaxbo.meta.task_averaged_regret(*[np.zeros(0)] * 3)
   for switches in (True, np.zeros((3, 2), bool)):
     with pytest.raises(ValueError, match=r"losses and task_switch must have the shape \[rounds\]"):
-      jaxbo.task_averaged_regret(np.zeros(3), np.zeros(3), switches)
+      jaxbo.meta.task_averaged_regret(np.zeros(3), np.zeros(3), switches)

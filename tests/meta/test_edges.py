@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import jaxbo
-from tests.online.test_meta_learner import (
+from tests.meta.test_learner import (
   INF,
   INNER,
   LEFT,
@@ -34,8 +34,8 @@ def overflowing_loss(x, y, samples):
 def test_a_task_model_that_overflows_is_given_up(switch_score):
   """Unless it is the data, or switches are never detected."""
   inner = jaxbo.inner_solver(first_of(overflowing_loss), optax.sgd(RATE), STEPS)
-  detector = jaxbo.threshold_detector(5.0, INF)
-  learner = jaxbo.online_meta_learner(
+  detector = jaxbo.meta.threshold_detector(5.0, INF)
+  learner = jaxbo.meta.online_meta_learner(
     overflowing_loss, inner, None, detector, switch_score=switch_score, shift_score=SCORE
   )
   step, batch = jax.jit(learner.step), (jnp.ones((5, 2)), jnp.ones((5, 2)))
@@ -48,7 +48,7 @@ def test_a_task_model_that_overflows_is_given_up(switch_score):
   assert info.detection.switch
   assert info.detection.scores.switch == INF
   np.testing.assert_allclose(after.task.y, 1 - LEFT, rtol=1e-6)
-  never = jaxbo.FixedThresholdState(jnp.float32(INF))
+  never = jaxbo.meta.FixedThresholdState(jnp.float32(INF))
   deaf = broken._replace(detector_state=broken.detector_state._replace(switch_rule=never))
   assert not step(deaf, batch)[1].detection.switch
 
@@ -61,8 +61,8 @@ def test_a_gate_for_a_part_of_the_meta_model_does_not_hold_the_rest():
   gate = lambda *scales: jaxbo.gate_by_detection(optax.sgd(1.0), *scales)
   parts = optax.partition({"a": gate(0.0, 1.0), "b": gate(0.5, 1.0), "c": optax.sgd(1.0)}, names)
   outer = optax.chain(jaxbo.add_unrolled_response(inner), parts)
-  oracle = jaxbo.oracle_detector(lambda batch: batch[0] > 0, lambda batch: batch[0] > 1)
-  learner = jaxbo.online_meta_learner(part_loss, inner, outer, oracle, shift_score=jnp.square)
+  oracle = jaxbo.meta.oracle_detector(lambda batch: batch[0] > 0, lambda batch: batch[0] > 1)
+  learner = jaxbo.meta.online_meta_learner(part_loss, inner, outer, oracle, shift_score=jnp.square)
   step, u = jax.jit(learner.step), lambda value: (jnp.float32(value),) * 2
   state, _ = step(learner.init({name: jnp.float32(0.0) for name in names}, u(1.0)), u(1.0))
   assert state.meta_params == {"a": 0, "b": 0.125, "c": 0.25}  # (1 - a)^2 of the way, then gated.
@@ -78,8 +78,8 @@ def test_the_momentum_of_the_inner_steps_lasts_as_long_as_the_task(warm_start, x
   """Whatever the solver does with solutions outside of this loop."""
   optimizer = optax.sgd(RATE, momentum=0.9)
   inner = jaxbo.inner_solver(first_of(loss), optimizer, STEPS, warm_start=warm_start)
-  oracle = jaxbo.oracle_detector()
-  learner = jaxbo.online_meta_learner(loss, inner, None, oracle, shift_score=SCORE)
+  oracle = jaxbo.meta.oracle_detector()
+  learner = jaxbo.meta.online_meta_learner(loss, inner, None, oracle, shift_score=SCORE)
   _, (batch, _, phis, _) = play(learner, learner.init(jnp.ones(2), stream=STREAM, key=1))
   phi = momentum = np.zeros(2)
   for t, mean in enumerate(np.mean(np.asarray(batch.train), axis=1)):
@@ -97,8 +97,8 @@ def test_extra_arguments_of_a_step_reach_the_outer_transformation():
     lambda updates, state, params=None, *, factor, **_: (optax.tree.scale(-factor, updates), state),
   )
   batch = (jnp.ones((5, 2)), jnp.ones((5, 2)))
-  one = jaxbo.meta_ogd(loss, INNER, optax.chain(UNROLLED, times), shift_score=SCORE)
-  two = jaxbo.c_maml_pap(
+  one = jaxbo.meta.meta_ogd(loss, INNER, optax.chain(UNROLLED, times), shift_score=SCORE)
+  two = jaxbo.meta.c_maml_pap(
     loss, INNER, times, drop_threshold=INF, buffer_size=1, shift_score=jnp.square
   )
   for learner, rounds in ((one, 1), (two, 2)):

@@ -28,7 +28,7 @@ EXACT = pytest.mark.parametrize("name", ["unrolled", "cg", "fixed_point", "neuma
 
 def descend(outer_loss, solver, outer, x, y0, num_steps):
   """The outer parameters and the solution after ``num_steps`` steps, in one scan."""
-  init, step = jaxbo.bilevel(outer_loss, solver, outer)
+  init, step = jaxbo.bilevel_loop(outer_loss, solver, outer)
 
   @jax.jit
   def run(state):
@@ -145,7 +145,7 @@ def test_step_is_the_loop_of_the_contract():
     updates, state = outer.update(grads, state, x, solution=y, batch=train)
     return optax.apply_updates(x, updates), y, state, loss
 
-  init, step = jaxbo.bilevel(outer_loss, solver, outer)
+  init, step = jaxbo.bilevel_loop(outer_loss, solver, outer)
   x = jnp.ones(())
   state, y, outer_state = init(x, jnp.zeros(())), solver.init(jnp.zeros(())), outer.init(x)
   for _ in range(2):
@@ -163,7 +163,7 @@ def test_step_is_the_loop_of_the_contract():
 
 def test_what_does_not_apply_is_reported_as_nan():
   solver, outer_loss = small()
-  init, step = jaxbo.bilevel(outer_loss, solver, jaxbo.itd(0.1, solver))
+  init, step = jaxbo.bilevel_loop(outer_loss, solver, jaxbo.itd(0.1, solver))
   _, info = step(init(jnp.ones(()), jnp.zeros(())), jnp.array(1.5), jnp.array(2.0))
   assert jnp.isnan(info.linear_residual)
   assert jnp.isfinite(info.hypergradient_norm)
@@ -173,7 +173,7 @@ def test_aux_of_both_losses_comes_out():
   solver = jaxbo.inner_solver(
     lambda x, y, batch: ((y - batch * x) ** 2, {"y": y}), optax.sgd(0.25), 4, has_aux=True
   )
-  init, step = jaxbo.bilevel(
+  init, step = jaxbo.bilevel_loop(
     lambda x, y, batch: ((y - batch) ** 2, y), solver, jaxbo.itd(0.1, solver), has_aux=True
   )
   train, val = jnp.array(1.5), jnp.array(2.0)
@@ -189,7 +189,7 @@ def test_state_is_strongly_typed_and_shares_no_buffer_with_what_was_given():
   x, y0 = jnp.asarray(1.0), jnp.asarray(0.0)
   assert x.weak_type
   outer = optax.chain(jaxbo.esj(0.1, solver, 2), optax.ema(0.9))
-  init, step = jaxbo.bilevel(outer_loss, solver, outer)
+  init, step = jaxbo.bilevel_loop(outer_loss, solver, outer)
   state = init(x, y0)
   assert not any(leaf.weak_type for leaf in jax.tree.leaves(state))
   expected, _ = jax.jit(step)(state, jnp.array(1.5), jnp.array(2.0))
@@ -204,7 +204,7 @@ def test_a_state_that_is_the_parameters_is_copied():
   """A transformation may keep the parameters themselves; both are donated."""
   solver, outer_loss = small()
   keeper = optax.GradientTransformation(lambda params: params, lambda g, state, params: (g, state))
-  init, _ = jaxbo.bilevel(outer_loss, solver, optax.chain(jaxbo.itd(0.1, solver), keeper))
+  init, _ = jaxbo.bilevel_loop(outer_loss, solver, optax.chain(jaxbo.itd(0.1, solver), keeper))
   state = init(jnp.ones(()), jnp.zeros(()))
   pointers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state)]
   assert len(set(pointers)) == len(pointers)
@@ -227,7 +227,7 @@ def test_bad_outer_losses_are_refused(outer_loss, error, message):
   solver, _ = small()
 
   def trace():
-    init, step = jaxbo.bilevel(outer_loss, solver, jaxbo.itd(0.1, solver))
+    init, step = jaxbo.bilevel_loop(outer_loss, solver, jaxbo.itd(0.1, solver))
     step(init(jnp.ones(()), jnp.zeros(())), jnp.array(1.5), jnp.array(2.0))
 
   with pytest.raises(error, match=message):
@@ -236,7 +236,7 @@ def test_bad_outer_losses_are_refused(outer_loss, error, message):
 
 def test_aux_that_is_promised_must_come():
   solver, outer_loss = small()
-  init, step = jaxbo.bilevel(outer_loss, solver, jaxbo.itd(0.1, solver), has_aux=True)
+  init, step = jaxbo.bilevel_loop(outer_loss, solver, jaxbo.itd(0.1, solver), has_aux=True)
   with pytest.raises(TypeError, match=r"outer_loss must return \(scalar, aux\) with has_aux=True"):
     step(init(jnp.ones(()), jnp.zeros(())), jnp.array(1.5), jnp.array(2.0))
 
@@ -244,7 +244,7 @@ def test_aux_that_is_promised_must_come():
 @pytest.mark.parametrize("outer", [optax.sgd(0.1), optax.adam(0.1)], ids=["sgd", "adam"])
 def test_outer_transformation_without_a_response_is_refused(outer):
   solver, outer_loss = small()
-  init, step = jaxbo.bilevel(outer_loss, solver, outer)
+  init, step = jaxbo.bilevel_loop(outer_loss, solver, outer)
   with pytest.raises(ValueError) as caught:
     step(init(jnp.ones(()), jnp.zeros(())), jnp.array(1.5), jnp.array(2.0))
   assert any("outer must begin with a response" in note for note in caught.value.__notes__)
@@ -253,7 +253,7 @@ def test_outer_transformation_without_a_response_is_refused(outer):
 @cases("which", ["x", "y0"])
 def test_integer_parameters_are_refused(which):
   solver, outer_loss = small()
-  init, _ = jaxbo.bilevel(outer_loss, solver, jaxbo.itd(0.1, solver))
+  init, _ = jaxbo.bilevel_loop(outer_loss, solver, jaxbo.itd(0.1, solver))
   values = {"x": jnp.ones(()), "y0": jnp.ones(()), which: jnp.ones((), jnp.int32)}
   with pytest.raises(TypeError, match=f"{which} must be real floats, got dtype int32"):
     init(**values)

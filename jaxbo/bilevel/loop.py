@@ -12,7 +12,7 @@ from jaxbo.bilevel.inner import InnerSolution, InnerSolver
 
 
 class BilevelState(NamedTuple):
-  """State of the loop that :func:`bilevel` makes.
+  """State of the loop that :func:`~jaxbo.bilevel_loop` makes.
 
   Attributes:
     x: the outer parameters.
@@ -26,7 +26,7 @@ class BilevelState(NamedTuple):
 
 
 class BilevelInfo(NamedTuple):
-  """Diagnostics of one step of :func:`bilevel`.
+  """Diagnostics of one step of :func:`~jaxbo.bilevel_loop`.
 
   Attributes:
     outer_loss: the outer loss before the update of ``x``.
@@ -44,7 +44,7 @@ class BilevelInfo(NamedTuple):
   aux: Any = None
 
 
-def bilevel(
+def bilevel_loop(
   outer_loss: Callable[..., Any],
   inner: InnerSolver,
   outer: optax.GradientTransformation,
@@ -78,7 +78,7 @@ def bilevel(
     >>> import jax, jax.numpy as jnp, jaxbo, optax
     >>> inner = jaxbo.inner_solver(lambda x, y, batch: (y - x) ** 2, optax.sgd(0.25), 20)
     >>> outer = optax.chain(jaxbo.add_unrolled_response(inner), optax.adam(0.1))
-    >>> init, step = jaxbo.bilevel(lambda x, y, batch: x * y - 2 * x + 1, inner, outer)
+    >>> init, step = jaxbo.bilevel_loop(lambda x, y, batch: x * y - 2 * x + 1, inner, outer)
     >>> state = init(jnp.float32(0.0), jnp.float32(0.0))
     >>> for _ in range(200):
     ...   state, info = jax.jit(step)(state, None, None)

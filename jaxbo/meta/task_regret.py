@@ -39,7 +39,7 @@ def task_averaged_regret(
     >>> import jax.numpy as jnp, jaxbo
     >>> losses, switches = jnp.array([2.0, 1.0, 3.0, 0.0]), jnp.array([1, 0, 1, 0], bool)
     >>> candidates = jnp.array([[0.5, 2.0], [0.5, 2.0], [4.0, 1.0], [4.0, 0.0]])
-    >>> print(jaxbo.task_averaged_regret(losses, candidates, switches))   # (3 - 1 + 3 - 1) / 2
+    >>> print(jaxbo.meta.task_averaged_regret(losses, candidates, switches))   # (3 - 1 + 3 - 1) / 2
     2.0
 
   References:

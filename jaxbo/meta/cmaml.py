@@ -11,13 +11,13 @@ from jaxbo import _check
 from jaxbo.bilevel.inner import InnerSolver
 from jaxbo.bilevel.response import MISSING
 from jaxbo.bilevel.unrolled import add_unrolled_response
-from jaxbo.online.detection import threshold_detector
-from jaxbo.online.gate import gate_by_detection
-from jaxbo.online.meta_learner import OnlineMetaLearner, online_meta_learner
+from jaxbo.meta.detection import threshold_detector
+from jaxbo.meta.gate import gate_by_detection
+from jaxbo.meta.learner import OnlineMetaLearner, online_meta_learner
 
 
 class ModulationInfo(NamedTuple):
-  """Diagnostics of :func:`modulate_by_loss`.
+  """Diagnostics of :func:`~jaxbo.modulate_by_loss`.
 
   Attributes:
     modulation: what the last gradient was scaled by, float32.
@@ -27,7 +27,7 @@ class ModulationInfo(NamedTuple):
 
 
 class ModulationState(NamedTuple):
-  """State of :func:`modulate_by_loss`."""
+  """State of :func:`~jaxbo.modulate_by_loss`."""
 
   info: ModulationInfo
 
@@ -103,17 +103,17 @@ def c_maml(
   are kept, are adapted to again from :math:`\theta_t`, so that gradient and step are at one point.
 
   Args:
-    outer_loss: as in :func:`jaxbo.online_meta_learner`.
+    outer_loss: as in :func:`jaxbo.meta.online_meta_learner`.
     inner: the inner solver.
     optimizer: for the meta-model; Adam in the published code.
     drop_threshold: :math:`\gamma`; infinity never leaves an update out.
-    modulation: :math:`\lambda` of :func:`modulate_by_loss`, or ``None``.
+    modulation: :math:`\lambda` of :func:`~jaxbo.modulate_by_loss`, or ``None``.
     response: :func:`jaxbo.add_unrolled_response` if not given.
-    **options: ``start``, ``shift_score`` and ``metric`` of :func:`jaxbo.online_meta_learner`.
+    **options: ``start``, ``shift_score`` and ``metric`` of :func:`jaxbo.meta.online_meta_learner`.
 
   Returns:
-    An :class:`jaxbo.OnlineMetaLearner`. With the prolonged adaptation phase (a buffer of rounds) it
-    is :func:`jaxbo.c_maml_pap`.
+    An :class:`jaxbo.meta.OnlineMetaLearner`. With the prolonged adaptation phase (a buffer of
+    rounds) it is :func:`jaxbo.meta.c_maml_pap`.
 
   Raises:
     ValueError: if ``drop_threshold`` is NaN or ``modulation`` is not positive.
@@ -123,7 +123,7 @@ def c_maml(
     >>> import jax.numpy as jnp, jaxbo, optax
     >>> loss = lambda x, y, u: (0.5 * jnp.sum((x + y - u) ** 2), x + y)
     >>> inner = jaxbo.inner_solver(lambda *args: loss(*args)[0], optax.sgd(0.5), 1)
-    >>> learner = jaxbo.c_maml(loss, inner, optax.sgd(1.0), drop_threshold=1.0)
+    >>> learner = jaxbo.meta.c_maml(loss, inner, optax.sgd(1.0), drop_threshold=1.0)
     >>> state = learner.init(jnp.zeros(1), batch=(jnp.ones(1), jnp.ones(1)))
     >>> for u in (1.0, 1.0, 9.0):                                     # the last is another task
     ...   state, info = learner.step(state, (jnp.full(1, u), jnp.ones(1)))

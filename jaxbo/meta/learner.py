@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import optax
 
 from jaxbo import _check, _tree
-from jaxbo.bilevel.driver import checked_outer_loss
 from jaxbo.bilevel.inner import InnerSolution, InnerSolver
+from jaxbo.bilevel.loop import checked_outer_loss
 from jaxbo.bilevel.response import check_solver
-from jaxbo.online.detection import Detection, Detector, Scores
-from jaxbo.online.gate import gate_is_open
-from jaxbo.online.meta_rounds import (
+from jaxbo.meta.detection import Detection, Detector, Scores
+from jaxbo.meta.gate import gate_is_open
+from jaxbo.meta.ood_scores import mean_score
+from jaxbo.meta.rounds import (
   OnlineMetaInfo,
   OnlineMetaState,
   Prediction,
@@ -21,7 +22,6 @@ from jaxbo.online.meta_rounds import (
   is_broken,
   make_run,
 )
-from jaxbo.online.ood_scores import mean_score
 from jaxbo.online.rounds import as_batch
 from jaxbo.tasks.task_streams import TaskStream
 
@@ -94,7 +94,7 @@ def online_meta_learner(
   what judges the adapted model              ``query``, and ``num_queries`` of the stream
   first or second order                      the response in ``outer``
   learned inner rates                        a part of ``x`` that scales ``y`` in both losses
-  thresholds                                 ``detector``, :func:`jaxbo.calibrate`
+  thresholds                                 ``detector``, :func:`jaxbo.meta.calibrate`
   =========================================  ================================================
 
   A round whose loss or gradient is not finite moves nothing: the solver stays where it began, and
@@ -109,8 +109,8 @@ def online_meta_learner(
       inner optimizer, and a new one begins with a fresh state.
     outer: an optax chain that begins with a response: :func:`jaxbo.leeds`. ``update`` is given
       ``detection=`` and ``value=``, the outer loss. ``None`` leaves the meta-model as it is.
-    detector: :func:`jaxbo.threshold_detector`, or :func:`jaxbo.oracle_detector`, which sees the
-      batch.
+    detector: :func:`jaxbo.meta.threshold_detector`, or :func:`jaxbo.meta.oracle_detector`, which
+      sees the batch.
     start: ``start(x) -> y``, where an adaptation begins; zeros like ``x`` if not given. The
       responses take it as constant.
     restart: ``"switch"``: the adaptation restarts from the meta-model when a switch is detected.
@@ -144,9 +144,9 @@ def online_meta_learner(
     ...   return 0.5 * jnp.sum(miss**2), miss
     >>> inner = jaxbo.inner_solver(lambda *args: loss(*args)[0], optax.sgd(0.5), num_steps=1)
     >>> stream = jaxbo.tasks.moving_gaussian_stream(2, 5, stay_probability=0.9, domain_step=0.0)
-    >>> learner = jaxbo.online_meta_learner(
+    >>> learner = jaxbo.meta.online_meta_learner(
     ...   loss, inner, jaxbo.leeds(1.0, inner, in_distribution_scale=0.5),
-    ...   jaxbo.threshold_detector(switch=0.5, shift=1.0), shift_score=jnp.linalg.norm)
+    ...   jaxbo.meta.threshold_detector(switch=0.5, shift=1.0), shift_score=jnp.linalg.norm)
     >>> state = learner.init(jnp.zeros(2), stream=stream, key=0)
     >>> run = jax.jit(learner.run, static_argnums=2)
     >>> state, history = run(state, stream, 1000)

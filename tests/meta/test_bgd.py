@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow  # All together, not each.
 
 def updated(mean, deviation, curvature, target, num_samples, **options):
   """Means and deviations of equal weights after one update on ``(h / 2) (theta - m)^2``."""
-  tx = jaxbo.bayesian_gradient_descent(1.0, deviation, num_samples=num_samples, **options)
+  tx = jaxbo.meta.bayesian_gradient_descent(1.0, deviation, num_samples=num_samples, **options)
   value_fn = lambda theta: 0.5 * curvature * jnp.sum((theta - target) ** 2)
 
   @jax.jit
@@ -49,7 +49,7 @@ def test_the_rule_equals_that_of_the_published_code(x64):
   """``s sqrt(1 + (s c / 2)^2) - s^2 c / 2`` on the very samples of the update."""
   scale = jnp.array([1.0, -2.0, 30.0])
   value_fn = lambda theta: jnp.sum(scale * jnp.sin(theta)) + 0.1 * jnp.sum(theta**4)
-  tx = jaxbo.bayesian_gradient_descent(0.7, 0.3, num_samples=4, num_examples=10, key=5)
+  tx = jaxbo.meta.bayesian_gradient_descent(0.7, 0.3, num_samples=4, num_examples=10, key=5)
   mean, state = jnp.array([0.2, 0.5, -1.0]), tx.init(jnp.zeros(3))
   updates, after = tx.update(mean, state, mean, value_fn=value_fn)
   base = jax.random.fold_in(jax.random.key(5), 0)
@@ -68,7 +68,7 @@ def test_updates_draw_anew_and_depend_on_the_key():
   loss = lambda theta: jnp.sum(theta**2)
   steps = []
   for key in (0, 1):
-    tx = jaxbo.bayesian_gradient_descent(1.0, 0.1, key=key)
+    tx = jaxbo.meta.bayesian_gradient_descent(1.0, 0.1, key=key)
     state = tx.init(jnp.zeros(2))
     for _ in range(2):
       step, state = tx.update(jnp.zeros(2), state, jnp.zeros(2), value_fn=loss)
@@ -77,7 +77,7 @@ def test_updates_draw_anew_and_depend_on_the_key():
 
 
 def test_a_gradient_that_is_not_finite_moves_nothing():
-  tx = jaxbo.bayesian_gradient_descent(1.0, 0.1)
+  tx = jaxbo.meta.bayesian_gradient_descent(1.0, 0.1)
   params = {"a": jnp.ones(2), "b": jnp.float32(1.0)}
   state = tx.init(params)
   bad = lambda p: jnp.sum(p["a"] ** 2) + p["b"] * jnp.nan
@@ -92,11 +92,11 @@ def test_bad_arguments():
   for name in ("learning_rate", "deviation"):
     arguments = {"learning_rate": 1.0, "deviation": 1.0, name: 0.0}
     with pytest.raises(ValueError, match=f"{name} must be positive and finite, got 0"):
-      jaxbo.bayesian_gradient_descent(**arguments)
+      jaxbo.meta.bayesian_gradient_descent(**arguments)
   for name in ("num_samples", "num_examples"):
     with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
-      jaxbo.bayesian_gradient_descent(1.0, 1.0, **{name: 0})
-  tx = jaxbo.bayesian_gradient_descent(1.0, 1.0)
+      jaxbo.meta.bayesian_gradient_descent(1.0, 1.0, **{name: 0})
+  tx = jaxbo.meta.bayesian_gradient_descent(1.0, 1.0)
   params = jnp.zeros(2)
   with pytest.raises(TypeError, match="update must be given value_fn="):
     tx.update(params, tx.init(params), params)

@@ -9,7 +9,7 @@ import optax
 
 from jaxbo import _check, _tree
 from jaxbo.bilevel.response import MISSING
-from jaxbo.online.detection import Detection
+from jaxbo.meta.detection import Detection
 
 
 class GateScales(NamedTuple):
@@ -32,7 +32,7 @@ class GateScales(NamedTuple):
 
 
 class GateInfo(NamedTuple):
-  """Diagnostics of :func:`gate_by_detection`.
+  """Diagnostics of :func:`~jaxbo.gate_by_detection`.
 
   Attributes:
     gate_scale: what the last update was scaled by, float32.
@@ -42,7 +42,7 @@ class GateInfo(NamedTuple):
 
 
 class GateState(NamedTuple):
-  """State of :func:`gate_by_detection`.
+  """State of :func:`~jaxbo.gate_by_detection`.
 
   Attributes:
     gated_state: the state of the optimizer inside.
@@ -77,8 +77,8 @@ def gate_by_detection(
   given does not matter then, be it NaN.
 
   A response stands before the gate: ``optax.chain(response, gate_by_detection(optimizer, ...))``.
-  :func:`jaxbo.online_meta_learner` asks the gate first, and computes neither the meta-gradient nor
-  the response where it is closed (unless it is a gate for some of the parameters, as in
+  :func:`jaxbo.meta.online_meta_learner` asks the gate first, and computes neither the meta-gradient
+  nor the response where it is closed (unless it is a gate for some of the parameters, as in
   ``optax.partition``).
 
   Args:
@@ -88,7 +88,7 @@ def gate_by_detection(
     no_switch_scale: :math:`c_0 \ge 0`.
 
   Returns:
-    A transformation whose ``update`` must be given ``detection=``, a :class:`jaxbo.Detection`.
+    A transformation whose ``update`` must be given ``detection=``, a :class:`jaxbo.meta.Detection`.
     Memory: that of the optimizer, and four numbers.
 
   Raises:
@@ -99,9 +99,9 @@ def gate_by_detection(
     >>> import jax.numpy as jnp, jaxbo, optax
     >>> tx = jaxbo.gate_by_detection(optax.sgd(1.0), 0.25, 1.0)
     >>> x = jnp.float32(0.0)
-    >>> state, scores = tx.init(x), jaxbo.Scores(jnp.float32(0.0), jnp.float32(0.0))
+    >>> state, scores = tx.init(x), jaxbo.meta.Scores(jnp.float32(0.0), jnp.float32(0.0))
     >>> for switch, shift in ((False, False), (True, False), (True, True)):
-    ...   detection = jaxbo.Detection(jnp.bool_(switch), jnp.bool_(shift), scores)
+    ...   detection = jaxbo.meta.Detection(jnp.bool_(switch), jnp.bool_(shift), scores)
     ...   updates, state = tx.update(jnp.float32(-2.0), state, x, detection=detection)
     ...   print(updates)
     0.0
@@ -129,8 +129,8 @@ def gate_by_detection(
   def update(updates, state, params=None, *, detection: Any = MISSING, **extra_args):
     if not isinstance(detection, Detection):
       raise TypeError(
-        "gate_by_detection: update must be given detection=, a jaxbo.Detection; "
-        "jaxbo.online_meta_learner gives it"
+        "gate_by_detection: update must be given detection=, a jaxbo.meta.Detection; "
+        "jaxbo.meta.online_meta_learner gives it"
       )
     scale = state.gate_scales.of(detection)
     opened, gated_state = gated.update(

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import optax
 
 from jaxbo import _check, _random
-from jaxbo.bilevel.driver import BilevelInfo, BilevelState, bilevel
 from jaxbo.bilevel.inner import InnerSolver
+from jaxbo.bilevel.loop import BilevelInfo, BilevelState, bilevel_loop
 from jaxbo.online.joint import joint
 from jaxbo.online.oagd import replay as solve_on_memory
 from jaxbo.online.rounds import OnlineMetric, OnlineRound, as_batch
@@ -18,10 +18,11 @@ from jaxbo.tasks.streams import Stream
 
 
 class OnlineState(NamedTuple):
-  """State of the loop that :func:`online` makes: all that the next round needs.
+  """State of the loop that :func:`~jaxbo.online_loop` makes: all that the next round needs.
 
   Attributes:
-    loop: the :class:`BilevelState`: ``x``, the inner solution, the state of the transformation.
+    loop: the :class:`~jaxbo.bilevel.BilevelState`: ``x``, the inner solution, the state of the
+      transformation.
     round_count: the number of rounds played, int32; the ``t`` of the next one.
     stream_key: the base key of the stream, as raw key data.
     memory: the :class:`Window` of the last batches; ``()`` without ``memory``.
@@ -46,10 +47,12 @@ class OnlineState(NamedTuple):
 
 
 class OnlineInfo(NamedTuple):
-  """Diagnostics of one round of :func:`online`; of all rounds, with a leading axis, after a run.
+  """Diagnostics of one round of :func:`~jaxbo.online_loop`.
+
+  After a run they are of all rounds, with a leading axis.
 
   Attributes:
-    loop: the :class:`BilevelInfo`.
+    loop: the :class:`~jaxbo.bilevel.BilevelInfo`.
     metrics: the values of the metrics, by name.
   """
 
@@ -58,7 +61,7 @@ class OnlineInfo(NamedTuple):
 
 
 class Online(NamedTuple):
-  """An online loop, made by :func:`online`.
+  """An online loop, made by :func:`~jaxbo.online_loop`.
 
   Attributes:
     init: ``init(x, y0, stream, *, key=0) -> OnlineState``.
@@ -72,7 +75,7 @@ class Online(NamedTuple):
   run: Callable[[OnlineState, Stream, int], tuple[OnlineState, OnlineInfo]]
 
 
-def online(
+def online_loop(
   outer_loss: Callable[..., Any],
   inner: InnerSolver | None,
   outer: optax.GradientTransformation,
@@ -87,9 +90,9 @@ def online(
 
   In round :math:`t` the iterates :math:`(x_t, y_t)` are played, then :math:`f_t` and :math:`g_t`
   become known: the losses on the batch of the round. A *stream* gives the batches:
-  ``stream(key, t) -> (train, val)``, or an :class:`OnlineBatch`, is a pure function of a constant
-  base key and of the number of the round, int32 from 0, so that any round can be made again. Random
-  streams use ``jax.random.fold_in(key, t)``. A stream with data of its own is best a
+  ``stream(key, t) -> (train, val)``, or an :class:`~jaxbo.online.OnlineBatch`, is a pure function
+  of a constant base key and of the number of the round, int32 from 0, so that any round can be made
+  again. Random streams use ``jax.random.fold_in(key, t)``. A stream with data of its own is best a
   ``jax.tree_util.Partial(function, data)``: given to a jitted function as an argument it brings the
   data along, where a closure would copy them into the program.
 
@@ -113,26 +116,27 @@ def online(
     replay: whether the inner solver runs on each batch in the memory, from the oldest to the
       newest, instead of on the newest alone. The ``start`` and ``info`` of the solution are those
       of the newest.
-    metrics: by name, what to compute in every round: a function of the :class:`OnlineRound`, or an
-      :class:`OnlineMetric` such as :func:`jaxbo.local_regret`.
+    metrics: by name, what to compute in every round: a function of the
+      :class:`~jaxbo.online.OnlineRound`, or an :class:`~jaxbo.online.OnlineMetric` such as
+      :func:`jaxbo.online.local_regret`.
     has_aux: whether the outer loss returns ``(scalar, aux)``.
 
   Returns:
-    An :class:`Online`: ``init``, ``step`` and ``run``, all pure. ``init`` asks the stream for
-    nothing but shapes. Wrap ``run`` in ``jax.jit`` with ``num_rounds`` static.
+    An :class:`~jaxbo.online.Online`: ``init``, ``step`` and ``run``, all pure. ``init`` asks the
+    stream for nothing but shapes. Wrap ``run`` in ``jax.jit`` with ``num_rounds`` static.
 
   Raises:
     ValueError: for another ``hyper_at``, ``memory < 1``, ``replay`` without ``memory``, a stream
       that gives no pair, ``hyper_at="before"`` with a response that differentiates the run, and
       these two without an inner solver.
-    TypeError: as :func:`jaxbo.bilevel`; if a metric is no function.
+    TypeError: as :func:`jaxbo.bilevel_loop`; if a metric is no function.
 
   Example:
     >>> import jax, jax.numpy as jnp, jaxbo, optax
     >>> inner = jaxbo.inner_solver(lambda x, y, batch: 0.5 * (y - x) ** 2, optax.sgd(0.5), 1)
     >>> outer = jaxbo.sobow(0.1, inner, window=5, inner_params=jnp.float32(0.0))
     >>> loss = lambda x, y, batch: 0.5 * (y - batch) ** 2
-    >>> loop = jaxbo.online(loss, inner, outer, metrics={
+    >>> loop = jaxbo.online_loop(loss, inner, outer, metrics={
     ...   "loss": lambda round: loss(round.x, round.y, round.batch.val)})
     >>> def noisy(target, key, t):
     ...   return None, target + 0.1 * jax.random.normal(jax.random.fold_in(key, t))
@@ -216,15 +220,15 @@ def online(
 
 
 def _one_after_the_other(outer_loss, inner, outer, hyper_at, replay, has_aux):
-  """The loop of :func:`jaxbo.bilevel`, with the switches of :func:`online`."""
-  init, _ = bilevel(outer_loss, inner, outer, has_aux=has_aux)
+  """The loop of :func:`jaxbo.bilevel_loop`, with the switches of :func:`~jaxbo.online_loop`."""
+  init, _ = bilevel_loop(outer_loss, inner, outer, has_aux=has_aux)
 
   def play(before, batch, **extra_args):
     solve = inner.solve
     if replay:
       solve = lambda x, solution, _: solve_on_memory(inner, x, solution, extra_args["memory"])
     in_loop = solve if hyper_at == "after" else lambda x, solution, _: solution
-    _, step = bilevel(outer_loss, inner._replace(solve=in_loop), outer, has_aux=has_aux)
+    _, step = bilevel_loop(outer_loss, inner._replace(solve=in_loop), outer, has_aux=has_aux)
     after, info = step(before, batch.train, batch.val, **extra_args)
     if hyper_at == "before":
       solution = solve(before.x, before.solution, batch.train)

@@ -71,14 +71,14 @@ def learner(detector, optimizer, **options):
   outer = optax.chain(
     jaxbo.add_unrolled_response(INNER), jaxbo.gate_by_detection(optimizer, 0.25, 1.0)
   )
-  return jaxbo.online_meta_learner(loss, INNER, outer, detector, metric=accuracy, **options)
+  return jaxbo.meta.online_meta_learner(loss, INNER, outer, detector, metric=accuracy, **options)
 
 
 def test_a_network_with_an_oracle_equals_a_loop_by_hand(x64):
   """Adam inside the gate, plain jax.grad through the inner steps outside of the library."""
   rounds, optimizer = 25, optax.adam(0.05)
   double = jax.tree.map(lambda leaf: leaf.astype(float), initial())
-  method = learner(jaxbo.oracle_detector(), optimizer)
+  method = learner(jaxbo.meta.oracle_detector(), optimizer)
   state = method.init(double, stream=STREAM, key=3)
 
   @jax.jit
@@ -150,11 +150,13 @@ def test_ten_thousand_rounds_are_one_scan_that_resumes_bit_for_bit():
   linear = lambda x, y, batch: task_loss(optax.tree.add(x, y), batch, lambda w, u: u @ w)
   inner = jaxbo.inner_solver(lambda *args: linear(*args)[0], optax.sgd(RATE), 1)
   gate = jaxbo.gate_by_detection(optax.adam(0.01), 0.25, 1.0)
-  method = jaxbo.online_meta_learner(
+  method = jaxbo.meta.online_meta_learner(
     linear,
     inner,
     optax.chain(jaxbo.drop_response(), gate),
-    jaxbo.threshold_detector(jaxbo.quantile_threshold(0.8, 25), jaxbo.quantile_threshold(0.5, 10)),
+    jaxbo.meta.threshold_detector(
+      jaxbo.meta.quantile_threshold(0.8, 25), jaxbo.meta.quantile_threshold(0.5, 10)
+    ),
     metric=accuracy,
   )
   run = jax.jit(chex.assert_max_traces(method.run, n=2), static_argnums=2)
@@ -187,11 +189,11 @@ def test_corrupted_switches_cost_the_more_the_more_they_are(x64):
     return 0.5 * jnp.sum(miss**2), miss
 
   inner = jaxbo.inner_solver(lambda *args: mean_loss(*args)[0], optax.sgd(0.2), 1)
-  method = jaxbo.online_meta_learner(
+  method = jaxbo.meta.online_meta_learner(
     mean_loss,
     inner,
     None,
-    jaxbo.oracle_detector(lambda batch: batch.extra.task_switch, lambda batch: False),
+    jaxbo.meta.oracle_detector(lambda batch: batch.extra.task_switch, lambda batch: False),
     shift_score=jnp.linalg.norm,
   )
 

@@ -38,7 +38,7 @@ class QuantileThresholdState(NamedTuple):
   """State of :func:`quantile_threshold`.
 
   Attributes:
-    score_window: the :class:`jaxbo.Window` of the last scores, float32.
+    score_window: the :class:`jaxbo.online.Window` of the last scores, float32.
   """
 
   score_window: Window
@@ -59,7 +59,7 @@ def fixed_threshold(value: jax.typing.ArrayLike) -> Threshold:
 
   Example:
     >>> import jax.numpy as jnp, jaxbo
-    >>> rule = jaxbo.fixed_threshold(2.0)
+    >>> rule = jaxbo.meta.fixed_threshold(2.0)
     >>> exceeded, state = rule.update(jnp.float32(3.0), rule.init())
     >>> bool(exceeded)
     True
@@ -99,7 +99,7 @@ def quantile_threshold(
 
   Example:
     >>> import jax.numpy as jnp, jaxbo
-    >>> rule = jaxbo.quantile_threshold(0.5, 3)
+    >>> rule = jaxbo.meta.quantile_threshold(0.5, 3)
     >>> state, exceeded = rule.init(), []
     >>> for score in (1.0, 2.0, 9.0, 1.5, 8.0):
     ...   now, state = rule.update(jnp.float32(score), state)
@@ -148,15 +148,15 @@ def calibrate(
 ) -> Thresholds:
   """Finds both thresholds from the scores of a validation stream whose truth is known.
 
-  Play the stream with :func:`jaxbo.oracle_detector`, so that the scores are those of a learner that
-  restarts where it should, and give the history's ``detection.scores``. Make the stream of
+  Play the stream with :func:`jaxbo.meta.oracle_detector`, so that the scores are those of a learner
+  that restarts where it should, and give the history's ``detection.scores``. Make the stream of
   validation classes: thresholds must not be chosen on the stream that is reported. The first round
   has no previous task and does not count. Scores that are not finite do not count either.
 
   This is our reading: the published thresholds are not known to us.
 
   Args:
-    scores: a :class:`jaxbo.Scores` with fields ``[rounds]``.
+    scores: a :class:`jaxbo.meta.Scores` with fields ``[rounds]``.
     task_switch: ``[rounds]`` bool, the true switches.
     out_of_distribution: ``[rounds]`` bool, whether the task is from another distribution than that
       of the pre-training.
@@ -166,25 +166,26 @@ def calibrate(
     level: for the shift: the quantile of the scores at switches to in-distribution tasks.
 
   Returns:
-    The :class:`Thresholds`, for :func:`jaxbo.threshold_detector`.
+    The :class:`Thresholds`, for :func:`jaxbo.meta.threshold_detector`.
 
   Raises:
     ValueError: for another ``rule``, a ``level`` outside [0, 1], shapes that differ, or a stream
       without a round of each of the three kinds.
-    TypeError: if ``scores`` is something else, say a :class:`jaxbo.Detection`.
+    TypeError: if ``scores`` is something else, say a :class:`jaxbo.meta.Detection`.
 
   Example:
     >>> import numpy as np, jaxbo
-    >>> scores = jaxbo.Scores(switch=np.array([9.0, 1.0, 5.0, 1.0]), shift=np.arange(4.0))
+    >>> scores = jaxbo.meta.Scores(switch=np.array([9.0, 1.0, 5.0, 1.0]), shift=np.arange(4.0))
     >>> truth = np.array([True, False, True, False])
-    >>> jaxbo.calibrate(scores, truth, np.zeros(4, bool))
+    >>> jaxbo.meta.calibrate(scores, truth, np.zeros(4, bool))
     Thresholds(switch=3.0, shift=2.0)
   """
   _check.one_of("rule", rule, ("midpoint", "roc"))
   _check.within("level", level, 0, 1)
   if not hasattr(scores, "switch") or not hasattr(scores, "shift") or len(scores) != 2:
     raise TypeError(
-      f"scores must be a jaxbo.Scores, as in history.detection.scores, got {type(scores).__name__}"
+      "scores must be a jaxbo.meta.Scores, as in history.detection.scores, "
+      f"got {type(scores).__name__}"
     )
   switch_scores, shift_scores = (np.asarray(leaf, np.float64) for leaf in scores)
   switches, unknown = np.asarray(task_switch, bool), np.asarray(out_of_distribution, bool)

@@ -29,7 +29,7 @@ def follow_loss(x, y, batch):
 
 def noisy(target, key, t):
   noise = jax.random.normal(jax.random.fold_in(key, t), target.shape)
-  return jaxbo.OnlineBatch(None, target + 0.1 * noise, extra=t)
+  return jaxbo.online.OnlineBatch(None, target + 0.1 * noise, extra=t)
 
 
 STREAM = jax.tree_util.Partial(noisy, jnp.float32([2.0, -1.0]))
@@ -45,10 +45,10 @@ def sobow_loop():
   metrics = {
     "loss": lambda round: target_loss(round.x, round.y, round.batch.val),
     "round": lambda round: (round.t, round.batch.extra, round.key),
-    "regret": jaxbo.local_regret(lambda x, batch: x - batch.val, window=3, at="current"),
-    "path": jaxbo.path_length(lambda batch, last: jnp.linalg.norm(batch.val - last.val)),
+    "regret": jaxbo.online.local_regret(lambda x, batch: x - batch.val, window=3, at="current"),
+    "path": jaxbo.online.path_length(lambda batch, last: jnp.linalg.norm(batch.val - last.val)),
   }
-  loop = jaxbo.online(target_loss, INNER, outer, metrics=metrics, memory=2)
+  loop = jaxbo.online_loop(target_loss, INNER, outer, metrics=metrics, memory=2)
   return loop, jax.jit(loop.run, static_argnums=2)
 
 
@@ -157,7 +157,7 @@ def test_oagd_with_the_settings_of_its_published_code(x64):
     optax.conditionally_mask(steps(0.05), lambda step, **_: step >= 1),
   )
   metrics = {"x": lambda round: round.after.x}
-  loop = jaxbo.online(outer_loss, inner, outer, memory=3, replay=True, metrics=metrics)
+  loop = jaxbo.online_loop(outer_loss, inner, outer, memory=3, replay=True, metrics=metrics)
   rows = lambda problem, key, t: (
     (problem.A[t], problem.B, problem.b[t]),
     (problem.c[t], problem.e[t], problem.rho),
@@ -178,7 +178,7 @@ def direct_loss(x, y, batch):
 def states_of(outer, stream, inner=INNER, **options):
   """The states after each of eight rounds."""
   metrics = {"state": lambda round: round.after._replace(solution=round.after.solution.params)}
-  loop = jaxbo.online(direct_loss, inner, outer, metrics=metrics, **options)
+  loop = jaxbo.online_loop(direct_loss, inner, outer, metrics=metrics, **options)
   run = jax.jit(lambda state: loop.run(state, stream, 8))
   return run(loop.init(ZERO, ZERO, stream))[1].metrics["state"]
 
@@ -206,8 +206,8 @@ def test_a_batch_that_is_left_out_has_no_weight_among_those_present(normalizatio
   head = jaxbo.drop_response()
   tx = jaxbo.average_over_batches(head, loss, 0.5, normalization=normalization)
   x = jnp.float32(0.0)
-  values = jaxbo.OnlineBatch(jnp.zeros(2), jnp.array([6.0, jnp.nan]))
-  memory = jaxbo.Window(values, jnp.ones(2, bool), jnp.int32(0))
+  values = jaxbo.online.OnlineBatch(jnp.zeros(2), jnp.array([6.0, jnp.nan]))
+  memory = jaxbo.online.Window(values, jnp.ones(2, bool), jnp.int32(0))
   solution = INNER.init(x)
   grads = (jnp.float32(6.0), x)  # Of the newest; the old one is not finite.
   average, state = tx.update(grads, tx.init(x), x, solution=solution, batch=0.0, memory=memory)
@@ -240,7 +240,7 @@ def test_negative_curvature_is_reported_or_damped_and_never_enters_the_window(da
   cg = jaxbo.conjugate_gradient(5, damping=damping, warm_start=True)
   outer = jaxbo.sobow(0.1, inner, window=3, linear_solver=cg, inner_params=ZERO)
   metrics = {"info": lambda round: optax.tree.get(round.after.outer_state, "ImplicitInfo")}
-  loop = jaxbo.online(target_loss, inner, outer, metrics=metrics)
+  loop = jaxbo.online_loop(target_loss, inner, outer, metrics=metrics)
   run = jax.jit(lambda state: loop.run(state, stream, 30))
   state, info = run(loop.init(ZERO, ZERO, stream))
   chex.assert_tree_all_finite((state.x, state.loop.outer_state))
@@ -266,7 +266,7 @@ def test_a_tolerance_that_falls_with_time():
   head = optax.inject_hyperparams(response)(lambda t: 0.5 * (t + 1.0) ** -3)
   outer = optax.chain(head, jaxbo.window_average(3), optax.scale(-0.1))
   steps = {"steps": lambda round: optax.tree.get(round.after.outer_state, "linear_steps")}
-  loop = jaxbo.online(outer_loss, inner, outer, metrics=steps)
+  loop = jaxbo.online_loop(outer_loss, inner, outer, metrics=steps)
   run = jax.jit(lambda state: loop.run(state, stream, 30))
   _, info = run(loop.init(zero, zero, stream))
   assert info.metrics["steps"][0] <= 4
@@ -285,7 +285,7 @@ def test_more_inner_steps_and_auxiliary_outputs():
   )
   outer = jaxbo.sobow(0.1, inner, window=2, inner_params=ZERO)
   loss = lambda x, y, batch: (target_loss(x, y, batch), {"x": x})
-  loop = jaxbo.online(loss, inner, outer, has_aux=True)
+  loop = jaxbo.online_loop(loss, inner, outer, has_aux=True)
   state, info = jax.jit(loop.step)(loop.init(ZERO + 1, ZERO, STREAM), STREAM(KEY, 0))
   np.testing.assert_allclose(state.y, 1 - 0.5**3)
   assert state.loop.solution.info.aux.shape == (3, 2)
@@ -294,7 +294,9 @@ def test_more_inner_steps_and_auxiliary_outputs():
 
 
 def test_ogd_drops_the_response_and_stands_still_without_a_direct_term():
-  run = lambda loss: jaxbo.online(loss, INNER, jaxbo.ogd(0.1, project=lambda x: jnp.clip(x, 0, 1)))
+  run = lambda loss: jaxbo.online_loop(
+    loss, INNER, jaxbo.ogd(0.1, project=lambda x: jnp.clip(x, 0, 1))
+  )
   loop = run(target_loss)
   state, _ = loop.step(loop.init(ZERO + 0.5, ZERO, STREAM), STREAM(KEY, 0))
   np.testing.assert_array_equal(state.x, [0.5, 0.5])
@@ -310,13 +312,15 @@ def test_the_constrained_regret_is_the_gradient_mapping(x64):
   kinds = list(itertools.product(("own", "current"), ("full", "present")))
   options = {"window": 2, "project": box, "step_size": 0.5}
   metrics = {
-    f"{at}, {normalization}": jaxbo.local_regret(
+    f"{at}, {normalization}": jaxbo.online.local_regret(
       lambda x, batch: x - batch.val, at=at, normalization=normalization, **options
     )
     for at, normalization in kinds
   }
   outer = jaxbo.sobow(0.4, INNER, window=1, linear_solver=jaxbo.conjugate_gradient(1), project=box)
-  loop = jaxbo.online(target_loss, INNER, outer, metrics=metrics | {"x": lambda round: round.x})
+  loop = jaxbo.online_loop(
+    target_loss, INNER, outer, metrics=metrics | {"x": lambda round: round.x}
+  )
   target = jnp.array([3.0, 0.5])
   stream = lambda key, t: (None, target + 0.0 * t)
   zero = jnp.zeros(2)
@@ -339,7 +343,7 @@ def test_the_constrained_regret_is_the_gradient_mapping(x64):
 def test_extra_arguments_of_a_step_reach_the_transformation():
   scale = lambda updates, state, params=None, *, factor, **_: (factor * updates, state)
   tx = optax.GradientTransformationExtraArgs(lambda params: (), scale)
-  loop = jaxbo.online(direct_loss, INNER, optax.chain(jaxbo.ogd(0.1), tx))
+  loop = jaxbo.online_loop(direct_loss, INNER, optax.chain(jaxbo.ogd(0.1), tx))
   start = loop.init(ZERO + 1, ZERO, STREAM)
   state, _ = jax.jit(loop.step)(start, (None, ZERO + 3), factor=0.5)
   np.testing.assert_allclose(state.x, 1 - 0.5 * 0.1 * (1 - 3))
@@ -356,16 +360,16 @@ BAD = {
 def test_bad_options(name):
   options, error, message = BAD[name]
   with pytest.raises(error, match=message):
-    jaxbo.online(target_loss, INNER, jaxbo.ogd(0.1), **options)
+    jaxbo.online_loop(target_loss, INNER, jaxbo.ogd(0.1), **options)
 
 
 def test_a_metric_must_be_a_function_of_the_round():
   with pytest.raises(TypeError, match=re.escape("metrics['m'] must be a function")):
-    jaxbo.online(target_loss, INNER, jaxbo.ogd(0.1), metrics={"m": lambda: 0})
+    jaxbo.online_loop(target_loss, INNER, jaxbo.ogd(0.1), metrics={"m": lambda: 0})
 
 
 def test_a_stream_must_give_a_pair():
-  loop = jaxbo.online(target_loss, INNER, jaxbo.ogd(0.1))
+  loop = jaxbo.online_loop(target_loss, INNER, jaxbo.ogd(0.1))
   with pytest.raises(ValueError, match=re.escape("a stream must return the pair (train, val)")):
     loop.init(ZERO, ZERO, lambda key, t: ZERO)
   with pytest.raises(TypeError, match=re.escape("stream must be a function stream(key, t), got")):
@@ -378,7 +382,7 @@ def test_a_stream_must_give_a_pair():
 
 
 def test_both_levels_step_at_once_with_the_hypergradient_before_the_inner_step():
-  loop = jaxbo.online(direct_loss, INNER, jaxbo.ogd(0.1), hyper_at="before")
+  loop = jaxbo.online_loop(direct_loss, INNER, jaxbo.ogd(0.1), hyper_at="before")
   state, info = jax.jit(loop.step)(loop.init(ZERO + 1, ZERO, STREAM), (None, ZERO + 3))
   np.testing.assert_allclose(state.x, 1 - 0.1 * (1 - 3))
   np.testing.assert_allclose(state.y, 0.5)
@@ -388,13 +392,13 @@ def test_both_levels_step_at_once_with_the_hypergradient_before_the_inner_step()
 
 @cases("head", [jaxbo.add_unrolled_response, jaxbo.add_es_response])
 def test_responses_of_the_run_cannot_be_taken_before_it(head):
-  loop = jaxbo.online(target_loss, INNER, optax.chain(head(INNER)), hyper_at="before")
+  loop = jaxbo.online_loop(target_loss, INNER, optax.chain(head(INNER)), hyper_at="before")
   with pytest.raises(ValueError, match="hyper_at must be 'after' for a response that"):
     loop.init(ZERO, ZERO, STREAM)
 
 
 def test_oagd_needs_a_memory():
-  loop = jaxbo.online(target_loss, INNER, jaxbo.oagd(0.1, INNER, target_loss))
+  loop = jaxbo.online_loop(target_loss, INNER, jaxbo.oagd(0.1, INNER, target_loss))
   with pytest.raises(TypeError, match="update must be given memory=, the Window of the last"):
     loop.step(loop.init(ZERO, ZERO, STREAM), STREAM(KEY, 0))
 
@@ -408,20 +412,20 @@ def test_bad_arguments_of_the_aliases_and_metrics():
     jaxbo.oagd(0.1, INNER, target_loss, decay=0.0)
   gradient = lambda x, batch: x
   with pytest.raises(ValueError, match="window must be at least 1, got 0"):
-    jaxbo.local_regret(gradient, window=0)
+    jaxbo.online.local_regret(gradient, window=0)
   with pytest.raises(ValueError, match="at must be one of 'own', 'current', got 'here'"):
-    jaxbo.local_regret(gradient, at="here")
+    jaxbo.online.local_regret(gradient, at="here")
   with pytest.raises(ValueError, match="project and step_size must be given together"):
-    jaxbo.local_regret(gradient, step_size=0.1)
+    jaxbo.online.local_regret(gradient, step_size=0.1)
   with pytest.raises(ValueError, match="step_size must be positive and finite, got 0"):
-    jaxbo.local_regret(gradient, project=lambda x: x, step_size=0.0)
+    jaxbo.online.local_regret(gradient, project=lambda x: x, step_size=0.0)
   with pytest.raises(ValueError, match="power must be positive and finite, got 0"):
-    jaxbo.path_length(lambda batch, last: batch, power=0)
-  loop = jaxbo.online(
+    jaxbo.online.path_length(lambda batch, last: batch, power=0)
+  loop = jaxbo.online_loop(
     target_loss,
     INNER,
     jaxbo.ogd(0.1),
-    metrics={"r": jaxbo.local_regret(lambda x, batch: jnp.zeros(3))},
+    metrics={"r": jaxbo.online.local_regret(lambda x, batch: jnp.zeros(3))},
   )
   with pytest.raises(ValueError, match="what hypergradient returns must have the structure and"):
     loop.init(ZERO, ZERO, STREAM)

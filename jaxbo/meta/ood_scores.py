@@ -19,7 +19,7 @@ def energy_score(
   It lies between :math:`-\max_c m_c - T \log C` and :math:`-\max_c m_c`, falls by :math:`c` where
   all logits rise by :math:`c` (which the softmax does not see), and :math:`-\log p_y = -m_y - E` at
   :math:`T = 1`. Its scale is that of the logits, hence it depends on the inner learning rate and
-  steps: a threshold must be calibrated for each setting (:func:`jaxbo.calibrate`).
+  steps: a threshold must be calibrated for each setting (:func:`jaxbo.meta.calibrate`).
 
   Args:
     logits: ``[batch, classes]`` floats, or any shape with the classes last.
@@ -33,7 +33,7 @@ def energy_score(
 
   Example:
     >>> import jax.numpy as jnp, jaxbo
-    >>> print(jaxbo.energy_score(jnp.array([[1.0, 2.0, 3.0], [0.0, 0.0, 0.0]])).round(4))
+    >>> print(jaxbo.meta.energy_score(jnp.array([[1.0, 2.0, 3.0], [0.0, 0.0, 0.0]])).round(4))
     [-3.4076 -1.0986]
 
   References:
@@ -60,7 +60,7 @@ def max_softmax_score(logits: jax.typing.ArrayLike) -> jax.Array:
 
   Example:
     >>> import jax.numpy as jnp, jaxbo
-    >>> print(jaxbo.max_softmax_score(jnp.array([[1.0, 2.0, 3.0]])).round(4))
+    >>> print(jaxbo.meta.max_softmax_score(jnp.array([[1.0, 2.0, 3.0]])).round(4))
     [0.6652]
 
   References:
@@ -85,7 +85,7 @@ def entropy_score(logits: jax.typing.ArrayLike) -> jax.Array:
 
   Example:
     >>> import jax.numpy as jnp, jaxbo
-    >>> print(f"{jaxbo.entropy_score(jnp.array([1.0, 2.0, 3.0])):.4f}")
+    >>> print(f"{jaxbo.meta.entropy_score(jnp.array([1.0, 2.0, 3.0])):.4f}")
     0.8324
   """
   log_p = jax.nn.log_softmax(_checked(logits), axis=-1)

@@ -82,7 +82,7 @@ def bayesian_gradient_descent(
 
   Example:
     >>> import jax.numpy as jnp, jaxbo, optax
-    >>> bgd = jaxbo.bayesian_gradient_descent(1.0, 0.5, num_samples=50)
+    >>> bgd = jaxbo.meta.bayesian_gradient_descent(1.0, 0.5, num_samples=50)
     >>> inner = jaxbo.inner_solver(lambda x, y, batch: 0.5 * (y - batch) ** 2, bgd, num_steps=50)
     >>> y = inner.solve(jnp.float32(0.0), inner.init(jnp.float32(0.0)), 2.0)
     >>> print(abs(y.params - 2.0) < 0.2, y.opt_state.deviations < 0.2)

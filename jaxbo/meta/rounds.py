@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxbo import _check
-from jaxbo.online.detection import Detection
+from jaxbo.meta.detection import Detection
 
 
 class TaskModel(NamedTuple):
@@ -26,7 +26,7 @@ class TaskModel(NamedTuple):
 
 
 class OnlineMetaState(NamedTuple):
-  r"""State of :func:`jaxbo.online_meta_learner`: all that the next round needs.
+  r"""State of :func:`jaxbo.meta.online_meta_learner`: all that the next round needs.
 
   Attributes:
     meta_params: the meta-model, :math:`\theta_t`.
@@ -34,8 +34,8 @@ class OnlineMetaState(NamedTuple):
     meta_state: the state of the outer transformation; ``()`` without one.
     detector_state: the state of the detector.
     initial_params: the meta-model at the start; ``()`` unless ``shift_model="initial"``.
-    last_support: the last data; ``()`` unless ``query="next"``; for :func:`jaxbo.c_maml_pap` the
-      :class:`jaxbo.SupportBuffer`.
+    last_support: the last data; ``()`` unless ``query="next"``; for :func:`jaxbo.meta.c_maml_pap`
+      the :class:`jaxbo.meta.SupportBuffer`.
     has_support: whether there was a round before, bool.
     task_stream_state: the state of the stream; ``()`` without one.
   """
@@ -70,7 +70,7 @@ class OnlineMetaInfo(NamedTuple):
       before their labels are used; in the first round that of the meta-model.
     after: that of the adapted model :math:`\phi_t`, on the query set for ``query="given"``, else on
       the data that it was adapted to.
-    detection: the :class:`jaxbo.Detection`, with its scores.
+    detection: the :class:`jaxbo.meta.Detection`, with its scores.
     outer_loss: the loss that the meta-update descends; NaN without one.
     meta_updated: whether there was a meta-update, bool.
     meta_finite: whether it was finite; if not, it was left out.

@@ -32,7 +32,7 @@ half = lambda v: 0.5 * float(v @ v)
 
 @functools.cache
 def learner(buffer_size=4, drop_threshold=GAMMA):
-  return jaxbo.c_maml_pap(
+  return jaxbo.meta.c_maml_pap(
     loss,
     INNER,
     optax.sgd(BETA),
@@ -149,7 +149,7 @@ def test_a_task_model_that_overflows_is_left_at_a_boundary():
 def test_the_momentum_of_inner_steps_goes_on_until_the_round_after_a_boundary(warm_start, x64):
   optimizer = optax.sgd(RATE, momentum=0.9)
   inner = jaxbo.inner_solver(lambda *args: loss(*args)[0], optimizer, STEPS, warm_start=warm_start)
-  method = jaxbo.c_maml_pap(
+  method = jaxbo.meta.c_maml_pap(
     loss, inner, optax.sgd(0.0), drop_threshold=GAMMA, buffer_size=4, shift_score=jnp.square
   )
   _, (batches, _, phis, info) = play(method, method.init(jnp.ones(2), stream=STREAM, key=1))
@@ -166,10 +166,10 @@ def test_the_momentum_of_inner_steps_goes_on_until_the_round_after_a_boundary(wa
 
 
 def test_bad_arguments():
-  make = functools.partial(jaxbo.c_maml_pap, loss, INNER, optax.sgd(1.0))
+  make = functools.partial(jaxbo.meta.c_maml_pap, loss, INNER, optax.sgd(1.0))
   with pytest.raises(ValueError, match="buffer_size must be at least 1, got 0"):
     make(drop_threshold=1.0, buffer_size=0)
-  for method in (jaxbo.c_maml, jaxbo.c_maml_pap):
+  for method in (jaxbo.meta.c_maml, jaxbo.meta.c_maml_pap):
     other = functools.partial(method, loss, INNER, optax.sgd(1.0))
     with pytest.raises(ValueError, match="drop_threshold must be a number or an infinity, got nan"):
       other(drop_threshold=float("nan"))
@@ -184,7 +184,7 @@ def test_bad_arguments():
 
 
 def test_the_response_must_be_a_transformation(as_users_run):
-  for method in (jaxbo.c_maml, jaxbo.c_maml_pap):
+  for method in (jaxbo.meta.c_maml, jaxbo.meta.c_maml_pap):
     with pytest.raises(TypeError, match="response must be an optax transformation"):
       method(loss, INNER, optax.sgd(1.0), drop_threshold=1.0, response=0.1)  # pyright: ignore
   with pytest.raises(TypeError, match="response must be an optax transformation"):

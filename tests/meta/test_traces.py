@@ -180,11 +180,11 @@ def path_metrics(problem, radius, num_rounds):
     return jnp.linalg.norm(jnp.linalg.solve(batch.train[0], batch.train[2] - last.train[2]))
 
   metrics = {
-    "V": jaxbo.path_length(value_change),
-    "H": jaxbo.path_length(minimum_change, power=2),
+    "V": jaxbo.online.path_length(value_change),
+    "H": jaxbo.online.path_length(minimum_change, power=2),
   }
   inner = jaxbo.inner_solver(drifting.inner_loss, optax.sgd(0.1), 1)
-  loop = jaxbo.online(drifting.outer_loss, inner, jaxbo.ogd(0.1), metrics=metrics)
+  loop = jaxbo.online_loop(drifting.outer_loss, inner, jaxbo.ogd(0.1), metrics=metrics)
   stream = problem.stream()
   run = jax.jit(loop.run, static_argnums=2)
   _, info = run(loop.init(*start(problem), stream), stream, num_rounds)

@@ -7,7 +7,7 @@ from jaxbo import _check
 from jaxbo.bilevel.inner import InnerSolver
 from jaxbo.bilevel.response import check_solver
 from jaxbo.bilevel.unrolled import add_unrolled_response
-from jaxbo.online.gate import gate_by_detection
+from jaxbo.meta.gate import gate_by_detection
 
 
 def leeds(
@@ -29,8 +29,9 @@ def leeds(
       \beta c_{\text{out}} & \text{a switch, out of distribution: learn fast}
     \end{cases}
 
-  The loop around it is :func:`jaxbo.online_meta_learner`, which also says what is our reading of
-  the paper: there the learner goes on with the task's own model as long as no switch is detected.
+  The loop around it is :func:`jaxbo.meta.online_meta_learner`, which also says what is our reading
+  of the paper: there the learner goes on with the task's own model as long as no switch is
+  detected.
 
   With another optimizer it is the same chain, written out:
 
@@ -64,8 +65,8 @@ def leeds(
     >>> tx = jaxbo.leeds(1.0, inner)
     >>> x, y = jnp.float32(0.0), inner.init(jnp.float32(0.0))
     >>> y = inner.solve(x, y, 4.0)                                   # phi = 2
-    >>> scores = jaxbo.Scores(jnp.float32(0.0), jnp.float32(0.0))
-    >>> detection = jaxbo.Detection(jnp.bool_(True), jnp.bool_(True), scores)
+    >>> scores = jaxbo.meta.Scores(jnp.float32(0.0), jnp.float32(0.0))
+    >>> detection = jaxbo.meta.Detection(jnp.bool_(True), jnp.bool_(True), scores)
     >>> grads = (jnp.float32(-2.0), jnp.float32(-2.0))               # of (phi - 4) ** 2 / 2
     >>> update, _ = tx.update(grads, tx.init(x), x, solution=y, batch=4.0, detection=detection)
     >>> print(update)                                                # (1 - 0.5) * 2

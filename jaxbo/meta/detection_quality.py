@@ -129,7 +129,7 @@ def detection_quality(
     >>> import jax.numpy as jnp, jaxbo
     >>> changed = jnp.array([1, 0, 0, 1, 0, 0, 1, 0, 0], bool)
     >>> detected = jnp.array([1, 0, 1, 0, 1, 1, 1, 0, 0], bool)
-    >>> quality = jaxbo.detection_quality(detected, changed)
+    >>> quality = jaxbo.meta.detection_quality(detected, changed)
     >>> print(quality.precision, quality.recall, quality.mean_delay, quality.num_false_alarms)
     0.5 1.0 0.5 2
   """

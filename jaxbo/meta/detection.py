@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxbo import _check
-from jaxbo.online.thresholds import Threshold, fixed_threshold
+from jaxbo.meta.thresholds import Threshold, fixed_threshold
 
 
 class Scores(NamedTuple):
@@ -86,11 +86,11 @@ def threshold_detector(
     \text{switch}_t = [s_t > \ell] \text{ or } t = 1, \qquad
     \text{shift}_t = \text{switch}_t \text{ and } [e_t > \tau]
 
-  What the scores are is said to :func:`jaxbo.online_meta_learner`. A threshold of minus infinity
-  always detects, one of infinity never does; a score that is NaN detects nothing.
+  What the scores are is said to :func:`jaxbo.meta.online_meta_learner`. A threshold of minus
+  infinity always detects, one of infinity never does; a score that is NaN detects nothing.
 
   Args:
-    switch: :math:`\ell`, a number or a rule: :func:`jaxbo.quantile_threshold`.
+    switch: :math:`\ell`, a number or a rule: :func:`jaxbo.meta.quantile_threshold`.
     shift: :math:`\tau`, the same.
 
   Returns:
@@ -98,14 +98,14 @@ def threshold_detector(
 
   Raises:
     ValueError: if a threshold is NaN.
-    TypeError: if it is neither a number nor a :class:`jaxbo.Threshold`.
+    TypeError: if it is neither a number nor a :class:`jaxbo.meta.Threshold`.
 
   Example:
     >>> import jax.numpy as jnp, jaxbo
-    >>> detector = jaxbo.threshold_detector(switch=2.0, shift=-3.0)
+    >>> detector = jaxbo.meta.threshold_detector(switch=2.0, shift=-3.0)
     >>> state = detector.init()
     >>> for loss, energy in ((0.1, -9.0), (0.5, 9.0), (4.0, -1.0)):
-    ...   scores = jaxbo.Scores(jnp.float32(loss), jnp.float32(energy))
+    ...   scores = jaxbo.meta.Scores(jnp.float32(loss), jnp.float32(energy))
     ...   detection, state = detector.update(scores, state)
     ...   print(detection.switch, detection.shift)
     True False
@@ -159,8 +159,8 @@ def oracle_detector(
 
   Example:
     >>> import jax.numpy as jnp, jaxbo
-    >>> detector = jaxbo.oracle_detector(lambda batch: batch > 0, lambda batch: batch > 1)
-    >>> state, scores = detector.init(), jaxbo.Scores(jnp.float32(0.0), jnp.float32(0.0))
+    >>> detector = jaxbo.meta.oracle_detector(lambda batch: batch > 0, lambda batch: batch > 1)
+    >>> state, scores = detector.init(), jaxbo.meta.Scores(jnp.float32(0.0), jnp.float32(0.0))
     >>> for batch in (0, 0, 2):
     ...   detection, state = detector.update(scores, state, batch)
     ...   print(detection.switch, detection.shift)

@@ -114,8 +114,8 @@ OPTIONS = {
 @functools.cache
 def oracle_learner(**options):
   known_shifts = lambda batch: batch.domain % 2 == 1
-  oracle = jaxbo.oracle_detector(out_of_distribution=known_shifts)
-  return jaxbo.online_meta_learner(loss, INNER, gated(), oracle, shift_score=SCORE, **options)
+  oracle = jaxbo.meta.oracle_detector(out_of_distribution=known_shifts)
+  return jaxbo.meta.online_meta_learner(loss, INNER, gated(), oracle, shift_score=SCORE, **options)
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -125,7 +125,7 @@ def test_with_an_oracle_it_equals_a_hand_written_loop(name, x64):
   learner = oracle_learner(**options)
   state = learner.init(jnp.zeros(2), stream=STREAM, key=1)
   inside, outside, without = jnp.float32(scales)
-  gate_scales = jaxbo.GateScales(without, inside, outside)
+  gate_scales = jaxbo.meta.GateScales(without, inside, outside)
   meta_state = optax.tree.set(state.meta_state, gate_scales=gate_scales)
   state = state._replace(meta_state=meta_state)
   truth = play(learner, state)[1][0].extra
@@ -146,14 +146,14 @@ def test_with_an_oracle_it_equals_a_hand_written_loop(name, x64):
 
 @functools.cache
 def threshold_learner():
-  return jaxbo.online_meta_learner(
-    loss, INNER, gated(), jaxbo.threshold_detector(0.3, 0.02), shift_score=SCORE
+  return jaxbo.meta.online_meta_learner(
+    loss, INNER, gated(), jaxbo.meta.threshold_detector(0.3, 0.02), shift_score=SCORE
   )
 
 
 def with_thresholds(switch, shift):
   state = threshold_learner().init(jnp.zeros(2), stream=STREAM, key=1)
-  rules = [jaxbo.FixedThresholdState(jnp.float32(value)) for value in (switch, shift)]
+  rules = [jaxbo.meta.FixedThresholdState(jnp.float32(value)) for value in (switch, shift)]
   detector_state = state.detector_state._replace(switch_rule=rules[0], shift_rule=rules[1])
   return state._replace(detector_state=detector_state)
 
@@ -178,11 +178,11 @@ def test_thresholds_choose_the_branch_and_infinite_ones_force_it(switch, shift, 
 
 def test_the_drop_of_the_loss_has_its_closed_form(x64):
   """P12: ``|phi - u|^2 / 2 - (1 - a)^2k |theta - u|^2 / 2``, and it decides."""
-  learner = jaxbo.online_meta_learner(
+  learner = jaxbo.meta.online_meta_learner(
     loss,
     INNER,
     gated(),
-    jaxbo.threshold_detector(0.2, INF),
+    jaxbo.meta.threshold_detector(0.2, INF),
     switch_score="drop",
     shift_score=SCORE,
   )
@@ -209,16 +209,16 @@ def test_every_response_plugs_in(x64):
   the implicit response of the proximal minimum has the factor lam / (1 + lam).
   """
   es = jaxbo.add_es_response(INNER, 2, smoothing=1e-3, directions="orthogonal", key=0)
-  everywhere = jaxbo.oracle_detector(lambda batch: True, lambda batch: True)
+  everywhere = jaxbo.meta.oracle_detector(lambda batch: True, lambda batch: True)
   for response, left in ((jaxbo.drop_response(), 1.0), (es, LEFT)):
-    learner = jaxbo.online_meta_learner(
+    learner = jaxbo.meta.online_meta_learner(
       loss, INNER, gated(response=response), everywhere, shift_score=SCORE
     )
     detect = lambda t, *scores: (True, True)
     compare(learner, detect=detect, left=left)
   inner = jaxbo.inner_solver(proximal_loss, optax.sgd(1 / (1 + LAM)), 1)
   response = jaxbo.add_implicit_response(inner, jaxbo.conjugate_gradient(2))
-  learner = jaxbo.online_meta_learner(
+  learner = jaxbo.meta.online_meta_learner(
     loss, inner, gated(response=response), everywhere, shift_score=SCORE
   )
   _, (batch, metas, phis, _) = play(learner, learner.init(jnp.zeros(2), stream=STREAM))
@@ -235,8 +235,8 @@ def test_the_meta_model_as_a_running_mean_has_the_regret_of_p16(x64):
   )  # The task's model is the meta-model.
   gate = jaxbo.gate_by_detection(optax.sgd(lambda count: 1 / (count + 1.0)), 1.0, 1.0)
   outer = optax.chain(jaxbo.add_unrolled_response(inner), gate)
-  detector = jaxbo.threshold_detector(-INF, INF)
-  learner = jaxbo.online_meta_learner(
+  detector = jaxbo.meta.threshold_detector(-INF, INF)
+  learner = jaxbo.meta.online_meta_learner(
     loss, inner, outer, detector, query="same", restart="always", shift_score=SCORE
   )
   state = learner.init(jnp.zeros(2), stream=STREAM, key=2)
@@ -252,11 +252,11 @@ def test_the_meta_model_as_a_running_mean_has_the_regret_of_p16(x64):
 
 @pytest.mark.parametrize("shift_model", ["meta", "initial"])
 def test_the_shift_score_of_other_models(shift_model, x64):
-  learner = jaxbo.online_meta_learner(
+  learner = jaxbo.meta.online_meta_learner(
     loss,
     INNER,
     gated(),
-    jaxbo.threshold_detector(0.3, 10.0),
+    jaxbo.meta.threshold_detector(0.3, 10.0),
     shift_model=shift_model,
     shift_score=SCORE,
   )
@@ -272,8 +272,8 @@ def test_where_the_gate_is_closed_the_response_is_not_computed():
   """A transformation in front of the gate counts how often it is called."""
   counter = optax.scale_by_schedule(lambda count: 1.0)
   outer = optax.chain(UNROLLED, counter, jaxbo.gate_by_detection(optax.sgd(0.5), 0.0, 1.0))
-  learner = jaxbo.online_meta_learner(
-    loss, INNER, outer, jaxbo.oracle_detector(), shift_score=SCORE
+  learner = jaxbo.meta.online_meta_learner(
+    loss, INNER, outer, jaxbo.meta.oracle_detector(), shift_score=SCORE
   )
   end, (_, metas, _, info) = play(learner, learner.init(jnp.zeros(2), stream=STREAM, key=1))
   calls = optax.tree.get(end.meta_state, "ScaleByScheduleState").count
@@ -283,8 +283,8 @@ def test_where_the_gate_is_closed_the_response_is_not_computed():
 
 
 def test_without_an_outer_transformation_the_meta_model_stays():
-  detector = jaxbo.oracle_detector()
-  learner = jaxbo.online_meta_learner(loss, INNER, None, detector, shift_score=SCORE)
+  detector = jaxbo.meta.oracle_detector()
+  learner = jaxbo.meta.online_meta_learner(loss, INNER, None, detector, shift_score=SCORE)
   end, (_, metas, _, info) = play(learner, learner.init(jnp.ones(2), stream=STREAM, key=1))
   np.testing.assert_array_equal(metas, np.ones((60, 2)))
   assert not np.any(info.meta_updated)
@@ -332,24 +332,24 @@ NEVER = lambda t, *scores: (False, False)
 
 def test_baselines_without_meta_updates_equal_their_loops(x64):
   frozen = {"scales": (0.0, 0.0, 0.0)}
-  tuned = jaxbo.fine_tuning(loss, INNER, shift_score=SCORE)
+  tuned = jaxbo.meta.fine_tuning(loss, INNER, shift_score=SCORE)
   compare(tuned, detect=NEVER, **frozen)
-  maml = jaxbo.frozen_maml(loss, INNER, shift_score=SCORE)
+  maml = jaxbo.meta.frozen_maml(loss, INNER, shift_score=SCORE)
   compare(maml, detect=NEVER, always=True, **frozen)
-  detector = jaxbo.threshold_detector(2.0, INF)
-  scratch = jaxbo.train_from_scratch(loss, INNER, detector, shift_score=SCORE)
+  detector = jaxbo.meta.threshold_detector(2.0, INF)
+  scratch = jaxbo.meta.train_from_scratch(loss, INNER, detector, shift_score=SCORE)
   compare(scratch, detect=lambda t, before, drop, after: (before > 2.0, False), **frozen)
 
 
 def test_meta_ogd_takes_the_same_step_in_every_round(x64):
-  learner = jaxbo.meta_ogd(loss, INNER, jaxbo.itd(0.5, INNER), shift_score=SCORE)
+  learner = jaxbo.meta.meta_ogd(loss, INNER, jaxbo.itd(0.5, INNER), shift_score=SCORE)
   compare(learner, detect=NEVER, always=True, scales=(1.0, 1.0, 1.0))
 
 
 def test_c_maml_equals_its_loop(x64):
   """Pairs of rounds; no step at a boundary; with modulation by the loss that is descended."""
   modulation = 2.0
-  learner = jaxbo.c_maml(
+  learner = jaxbo.meta.c_maml(
     loss, INNER, optax.sgd(0.5), drop_threshold=0.5, modulation=modulation, shift_score=SCORE
   )
   state = learner.init(jnp.zeros(2), stream=STREAM, key=1)
@@ -385,9 +385,9 @@ def test_modulation_of_losses_that_are_no_numbers():
 
 def test_bgd_is_fine_tuning_with_another_inner_optimizer():
   """It finds the mean of the task and grows certain."""
-  bgd = jaxbo.bayesian_gradient_descent(1.0, 0.3, num_samples=20, num_examples=5)
+  bgd = jaxbo.meta.bayesian_gradient_descent(1.0, 0.3, num_samples=20, num_examples=5)
   inner = jaxbo.inner_solver(first_of(loss), bgd, 1)
-  learner = jaxbo.fine_tuning(loss, inner, shift_score=SCORE)
+  learner = jaxbo.meta.fine_tuning(loss, inner, shift_score=SCORE)
   batch = (jnp.ones((5, 2)), jnp.ones((5, 2)))
   step, state = jax.jit(learner.step), learner.init(jnp.zeros(2), batch=batch)
   for _ in range(50):
@@ -410,12 +410,12 @@ BAD = {
 def test_bad_options(name):
   options, message = BAD[name]
   with pytest.raises(ValueError, match=message):
-    jaxbo.online_meta_learner(loss, INNER, gated(), jaxbo.oracle_detector(), **options)
+    jaxbo.meta.online_meta_learner(loss, INNER, gated(), jaxbo.meta.oracle_detector(), **options)
 
 
 def test_bad_arguments():
-  oracle = jaxbo.oracle_detector()
-  make = functools.partial(jaxbo.online_meta_learner, loss, INNER)
+  oracle = jaxbo.meta.oracle_detector()
+  make = functools.partial(jaxbo.meta.online_meta_learner, loss, INNER)
   with pytest.raises(ValueError, match="init must be given either a stream or a batch"):
     make(gated(), oracle).init(jnp.zeros(2))
   with pytest.raises(ValueError, match="num_rounds must be at least 1, got 0"):
@@ -432,11 +432,11 @@ def test_bad_arguments():
   with pytest.raises((TypeError, ValueError)) as error:
     headless.step(state, batch)
   assert "outer must begin with a response" in str(error.value.__notes__)
-  scalar = jaxbo.online_meta_learner(first_of(loss), INNER, gated(), oracle, shift_score=SCORE)
+  scalar = jaxbo.meta.online_meta_learner(first_of(loss), INNER, gated(), oracle, shift_score=SCORE)
   with pytest.raises(TypeError, match=r"outer_loss must return \(scalar, aux\)"):
     scalar.step(state, batch)
 
 
 def test_a_detector_must_be_one(as_users_run):
   with pytest.raises(TypeError, match="detector must be a Detector"):
-    jaxbo.online_meta_learner(loss, INNER, gated(), 0.5)  # pyright: ignore
+    jaxbo.meta.online_meta_learner(loss, INNER, gated(), 0.5)  # pyright: ignore
