@@ -210,10 +210,10 @@ def state_bytes(weight: Weight, window: int) -> dict[str, int]:
     jax.eval_shape(average(**options).init, weight.x).gradient_window
   )
   inner = jaxbo.inner_solver(lambda x, y, batch: y**2, optax.sgd(0.1), 1)
-  loop = jaxbo.online_loop(lambda x, y, batch: y**2, inner, jaxbo.ogd(0.1), memory=window)
+  loop = jaxbo.online_loop(lambda x, y, batch: y**2, inner, jaxbo.ogd(0.1), window=window)
   zero = jnp.zeros(())
   zeros = lambda batch: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), batch)
-  init = lambda: loop.init(zero, zero, lambda key, t: zeros(weight.batch)).memory
+  init = lambda: loop.init(zero, zero, lambda key, t: zeros(weight.batch)).window
   return {
     SOBOW: gradients(),
     "SOBOW, bfloat16": gradients(storage_dtype=jnp.bfloat16),

@@ -29,7 +29,7 @@ from jaxbo.dro.temperature import Temperature
 
 
 def done_grad(
-  loss: PerturbedLoss,
+  loss_fn: PerturbedLoss,
   attack_loss: PerturbedLoss,
   *,
   epsilon: float | jax.Array,
@@ -78,8 +78,8 @@ def done_grad(
   images for each of its steps. Memory: that of ordinary training, about doubled by the second term.
 
   Args:
-    loss: ``loss(params, perturbed_images, labels) -> [batch]``, what is trained. The loss of an
-      example must not depend on other examples.
+    loss_fn: ``loss_fn(params, perturbed_images, labels) -> [batch]``, what is trained. The loss of
+      an example must not depend on other examples.
     attack_loss: the same for the attack, which *minimises* it over the perturbation: minus a
       margin, minus the cross entropy. Twice differentiable, or piecewise so.
     epsilon: the largest change of a pixel, positive.
@@ -130,7 +130,7 @@ def done_grad(
     <https://arxiv.org/abs/2308.00311>`_, 2024. The paper's barrier weight, rate, steps and step
     sizes could not be found: none has a default.
   """
-  _check.takes_arguments("loss", loss, "params", "images", "labels")
+  _check.takes_arguments("loss_fn", loss_fn, "params", "images", "labels")
   _check.takes_arguments("attack_loss", attack_loss, "params", "images", "labels")
   check_range(low, high)
   _check.positive("epsilon", epsilon)
@@ -169,7 +169,7 @@ def done_grad(
     )
     if inverse == "none":
       return None, info
-    v, bad = image_gradient("loss", loss, params, perturbed, labels)
+    v, bad = image_gradient("loss_fn", loss_fn, params, perturbed, labels)
     if isinstance(solver, LinearSolver):
       diagonal = barrier * lower_level.barrier_curvature(minimum.delta, box)
       of_images = lambda images, labels: attack_loss(params, images, labels)
@@ -181,7 +181,7 @@ def done_grad(
 
   def corrected(params, batch):
     perturbed, labels, q = batch
-    return corrected_losses(loss, attack_loss, params, perturbed, perturbed, labels, q)
+    return corrected_losses(loss_fn, attack_loss, params, perturbed, perturbed, labels, q)
 
   lazy = per_example_grad(corrected, microbatch_size=microbatch_size, repair=repair)
 

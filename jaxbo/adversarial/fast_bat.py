@@ -16,7 +16,7 @@ from jaxbo.dro.per_example import PerExampleGrads, per_example_grad
 
 
 def fast_bat_grad(
-  loss: PerturbedLoss,
+  loss_fn: PerturbedLoss,
   attack_loss: PerturbedLoss,
   *,
   epsilon: float | jax.Array,
@@ -46,7 +46,7 @@ def fast_bat_grad(
   Memory: more than twice that of ordinary training.
 
   Args:
-    loss: as in :func:`done_grad`.
+    loss_fn: as in :func:`done_grad`.
     attack_loss: as in :func:`done_grad`.
     epsilon: the largest change of a pixel, positive.
     step_size: :math:`\alpha > 0`; published code takes 5000 / 255 at 8 / 255 or less, and 2000 /
@@ -81,7 +81,7 @@ def fast_bat_grad(
     Zhang et al., `Revisiting and Advancing Fast Adversarial Training through the Lens of Bi-level
     Optimization <https://arxiv.org/abs/2112.12376>`_, 2022.
   """
-  _check.takes_arguments("loss", loss, "params", "images", "labels")
+  _check.takes_arguments("loss_fn", loss_fn, "params", "images", "labels")
   _check.takes_arguments("attack_loss", attack_loss, "params", "images", "labels")
   check_range(low, high)
   _check.positive("epsilon", epsilon)
@@ -103,14 +103,14 @@ def fast_bat_grad(
     start = box.low + jax.random.uniform(key, images.shape, images.dtype) * (box.high - box.low)
     z, bad_start = step(start)
     delta, bad_end = step(z)
-    v, bad = image_gradient("loss", loss, params, images + delta, labels)
+    v, bad = image_gradient("loss_fn", loss_fn, params, images + delta, labels)
     q = solve_active_set(v, delta, box, curvature, tolerance)
     last_step = jnp.max(jnp.abs(delta - z), axis=tuple(range(1, z.ndim)))
     bad |= bad_start | bad_end
     return images + z, q, DoneInfo(images + delta, last_step, jnp.zeros_like(last_step), bad)
 
   def corrected(params, batch):
-    return corrected_losses(loss, attack_loss, params, *batch)
+    return corrected_losses(loss_fn, attack_loss, params, *batch)
 
   lazy = per_example_grad(corrected, microbatch_size=microbatch_size, repair=repair)
 

@@ -36,12 +36,12 @@ class DoneInfo(NamedTuple):
     return jnp.sum(self.not_finite, dtype=jnp.int32)
 
 
-def corrected_losses(loss, attack_loss, params, perturbed, attacked, labels, q) -> jax.Array:
+def corrected_losses(loss_fn, attack_loss, params, perturbed, attacked, labels, q) -> jax.Array:
   """Losses whose gradient by the parameters has the implicit term too; ``q=None`` for none.
 
   The slope of the attack loss along ``q`` is taken forwards: one backward pass for both terms.
   """
-  losses = checked("loss", loss(params, perturbed, labels), labels)
+  losses = checked("loss_fn", loss_fn(params, perturbed, labels), labels)
   if q is None:
     return losses
   at = lambda images: attack_loss(params, images, labels)

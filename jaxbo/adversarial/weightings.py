@@ -124,7 +124,7 @@ def mail(
   return make_weighting(respond, temperatures.init_temperature)
 
 
-def wat(num_classes: int, step_size: float | jax.Array = 0.1) -> Weighting:
+def wat(num_classes: int, learning_rate: float | jax.Array = 0.1) -> Weighting:
   r"""WAT's weights of classes, by Hedge on their robust losses on validation data.
 
   .. math:: (\pi_1, \dots, \pi_C, \pi_0) = \operatorname{softmax}(\eta\, (s_1, \dots, s_C, \bar s)),
@@ -137,7 +137,7 @@ def wat(num_classes: int, step_size: float | jax.Array = 0.1) -> Weighting:
 
   Args:
     num_classes: :math:`C`, at least 1.
-    step_size: :math:`\eta > 0`; the default is the published one.
+    learning_rate: :math:`\eta > 0`; the default is the published one.
 
   Returns:
     A :class:`~jaxbo.dro.Weighting` that needs ``groups=``, the labels.
@@ -147,7 +147,7 @@ def wat(num_classes: int, step_size: float | jax.Array = 0.1) -> Weighting:
 
   Example:
     >>> import jax.numpy as jnp, jaxbo, numpy as np
-    >>> weighting = jaxbo.adversarial.wat(num_classes=2, step_size=1.0)
+    >>> weighting = jaxbo.adversarial.wat(num_classes=2, learning_rate=1.0)
     >>> state = jaxbo.adversarial.WatState(class_costs=jnp.array([0.0, 2.0]))
     >>> losses, labels = jnp.array([1.0, 1.0]), jnp.array([0, 1])
     >>> print(np.asarray(weighting.weigh(losses, state, groups=labels)[0]).round(3))
@@ -158,7 +158,7 @@ def wat(num_classes: int, step_size: float | jax.Array = 0.1) -> Weighting:
     <https://arxiv.org/abs/2302.04025>`_, 2023.
   """
   num_classes = _check.positive_int("num_classes", num_classes)
-  _check.positive("step_size", step_size)
+  _check.positive("learning_rate", learning_rate)
 
   def init(dtype: jax.typing.DTypeLike = jnp.float32) -> WatState:
     return WatState(jnp.zeros(num_classes, dtype))
@@ -166,7 +166,7 @@ def wat(num_classes: int, step_size: float | jax.Array = 0.1) -> Weighting:
   def respond(batch, state):
     costs = state.class_costs.astype(batch.losses.dtype)
     experts = jnp.concatenate([costs, jnp.mean(costs)[None]])
-    shares = jax.nn.softmax(jnp.asarray(step_size, costs.dtype) * experts)
+    shares = jax.nn.softmax(jnp.asarray(learning_rate, costs.dtype) * experts)
     of_class = shares[:-1] + shares[-1] / num_classes
     ids = jnp.arange(num_classes, dtype=jnp.int32)
     member = batch.groups.astype(jnp.int32)[:, None] == ids[None]

@@ -48,7 +48,7 @@ def add_dynamic_barrier(
   num_steps: int,
   inner_optimizer: optax.GradientTransformation,
   phi: str = "gradient",
-  eps: float | jax.Array = 1e-8,
+  epsilon: float | jax.Array = 1e-8,
   project_inner: Projection | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Adds just as much of the inner problem's gradient as makes its excess fall (BOME).
@@ -82,7 +82,7 @@ def add_dynamic_barrier(
     inner_optimizer: any optax optimizer for :math:`\hat y`.
     phi: ``"gradient"``, :math:`\phi = \eta \|\nabla q\|^2` (the toys of the published code), or
       ``"value"``, :math:`\phi = \eta q` (its hyperparameter experiments).
-    eps: :math:`\epsilon > 0`.
+    epsilon: :math:`\epsilon > 0`.
     project_inner: the projection on :math:`Y`, applied after each step for :math:`\hat y`;
       :math:`y` itself is projected by :func:`jaxbo.project` behind.
 
@@ -94,7 +94,7 @@ def add_dynamic_barrier(
     is; ``info.finite`` says so. Parameters narrower than float32 are run in float32.
 
   Raises:
-    ValueError: if ``barrier_rate`` or ``eps`` is not positive, ``num_steps < 1``, or ``phi`` is
+    ValueError: if ``barrier_rate`` or ``epsilon`` is not positive, ``num_steps < 1``, or ``phi`` is
       unknown; if the inner loss is no scalar.
     TypeError: if ``inner_loss`` does not take ``(x, y, batch)``; if parameters or gradients are
       not :class:`jaxbo.Bilevel`; if ``batch=`` is missing.
@@ -117,7 +117,7 @@ def add_dynamic_barrier(
     <https://arxiv.org/abs/2209.08709>`_, 2022.
   """
   _check.positive("barrier_rate", barrier_rate)
-  _check.positive("eps", eps)
+  _check.positive("epsilon", epsilon)
   _check.one_of("phi", phi, ("gradient", "value"))
   lower = lower_value(inner_loss, inner_optimizer, num_steps, project_inner=project_inner)
 
@@ -148,7 +148,7 @@ def add_dynamic_barrier(
     rate = jnp.asarray(barrier_rate, dtype)
     barrier = rate * (norm_sq if phi == "gradient" else excess.value)
     slope = _tree.vdot(grads, excess.gradient).astype(dtype)
-    dual = jnp.maximum((barrier - slope) / (norm_sq + jnp.asarray(eps, dtype)), 0)
+    dual = jnp.maximum((barrier - slope) / (norm_sq + jnp.asarray(epsilon, dtype)), 0)
 
     penalty = scaled(dual, excess.gradient)
     finite = solved & _tree.all_finite((excess.value, norm_sq, dual, penalty))

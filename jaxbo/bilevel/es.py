@@ -43,7 +43,7 @@ class EsResponseState(NamedTuple):
 
 
 def add_es_response(
-  solver: InnerSolver,
+  inner: InnerSolver,
   num_samples: int = 16,
   smoothing: float | jax.Array = 1e-2,
   *,
@@ -80,7 +80,7 @@ def add_es_response(
   inner runs and directions, whatever :math:`Q` is: no direction is stored.
 
   Args:
-    solver: the inner solver that made the solution.
+    inner: the inner solver that made the solution.
     num_samples: the number :math:`Q \ge 1` of directions.
     smoothing: the radius :math:`\mu > 0` per coordinate; a perturbation has norm
       :math:`\mu \sqrt p`. In float32, 1e-3 is about the best for forward differences of an inner
@@ -129,7 +129,7 @@ def add_es_response(
 
   Returns:
     A transformation from the pair ``(df/dx, df/dy)`` to the hypergradient. ``update`` must be
-    given ``solution=`` and ``batch=``, the batch that ``solver.solve`` saw. A sample whose inner
+    given ``solution=`` and ``batch=``, the batch that ``inner.solve`` saw. A sample whose inner
     run is not finite is left out of the average and missing in ``info.num_finite``; where the run
     of the solution itself was not, the response (of a task, its part) is zero.
 
@@ -160,7 +160,7 @@ def add_es_response(
     Sow, Ji and Liang, `On the Convergence Theory for Hessian-Free Bilevel Algorithms
     <https://arxiv.org/abs/2110.07004>`_, 2022.
   """
-  check_solver(solver)
+  check_solver(inner)
   num_samples = _check.positive_int("num_samples", num_samples)
   if sample_batch_size is not None:
     sample_batch_size = _check.positive_int("sample_batch_size", sample_batch_size)
@@ -168,7 +168,7 @@ def add_es_response(
   _check.positive("response_scale", response_scale)
   _check.one_of("directions", directions, FAMILIES)
   _check.one_of("difference", difference, ("forward", "central", "exact"))
-  task = solver.task if per_task else None
+  task = inner.task if per_task else None
   if per_task and task is None:
     raise ValueError("per_task=True needs a solver with tasks, made by jaxbo.over_tasks")
   if mesh is not None:
@@ -192,9 +192,9 @@ def add_es_response(
 
   def per_task_estimate(path, run, key, together):
     """The estimates of all tasks: stacked if each has an ``x`` (``together``), else summed."""
-    if solver.per_step_batches:
+    if inner.per_step_batches:
       run = run._replace(batch=jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0), run.batch))
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(solver.num_tasks))
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(inner.num_tasks))
     if together:
       one = lambda run, key: estimate(sampling, path, run, key)
       response, num_finite = jax.vmap(one)(run, keys)
@@ -220,10 +220,10 @@ def add_es_response(
     if axis_name is not None and mesh is None:
       _check.manual_axis("axis_name", axis_name)
     x, y, b = _tree.at_least_float32((params, solution.params, inner_grad))
-    start = start_for(solver, solution.start, x, batch)
-    path, pull_back = solver.path, lambda response: response
+    start = start_for(inner, solution.start, x, batch)
+    path, pull_back = inner.path, lambda response: response
     low_precision = _tree.has_low_precision((params, solution.params))
-    through = solver.through if perturb_features else None
+    through = inner.through if perturb_features else None
     if through is not None:
       path = through.path
       features, vjp = jax.vjp(lambda x: through.features(x, batch), x)
@@ -245,7 +245,7 @@ def add_es_response(
       path = task.through.path if through is not None and task.through else task.path
       response, num_finite = per_task_estimate(path, run, update_key, through is not None)
     else:
-      if solver.task is not None:
+      if inner.task is not None:
         run = run._replace(counts=base_finite)
       response, num_finite = estimate(sampling, path, run, update_key)
     response, finite = guard(pull_back(optax.tree.scale(response_scale, response)))
@@ -260,7 +260,7 @@ def add_es_response(
 
 def esj(
   learning_rate: optax.ScalarOrSchedule,
-  solver: InnerSolver,
+  inner: InnerSolver,
   num_samples: int = 16,
   smoothing: float | jax.Array = 1e-2,
   **options: Any,
@@ -271,7 +271,7 @@ def esj(
 
   Args:
     learning_rate: a float or a schedule.
-    solver: the inner solver.
+    inner: the inner solver.
     num_samples: as in :func:`add_es_response`.
     smoothing: as in :func:`add_es_response`.
     **options: all other arguments of :func:`add_es_response`, such as ``directions`` and ``key``.
@@ -291,6 +291,6 @@ def esj(
     2.0
   """
   return optax.chain(
-    add_es_response(solver, num_samples, smoothing, **options),
+    add_es_response(inner, num_samples, smoothing, **options),
     optax.scale_by_learning_rate(learning_rate),
   )

@@ -18,7 +18,7 @@ class ImplicitInfo(NamedTuple):
   Attributes:
     hypergradient_norm: norm of what came out, float32 at least.
     response_norm: norm of the response alone.
-    response_finite: whether the response was finite; if not, it counts as zero.
+    finite: whether the response was finite; if not, it counts as zero.
     linear_residual: relative residual of the linear system, see
       :class:`jaxbo.bilevel.LinearInfo`.
     linear_steps: steps that the linear solver took, int32; -1 if it does not say.
@@ -28,7 +28,7 @@ class ImplicitInfo(NamedTuple):
 
   hypergradient_norm: jax.Array
   response_norm: jax.Array
-  response_finite: jax.Array
+  finite: jax.Array
   linear_residual: jax.Array
   linear_steps: jax.Array
   linear_breakdown: jax.Array
@@ -48,7 +48,7 @@ class ImplicitResponseState(NamedTuple):
 
 
 def add_implicit_response(
-  solver: InnerSolver,
+  inner: InnerSolver,
   linear_solver: linear_solvers.LinearSolver | Any,
   *,
   inner_params: optax.Params | None = None,
@@ -69,7 +69,7 @@ def add_implicit_response(
   ``g``, whatever the number of inner steps.
 
   Args:
-    solver: the inner solver that made the solution.
+    inner: the inner solver that made the solution.
     linear_solver: :func:`jaxbo.conjugate_gradient`, :func:`jaxbo.neumann`,
       :func:`jaxbo.fixed_point`, or any callable ``(matvec, b, x0) -> (x, info)``, such as
       ``jax.scipy.sparse.linalg.cg``. Any but ours costs a product more, for the residual.
@@ -78,7 +78,7 @@ def add_implicit_response(
 
   Returns:
     A transformation from the pair ``(df/dx, df/dy)`` to the hypergradient. ``update`` must be
-    given ``solution=`` and ``batch=``, the batch that ``solver.solve`` saw. With per-step batches
+    given ``solution=`` and ``batch=``, the batch that ``inner.solve`` saw. With per-step batches
     the system uses the batch of the last step. ``linear_batch=``, one batch without a step axis,
     replaces it: an independent one removes a bias of stochastic methods.
 
@@ -105,7 +105,7 @@ def add_implicit_response(
     <https://arxiv.org/abs/1602.02355>`_, 2016; Grazzi et al., `On the Iteration Complexity of
     Hypergradient Computation <https://arxiv.org/abs/2006.16218>`_, 2020.
   """
-  check_solver(solver)
+  check_solver(inner)
   _check.takes_arguments("linear_solver", linear_solver, "matvec", "b", "x0")
   for make in (linear_solvers.conjugate_gradient, linear_solvers.fixed_point):
     if linear_solver is make:
@@ -126,7 +126,7 @@ def add_implicit_response(
     info = ImplicitInfo(  # A buffer for each zero, since all may be donated.
       hypergradient_norm=zero_norm(params),
       response_norm=zero_norm(params),
-      response_finite=jnp.bool_(True),
+      finite=jnp.bool_(True),
       linear_residual=zero_norm(params),
       linear_steps=jnp.int32(0),
       linear_breakdown=jnp.bool_(False),
@@ -147,8 +147,8 @@ def add_implicit_response(
     outer_grad, inner_grad = check_update("add_implicit_response", updates, params, solution, batch)
     if linear_batch is MISSING:
       linear_batch = batch
-      if solver.per_step_batches:
-        check_per_step(batch, solver.num_steps)
+      if inner.per_step_batches:
+        check_per_step(batch, inner.num_steps)
         linear_batch = jax.tree.map(lambda leaf: leaf[-1], batch)
     if warm_start:
       _check.same_structure("inner_params", inner_params, "solution.params", solution.params)
@@ -165,7 +165,7 @@ def add_implicit_response(
         )
 
     def grad_y(x, y):
-      return jax.grad(solver.loss, argnums=1)(x, y, linear_batch)
+      return jax.grad(inner.loss, argnums=1)(x, y, linear_batch)
 
     _, matvec = jax.linearize(lambda y: grad_y(x, y), y)
     x0 = state.linear_solution if warm_start else optax.tree.zeros_like(b)
@@ -179,13 +179,13 @@ def add_implicit_response(
       linear_info = linear_solvers.measure(matvec, b, linear_solution, finite)
 
     _, pull_back = jax.vjp(lambda x: grad_y(x, y), x)
-    response, response_finite = guard(optax.tree.scale(-1, pull_back(linear_solution)[0]))
+    response, finite = guard(optax.tree.scale(-1, pull_back(linear_solution)[0]))
     hypergradient = add(outer_grad, response)
     norm = _tree.norm(hypergradient)
     info = ImplicitInfo(
       hypergradient_norm=norm,
       response_norm=_tree.norm(response),
-      response_finite=response_finite,
+      finite=finite,
       linear_residual=linear_info.residual.astype(norm.dtype),
       linear_steps=linear_info.num_steps,
       linear_breakdown=linear_info.breakdown,
@@ -197,7 +197,7 @@ def add_implicit_response(
 
 def aid(
   learning_rate: optax.ScalarOrSchedule,
-  solver: InnerSolver,
+  inner: InnerSolver,
   linear_solver: linear_solvers.LinearSolver | Any | None = None,
   *,
   inner_params: optax.Params | None = None,
@@ -206,7 +206,7 @@ def aid(
 
   Args:
     learning_rate: a float or a schedule.
-    solver: the inner solver.
+    inner: the inner solver.
     linear_solver: as in :func:`add_implicit_response`; ten steps of
       :func:`jaxbo.conjugate_gradient` from zero if not given (our choice).
     inner_params: as in :func:`add_implicit_response`.
@@ -228,16 +228,16 @@ def aid(
   if linear_solver is None:
     linear_solver = linear_solvers.conjugate_gradient(num_steps=10)
   return optax.chain(
-    add_implicit_response(solver, linear_solver, inner_params=inner_params),
+    add_implicit_response(inner, linear_solver, inner_params=inner_params),
     optax.scale_by_learning_rate(learning_rate),
   )
 
 
 def stocbio(
   learning_rate: optax.ScalarOrSchedule,
-  solver: InnerSolver,
-  num_terms: int,
-  neumann_learning_rate: float,
+  inner: InnerSolver,
+  num_steps: int,
+  linear_learning_rate: float,
 ) -> optax.GradientTransformationExtraArgs:
   r"""stocBiO: gradient descent along the implicit response with a truncated Neumann series.
 
@@ -246,19 +246,19 @@ def stocbio(
 
   Args:
     learning_rate: a float or a schedule.
-    solver: the inner solver.
-    num_terms: products :math:`Q` of the series, see :func:`jaxbo.neumann`.
-    neumann_learning_rate: the step :math:`\eta` of the series, below
+    inner: the inner solver.
+    num_steps: products :math:`Q` of the series, see :func:`jaxbo.neumann`.
+    linear_learning_rate: the step :math:`\eta` of the series, below
       :math:`2 / \lambda_{\max}(\nabla^2_{yy} g)`.
 
   Returns:
-    ``optax.chain(add_implicit_response(solver, neumann(...)), scale_by_learning_rate(...))``.
+    ``optax.chain(add_implicit_response(inner, neumann(...)), scale_by_learning_rate(...))``.
 
   Example:
     >>> import jax, jax.numpy as jnp, jaxbo, optax
     >>> inner = jaxbo.inner_solver(lambda x, y, batch: (y - x**2) ** 2, optax.sgd(0.25), 30)
     >>> outer_loss = lambda x, y, batch: (y - 4.0) ** 2              # minimal at x = 2
-    >>> outer = jaxbo.stocbio(0.02, inner, num_terms=10, neumann_learning_rate=0.25)
+    >>> outer = jaxbo.stocbio(0.02, inner, num_steps=10, linear_learning_rate=0.25)
     >>> init, step = jaxbo.bilevel_loop(outer_loss, inner, outer)
     >>> state = init(jnp.float32(1.0), jnp.float32(0.0))
     >>> for _ in range(20):
@@ -270,4 +270,4 @@ def stocbio(
     Ji, Yang and Liang, `Bilevel Optimization: Convergence Analysis and Enhanced Design
     <https://arxiv.org/abs/2010.07962>`_, 2021.
   """
-  return aid(learning_rate, solver, linear_solvers.neumann(num_terms, neumann_learning_rate))
+  return aid(learning_rate, inner, linear_solvers.neumann(num_steps, linear_learning_rate))

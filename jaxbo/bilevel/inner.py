@@ -103,7 +103,7 @@ class InnerSolver(NamedTuple):
 
 
 def inner_solver(
-  loss: Callable[..., Any],
+  inner_loss: Callable[..., Any],
   optimizer: optax.GradientTransformation,
   num_steps: int,
   *,
@@ -121,7 +121,7 @@ def inner_solver(
   that want the loss (``optax.lbfgs``, line searches) get ``value``, ``grad`` and ``value_fn``.
 
   Args:
-    loss: the inner loss :math:`g`, ``loss(x, y, batch) -> scalar``, where ``x`` and ``y`` are
+    inner_loss: :math:`g`, ``inner_loss(x, y, batch) -> scalar``, where ``x`` and ``y`` are
       pytrees of floats. Regularisation is part of it.
     optimizer: any optax optimizer for ``y``. If the run is to be differentiated (ITD), its update
       must be differentiable: for Adam set ``eps_root > 0``, since the derivative of its square
@@ -138,7 +138,7 @@ def inner_solver(
       which are run again in the backward pass: memory :math:`O(\sqrt N)` for one more forward
       run. An int is the length of a segment.
     through: ``features(x, batch) -> z``, when the inner loss sees ``x`` only through ``z`` (a
-      backbone under a head). The loss is then ``loss(z, y, batch)``, ``z`` is computed once a
+      backbone under a head). The loss is then ``inner_loss(z, y, batch)``, ``z`` is computed once a
       solve, and zeroth-order responses perturb ``z`` instead of ``x``. With per-step batches the
       features of all steps are computed at once, by ``vmap``.
 
@@ -148,7 +148,8 @@ def inner_solver(
   Raises:
     ValueError: if ``num_steps`` or ``remat`` is below 1; when a batch's leading axis is not
       ``num_steps``; when the loss is no scalar.
-    TypeError: if ``loss`` or ``through`` does not take its arguments; if a parameter is no float.
+    TypeError: if ``inner_loss`` or ``through`` does not take its arguments; if a parameter is no
+      float.
 
   Example:
     >>> import jax.numpy as jnp, jaxbo, optax
@@ -165,20 +166,20 @@ def inner_solver(
   num_steps = _check.positive_int("num_steps", num_steps)
   if not isinstance(remat, bool):
     remat = _check.positive_int("remat", remat)
-  _check.takes_arguments("loss", loss, "x" if through is None else "z", "y", "batch")
+  _check.takes_arguments("inner_loss", inner_loss, "x" if through is None else "z", "y", "batch")
   if through is not None:
     _check.takes_arguments("through", through, "x", "batch")
   _check.transformation("optimizer", optimizer)
   optimizer = optax.with_extra_args_support(optimizer)
 
   def loss_and_aux(z, y, batch):
-    value, aux = loss(z, y, batch), None
+    value, aux = inner_loss(z, y, batch), None
     if has_aux:
       if not isinstance(value, tuple) or len(value) != 2:
-        raise TypeError(f"loss must return (scalar, aux) with has_aux=True, got {value!r}")
+        raise TypeError(f"inner_loss must return (scalar, aux) with has_aux=True, got {value!r}")
       value, aux = value
       aux = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)), aux)
-    _check.scalar_loss("loss", value)
+    _check.scalar_loss("inner_loss", value)
     return value, aux
 
   def step(z, carry, batch):

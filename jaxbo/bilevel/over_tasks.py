@@ -10,7 +10,7 @@ from jaxbo import _check
 from jaxbo.bilevel.inner import InnerSolution, InnerSolver, Through
 
 
-def over_tasks(solver: InnerSolver, num_tasks: int, *, average_start: bool = False) -> InnerSolver:
+def over_tasks(inner: InnerSolver, num_tasks: int, *, average_start: bool = False) -> InnerSolver:
   r"""Lifts an inner solver to a meta-batch of tasks that share the outer parameters.
 
   .. math:: g(x, (y_1, \dots, y_T), (\xi_1, \dots, \xi_T)) = \sum_{t=1}^T g_t(x, y_t, \xi_t)
@@ -22,10 +22,10 @@ def over_tasks(solver: InnerSolver, num_tasks: int, *, average_start: bool = Fal
   up. :func:`jaxbo.add_es_response` can sample tasks separately (``per_task``).
 
   Args:
-    solver: the solver of one task.
+    inner: the solver of one task.
     num_tasks: the number :math:`T \ge 1` of tasks.
     average_start: every run starts at the mean over the tasks of the last solutions (with a fresh
-      optimizer state), as in the published few-shot code of ESJ, instead of where ``solver`` says:
+      optimizer state), as in the published few-shot code of ESJ, instead of where ``inner`` says:
       each at its own last solution with ``warm_start``, or at ``y0``. For tasks that are new at
       every step, choose ``warm_start=False`` or this.
 
@@ -34,7 +34,7 @@ def over_tasks(solver: InnerSolver, num_tasks: int, *, average_start: bool = Fal
     tasks start from.
 
   Raises:
-    ValueError: if ``num_tasks < 1``, or if ``solver`` has tasks already; when a batch has another
+    ValueError: if ``num_tasks < 1``, or if ``inner`` has tasks already; when a batch has another
       number of tasks.
 
   Example:
@@ -46,15 +46,15 @@ def over_tasks(solver: InnerSolver, num_tasks: int, *, average_start: bool = Fal
     True
   """
   num_tasks = _check.positive_int("num_tasks", num_tasks)
-  if solver.task is not None:
-    raise ValueError(f"solver must be of one task, got one of {solver.num_tasks} tasks")
-  axis = 1 if solver.per_step_batches else 0
+  if inner.task is not None:
+    raise ValueError(f"inner must be of one task, got one of {inner.num_tasks} tasks")
+  axis = 1 if inner.per_step_batches else 0
   over_batches = functools.partial(jax.vmap, axis_size=num_tasks)
 
   def checked(batch):
     for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
       if jnp.ndim(leaf) <= axis or jnp.shape(leaf)[axis] != num_tasks:
-        expected = f"[num_steps={solver.num_steps}, " * axis or "["
+        expected = f"[num_steps={inner.num_steps}, " * axis or "["
         raise ValueError(
           f"batch{jax.tree_util.keystr(path)} must have the shape {expected}num_tasks={num_tasks}, "
           f"...], got {jnp.shape(leaf)}"
@@ -65,16 +65,16 @@ def over_tasks(solver: InnerSolver, num_tasks: int, *, average_start: bool = Fal
     return jax.tree.map(lambda leaf: jnp.repeat(leaf[None], num_tasks, axis=0), tree)
 
   def shapes_of_one(batch):
-    """The batch of one task, its shapes alone: ``solver.init`` needs no more."""
+    """The batch of one task, its shapes alone: ``inner.init`` needs no more."""
     first = lambda batch: jax.tree.map(lambda leaf: leaf.take(0, axis), checked(batch))
     return jax.eval_shape(first, batch)
 
   def init(y0, x=None, batch=None):
-    return repeat(solver.init(y0, x, shapes_of_one(batch)))
+    return repeat(inner.init(y0, x, shapes_of_one(batch)))
 
   def from_average(x, solution, batch):
     mean = jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0).astype(leaf.dtype), solution.params)
-    start = solver.init(mean, x, shapes_of_one(batch))
+    start = inner.init(mean, x, shapes_of_one(batch))
     start = repeat((start.params, start.opt_state))
     return InnerSolution(params=start[0], opt_state=start[1], start=start, info=solution.info)
 
@@ -82,16 +82,16 @@ def over_tasks(solver: InnerSolver, num_tasks: int, *, average_start: bool = Fal
     batch = checked(batch)
     if average_start:
       solution = from_average(x, solution, batch)
-    return over_batches(solver.solve, in_axes=(None, 0, axis))(x, solution, batch)
+    return over_batches(inner.solve, in_axes=(None, 0, axis))(x, solution, batch)
 
   def path(x, start, batch, *, last=None):
-    one = functools.partial(solver.path, last=last)
+    one = functools.partial(inner.path, last=last)
     return over_batches(one, in_axes=(None, 0, axis))(x, start, checked(batch))
 
   def loss(x, y, batch):
-    return jnp.sum(over_batches(solver.loss, in_axes=(None, 0, 0))(x, y, batch))
+    return jnp.sum(over_batches(inner.loss, in_axes=(None, 0, 0))(x, y, batch))
 
-  through = solver.through
+  through = inner.through
   if through is not None:
     of_one = through
 
@@ -103,12 +103,12 @@ def over_tasks(solver: InnerSolver, num_tasks: int, *, average_start: bool = Fal
       return over_batches(one, in_axes=(0, 0, axis))(z, start, batch)
 
     through = Through(features, path_from_features)
-  return solver._replace(
+  return inner._replace(
     init=init,
     solve=solve,
     path=path,
     loss=loss,
     through=through,
-    task=solver,
+    task=inner,
     num_tasks=num_tasks,
   )

@@ -61,14 +61,14 @@ def where_finite(finite: jax.Array, leaf: jax.Array) -> jax.Array:
   return jnp.where(jnp.reshape(finite, finite.shape + (1,) * (leaf.ndim - finite.ndim)), leaf, 0)
 
 
-def start_for(solver: InnerSolver, start: Any, x: Any, batch: Any) -> Any:
+def start_for(inner: InnerSolver, start: Any, x: Any, batch: Any) -> Any:
   """``start`` in float32 at least, but for what the optimizer itself keeps in less."""
   params, opt_state = start
   if not _tree.has_low_precision(params):
     return start
   params = _tree.at_least_float32(params)
-  of_one = params if solver.task is None else jax.tree.map(lambda leaf: leaf[0], params)
-  types = jax.eval_shape(solver.init, of_one, x, batch)
+  of_one = params if inner.task is None else jax.tree.map(lambda leaf: leaf[0], params)
+  types = jax.eval_shape(inner.init, of_one, x, batch)
   return params, _tree.cast_like(opt_state, types.opt_state)
 
 

@@ -20,10 +20,10 @@ MISSING: Any = object()
 Respond = Callable[..., tuple[optax.Params, Any]]
 
 
-def check_solver(solver: Any) -> None:
-  """Raises ``TypeError`` unless ``solver`` is an inner solver."""
-  if not isinstance(solver, InnerSolver):
-    raise TypeError(f"solver must be an InnerSolver, made by jaxbo.inner_solver, got {solver!r}")
+def check_solver(inner: Any) -> None:
+  """Raises ``TypeError`` unless ``inner`` is an inner solver."""
+  if not isinstance(inner, InnerSolver):
+    raise TypeError(f"inner must be an InnerSolver, made by jaxbo.inner_solver, got {inner!r}")
 
 
 def check_update(

@@ -17,12 +17,12 @@ class UnrolledInfo(NamedTuple):
   Attributes:
     hypergradient_norm: norm of what came out, float32 at least.
     response_norm: norm of the response alone.
-    response_finite: whether the response was finite; if not, it counts as zero.
+    finite: whether the response was finite; if not, it counts as zero.
   """
 
   hypergradient_norm: jax.Array
   response_norm: jax.Array
-  response_finite: jax.Array
+  finite: jax.Array
 
 
 class UnrolledResponseState(NamedTuple):
@@ -32,7 +32,7 @@ class UnrolledResponseState(NamedTuple):
 
 
 def add_unrolled_response(
-  solver: InnerSolver, num_steps: int | None = None
+  inner: InnerSolver, num_steps: int | None = None
 ) -> optax.GradientTransformationExtraArgs:
   r"""Adds the response of the inner run, by reverse-mode differentiation through it (ITD).
 
@@ -46,13 +46,13 @@ def add_unrolled_response(
   :math:`O(\sqrt N)` of them if the solver was built with ``remat=True``.
 
   Args:
-    solver: the inner solver that made the solution.
-    num_steps: how many of the last inner steps to differentiate, from 1 to ``solver.num_steps``;
+    inner: the inner solver that made the solution.
+    num_steps: how many of the last inner steps to differentiate, from 1 to ``inner.num_steps``;
       ``None`` for all.
 
   Returns:
     A transformation from the pair ``(df/dx, df/dy)`` to the hypergradient. ``update`` must be
-    given ``solution=`` and ``batch=``, the batch that ``solver.solve`` saw.
+    given ``solution=`` and ``batch=``, the batch that ``inner.solve`` saw.
 
   Raises:
     ValueError: if ``num_steps`` is outside its range.
@@ -73,12 +73,12 @@ def add_unrolled_response(
     <https://arxiv.org/abs/1703.01785>`_, 2017; Shaban et al., `Truncated Back-propagation for
     Bilevel Optimization <https://arxiv.org/abs/1810.10667>`_, 2019.
   """
-  check_solver(solver)
+  check_solver(inner)
   if num_steps is not None:
     num_steps = _check.positive_int("num_steps", num_steps)
-    if num_steps > solver.num_steps:
+    if num_steps > inner.num_steps:
       raise ValueError(
-        f"num_steps must be at most the solver's num_steps={solver.num_steps}, got {num_steps}"
+        f"num_steps must be at most the solver's num_steps={inner.num_steps}, got {num_steps}"
       )
 
   def init(params):
@@ -90,7 +90,7 @@ def add_unrolled_response(
   ):
     del state, extra_args
     outer_grad, inner_grad = check_update("add_unrolled_response", updates, params, solution, batch)
-    y, pull_back = jax.vjp(lambda x: solver.path(x, solution.start, batch, last=num_steps), params)
+    y, pull_back = jax.vjp(lambda x: inner.path(x, solution.start, batch, last=num_steps), params)
     response, finite = guard(pull_back(_tree.cast_like(inner_grad, y))[0])
     hypergradient = add(outer_grad, response)
     info = UnrolledInfo(_tree.norm(hypergradient), _tree.norm(response), finite)
@@ -100,13 +100,13 @@ def add_unrolled_response(
 
 
 def itd(
-  learning_rate: optax.ScalarOrSchedule, solver: InnerSolver, num_steps: int | None = None
+  learning_rate: optax.ScalarOrSchedule, inner: InnerSolver, num_steps: int | None = None
 ) -> optax.GradientTransformationExtraArgs:
   """Iterative differentiation: gradient descent along :func:`add_unrolled_response`.
 
   Args:
     learning_rate: a float or a schedule.
-    solver: the inner solver.
+    inner: the inner solver.
     num_steps: how many of the last inner steps to differentiate; ``None`` for all.
 
   Returns:
@@ -124,5 +124,5 @@ def itd(
     2.0
   """
   return optax.chain(
-    add_unrolled_response(solver, num_steps), optax.scale_by_learning_rate(learning_rate)
+    add_unrolled_response(inner, num_steps), optax.scale_by_learning_rate(learning_rate)
   )

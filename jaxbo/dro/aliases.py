@@ -67,7 +67,7 @@ def ir_dro(
 def group_dro(
   learning_rate: optax.ScalarOrSchedule,
   num_groups: int,
-  step_size: float | jax.Array = 0.01,
+  group_learning_rate: float | jax.Array = 0.01,
   *,
   adjustment: float | jax.Array = 0.0,
   group_sizes: Sequence[int] | None = None,
@@ -79,7 +79,7 @@ def group_dro(
   Args:
     learning_rate: a float or a schedule.
     num_groups: as in :func:`~jaxbo.dro.group`; ``update`` needs ``groups=``.
-    step_size: as in :func:`~jaxbo.dro.group`; the default is the published one.
+    group_learning_rate: as in :func:`~jaxbo.dro.group`; the default is the published one.
     adjustment: as in :func:`~jaxbo.dro.group`.
     group_sizes: as in :func:`~jaxbo.dro.group`.
     optimizer: the optimizer behind, made by ``optimizer(learning_rate)``.
@@ -90,7 +90,7 @@ def group_dro(
 
   Example:
     >>> import jax, jax.numpy as jnp, jaxbo, optax
-    >>> tx = jaxbo.group_dro(0.1, num_groups=2, step_size=1.0)
+    >>> tx = jaxbo.group_dro(0.1, num_groups=2, group_learning_rate=1.0)
     >>> params, batch, groups = jnp.float32(0.0), jnp.array([1.0, 1.0, 3.0]), jnp.array([0, 0, 1])
     >>> @jax.jit
     ... def step(params, state):
@@ -107,7 +107,7 @@ def group_dro(
     Sagawa et al., `Distributionally Robust Neural Networks for Group Shifts
     <https://arxiv.org/abs/1911.08731>`_, 2020.
   """
-  weighting = group(num_groups, step_size, adjustment=adjustment, group_sizes=group_sizes)
+  weighting = group(num_groups, group_learning_rate, adjustment=adjustment, group_sizes=group_sizes)
   return _method(learning_rate, weighting, optimizer, axis_name)
 
 
@@ -181,7 +181,7 @@ def chi2_dro(
 
 def term(
   learning_rate: optax.ScalarOrSchedule,
-  t: float | jax.Array | optax.Schedule,
+  tilt: float | jax.Array | optax.Schedule,
   *,
   optimizer: Optimizer = optax.sgd,
   axis_name: AxisName = None,
@@ -190,16 +190,17 @@ def term(
 
   Args:
     learning_rate: a float or a schedule.
-    t: as in :func:`~jaxbo.dro.tilted`: positive for fairness, negative for robustness to outliers.
+    tilt: :math:`t`, as in :func:`~jaxbo.dro.tilted`: positive for fairness, negative for robustness
+      to outliers.
     optimizer: the optimizer behind, made by ``optimizer(learning_rate)``.
     axis_name: as in :func:`reweight`.
 
   Returns:
-    ``optax.chain(reweight(tilted(t)), optimizer(learning_rate))``.
+    ``optax.chain(reweight(tilted(tilt)), optimizer(learning_rate))``.
 
   Example:
     >>> import jax, jax.numpy as jnp, jaxbo, optax
-    >>> tx = jaxbo.term(0.1, t=-10.0)
+    >>> tx = jaxbo.term(0.1, tilt=-10.0)
     >>> params, batch = jnp.float32(0.0), jnp.array([1.0, 1.2, 50.0])  # the last is an outlier
     >>> @jax.jit
     ... def step(params, state):
@@ -215,4 +216,4 @@ def term(
   References:
     Li et al., `Tilted Empirical Risk Minimization <https://arxiv.org/abs/2007.01162>`_, 2021.
   """
-  return _method(learning_rate, tilted(t), optimizer, axis_name)
+  return _method(learning_rate, tilted(tilt), optimizer, axis_name)

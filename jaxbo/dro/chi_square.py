@@ -15,7 +15,7 @@ from jaxbo.dro.bisection import smallest
 from jaxbo.dro.weighting import Response, Weighting, make_weighting
 
 
-def chi_square(penalty: float | jax.Array | optax.Schedule) -> Weighting:
+def chi_square(temperature: float | jax.Array | optax.Schedule) -> Weighting:
   r"""The worst case under a penalty on the chi-square divergence.
 
   .. math::
@@ -29,14 +29,14 @@ def chi_square(penalty: float | jax.Array | optax.Schedule) -> Weighting:
   Cost: a bisection with one sum over the batch in each of 32 steps (64 in double precision).
 
   Args:
-    penalty: :math:`\lambda > 0`, in units of the loss: a number, or a schedule of the number of
+    temperature: :math:`\lambda > 0`, in units of the loss: a number, or a schedule of the number of
       batches so far.
 
   Returns:
-    A :class:`Weighting`; ``info.temperature`` is the penalty.
+    A :class:`Weighting`; ``info.temperature`` is the same.
 
   Raises:
-    ValueError: if ``penalty`` is not positive and finite.
+    ValueError: if ``temperature`` is not positive and finite.
 
   Example:
     >>> import jax.numpy as jnp, jaxbo
@@ -49,10 +49,10 @@ def chi_square(penalty: float | jax.Array | optax.Schedule) -> Weighting:
     Levy et al., `Large-Scale Methods for Distributionally Robust Optimization
     <https://arxiv.org/abs/2010.05893>`_, 2020.
   """
-  temperatures.check_schedule("penalty", penalty, _check.positive)
+  temperatures.check_schedule("temperature", temperature, _check.positive)
 
   def respond(batch, state):
-    value = at_least_tiny(temperatures.scheduled(penalty, state, batch.losses.dtype))
+    value = at_least_tiny(temperatures.scheduled(temperature, state, batch.losses.dtype))
     largest = batch.max
     scores = jnp.maximum((batch.losses - largest) / value, jnp.finfo(value.dtype).min)
     # Weights are p (scores + shift)_+; the shift is 1 if all scores are 0, and larger else.

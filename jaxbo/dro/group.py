@@ -24,7 +24,7 @@ class GroupState(NamedTuple):
 
 def group(
   num_groups: int,
-  step_size: float | jax.Array,
+  learning_rate: float | jax.Array,
   *,
   adjustment: float | jax.Array = 0.0,
   group_sizes: Sequence[int] | None = None,
@@ -42,7 +42,7 @@ def group(
 
   Args:
     num_groups: the number of groups, at least 1.
-    step_size: :math:`\eta > 0`; the published experiments use 0.01.
+    learning_rate: :math:`\eta > 0`; the published experiments use 0.01.
     adjustment: :math:`C \ge 0`, the generalisation adjustment: groups of few training examples
       count as if their loss were higher. It changes the weights alone, not the losses.
     group_sizes: :math:`n_g`, the training examples of each group; needed for ``adjustment``.
@@ -53,12 +53,12 @@ def group(
     ``info.num_excluded``. ``info.objective`` is :math:`\sum_g q_g \bar\ell_g`.
 
   Raises:
-    ValueError: if ``num_groups < 1``, ``step_size <= 0``, ``adjustment < 0``, or ``group_sizes``
-      are missing, not positive or not ``num_groups``.
+    ValueError: if ``num_groups < 1``, ``learning_rate <= 0``, ``adjustment < 0``, or
+      ``group_sizes`` are missing, not positive or not ``num_groups``.
 
   Example:
     >>> import jax.numpy as jnp, jaxbo, numpy as np
-    >>> weighting = jaxbo.dro.group(num_groups=2, step_size=1.0)
+    >>> weighting = jaxbo.dro.group(num_groups=2, learning_rate=1.0)
     >>> losses, groups = jnp.array([1.0, 1.0, 2.0]), jnp.array([0, 0, 1])
     >>> weights, state, _ = weighting.weigh(losses, weighting.init(), groups=groups)
     >>> print(np.asarray(weights).round(3))                # softmax([1, 2]) = [0.269, 0.731]
@@ -72,7 +72,7 @@ def group(
     <https://arxiv.org/abs/1911.08731>`_, 2020.
   """
   num_groups = _check.positive_int("num_groups", num_groups)
-  _check.positive("step_size", step_size)
+  _check.positive("learning_rate", learning_rate)
   _check.non_negative("adjustment", adjustment)
   sizes = np.ones(num_groups)
   if group_sizes is not None:
@@ -93,7 +93,7 @@ def group(
     mass = in_group(batch.reference)
     losses = in_group(batch.reference * batch.losses) / at_least_tiny(mass)
     bonus = jnp.asarray(adjustment, dtype) / jnp.sqrt(jnp.asarray(sizes, dtype))
-    gain = jnp.asarray(step_size, dtype) * jnp.where(mass > 0, losses + bonus, 0)
+    gain = jnp.asarray(learning_rate, dtype) * jnp.where(mass > 0, losses + bonus, 0)
     log_weights = jax.nn.log_softmax(state.group_log_weights.astype(dtype) + gain)
 
     present = jax.nn.softmax(jnp.where(mass > 0, log_weights, -jnp.inf))

@@ -91,7 +91,7 @@ def kl(temperature: Temperature) -> Weighting:
   )
 
 
-def tilted(t: float | jax.Array | Callable[[Any], Any]) -> Weighting:
+def tilted(tilt: float | jax.Array | Callable[[Any], Any]) -> Weighting:
   r"""The tilted loss: towards the maximum or towards the minimum (TERM).
 
   .. math::
@@ -103,13 +103,13 @@ def tilted(t: float | jax.Array | Callable[[Any], Any]) -> Weighting:
   At :math:`t = 0` it is the mean.
 
   Args:
-    t: any finite number, or a schedule of the number of batches so far.
+    tilt: :math:`t`, any finite number, or a schedule of the number of batches so far.
 
   Returns:
     A :class:`Weighting`; ``info.temperature`` is :math:`1 / t`, and 0 for :math:`t = 0`.
 
   Raises:
-    ValueError: if ``t`` is not finite.
+    ValueError: if ``tilt`` is not finite.
 
   Example:
     >>> import jax.numpy as jnp, jaxbo, numpy as np
@@ -121,19 +121,19 @@ def tilted(t: float | jax.Array | Callable[[Any], Any]) -> Weighting:
   References:
     Li et al., `Tilted Empirical Risk Minimization <https://arxiv.org/abs/2007.01162>`_, 2021.
   """
-  temperatures.check_schedule("t", t, _check.finite)
+  temperatures.check_schedule("tilt", tilt, _check.finite)
 
   def respond(batch, state):
-    tilt = temperatures.scheduled(t, state, batch.losses.dtype)
-    weights, objective = exponential(batch, tilt)
-    flat = jnp.abs(tilt) < jnp.finfo(tilt.dtype).tiny
-    inverse = jnp.where(flat, 0, 1 / jnp.where(flat, 1, tilt))
+    value = temperatures.scheduled(tilt, state, batch.losses.dtype)
+    weights, objective = exponential(batch, value)
+    flat = jnp.abs(value) < jnp.finfo(value.dtype).tiny
+    inverse = jnp.where(flat, 0, 1 / jnp.where(flat, 1, value))
     return Response(weights, temperatures.advance(state), objective, inverse)
 
   return make_weighting(
     respond,
     temperatures.init_temperature,
-    log_ratio=lambda losses, state: losses * temperatures.scheduled(t, state, losses.dtype),
+    log_ratio=lambda losses, state: losses * temperatures.scheduled(tilt, state, losses.dtype),
   )
 
 

@@ -14,10 +14,10 @@ class BgdInfo(NamedTuple):
   """Diagnostics of :func:`bayesian_gradient_descent`.
 
   Attributes:
-    gradients_finite: whether all gradients were; if not, nothing moved.
+    finite: whether all gradients were; if not, nothing moved.
   """
 
-  gradients_finite: jax.Array
+  finite: jax.Array
 
 
 class BgdState(NamedTuple):

@@ -32,7 +32,7 @@ class ModulationState(NamedTuple):
   info: ModulationInfo
 
 
-def modulate_by_loss(rate: jax.typing.ArrayLike) -> optax.GradientTransformationExtraArgs:
+def modulate_by_loss(modulation: jax.typing.ArrayLike) -> optax.GradientTransformationExtraArgs:
   r"""Scales the gradient down where the loss is small: C-MAML's update modulation.
 
   .. math:: g \leftarrow (1 - e^{-\lambda L})\, g
@@ -41,14 +41,14 @@ def modulate_by_loss(rate: jax.typing.ArrayLike) -> optax.GradientTransformation
   the loss. Mind that Adam sees the *changes* of such a scale and not the scale itself.
 
   Args:
-    rate: :math:`\lambda > 0`; large values change nothing.
+    modulation: :math:`\lambda > 0`; large values change nothing.
 
   Returns:
     A transformation whose ``update`` must be given ``value=``, the loss. A loss below zero counts
     as zero, one that is NaN as infinite.
 
   Raises:
-    ValueError: if ``rate`` is not positive.
+    ValueError: if ``modulation`` is not positive.
     TypeError: if ``value`` is missing.
 
   Example:
@@ -63,7 +63,7 @@ def modulate_by_loss(rate: jax.typing.ArrayLike) -> optax.GradientTransformation
     Caccia et al., `Online Fast Adaptation and Knowledge Accumulation
     <https://arxiv.org/abs/2003.05856>`_, 2020.
   """
-  _check.positive("rate", rate)
+  _check.positive("modulation", modulation)
 
   def init(params):
     del params
@@ -75,7 +75,7 @@ def modulate_by_loss(rate: jax.typing.ArrayLike) -> optax.GradientTransformation
       raise TypeError("modulate_by_loss: update must be given value=, the loss")
     value = jnp.asarray(value, jnp.float32)
     value = jnp.where(jnp.isnan(value), jnp.inf, jnp.maximum(value, 0))
-    scale = -jnp.expm1(-jnp.asarray(rate, jnp.float32) * value)
+    scale = -jnp.expm1(-jnp.asarray(modulation, jnp.float32) * value)
     scaled = jax.tree.map(lambda u: jnp.asarray(scale, u.dtype) * u, updates)
     return scaled, ModulationState(ModulationInfo(scale))
 

@@ -242,7 +242,7 @@ def c_maml_pap(
       Detection(switch, shift, scores),
       outer_loss=value,
       meta_updated=is_open,
-      meta_finite=finite,
+      finite=finite,
       extra=played.extra,
     )
     state = state._replace(

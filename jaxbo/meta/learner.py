@@ -98,7 +98,7 @@ def online_meta_learner(
   =========================================  ================================================
 
   A round whose loss or gradient is not finite moves nothing: the solver stays where it began, and
-  the meta-update is skipped (``info.meta_finite``). A task's model that overflows (its loss is not
+  the meta-update is skipped (``info.finite``). A task's model that overflows (its loss is not
   finite where that of the meta-model is) has an infinite switch score, so that it is given up.
 
   Args:
@@ -282,7 +282,7 @@ def online_meta_learner(
       detection,
       outer_loss=value,
       meta_updated=is_open,
-      meta_finite=finite,
+      finite=finite,
       extra=played.extra,
     )
     state = state._replace(

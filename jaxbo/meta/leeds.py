@@ -12,7 +12,7 @@ from jaxbo.meta.gate import gate_by_detection
 
 def leeds(
   learning_rate: optax.ScalarOrSchedule,
-  solver: InnerSolver,
+  inner: InnerSolver,
   *,
   in_distribution_scale: jax.typing.ArrayLike = 0.1,
   out_of_distribution_scale: jax.typing.ArrayLike = 1.0,
@@ -44,7 +44,7 @@ def leeds(
 
   Args:
     learning_rate: :math:`\beta`, a float or a schedule; it counts the meta-updates that were made.
-    solver: the inner solver.
+    inner: the inner solver.
     in_distribution_scale: :math:`c_{\text{in}} \ge 0`.
     out_of_distribution_scale: :math:`c_{\text{out}} \ge 0`.
     no_switch_scale: the scale without a switch; zero saves the meta-gradient of those rounds.
@@ -57,7 +57,7 @@ def leeds(
 
   Raises:
     ValueError: as :func:`jaxbo.gate_by_detection`.
-    TypeError: if ``solver`` is no :class:`jaxbo.InnerSolver`, or ``response`` no transformation.
+    TypeError: if ``inner`` is no :class:`jaxbo.InnerSolver`, or ``response`` no transformation.
 
   Example:
     >>> import jax.numpy as jnp, jaxbo, optax
@@ -77,10 +77,10 @@ def leeds(
     Detection <https://arxiv.org/abs/2302.00857>`_, 2024. The rule of the three cases is our
     reading.
   """
-  check_solver(solver)
+  check_solver(inner)
   if response is not None:
     _check.transformation("response", response)
   gate = gate_by_detection(
     optax.sgd(learning_rate), in_distribution_scale, out_of_distribution_scale, no_switch_scale
   )
-  return optax.chain(add_unrolled_response(solver) if response is None else response, gate)
+  return optax.chain(add_unrolled_response(inner) if response is None else response, gate)

@@ -73,7 +73,7 @@ class OnlineMetaInfo(NamedTuple):
     detection: the :class:`jaxbo.meta.Detection`, with its scores.
     outer_loss: the loss that the meta-update descends; NaN without one.
     meta_updated: whether there was a meta-update, bool.
-    meta_finite: whether it was finite; if not, it was left out.
+    finite: whether it was finite; if not, it was left out.
     extra: ``batch.extra``, the truth about the round.
   """
 
@@ -82,7 +82,7 @@ class OnlineMetaInfo(NamedTuple):
   detection: Detection
   outer_loss: jax.Array
   meta_updated: jax.Array
-  meta_finite: jax.Array
+  finite: jax.Array
   extra: Any
 
 

@@ -77,7 +77,7 @@ def fixed_threshold(value: jax.typing.ArrayLike) -> Threshold:
 
 
 def quantile_threshold(
-  level: jax.typing.ArrayLike, size: int, *, initial: jax.typing.ArrayLike = float("inf")
+  level: jax.typing.ArrayLike, window: int, *, initial: jax.typing.ArrayLike = float("inf")
 ) -> Threshold:
   """A threshold at a quantile of the last scores, for scores whose scale is not known.
 
@@ -88,14 +88,14 @@ def quantile_threshold(
 
   Args:
     level: in [0, 1].
-    size: how many of the last scores count, at least 1; the memory is that many numbers.
-    initial: the threshold until there are ``size`` scores.
+    window: how many of the last scores count, at least 1; the memory is that many numbers.
+    initial: the threshold until there are ``window`` scores.
 
   Returns:
     A :class:`Threshold`.
 
   Raises:
-    ValueError: if ``level`` is outside [0, 1], ``size < 1``, or ``initial`` is NaN.
+    ValueError: if ``level`` is outside [0, 1], ``window < 1``, or ``initial`` is NaN.
 
   Example:
     >>> import jax.numpy as jnp, jaxbo
@@ -108,11 +108,11 @@ def quantile_threshold(
     [False, False, False, False, True]
   """
   _check.within("level", level, 0, 1)
-  size = _check.positive_int("size", size)
+  window = _check.positive_int("window", window)
   _check.not_nan("initial", initial)
 
   def init():
-    return QuantileThresholdState(empty_window(jnp.zeros((), jnp.float32), size))
+    return QuantileThresholdState(empty_window(jnp.zeros((), jnp.float32), window))
 
   def update(score, state, active=True):
     window = state.score_window

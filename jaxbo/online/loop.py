@@ -25,14 +25,14 @@ class OnlineState(NamedTuple):
       transformation.
     round_count: the number of rounds played, int32; the ``t`` of the next one.
     stream_key: the base key of the stream, as raw key data.
-    memory: the :class:`Window` of the last batches; ``()`` without ``memory``.
+    window: the :class:`Window` of the last batches; ``()`` if none are kept.
     metric_states: the states of the metrics, by name.
   """
 
   loop: BilevelState
   round_count: jax.Array
   stream_key: jax.Array
-  memory: Any
+  window: Any
   metric_states: dict[str, Any]
 
   @property
@@ -81,7 +81,7 @@ def online_loop(
   outer: optax.GradientTransformation,
   *,
   hyper_at: str = "after",
-  memory: int | None = None,
+  window: int | None = None,
   replay: bool = False,
   metrics: Mapping[str, OnlineMetric | Callable[[OnlineRound], Any]] | None = None,
   has_aux: bool = False,
@@ -111,9 +111,9 @@ def online_loop(
       of this round, :math:`(x_t, y_{t+1})`. ``"before"``: at :math:`(x_t, y_t)`, so that both
       levels step at once; for responses that look at nothing but the inner parameters (implicit or
       dropped).
-    memory: how many of the last batches to keep, for :func:`jaxbo.average_over_batches` and
-      ``replay``. They are in the state: ``memory`` copies of a batch.
-    replay: whether the inner solver runs on each batch in the memory, from the oldest to the
+    window: how many of the last batches to keep, for :func:`jaxbo.average_over_batches` and
+      ``replay``. They are in the state: ``window`` copies of a batch.
+    replay: whether the inner solver runs on each batch in the window, from the oldest to the
       newest, instead of on the newest alone. The ``start`` and ``info`` of the solution are those
       of the newest.
     metrics: by name, what to compute in every round: a function of the
@@ -126,7 +126,7 @@ def online_loop(
     stream for nothing but shapes. Wrap ``run`` in ``jax.jit`` with ``num_rounds`` static.
 
   Raises:
-    ValueError: for another ``hyper_at``, ``memory < 1``, ``replay`` without ``memory``, a stream
+    ValueError: for another ``hyper_at``, ``window < 1``, ``replay`` without ``window``, a stream
       that gives no pair, ``hyper_at="before"`` with a response that differentiates the run, and
       these two without an inner solver.
     TypeError: as :func:`jaxbo.bilevel_loop`; if a metric is no function.
@@ -148,10 +148,10 @@ def online_loop(
     ((200,), True)
   """
   _check.one_of("hyper_at", hyper_at, ("after", "before"))
-  if memory is not None:
-    memory = _check.positive_int("memory", memory)
+  if window is not None:
+    window = _check.positive_int("window", window)
   elif replay:
-    raise ValueError("memory must be set with replay=True: how many of the last batches to keep")
+    raise ValueError("window must be set with replay=True: how many of the last batches to keep")
   if inner is None and (replay or hyper_at == "before"):
     raise ValueError("inner must be an inner solver with replay=True or hyper_at='before'")
   metrics = dict(metrics or {})
@@ -175,7 +175,7 @@ def online_loop(
       loop=loop,
       round_count=jnp.int32(0),
       stream_key=_random.default_key_data(key),
-      memory=() if memory is None else empty_window(batch._replace(extra=None), memory),
+      window=() if window is None else empty_window(batch._replace(extra=None), window),
       metric_states={
         name: init_metric(metric) if isinstance(metric, OnlineMetric) else ()
         for name, metric in metrics.items()
@@ -184,10 +184,10 @@ def online_loop(
 
   def step(state, batch, **extra_args):
     batch = as_batch(batch)
-    before, window = state.loop, ()
-    if memory is not None:
-      window = state.memory.push(batch._replace(extra=None))
-      extra_args["memory"] = window
+    before, batches = state.loop, ()
+    if window is not None:
+      batches = state.window.push(batch._replace(extra=None))
+      extra_args["window"] = batches
     after, info = play(before, batch, **extra_args)
     played = OnlineRound(
       t=state.round_count,
@@ -204,7 +204,7 @@ def online_loop(
       else:
         metric_states[name], values[name] = (), metric(played)
     count = jnp.asarray(optax.safe_increment(state.round_count))
-    state = OnlineState(after, count, state.stream_key, window, metric_states)
+    state = OnlineState(after, count, state.stream_key, batches, metric_states)
     return state, OnlineInfo(info, values)
 
   def run(state, stream, num_rounds):
@@ -226,7 +226,7 @@ def _one_after_the_other(outer_loss, inner, outer, hyper_at, replay, has_aux):
   def play(before, batch, **extra_args):
     solve = inner.solve
     if replay:
-      solve = lambda x, solution, _: solve_on_memory(inner, x, solution, extra_args["memory"])
+      solve = lambda x, solution, _: solve_on_memory(inner, x, solution, extra_args["window"])
     in_loop = solve if hyper_at == "after" else lambda x, solution, _: solution
     _, step = bilevel_loop(outer_loss, inner._replace(solve=in_loop), outer, has_aux=has_aux)
     after, info = step(before, batch.train, batch.val, **extra_args)

@@ -22,7 +22,7 @@ class BatchAverageInfo(NamedTuple):
 
   Attributes:
     average_norm: norm of what came out, float32 at least.
-    num_finite: how many batches counted: those in the memory whose hypergradient was finite, int32.
+    num_finite: how many batches counted: those in the window whose hypergradient was finite, int32.
   """
 
   average_norm: jax.Array
@@ -58,7 +58,7 @@ def average_over_batches(
   their hypergradients again: no delay from old iterates, for ``K`` times the work. The memory is
   that of :func:`jaxbo.online_loop`, which gives it to ``update``.
 
-  Cost: the head, once for each batch in the memory, and one gradient of the outer loss for each
+  Cost: the head, once for each batch in the window, and one gradient of the outer loss for each
   but the newest, whose gradient comes in. Slots that are empty cost nothing. A linear solver with a
   warm start goes from batch to batch, from the oldest to the newest and on to the next round.
 
@@ -71,14 +71,14 @@ def average_over_batches(
 
   Returns:
     A transformation like ``head``, which stands first in the chain in its place. ``update`` must
-    be given ``memory=`` beside what the head needs: a :class:`jaxbo.online.Window` of
+    be given ``window=`` beside what the head needs: a :class:`jaxbo.online.Window` of
     :class:`jaxbo.online.OnlineBatch` whose newest entry is the current batch. A batch whose
     hypergradient is not finite is left out.
 
   Raises:
     ValueError: if ``decay`` is outside (0, 1], or for another ``normalization``.
     TypeError: if ``head`` is no transformation, ``outer_loss`` does not take ``(x, y, batch)``, or
-      ``memory=`` is missing.
+      ``window=`` is missing.
 
   Example:
     >>> import jax, jax.numpy as jnp, jaxbo, optax
@@ -86,7 +86,7 @@ def average_over_batches(
     >>> outer_loss = lambda x, y, batch: y * batch                  # h_s is the batch of round s
     >>> head = jaxbo.add_implicit_response(inner, jaxbo.conjugate_gradient(1))
     >>> outer = optax.chain(jaxbo.average_over_batches(head, outer_loss, decay=0.5), optax.sgd(1.0))
-    >>> loop = jaxbo.online_loop(outer_loss, inner, outer, memory=2)
+    >>> loop = jaxbo.online_loop(outer_loss, inner, outer, window=2)
     >>> stream = lambda key, t: (None, jnp.float32(3.0) * (t + 1))
     >>> state = loop.init(jnp.float32(0.0), jnp.float32(0.0), stream)
     >>> state, _ = loop.run(state, stream, 2)
@@ -112,16 +112,16 @@ def average_over_batches(
     params=None,
     *,
     solution: Any = MISSING,
-    memory: Any = MISSING,
+    window: Any = MISSING,
     **extra_args,
   ):
-    if not isinstance(memory, Window):
+    if not isinstance(window, Window):
       raise TypeError(
-        "average_over_batches: update must be given memory=, the Window of the last batches; "
-        "jaxbo.online gives it with memory= set"
+        "average_over_batches: update must be given window=, the Window of the last batches; "
+        "jaxbo.online_loop gives it with window= set"
       )
     dtype = state.info.average_norm.dtype
-    weights = decay ** jnp.arange(memory.size, dtype=dtype)  # by age
+    weights = decay ** jnp.arange(window.size, dtype=dtype)  # by age
 
     def add(carry, age, grads, batch):
       total, weight, count, head_state = carry
@@ -133,7 +133,7 @@ def average_over_batches(
       return total, weight + jnp.where(finite, weights[age], 0), count + finite, head_state
 
     def add_old(carry, age):
-      batch, present = memory.get(age)
+      batch, present = window.get(age)
 
       def add_present(carry):
         grads = jax.grad(outer_loss, argnums=(0, 1))(params, solution.params, batch.val)
@@ -143,9 +143,9 @@ def average_over_batches(
 
     zeros = _tree.zeros_at_least_float32(params)
     carry = (zeros, jnp.zeros((), dtype), jnp.int32(0), state.response_state)
-    if memory.size > 1:
-      carry, _ = jax.lax.scan(add_old, carry, jnp.arange(memory.size - 1, 0, -1))
-    newest, _ = memory.get(0)
+    if window.size > 1:
+      carry, _ = jax.lax.scan(add_old, carry, jnp.arange(window.size - 1, 0, -1))
+    newest, _ = window.get(0)
     total, weight, count, head_state = add(carry, 0, updates, newest.train)
     if normalization == "full":
       weight = jnp.sum(weights)
@@ -159,7 +159,7 @@ def average_over_batches(
 
 def oagd(
   learning_rate: optax.ScalarOrSchedule,
-  solver: InnerSolver,
+  inner: InnerSolver,
   outer_loss: Callable[..., Any],
   *,
   decay: jax.typing.ArrayLike = 1.0,
@@ -170,8 +170,8 @@ def oagd(
 ) -> optax.GradientTransformationExtraArgs:
   r"""OAGD: descent along the hypergradient of the window-smoothed loss at the current iterate.
 
-  It needs the last batches: ``jaxbo.online_loop(..., memory=window)`` keeps them, and with
-  ``replay=True`` the inner solver runs once on each batch in the memory, from the oldest to the
+  It needs the last batches: ``jaxbo.online_loop(..., window=window)`` keeps them, and with
+  ``replay=True`` the inner solver runs once on each batch in the window, from the oldest to the
   newest. The settings of the published code for loss tuning are
 
   .. code-block:: python
@@ -185,13 +185,13 @@ def oagd(
       jaxbo.average_over_batches(response, outer_loss, decay=0.9),
       optax.conditionally_mask(steps, lambda step, **_: step >= 80),  # x waits for 80 rounds
     )
-    loop = jaxbo.online_loop(outer_loss, inner, outer, memory=5, replay=True)
+    loop = jaxbo.online_loop(outer_loss, inner, outer, window=5, replay=True)
 
   (There the window does not reach back over the end of an epoch; here it does.)
 
   Args:
     learning_rate: a float or a schedule.
-    solver: the inner solver.
+    inner: the inner solver.
     outer_loss: the outer loss :math:`f`.
     decay: :math:`\eta` in (0, 1].
     linear_solver: as in :func:`jaxbo.add_implicit_response`; five steps of
@@ -212,7 +212,7 @@ def oagd(
     >>> outer_loss = lambda x, y, batch: 0.5 * (y - batch) ** 2      # follow what drifts
     >>> stream = lambda key, t: (None, 1.0 + 0.001 * t)
     >>> outer = jaxbo.oagd(0.1, inner, outer_loss, decay=0.9)
-    >>> loop = jaxbo.online_loop(outer_loss, inner, outer, memory=5)
+    >>> loop = jaxbo.online_loop(outer_loss, inner, outer, window=5)
     >>> state = loop.init(jnp.float32(0.0), jnp.float32(0.0), stream)
     >>> state, history = jax.jit(lambda state: loop.run(state, stream, 500))(state)
     >>> print(state.loop.x.round(2))                                 # 1 + 0.5, and a delay
@@ -223,7 +223,7 @@ def oagd(
   """
   if linear_solver is None:
     linear_solver = linear_solvers.conjugate_gradient(5)
-  response = add_implicit_response(solver, linear_solver, inner_params=inner_params)
+  response = add_implicit_response(inner, linear_solver, inner_params=inner_params)
   return optax.chain(
     average_over_batches(response, outer_loss, decay, normalization=normalization),
     *online_tail(learning_rate, project),
@@ -231,15 +231,15 @@ def oagd(
 
 
 def replay(
-  solver: InnerSolver, x: optax.Params, solution: InnerSolution, memory: Window
+  inner: InnerSolver, x: optax.Params, solution: InnerSolution, window: Window
 ) -> InnerSolution:
-  """One solve on each batch in the memory, from the oldest to the newest."""
+  """One solve on each batch in the window, from the oldest to the newest."""
 
   def solve_old(solution, age):
-    batch, present = memory.get(age)
-    solve = lambda solution: solver.solve(x, solution, batch.train)
+    batch, present = window.get(age)
+    solve = lambda solution: inner.solve(x, solution, batch.train)
     return jax.lax.cond(present, solve, lambda solution: solution, solution), None
 
-  if memory.size > 1:
-    solution, _ = jax.lax.scan(solve_old, solution, jnp.arange(memory.size - 1, 0, -1))
-  return solver.solve(x, solution, memory.get(0)[0].train)
+  if window.size > 1:
+    solution, _ = jax.lax.scan(solve_old, solution, jnp.arange(window.size - 1, 0, -1))
+  return inner.solve(x, solution, window.get(0)[0].train)

@@ -33,7 +33,7 @@ def local_regret(
   at: str = "own",
   normalization: str = "full",
   project: Projection | None = None,
-  step_size: float | None = None,
+  learning_rate: float | None = None,
 ) -> OnlineMetric:
   r"""The bilevel local regret, for problems whose exact hypergradient is known.
 
@@ -59,13 +59,13 @@ def local_regret(
     at: ``"own"`` or ``"current"``.
     normalization: as in :func:`jaxbo.window_average`.
     project: the projection :math:`P_X`, or ``None``.
-    step_size: :math:`a > 0`; needed with ``project``.
+    learning_rate: :math:`a > 0`; needed with ``project``.
 
   Returns:
     An :class:`OnlineMetric` with values :class:`Accumulated`: the squared norm, and the regret.
 
   Raises:
-    ValueError: if an argument is outside its range, or one of ``project`` and ``step_size`` is
+    ValueError: if an argument is outside its range, or one of ``project`` and ``learning_rate`` is
       given without the other.
     TypeError: if ``hypergradient`` does not take ``(x, batch)``.
 
@@ -89,12 +89,12 @@ def local_regret(
   _check.takes_arguments("hypergradient", hypergradient, "x", "batch")
   window = check_window(window, decay, normalization, name="window")
   _check.one_of("at", at, ("own", "current"))
-  if (project is None) != (step_size is None):
+  if (project is None) != (learning_rate is None):
     raise ValueError(
-      f"project and step_size must be given together, got {project!r} and {step_size!r}"
+      f"project and learning_rate must be given together, got {project!r} and {learning_rate!r}"
     )
-  if step_size is not None:
-    _check.positive("step_size", step_size)
+  if learning_rate is not None:
+    _check.positive("learning_rate", learning_rate)
 
   def init(x, y, batch):
     del y
@@ -118,10 +118,10 @@ def local_regret(
   def update(state, round: OnlineRound):
     kept, total = state
     kept, average = (average_own if at == "own" else average_current)(kept, round)
-    if step_size is not None:
+    if learning_rate is not None:
       point = _tree.at_least_float32(round.x)
-      projected = project_tree("project", project, _tree.add_scaled(point, -step_size, average))
-      average = optax.tree.scale(1 / step_size, optax.tree.sub(point, projected))
+      projected = project_tree("project", project, _tree.add_scaled(point, -learning_rate, average))
+      average = optax.tree.scale(1 / learning_rate, optax.tree.sub(point, projected))
     term = _tree.vdot(average, average).astype(total.dtype)
     total = total + term
     return (kept, total), Accumulated(term, total)

@@ -15,7 +15,7 @@ from jaxbo.online.window import check_window, window_average
 
 def sobow(
   learning_rate: optax.ScalarOrSchedule,
-  solver: InnerSolver,
+  inner: InnerSolver,
   *,
   window: int,
   decay: jax.typing.ArrayLike = 1.0,
@@ -60,7 +60,7 @@ def sobow(
 
     def response(tolerance):
       cg = jaxbo.conjugate_gradient(50, tolerance, warm_start=True)
-      return jaxbo.add_implicit_response(solver, cg, inner_params=y0)
+      return jaxbo.add_implicit_response(inner, cg, inner_params=y0)
 
     outer = optax.chain(
       optax.inject_hyperparams(response)(lambda t: 0.1 * (t + 1.0) ** -0.5),
@@ -71,13 +71,13 @@ def sobow(
   Where the inner Hessian is not positive definite, conjugate gradient stops at the last good
   iterate and says so (``linear_breakdown`` in the :class:`jaxbo.bilevel.ImplicitInfo` of the
   state); give it ``damping``. What is not finite never enters the window: a response that is not
-  counts as zero (``response_finite``), so that :math:`\nabla_x f_t` enters alone, and a
+  counts as zero (``finite``), so that :math:`\nabla_x f_t` enters alone, and a
   :math:`\nabla_x f_t` that is not leaves an empty slot (:func:`jaxbo.window_average`).
 
   Args:
     learning_rate: :math:`\beta`, a float or a schedule. Mind the delay of the window: see
       :func:`jaxbo.window_average` for the limits of stability.
-    solver: the inner solver.
+    inner: the inner solver.
     window: :math:`K \ge 1`. The regret bound :math:`T / W + V_T + H_{2,T}` needs :math:`W` to grow
       with :math:`T`, so both :math:`K \to \infty` and :math:`\eta \to 1`, say
       :math:`K = \lceil \sqrt T \rceil` and :math:`\eta = 1 - 1 / K`.
@@ -124,7 +124,7 @@ def sobow(
   if linear_solver is None:
     linear_solver = linear_solvers.conjugate_gradient(5, warm_start=True)
   return optax.chain(
-    add_implicit_response(solver, linear_solver, inner_params=inner_params),
+    add_implicit_response(inner, linear_solver, inner_params=inner_params),
     window_average(window, decay, normalization=normalization, storage_dtype=storage_dtype),
     *online_tail(learning_rate, project),
   )

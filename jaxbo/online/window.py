@@ -79,7 +79,7 @@ def empty_window(like: Any, size: int, dtype: Any = None) -> Window:
   return Window(jax.tree.map(slots, like), jnp.zeros(size, bool), jnp.int32(size - 1))
 
 
-def check_window(size: Any, decay: Any, normalization: Any, name: str = "size") -> int:
+def check_window(size: Any, decay: Any, normalization: Any, name: str = "window") -> int:
   """Returns ``size``; raises if an argument of a window is outside its range."""
   size = _check.positive_int(name, size)
   _check.within("decay", decay, 0, 1, ends="(]")
@@ -93,12 +93,12 @@ class WindowAverageInfo(NamedTuple):
   Attributes:
     average_norm: norm of what came out, :math:`\|d_t\|`, float32 at least.
     num_present: how many gradients are in the window, int32.
-    gradient_finite: whether the incoming gradient was finite; if not, its slot is empty.
+    finite: whether the incoming gradient was finite; if not, its slot is empty.
   """
 
   average_norm: jax.Array
   num_present: jax.Array
-  gradient_finite: jax.Array
+  finite: jax.Array
 
 
 class WindowAverageState(NamedTuple):
@@ -106,7 +106,7 @@ class WindowAverageState(NamedTuple):
 
   Attributes:
     gradient_window: the :class:`Window` of the last incoming gradients, leaves
-      ``[size, *param_shape]``.
+      ``[window, *param_shape]``.
     info: the :class:`WindowAverageInfo` of the last update.
   """
 
@@ -115,13 +115,13 @@ class WindowAverageState(NamedTuple):
 
 
 def window_average(
-  size: int,
+  window: int,
   decay: jax.typing.ArrayLike = 1.0,
   *,
   normalization: str = "full",
   storage_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-  r"""Replaces the gradient by a decayed average of the last ``size`` gradients.
+  r"""Replaces the gradient by a decayed average of the last ``window`` gradients.
 
   .. math::
     d_t = \frac1W \sum_{i=0}^{K-1} \eta^i h_{t-i}, \qquad W = \sum_{i=0}^{K-1} \eta^i, \qquad
@@ -143,16 +143,16 @@ def window_average(
 
   A gradient that is not finite never enters: its round counts as one without a gradient, for all
   leaves alike. Its slot is empty (zeros), the older gradients age as always, and what comes out is
-  their average; ``info.gradient_finite`` says so. If this goes on, the output is zero after
-  ``size`` rounds.
+  their average; ``info.finite`` says so. If this goes on, the output is zero after
+  ``window`` rounds.
 
-  Cost: one pass over the window. Memory: ``size`` copies of the parameters, in ``storage_dtype``.
+  Cost: one pass over the window. Memory: ``window`` copies of the parameters, in ``storage_dtype``.
 
   Args:
-    size: the window :math:`K \ge 1`, a static int; 1 passes the gradient on.
+    window: :math:`K \ge 1`, a static int; 1 passes the gradient on.
     decay: :math:`\eta` in (0, 1].
     normalization: ``"full"``: :math:`W` is constant, so the first steps are short. ``"present"``:
-      :math:`W` sums over the gradients that are there, which changes the first ``size - 1`` steps
+      :math:`W` sums over the gradients that are there, which changes the first ``window - 1`` steps
       and those after a gradient that was not finite. Papers that restate SOBOW have the former.
     storage_dtype: what gradients are stored in, say ``jnp.bfloat16`` to halve the memory; sums are
       in float32 at least. By default the dtypes of the parameters.
@@ -161,8 +161,8 @@ def window_average(
     A transformation; the output has the dtypes of the input.
 
   Raises:
-    ValueError: if ``size < 1``, or ``decay`` is outside (0, 1], or for another ``normalization``.
-    TypeError: if ``size`` is no Python int, or ``storage_dtype`` no floating-point type.
+    ValueError: if ``window < 1``, or ``decay`` is outside (0, 1], or for another ``normalization``.
+    TypeError: if ``window`` is no Python int, or ``storage_dtype`` no floating-point type.
 
   Example:
     >>> import jax.numpy as jnp, jaxbo
@@ -181,7 +181,7 @@ def window_average(
     Functions <https://arxiv.org/abs/2308.03811>`_, 2023; equations 35 and 36 of the
     restatement in `2511.01126 <https://arxiv.org/abs/2511.01126>`_.
   """
-  size = check_window(size, decay, normalization)
+  window = check_window(window, decay, normalization)
   if storage_dtype is not None and not jnp.issubdtype(storage_dtype, jnp.floating):
     raise TypeError(f"storage_dtype must be a floating-point type, got {storage_dtype!r}")
 
@@ -189,24 +189,24 @@ def window_average(
     _check.floating("params", params)
     norm = jnp.zeros((), jnp.result_type(jnp.float32, *jax.tree.leaves(params)))
     info = WindowAverageInfo(norm, jnp.int32(0), jnp.bool_(True))
-    return WindowAverageState(empty_window(params, size, storage_dtype), info)
+    return WindowAverageState(empty_window(params, window, storage_dtype), info)
 
   def update(updates, state, params=None, **extra_args):
     del params, extra_args
-    window = state.gradient_window
+    gradients = state.gradient_window
     slot = lambda slots: jax.ShapeDtypeStruct(slots.shape[1:], slots.dtype)
-    like = jax.tree.map(slot, window.values)
+    like = jax.tree.map(slot, gradients.values)
     _check.same_structure("updates", updates, "the parameters of init", like)
     stored = _tree.cast_like(updates, like)  # Narrow types may overflow here.
     finite = _tree.all_finite(stored)
     stored = _tree.where(finite, stored, optax.tree.zeros_like(stored))
-    window = window.push(stored, finite)
-    average = window.average(decay, normalization)
+    gradients = gradients.push(stored, finite)
+    average = gradients.average(decay, normalization)
     info = WindowAverageInfo(
       average_norm=_tree.norm(average).astype(state.info.average_norm.dtype),
-      num_present=jnp.sum(window.present, dtype=jnp.int32),
-      gradient_finite=finite,
+      num_present=jnp.sum(gradients.present, dtype=jnp.int32),
+      finite=finite,
     )
-    return _tree.cast_like(average, updates), WindowAverageState(window, info)
+    return _tree.cast_like(average, updates), WindowAverageState(gradients, info)
 
   return optax.GradientTransformationExtraArgs(init, update)

@@ -220,5 +220,5 @@ def kept_bytes(online: jaxbo.online.OnlineState) -> int:
 
   That is the window of gradients, the last linear solution, and the memory of batches.
   """
-  kept = jax.tree.leaves((online.loop.outer_state, online.memory))
+  kept = jax.tree.leaves((online.loop.outer_state, online.window))
   return sum(leaf.size * leaf.dtype.itemsize for leaf in kept)

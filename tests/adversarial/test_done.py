@@ -393,7 +393,7 @@ def test_errors_name_the_argument():
   sound = problem.loss, problem.margin_attack_loss
   mean = lambda p, x, y: jnp.mean(problem.loss(p, x, y))
   whole = lambda p, x, y: jnp.argmax(problem.model(p, x), axis=1)
-  for place, name in enumerate(("loss", "attack_loss")):
+  for place, name in enumerate(("loss_fn", "attack_loss")):
     with_mean, with_whole = ([*sound[:place], bad, *sound[place + 1 :]] for bad in (mean, whole))
     for inverse in ("diagonal", "none"):
       message = rf"{name} must return \(8,\), one loss for each image, got \(\)"

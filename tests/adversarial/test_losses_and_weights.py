@@ -171,7 +171,7 @@ def test_masks_and_priors_count_for_weights_of_instances():
 
 def test_wat_weights_are_those_of_hedge():
   costs, labels = np.array([0.5, 2.0, 1.0]), np.array([0, 1, 2, 1])
-  weighting = jaxbo.adversarial.wat(3, step_size=0.7)
+  weighting = jaxbo.adversarial.wat(3, learning_rate=0.7)
   state = jaxbo.adversarial.WatState(jnp.asarray(costs, jnp.float32))
   shares = softmax(0.7 * np.append(costs, costs.mean()))
   expected = (shares[:3] + shares[3] / 3)[labels]
@@ -215,7 +215,7 @@ def test_errors_of_weightings_name_the_argument():
     (lambda: jaxbo.adversarial.mail(-1.0), "slope must be non-negative"),
     (lambda: jaxbo.adversarial.mail(1.0, np.inf), "bias must be finite"),
     (lambda: jaxbo.adversarial.wat(0), "num_classes must be at least 1"),
-    (lambda: jaxbo.adversarial.wat(3, 0.0), "step_size must be positive"),
+    (lambda: jaxbo.adversarial.wat(3, 0.0), "learning_rate must be positive"),
     (lambda: jaxbo.done(0.1, 0.0), "temperature must be positive"),
     (lambda: jaxbo.done(0.1, rate=0.0), "rate must be in"),
   ]:

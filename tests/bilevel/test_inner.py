@@ -192,17 +192,25 @@ def test_init_copies_and_strips_weak_types():
     ({"num_steps": 0}, ValueError, "num_steps must be at least 1, got 0"),
     ({"num_steps": 2.5}, TypeError, "num_steps must be a positive Python int, got 2.5"),
     ({"remat": 0}, ValueError, "remat must be at least 1, got 0"),
-    ({"loss": lambda y, batch: 0.0}, TypeError, r"loss\(x, y, batch\)"),
+    ({"inner_loss": lambda y, batch: 0.0}, TypeError, r"inner_loss\(x, y, batch\)"),
     ({"optimizer": 0.1}, TypeError, "optimizer must be an optax transformation, .* got 0.1"),
     ({"optimizer": optax.sgd}, TypeError, "optimizer must be an optax transformation"),
-    ({"loss": 3}, TypeError, r"loss must be a function loss\(x, y, batch\), got 3"),
+    (
+      {"inner_loss": 3},
+      TypeError,
+      r"inner_loss must be a function inner_loss\(x, y, batch\), got 3",
+    ),
     ({"through": lambda x: x}, TypeError, r"through\(x, batch\)"),
-    ({"loss": lambda z: 0.0, "through": lambda x, b: x}, TypeError, r"loss\(z, y, batch\)"),
+    (
+      {"inner_loss": lambda z: 0.0, "through": lambda x, b: x},
+      TypeError,
+      r"inner_loss\(z, y, batch\)",
+    ),
   ],
 )
 def test_bad_arguments_are_refused_when_built(kwargs, error, message, as_users_run):
   arguments = {
-    "loss": lambda x, y, b: jnp.sum((x - y) ** 2),
+    "inner_loss": lambda x, y, b: jnp.sum((x - y) ** 2),
     "optimizer": optax.sgd(0.1),
     "num_steps": 2,
     **kwargs,
@@ -214,10 +222,15 @@ def test_bad_arguments_are_refused_when_built(kwargs, error, message, as_users_r
 @cases(
   ("loss", "kwargs", "error", "message"),
   [
-    (lambda x, y, b: (x - y) ** 2, {}, ValueError, r"loss must return a scalar, got shape \(2,\)"),
+    (
+      lambda x, y, b: (x - y) ** 2,
+      {},
+      ValueError,
+      r"inner_loss must return a scalar, got shape \(2,\)",
+    ),
     (lambda x, y, b: (jnp.sum(y), 1), {}, TypeError, "has_aux=True"),
     (lambda x, y, b: jnp.sum(y), {"has_aux": True}, TypeError, r"must return \(scalar, aux\)"),
-    (lambda x, y, b: jnp.int32(0), {}, TypeError, "loss must return a real float"),
+    (lambda x, y, b: jnp.int32(0), {}, TypeError, "inner_loss must return a real float"),
   ],
 )
 def test_bad_losses_are_refused_when_traced(loss, kwargs, error, message):

@@ -52,7 +52,7 @@ def test_a_bad_batch_leaves_everything_finite_and_is_reported(name, bad):
     for kind in ("UnrolledInfo", "ImplicitInfo", "EsInfo")
     if (found := optax.tree.get(state.outer_state, kind)) is not None
   )
-  assert not getattr(response_info, "response_finite", False)
+  assert not getattr(response_info, "finite", False)
   assert getattr(response_info, "num_finite", 0) == 0
   if name.startswith(("aid", "neumann")):
     assert response_info.linear_breakdown

@@ -86,7 +86,7 @@ def test_dynamic_barrier_has_the_multiplier_of_the_published_code(phi, dual, x, 
 
 def test_dynamic_barrier_guarantees_the_fall_of_the_excess(x64):
   """<grad q, d> >= phi, with equality where the multiplier is positive."""
-  tx = jaxbo.add_dynamic_barrier(vp.flat_inner, barrier_rate=0.5, eps=1e-12, **EXACT)
+  tx = jaxbo.add_dynamic_barrier(vp.flat_inner, barrier_rate=0.5, epsilon=1e-12, **EXACT)
   params = vp.start(2.0, (0.5, 0.0))
   slope = jax.grad(vp.flat_gap)(params)
   norm_sq = float(slope.outer**2 + jnp.sum(slope.inner**2))
@@ -259,7 +259,7 @@ def test_problem_with_two_optima_mb_2007_17(sign, x64):
 @pytest.mark.parametrize("y", [(0.0, 3.0), (-3.0, 1.0), (3.5, -1.0)])
 def test_coreset_is_the_projection_on_the_hull(y, x64):
   """T8 with the settings of the published code: y = (1.8, .4) and f = .72; x has no limit."""
-  tx = jaxbo.bome(0.05, vp.coreset_inner, inner_optimizer=optax.sgd(0.05), eps=1e-4)
+  tx = jaxbo.bome(0.05, vp.coreset_inner, inner_optimizer=optax.sgd(0.05), epsilon=1e-4)
   (params, _), _ = vp.descend(tx, vp.coreset_outer, vp.start([0.0] * 4, y), 5000)
   np.testing.assert_allclose(params.inner, [1.8, 0.4], atol=0.03)
   np.testing.assert_allclose(vp.coreset_outer(params), 0.72, atol=0.02)

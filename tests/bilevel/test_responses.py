@@ -343,9 +343,7 @@ def test_batches_of_another_number_of_steps_are_refused(name):
 @cases("name", HEADS)
 @cases("wrong", [0.1, optax.sgd(0.1), lambda x, y, batch: y])
 def test_a_head_wants_an_inner_solver(name, wrong, as_users_run):
-  with pytest.raises(
-    TypeError, match=r"solver must be an InnerSolver, made by jaxbo\.inner_solver"
-  ):
+  with pytest.raises(TypeError, match=r"inner must be an InnerSolver, made by jaxbo\.inner_solver"):
     HEADS[name](wrong)
 
 

@@ -139,7 +139,7 @@ ORACLES = {
     ),
   ),
   "bome": (
-    jaxbo.add_dynamic_barrier(PROBLEM.inner_loss, barrier_rate=0.4, eps=0.1, **OPTIONS),
+    jaxbo.add_dynamic_barrier(PROBLEM.inner_loss, barrier_rate=0.4, epsilon=0.1, **OPTIONS),
     functools.partial(numpy_dynamic_barrier, phi="gradient", eps=0.1),
   ),
   "bome_value": (

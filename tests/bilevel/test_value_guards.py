@@ -203,7 +203,7 @@ PENALTY = {"multiplier": 0.1, "num_steps": 1, "inner_optimizer": optax.sgd(0.1)}
       r"project_outer must be a function project_outer\(x\)",
     ),
     ("add_dynamic_barrier", BOME, {"barrier_rate": 0.0}, ValueError, "barrier_rate must be pos"),
-    ("add_dynamic_barrier", BOME, {"eps": 0.0}, ValueError, "eps must be positive"),
+    ("add_dynamic_barrier", BOME, {"epsilon": 0.0}, ValueError, "epsilon must be positive"),
     (
       "add_dynamic_barrier",
       BOME,

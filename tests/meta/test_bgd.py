@@ -84,7 +84,7 @@ def test_a_gradient_that_is_not_finite_moves_nothing():
   updates, after = tx.update(params, state, params, value_fn=bad)
   np.testing.assert_array_equal(updates["a"], [0, 0])
   np.testing.assert_array_equal(after.deviations["a"], state.deviations["a"])
-  assert not after.info.gradients_finite
+  assert not after.info.finite
   assert after.bgd_count == 1
 
 

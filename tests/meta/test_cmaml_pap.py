@@ -130,7 +130,7 @@ def test_a_round_that_is_not_finite_moves_nothing():
   np.testing.assert_array_equal(end.meta_params, begin.meta_params)
   jax.tree.map(np.testing.assert_array_equal, end.meta_state, begin.meta_state)
   assert info.meta_updated[0]
-  assert not info.meta_finite[0]
+  assert not info.finite[0]
   assert end.last_support.num_supports == 0
 
 

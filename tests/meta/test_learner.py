@@ -135,7 +135,7 @@ def test_with_an_oracle_it_equals_a_hand_written_loop(name, x64):
   np.testing.assert_array_equal(info.detection.switch, truth.task_switch)
   assert 5 < np.sum(info.detection.shift) < np.sum(info.detection.switch) < 40
   assert np.linalg.norm(end.meta_params) > 0.3
-  assert np.all(info.meta_finite)
+  assert np.all(info.finite)
   cases = np.asarray(info.detection.switch, int) + np.asarray(info.detection.shift, int)
   expected = np.array([without, inside, outside])[cases] > 0
   if name == "next":
@@ -306,7 +306,7 @@ def test_a_round_that_is_not_finite_moves_nothing_and_the_next_goes_on(part):
   np.testing.assert_array_equal(after.meta_params, state.meta_params)
   for leaf in jax.tree.leaves((after.task, after.meta_state)):
     assert np.all(np.isfinite(leaf))
-  assert bool(info.meta_finite) == (part == "train")  # A NaN loss is no switch, so no update.
+  assert bool(info.finite) == (part == "train")  # A NaN loss is no switch, so no update.
   assert bool(info.meta_updated) == (part == "val")
   good, info = step(after, batch)
   assert info.meta_updated

@@ -56,7 +56,7 @@ ENTRIES = [
     "average_over_batches",
     lambda solver: jaxbo.average_over_batches(_implicit(solver, _cg(2)), outer_loss, 0.9),
     plain_solver,
-    memory=3,
+    window=3,
     replay=True,
     hyper_at="before",
   ),
@@ -126,7 +126,7 @@ ALIASES = [
       jaxbo.average_over_batches(_implicit(solver, _cg(5)), outer_loss), _down
     ),
     solver=plain_solver,
-    memory=2,
+    window=2,
   ),
   alias(
     online,
@@ -156,7 +156,7 @@ ALIASES = [
       _inside,
     ),
     solver=plain_solver,
-    memory=2,
+    window=2,
   ),
   alias(
     online,

@@ -149,7 +149,7 @@ def play(
     for at in ("own", "current"):
       metrics[at] = jaxbo.online.local_regret(hypergradient, window=regret, decay=decay, at=at)
   loop = jaxbo.online_loop(
-    outer_loss, inner, outer, hyper_at=hyper_at, memory=memory, metrics=metrics
+    outer_loss, inner, outer, hyper_at=hyper_at, window=memory, metrics=metrics
   )
   state, info = loop.run(loop.init(x, y, stream), stream, num_rounds)
   return state, info.metrics

@@ -48,7 +48,7 @@ def sobow_loop():
     "regret": jaxbo.online.local_regret(lambda x, batch: x - batch.val, window=3, at="current"),
     "path": jaxbo.online.path_length(lambda batch, last: jnp.linalg.norm(batch.val - last.val)),
   }
-  loop = jaxbo.online_loop(target_loss, INNER, outer, metrics=metrics, memory=2)
+  loop = jaxbo.online_loop(target_loss, INNER, outer, metrics=metrics, window=2)
   return loop, jax.jit(loop.run, static_argnums=2)
 
 
@@ -110,7 +110,7 @@ def test_the_memory_has_the_last_batches_and_nothing_for_metrics():
   loop, run = sobow_loop()
   state, _ = run(loop.init(ZERO, ZERO, STREAM, key=3), STREAM, 40)
   for age in (0, 1):
-    batch, present = state.memory.get(age)
+    batch, present = state.window.get(age)
     np.testing.assert_allclose(batch.val, STREAM(jax.random.key(3), 39 - age).val, rtol=1e-6)
     assert present
     assert batch.extra is None
@@ -157,7 +157,7 @@ def test_oagd_with_the_settings_of_its_published_code(x64):
     optax.conditionally_mask(steps(0.05), lambda step, **_: step >= 1),
   )
   metrics = {"x": lambda round: round.after.x}
-  loop = jaxbo.online_loop(outer_loss, inner, outer, memory=3, replay=True, metrics=metrics)
+  loop = jaxbo.online_loop(outer_loss, inner, outer, window=3, replay=True, metrics=metrics)
   rows = lambda problem, key, t: (
     (problem.A[t], problem.B, problem.b[t]),
     (problem.c[t], problem.e[t], problem.rho),
@@ -190,10 +190,10 @@ def test_an_outer_batch_that_is_not_finite_does_not_enter(method):
   if method == "sobow":
     states = states_of(jaxbo.sobow(0.1, INNER, window=2, inner_params=ZERO), stream)
     info = optax.tree.get(states, "WindowAverageInfo")
-    np.testing.assert_array_equal(info.gradient_finite, np.arange(8) != 3)
+    np.testing.assert_array_equal(info.finite, np.arange(8) != 3)
     counted = info.num_present
   else:
-    states = states_of(jaxbo.oagd(0.1, INNER, direct_loss), stream, memory=2)
+    states = states_of(jaxbo.oagd(0.1, INNER, direct_loss), stream, window=2)
     counted = optax.tree.get(states, "num_finite")
   np.testing.assert_array_equal(counted, [1, 2, 2, 1, 1, 2, 2, 2])
   chex.assert_tree_all_finite((states.x, states.solution, optax.tree.get(states, "values", 0)))
@@ -210,7 +210,7 @@ def test_a_batch_that_is_left_out_has_no_weight_among_those_present(normalizatio
   memory = jaxbo.online.Window(values, jnp.ones(2, bool), jnp.int32(0))
   solution = INNER.init(x)
   grads = (jnp.float32(6.0), x)  # Of the newest; the old one is not finite.
-  average, state = tx.update(grads, tx.init(x), x, solution=solution, batch=0.0, memory=memory)
+  average, state = tx.update(grads, tx.init(x), x, solution=solution, batch=0.0, window=memory)
   np.testing.assert_allclose(average, expected, rtol=1e-6)
   assert state.info.num_finite == 1
   np.testing.assert_allclose(state.info.average_norm, expected, rtol=1e-6)
@@ -221,7 +221,7 @@ def test_without_a_finite_response_the_direct_gradient_enters_the_window():
   inner = jaxbo.inner_solver(saddle_loss, optax.sgd(0.5), 1)
   stream = lambda key, t: (jnp.where(t == 3, jnp.inf, jnp.ones(2)), jnp.ones(2))
   states = states_of(jaxbo.sobow(0.1, inner, window=1, inner_params=ZERO), stream, inner)
-  finite = optax.tree.get(states, "response_finite")
+  finite = optax.tree.get(states, "finite")
   np.testing.assert_array_equal(finite, np.arange(8) != 3)
   chex.assert_tree_all_finite(states)
   np.testing.assert_allclose(optax.tree.get(states, "values")[3, 0], states.x[2] - 1, rtol=1e-6)
@@ -245,7 +245,7 @@ def test_negative_curvature_is_reported_or_damped_and_never_enters_the_window(da
   state, info = run(loop.init(ZERO, ZERO, stream))
   chex.assert_tree_all_finite((state.x, state.loop.outer_state))
   info = info.metrics["info"]
-  assert np.all(info.response_finite)
+  assert np.all(info.finite)
   if damping:
     assert not np.any(info.linear_breakdown)
     assert np.max(info.linear_residual) < 1e-4
@@ -399,7 +399,7 @@ def test_responses_of_the_run_cannot_be_taken_before_it(head):
 
 def test_oagd_needs_a_memory():
   loop = jaxbo.online_loop(target_loss, INNER, jaxbo.oagd(0.1, INNER, target_loss))
-  with pytest.raises(TypeError, match="update must be given memory=, the Window of the last"):
+  with pytest.raises(TypeError, match="update must be given window=, the Window of the last"):
     loop.step(loop.init(ZERO, ZERO, STREAM), STREAM(KEY, 0))
 
 
@@ -416,9 +416,9 @@ def test_bad_arguments_of_the_aliases_and_metrics():
   with pytest.raises(ValueError, match="at must be one of 'own', 'current', got 'here'"):
     jaxbo.online.local_regret(gradient, at="here")
   with pytest.raises(ValueError, match="project and step_size must be given together"):
-    jaxbo.online.local_regret(gradient, step_size=0.1)
+    jaxbo.online.local_regret(gradient, learning_rate=0.1)
   with pytest.raises(ValueError, match="step_size must be positive and finite, got 0"):
-    jaxbo.online.local_regret(gradient, project=lambda x: x, step_size=0.0)
+    jaxbo.online.local_regret(gradient, project=lambda x: x, learning_rate=0.0)
   with pytest.raises(ValueError, match="power must be positive and finite, got 0"):
     jaxbo.online.path_length(lambda batch, last: batch, power=0)
   loop = jaxbo.online_loop(

@@ -149,6 +149,6 @@ def test_bad_arguments():
   with pytest.raises(TypeError, match="update must be given outer_batch="):
     tx.update(params, tx.init(params), params, batch=None)
   with pytest.raises(ValueError, match="inner must be an inner solver with replay=True"):
-    jaxbo.online_loop(outer_loss, None, tx, memory=2, replay=True)
+    jaxbo.online_loop(outer_loss, None, tx, window=2, replay=True)
   with pytest.raises(ValueError, match="inner must be an inner solver with replay=True"):
     jaxbo.online_loop(outer_loss, None, tx, hyper_at="before")

@@ -185,7 +185,7 @@ def test_a_gradient_that_is_not_finite_leaves_an_empty_slot(bad, normalization):
   sums = np.array([1, 2.5, 4.25, 0 + 1.5 + 0.5, 5 + 0.75, 6 + 2.5])
   np.testing.assert_allclose(found["a"], sums / scale, rtol=1e-6)
   assert state.info.num_present == 2
-  assert state.info.gradient_finite
+  assert state.info.finite
 
 
 @pytest.mark.parametrize(("normalization", "first"), [("full", 2.5), ("present", 5.0)])
@@ -194,14 +194,14 @@ def test_nothing_is_left_after_a_whole_window_of_bad_gradients(normalization, fi
   found, state = averages(gradients, 2, normalization=normalization)
   np.testing.assert_array_equal(found, [first, 5.0, first, 0.0, 0.0])
   assert state.info.num_present == 0
-  assert not state.info.gradient_finite
+  assert not state.info.finite
   assert state.info.average_norm == 0
 
 
 def test_what_overflows_in_storage_counts_as_not_finite():
   found, state = averages(jnp.float32([1.0, 1e5]), 2, storage_dtype=jnp.float16)
   np.testing.assert_allclose(found, [0.5, 0.5])
-  assert not state.info.gradient_finite
+  assert not state.info.finite
 
 
 def test_info_has_the_norm_of_what_comes_out():

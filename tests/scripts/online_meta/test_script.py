@@ -503,8 +503,8 @@ def test_what_methods_are_made_of(tmp_path):
   }
   assert [name for name, value in buffers.items() if value] == ["c_maml_pap"]
   dropped = first("leeds", mine.but(first_order=True))
-  assert optax.tree.get(dropped, "response_finite") is None
-  assert optax.tree.get(states["leeds"], "response_finite") is not None
+  assert optax.tree.get(dropped, "finite") is None
+  assert optax.tree.get(states["leeds"], "finite") is not None
   # The task's x and y are 31 numbers each; two thresholds; two flags.
   streaming = states["maml"]._replace(task_stream_state=jnp.zeros(99))
   assert meta_methods.state_bytes(streaming, x) == 2 * 31 * 4 + 2 * 4 + 2
