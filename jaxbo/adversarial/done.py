@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxbo import _check, _tree
+from jaxbo._optimizer import LearningRate
 from jaxbo.adversarial import barrier as lower_level
 from jaxbo.adversarial.attack import check_batch, typed_key
 from jaxbo.adversarial.box import check_range, pixel_box
@@ -19,12 +20,11 @@ from jaxbo.adversarial.implicit import (
   image_gradient,
 )
 from jaxbo.bilevel.linear_solvers import LinearSolver, conjugate_gradient
-from jaxbo.dro.aliases import Optimizer
+from jaxbo.dro.aliases import descent
 from jaxbo.dro.batch import AxisName
 from jaxbo.dro.compositional import compositional
 from jaxbo.dro.kl import kl
 from jaxbo.dro.per_example import PerExampleGrads, per_example_grad
-from jaxbo.dro.reweight import reweight
 from jaxbo.dro.temperature import Temperature
 
 
@@ -194,11 +194,10 @@ def done_grad(
 
 
 def done(
-  learning_rate: optax.ScalarOrSchedule,
+  learning_rate: LearningRate,
   temperature: Temperature = 1.0,
   *,
   rate: float | jax.Array | Callable[[Any], Any] = 0.1,
-  optimizer: Optimizer = optax.sgd,
   axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""DONE: :func:`~jaxbo.dro.kl` weights by a moving average of their normaliser, then descent.
@@ -209,16 +208,15 @@ def done(
   gives through the attack: gradients come in from there.
 
   Args:
-    learning_rate: a float or a schedule.
+    learning_rate: of SGD, a float or a schedule; or another optimizer in its place.
     temperature: :math:`r`, as in :func:`~jaxbo.dro.kl`; a number or a schedule. The default is
       ours: the paper's could not be found.
     rate: as in :func:`~jaxbo.dro.compositional`; 1 for weights of each batch alone. The default is
       ours.
-    optimizer: the optimizer behind, made by ``optimizer(learning_rate)``.
     axis_name: as in :func:`reweight`.
 
   Returns:
-    ``optax.chain(reweight(compositional(kl(temperature), rate)), optimizer(learning_rate))``.
+    ``optax.chain(reweight(compositional(kl(temperature), rate)), optax.sgd(learning_rate))``.
 
   Example:
     >>> import jax, jax.numpy as jnp, jaxbo, optax
@@ -245,5 +243,4 @@ def done(
     Sow, Lin, Wang and Liang, `Doubly Robust Instance-Reweighted Adversarial Training
     <https://arxiv.org/abs/2308.00311>`_, 2024.
   """
-  weighting = compositional(kl(temperature), rate)
-  return optax.chain(reweight(weighting, axis_name=axis_name), optimizer(learning_rate))
+  return descent(learning_rate, compositional(kl(temperature), rate), axis_name)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxbo import _check, _tree
+from jaxbo._optimizer import LearningRate
 from jaxbo.bilevel.parameters import Bilevel, check_params, scalar_dtype
 from jaxbo.bilevel.projection import Projection, descend
 from jaxbo.bilevel.response import MISSING
@@ -160,27 +161,30 @@ def add_dynamic_barrier(
 
 
 def bome(
-  learning_rate: optax.ScalarOrSchedule | Bilevel,
+  learning_rate: LearningRate | Bilevel,
   inner_loss: Callable[..., Any],
   *,
   barrier_rate: float | jax.Array = 0.5,
   num_steps: int = 10,
   inner_optimizer: optax.GradientTransformation,
+  phi: str = "gradient",
+  epsilon: float | jax.Array = 1e-8,
   project_outer: Projection | None = None,
   project_inner: Projection | None = None,
-  **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
   r"""BOME: gradient descent along :func:`add_dynamic_barrier`, with projections.
 
   Args:
-    learning_rate: a float or a schedule for both levels, or :class:`jaxbo.Bilevel` of two.
+    learning_rate: a float or a schedule for both levels, or an optimizer in its place; or
+      :class:`jaxbo.Bilevel` of two.
     inner_loss: as in :func:`add_dynamic_barrier`.
     barrier_rate: as there; the default is that of the published toys.
     num_steps: as there; the default is that of the published toys.
     inner_optimizer: as there.
+    phi: as there.
+    epsilon: as there.
     project_outer: the projection on :math:`X`, or ``None``.
     project_inner: the projection on :math:`Y`, for ``y`` as for the lower value; or ``None``.
-    **options: all other arguments of :func:`add_dynamic_barrier`.
 
   Returns:
     ``optax.chain(add_dynamic_barrier(...), optax.scale_by_learning_rate(learning_rate),
@@ -205,7 +209,8 @@ def bome(
     barrier_rate=barrier_rate,
     num_steps=num_steps,
     inner_optimizer=inner_optimizer,
+    phi=phi,
+    epsilon=epsilon,
     project_inner=project_inner,
-    **options,
   )
   return optax.chain(head, *descend(learning_rate, project_outer, project_inner))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxbo import _check, _random, _tree
+from jaxbo._optimizer import LearningRate, optimizer
 from jaxbo.bilevel.directions import FAMILIES
 from jaxbo.bilevel.inner import InnerSolver
 from jaxbo.bilevel.perturbation import Run, Sampling, estimate, start_for, where_finite
@@ -259,22 +260,41 @@ def add_es_response(
 
 
 def esj(
-  learning_rate: optax.ScalarOrSchedule,
+  learning_rate: LearningRate,
   inner: InnerSolver,
   num_samples: int = 16,
   smoothing: float | jax.Array = 1e-2,
-  **options: Any,
+  *,
+  directions: str = "gaussian",
+  difference: str = "forward",
+  sample_batch_size: int | None = None,
+  redraw: bool = True,
+  perturb_features: bool = True,
+  per_task: bool = False,
+  response_scale: float | jax.Array = 1.0,
+  mesh: jax.sharding.Mesh | None = None,
+  axis_name: str | None = None,
+  key: jax.typing.ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
   """ESJ (PZOBO): gradient descent along :func:`add_es_response`.
 
   With a solver whose ``per_step_batches`` is true it is ESJ-S (PZOBO-S).
 
   Args:
-    learning_rate: a float or a schedule.
+    learning_rate: a float or a schedule; or an optimizer in its place.
     inner: the inner solver.
-    num_samples: as in :func:`add_es_response`.
-    smoothing: as in :func:`add_es_response`.
-    **options: all other arguments of :func:`add_es_response`, such as ``directions`` and ``key``.
+    num_samples: as in :func:`add_es_response`, like all that follow.
+    smoothing: the radius of the perturbations.
+    directions: their family.
+    difference: the kind of difference.
+    sample_batch_size: how many samples run at once.
+    redraw: whether directions are drawn again instead of being kept.
+    perturb_features: whether features are perturbed instead of ``x``.
+    per_task: whether every task gets directions of its own.
+    response_scale: a factor on the estimated response.
+    mesh: a mesh over which the samples are divided.
+    axis_name: its axis.
+    key: an int, a raw key array or a typed key.
 
   Returns:
     ``optax.chain(add_es_response(...), optax.scale_by_learning_rate(learning_rate))``.
@@ -291,6 +311,20 @@ def esj(
     2.0
   """
   return optax.chain(
-    add_es_response(inner, num_samples, smoothing, **options),
-    optax.scale_by_learning_rate(learning_rate),
+    add_es_response(
+      inner,
+      num_samples,
+      smoothing,
+      directions=directions,
+      difference=difference,
+      sample_batch_size=sample_batch_size,
+      redraw=redraw,
+      perturb_features=perturb_features,
+      per_task=per_task,
+      response_scale=response_scale,
+      mesh=mesh,
+      axis_name=axis_name,
+      key=key,
+    ),
+    optimizer(learning_rate),
   )

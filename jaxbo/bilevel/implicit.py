@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxbo import _check, _tree
+from jaxbo._optimizer import LearningRate, optimizer
 from jaxbo.bilevel import linear_solvers
 from jaxbo.bilevel.inner import InnerSolver, check_per_step
 from jaxbo.bilevel.response import MISSING, add, check_solver, check_update, guard, zero_norm
@@ -196,7 +197,7 @@ def add_implicit_response(
 
 
 def aid(
-  learning_rate: optax.ScalarOrSchedule,
+  learning_rate: LearningRate,
   inner: InnerSolver,
   linear_solver: linear_solvers.LinearSolver | Any | None = None,
   *,
@@ -205,7 +206,7 @@ def aid(
   """Approximate implicit differentiation: gradient descent along :func:`add_implicit_response`.
 
   Args:
-    learning_rate: a float or a schedule.
+    learning_rate: a float or a schedule; or an optimizer in its place.
     inner: the inner solver.
     linear_solver: as in :func:`add_implicit_response`; ten steps of
       :func:`jaxbo.conjugate_gradient` from zero if not given (our choice).
@@ -229,15 +230,15 @@ def aid(
     linear_solver = linear_solvers.conjugate_gradient(num_steps=10)
   return optax.chain(
     add_implicit_response(inner, linear_solver, inner_params=inner_params),
-    optax.scale_by_learning_rate(learning_rate),
+    optimizer(learning_rate),
   )
 
 
 def stocbio(
-  learning_rate: optax.ScalarOrSchedule,
+  learning_rate: LearningRate,
   inner: InnerSolver,
   num_steps: int,
-  linear_learning_rate: float,
+  linear_learning_rate: float | jax.Array,
 ) -> optax.GradientTransformationExtraArgs:
   r"""stocBiO: gradient descent along the implicit response with a truncated Neumann series.
 
@@ -245,7 +246,7 @@ def stocbio(
   independent batch for the linear system, which ``update`` takes as ``linear_batch=``.
 
   Args:
-    learning_rate: a float or a schedule.
+    learning_rate: a float or a schedule; or an optimizer in its place.
     inner: the inner solver.
     num_steps: products :math:`Q` of the series, see :func:`jaxbo.neumann`.
     linear_learning_rate: the step :math:`\eta` of the series, below

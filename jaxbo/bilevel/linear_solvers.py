@@ -147,7 +147,9 @@ def conjugate_gradient(
   return LinearSolver(solve, warm_start)
 
 
-def fixed_point(num_steps: int, learning_rate: float, *, warm_start: bool = False) -> LinearSolver:
+def fixed_point(
+  num_steps: int, learning_rate: float | jax.Array, *, warm_start: bool = False
+) -> LinearSolver:
   r"""Fixed-point (Richardson) iteration :math:`x \leftarrow x + \eta\,(b - A x)`.
 
   It converges for eigenvalues of :math:`A` in :math:`(0, 2/\eta)`. On a singular :math:`A` the part
@@ -191,7 +193,7 @@ def fixed_point(num_steps: int, learning_rate: float, *, warm_start: bool = Fals
   return LinearSolver(solve, warm_start)
 
 
-def neumann(num_steps: int, learning_rate: float) -> LinearSolver:
+def neumann(num_steps: int, learning_rate: float | jax.Array) -> LinearSolver:
   r"""The truncated Neumann series of stocBiO.
 
   .. math:: x = \eta \sum_{q=0}^{Q} (I - \eta A)^q\, b

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxbo import _check, _tree
+from jaxbo._optimizer import LearningRate, optimizer
 from jaxbo.bilevel.parameters import Bilevel, check_params, scalar_dtype
 from jaxbo.bilevel.projection import Projection, descend, project
 from jaxbo.bilevel.response import MISSING
@@ -175,7 +176,7 @@ def add_value_function_penalty(
 
 
 def v_pbgd(
-  learning_rate: optax.ScalarOrSchedule | Bilevel,
+  learning_rate: LearningRate | Bilevel,
   inner_loss: Callable[..., Any],
   *,
   multiplier: optax.ScalarOrSchedule,
@@ -187,7 +188,8 @@ def v_pbgd(
   r"""V-PBGD: gradient descent along a normalized :func:`add_value_function_penalty`.
 
   Args:
-    learning_rate: a float or a schedule for both levels, or :class:`jaxbo.Bilevel` of two; it
+    learning_rate: a float or a schedule for both levels, or an optimizer in its place; or
+      :class:`jaxbo.Bilevel` of two. It
       multiplies :math:`\min(1 / \gamma, 1)`.
     inner_loss: as in :func:`add_value_function_penalty`.
     multiplier: as there.
@@ -226,8 +228,8 @@ def v_pbgd(
 
 
 def f2sa(
-  outer_learning_rate: optax.ScalarOrSchedule,
-  inner_learning_rate: optax.ScalarOrSchedule,
+  outer_learning_rate: LearningRate,
+  inner_learning_rate: LearningRate,
   inner_loss: Callable[..., Any],
   *,
   multiplier: optax.ScalarOrSchedule,
@@ -242,8 +244,8 @@ def f2sa(
   :math:`\hat y` follows the minimum of :math:`g`, and :math:`y` that of :math:`f + \gamma g`.
 
   Args:
-    outer_learning_rate: a float or a schedule for :math:`x`. A schedule counts the updates in
-      which :math:`x` moves.
+    outer_learning_rate: a float or a schedule for :math:`x`, or an optimizer. A schedule counts the
+      updates in which :math:`x` moves.
     inner_learning_rate: the same for :math:`y`, at most :math:`1 / (L_f + \gamma L_g)`.
     inner_loss: as in :func:`add_value_function_penalty`.
     multiplier: as there; the published one rises. It counts all updates.
@@ -279,8 +281,8 @@ def f2sa(
     1.0
   """
   levels: dict[Hashable, optax.GradientTransformation] = {
-    "outer": optax.scale_by_learning_rate(outer_learning_rate),
-    "inner": optax.scale_by_learning_rate(inner_learning_rate),
+    "outer": optimizer(outer_learning_rate),
+    "inner": optimizer(inner_learning_rate),
   }
   if alternate is not None:
     period = _check.positive_int("alternate", alternate) + 1

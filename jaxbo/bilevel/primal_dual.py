@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxbo import _check, _tree
+from jaxbo._optimizer import LearningRate
 from jaxbo.bilevel.parameters import Bilevel, check_params, scalar_dtype
 from jaxbo.bilevel.projection import Projection, descend, project_tree
 from jaxbo.bilevel.response import MISSING
@@ -251,30 +252,36 @@ def add_primal_dual_penalty(
 
 
 def pdbo(
-  learning_rate: optax.ScalarOrSchedule | Bilevel,
+  learning_rate: LearningRate | Bilevel,
   inner_loss: Callable[..., Any],
   *,
   slack: float | jax.Array,
   dual_learning_rate: optax.ScalarOrSchedule,
   num_steps: int,
   inner_optimizer: optax.GradientTransformation,
+  value_regularizer: float | jax.Array = 0.0,
+  dual_bound: float | jax.Array = 100.0,
+  extrapolation: optax.ScalarOrSchedule = 0.0,
   project_outer: Projection | None = None,
   project_inner: Projection | None = None,
-  **options: Any,
+  gap_steps: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
   r"""PDBO: gradient descent along :func:`add_primal_dual_penalty`, with projections.
 
   Args:
-    learning_rate: a float or a schedule for both levels, at most :math:`1 / (L_f + B L_h)`; or
-      :class:`jaxbo.Bilevel` of two.
-    inner_loss: as in :func:`add_primal_dual_penalty`.
-    slack: as there.
-    dual_learning_rate: as there.
-    num_steps: as there.
-    inner_optimizer: as there.
+    learning_rate: a float or a schedule for both levels, at most :math:`1 / (L_f + B L_h)`, or an
+      optimizer in its place; or :class:`jaxbo.Bilevel` of two.
+    inner_loss: as in :func:`add_primal_dual_penalty`, like all that follow.
+    slack: of the constraint.
+    dual_learning_rate: of the multiplier.
+    num_steps: for the lower value.
+    inner_optimizer: for the lower value.
+    value_regularizer: of the lower value.
+    dual_bound: the largest multiplier.
+    extrapolation: of the constraint.
     project_outer: the projection on :math:`X`, or ``None``.
     project_inner: the projection on :math:`Y`, for ``y`` as for the lower value; or ``None``.
-    **options: all other arguments of :func:`add_primal_dual_penalty`.
+    gap_steps: steps of the diagnostic gap.
 
   Returns:
     ``optax.chain(add_primal_dual_penalty(...), optax.scale_by_learning_rate(learning_rate),
@@ -301,8 +308,11 @@ def pdbo(
     dual_learning_rate=dual_learning_rate,
     num_steps=num_steps,
     inner_optimizer=inner_optimizer,
+    value_regularizer=value_regularizer,
+    dual_bound=dual_bound,
+    extrapolation=extrapolation,
     project_outer=project_outer,
     project_inner=project_inner,
-    **options,
+    gap_steps=gap_steps,
   )
   return optax.chain(head, *descend(learning_rate, project_outer, project_inner))

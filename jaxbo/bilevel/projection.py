@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxbo import _check, _tree
+from jaxbo._optimizer import LearningRate, optimizer
 from jaxbo.bilevel.parameters import Bilevel, check_params
 
 Projection = Callable[[optax.Params], optax.Params]
@@ -129,19 +130,21 @@ def _end_inside(name, projection, updates, params):
 
 
 def descend(
-  learning_rate: Any, project_outer: Projection | None, project_inner: Projection | None
+  learning_rate: LearningRate | Bilevel,
+  project_outer: Projection | None,
+  project_inner: Projection | None,
 ) -> list[optax.GradientTransformation]:
-  """The tail of the aliases: a learning rate for both levels or one each, and projections."""
+  """The tail of the aliases: a learning rate or optimizer for both levels or each; projections."""
   if isinstance(learning_rate, Bilevel):
     tail = optax.partition(
       {
-        "outer": optax.scale_by_learning_rate(learning_rate.outer),
-        "inner": optax.scale_by_learning_rate(learning_rate.inner),
+        "outer": optimizer(learning_rate.outer),
+        "inner": optimizer(learning_rate.inner),
       },
       Bilevel("outer", "inner"),
     )
   else:
-    tail = optax.scale_by_learning_rate(learning_rate)
+    tail = optimizer(learning_rate)
   if project_outer is None and project_inner is None:
     return [tail]
   return [tail, project(project_outer, project_inner)]

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxbo import _check, _tree
+from jaxbo._optimizer import LearningRate
 from jaxbo.bilevel.parameters import Bilevel, check_params, scalar_dtype
 from jaxbo.bilevel.primal_dual import add_primal_dual_penalty
 from jaxbo.bilevel.projection import Projection, descend
@@ -135,28 +136,42 @@ def add_proximal_terms(
 
 
 def proximal_pdbo(
-  learning_rate: optax.ScalarOrSchedule | Bilevel,
+  learning_rate: LearningRate | Bilevel,
   inner_loss: Callable[..., Any],
   *,
   outer_weight: float | jax.Array,
   constraint_weight: float | jax.Array,
   period: int,
+  slack: float | jax.Array,
+  dual_learning_rate: optax.ScalarOrSchedule,
+  num_steps: int,
+  inner_optimizer: optax.GradientTransformation,
+  value_regularizer: float | jax.Array = 0.0,
+  dual_bound: float | jax.Array = 100.0,
+  extrapolation: optax.ScalarOrSchedule = 0.0,
   project_outer: Projection | None = None,
   project_inner: Projection | None = None,
-  **options: Any,
+  gap_steps: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Proximal-PDBO: PDBO on a strongly convex problem around a centre that moves.
 
   Args:
-    learning_rate: a float or a schedule for both levels, or :class:`jaxbo.Bilevel` of two.
+    learning_rate: a float or a schedule for both levels, or an optimizer in its place; or
+      :class:`jaxbo.Bilevel` of two.
     inner_loss: as in :func:`add_primal_dual_penalty`.
     outer_weight: as in :func:`add_proximal_terms`.
     constraint_weight: as there.
     period: as there.
+    slack: as in :func:`add_primal_dual_penalty`, like all that follow.
+    dual_learning_rate: of the multiplier.
+    num_steps: for the lower value.
+    inner_optimizer: for the lower value.
+    value_regularizer: of the lower value.
+    dual_bound: the largest multiplier.
+    extrapolation: of the constraint.
     project_outer: the projection on :math:`X`, or ``None``.
     project_inner: the projection on :math:`Y`, for ``y`` as for the lower value; or ``None``.
-    **options: all other arguments of :func:`add_primal_dual_penalty`, ``slack``,
-      ``dual_learning_rate``, ``num_steps`` and ``inner_optimizer`` among them.
+    gap_steps: steps of the diagnostic gap.
 
   Returns:
     ``optax.chain(add_proximal_terms(add_primal_dual_penalty(...), ...),
@@ -179,7 +194,17 @@ def proximal_pdbo(
     1.0
   """
   head = add_primal_dual_penalty(
-    inner_loss, project_outer=project_outer, project_inner=project_inner, **options
+    inner_loss,
+    slack=slack,
+    dual_learning_rate=dual_learning_rate,
+    num_steps=num_steps,
+    inner_optimizer=inner_optimizer,
+    value_regularizer=value_regularizer,
+    dual_bound=dual_bound,
+    extrapolation=extrapolation,
+    project_outer=project_outer,
+    project_inner=project_inner,
+    gap_steps=gap_steps,
   )
   head = add_proximal_terms(
     head, outer_weight=outer_weight, constraint_weight=constraint_weight, period=period

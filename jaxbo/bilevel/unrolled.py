@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxbo import _check, _tree
+from jaxbo._optimizer import LearningRate, optimizer
 from jaxbo.bilevel.inner import InnerSolver
 from jaxbo.bilevel.response import MISSING, add, check_solver, check_update, guard, zero_norm
 
@@ -100,12 +101,12 @@ def add_unrolled_response(
 
 
 def itd(
-  learning_rate: optax.ScalarOrSchedule, inner: InnerSolver, num_steps: int | None = None
+  learning_rate: LearningRate, inner: InnerSolver, num_steps: int | None = None
 ) -> optax.GradientTransformationExtraArgs:
   """Iterative differentiation: gradient descent along :func:`add_unrolled_response`.
 
   Args:
-    learning_rate: a float or a schedule.
+    learning_rate: a float or a schedule; or an optimizer in its place.
     inner: the inner solver.
     num_steps: how many of the last inner steps to differentiate; ``None`` for all.
 
@@ -123,6 +124,4 @@ def itd(
     >>> print(state.x.round(3))
     2.0
   """
-  return optax.chain(
-    add_unrolled_response(inner, num_steps), optax.scale_by_learning_rate(learning_rate)
-  )
+  return optax.chain(add_unrolled_response(inner, num_steps), optimizer(learning_rate))

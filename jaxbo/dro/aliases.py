@@ -1,11 +1,11 @@
 """Whole methods of distributionally robust training, under their papers' names."""
 
-from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from collections.abc import Sequence
 
 import jax
 import optax
 
+from jaxbo._optimizer import LearningRate, optimizer
 from jaxbo.dro.batch import AxisName
 from jaxbo.dro.chi_square import chi_square_ball
 from jaxbo.dro.cvar import cvar
@@ -15,23 +15,19 @@ from jaxbo.dro.reweight import reweight
 from jaxbo.dro.temperature import Temperature
 from jaxbo.dro.weighting import Weighting
 
-Optimizer: TypeAlias = Callable[..., optax.GradientTransformation]
 
-
-def _method(
-  learning_rate: optax.ScalarOrSchedule,
-  weighting: Weighting,
-  optimizer: Optimizer,
-  axis_name: AxisName,
+def descent(
+  learning_rate: LearningRate, weighting: Weighting, axis_name: AxisName
 ) -> optax.GradientTransformationExtraArgs:
-  return optax.chain(reweight(weighting, axis_name=axis_name), optimizer(learning_rate))
+  """Reweighting before SGD, or before the optimizer that was given."""
+  behind = optimizer(learning_rate, optax.sgd)
+  return optax.chain(reweight(weighting, axis_name=axis_name), behind)
 
 
 def ir_dro(
-  learning_rate: optax.ScalarOrSchedule,
+  learning_rate: LearningRate,
   temperature: Temperature = 1.0,
   *,
-  optimizer: Optimizer = optax.adamw,
   axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
   """IR-DRO: instance reweighting for continual training, :func:`~jaxbo.dro.kl` before AdamW.
@@ -40,13 +36,13 @@ def ir_dro(
   whole batch.
 
   Args:
-    learning_rate: a float or a schedule; published runs use 2e-6.
+    learning_rate: of AdamW, a float or a schedule; published runs use 2e-6. Or another optimizer
+      in its place.
     temperature: as in :func:`~jaxbo.dro.kl`; the default is the published one.
-    optimizer: the optimizer behind, made by ``optimizer(learning_rate)``.
     axis_name: as in :func:`reweight`.
 
   Returns:
-    ``optax.chain(reweight(kl(temperature)), optimizer(learning_rate))``.
+    ``optax.chain(reweight(kl(temperature)), optax.adamw(learning_rate))``.
 
   Example:
     >>> import jax, jax.numpy as jnp, jaxbo, optax
@@ -61,32 +57,31 @@ def ir_dro(
     Chen et al., `Take the Bull by the Horns: Hard Sample-Reweighted Continual Training Improves LLM
     Generalization <https://arxiv.org/abs/2402.14270>`_, 2024.
   """
-  return _method(learning_rate, kl(temperature), optimizer, axis_name)
+  behind = optimizer(learning_rate, optax.adamw)
+  return optax.chain(reweight(kl(temperature), axis_name=axis_name), behind)
 
 
 def group_dro(
-  learning_rate: optax.ScalarOrSchedule,
+  learning_rate: LearningRate,
   num_groups: int,
   group_learning_rate: float | jax.Array = 0.01,
   *,
-  adjustment: float | jax.Array = 0.0,
+  adjustment: float | jax.Array | None = None,
   group_sizes: Sequence[int] | None = None,
-  optimizer: Optimizer = optax.sgd,
   axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
   """Group DRO: descent on the worst group, :func:`~jaxbo.dro.group` weights before SGD.
 
   Args:
-    learning_rate: a float or a schedule.
+    learning_rate: of SGD, a float or a schedule; or another optimizer in its place.
     num_groups: as in :func:`~jaxbo.dro.group`; ``update`` needs ``groups=``.
     group_learning_rate: as in :func:`~jaxbo.dro.group`; the default is the published one.
     adjustment: as in :func:`~jaxbo.dro.group`.
     group_sizes: as in :func:`~jaxbo.dro.group`.
-    optimizer: the optimizer behind, made by ``optimizer(learning_rate)``.
     axis_name: as in :func:`reweight`.
 
   Returns:
-    ``optax.chain(reweight(group(...)), optimizer(learning_rate))``.
+    ``optax.chain(reweight(group(...)), optax.sgd(learning_rate))``.
 
   Example:
     >>> import jax, jax.numpy as jnp, jaxbo, optax
@@ -108,26 +103,24 @@ def group_dro(
     <https://arxiv.org/abs/1911.08731>`_, 2020.
   """
   weighting = group(num_groups, group_learning_rate, adjustment=adjustment, group_sizes=group_sizes)
-  return _method(learning_rate, weighting, optimizer, axis_name)
+  return descent(learning_rate, weighting, axis_name)
 
 
 def cvar_dro(
-  learning_rate: optax.ScalarOrSchedule,
+  learning_rate: LearningRate,
   level: float | jax.Array,
   *,
-  optimizer: Optimizer = optax.sgd,
   axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
   """CVaR-DRO: descent on the mean of the worst losses, :func:`~jaxbo.dro.cvar` weights before SGD.
 
   Args:
-    learning_rate: a float or a schedule.
+    learning_rate: of SGD, a float or a schedule; or another optimizer in its place.
     level: as in :func:`~jaxbo.dro.cvar`.
-    optimizer: the optimizer behind, made by ``optimizer(learning_rate)``.
     axis_name: as in :func:`reweight`.
 
   Returns:
-    ``optax.chain(reweight(cvar(level)), optimizer(learning_rate))``.
+    ``optax.chain(reweight(cvar(level)), optax.sgd(learning_rate))``.
 
   Example:
     >>> import jax, jax.numpy as jnp, jaxbo, optax
@@ -142,26 +135,24 @@ def cvar_dro(
     Levy et al., `Large-Scale Methods for Distributionally Robust Optimization
     <https://arxiv.org/abs/2010.05893>`_, 2020.
   """
-  return _method(learning_rate, cvar(level), optimizer, axis_name)
+  return descent(learning_rate, cvar(level), axis_name)
 
 
 def chi2_dro(
-  learning_rate: optax.ScalarOrSchedule,
+  learning_rate: LearningRate,
   radius: float | jax.Array,
   *,
-  optimizer: Optimizer = optax.sgd,
   axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
   """Chi-square DRO: descent on the worst case over :func:`~jaxbo.dro.chi_square_ball`, before SGD.
 
   Args:
-    learning_rate: a float or a schedule.
+    learning_rate: of SGD, a float or a schedule; or another optimizer in its place.
     radius: as in :func:`~jaxbo.dro.chi_square_ball`.
-    optimizer: the optimizer behind, made by ``optimizer(learning_rate)``.
     axis_name: as in :func:`reweight`.
 
   Returns:
-    ``optax.chain(reweight(chi_square_ball(radius)), optimizer(learning_rate))``.
+    ``optax.chain(reweight(chi_square_ball(radius)), optax.sgd(learning_rate))``.
 
   Example:
     >>> import jax, jax.numpy as jnp, jaxbo, optax
@@ -176,27 +167,25 @@ def chi2_dro(
     Namkoong and Duchi, `Variance-based Regularization with Convex Objectives
     <https://arxiv.org/abs/1610.02581>`_, 2017.
   """
-  return _method(learning_rate, chi_square_ball(radius), optimizer, axis_name)
+  return descent(learning_rate, chi_square_ball(radius), axis_name)
 
 
 def term(
-  learning_rate: optax.ScalarOrSchedule,
+  learning_rate: LearningRate,
   tilt: float | jax.Array | optax.Schedule,
   *,
-  optimizer: Optimizer = optax.sgd,
   axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
   """TERM: tilted empirical risk minimisation, :func:`~jaxbo.dro.tilted` weights before SGD.
 
   Args:
-    learning_rate: a float or a schedule.
+    learning_rate: of SGD, a float or a schedule; or another optimizer in its place.
     tilt: :math:`t`, as in :func:`~jaxbo.dro.tilted`: positive for fairness, negative for robustness
       to outliers.
-    optimizer: the optimizer behind, made by ``optimizer(learning_rate)``.
     axis_name: as in :func:`reweight`.
 
   Returns:
-    ``optax.chain(reweight(tilted(tilt)), optimizer(learning_rate))``.
+    ``optax.chain(reweight(tilted(tilt)), optax.sgd(learning_rate))``.
 
   Example:
     >>> import jax, jax.numpy as jnp, jaxbo, optax
@@ -216,4 +205,4 @@ def term(
   References:
     Li et al., `Tilted Empirical Risk Minimization <https://arxiv.org/abs/2007.01162>`_, 2021.
   """
-  return _method(learning_rate, tilted(tilt), optimizer, axis_name)
+  return descent(learning_rate, tilted(tilt), axis_name)

@@ -26,7 +26,7 @@ def group(
   num_groups: int,
   learning_rate: float | jax.Array,
   *,
-  adjustment: float | jax.Array = 0.0,
+  adjustment: float | jax.Array | None = None,
   group_sizes: Sequence[int] | None = None,
 ) -> Weighting:
   r"""The worst case over groups, whose weights climb by exponentiated gradient (group DRO).
@@ -44,7 +44,8 @@ def group(
     num_groups: the number of groups, at least 1.
     learning_rate: :math:`\eta > 0`; the published experiments use 0.01.
     adjustment: :math:`C \ge 0`, the generalisation adjustment: groups of few training examples
-      count as if their loss were higher. It changes the weights alone, not the losses.
+      count as if their loss were higher. It changes the weights alone, not the losses. ``None`` is
+      zero.
     group_sizes: :math:`n_g`, the training examples of each group; needed for ``adjustment``.
 
   Returns:
@@ -73,13 +74,14 @@ def group(
   """
   num_groups = _check.positive_int("num_groups", num_groups)
   _check.positive("learning_rate", learning_rate)
-  _check.non_negative("adjustment", adjustment)
+  if adjustment is not None:
+    _check.non_negative("adjustment", adjustment)
   sizes = np.ones(num_groups)
   if group_sizes is not None:
     sizes = np.asarray(group_sizes)
     if sizes.shape != (num_groups,) or not np.all(sizes > 0):
       raise ValueError(f"group_sizes must be {num_groups} positive numbers, got {group_sizes}")
-  elif isinstance(adjustment, jax.Array) or adjustment > 0:
+  elif adjustment is not None:
     raise ValueError(f"group_sizes must be given with adjustment={adjustment}, got None")
 
   def init(dtype: jax.typing.DTypeLike = jnp.float32) -> GroupState:
@@ -92,7 +94,9 @@ def group(
     in_group = lambda x: batch.over.sum(jnp.where(member, x[:, None], 0), axis=0)
     mass = in_group(batch.reference)
     losses = in_group(batch.reference * batch.losses) / at_least_tiny(mass)
-    bonus = jnp.asarray(adjustment, dtype) / jnp.sqrt(jnp.asarray(sizes, dtype))
+    bonus = jnp.asarray(0.0 if adjustment is None else adjustment, dtype) / jnp.sqrt(
+      jnp.asarray(sizes, dtype)
+    )
     gain = jnp.asarray(learning_rate, dtype) * jnp.where(mass > 0, losses + bonus, 0)
     log_weights = jax.nn.log_softmax(state.group_log_weights.astype(dtype) + gain)
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import optax
 
 from jaxbo.bilevel.inner import InnerSolver
@@ -13,7 +14,13 @@ INFINITY = float("inf")
 
 
 def fine_tuning(
-  outer_loss: Callable[..., Any], inner: InnerSolver, **options: Any
+  outer_loss: Callable[..., Any],
+  inner: InnerSolver,
+  *,
+  start: Callable[[optax.Params], optax.Params] = optax.tree.zeros_like,
+  query: str = "given",
+  shift_score: str | Callable[[Any], jax.Array] = "energy",
+  metric: Callable[[Any, Any], Any] | None = None,
 ) -> OnlineMetaLearner:
   """One model that goes on learning, whatever the task: online descent.
 
@@ -24,7 +31,10 @@ def fine_tuning(
   Args:
     outer_loss: as in :func:`jaxbo.meta.online_meta_learner`.
     inner: the inner solver; its steps are those of a round.
-    **options: ``start``, ``shift_score`` and ``metric`` of :func:`jaxbo.meta.online_meta_learner`.
+    start: as in :func:`jaxbo.meta.online_meta_learner`, like all that follow.
+    query: what the adapted model is judged on.
+    shift_score: it is logged; nothing depends on it.
+    metric: what to report beside the loss.
 
   Returns:
     An :class:`jaxbo.meta.OnlineMetaLearner`.
@@ -40,13 +50,20 @@ def fine_tuning(
     >>> print(state.meta_params, state.task.y)
     [0.] [0.875]
   """
+  never = threshold_detector(INFINITY, INFINITY)
   return online_meta_learner(
-    outer_loss, inner, None, threshold_detector(INFINITY, INFINITY), **options
+    outer_loss, inner, None, never, start=start, query=query, shift_score=shift_score, metric=metric
   )
 
 
 def frozen_maml(
-  outer_loss: Callable[..., Any], inner: InnerSolver, **options: Any
+  outer_loss: Callable[..., Any],
+  inner: InnerSolver,
+  *,
+  start: Callable[[optax.Params], optax.Params] = optax.tree.zeros_like,
+  query: str = "given",
+  shift_score: str | Callable[[Any], jax.Array] = "energy",
+  metric: Callable[[Any, Any], Any] | None = None,
 ) -> OnlineMetaLearner:
   """A meta-model that was learnt before the stream and stays: every round is adapted to anew.
 
@@ -56,7 +73,10 @@ def frozen_maml(
   Args:
     outer_loss: as in :func:`jaxbo.meta.online_meta_learner`.
     inner: the inner solver.
-    **options: ``start``, ``shift_score`` and ``metric`` of :func:`jaxbo.meta.online_meta_learner`.
+    start: as in :func:`jaxbo.meta.online_meta_learner`, like all that follow.
+    query: what the adapted model is judged on.
+    shift_score: it is logged; nothing depends on it.
+    metric: what to report beside the loss.
 
   Returns:
     An :class:`jaxbo.meta.OnlineMetaLearner`.
@@ -73,11 +93,28 @@ def frozen_maml(
     [0.] [0.5]
   """
   never = threshold_detector(INFINITY, INFINITY)
-  return online_meta_learner(outer_loss, inner, None, never, restart="always", **options)
+  return online_meta_learner(
+    outer_loss,
+    inner,
+    None,
+    never,
+    restart="always",
+    start=start,
+    shift_score=shift_score,
+    metric=metric,
+  )
 
 
 def train_from_scratch(
-  outer_loss: Callable[..., Any], inner: InnerSolver, detector: Detector, **options: Any
+  outer_loss: Callable[..., Any],
+  inner: InnerSolver,
+  detector: Detector,
+  *,
+  start: Callable[[optax.Params], optax.Params] = optax.tree.zeros_like,
+  query: str = "given",
+  switch_score: str = "loss",
+  shift_score: str | Callable[[Any], jax.Array] = "energy",
+  metric: Callable[[Any, Any], Any] | None = None,
 ) -> OnlineMetaLearner:
   """Every task begins at the same, untrained parameters and learns as long as it lasts.
 
@@ -85,7 +122,11 @@ def train_from_scratch(
     outer_loss: as in :func:`jaxbo.meta.online_meta_learner`.
     inner: the inner solver.
     detector: says where a task begins: :func:`jaxbo.meta.oracle_detector`, or one with thresholds.
-    **options: those of :func:`jaxbo.meta.online_meta_learner`.
+    start: as in :func:`jaxbo.meta.online_meta_learner`, like all that follow.
+    query: what the adapted model is judged on.
+    switch_score: which score the detector sees.
+    shift_score: it is logged; nothing depends on it.
+    metric: what to report beside the loss.
 
   Returns:
     An :class:`jaxbo.meta.OnlineMetaLearner`; give ``init`` parameters that were not trained.
@@ -104,14 +145,27 @@ def train_from_scratch(
     [0.75]
     [-2.]
   """
-  return online_meta_learner(outer_loss, inner, None, detector, **options)
+  return online_meta_learner(
+    outer_loss,
+    inner,
+    None,
+    detector,
+    switch_score=switch_score,
+    start=start,
+    shift_score=shift_score,
+    metric=metric,
+  )
 
 
 def meta_ogd(
   outer_loss: Callable[..., Any],
   inner: InnerSolver,
   outer: optax.GradientTransformation,
-  **options: Any,
+  *,
+  start: Callable[[optax.Params], optax.Params] = optax.tree.zeros_like,
+  query: str = "given",
+  shift_score: str | Callable[[Any], jax.Array] = "energy",
+  metric: Callable[[Any, Any], Any] | None = None,
 ) -> OnlineMetaLearner:
   r"""Online gradient descent of the meta-model: every round is a task, and all count alike.
 
@@ -123,8 +177,10 @@ def meta_ogd(
     outer_loss: as in :func:`jaxbo.meta.online_meta_learner`.
     inner: the inner solver.
     outer: a response and an optimizer without a gate: :func:`jaxbo.itd`.
-    **options: ``start``, ``query``, ``shift_score`` and ``metric`` of
-      :func:`jaxbo.meta.online_meta_learner`.
+    start: as in :func:`jaxbo.meta.online_meta_learner`, like all that follow.
+    query: what the meta-gradient judges.
+    shift_score: it is logged; nothing depends on it.
+    metric: what to report beside the loss.
 
   Returns:
     An :class:`jaxbo.meta.OnlineMetaLearner`.
@@ -142,4 +198,14 @@ def meta_ogd(
     [0.4375]
   """
   never = threshold_detector(INFINITY, INFINITY)
-  return online_meta_learner(outer_loss, inner, outer, never, restart="always", **options)
+  return online_meta_learner(
+    outer_loss,
+    inner,
+    outer,
+    never,
+    restart="always",
+    query=query,
+    start=start,
+    shift_score=shift_score,
+    metric=metric,
+  )

@@ -90,7 +90,9 @@ def c_maml(
   drop_threshold: jax.typing.ArrayLike,
   modulation: jax.typing.ArrayLike | None = None,
   response: optax.GradientTransformation | None = None,
-  **options: Any,
+  start: Callable[[optax.Params], optax.Params] = optax.tree.zeros_like,
+  shift_score: str | Callable[[Any], jax.Array] = "energy",
+  metric: Callable[[Any, Any], Any] | None = None,
 ) -> OnlineMetaLearner:
   r"""C-MAML: the last round is the support set and this one the query, unless the task changed.
 
@@ -109,7 +111,9 @@ def c_maml(
     drop_threshold: :math:`\gamma`; infinity never leaves an update out.
     modulation: :math:`\lambda` of :func:`~jaxbo.modulate_by_loss`, or ``None``.
     response: :func:`jaxbo.add_unrolled_response` if not given.
-    **options: ``start``, ``shift_score`` and ``metric`` of :func:`jaxbo.meta.online_meta_learner`.
+    start: as in :func:`jaxbo.meta.online_meta_learner`, like the next two.
+    shift_score: it is logged; nothing depends on it.
+    metric: what to report beside the loss.
 
   Returns:
     An :class:`jaxbo.meta.OnlineMetaLearner`. With the prolonged adaptation phase (a buffer of
@@ -148,7 +152,9 @@ def c_maml(
     restart="always",
     query="next",
     switch_score="drop",
-    **options,
+    start=start,
+    shift_score=shift_score,
+    metric=metric,
   )
 
 

@@ -4,6 +4,7 @@ import jax
 import optax
 
 from jaxbo import _check
+from jaxbo._optimizer import LearningRate, optimizer
 from jaxbo.bilevel.inner import InnerSolver
 from jaxbo.bilevel.response import check_solver
 from jaxbo.bilevel.unrolled import add_unrolled_response
@@ -11,7 +12,7 @@ from jaxbo.meta.gate import gate_by_detection
 
 
 def leeds(
-  learning_rate: optax.ScalarOrSchedule,
+  learning_rate: LearningRate,
   inner: InnerSolver,
   *,
   in_distribution_scale: jax.typing.ArrayLike = 0.1,
@@ -33,17 +34,9 @@ def leeds(
   of the paper: there the learner goes on with the task's own model as long as no switch is
   detected.
 
-  With another optimizer it is the same chain, written out:
-
-  .. code-block:: python
-
-    outer = optax.chain(
-      jaxbo.add_unrolled_response(inner),
-      jaxbo.gate_by_detection(optax.adam(1e-3), 0.1, 1.0),
-    )
-
   Args:
-    learning_rate: :math:`\beta`, a float or a schedule; it counts the meta-updates that were made.
+    learning_rate: :math:`\beta`, of SGD, a float or a schedule, which counts the meta-updates that
+      were made; or another optimizer in its place.
     inner: the inner solver.
     in_distribution_scale: :math:`c_{\text{in}} \ge 0`.
     out_of_distribution_scale: :math:`c_{\text{out}} \ge 0`.
@@ -81,6 +74,9 @@ def leeds(
   if response is not None:
     _check.transformation("response", response)
   gate = gate_by_detection(
-    optax.sgd(learning_rate), in_distribution_scale, out_of_distribution_scale, no_switch_scale
+    optimizer(learning_rate, optax.sgd),
+    in_distribution_scale,
+    out_of_distribution_scale,
+    no_switch_scale,
   )
   return optax.chain(add_unrolled_response(inner) if response is None else response, gate)

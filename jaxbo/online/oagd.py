@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxbo import _check, _tree
+from jaxbo._optimizer import LearningRate
 from jaxbo.bilevel import linear_solvers
 from jaxbo.bilevel.implicit import add_implicit_response
 from jaxbo.bilevel.inner import InnerSolution, InnerSolver
@@ -158,7 +159,7 @@ def average_over_batches(
 
 
 def oagd(
-  learning_rate: optax.ScalarOrSchedule,
+  learning_rate: LearningRate,
   inner: InnerSolver,
   outer_loss: Callable[..., Any],
   *,
@@ -190,7 +191,7 @@ def oagd(
   (There the window does not reach back over the end of an epoch; here it does.)
 
   Args:
-    learning_rate: a float or a schedule.
+    learning_rate: a float or a schedule; or an optimizer in its place.
     inner: the inner solver.
     outer_loss: the outer loss :math:`f`.
     decay: :math:`\eta` in (0, 1].

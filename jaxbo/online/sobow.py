@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import optax
 
+from jaxbo._optimizer import LearningRate, optimizer
 from jaxbo.bilevel import linear_solvers
 from jaxbo.bilevel.implicit import add_implicit_response
 from jaxbo.bilevel.inner import InnerSolver
@@ -14,7 +15,7 @@ from jaxbo.online.window import check_window, window_average
 
 
 def sobow(
-  learning_rate: optax.ScalarOrSchedule,
+  learning_rate: LearningRate,
   inner: InnerSolver,
   *,
   window: int,
@@ -75,8 +76,8 @@ def sobow(
   :math:`\nabla_x f_t` that is not leaves an empty slot (:func:`jaxbo.window_average`).
 
   Args:
-    learning_rate: :math:`\beta`, a float or a schedule. Mind the delay of the window: see
-      :func:`jaxbo.window_average` for the limits of stability.
+    learning_rate: :math:`\beta`, a float or a schedule; or an optimizer in its place. Mind the
+      delay of the window: see :func:`jaxbo.window_average` for the limits of stability.
     inner: the inner solver.
     window: :math:`K \ge 1`. The regret bound :math:`T / W + V_T + H_{2,T}` needs :math:`W` to grow
       with :math:`T`, so both :math:`K \to \infty` and :math:`\eta \to 1`, say
@@ -131,7 +132,7 @@ def sobow(
 
 
 def ogd(
-  learning_rate: optax.ScalarOrSchedule, *, project: Projection | None = None
+  learning_rate: LearningRate, *, project: Projection | None = None
 ) -> optax.GradientTransformationExtraArgs:
   r"""Online gradient descent: each level follows its own gradient, and the response is dropped.
 
@@ -143,7 +144,8 @@ def ogd(
   "OGD" of the published code of OAGD; a ``learning_rate`` of zero says so for any :math:`f`.
 
   Args:
-    learning_rate: :math:`\beta`, a float or a schedule. The inner step is that of the solver.
+    learning_rate: :math:`\beta`, a float or a schedule; or an optimizer in its place. The inner
+      step is that of the solver.
     project: the projection :math:`P_X`, or ``None``.
 
   Returns:
@@ -166,8 +168,8 @@ def ogd(
 
 
 def online_tail(
-  learning_rate: optax.ScalarOrSchedule, project: Projection | None
+  learning_rate: LearningRate, project: Projection | None
 ) -> list[optax.GradientTransformation]:
   """A learning rate, and the projection if there is one."""
-  tail: list[optax.GradientTransformation] = [optax.scale_by_learning_rate(learning_rate)]
+  tail: list[optax.GradientTransformation] = [optimizer(learning_rate)]
   return tail if project is None else [*tail, project_params(project)]

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxbo import _check, _tree
+from jaxbo._optimizer import LearningRate
 from jaxbo.bilevel.parameters import Bilevel, check_params, scalar_dtype
 from jaxbo.bilevel.projection import Projection, descend
 from jaxbo.bilevel.response import MISSING
@@ -124,8 +125,10 @@ def add_corrected_response(
     _check.takes_arguments(name, loss, "x", "y", "batch")
   if not callable(linear_learning_rate):
     _check.positive("linear_learning_rate", linear_learning_rate)
-  if not callable(correction) and _check.non_negative("correction", correction) > 1:
-    raise ValueError(f"correction must be in [0, 1], got {correction}")
+  if not callable(correction):
+    _check.non_negative("correction", correction)
+    if _check.is_known(correction) and correction > 1:
+      raise ValueError(f"correction must be in [0, 1], got {correction}")
   if radius is not None:
     _check.positive("radius", radius)
 
@@ -197,8 +200,8 @@ def _triple(params: Any, linear: optax.Params) -> Triple:
 
 
 def sogd(
-  outer_learning_rate: optax.ScalarOrSchedule,
-  inner_learning_rate: optax.ScalarOrSchedule,
+  outer_learning_rate: LearningRate,
+  inner_learning_rate: LearningRate,
   inner_loss: Callable[..., Any],
   outer_loss: Callable[..., Any],
   *,
@@ -215,7 +218,7 @@ def sogd(
   theory the learning rates fall like :math:`t^{-1/3}` and the correction like their square.
 
   Args:
-    outer_learning_rate: a float or a schedule for :math:`x`.
+    outer_learning_rate: a float or a schedule for :math:`x`, or an optimizer.
     inner_learning_rate: the same for :math:`y`.
     inner_loss: the inner loss :math:`g`.
     outer_loss: the outer loss :math:`f`.

@@ -50,34 +50,32 @@ def method(name, of_method, weighting, optimizer=optax.sgd):
 
 ALIASES = [
   method("ir_dro", jaxbo.ir_dro(0.1, FALLING), jaxbo.dro.kl(FALLING), optax.adamw),
-  method(
-    "ir_dro_with_adam", jaxbo.ir_dro(0.1, optimizer=optax.adam), jaxbo.dro.kl(1.0), optax.adam
-  ),
+  method("ir_dro_with_adam", jaxbo.ir_dro(optax.adam(0.1)), jaxbo.dro.kl(1.0), optax.adam),
   method("group_dro", jaxbo.group_dro(0.1, 2, 0.2, **GROUPS), jaxbo.dro.group(2, 0.2, **GROUPS)),
   method(
     "group_dro_with_adam",
-    jaxbo.group_dro(0.1, 2, optimizer=optax.adam),
+    jaxbo.group_dro(optax.adam(0.1), 2),
     jaxbo.dro.group(2, 0.01),
     optax.adam,
   ),
   method("cvar_dro", jaxbo.cvar_dro(0.1, 0.7), jaxbo.dro.cvar(0.7)),
   method(
     "cvar_dro_with_adam",
-    jaxbo.cvar_dro(0.1, 0.7, optimizer=optax.adam),
+    jaxbo.cvar_dro(optax.adam(0.1), 0.7),
     jaxbo.dro.cvar(0.7),
     optax.adam,
   ),
   method("chi2_dro", jaxbo.chi2_dro(0.1, 0.5), jaxbo.dro.chi_square_ball(0.5)),
   method(
     "chi2_dro_with_adam",
-    jaxbo.chi2_dro(0.1, 0.5, optimizer=optax.adam),
+    jaxbo.chi2_dro(optax.adam(0.1), 0.5),
     jaxbo.dro.chi_square_ball(0.5),
     optax.adam,
   ),
   method("term", jaxbo.term(0.1, FALLING), jaxbo.dro.tilted(FALLING)),
   method(
     "term_with_adam",
-    jaxbo.term(0.1, -0.5, optimizer=optax.adam),
+    jaxbo.term(optax.adam(0.1), -0.5),
     jaxbo.dro.tilted(-0.5),
     optax.adam,
   ),
@@ -86,7 +84,7 @@ ALIASES = [
   ),
   method(
     "done_with_adam",
-    jaxbo.done(0.1, optimizer=optax.adam),
+    jaxbo.done(optax.adam(0.1)),
     jaxbo.dro.compositional(jaxbo.dro.kl(1.0), 0.1),
     optax.adam,
   ),

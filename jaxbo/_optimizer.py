@@ -1,0 +1,19 @@
+"""What stands behind a head in a whole method: a learning rate, or an optimizer in its place."""
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import optax
+
+LearningRate: TypeAlias = optax.ScalarOrSchedule | optax.GradientTransformation
+"""A float, a schedule, or the optimizer itself, say ``optax.adam(1e-3)``."""
+
+
+def optimizer(
+  learning_rate: LearningRate,
+  make: Callable[..., optax.GradientTransformation] = optax.scale_by_learning_rate,
+) -> optax.GradientTransformation:
+  """``make(learning_rate)``, or what was given if that is an optimizer."""
+  if isinstance(learning_rate, optax.GradientTransformation):
+    return learning_rate
+  return make(learning_rate)
