@@ -142,10 +142,15 @@ def scalar_loss(name: str, value: Any) -> None:
 
 def uses(name: str, loss: Callable[[Any], Any], argument: Any) -> None:
   """Raises ``ValueError`` if no leaf of ``argument`` reaches ``loss(argument)``."""
-  jaxpr = jax.make_jaxpr(loss)(argument).jaxpr
-  _, used = partial_eval.dce_jaxpr(jaxpr, True)  # Looks into jitted functions and loops too.
-  if not any(used):
+  if not depends_on(loss, argument):
     raise ValueError(f"loss must use {name}, which has no influence on it")
+
+
+def depends_on(function: Callable[[Any], Any], argument: Any) -> bool:
+  """Whether a leaf of ``argument`` reaches what ``function(argument)`` returns, by its trace."""
+  jaxpr = jax.make_jaxpr(function)(argument).jaxpr
+  _, used = partial_eval.dce_jaxpr(jaxpr, True)  # Looks into jitted functions and loops too.
+  return any(used)
 
 
 def floating(name: str, tree: Any) -> None:

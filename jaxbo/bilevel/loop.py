@@ -9,6 +9,7 @@ import optax
 
 from jaxbo import _check, _tree
 from jaxbo.bilevel.inner import InnerSolution, InnerSolver
+from jaxbo.bilevel.parameters import Bilevel
 
 
 class BilevelState(NamedTuple):
@@ -85,31 +86,34 @@ def bilevel_loop(
     >>> print(state.x.round(2))                                     # F(x) = (x - 1) ** 2
     1.0
   """
-  outer_tx = optax.with_extra_args_support(outer)
-  loss_and_aux = checked_outer_loss(outer_loss, has_aux)
+  respond = outer_step(outer_loss, outer, has_aux=has_aux)
 
   def init(x, y0, train=None):
     _check.floating("x", x)
     x = _tree.copy(x)
-    return BilevelState(x, inner.init(y0, x, train), _tree.copy(outer_tx.init(x)))
+    return BilevelState(x, inner.init(y0, x, train), _tree.copy(outer.init(x)))
 
   def step(state, train, val, **extra_args):
-    x = state.x
-    solution = inner.solve(x, state.solution, train)
-    (loss, aux), grads = jax.value_and_grad(loss_and_aux, argnums=(0, 1), has_aux=True)(
-      x, solution.params, val
-    )
-    try:
-      updates, outer_state = outer_tx.update(
-        grads, state.outer_state, x, solution=solution, batch=train, **extra_args
-      )
-      _check.same_structure("what outer returns", updates, "x", x)
-    except (TypeError, ValueError) as error:
-      if optax.tree.get(state.outer_state, "hypergradient_norm") is None:
-        error.add_note(
-          "outer must begin with a response, such as jaxbo.add_implicit_response(inner)"
-        )
-      raise
+    solution = inner.solve(state.x, state.solution, train)
+    return respond(state._replace(solution=solution), train, val, **extra_args)
+
+  return init, step
+
+
+def outer_step(
+  outer_loss: Callable[..., Any], outer: optax.GradientTransformation, *, has_aux: bool = False
+) -> Callable[..., tuple[BilevelState, BilevelInfo]]:
+  """The outer step of every loop: ``respond(state, train, val, **extra_args) -> (state, info)``.
+
+  It differentiates the outer loss at the inner solution of ``state`` and moves ``x`` by what
+  ``outer`` makes of the gradients. Loops differ in when they solve the inner problem.
+  """
+  differentiate = outer_gradients(outer_loss, outer, has_aux=has_aux)
+
+  def respond(state, train, val, **extra_args):
+    x, solution, outer_state = state
+    given = {"solution": solution, "batch": train, **extra_args}
+    updates, outer_state, loss, aux = differentiate(x, solution.params, outer_state, val, **given)
     info = BilevelInfo(
       outer_loss=loss,
       hypergradient_norm=optax.tree.get(outer_state, "hypergradient_norm", jnp.float32(jnp.nan)),
@@ -119,7 +123,45 @@ def bilevel_loop(
     )
     return BilevelState(optax.apply_updates(x, updates), solution, outer_state), info
 
-  return init, step
+  return respond
+
+
+def outer_gradients(
+  outer_loss: Callable[..., Any],
+  outer: optax.GradientTransformation,
+  *,
+  has_aux: bool = False,
+  hand_value: bool = False,
+  moves_both: bool = False,
+) -> Callable[..., tuple[optax.Updates, optax.OptState, jax.Array, Any]]:
+  """``differentiate(x, y, state, val, **extra_args) -> (updates, state, loss, aux)``.
+
+  The gradients of the outer loss by both levels go to ``outer``, which begins with a response, or
+  is a method on :class:`jaxbo.Bilevel` parameters if it ``moves_both`` levels. With ``hand_value``
+  the loss goes there too, as ``value=``.
+  """
+  tx = optax.with_extra_args_support(outer)
+  gradients = jax.value_and_grad(checked_outer_loss(outer_loss, has_aux), (0, 1), has_aux=True)
+
+  def differentiate(x, y, state, val, **extra_args):
+    (loss, aux), grads = gradients(x, y, val)
+    if hand_value:
+      extra_args["value"] = loss
+    name, params = "x", x
+    if moves_both:
+      name, params, grads = "Bilevel(x, y)", Bilevel(x, y), Bilevel(*grads)
+    try:
+      updates, new_state = tx.update(grads, state, params, **extra_args)
+      _check.same_structure("what outer returns", updates, name, params)
+    except (TypeError, ValueError) as error:
+      if not moves_both and optax.tree.get(state, "hypergradient_norm") is None:
+        error.add_note(
+          "outer must begin with a response, such as jaxbo.add_implicit_response(inner)"
+        )
+      raise
+    return updates, new_state, loss, aux
+
+  return differentiate
 
 
 def checked_outer_loss(outer_loss: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:

@@ -9,7 +9,7 @@ import optax
 
 from jaxbo import _check, _tree
 from jaxbo.bilevel.inner import InnerSolver
-from jaxbo.bilevel.loop import checked_outer_loss
+from jaxbo.bilevel.loop import checked_outer_loss, outer_gradients
 from jaxbo.bilevel.response import check_solver
 from jaxbo.bilevel.unrolled import add_unrolled_response
 from jaxbo.meta.cmaml import check_parts, modulate_by_loss
@@ -143,9 +143,8 @@ def c_maml_pap(
   check_parts(drop_threshold, modulation, response)
   detector = threshold_detector(drop_threshold, float("inf"))
   score_of = mean_score("shift_score", shift_score)
-  response_tx = optax.with_extra_args_support(
-    add_unrolled_response(inner) if response is None else response
-  )
+  response = add_unrolled_response(inner) if response is None else response
+  differentiate = outer_gradients(outer_loss, response, has_aux=True)
   tail = optax.chain(*([] if modulation is None else [modulate_by_loss(modulation)]), optimizer)
   loss_and_logits = checked_outer_loss(outer_loss, has_aux=True)
 
@@ -167,7 +166,7 @@ def c_maml_pap(
     state = OnlineMetaState(
       meta_params=x,
       task=TaskModel(x, solution.params, solution.opt_state),
-      meta_state=(response_tx.init(x), tail.init(x)),
+      meta_state=(response.init(x), tail.init(x)),
       detector_state=detector.init(),
       initial_params=(),
       last_support=SupportBuffer(jax.tree.map(slots, support), jnp.int32(0), jnp.bool_(False)),
@@ -178,10 +177,8 @@ def c_maml_pap(
 
   def hypergradient(meta, state, support, judged):
     solution = inner.solve(meta, inner.init(start(meta), meta, support), support)
-    (value, _), grads = jax.value_and_grad(loss_and_logits, argnums=(0, 1), has_aux=True)(
-      meta, solution.params, judged
-    )
-    grads, state = response_tx.update(grads, state, meta, solution=solution, batch=support)
+    given = {"solution": solution, "batch": support}
+    grads, state, value, _ = differentiate(meta, solution.params, state, judged, **given)
     return _tree.at_least_float32(grads), state, value
 
   def meta_update(meta, states, buffer, zero, **extra_args):

@@ -9,7 +9,7 @@ import optax
 
 from jaxbo import _check, _tree
 from jaxbo.bilevel.inner import InnerSolution, InnerSolver
-from jaxbo.bilevel.loop import checked_outer_loss
+from jaxbo.bilevel.loop import checked_outer_loss, outer_gradients
 from jaxbo.bilevel.response import check_solver
 from jaxbo.meta.detection import Detection, Detector, Scores
 from jaxbo.meta.gate import gate_is_open
@@ -173,7 +173,7 @@ def online_meta_learner(
   if metric is not None:
     _check.takes_arguments("metric", metric, "logits", "batch")
   score_of = mean_score("shift_score", shift_score)
-  outer_tx = None if outer is None else optax.with_extra_args_support(outer)
+  differentiate = outer and outer_gradients(outer_loss, outer, has_aux=True, hand_value=True)
   loss_and_logits = checked_outer_loss(outer_loss, has_aux=True)
 
   def begin(x, data) -> InnerSolution:
@@ -197,7 +197,7 @@ def online_meta_learner(
     state = OnlineMetaState(
       meta_params=x,
       task=TaskModel(x, solution.params, solution.opt_state),
-      meta_state=() if outer_tx is None else outer_tx.init(x),
+      meta_state=() if outer is None else outer.init(x),
       detector_state=detector.init(),
       initial_params=x if shift_model == "initial" else (),
       last_support=jax.tree.map(zeros, support) if query == "next" else (),
@@ -216,23 +216,12 @@ def online_meta_learner(
     solution = inner.solve(x, begins, support)
     return solution, TaskModel(x, solution.params, solution.opt_state)
 
-  def meta_update(tx, state, solution, support, judged, **extra_args):
+  def meta_update(differentiate, state, solution, support, judged, **extra_args):
     """The new meta-model and its state, the loss, and whether all was finite."""
     meta, old_state = state.meta_params, state.meta_state
-    (value, _), grads = jax.value_and_grad(loss_and_logits, argnums=(0, 1), has_aux=True)(
-      meta, solution.params, judged
+    updates, new_state, value, _ = differentiate(
+      meta, solution.params, old_state, judged, solution=solution, batch=support, **extra_args
     )
-    try:
-      updates, new_state = tx.update(
-        grads, old_state, meta, solution=solution, batch=support, value=value, **extra_args
-      )
-      _check.same_structure("what outer returns", updates, "x", meta)
-    except (TypeError, ValueError) as error:
-      if optax.tree.get(old_state, "hypergradient_norm") is None:
-        error.add_note(
-          "outer must begin with a response, such as jaxbo.add_unrolled_response(inner)"
-        )
-      raise
     new = optax.apply_updates(meta, updates)
     finite = _tree.all_finite(new)
     return *_tree.where(finite, (new, new_state), (meta, old_state)), value, finite
@@ -267,13 +256,13 @@ def online_meta_learner(
         data, anew = (support, judged), drop_run
         if anew is None:
           anew = jax.lax.cond(new_task, lambda: solution, lambda: solve_anew(support))
-      return meta_update(outer_tx, state, anew, *data, detection=detection, **extra_args)
+      return meta_update(differentiate, state, anew, *data, detection=detection, **extra_args)
 
-    is_open = jnp.bool_(outer_tx is not None) & gate_is_open(state.meta_state, detection)
+    is_open = jnp.bool_(outer is not None) & gate_is_open(state.meta_state, detection)
     if query == "next":
       is_open &= state.has_support
     result = (meta, state.meta_state, jnp.full_like(before.loss, jnp.nan), jnp.bool_(True))
-    if outer_tx is not None:
+    if outer is not None:
       result = jax.lax.cond(is_open, update, lambda: result)
     new, meta_state, value, finite = result
     info = OnlineMetaInfo(

@@ -3,13 +3,12 @@
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import optax
 
 from jaxbo import _check, _tree
 from jaxbo.bilevel.inner import InnerInfo, InnerSolution
-from jaxbo.bilevel.loop import BilevelInfo, BilevelState, checked_outer_loss
+from jaxbo.bilevel.loop import BilevelInfo, BilevelState, outer_gradients
 from jaxbo.bilevel.parameters import Bilevel
 
 
@@ -22,8 +21,7 @@ def joint(
   batch of the inner loss, and ``outer_batch=``. The inner solution holds parameters and nothing
   else, and there are no inner losses to report (``None``).
   """
-  tx = optax.with_extra_args_support(outer)
-  loss_and_aux = checked_outer_loss(outer_loss, has_aux)
+  differentiate = outer_gradients(outer_loss, outer, has_aux=has_aux, moves_both=True)
 
   def init(x, y0, train=None):
     del train
@@ -32,16 +30,12 @@ def joint(
     _check.floating("y0", y0)
     no_run: Any = InnerInfo(None, jnp.bool_(True))  # pyright: ignore[reportArgumentType]
     solution = InnerSolution(params.inner, (), ((), ()), no_run)
-    return BilevelState(params.outer, solution, _tree.copy(tx.init(params)))
+    return BilevelState(params.outer, solution, _tree.copy(outer.init(params)))
 
   def step(state, train, val, **extra_args):
     params = Bilevel(state.x, state.solution.params)
-    loss_of_both = lambda params: loss_and_aux(params.outer, params.inner, val)
-    (loss, aux), grads = jax.value_and_grad(loss_of_both, has_aux=True)(params)
-    updates, outer_state = tx.update(
-      grads, state.outer_state, params, batch=train, outer_batch=val, **extra_args
-    )
-    _check.same_structure("what outer returns", updates, "Bilevel(x, y)", params)
+    given = {"batch": train, "outer_batch": val, **extra_args}
+    updates, outer_state, loss, aux = differentiate(*params, state.outer_state, val, **given)
     new: Any = optax.apply_updates(params, updates)
     unknown = jnp.float32(jnp.nan)
     info = BilevelInfo(

@@ -9,7 +9,7 @@ import optax
 
 from jaxbo import _check, _random
 from jaxbo.bilevel.inner import InnerSolver
-from jaxbo.bilevel.loop import BilevelInfo, BilevelState, bilevel_loop
+from jaxbo.bilevel.loop import BilevelInfo, BilevelState, bilevel_loop, outer_step
 from jaxbo.online.joint import joint
 from jaxbo.online.oagd import replay as solve_on_memory
 from jaxbo.online.rounds import OnlineMetric, OnlineRound, as_batch
@@ -168,8 +168,6 @@ def online_loop(
     _check.takes_arguments("stream", stream, "key", "t")
     batch = jax.eval_shape(lambda key: as_batch(stream(key, jnp.int32(0))), jax.random.key(0))
     loop = loop_init(x, y0, batch.train)
-    if hyper_at == "before":
-      _check_looks_at_the_solution(loop.outer_state)
     init_metric = lambda metric: metric.init(loop.x, loop.solution.params, batch)
     return OnlineState(
       loop=loop,
@@ -220,28 +218,31 @@ def online_loop(
 
 
 def _one_after_the_other(outer_loss, inner, outer, hyper_at, replay, has_aux):
-  """The loop of :func:`jaxbo.bilevel_loop`, with the switches of :func:`~jaxbo.online_loop`."""
+  """Inner solves and outer steps, in the order that ``hyper_at`` says."""
   init, _ = bilevel_loop(outer_loss, inner, outer, has_aux=has_aux)
+  respond = outer_step(outer_loss, outer, has_aux=has_aux)
 
   def play(before, batch, **extra_args):
-    solve = inner.solve
-    if replay:
-      solve = lambda x, solution, _: solve_on_memory(inner, x, solution, extra_args["window"])
-    in_loop = solve if hyper_at == "after" else lambda x, solution, _: solution
-    _, step = bilevel_loop(outer_loss, inner._replace(solve=in_loop), outer, has_aux=has_aux)
-    after, info = step(before, batch.train, batch.val, **extra_args)
-    if hyper_at == "before":
-      solution = solve(before.x, before.solution, batch.train)
-      after = after._replace(solution=solution)
-      info = info._replace(inner_losses=solution.info.losses)
-    return after, info
+    def solve():
+      if replay:
+        return solve_on_memory(inner, before.x, before.solution, extra_args["window"])
+      return inner.solve(before.x, before.solution, batch.train)
 
-  return init, play
-
-
-def _check_looks_at_the_solution(outer_state: optax.OptState) -> None:
-  for kind in ("UnrolledInfo", "EsInfo"):
-    if optax.tree.get(outer_state, kind) is not None:
+    if hyper_at == "after":
+      solved = before._replace(solution=solve())
+      return respond(solved, batch.train, batch.val, **extra_args)
+    from_start = lambda start: respond(
+      before._replace(solution=before.solution._replace(start=start)),
+      batch.train,
+      batch.val,
+      **extra_args,
+    )
+    if _check.depends_on(lambda start: from_start(start)[0].x, before.solution.start):
       raise ValueError(
         "hyper_at must be 'after' for a response that differentiates the inner run, got 'before'"
       )
+    after, info = from_start(before.solution.start)
+    solution = solve()
+    return after._replace(solution=solution), info._replace(inner_losses=solution.info.losses)
+
+  return init, play

@@ -393,8 +393,9 @@ def test_both_levels_step_at_once_with_the_hypergradient_before_the_inner_step()
 @cases("head", [jaxbo.add_unrolled_response, jaxbo.add_es_response])
 def test_responses_of_the_run_cannot_be_taken_before_it(head):
   loop = jaxbo.online_loop(target_loss, INNER, optax.chain(head(INNER)), hyper_at="before")
+  state = loop.init(ZERO, ZERO, STREAM)
   with pytest.raises(ValueError, match="hyper_at must be 'after' for a response that"):
-    loop.init(ZERO, ZERO, STREAM)
+    loop.step(state, (None, ZERO))
 
 
 def test_oagd_needs_a_memory():
