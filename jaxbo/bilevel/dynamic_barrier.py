@@ -9,10 +9,9 @@ import optax
 
 from jaxbo import _check, _tree
 from jaxbo._optimizer import LearningRate
-from jaxbo.bilevel.parameters import Bilevel, check_params, scalar_dtype
+from jaxbo.bilevel.parameters import Bilevel
 from jaxbo.bilevel.projection import Projection, descend
-from jaxbo.bilevel.response import MISSING
-from jaxbo.bilevel.value_function import add_penalty, check_update, lower_value, scaled
+from jaxbo.bilevel.value_function import Penalty, lower_value, penalize_excess
 
 
 class DynamicBarrierInfo(NamedTuple):
@@ -122,42 +121,22 @@ def add_dynamic_barrier(
   _check.one_of("phi", phi, ("gradient", "value"))
   lower = lower_value(inner_loss, inner_optimizer, num_steps, project_inner=project_inner)
 
-  def init(params):
-    check_params("add_dynamic_barrier", params)
-    zero = lambda: jnp.zeros((), scalar_dtype(params))
+  def init(params, zero):
+    del params
     return DynamicBarrierState(DynamicBarrierInfo(zero(), zero(), zero(), jnp.bool_(True)))
 
-  def update(
-    updates,
-    state,
-    params=None,
-    *,
-    batch: Any = MISSING,
-    value_batch: Any = MISSING,
-    constraint_term: Any = None,
-    **extra_args,
-  ):
-    del extra_args
-    grads = check_update("add_dynamic_barrier", updates, params, batch)
-    params = _tree.at_least_float32(params)
+  def rule(excess, grads, state):
     dtype = state.info.dual.dtype
-    value_batch = batch if value_batch is MISSING else value_batch
-    value, solved = lower.solve(params.outer, lower.init(params.inner), value_batch)
-    excess = lower.excess(params, value[0], batch, constraint_term)
-
     norm_sq = _tree.vdot(excess.gradient, excess.gradient).astype(dtype)
     rate = jnp.asarray(barrier_rate, dtype)
     barrier = rate * (norm_sq if phi == "gradient" else excess.value)
     slope = _tree.vdot(grads, excess.gradient).astype(dtype)
     dual = jnp.maximum((barrier - slope) / (norm_sq + jnp.asarray(epsilon, dtype)), 0)
+    info = lambda now: DynamicBarrierInfo(excess.value, jnp.sqrt(norm_sq), dual, now.finite)
+    return Penalty(dual, (excess.value, norm_sq), lambda now: DynamicBarrierState(info(now)))
 
-    penalty = scaled(dual, excess.gradient)
-    finite = solved & _tree.all_finite((excess.value, norm_sq, dual, penalty))
-    info = DynamicBarrierInfo(excess.value, jnp.sqrt(norm_sq), dual, finite)
-    info = _tree.where(finite, info, state.info._replace(finite=finite))
-    return add_penalty(grads, penalty, finite), DynamicBarrierState(info)
-
-  return optax.GradientTransformationExtraArgs(init, update)
+  start = lambda params, state: lower.init(params.inner)
+  return penalize_excess("add_dynamic_barrier", lower, init, rule, start=start)
 
 
 def bome(

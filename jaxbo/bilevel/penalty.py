@@ -7,12 +7,18 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxbo import _check, _tree
+from jaxbo import _check
 from jaxbo._optimizer import LearningRate, optimizer
-from jaxbo.bilevel.parameters import Bilevel, check_params, scalar_dtype
+from jaxbo.bilevel.parameters import Bilevel
 from jaxbo.bilevel.projection import Projection, descend, project
-from jaxbo.bilevel.response import MISSING
-from jaxbo.bilevel.value_function import add_penalty, check_update, lower_value, scaled, value_at
+from jaxbo.bilevel.value_function import (
+  Penalty,
+  Updated,
+  lower_value,
+  penalize_excess,
+  scaled,
+  value_at,
+)
 
 
 class ValuePenaltyInfo(NamedTuple):
@@ -133,46 +139,31 @@ def add_value_function_penalty(
     _check.non_negative("multiplier", multiplier)
   lower = lower_value(inner_loss, inner_optimizer, num_steps, project_inner=project_inner)
 
-  def init(params):
-    check_params("add_value_function_penalty", params)
-    zero = lambda: jnp.zeros((), scalar_dtype(params))
+  def init(params, zero):
     info = ValuePenaltyInfo(zero(), zero(), jnp.bool_(True))
     return ValuePenaltyState(*lower.init(params.inner), jnp.int32(0), info)
 
-  def update(
-    updates,
-    state,
-    params=None,
-    *,
-    batch: Any = MISSING,
-    value_batch: Any = MISSING,
-    constraint_term: Any = None,
-    **extra_args,
-  ):
-    del extra_args
-    grads = check_update("add_value_function_penalty", updates, params, batch)
-    params = _tree.at_least_float32(params)
-    start = (state.penalty_params, state.penalty_opt_state)
-    value_batch = batch if value_batch is MISSING else value_batch
-    value, solved = lower.solve(params.outer, start, value_batch)
-    excess = lower.excess(params, value[0], batch, constraint_term)
-
+  def rule(excess, grads, state):
+    del grads
     gamma = value_at(multiplier, state.penalty_count, state.info.dual.dtype)
-    penalty = scaled(gamma, excess.gradient)
-    finite = solved & _tree.all_finite((excess.value, gamma, penalty))
-    direction = add_penalty(grads, penalty, finite)
-    new = ValuePenaltyState(
-      *value,
-      jnp.asarray(optax.safe_increment(state.penalty_count)),
-      ValuePenaltyInfo(excess.value, gamma, finite),
-    )
-    old = state._replace(info=state.info._replace(finite=finite))
-    state = _tree.where(finite, new, old)
-    if normalize:
-      direction = scaled(1 / jnp.maximum(state.info.dual, 1), direction)
-    return direction, state
+    count = jnp.asarray(optax.safe_increment(state.penalty_count))
 
-  return optax.GradientTransformationExtraArgs(init, update)
+    def new_state(now: Updated):
+      return ValuePenaltyState(*now.value, count, ValuePenaltyInfo(excess.value, gamma, now.finite))
+
+    return Penalty(gamma, (excess.value,), new_state)
+
+  start = lambda params, state: (state.penalty_params, state.penalty_opt_state)
+  head = penalize_excess("add_value_function_penalty", lower, init, rule, start=start)
+  if not normalize:
+    return head
+
+  def update(updates, state, params=None, **extra_args):
+    new: Any
+    direction, new = head.update(updates, state, params, **extra_args)
+    return scaled(1 / jnp.maximum(new.info.dual, 1), direction), new
+
+  return optax.GradientTransformationExtraArgs(head.init, update)
 
 
 def v_pbgd(

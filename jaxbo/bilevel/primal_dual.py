@@ -9,10 +9,9 @@ import optax
 
 from jaxbo import _check, _tree
 from jaxbo._optimizer import LearningRate
-from jaxbo.bilevel.parameters import Bilevel, check_params, scalar_dtype
+from jaxbo.bilevel.parameters import Bilevel
 from jaxbo.bilevel.projection import Projection, descend, project_tree
-from jaxbo.bilevel.response import MISSING
-from jaxbo.bilevel.value_function import add_penalty, check_update, lower_value, scaled, value_at
+from jaxbo.bilevel.value_function import Penalty, Updated, lower_value, penalize_excess, value_at
 
 
 class PrimalDualInfo(NamedTuple):
@@ -194,32 +193,14 @@ def add_primal_dual_penalty(
     stationarity = _tree.norm(optax.tree.sub(params, moved)).astype(dual.dtype)
     return stationarity + jnp.maximum(constraint, 0) + jnp.abs(dual * constraint)
 
-  def init(params):
-    check_params("add_primal_dual_penalty", params)
-    zero = lambda: jnp.zeros((), scalar_dtype(params))  # A buffer for each, to be donated.
+  def init(params, zero):
     gap = zero() if gap_steps else None
     info = PrimalDualInfo(zero(), zero(), jnp.bool_(False), zero(), gap, jnp.bool_(True))
     return PrimalDualState(*lower.init(params.inner), zero(), zero(), jnp.int32(0), info)
 
-  def update(
-    updates,
-    state,
-    params=None,
-    *,
-    batch: Any = MISSING,
-    value_batch: Any = MISSING,
-    constraint_term: Any = None,
-    **extra_args,
-  ):
-    del extra_args
-    grads = check_update("add_primal_dual_penalty", updates, params, batch)
-    params = _tree.at_least_float32(params)
+  def rule(excess, grads, state):
+    del grads
     count, dtype = state.primal_dual_count, state.dual_variable.dtype
-    start = (state.value_params, state.value_opt_state)
-    value_batch = batch if value_batch is MISSING else value_batch
-    value, solved = lower.solve(params.outer, start, value_batch)
-    excess = lower.excess(params, value[0], batch, constraint_term)
-
     constraint = excess.value - jnp.asarray(slack, dtype)
     rate, theta = (value_at(v, count, dtype) for v in (dual_learning_rate, extrapolation))
     previous = jnp.where(count == 0, constraint, state.previous_constraint)
@@ -227,28 +208,24 @@ def add_primal_dual_penalty(
     bound = jnp.asarray(dual_bound, dtype)
     dual = jnp.clip(state.dual_variable + rate * ascent, 0, bound)
 
-    penalty = scaled(dual, excess.gradient)
-    finite = solved & _tree.all_finite((constraint, dual, penalty))
-    lagrangian = add_penalty(grads, penalty, finite)
-    residual = kkt_residual(params, _tree.at_least_float32(lagrangian), constraint, dual)
-    # A gradient of f that is not finite is the caller's to handle; it must not stay in the state.
-    residual = jnp.where(jnp.isfinite(residual), residual, state.info.kkt_residual)
-    gap = None
-    if converged is not None:
-      (y_star, _), gap_finite = converged.solve(params.outer, value, batch)
-      gap = excess.inner_loss - converged.loss(params.outer, y_star, batch)
-      gap = jnp.where(gap_finite & jnp.isfinite(gap), gap, state.info.gap)
-    new = PrimalDualState(
-      *value,
-      dual,
-      constraint,
-      jnp.asarray(optax.safe_increment(count)),
-      PrimalDualInfo(constraint, dual, dual >= bound, residual, gap, finite),
-    )
-    old = state._replace(info=state.info._replace(finite=finite))
-    return lagrangian, _tree.where(finite, new, old)
+    def new_state(now: Updated):
+      lagrangian = _tree.at_least_float32(now.direction)
+      residual = kkt_residual(now.params, lagrangian, constraint, dual)
+      # A gradient of f that is not finite is the caller's to handle; it must not stay in the state.
+      residual = jnp.where(jnp.isfinite(residual), residual, state.info.kkt_residual)
+      gap = None
+      if converged is not None:
+        (y_star, _), gap_finite = converged.solve(now.params.outer, now.value, now.batch)
+        gap = excess.inner_loss - converged.loss(now.params.outer, y_star, now.batch)
+        gap = jnp.where(gap_finite & jnp.isfinite(gap), gap, state.info.gap)
+      next_count = jnp.asarray(optax.safe_increment(count))
+      info = PrimalDualInfo(constraint, dual, dual >= bound, residual, gap, now.finite)
+      return PrimalDualState(*now.value, dual, constraint, next_count, info)
 
-  return optax.GradientTransformationExtraArgs(init, update)
+    return Penalty(dual, (constraint,), new_state)
+
+  start = lambda params, state: (state.value_params, state.value_opt_state)
+  return penalize_excess("add_primal_dual_penalty", lower, init, rule, start=start)
 
 
 def pdbo(

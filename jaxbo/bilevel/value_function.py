@@ -142,6 +142,76 @@ def _project_all(project: Callable[[optax.Params], optax.Params]) -> optax.Gradi
   return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
+def penalize_excess(
+  name: str,
+  lower: LowerValue,
+  init: Callable[[Any, Callable[[], jax.Array]], Any],
+  rule: Callable[[Excess, Bilevel, Any], "Penalty"],
+  *,
+  start: Callable[[Any, Any], Start],
+) -> optax.GradientTransformationExtraArgs:
+  """A value-function method: multiplier times the gradient of the excess, by a rule.
+
+  An update with a number that is not finite passes the gradient on and leaves the state alone, but
+  for ``info.finite``.
+
+  Args:
+    name: of the transformation, for messages.
+    lower: the lower-value problem.
+    init: ``init(params, zero) -> state``, where each ``zero()`` is a buffer of its own.
+    rule: ``rule(excess, grads, state) -> Penalty``, which chooses the multiplier.
+    start: ``start(params, state) -> (y_hat, opt_state)``, where the lower run begins.
+  """
+
+  def checked_init(params):
+    check_params(name, params)
+    return init(params, lambda: jnp.zeros((), scalar_dtype(params)))
+
+  def update(
+    updates,
+    state,
+    params=None,
+    *,
+    batch: Any = MISSING,
+    value_batch: Any = MISSING,
+    constraint_term: Any = None,
+    **extra_args,
+  ):
+    del extra_args
+    grads = check_update(name, updates, params, batch)
+    params = _tree.at_least_float32(params)
+    value_batch = batch if value_batch is MISSING else value_batch
+    value, solved = lower.solve(params.outer, start(params, state), value_batch)
+    excess = lower.excess(params, value[0], batch, constraint_term)
+    dual, numbers, new_state = rule(excess, grads, state)
+    penalty = scaled(dual, excess.gradient)
+    finite = solved & _tree.all_finite((*numbers, dual, penalty))
+    direction = add_penalty(grads, penalty, finite)
+    new = new_state(Updated(params, batch, value, direction, finite))
+    old = state._replace(info=state.info._replace(finite=finite))
+    return direction, _tree.where(finite, new, old)
+
+  return optax.GradientTransformationExtraArgs(checked_init, update)
+
+
+class Updated(NamedTuple):
+  """What an update has, for the state after it."""
+
+  params: Bilevel  # in float32 at least
+  batch: Any
+  value: Start  # the lower-value iterate and the state of its optimizer
+  direction: Bilevel
+  finite: jax.Array
+
+
+class Penalty(NamedTuple):
+  """What a rule decides."""
+
+  dual: jax.Array  # the multiplier
+  numbers: tuple[jax.Array, ...]  # those that must be finite too
+  new_state: Callable[[Updated], Any]
+
+
 def check_update(name: str, grads: Any, params: Any, batch: Any) -> Bilevel:
   """Returns ``grads`` after checking what an ``update`` was given."""
   check_params(name, params)
