@@ -1,6 +1,6 @@
 """ESJ (PZOBO): the response Jacobian by evolution strategies."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from jaxbo._optimizer import LearningRate, optimizer
 from jaxbo.bilevel.directions import FAMILIES
 from jaxbo.bilevel.inner import InnerSolver
 from jaxbo.bilevel.perturbation import Run, Sampling, estimate, start_for, where_finite
-from jaxbo.bilevel.response import MISSING, add, check_solver, check_update, guard, zero_norm
+from jaxbo.bilevel.response import check_solver, response_transformation, zero_norm
 
 
 class EsInfo(NamedTuple):
@@ -213,11 +213,8 @@ def add_es_response(
     info = EsInfo(zero_norm(params), zero_norm(params), jnp.int32(0))
     return EsResponseState(_random.key_data(key), jnp.int32(0), info)
 
-  def update(
-    updates, state, params=None, *, solution: Any = MISSING, batch: Any = MISSING, **extra_args
-  ):
+  def respond(params, solution, inner_grad, batch, state, **extra_args):
     del extra_args
-    outer_grad, inner_grad = check_update("add_es_response", updates, params, solution, batch)
     if axis_name is not None and mesh is None:
       _check.manual_axis("axis_name", axis_name)
     x, y, b = _tree.at_least_float32((params, solution.params, inner_grad))
@@ -249,14 +246,16 @@ def add_es_response(
       if inner.task is not None:
         run = run._replace(counts=base_finite)
       response, num_finite = estimate(sampling, path, run, update_key)
-    response, finite = guard(pull_back(optax.tree.scale(response_scale, response)))
-    num_finite = jnp.where(finite & jnp.any(base_finite), num_finite, 0)
-    hypergradient = add(outer_grad, response)
-    info = EsInfo(_tree.norm(hypergradient), _tree.norm(response), num_finite)
-    count = jnp.asarray(optax.safe_increment(state.es_count))
-    return hypergradient, EsResponseState(state.es_key, count, info)
 
-  return optax.GradientTransformationExtraArgs(init, update)
+    def new_state(hypergradient_norm, response_norm, finite):
+      good = jnp.where(finite & jnp.any(base_finite), num_finite, 0)
+      count = jnp.asarray(optax.safe_increment(state.es_count))
+      info = EsInfo(hypergradient_norm, response_norm, good)
+      return EsResponseState(state.es_key, count, info)
+
+    return pull_back(optax.tree.scale(response_scale, response)), new_state
+
+  return response_transformation("add_es_response", init, respond)
 
 
 def esj(

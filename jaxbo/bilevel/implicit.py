@@ -10,7 +10,7 @@ from jaxbo import _check, _tree
 from jaxbo._optimizer import LearningRate, optimizer
 from jaxbo.bilevel import linear_solvers
 from jaxbo.bilevel.inner import InnerSolver, check_per_step
-from jaxbo.bilevel.response import MISSING, add, check_solver, check_update, guard, zero_norm
+from jaxbo.bilevel.response import MISSING, check_solver, response_transformation, zero_norm
 
 
 class ImplicitInfo(NamedTuple):
@@ -134,18 +134,10 @@ def add_implicit_response(
     )
     return ImplicitResponseState(linear_solution, info)
 
-  def update(
-    updates,
-    state,
-    params=None,
-    *,
-    solution: Any = MISSING,
-    batch: Any = MISSING,
-    linear_batch: Any = MISSING,
-    **extra_args,
+  def respond(
+    params, solution, inner_grad, batch, state, *, linear_batch: Any = MISSING, **extra_args
   ):
     del extra_args
-    outer_grad, inner_grad = check_update("add_implicit_response", updates, params, solution, batch)
     if linear_batch is MISSING:
       linear_batch = batch
       if inner.per_step_batches:
@@ -180,20 +172,21 @@ def add_implicit_response(
       linear_info = linear_solvers.measure(matvec, b, linear_solution, finite)
 
     _, pull_back = jax.vjp(lambda x: grad_y(x, y), x)
-    response, finite = guard(optax.tree.scale(-1, pull_back(linear_solution)[0]))
-    hypergradient = add(outer_grad, response)
-    norm = _tree.norm(hypergradient)
-    info = ImplicitInfo(
-      hypergradient_norm=norm,
-      response_norm=_tree.norm(response),
-      finite=finite,
-      linear_residual=linear_info.residual.astype(norm.dtype),
-      linear_steps=linear_info.num_steps,
-      linear_breakdown=linear_info.breakdown,
-    )
-    return hypergradient, ImplicitResponseState(linear_solution if warm_start else (), info)
 
-  return optax.GradientTransformationExtraArgs(init, update)
+    def new_state(hypergradient_norm, response_norm, finite):
+      info = ImplicitInfo(
+        hypergradient_norm=hypergradient_norm,
+        response_norm=response_norm,
+        finite=finite,
+        linear_residual=linear_info.residual.astype(hypergradient_norm.dtype),
+        linear_steps=linear_info.num_steps,
+        linear_breakdown=linear_info.breakdown,
+      )
+      return ImplicitResponseState(linear_solution if warm_start else (), info)
+
+    return optax.tree.scale(-1, pull_back(linear_solution)[0]), new_state
+
+  return response_transformation("add_implicit_response", init, respond)
 
 
 def aid(

@@ -17,8 +17,6 @@ from jaxbo.bilevel.inner import InnerSolution, InnerSolver
 MISSING: Any = object()
 """Stands for an argument that was not given, where ``None`` is a value (``batch=None``)."""
 
-Respond = Callable[..., tuple[optax.Params, Any]]
-
 
 def check_solver(inner: Any) -> None:
   """Raises ``TypeError`` unless ``inner`` is an inner solver."""
@@ -50,6 +48,30 @@ def check_update(
       raise TypeError(f"{name}: solution must be an InnerSolution, got {type(solution).__name__}")
     _check.same_structure("df/dy", grads[1], "solution.params", solution.params)
   return grads
+
+
+def response_transformation(
+  name: str, init: optax.TransformInitFn, respond: Callable[..., Any]
+) -> optax.GradientTransformationExtraArgs:
+  """A response: what it adds to df/dx is checked, guarded and measured here.
+
+  Args:
+    name: of the transformation, for messages.
+    init: ``init(params) -> state``.
+    respond: ``respond(x, solution, inner_grad, batch, state, **extra_args) -> (response,
+      new_state)`` with ``new_state(hypergradient_norm, response_norm, finite) -> state``.
+  """
+
+  def update(
+    updates, state, params=None, *, solution: Any = MISSING, batch: Any = MISSING, **extra_args
+  ):
+    outer_grad, inner_grad = check_update(name, updates, params, solution, batch)
+    response, new_state = respond(params, solution, inner_grad, batch, state, **extra_args)
+    response, finite = guard(response)
+    hypergradient = add(outer_grad, response)
+    return hypergradient, new_state(_tree.norm(hypergradient), _tree.norm(response), finite)
+
+  return optax.GradientTransformationExtraArgs(init, update)
 
 
 def guard(response: optax.Params) -> tuple[optax.Params, jax.Array]:

@@ -1,6 +1,6 @@
 """ITD: the response by differentiating through the inner run."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ import optax
 from jaxbo import _check, _tree
 from jaxbo._optimizer import LearningRate, optimizer
 from jaxbo.bilevel.inner import InnerSolver
-from jaxbo.bilevel.response import MISSING, add, check_solver, check_update, guard, zero_norm
+from jaxbo.bilevel.response import check_solver, response_transformation, zero_norm
 
 
 class UnrolledInfo(NamedTuple):
@@ -86,18 +86,13 @@ def add_unrolled_response(
     info = UnrolledInfo(zero_norm(params), zero_norm(params), jnp.bool_(True))
     return UnrolledResponseState(info)
 
-  def update(
-    updates, state, params=None, *, solution: Any = MISSING, batch: Any = MISSING, **extra_args
-  ):
+  def respond(x, solution, inner_grad, batch, state, **extra_args):
     del state, extra_args
-    outer_grad, inner_grad = check_update("add_unrolled_response", updates, params, solution, batch)
-    y, pull_back = jax.vjp(lambda x: inner.path(x, solution.start, batch, last=num_steps), params)
-    response, finite = guard(pull_back(_tree.cast_like(inner_grad, y))[0])
-    hypergradient = add(outer_grad, response)
-    info = UnrolledInfo(_tree.norm(hypergradient), _tree.norm(response), finite)
-    return hypergradient, UnrolledResponseState(info)
+    y, pull_back = jax.vjp(lambda x: inner.path(x, solution.start, batch, last=num_steps), x)
+    response = pull_back(_tree.cast_like(inner_grad, y))[0]
+    return response, lambda *measured: UnrolledResponseState(UnrolledInfo(*measured))
 
-  return optax.GradientTransformationExtraArgs(init, update)
+  return response_transformation("add_unrolled_response", init, respond)
 
 
 def itd(
