@@ -38,8 +38,7 @@ class Method(NamedTuple):
 def make_methods(model: Callable[..., Any], epsilon: float, num_steps: int) -> dict[str, Method]:
   """All methods as at the end of a training, on ``model(params, images)``; attacks take K steps.
 
-  Rates hardly matter here. None repairs a batch with a loss that is not finite, which would double
-  the time of compilation.
+  Rates hardly matter here.
   """
   uniform, kl_weights = jaxbo.dro.uniform(), jaxbo.dro.compositional(jaxbo.dro.kl(3.0), 0.1)
 
@@ -64,7 +63,7 @@ def make_methods(model: Callable[..., Any], epsilon: float, num_steps: int) -> d
     )
 
   def attacked(loss, attack, score=None):
-    of_batch = jaxbo.per_example_grad(lambda params, batch: loss(params, *batch), repair=False)
+    of_batch = jaxbo.per_example_grad(lambda params, batch: loss(params, *batch))
 
     def gradients(params, batch, key):
       images, labels = batch
@@ -75,7 +74,7 @@ def make_methods(model: Callable[..., Any], epsilon: float, num_steps: int) -> d
     return gradients
 
   def implicit(make, inner_loss, **options):
-    of_batch = make(plain, inner_loss, epsilon=epsilon, curvature=10.0, repair=False, **options)
+    of_batch = make(plain, inner_loss, epsilon=epsilon, curvature=10.0, **options)
     return lambda *arguments: (of_batch(*arguments), {})
 
   negative = lambda loss: lambda *arguments: -loss(*arguments)

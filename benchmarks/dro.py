@@ -43,7 +43,7 @@ WEIGHTINGS = {
   "chi_square_ball": jaxbo.dro.chi_square_ball(0.5),
   "lin_upper": jaxbo.dro.lin_upper(0.4),
 }
-WITHOUT_LOOPS = (PLAIN, KL, "kl, no repair", STORED, "lin_upper")
+WITHOUT_LOOPS = (PLAIN, KL, "kl, repaired", STORED, "lin_upper")
 
 
 def loss_fn(params: Any, batch: Any) -> jax.Array:
@@ -104,7 +104,7 @@ def make_steps(size: int = BATCH) -> dict[str, Step]:
     tx = optax.chain(jaxbo.reweight(weighting), OPTIMIZER)
     steps[name] = step(robust_step, tx, tx)
     if name == KL:
-      steps["kl, no repair"] = step(robust_step, tx, tx, repair=False)
+      steps["kl, repaired"] = step(robust_step, tx, tx, repair=True)
       steps[STORED] = step(stored_step, tx, tx)
   return steps
 

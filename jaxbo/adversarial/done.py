@@ -43,7 +43,7 @@ def done_grad(
   high: float = 1.0,
   margin: float = 1e-4,
   microbatch_size: int | None = None,
-  repair: bool = True,
+  repair: bool = False,
 ) -> Callable[..., PerExampleGrads]:
   r"""Lazy per-example gradients of adversarial training through the attack.
 

@@ -26,7 +26,7 @@ def fast_bat_grad(
   high: float = 1.0,
   tolerance: float = 1e-7,
   microbatch_size: int | None = None,
-  repair: bool = True,
+  repair: bool = False,
 ) -> Callable[..., PerExampleGrads]:
   r"""Per-example gradients of Fast-BAT: a linearised attack, and its active-set implicit term.
 

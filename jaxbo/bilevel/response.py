@@ -51,7 +51,7 @@ def check_update(
 
 
 def response_transformation(
-  name: str, init: optax.TransformInitFn, respond: Callable[..., Any]
+  name: str, init: Callable[..., Any], respond: Callable[..., Any]
 ) -> optax.GradientTransformationExtraArgs:
   """A response: what it adds to df/dx is checked, guarded and measured here.
 

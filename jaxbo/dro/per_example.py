@@ -40,7 +40,7 @@ def per_example_grad(
   *,
   has_aux: bool = False,
   microbatch_size: int | None = None,
-  repair: bool = True,
+  repair: bool = False,
 ) -> Callable[..., PerExampleGrads]:
   r"""Per-example gradients, lazy: what :func:`reweight` takes.
 
@@ -51,18 +51,18 @@ def per_example_grad(
   Args:
     loss_fn: ``loss_fn(params, batch) -> losses``, ``[batch]`` real floats, at best float32: weights
       are rounded to the dtype of the losses for the backward pass. The loss of an example must not
-      depend on other examples where ``microbatch_size`` is given, or where a loss that is not
-      finite is repaired.
+      depend on other examples with ``microbatch_size`` or ``repair``.
     has_aux: whether it returns ``(losses, aux)``; with ``microbatch_size`` every leaf of ``aux``
       must be ``[batch, ...]``.
     microbatch_size: how many examples go through the model at once; ``None`` for all. It must
       divide the batch. Activation memory is then that of a microbatch, and losses are computed a
       second time for the backward pass: 4/3 of the cost. Leaves of the batch whose leading axis is
       not the batch (a key, a scalar) go to every microbatch.
-    repair: whether the gradient is taken once more, with other rows in place of the bad ones,
-      should a loss not be finite: for nothing but compile time as long as none is; then for about
-      two more passes, example by example. Without it, such a batch gives a gradient of zero. With
-      it, :func:`reweight` cannot itself be differentiated in reverse mode.
+    repair: what happens to a batch with a loss that is not finite, which
+      ``info.num_excluded`` counts. ``False``: its gradient is zero. ``True``: the gradient is taken
+      once more, with other rows in place of the bad ones, by about two more passes, example by
+      example. The loss must then take a batch of one; the program is compiled twice; and
+      :func:`reweight` cannot be differentiated in reverse mode.
 
   Returns:
     A function ``(params, batch) -> PerExampleGrads``.
@@ -135,7 +135,7 @@ def per_example_grad(
   def repaired(cut, params, batch, weights, keep, over):
     take = microbatch.take_repaired(cut, batch, keep, over)
     gradient = microbatch.weighted_gradient(losses_alone, params, take, weights, cut)
-    return _only_if(over.number_of(keep) > 0, gradient)
+    return only_if(over.number_of(keep) > 0, gradient)
 
   def gradients(params: optax.Params, batch: Any) -> PerExampleGrads:
     _check.floating("params", params)
@@ -151,11 +151,12 @@ def weighted(grads: PerExampleGrads, weights: jax.Array, over: Over) -> optax.Up
   keep = jnp.isfinite(grads.losses)
   weights = weights.astype(grads.losses.dtype)
   if grads.pullback_without is None:
-    return _only_if(over.number_of(~keep) == 0, grads.pullback(weights))
+    return only_if(over.number_of(~keep) == 0, grads.pullback(weights))
   return grads.pullback_without(weights, keep, over)
 
 
-def _only_if(good: jax.Array, gradient: optax.Updates) -> optax.Updates:
+def only_if(good: jax.Array, gradient: optax.Updates) -> optax.Updates:
+  """The gradient, or zeros."""
   return jax.tree.map(lambda leaf: jnp.where(good, leaf, 0), gradient)
 
 

@@ -46,10 +46,11 @@ def reweight(
   gradient of their part. Stored per-example gradients must then be taken at
   ``jax.lax.pcast(params, axis_name, to="varying")``, lest JAX sums them over devices.
 
-  *Examples that do not count.* A loss that is not finite has weight zero, does not reach the
-  parameters (see ``repair`` of :func:`per_example_grad`), and is counted in
-  ``info.num_excluded``; so is a masked one, without being counted. If nothing counts, the gradient
-  is zero and the state stays.
+  *Examples that do not count.* Losses that are not finite get weight zero and are counted in
+  ``info.num_excluded``. Since a weight of zero does not silence them in the backward pass, the
+  gradient of their batch is zero, unless ``per_example_grad(..., repair=True)`` takes it again
+  without them. Masked losses get weight zero and are not counted. If no example counts, the
+  gradient is zero and the state stays.
 
   Cost: that of ordinary training, one forward and one backward pass, and a few operations on
   ``[batch]`` numbers.

@@ -11,7 +11,7 @@ import optax
 from jaxbo import _check, _tree
 from jaxbo.dro.batch import AxisName, bounded, over
 from jaxbo.dro.microbatch import make_microbatches
-from jaxbo.dro.per_example import per_example_grad, weighted
+from jaxbo.dro.per_example import only_if, per_example_grad, weighted
 from jaxbo.dro.reweight import ReweightState, add_over_devices, reweight
 from jaxbo.dro.weighting import Weighting, check_weighting
 
@@ -22,7 +22,7 @@ def streaming_grad(
   *,
   microbatch_size: int,
   axis_name: AxisName = None,
-  repair: bool = True,
+  repair: bool = False,
 ) -> Callable[..., Any]:
   r"""The exact reweighted gradient of a large batch, accumulated over microbatches.
 
@@ -113,7 +113,10 @@ def streaming_grad(
     _, weighting_state, info = weighting.weigh(
       losses, state.weighting_state, axis_name=axis_name, **of_examples
     )
-    gradient = add_over_devices(gradient, over(axis_name, losses))
+    reductions = over(axis_name, losses)
+    gradient = add_over_devices(gradient, reductions)
+    if not repair:  # The other microbatches alone would be another batch.
+      gradient = only_if(reductions.number_of(~jnp.isfinite(losses)) == 0, gradient)
     factor = info.weight_sum / jnp.where(total > 0, total, 1)
     gradient = jax.tree.map(lambda g: factor.astype(g.dtype) * g, gradient)
     state = ReweightState(weighting_state, _tree.cast_like(info, state.info))

@@ -108,7 +108,7 @@ def lazy(
   """The gradients of ``loss(params, *batch)``."""
   # Without the loop for losses that are not finite, which would double the time of compilation: a
   # batch with one is skipped.
-  return jaxbo.per_example_grad(lambda p, b: loss(p, *b), repair=False)(params, batch)
+  return jaxbo.per_example_grad(lambda p, b: loss(p, *b))(params, batch)
 
 
 def _plain(
@@ -210,7 +210,6 @@ def fast_bat(setting: Setting) -> Parts:
     epsilon=setting.epsilon,
     step_size=setting.rates.fast_bat_step_size,
     curvature=setting.rates.fast_bat_curvature,
-    repair=False,
   )
   return _implicit(of_batch, jaxbo.dro.uniform())
 
@@ -236,7 +235,6 @@ def done(setting: Setting, direction: str) -> Parts:
     inverse="diagonal",
     curvature=rates.curvature,
     direction=direction,
-    repair=False,
   )
   return _implicit(of_batch, kl_weights(rates))
 

@@ -61,7 +61,7 @@ class Training(Compiled):
     self.sizes = run.config.settings(of)
     model = make_model(MODEL, self.sizes, len(VOCABULARY))
     self.weighting = WEIGHTINGS[weighting][1]()
-    gradients = jaxbo.per_example_grad(captioner.caption_losses(model), repair=False)
+    gradients = jaxbo.per_example_grad(captioner.caption_losses(model))
     tx: Any = optax.chain(jaxbo.reweight(self.weighting), make_optimizer(self.sizes))
 
     def step(state, t, key_data):

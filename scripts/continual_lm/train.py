@@ -47,7 +47,7 @@ def make_program(
   tx: Any = lm_methods.make_optimizer(weighting, learning_rate)
   # A gradient without the bad losses would double the time of compilation; a batch with one is
   # skipped as it is.
-  gradients = jaxbo.per_example_grad(loss_fn, repair=False)
+  gradients = jaxbo.per_example_grad(loss_fn)
 
   def init(params):
     return State(jax.tree.map(jnp.copy, params), tx.init(params))

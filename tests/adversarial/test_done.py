@@ -72,7 +72,7 @@ def compiled(name, inverse):
   @jax.jit
   def value_and_grad(params, barrier=1e-2):
     sizes = {"epsilon": 0.1, "barrier": barrier, "num_steps": 1500, "step_size": 1 / CURVATURE}
-    options.update(margin=1e-9, repair=False)
+    options.update(margin=1e-9)
     grads = jaxbo.adversarial.done_grad(loss, attack_loss, **sizes, **options)(params, make()[1])
     gradient, state = tx.update(grads, tx.init(params), params)
     weights = jax.nn.softmax(grads.losses / R)
@@ -178,7 +178,7 @@ def test_fast_bat_is_its_formula(x64):
 
   @jax.jit
   def ours(params, images):
-    grad = jaxbo.adversarial.fast_bat_grad(loss, margin, repair=False, **options)
+    grad = jaxbo.adversarial.fast_bat_grad(loss, margin, **options)
     grads = grad(params, (images, labels), jax.random.clone(key))
     return grads.pullback(weights), grads.losses, grads.aux
 
@@ -227,7 +227,7 @@ def pulled(loss=problem.loss, attack_loss=problem.margin_attack_loss, rate=1.0, 
 
   @jax.jit
   def pull(params, batch, key=None, step_size=1.0, barrier=1e-2):
-    sizes = {"step_size": step_size, "barrier": barrier, "repair": False}
+    sizes = {"step_size": step_size, "barrier": barrier}
     grad = jaxbo.adversarial.done_grad(loss, attack_loss, **{**OPTIONS, **sizes, **options})
     grads, state = grad(params, batch, key), tx.init(params)
     for _ in range(2):  # The second time too: at rate 1 nothing is remembered.
@@ -307,7 +307,7 @@ def test_narrow_parameters_and_microbatches_give_the_same():
 
 def test_eight_devices_give_the_gradient_of_one():
   """The full system of each example too, with the replication check on."""
-  options = {**OPTIONS, "inverse": jaxbo.conjugate_gradient(3), "repair": False}
+  options = {**OPTIONS, "inverse": jaxbo.conjugate_gradient(3)}
   tx = {axis: jaxbo.done(1.0, R, axis_name=axis) for axis in (None, "d")}
   grad = jaxbo.adversarial.done_grad(problem.loss, problem.margin_attack_loss, **options)
 

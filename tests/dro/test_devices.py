@@ -38,7 +38,9 @@ def mesh(axis_type=AxisType.Auto):
 def gradients(batch, groups, prior, axis_name=None, stored=False, microbatch_size=None):
   """``{name: (gradient, info)}`` of two weightings, for one forward pass."""
   results = {}
-  lazy = jaxbo.per_example_grad(problem.loss_fn, microbatch_size=microbatch_size)(PARAMS, batch)
+  lazy = jaxbo.per_example_grad(problem.loss_fn, microbatch_size=microbatch_size, repair=True)(
+    PARAMS, batch
+  )
   names = ["kl"] if stored or microbatch_size else ["kl", "cvar"]
   for name in names:
     tx = jaxbo.reweight(WEIGHTINGS[name], axis_name=axis_name)
@@ -86,7 +88,9 @@ def test_under_an_explicit_mesh_microbatches_are_divided_as_the_batch_is():
     arguments = jax.device_put((data(True), GROUPS, PRIOR), NamedSharding(devices, ROWS))
     few = jax.jit(functools.partial(gradients, microbatch_size=8))(*arguments)
     close(few["kl"], alone(True)["kl"])
-    streamed = jaxbo.streaming_grad(problem.loss_fn, jaxbo.dro.kl(0.5), microbatch_size=8)
+    streamed = jaxbo.streaming_grad(
+      problem.loss_fn, jaxbo.dro.kl(0.5), microbatch_size=8, repair=True
+    )
     result, _ = jax.jit(streamed)(PARAMS, arguments[0], prior=arguments[2])
     close(result, alone(True)["kl"][0])
 
@@ -128,7 +132,7 @@ def test_every_weighting_is_global():
 def test_stored_gradients_microbatches_and_streams_are_global_too(check_vma):
   def function(batch, groups, prior):
     make = functools.partial(gradients, batch, groups, prior, "d")
-    options = {"microbatch_size": 1, "axis_name": "d"}
+    options = {"microbatch_size": 1, "axis_name": "d", "repair": True}
     one, two = (
       jaxbo.streaming_grad(problem.loss_fn, weighting, **options)(PARAMS, batch, prior=prior)[0]
       for weighting in (jaxbo.dro.kl(0.5), WEIGHTINGS["cvar"])
@@ -181,7 +185,7 @@ def test_devices_exchange_scalars_and_one_gradient():
     return (batch["x"] @ params["w"] + params["b"] - batch["y"]) ** 2
 
   def step(batch):
-    grads = jaxbo.per_example_grad(loss_fn, repair=False)(PARAMS, batch)
+    grads = jaxbo.per_example_grad(loss_fn)(PARAMS, batch)
     tx = jaxbo.reweight(WEIGHTINGS["cvar"], axis_name="d")
     return tx.update(grads, tx.init(PARAMS), PARAMS)[0]
 

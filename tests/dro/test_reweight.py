@@ -78,7 +78,7 @@ def test_scores_may_stand_for_the_losses():
 
   @jax.jit
   def gradient(batch):
-    lazy = jaxbo.per_example_grad(problem.loss_fn)(PARAMS, batch)
+    lazy = jaxbo.per_example_grad(problem.loss_fn, repair=True)(PARAMS, batch)
     return update(KL, lazy, scores=scores)
 
   bad = {**BATCH, "y": BATCH["y"].at[5].set(jnp.nan)}
@@ -95,7 +95,7 @@ def test_a_loss_that_is_not_finite_never_reaches_the_parameters(microbatch_size,
 
   @jax.jit
   def gradient(batch, mask):
-    lazy = jaxbo.per_example_grad(problem.loss_fn, microbatch_size=microbatch_size)
+    lazy = jaxbo.per_example_grad(problem.loss_fn, microbatch_size=microbatch_size, repair=True)
     return update(KL, lazy(PARAMS, batch), mask=mask)
 
   keep = ~np.isin(np.arange(problem.N), [0, 7])
@@ -122,7 +122,7 @@ def test_the_gradient_is_zero_if_no_row_is_good_and_zeros_are_not_either():
   """Zeros are in the place of the bad rows, then, where this logarithm has no slope."""
   loss_fn = lambda params, batch: params * jnp.log(batch)
   for size in (None, 2):
-    grads = jaxbo.per_example_grad(loss_fn, microbatch_size=size)
+    grads = jaxbo.per_example_grad(loss_fn, microbatch_size=size, repair=True)
     step = jax.jit(lambda batch, grads=grads: update(KL, grads(jnp.ones(()), batch)))
     result, state = step(jnp.array([-1.0, 0.0, jnp.nan, -2.0]))
     assert result == 0
@@ -130,7 +130,7 @@ def test_the_gradient_is_zero_if_no_row_is_good_and_zeros_are_not_either():
 
 
 def test_without_repair_a_bad_batch_gives_no_gradient():
-  lazy = jaxbo.per_example_grad(problem.loss_fn, repair=False)
+  lazy = jaxbo.per_example_grad(problem.loss_fn)
   step = jax.jit(lambda batch: update(KL, lazy(PARAMS, batch)))
   close(step(BATCH)[0], lazy_kl(BATCH, ALL)[0][0])
   result, state = step({**BATCH, "y": BATCH["y"].at[0].set(jnp.nan)})
@@ -159,7 +159,7 @@ def test_replaced_rows_keep_integers_booleans_and_keys():
     "label": jnp.array([2, 0, 1, 1]),  # The first one gives NaN.
   }
   for size in (None, 2):
-    grads = jaxbo.per_example_grad(loss_fn, microbatch_size=size)
+    grads = jaxbo.per_example_grad(loss_fn, microbatch_size=size, repair=True)
     step = jax.jit(
       lambda batch, grads=grads: update(jaxbo.dro.uniform(), grads(jnp.ones(()), batch))
     )

@@ -30,7 +30,7 @@ close = functools.partial(chex.assert_trees_all_close, rtol=3e-5, atol=1e-5)
 
 
 def whole(weighting, state, batch=BATCH):
-  grads = jaxbo.per_example_grad(problem.loss_fn)(PARAMS, batch)
+  grads = jaxbo.per_example_grad(problem.loss_fn, repair=True)(PARAMS, batch)
   return jaxbo.reweight(weighting).update(grads, state, PARAMS, mask=MASK, prior=PRIOR)
 
 
@@ -38,7 +38,7 @@ def whole(weighting, state, batch=BATCH):
 def test_a_stream_is_the_whole_batch(name):
   """For two batches in a row, with a mask, a prior, and one of each that is not finite."""
   weighting = WEIGHTINGS[name]
-  streamed = jaxbo.streaming_grad(problem.loss_fn, weighting, microbatch_size=4)
+  streamed = jaxbo.streaming_grad(problem.loss_fn, weighting, microbatch_size=4, repair=True)
   batches = BATCH, {**BATCH, "y": BATCH["y"].at[9].set(jnp.nan)}
 
   @jax.jit
@@ -56,6 +56,16 @@ def test_a_stream_is_the_whole_batch(name):
     close(result, expected)
   close(*states)
   assert states[0].info.num_excluded == 2
+
+
+@pytest.mark.parametrize("name", ["kl", "cvar"])
+def test_without_repair_one_bad_row_gives_no_gradient(name):
+  """What the other microbatches have is the gradient of another batch."""
+  streamed = jax.jit(jaxbo.streaming_grad(problem.loss_fn, WEIGHTINGS[name], microbatch_size=4))
+  assert all(np.any(leaf) for leaf in jax.tree.leaves(streamed(PARAMS, BATCH)[0]))
+  gradient, info = streamed(PARAMS, {**BATCH, "y": BATCH["y"].at[9].set(jnp.nan)})
+  assert all(not np.any(leaf) for leaf in jax.tree.leaves(gradient))
+  assert info.num_excluded == 1
 
 
 def passes(weighting):
@@ -77,7 +87,7 @@ def passes(weighting):
 
   counted.defvjp(forward, backward)
   loss_fn = lambda params, batch: problem.loss_fn(jax.tree.map(counted, params), batch)
-  streamed = jaxbo.streaming_grad(loss_fn, weighting, microbatch_size=8, repair=False)
+  streamed = jaxbo.streaming_grad(loss_fn, weighting, microbatch_size=8)
   jax.block_until_ready(jax.jit(streamed)(PARAMS, BATCH))
   jax.effects_barrier()
   num_microbatches, num_leaves = 3, 2

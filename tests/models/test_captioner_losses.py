@@ -186,7 +186,7 @@ def test_a_robust_step_follows_the_worst_captions():
 
   @jax.jit
   def step(params, batch):
-    grads = jaxbo.per_example_grad(loss_fn, repair=False)(params, batch)
+    grads = jaxbo.per_example_grad(loss_fn)(params, batch)
     robust, _ = tx.update(grads, tx.init(params), params)
     weights = jax.nn.softmax(grads.losses / 5.0)
     each = jax.vmap(

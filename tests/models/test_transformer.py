@@ -343,7 +343,7 @@ def test_gradients_reweighted_by_jaxbo_are_weighted_sums():
 
   @jax.jit
   def robust(params):
-    grads = jaxbo.per_example_grad(loss_fn, repair=False)(params, {"tokens": TOKENS, "mask": mask})
+    grads = jaxbo.per_example_grad(loss_fn)(params, {"tokens": TOKENS, "mask": mask})
     return grads.losses, tx.update(grads, tx.init(params), params)[0]
 
   losses, updates = jax.device_get(robust(params))
