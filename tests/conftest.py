@@ -24,6 +24,7 @@ import jax
 import jaxtyping
 import pytest
 
+gc.set_threshold(100_000, 20, 100)  # Traces make objects by the million: a twentieth of the time.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)
 
