@@ -66,6 +66,11 @@ def add_scaled(a: PyTree, scale: Any, b: PyTree) -> PyTree:
   return jax.tree.map(lambda x, y: x + jnp.asarray(scale, x.dtype) * y, a, b)
 
 
+def scaled(scale: Any, tree: PyTree) -> PyTree:
+  """Returns ``scale * tree`` in the dtypes of ``tree``."""
+  return jax.tree.map(lambda leaf: jnp.asarray(scale, leaf.dtype) * leaf, tree)
+
+
 def where(condition: jax.Array, a: Any, b: Any) -> Any:
   """Selects all of ``a`` or all of ``b`` by one boolean."""
   return jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)

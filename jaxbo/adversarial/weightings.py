@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxbo import _check
+from jaxbo import _check, _schedule
 from jaxbo.dro import temperature as temperatures
 from jaxbo.dro.batch import Batch, at_least_tiny
 from jaxbo.dro.weighting import Response, Weighting, make_weighting
@@ -65,7 +65,7 @@ def gairat(
   """
   num_steps = _check.positive_int("num_steps", num_steps)
   _check.one_of("shape", shape, ("tanh", "sigmoid", "discrete"))
-  temperatures.check_schedule("shift", shift, _check.not_nan)
+  _schedule.check("shift", shift, _check.not_nan)
 
   def respond(batch, state):
     if shape == "discrete":
@@ -113,7 +113,7 @@ def mail(
     Wang et al., `Probabilistic Margins for Instance Reweighting in Adversarial Training
     <https://arxiv.org/abs/2106.07904>`_, 2021.
   """
-  temperatures.check_schedule("slope", slope, _check.non_negative)
+  _schedule.check("slope", slope, _check.non_negative)
   _check.finite("bias", bias)
 
   def respond(batch, state):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxbo import _check, _random, _tree
+from jaxbo import _check, _random, _schedule, _tree
 from jaxbo._optimizer import LearningRate, optimizer
 from jaxbo.bilevel.directions import FAMILIES
 from jaxbo.bilevel.inner import InnerSolver
@@ -249,7 +249,7 @@ def add_es_response(
 
     def new_state(hypergradient_norm, response_norm, finite):
       good = jnp.where(finite & jnp.any(base_finite), num_finite, 0)
-      count = jnp.asarray(optax.safe_increment(state.es_count))
+      count = _schedule.after(state.es_count)
       info = EsInfo(hypergradient_norm, response_norm, good)
       return EsResponseState(state.es_key, count, info)
 

@@ -4,8 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxbo import _check
-from jaxbo.bilevel.value_function import scaled
+from jaxbo import _check, _tree
 
 
 def scale_by_lagrangian_smoothness(
@@ -78,6 +77,6 @@ def scale_by_lagrangian_smoothness(
         f"state {type(state).__name__}"
       )
     smoothness = jnp.asarray(outer_smoothness, dual.dtype) + dual * constraint_smoothness
-    return scaled(1 / smoothness, direction), state
+    return _tree.scaled(1 / smoothness, direction), state
 
   return optax.GradientTransformationExtraArgs(head.init, update)

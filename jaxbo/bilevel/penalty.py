@@ -7,18 +7,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxbo import _check
+from jaxbo import _check, _schedule, _tree
 from jaxbo._optimizer import LearningRate, optimizer
 from jaxbo.bilevel.parameters import Bilevel
 from jaxbo.bilevel.projection import Projection, descend, project
-from jaxbo.bilevel.value_function import (
-  Penalty,
-  Updated,
-  lower_value,
-  penalize_excess,
-  scaled,
-  value_at,
-)
+from jaxbo.bilevel.value_function import Penalty, Updated, lower_value, penalize_excess
 
 
 class ValuePenaltyInfo(NamedTuple):
@@ -135,8 +128,7 @@ def add_value_function_penalty(
     <https://arxiv.org/abs/2302.05185>`_, 2023; Kwon et al., `A Fully First-Order Method for
     Stochastic Bilevel Optimization <https://arxiv.org/abs/2301.10945>`_, 2023.
   """
-  if not callable(multiplier):
-    _check.non_negative("multiplier", multiplier)
+  _schedule.check("multiplier", multiplier, _check.non_negative)
   lower = lower_value(inner_loss, inner_optimizer, num_steps, project_inner=project_inner)
 
   def init(params, zero):
@@ -145,8 +137,8 @@ def add_value_function_penalty(
 
   def rule(excess, grads, state):
     del grads
-    gamma = value_at(multiplier, state.penalty_count, state.info.dual.dtype)
-    count = jnp.asarray(optax.safe_increment(state.penalty_count))
+    gamma = _schedule.value_at(multiplier, state.penalty_count, state.info.dual.dtype)
+    count = _schedule.after(state.penalty_count)
 
     def new_state(now: Updated):
       return ValuePenaltyState(*now.value, count, ValuePenaltyInfo(excess.value, gamma, now.finite))
@@ -161,7 +153,7 @@ def add_value_function_penalty(
   def update(updates, state, params=None, **extra_args):
     new: Any
     direction, new = head.update(updates, state, params, **extra_args)
-    return scaled(1 / jnp.maximum(new.info.dual, 1), direction), new
+    return _tree.scaled(1 / jnp.maximum(new.info.dual, 1), direction), new
 
   return optax.GradientTransformationExtraArgs(head.init, update)
 

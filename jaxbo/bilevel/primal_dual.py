@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxbo import _check, _tree
+from jaxbo import _check, _schedule, _tree
 from jaxbo._optimizer import LearningRate
 from jaxbo.bilevel.parameters import Bilevel
 from jaxbo.bilevel.projection import Projection, descend, project_tree
-from jaxbo.bilevel.value_function import Penalty, Updated, lower_value, penalize_excess, value_at
+from jaxbo.bilevel.value_function import Penalty, Updated, lower_value, penalize_excess
 
 
 class PrimalDualInfo(NamedTuple):
@@ -170,10 +170,8 @@ def add_primal_dual_penalty(
   _check.positive("slack", slack)
   _check.positive("dual_bound", dual_bound)
   _check.non_negative("value_regularizer", value_regularizer)
-  if not callable(dual_learning_rate):
-    _check.positive("dual_learning_rate", dual_learning_rate)
-  if not callable(extrapolation):
-    _check.non_negative("extrapolation", extrapolation)
+  _schedule.check("dual_learning_rate", dual_learning_rate, _check.positive)
+  _schedule.check("extrapolation", extrapolation, _check.non_negative)
   if project_outer is not None:
     _check.takes_arguments("project_outer", project_outer, "x")
   make = lambda steps, regularizer: lower_value(
@@ -202,7 +200,8 @@ def add_primal_dual_penalty(
     del grads
     count, dtype = state.primal_dual_count, state.dual_variable.dtype
     constraint = excess.value - jnp.asarray(slack, dtype)
-    rate, theta = (value_at(v, count, dtype) for v in (dual_learning_rate, extrapolation))
+    rate = _schedule.value_at(dual_learning_rate, count, dtype)
+    theta = _schedule.value_at(extrapolation, count, dtype)
     previous = jnp.where(count == 0, constraint, state.previous_constraint)
     ascent = (1 + theta) * constraint - theta * previous
     bound = jnp.asarray(dual_bound, dtype)
@@ -218,7 +217,7 @@ def add_primal_dual_penalty(
         (y_star, _), gap_finite = converged.solve(now.params.outer, now.value, now.batch)
         gap = excess.inner_loss - converged.loss(now.params.outer, y_star, now.batch)
         gap = jnp.where(gap_finite & jnp.isfinite(gap), gap, state.info.gap)
-      next_count = jnp.asarray(optax.safe_increment(count))
+      next_count = _schedule.after(count)
       info = PrimalDualInfo(constraint, dual, dual >= bound, residual, gap, now.finite)
       return PrimalDualState(*now.value, dual, constraint, next_count, info)
 

@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxbo import _check, _tree
+from jaxbo import _check, _schedule, _tree
 from jaxbo._optimizer import LearningRate
 from jaxbo.bilevel.parameters import Bilevel, check_params, scalar_dtype
 from jaxbo.bilevel.primal_dual import add_primal_dual_penalty
 from jaxbo.bilevel.projection import Projection, descend
 from jaxbo.bilevel.response import MISSING
-from jaxbo.bilevel.value_function import ConstraintTerm, check_update, scaled
+from jaxbo.bilevel.value_function import ConstraintTerm, check_update
 
 
 class ProximalInfo(NamedTuple):
@@ -118,18 +118,18 @@ def add_proximal_terms(
     offset = optax.tree.sub(_tree.at_least_float32(params), _tree.at_least_float32(centre))
     distance_sq = _tree.vdot(offset, offset).astype(dtype)
     weight = jnp.asarray(constraint_weight, dtype)
-    term = ConstraintTerm(weight * distance_sq, scaled(2 * weight, offset))
+    term = ConstraintTerm(weight * distance_sq, _tree.scaled(2 * weight, offset))
     grads = jax.tree.map(
       lambda g, o: (_tree.at_least_float32(g) + o).astype(jnp.result_type(g)),
       grads,
-      scaled(2 * jnp.asarray(outer_weight, dtype), offset),
+      _tree.scaled(2 * jnp.asarray(outer_weight, dtype), offset),
     )
     result, head_state = head.update(
       grads, state.proximal_head, params, batch=batch, constraint_term=term, **extra_args
     )
     distance = jnp.sqrt(distance_sq)
     distance = jnp.where(jnp.isfinite(distance), distance, state.info.centre_distance)
-    count = jnp.asarray(optax.safe_increment(state.proximal_count))
+    count = _schedule.after(state.proximal_count)
     return result, ProximalState(head_state, centre, count, ProximalInfo(distance))
 
   return optax.GradientTransformationExtraArgs(init, update)

@@ -184,7 +184,7 @@ def penalize_excess(
     value, solved = lower.solve(params.outer, start(params, state), value_batch)
     excess = lower.excess(params, value[0], batch, constraint_term)
     dual, numbers, new_state = rule(excess, grads, state)
-    penalty = scaled(dual, excess.gradient)
+    penalty = _tree.scaled(dual, excess.gradient)
     finite = solved & _tree.all_finite((*numbers, dual, penalty))
     direction = add_penalty(grads, penalty, finite)
     new = new_state(Updated(params, batch, value, direction, finite))
@@ -226,16 +226,6 @@ def check_update(name: str, grads: Any, params: Any, batch: Any) -> Bilevel:
     )
   _check.same_structure("grads", grads, "params", params)
   return grads
-
-
-def value_at(value: Any, count: jax.Array, dtype: Any) -> jax.Array:
-  """A number, or a schedule at ``count``, as an array of ``dtype``."""
-  return jnp.asarray(value(count) if callable(value) else value, dtype)
-
-
-def scaled(scale: jax.Array, tree: Any) -> Any:
-  """``scale * tree`` in the dtypes of ``tree``."""
-  return jax.tree.map(lambda leaf: scale.astype(leaf.dtype) * leaf, tree)
 
 
 def add_penalty(grads: Bilevel, penalty: Bilevel, finite: jax.Array) -> Bilevel:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxbo import _check
+from jaxbo import _check, _schedule
 from jaxbo.dro import temperature as temperatures
 from jaxbo.dro.batch import at_least_tiny
 from jaxbo.dro.bisection import smallest
@@ -49,7 +49,7 @@ def chi_square(temperature: float | jax.Array | optax.Schedule) -> Weighting:
     Levy et al., `Large-Scale Methods for Distributionally Robust Optimization
     <https://arxiv.org/abs/2010.05893>`_, 2020.
   """
-  temperatures.check_schedule("temperature", temperature, _check.positive)
+  _schedule.check("temperature", temperature, _check.positive)
 
   def respond(batch, state):
     value = at_least_tiny(temperatures.scheduled(temperature, state, batch.losses.dtype))

@@ -6,8 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxbo import _check
-from jaxbo.dro.temperature import check_schedule
+from jaxbo import _check, _schedule
 from jaxbo.dro.weighting import (
   Response,
   Weighting,
@@ -83,7 +82,7 @@ def compositional(
       "schedule, or jaxbo.dro.tilted"
     )
   log_ratio = weighting.log_ratio
-  check_schedule("rate", rate, lambda name, value: _check.within(name, value, 0, 1, ends="(]"))
+  _schedule.check("rate", rate, lambda name, value: _check.within(name, value, 0, 1, ends="(]"))
 
   def init(dtype: jax.typing.DTypeLike = jnp.float32) -> CompositionalState:
     return CompositionalState(jnp.zeros((), dtype), jnp.zeros((), jnp.int32), weighting.init(dtype))
@@ -92,7 +91,7 @@ def compositional(
     dtype = batch.losses.dtype
     weights, inner, info = weigh_within(weighting, batch.losses, batch, state.compositional_inner)
     count = state.compositional_count
-    share = jnp.asarray(rate(count) if callable(rate) else rate, dtype)
+    share = _schedule.value_at(rate, count, dtype)
     share = jnp.where(count == 0, 1, share)
     # A tilt of zero is an infinite temperature.
     temperature = jnp.where(info.temperature == 0, 1e20, info.temperature)

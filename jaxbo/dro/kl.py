@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxbo import _check
+from jaxbo import _check, _schedule
 from jaxbo.dro import temperature as temperatures
 from jaxbo.dro.batch import Batch, at_least_tiny
 from jaxbo.dro.bisection import smallest
@@ -121,7 +121,7 @@ def tilted(tilt: float | jax.Array | Callable[[Any], Any]) -> Weighting:
   References:
     Li et al., `Tilted Empirical Risk Minimization <https://arxiv.org/abs/2007.01162>`_, 2021.
   """
-  temperatures.check_schedule("tilt", tilt, _check.finite)
+  _schedule.check("tilt", tilt, _check.finite)
 
   def respond(batch, state):
     value = temperatures.scheduled(tilt, state, batch.losses.dtype)

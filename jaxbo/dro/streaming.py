@@ -118,7 +118,7 @@ def streaming_grad(
     if not repair:  # The other microbatches alone would be another batch.
       gradient = only_if(reductions.number_of(~jnp.isfinite(losses)) == 0, gradient)
     factor = info.weight_sum / jnp.where(total > 0, total, 1)
-    gradient = jax.tree.map(lambda g: factor.astype(g.dtype) * g, gradient)
+    gradient = _tree.scaled(factor, gradient)
     state = ReweightState(weighting_state, _tree.cast_like(info, state.info))
     return _tree.cast_like(gradient, params), state
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from jaxbo import _check
+from jaxbo import _check, _schedule
 from jaxbo.dro.batch import Batch, at_least_tiny
 from jaxbo.dro.bisection import smallest
 
@@ -68,15 +68,7 @@ def target_ess(fraction: float | jax.Array) -> TargetEss:
 def check_temperature(name: str, value: Any) -> None:
   """Raises unless ``value`` is a positive number, a schedule or a target."""
   if not isinstance(value, TargetEss):
-    check_schedule(name, value, _check.positive)
-
-
-def check_schedule(name: str, value: Any, check_number: Callable[[str, Any], Any]) -> None:
-  """Raises unless ``value`` is a schedule or a number that passes ``check_number``."""
-  if callable(value):
-    _check.takes_arguments(name, value, "count")
-  else:
-    check_number(name, value)
+    _schedule.check(name, value, _check.positive)
 
 
 def init_temperature(dtype: jax.typing.DTypeLike = jnp.float32) -> TemperatureState:
@@ -87,13 +79,12 @@ def init_temperature(dtype: jax.typing.DTypeLike = jnp.float32) -> TemperatureSt
 
 def advance(state: TemperatureState) -> TemperatureState:
   """The state after one more batch."""
-  count = state.temperature_count
-  return TemperatureState(jnp.where(count < jnp.iinfo(jnp.int32).max, count + 1, count))
+  return TemperatureState(_schedule.after(state.temperature_count))
 
 
 def scheduled(value: Any, state: TemperatureState, dtype: Any) -> jax.Array:
   """The number ``value``, or the schedule's at this batch."""
-  return jnp.asarray(value(state.temperature_count) if callable(value) else value, dtype)
+  return _schedule.value_at(value, state.temperature_count, dtype)
 
 
 def find_temperature(

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxbo import _check, _random, _tree
+from jaxbo import _check, _random, _schedule, _tree
 from jaxbo.bilevel.response import MISSING
 
 
@@ -135,7 +135,7 @@ def bayesian_gradient_descent(
     state = BgdState(
       _tree.cast_like(shrunk, state.deviations),
       state.bgd_key,
-      jnp.asarray(optax.safe_increment(state.bgd_count)),
+      _schedule.after(state.bgd_count),
       BgdInfo(finite),
     )
     return _tree.cast_like(step, updates), state

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxbo import _check
+from jaxbo import _check, _tree
 from jaxbo.bilevel.inner import InnerSolver
 from jaxbo.bilevel.response import MISSING
 from jaxbo.bilevel.unrolled import add_unrolled_response
@@ -76,8 +76,7 @@ def modulate_by_loss(modulation: jax.typing.ArrayLike) -> optax.GradientTransfor
     value = jnp.asarray(value, jnp.float32)
     value = jnp.where(jnp.isnan(value), jnp.inf, jnp.maximum(value, 0))
     scale = -jnp.expm1(-jnp.asarray(modulation, jnp.float32) * value)
-    scaled = jax.tree.map(lambda u: jnp.asarray(scale, u.dtype) * u, updates)
-    return scaled, ModulationState(ModulationInfo(scale))
+    return _tree.scaled(scale, updates), ModulationState(ModulationInfo(scale))
 
   return optax.GradientTransformationExtraArgs(init, update)
 

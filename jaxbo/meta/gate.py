@@ -137,7 +137,7 @@ def gate_by_detection(
       updates, state.gated_state, params, detection=detection, **extra_args
     )
     is_open = scale > 0
-    scaled = jax.tree.map(lambda u: jnp.asarray(scale, u.dtype) * u, opened)
+    scaled = _tree.scaled(scale, opened)
     return (
       _tree.where(is_open, scaled, optax.tree.zeros_like(scaled)),
       GateState(

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxbo import _check, _random
+from jaxbo import _check, _random, _schedule
 from jaxbo.bilevel.inner import InnerSolver
 from jaxbo.bilevel.loop import BilevelInfo, BilevelState, bilevel_loop, outer_step
 from jaxbo.online.joint import joint
@@ -201,7 +201,7 @@ def online_loop(
         metric_states[name], values[name] = metric.update(state.metric_states[name], played)
       else:
         metric_states[name], values[name] = (), metric(played)
-    count = jnp.asarray(optax.safe_increment(state.round_count))
+    count = _schedule.after(state.round_count)
     state = OnlineState(after, count, state.stream_key, batches, metric_states)
     return state, OnlineInfo(info, values)
 

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxbo import _check, _tree
+from jaxbo import _check, _schedule, _tree
 from jaxbo._optimizer import LearningRate
 from jaxbo.bilevel.parameters import Bilevel, check_params, scalar_dtype
 from jaxbo.bilevel.projection import Projection, descend
 from jaxbo.bilevel.response import MISSING
-from jaxbo.bilevel.value_function import check_update, scaled, value_at
+from jaxbo.bilevel.value_function import check_update
 
 
 class Triple(NamedTuple):
@@ -123,12 +123,8 @@ def add_corrected_response(
   """
   for name, loss in (("inner_loss", inner_loss), ("outer_loss", outer_loss)):
     _check.takes_arguments(name, loss, "x", "y", "batch")
-  if not callable(linear_learning_rate):
-    _check.positive("linear_learning_rate", linear_learning_rate)
-  if not callable(correction):
-    _check.non_negative("correction", correction)
-    if _check.is_known(correction) and correction > 1:
-      raise ValueError(f"correction must be in [0, 1], got {correction}")
+  _schedule.check("linear_learning_rate", linear_learning_rate, _check.positive)
+  _schedule.check("correction", correction, lambda name, value: _check.within(name, value, 0, 1))
   if radius is not None:
     _check.positive("radius", radius)
 
@@ -166,17 +162,17 @@ def add_corrected_response(
 
     dtype, count = state.info.direction_norm.dtype, state.correction_count
     last = state.last_iterates
-    keep = jnp.where(count > 0, 1 - value_at(correction, count, dtype), 0)
+    keep = jnp.where(count > 0, 1 - _schedule.value_at(correction, count, dtype), 0)
     now = directions(here, grads)
     then = directions(last, outer_grad(Bilevel(last.outer, last.inner)))
     # The first round has nothing to correct, whatever the losses are at zero.
     offset = optax.tree.sub(state.last_directions, then)
     corrected = _tree.where(keep > 0, _tree.add_scaled(now, keep, offset), now)
-    step = value_at(linear_learning_rate, count, dtype)
+    step = _schedule.value_at(linear_learning_rate, count, dtype)
     linear = _tree.add_scaled(here.linear, -step, corrected.linear)
     if radius is not None:
       scale = radius / jnp.maximum(_tree.norm(linear), radius)
-      linear = scaled(scale, linear)
+      linear = _tree.scaled(scale, linear)
 
     finite = _tree.all_finite((corrected, linear))
     norm = _tree.norm((corrected.outer, corrected.inner)).astype(dtype)
@@ -184,7 +180,7 @@ def add_corrected_response(
       linear,
       here,
       corrected,
-      jnp.asarray(optax.safe_increment(count)),
+      _schedule.after(count),
       CorrectedResponseInfo(norm, finite),
     )
     old = state._replace(info=state.info._replace(finite=finite))

@@ -1,0 +1,28 @@
+"""Numbers that may be schedules, and the counters that schedules are functions of."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxbo import _check
+
+
+def check(name: str, value: Any, check_number: Callable[[str, Any], Any]) -> None:
+  """Raises unless ``value`` is a schedule or a number that passes ``check_number``."""
+  if callable(value):
+    _check.takes_arguments(name, value, "count")
+  else:
+    check_number(name, value)
+
+
+def value_at(value: Any, count: jax.Array, dtype: Any) -> jax.Array:
+  """A number, or a schedule at ``count``, as an array of ``dtype``."""
+  return jnp.asarray(value(count) if callable(value) else value, dtype)
+
+
+def after(count: jax.Array) -> jax.Array:
+  """The next count; the largest one stays."""
+  return jnp.asarray(optax.safe_increment(count))
