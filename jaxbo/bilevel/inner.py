@@ -3,13 +3,16 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from jaxbo import _check, _tree
+
+Start: TypeAlias = tuple[optax.Params, optax.OptState]
+"""Inner parameters and the state of their optimizer: where a run begins, or ends."""
 
 
 class InnerInfo(NamedTuple):
@@ -40,7 +43,7 @@ class InnerSolution(NamedTuple):
 
   params: optax.Params
   opt_state: optax.OptState
-  start: tuple[optax.Params, optax.OptState]
+  start: Start
   info: InnerInfo
 
 
@@ -50,7 +53,7 @@ class Path(Protocol):
   def __call__(
     self,
     x: optax.Params,
-    start: tuple[optax.Params, optax.OptState],
+    start: Start,
     batch: Any,
     /,
     *,
@@ -80,6 +83,8 @@ class InnerSolver(NamedTuple):
     init: ``init(y0) -> InnerSolution``, the state before the first solve. If the loss has
       auxiliary outputs it is ``init(y0, x, batch)``, where shapes are enough.
     solve: ``solve(x, solution, batch) -> InnerSolution``, ``num_steps`` steps of the optimizer.
+    run: ``run(x, start, batch) -> ((params, opt_state), finite)``, the same from any start and
+      without a report; where the run was not finite it ends where it began.
     path: ``path(x, start, batch, *, last=None) -> y``, the same run as a pure map from ``x`` to
       the final inner parameters: what responses differentiate. With ``last=k`` the gradient
       flows through the last ``k`` steps only.
@@ -93,6 +98,7 @@ class InnerSolver(NamedTuple):
 
   init: Callable[..., InnerSolution]
   solve: Callable[[optax.Params, InnerSolution, Any], InnerSolution]
+  run: Callable[[optax.Params, Start, Any], tuple[Start, jax.Array]]
   path: Path
   loss: Callable[[optax.Params, optax.Params, Any], jax.Array]
   num_steps: int
@@ -193,7 +199,7 @@ def inner_solver(
     )
     return (optax.apply_updates(y, updates), opt_state), (value, aux)
 
-  def run(z, carry, batch, scan, begin=0, end=num_steps):
+  def steps(z, carry, batch, scan, begin=0, end=num_steps):
     """Steps ``begin`` to ``end``. What belongs to a single step is scanned over."""
     if per_step_batches:
       check_per_step(batch, num_steps)
@@ -214,8 +220,8 @@ def inner_solver(
     begin = 0 if last is None else num_steps - last
     carry = start
     if begin:
-      carry = run(jax.lax.stop_gradient(z), carry, batch, scan, 0, begin)
-    return run(z, carry, batch, scan, begin)[0]
+      carry = steps(jax.lax.stop_gradient(z), carry, batch, scan, 0, begin)
+    return steps(z, carry, batch, scan, begin)[0]
 
   def features(x, batch):
     if through is None:
@@ -226,7 +232,12 @@ def inner_solver(
     return jax.vmap(through, in_axes=(None, 0))(x, batch)
 
   def solve_from(x, start, batch):
-    return run(features(x, batch), start, batch, jax.lax.scan)
+    end, told = steps(features(x, batch), start, batch, jax.lax.scan)
+    finite = _tree.all_finite(end)
+    return _tree.where(finite, end, start), finite, told
+
+  def run(x, start, batch):
+    return solve_from(x, start, batch)[:2]
 
   def init(y0, x=None, batch=None):
     _check.floating("y0", y0)
@@ -236,7 +247,7 @@ def inner_solver(
     if has_aux:
       if x is None:
         raise ValueError("init must be given x and batch with has_aux=True: init(y0, x, batch)")
-      _, (_, aux) = jax.eval_shape(solve_from, x, start, batch)
+      _, _, (_, aux) = jax.eval_shape(solve_from, x, start, batch)
       aux = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), aux)
     info = InnerInfo(jnp.zeros(num_steps, _loss_dtype(y0)), jnp.bool_(True), aux)
     return InnerSolution(*start, _tree.copy(start), info)
@@ -247,9 +258,7 @@ def inner_solver(
       got = type(solution).__name__
       raise TypeError(f"solution must be an InnerSolution, say from init(y0), got {got}")
     start = (solution.params, solution.opt_state) if warm_start else solution.start
-    end, (losses, aux) = solve_from(x, start, batch)
-    finite = _tree.all_finite(end)
-    y, opt_state = _tree.where(finite, end, start)
+    (y, opt_state), finite, (losses, aux) = solve_from(x, start, batch)
     return InnerSolution(y, opt_state, start, InnerInfo(losses.astype(_loss_dtype(y)), finite, aux))
 
   def path(x, start, batch, *, last=None):
@@ -259,7 +268,7 @@ def inner_solver(
     return loss_and_aux(x if through is None else through(x, batch), y, batch)[0]
 
   factors = None if through is None else Through(features, path_from_features)
-  return InnerSolver(init, solve, path, one_step_loss, num_steps, per_step_batches, factors)
+  return InnerSolver(init, solve, run, path, one_step_loss, num_steps, per_step_batches, factors)
 
 
 def _final_carry(body, carry, slices, length: int, *, remat: bool | int):

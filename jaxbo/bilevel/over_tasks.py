@@ -84,6 +84,9 @@ def over_tasks(inner: InnerSolver, num_tasks: int, *, average_start: bool = Fals
       solution = from_average(x, solution, batch)
     return over_batches(inner.solve, in_axes=(None, 0, axis))(x, solution, batch)
 
+  def run(x, start, batch):
+    return over_batches(inner.run, in_axes=(None, 0, axis))(x, start, checked(batch))
+
   def path(x, start, batch, *, last=None):
     one = functools.partial(inner.path, last=last)
     return over_batches(one, in_axes=(None, 0, axis))(x, start, checked(batch))
@@ -106,6 +109,7 @@ def over_tasks(inner: InnerSolver, num_tasks: int, *, average_start: bool = Fals
   return inner._replace(
     init=init,
     solve=solve,
+    run=run,
     path=path,
     loss=loss,
     through=through,

@@ -17,12 +17,10 @@ import jax.numpy as jnp
 import optax
 
 from jaxbo import _check, _tree
-from jaxbo.bilevel.inner import InnerInfo, InnerSolution, inner_solver
+from jaxbo.bilevel.inner import Start, inner_solver
 from jaxbo.bilevel.parameters import Bilevel, check_params, scalar_dtype
 from jaxbo.bilevel.projection import project_tree
 from jaxbo.bilevel.response import MISSING
-
-Start = tuple[Any, Any]  # The parameters and the state of their optimizer.
 
 
 class ConstraintTerm(NamedTuple):
@@ -111,11 +109,6 @@ def lower_value(
     solution = solver.init(_tree.at_least_float32(y))
     return solution.params, solution.opt_state
 
-  def solve(x, start, batch):
-    info = InnerInfo(jnp.zeros(num_steps), jnp.bool_(True))
-    solution = solver.solve(x, InnerSolution(start[0], start[1], start, info), batch)
-    return (solution.params, solution.opt_state), solution.info.finite
-
   def excess(params, y_hat, batch, term):
     x, y = params.outer, params.inner
     value, gradient = jax.value_and_grad(loss, argnums=(0, 1))(x, y, batch)
@@ -129,7 +122,7 @@ def lower_value(
       slope = jax.tree.map(jnp.add, slope, term.gradient)
     return Excess(excess_value, slope, value)
 
-  return LowerValue(init, solve, excess, loss)
+  return LowerValue(init, solver.run, excess, loss)
 
 
 def _project_all(project: Callable[[optax.Params], optax.Params]) -> optax.GradientTransformation:

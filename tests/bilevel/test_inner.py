@@ -38,6 +38,21 @@ def test_losses_are_those_before_each_step(x64):
   np.testing.assert_allclose(solution.info.losses, expected, rtol=1e-10)
 
 
+def test_a_run_is_a_solve_without_a_report_also_of_several_tasks():
+  """And it ends where it began if it was not finite."""
+  one = jaxbo.inner_solver(lambda x, y, scale: (scale * y - x) ** 2, optax.sgd(0.1, 0.9), 3)
+  for inner, batch in ((one, jnp.float32(2.0)), (jaxbo.over_tasks(one, 2), jnp.array([2.0, 3.0]))):
+    first = inner.init(jnp.float32(1.0), 0.0, batch)
+    run = jax.jit(lambda batch, inner=inner, start=first.start: inner.run(0.5, start, batch))
+    solution = inner.solve(jnp.float32(0.5), first, batch)
+    (params, opt_state), finite = run(batch)
+    chex.assert_trees_all_close((params, opt_state), (solution.params, solution.opt_state))
+    assert np.all(finite)
+    start, finite = run(batch * jnp.nan)
+    chex.assert_trees_all_equal(start, first.start)
+    assert not np.any(finite)
+
+
 def test_warm_start_goes_on_and_cold_start_begins_again():
   problem, warm, x, y0, x_flat, y0_flat = quadratic_run()
   solution = warm.solve(x, warm.solve(x, warm.init(y0), None), None)
