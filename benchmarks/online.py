@@ -91,7 +91,7 @@ def make_loop(
   inner = jaxbo.inner_solver(inner_loss, optax.sgd(0.5), 1)
   cg = jaxbo.conjugate_gradient(cg_steps, warm_start=True)
   options = {"decay": 0.9, "linear_solver": cg, "inner_params": y}
-  memory = {} if method == SOBOW else {"memory": window, "replay": method == OAGD_REPLAY}
+  memory = {} if method == SOBOW else {"window": window, "replay": method == OAGD_REPLAY}
   if not response:
     outer = jaxbo.ogd(0.1)
   elif method == SOBOW:

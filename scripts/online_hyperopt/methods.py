@@ -72,7 +72,7 @@ def _inner(of: Setting, num_steps: int = 1) -> jaxbo.InnerSolver:
 
 
 def _replay(of: Setting) -> dict[str, Any]:
-  return {"memory": of.window, "replay": True}
+  return {"window": of.window, "replay": True}
 
 
 def _conjugate_gradient(of: Setting, *, warm_start: bool) -> jaxbo.bilevel.LinearSolver:

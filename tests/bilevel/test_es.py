@@ -267,7 +267,7 @@ def test_another_generator_stays_that_generator():
 def test_injected_smoothing_is_a_hyperparameter(x64):
   _, solver, x, _, solution, grads, _ = quadratic_setting()
   head = optax.inject_hyperparams(
-    jaxbo.add_es_response, static_args=("solver", "num_samples", "sample_batch_size", "key")
+    jaxbo.add_es_response, static_args=("inner", "num_samples", "sample_batch_size", "key")
   )(solver, num_samples=2, smoothing=0.1)
   state = head.init(x)
   result, _ = jax.jit(lambda s: head.update(grads, s, x, solution=solution, batch=None))(state)

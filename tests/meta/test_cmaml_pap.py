@@ -189,5 +189,5 @@ def test_the_response_must_be_a_transformation(as_users_run):
       method(loss, INNER, optax.sgd(1.0), drop_threshold=1.0, response=0.1)  # pyright: ignore
   with pytest.raises(TypeError, match="response must be an optax transformation"):
     jaxbo.leeds(1.0, INNER, response=0.1)  # pyright: ignore
-  with pytest.raises(TypeError, match="solver must be an InnerSolver"):
+  with pytest.raises(TypeError, match="inner must be an InnerSolver"):
     jaxbo.leeds(1.0, 0.1, response=jaxbo.drop_response())  # pyright: ignore

@@ -237,7 +237,7 @@ def test_bad_arguments():
       jaxbo.meta.threshold_detector(**arguments)
   with pytest.raises(ValueError, match="level must be in"):
     jaxbo.meta.quantile_threshold(1.5, 3)
-  with pytest.raises(ValueError, match="size must be at least 1, got 0"):
+  with pytest.raises(ValueError, match="window must be at least 1, got 0"):
     jaxbo.meta.quantile_threshold(0.5, 0)
   with pytest.raises(ValueError, match="initial must be a number or an infinity, got nan"):
     jaxbo.meta.quantile_threshold(0.5, 3, initial=float("nan"))

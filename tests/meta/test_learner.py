@@ -379,7 +379,7 @@ def test_modulation_of_losses_that_are_no_numbers():
   np.testing.assert_allclose(info.modulation, 1 - np.exp(-0.6), rtol=1e-6)
   with pytest.raises(TypeError, match="modulate_by_loss: update must be given value="):
     tx.update(jnp.float32(1.0), tx.init(0.0))
-  with pytest.raises(ValueError, match="rate must be positive and finite, got 0"):
+  with pytest.raises(ValueError, match="modulation must be positive and finite, got 0"):
     jaxbo.modulate_by_loss(0.0)
 
 

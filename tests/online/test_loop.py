@@ -221,7 +221,7 @@ def test_without_a_finite_response_the_direct_gradient_enters_the_window():
   inner = jaxbo.inner_solver(saddle_loss, optax.sgd(0.5), 1)
   stream = lambda key, t: (jnp.where(t == 3, jnp.inf, jnp.ones(2)), jnp.ones(2))
   states = states_of(jaxbo.sobow(0.1, inner, window=1, inner_params=ZERO), stream, inner)
-  finite = optax.tree.get(states, "finite")
+  finite = optax.tree.get(states, "ImplicitInfo").finite
   np.testing.assert_array_equal(finite, np.arange(8) != 3)
   chex.assert_tree_all_finite(states)
   np.testing.assert_allclose(optax.tree.get(states, "values")[3, 0], states.x[2] - 1, rtol=1e-6)
@@ -310,7 +310,7 @@ def test_the_constrained_regret_is_the_gradient_mapping(x64):
   """At a face of the box, the part of the gradient that leads out of it does not count."""
   box = lambda x: jnp.clip(x, 0.0, 1.0)
   kinds = list(itertools.product(("own", "current"), ("full", "present")))
-  options = {"window": 2, "project": box, "step_size": 0.5}
+  options = {"window": 2, "project": box, "learning_rate": 0.5}
   metrics = {
     f"{at}, {normalization}": jaxbo.online.local_regret(
       lambda x, batch: x - batch.val, at=at, normalization=normalization, **options
@@ -351,8 +351,8 @@ def test_extra_arguments_of_a_step_reach_the_transformation():
 
 BAD = {
   "hyper_at": ({"hyper_at": "middle"}, ValueError, "hyper_at must be one of 'after', 'before'"),
-  "memory": ({"memory": 0}, ValueError, "memory must be at least 1, got 0"),
-  "replay": ({"replay": True}, ValueError, "memory must be set with replay=True"),
+  "window": ({"window": 0}, ValueError, "window must be at least 1, got 0"),
+  "replay": ({"replay": True}, ValueError, "window must be set with replay=True"),
 }
 
 
@@ -416,9 +416,9 @@ def test_bad_arguments_of_the_aliases_and_metrics():
     jaxbo.online.local_regret(gradient, window=0)
   with pytest.raises(ValueError, match="at must be one of 'own', 'current', got 'here'"):
     jaxbo.online.local_regret(gradient, at="here")
-  with pytest.raises(ValueError, match="project and step_size must be given together"):
+  with pytest.raises(ValueError, match="project and learning_rate must be given together"):
     jaxbo.online.local_regret(gradient, learning_rate=0.1)
-  with pytest.raises(ValueError, match="step_size must be positive and finite, got 0"):
+  with pytest.raises(ValueError, match="learning_rate must be positive and finite, got 0"):
     jaxbo.online.local_regret(gradient, project=lambda x: x, learning_rate=0.0)
   with pytest.raises(ValueError, match="power must be positive and finite, got 0"):
     jaxbo.online.path_length(lambda batch, last: batch, power=0)

@@ -214,7 +214,7 @@ def test_info_has_the_norm_of_what_comes_out():
 @cases(
   ("arguments", "options", "error", "message"),
   [
-    ((0,), {}, ValueError, "size must be at least 1, got 0"),
+    ((0,), {}, ValueError, "window must be at least 1, got 0"),
     ((2, 0.0), {}, ValueError, r"decay must be in \(0, 1\], got 0.0"),
     ((2, 1.5), {}, ValueError, r"decay must be in \(0, 1\], got 1.5"),
     ((2, float("nan")), {}, ValueError, r"decay must be in \(0, 1\], got nan"),
@@ -241,6 +241,6 @@ def test_bad_updates_and_parameters():
     tx.init(jnp.arange(3))
 
 
-def test_size_is_a_python_int(as_users_run):
-  with pytest.raises(TypeError, match=r"size must be a positive Python int, got 2\.0"):
+def test_window_is_a_python_int(as_users_run):
+  with pytest.raises(TypeError, match=r"window must be a positive Python int, got 2\.0"):
     jaxbo.window_average(2.0)  # pyright: ignore

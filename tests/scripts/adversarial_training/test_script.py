@@ -269,7 +269,7 @@ def test_the_loss_of_the_tail_is_the_mean_of_the_highest_tenth():
 def test_the_attacks_of_the_report_are_those_that_are_asked_for(monkeypatch):
   asked = []
   for name in ("pgd", "apgd"):
-    monkeypatch.setattr(jaxbo, name, lambda model, **options: asked.append(options))
+    monkeypatch.setattr(jaxbo.adversarial, name, lambda model, **options: asked.append(options))
   Evaluator(model, Config(epsilon=0.2, test_steps=7, worst_steps=5, num_targets=2))
   pgd, apgd, targeted = asked
   assert pgd == {"epsilon": 0.2, "step_size": 0.05, "num_steps": 7}
