@@ -142,15 +142,17 @@ def scalar_loss(name: str, value: Any) -> None:
 
 def uses(name: str, loss: Callable[[Any], Any], argument: Any) -> None:
   """Raises ``ValueError`` if no leaf of ``argument`` reaches ``loss(argument)``."""
-  if not depends_on(loss, argument):
+  jaxpr = jax.make_jaxpr(loss)(argument).jaxpr
+  _, used = partial_eval.dce_jaxpr(jaxpr, True)  # Looks into jitted functions and loops too.
+  if not any(used):
     raise ValueError(f"loss must use {name}, which has no influence on it")
 
 
-def depends_on(function: Callable[[Any], Any], argument: Any) -> bool:
-  """Whether a leaf of ``argument`` reaches what ``function(argument)`` returns, by its trace."""
+def reads(function: Callable[[Any], Any], argument: Any) -> bool:
+  """Whether ``function`` computes anything from a leaf of ``argument``, by its trace."""
   jaxpr = jax.make_jaxpr(function)(argument).jaxpr
-  _, used = partial_eval.dce_jaxpr(jaxpr, True)  # Looks into jitted functions and loops too.
-  return any(used)
+  given = set(map(id, jaxpr.invars))
+  return any(id(variable) in given for eqn in jaxpr.eqns for variable in eqn.invars)
 
 
 def floating(name: str, tree: Any) -> None:

@@ -237,7 +237,7 @@ def _one_after_the_other(outer_loss, inner, outer, hyper_at, replay, has_aux):
       batch.val,
       **extra_args,
     )
-    if _check.depends_on(lambda start: from_start(start)[0].x, before.solution.start):
+    if _check.reads(lambda start: from_start(start)[0].x, before.solution.start):
       raise ValueError(
         "hyper_at must be 'after' for a response that differentiates the inner run, got 'before'"
       )
