@@ -252,9 +252,8 @@ def _make(move, dim, num_shots, num_queries, probabilities, data_variance) -> Ta
     first = state.num_rounds == 0
     task_switch = first | (jax.random.uniform(keys[0]) >= stay)
     domain_switch = task_switch & ~first & (jax.random.uniform(keys[1]) < move_domain)
-    new_mean, new_domain_mean = move(keys[2], state, first, domain_switch)
+    new_mean, domain_mean = move(keys[2], state, first, domain_switch)
     task_mean = jnp.where(task_switch, new_mean, state.task_mean)
-    domain_mean = jnp.where(task_switch, new_domain_mean, state.domain_mean)
     domain = state.domain + domain_switch.astype(jnp.int32)
     noise = jax.random.normal(keys[3], (num_shots + num_queries, dim))
     samples = task_mean[None] + jnp.sqrt(jnp.float32(data_variance)) * noise

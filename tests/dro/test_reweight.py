@@ -202,6 +202,14 @@ def test_an_optax_aggregator_is_what_it_is():
   np.testing.assert_allclose(result["w"], expected, rtol=1e-4)
 
 
+def test_wide_losses_leave_the_types_of_the_state(x64):
+  """float64 losses of float32 parameters: the state is as wide as the parameters."""
+  state = jaxbo.reweight(KL).init(PARAMS)
+  wide = lambda params, batch: problem.loss_fn(params, batch).astype(jnp.float64)
+  _, after = update(KL, jaxbo.per_example_grad(wide)(PARAMS, BATCH))
+  chex.assert_trees_all_equal_dtypes(after, state)
+
+
 def test_low_precision_parameters_and_losses():
   low = lambda tree: jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), tree)
   grads = jaxbo.per_example_grad(problem.loss_fn)(low(PARAMS), low(BATCH))

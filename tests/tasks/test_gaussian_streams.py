@@ -66,6 +66,15 @@ def test_nothing_beats_the_posterior_mean():
     assert abs(errors.mean() / expected - 1) < 4 / np.sqrt(20_000)
 
 
+def test_the_posterior_mean_is_the_minimum_of_its_quadratic():
+  samples, prior_mean = jnp.array([[1.0, -2.0], [3.0, 0.5], [2.0, 4.0]]), jnp.array([-1.0, 5.0])
+  found = jaxbo.tasks.gaussian_posterior_mean(
+    samples, prior_mean, task_variance=4.0, data_variance=0.5
+  )
+  slope = np.sum(found - samples, axis=0) / 0.5 + (found - prior_mean) / 4.0
+  np.testing.assert_allclose(slope, 0, atol=1e-5)
+
+
 def test_jumps_have_their_length_and_the_loss_the_exact_error_rates():
   """P12 on the stream itself, for the model that knows the last task's mean."""
   stream = jaxbo.tasks.jumping_gaussian_stream(5, 10, stay_probability=0.5, distance=2.0)
