@@ -71,7 +71,7 @@ def test_the_posterior_mean_is_the_minimum_of_its_quadratic():
   found = jaxbo.tasks.gaussian_posterior_mean(
     samples, prior_mean, task_variance=4.0, data_variance=0.5
   )
-  slope = np.sum(found - samples, axis=0) / 0.5 + (found - prior_mean) / 4.0
+  slope = np.sum(np.asarray(found) - np.asarray(samples), axis=0) / 0.5 + (found - prior_mean) / 4.0
   np.testing.assert_allclose(slope, 0, atol=1e-5)
 
 
