@@ -65,8 +65,8 @@ def orthogonal(key: jax.Array, like: Any, num_samples: int) -> Draw:
   The rows :math:`k` of the transform are orthogonal for every :math:`p`. The signs
   :math:`\varepsilon`, drawn once an update, make the mean of :math:`u u^\top` diagonal. The rows
   :math:`k_j = k_0 + a j \bmod p`, with a random :math:`k_0` and an :math:`a` coprime to :math:`p`,
-  are all different and uniform, so this mean is the identity. The error law of a Haar matrix needs
-  only these two properties. Unlike a row of a Haar matrix, a direction costs neither memory nor
+  are all different and uniform, so this mean is the identity. Orthogonality and this mean give the
+  error law of a Haar matrix. Unlike a row of a Haar matrix, a direction costs neither memory nor
   random numbers: by the addition theorem it is two outer products of :math:`\sqrt p` numbers.
   """
   p = _size(like)
