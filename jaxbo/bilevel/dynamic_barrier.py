@@ -92,8 +92,8 @@ def add_dynamic_barrier(
     ``batch=``. It also takes ``value_batch=``, the batch of the steps of :math:`\hat y`, and
     ``constraint_term=``, a record that is added to :math:`q`: its ``value`` is a scalar and its
     ``gradient`` is :class:`jaxbo.Bilevel`. If a number is not finite (a bad batch), the
-    update is the incoming gradient, and ``info.finite`` is false.
-    Parameters narrower than float32 are run in float32.
+    update is the incoming gradient, and ``info.finite`` is false. Parameters narrower than float32
+    are run in float32.
 
   Raises:
     ValueError: if ``barrier_rate`` or ``epsilon`` is not positive, ``num_steps < 1``, or ``phi`` is

@@ -65,17 +65,15 @@ def add_es_response(
     h = \nabla_x f + \frac{1}{Q} \sum_{j=1}^{Q} \langle \delta_j, \nabla_y f \rangle\, u_j, \qquad
     \delta_j = \frac{y^N(x + \mu u_j) - y^N(x)}{\mu}, \qquad \mathbb E[u_j u_j^\top] = I_p
 
-  Only the Jacobian of the inner run is estimated; :math:`\nabla_x f` and :math:`\nabla_y f` are
-  exact. Every perturbed run starts at ``solution.start`` and differs from the base run in ``x``
-  alone: both use the same optimizer state, minibatches and randomness in the batch. No second
-  derivatives are taken (except with ``difference="exact"``).
+  Only the Jacobian is estimated; :math:`\nabla_x f` and :math:`\nabla_y f` are exact. Every run
+  starts at ``solution.start`` and shares everything except ``x``: optimizer state, minibatches and
+  randomness in the batch. Only ``difference="exact"`` takes second derivatives.
 
   If :math:`y^N` is affine in :math:`x`, the mean of the estimate is the unrolled hypergradient at
   every smoothing. Otherwise its bias is at most :math:`\mu L_J \sqrt p \|\nabla_y f\|` for an
   :math:`L_J`-Lipschitz Jacobian. The squared relative error is about :math:`p / Q` for :math:`p`
-  outer parameters (see ``directions``). With many outer parameters, use a small learning rate,
-  momentum, or a solver with ``through=``: directions then live in the space of the features, and
-  :math:`p` is the number of features.
+  outer parameters. If :math:`p` is large, use a small learning rate, momentum, or a solver with
+  ``through=``: :math:`p` is then the number of features.
 
   Directions are scaled as in the paper, not as in its code: see Departures from the papers.
 
@@ -89,13 +87,12 @@ def add_es_response(
       :math:`\mu \sqrt p`. In float32 with well-scaled inner SGD, use about 1e-3 for forward
       differences and 1e-2 for central differences; below 1e-4 rounding dominates. An inner Adam
       needs a far smaller value, because its steps hardly depend on the size of a gradient.
-    directions: the family of directions. The squared relative error of the response, for affine
-      runs, is: ``"gaussian"`` :math:`(p + 1) / Q`; ``"sphere"``, of radius :math:`\sqrt p`,
-      :math:`(p - 1) / Q`; ``"rademacher"``, random signs and the cheapest to draw,
-      :math:`(p - 1) / Q`; ``"orthogonal"`` :math:`p / Q - 1`, for :math:`Q \le p`, exact at
-      :math:`Q = p` and cheap at any size (our construction: see Departures from the papers).
-      ``"official"`` is the scaling of the published code, for replication only: it shrinks the
-      response of each tensor by the size of the tensor.
+    directions: the family of directions. Their squared relative errors, for affine runs, are:
+      ``"gaussian"`` :math:`(p + 1) / Q`; ``"sphere"`` (radius :math:`\sqrt p`) and
+      ``"rademacher"`` (random signs, the cheapest to draw) :math:`(p - 1) / Q`; ``"orthogonal"``
+      :math:`p / Q - 1` for :math:`Q \le p`, exact at :math:`Q = p` and cheap at any size (our
+      choice: see Departures from the papers). ``"official"`` is the scaling of the published code,
+      for replication only: it shrinks the response of each tensor by the size of the tensor.
     difference: ``"forward"`` is the formula above. ``"central"`` is
       :math:`\delta_j = (y^N(x + \mu u_j) - y^N(x - \mu u_j)) / 2 \mu` (antithetic pairs): two runs
       for each sample, and a bias of :math:`O(\mu^2)`. ``"exact"`` is the directional derivative
@@ -103,10 +100,9 @@ def add_es_response(
       second derivatives in forward mode.
     sample_batch_size: how many samples run at once under ``vmap``; ``None`` for all. It changes
       the estimate only by rounding.
-    redraw: whether to draw the directions again from their keys for the final sum. ``False`` keeps
-      the directions of a chunk during its inner runs: this halves the random numbers, and costs up
-      to one more direction of memory for each sample that runs at once. With :math:`10^7`
-      parameters, drawing may cost more than the inner runs.
+    redraw: whether to draw directions again for the sum. ``False`` keeps them during the inner runs
+      of their chunk: half the random numbers, but up to one more direction of memory for each
+      sample that runs at once. With :math:`10^7` parameters, drawing may cost more than the runs.
     perturb_features: for a solver with ``through=``. ``True`` perturbs the features and pulls the
       response back to ``x`` once; ``False`` perturbs ``x`` itself, as if there were no features.
     per_task: for a solver made by :func:`jaxbo.over_tasks`: whether each task gets its own
@@ -115,15 +111,14 @@ def add_es_response(
       :math:`\frac{p + 1}{Q} \|\sum_t v_t\|^2`: better where tasks agree, worse where they cancel.
       It draws :math:`T` times as many directions. With ``through=`` it always pays, because
       :math:`p` is then the number of features of one task.
-    response_scale: a factor :math:`s > 0` on the estimated response; 1 is unbiased. If :math:`c` is
-      the squared relative error of the family (see ``directions``), :math:`s = 1 / (1 + c)` has the
-      least mean squared error, :math:`c / (1 + c)` of the squared response. That is never worse
-      than dropping the response, but biased towards zero. For orthogonal directions this :math:`s`
-      is :math:`Q / p`.
-    mesh: a mesh that divides the samples over its axis ``axis_name``; the size of the axis must
-      divide ``num_samples``. Devices exchange only the :math:`Q` scalar products (for each task,
-      with ``per_task``); each device draws all directions for the sum. Parameters and data may be
-      sharded over other axes.
+    response_scale: a factor :math:`s > 0` on the estimated response; 1 is unbiased. With the
+      squared relative error :math:`c` of the family, :math:`s = 1 / (1 + c)` (orthogonal:
+      :math:`Q / p`) has the least mean squared error, :math:`c / (1 + c)` of the squared response:
+      never worse than dropping the response, but biased towards zero.
+    mesh: a mesh that divides the samples over its axis ``axis_name``, whose size must divide
+      ``num_samples``. Devices exchange only the :math:`Q` scalar products (per task, with
+      ``per_task``); each draws all directions for the sum. Parameters and data may be sharded over
+      other axes.
     axis_name: the axis of ``mesh``; without ``mesh``, an axis of the ``shard_map`` or ``pmap``
       around ``update``. Needs ``redraw=True``.
     key: an int, a raw key array or a typed key. Update ``t`` uses ``fold_in(key, t)``; sample
@@ -134,13 +129,12 @@ def add_es_response(
     A transformation from the pair ``(df/dx, df/dy)`` to the hypergradient. ``update`` must be
     given ``solution=`` and ``batch=``, the batch that ``inner.solve`` saw. The average leaves out
     samples whose inner run is not finite, and ``info.num_finite`` counts the others. If the base
-    run of the solution is not finite, the response is zero (with tasks: the part of that task).
+    run of the solution is not finite, the response (of a task: its part) is zero.
 
   Note:
     With ``optax.inject_hyperparams``, put every argument except ``smoothing`` and
     ``response_scale`` in ``static_args``.
-    Parameters narrower than float32 are perturbed and run in float32, which costs one more inner
-    run.
+    Parameters narrower than float32 are run in float32, which costs one more inner run.
 
   Raises:
     ValueError: if ``num_samples < 1``, ``sample_batch_size < 1``, ``smoothing <= 0`` or

@@ -61,8 +61,8 @@ def add_value_function_penalty(
     d_x = \nabla_x f + \gamma_t \big(\nabla_x g(x, y) - \nabla_x g(x, \hat y)\big), \qquad
     d_y = \nabla_y f + \gamma_t \nabla_y g(x, y)
 
-  Before each update, ``num_steps`` warm-started steps move :math:`\hat y` towards the minimum of
-  :math:`g(x, \cdot)`; gradients do not flow through :math:`\hat y`. A finite multiplier moves the
+  Each update first moves :math:`\hat y` by ``num_steps`` warm-started steps towards the minimum of
+  :math:`g(x, \cdot)`. Gradients do not flow through :math:`\hat y`. A finite multiplier moves the
   solution: for an inner loss of curvature :math:`\mu`, by a distance of order
   :math:`1 / (\gamma \mu)`. With :math:`\gamma` constant, or rising along a linear schedule to a
   constant, this is V-PBGD.
@@ -106,8 +106,7 @@ def add_value_function_penalty(
     ``constraint_term=``, a record that is added to :math:`q`: its ``value`` is a scalar and its
     ``gradient`` is :class:`jaxbo.Bilevel`. If a number is not finite (a bad batch),
     :math:`\hat y` keeps its value, the update is the incoming gradient, and ``info.finite`` is
-    false.
-    Parameters narrower than float32 are run in float32.
+    false. Parameters narrower than float32 are run in float32.
 
   Raises:
     ValueError: if ``multiplier`` is negative or ``num_steps < 1``; if the inner loss is not a

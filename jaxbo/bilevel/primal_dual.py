@@ -84,12 +84,11 @@ def add_primal_dual_penalty(
     L_y = \nabla_y f + \lambda_{t+1} \nabla_y g(x, y)
 
   The inner problem may have many minima; the method looks for the minimum that is best for
-  :math:`f` (the optimistic choice). Before each update, ``num_steps`` warm-started steps move
-  :math:`\hat y` towards the minimum of the lower value. Gradients never flow through
+  :math:`f` (the optimistic choice). Each update first moves :math:`\hat y` by ``num_steps``
+  warm-started steps towards the minimum of the lower problem. Gradients never flow through
   :math:`\hat y` (Danskin). The regularizer is in the lower value only: in :math:`g(x, y)` too it
-  would exclude minima of large norm. The regularizer makes :math:`\tilde g^*` smooth, and it adds
-  its value :math:`\frac a2 \|y\|^2` at the minimum to the slack. Without slack no finite multiplier
-  exists.
+  would exclude minima of large norm. It makes :math:`\tilde g^*` smooth and adds
+  :math:`\frac a2 \|y\|^2` at the minimum to the slack. Without slack no finite multiplier exists.
 
   The primal step must shrink as the multiplier grows, :math:`\eta \le 1 / (L_f + \lambda L_h)`:
   choose the step for ``dual_bound``, or use :func:`scale_by_lagrangian_smoothness`. If :math:`f` or
