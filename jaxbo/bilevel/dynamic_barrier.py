@@ -172,6 +172,7 @@ def bome(
   Returns:
     ``optax.chain(add_dynamic_barrier(...), optax.scale_by_learning_rate(learning_rate),
     project(project_outer, project_inner))``.
+    Without projections the chain has no ``project``.
 
   Example:
     >>> import jax, jax.numpy as jnp, jaxbo, optax

@@ -189,6 +189,7 @@ def v_pbgd(
   Returns:
     ``optax.chain(add_value_function_penalty(..., normalize=True),
     optax.scale_by_learning_rate(learning_rate), project(project_outer, project_inner))``.
+    Without projections the chain has no ``project``.
 
   Example:
     >>> import jax, jax.numpy as jnp, jaxbo, optax

@@ -267,6 +267,7 @@ def pdbo(
   Returns:
     ``optax.chain(add_primal_dual_penalty(...), optax.scale_by_learning_rate(learning_rate),
     project(project_outer, project_inner))``.
+    Without projections the chain has no ``project``.
 
   Example:
     >>> import jax, jax.numpy as jnp, jaxbo, optax
