@@ -1,8 +1,8 @@
 """Gradient transformations for problems with more than one level.
 
-A method is an optax gradient transformation: gradients go in, better gradients come out, memory
-lives in the state. A *response* takes the gradients of the outer loss at the inner solution and
-gives the hypergradient; behind it stands any optax chain.
+A method is an optax gradient transformation: gradients go in, better gradients come out, and memory
+lives in the state. A *response* turns the gradients of the outer loss at the inner solution into
+the hypergradient. Any optax chain can follow.
 
 >>> import jax, jax.numpy as jnp, jaxbo, optax
 >>> def inner_loss(x, y, batch):                        # ridge regression, x = log regularisation
@@ -14,38 +14,38 @@ gives the hypergradient; behind it stands any optax chain.
 ...                     optax.adam(0.1))
 >>> init, step = jaxbo.bilevel_loop(outer_loss, inner, outer)
 
-Here are verbs, which say what happens to a gradient, and methods under the names of their papers;
-what those are built from is in the module of each family.
+This module has verbs, which say what happens to a gradient, and methods, under the names of their
+papers. The module of each family has the parts of its methods.
 
 **The inner problem**: :func:`inner_solver`, and :func:`over_tasks` for a meta-batch.
 
 **Responses**: :func:`add_unrolled_response`, :func:`add_implicit_response` with
 :func:`conjugate_gradient`, :func:`neumann` or :func:`fixed_point`, :func:`add_es_response`,
 :func:`drop_response`; whole methods :func:`itd`, :func:`aid`, :func:`stocbio`, :func:`esj`; the
-loop :func:`bilevel_loop`. Records are in :mod:`jaxbo.bilevel`.
+loop :func:`bilevel_loop`. The records are in :mod:`jaxbo.bilevel`.
 
 **Value functions**, for inner problems with many minima, on :class:`Bilevel` parameters:
 :func:`add_primal_dual_penalty` (:func:`pdbo`, :func:`proximal_pdbo` with
 :func:`add_proximal_terms`), :func:`add_dynamic_barrier` (:func:`bome`),
 :func:`add_value_function_penalty` (:func:`v_pbgd`, :func:`f2sa`);
-:func:`scale_by_lagrangian_smoothness` around them and :func:`project` behind them.
+:func:`scale_by_lagrangian_smoothness` wraps them and :func:`project` ends the chain.
 
 **Online**, where the losses change with time: :func:`window_average` (:func:`sobow`),
 :func:`average_over_batches` (:func:`oagd`), :func:`add_corrected_response` (:func:`sogd`),
-:func:`ogd`; the loop :func:`online_loop` over a stream, with the metrics of :mod:`jaxbo.online`.
+:func:`ogd`; the loop :func:`online_loop` over a stream. Metrics are in :mod:`jaxbo.online`.
 
-**Online meta-learning**, where tasks change without notice: :func:`leeds`, whose optimizer
-:func:`gate_by_detection` wraps, and :func:`modulate_by_loss`; the learner, detectors of changes,
-thresholds and baselines are in :mod:`jaxbo.meta`.
+**Online meta-learning**, where tasks change without notice: :func:`leeds`,
+:func:`gate_by_detection`, which wraps the optimizer of ``leeds``, and :func:`modulate_by_loss`. The
+learner, change detectors, thresholds and baselines are in :mod:`jaxbo.meta`.
 
 **Distributionally robust training**: :func:`per_example_grad` or :func:`streaming_grad`, and
 :func:`reweight` with a weighting of :mod:`jaxbo.dro`; whole methods :func:`ir_dro`,
 :func:`group_dro`, :func:`cvar_dro`, :func:`chi2_dro`, :func:`term`.
 
-**Adversarial training**: :func:`done`; attacks, gradients through them, losses, weights and
+**Adversarial training**: :func:`done`. Attacks, gradients through attacks, losses, weights and
 evaluation are in :mod:`jaxbo.adversarial`.
 
-**Tasks** and streams to learn from are in :mod:`jaxbo.tasks`.
+**Tasks** and streams of tasks are in :mod:`jaxbo.tasks`.
 """
 
 from jaxbo import adversarial, bilevel, dro, meta, online, tasks

@@ -1,4 +1,4 @@
-"""Checks of what users pass in; every message names the argument, the value and what is allowed."""
+"""Checks of user arguments; every message names the argument, the value and the allowed range."""
 
 import inspect
 import math
@@ -13,12 +13,12 @@ from jax.interpreters import partial_eval
 
 
 def positive_int(name: str, value: Any) -> int:
-  """Returns ``value`` as an int; raises if it is no Python integer or is below 1."""
+  """Returns ``value`` as an int; raises unless it is a Python integer of at least 1."""
   return _int(name, value, 1, "positive")
 
 
 def non_negative_int(name: str, value: Any) -> int:
-  """Returns ``value`` as an int; raises if it is no Python integer or is below 0."""
+  """Returns ``value`` as an int; raises unless it is a Python integer of at least 0."""
   return _int(name, value, 0, "non-negative")
 
 
@@ -35,37 +35,37 @@ def _int(name: str, value: Any, smallest: int, kind: str) -> int:
 
 
 def positive(name: str, value: Any) -> Any:
-  """Returns ``value``; raises if it is no number, or a known one that is not finite and above 0."""
+  """Returns ``value``; raises unless it is traced or a finite number above 0."""
   if not 0 < _number(name, value, 1.0) < float("inf"):
     raise ValueError(f"{name} must be positive and finite, got {value}")
   return value
 
 
 def non_negative(name: str, value: Any) -> Any:
-  """Returns ``value``; raises if it is no number, or a known one not finite and at least 0."""
+  """Returns ``value``; raises unless it is traced or a finite number of at least 0."""
   if not 0 <= _number(name, value, 0.0) < float("inf"):
     raise ValueError(f"{name} must be non-negative and finite, got {value}")
   return value
 
 
 def finite(name: str, value: Any) -> Any:
-  """Returns ``value``; raises if it is no number, or a known one that is not finite."""
+  """Returns ``value``; raises unless it is traced or a finite number."""
   if not math.isfinite(_number(name, value, 0.0)):
     raise ValueError(f"{name} must be finite, got {value}")
   return value
 
 
 def not_nan(name: str, value: Any) -> Any:
-  """Returns ``value``; raises if it is no number, or a known one that is NaN."""
+  """Returns ``value``; raises unless it is traced or a number other than NaN."""
   if math.isnan(_number(name, value, 0.0)):
     raise ValueError(f"{name} must be a number or an infinity, got {value}")
   return value
 
 
 def within(name: str, value: Any, low: Any, high: Any, *, ends: str = "[]") -> Any:
-  """Returns ``value``; raises if it is no number, or a known one outside the interval.
+  """Returns ``value``; raises unless it is traced or a number in the interval.
 
-  ``ends`` says which ends belong to the interval: ``"(]"`` is for all but the lower one.
+  ``ends`` says which ends belong to the interval: ``"(]"`` excludes ``low`` and includes ``high``.
   """
   number = _number(name, value, (low + high) / 2)
   above = number > low or (ends[0] == "[" and number == low)
@@ -93,7 +93,7 @@ def transformation(name: str, value: Any) -> None:
 
 
 def is_known(value: Any) -> bool:
-  """Whether the numbers in ``value`` can be looked at: not under a trace."""
+  """Whether the numbers in ``value`` are known, which they are not under a trace."""
   return not isinstance(value, jax.core.Tracer)
 
 
@@ -105,7 +105,7 @@ def one_of(name: str, value: Any, allowed: Iterable[str]) -> Any:
 
 
 def manual_axis(name: str, value: str) -> None:
-  """Raises ``ValueError`` unless ``value`` is an axis of a ``shard_map`` or ``pmap`` around."""
+  """Raises ``ValueError`` unless ``value`` is an axis of the ``shard_map`` or ``pmap`` outside."""
   if value not in (axes := jax.sharding.get_abstract_mesh().manual_axes):
     around = f"those around have {', '.join(map(repr, axes))}" if axes else "there is none around"
     raise ValueError(
@@ -115,13 +115,13 @@ def manual_axis(name: str, value: str) -> None:
 
 
 def takes_arguments(name: str, function: Callable[..., Any], *arguments: str) -> None:
-  """Raises ``TypeError`` unless ``function`` can be called with so many positional arguments."""
+  """Raises ``TypeError`` unless ``function`` takes ``arguments`` as positional arguments."""
   expected = f"{name} must be a function {name}({', '.join(arguments)})"
   if not callable(function):
     raise TypeError(f"{expected}, got {function!r}")
   try:
     signature = inspect.signature(function)
-  except (TypeError, ValueError):  # Some builtins have none: the trace will tell.
+  except (TypeError, ValueError):  # Some builtins have no signature: the trace will raise.
     return
   try:
     signature.bind(*arguments)
@@ -130,7 +130,7 @@ def takes_arguments(name: str, function: Callable[..., Any], *arguments: str) ->
 
 
 def scalar_loss(name: str, value: Any) -> None:
-  """Raises unless ``value``, what a loss returned, is one floating-point number."""
+  """Raises unless ``value``, the output of a loss, is one floating-point number."""
   if isinstance(value, tuple):
     raise TypeError(f"{name} must return a scalar, got a tuple; for (loss, aux) set has_aux=True")
   shape = jnp.shape(value)
@@ -169,7 +169,7 @@ def same_structure(name: str, tree: Any, like_name: str, like: Any) -> None:
   """Raises ``ValueError`` unless both trees have the same structure and leaf shapes."""
   leaves, structure = jax.tree.flatten(tree)
   like_leaves, like_structure = jax.tree.flatten(like)
-  # Leaf by leaf: a node of a class of the user's need not know what is equal to it.
+  # Leaf by leaf: a user-defined node class may not define equality.
   if structure != like_structure or [*map(jnp.shape, leaves)] != [*map(jnp.shape, like_leaves)]:
     raise ValueError(
       f"{name} must have the structure and shapes of {like_name}, got "

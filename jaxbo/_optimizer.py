@@ -1,4 +1,4 @@
-"""What stands behind a head in a whole method: a learning rate, or an optimizer in its place."""
+"""The tail of a whole method: a learning rate, or an optimizer to use instead."""
 
 from collections.abc import Callable
 from typing import TypeAlias
@@ -6,14 +6,14 @@ from typing import TypeAlias
 import optax
 
 LearningRate: TypeAlias = optax.ScalarOrSchedule | optax.GradientTransformation
-"""A float, a schedule, or the optimizer itself, say ``optax.adam(1e-3)``."""
+"""A float, a schedule, or an optimizer such as ``optax.adam(1e-3)``."""
 
 
 def optimizer(
   learning_rate: LearningRate,
   make: Callable[..., optax.GradientTransformation] = optax.scale_by_learning_rate,
 ) -> optax.GradientTransformation:
-  """``make(learning_rate)``, or what was given if that is an optimizer."""
+  """``make(learning_rate)``, or ``learning_rate`` itself if it is an optimizer."""
   if isinstance(learning_rate, optax.GradientTransformation):
     return learning_rate
   return make(learning_rate)

@@ -1,4 +1,4 @@
-"""Base keys that live in a state: raw key data, copied, and the name of their generator."""
+"""Base keys for a state: a copy of the raw key data, and the name of the generator."""
 
 import numbers
 from typing import Any
@@ -9,9 +9,9 @@ import numpy as np
 
 
 def key_impl(name: str, key: Any) -> Any:
-  """Returns the generator of ``key`` (``None``: the default one); raises ``TypeError`` if no key.
+  """Returns the generator of ``key``, ``None`` for the default one; ``TypeError`` if not a key.
 
-  A key is an int (a traced one too), a raw key array, also of NumPy, or a typed key.
+  A key is an int (it may be traced), a raw key array (JAX or NumPy), or a typed key.
   """
   if isinstance(key, numbers.Integral) and not isinstance(key, bool):
     return None
@@ -26,7 +26,7 @@ def key_impl(name: str, key: Any) -> Any:
 
 
 def key_data(key: Any) -> jax.Array:
-  """The raw data of a key that :func:`key_impl` accepted, in a buffer of its own."""
+  """The raw data, in a new buffer, of a key that :func:`key_impl` accepts."""
   if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
     key = jax.random.key_data(key)
   elif jnp.ndim(key) == 0:
@@ -35,7 +35,7 @@ def key_data(key: Any) -> jax.Array:
 
 
 def default_key_data(key: Any) -> jax.Array:
-  """:func:`key_data` of ``key``; raises ``ValueError`` unless it is of the default generator."""
+  """:func:`key_data` of ``key``; raises ``ValueError`` if its generator is not the default."""
   impl, default = key_impl("key", key), jax.random.key_impl(jax.random.key(0))
   if impl not in (None, default):
     raise ValueError(f"key must have the default generator {default}, got {impl}")

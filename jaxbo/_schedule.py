@@ -1,4 +1,4 @@
-"""Numbers that may be schedules, and the counters that schedules are functions of."""
+"""Numbers that may be schedules, and the counts that schedules take."""
 
 from collections.abc import Callable
 from typing import Any
@@ -24,5 +24,5 @@ def value_at(value: Any, count: jax.Array, dtype: Any) -> jax.Array:
 
 
 def after(count: jax.Array) -> jax.Array:
-  """The next count; the largest one stays."""
+  """The next count; the largest count of its dtype stays."""
   return jnp.asarray(optax.safe_increment(count))

@@ -25,7 +25,7 @@ def norm(tree: PyTree) -> jax.Array:
 
 
 def all_finite(tree: PyTree) -> jax.Array:
-  """True if no leaf holds a NaN or an infinity."""
+  """True if no leaf contains a NaN or an infinity."""
   floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
   leaves = [jnp.all(jnp.isfinite(leaf)) for leaf in floats]
   return functools.reduce(jnp.logical_and, leaves, jnp.bool_(True))
@@ -37,12 +37,12 @@ def at_least_float32(tree: PyTree) -> PyTree:
 
 
 def at_least_int32(ints: Any) -> jax.Array:
-  """Casts narrower integers to int32: those do not compare with numbers that they cannot hold."""
+  """Casts narrower integers to int32, so that they compare with numbers that they cannot hold."""
   return jnp.asarray(ints).astype(jnp.result_type(ints, jnp.int32))
 
 
 def zeros_at_least_float32(tree: PyTree) -> PyTree:
-  """Zeros shaped and sharded like ``tree``, arrays or ``ShapeDtypeStruct``, as float32 at least."""
+  """Zeros like ``tree`` (arrays or ``ShapeDtypeStruct``) and its sharding, in float32 at least."""
   return jax.tree.map(lambda x: jnp.zeros_like(x, dtype=_at_least_float32_dtype(x)), tree)
 
 
@@ -53,10 +53,10 @@ def has_low_precision(tree: PyTree) -> bool:
 
 
 def copy(tree: PyTree) -> PyTree:
-  """Copies every leaf into a buffer of its own, without weak types.
+  """Copies every leaf into a new buffer, without weak types.
 
-  What is kept in a state must neither share a buffer with the parameters (both may be donated)
-  nor be weakly typed (it would be traced again after the first update).
+  A state must not share a buffer with the parameters, because both may be donated. It must not be
+  weakly typed, because the first update would then change its types and JAX would trace again.
   """
   return jax.tree.map(lambda x: jnp.array(x, dtype=jnp.result_type(x), copy=True), tree)
 
@@ -77,7 +77,7 @@ def where(condition: jax.Array, a: Any, b: Any) -> Any:
 
 
 def cast_like(tree: PyTree, target: PyTree) -> PyTree:
-  """Casts every leaf to the dtype of the same leaf of ``target``."""
+  """Casts every leaf to the dtype of the corresponding leaf of ``target``."""
   return jax.tree.map(lambda x, t: x.astype(t.dtype), tree, target)
 
 

@@ -1,4 +1,4 @@
-"""What bilevel methods are made of: records of the inner problem, linear solvers, states."""
+"""The parts of bilevel methods: records of the inner problem, linear solvers and states."""
 
 from jaxbo.bilevel.dynamic_barrier import DynamicBarrierInfo, DynamicBarrierState
 from jaxbo.bilevel.es import EsInfo, EsResponseState

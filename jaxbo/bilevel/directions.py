@@ -1,7 +1,7 @@
 r"""Families of random directions for :func:`jaxbo.add_es_response`.
 
-Every family but ``"official"`` has :math:`\mathbb E[u u^\top] = I` over all :math:`p` parameters
-together, so that the mean of :math:`u u^\top v` is :math:`v`. The relative error of
+Every family except ``"official"`` has :math:`\mathbb E[u u^\top] = I` over all :math:`p` parameters
+together, so the mean of :math:`u u^\top v` is :math:`v`. The relative error of
 :math:`\frac1Q \sum_j u_j u_j^\top v` is then
 
 =============== ======================= =========================================================
@@ -26,10 +26,10 @@ import optax
 from jaxbo import _tree
 
 Draw = Callable[[jax.Array], Any]
-"""``draw(sample) -> u``, a pytree: the same sample gives the same direction again."""
+"""``draw(sample) -> u``, a pytree: the same sample always gives the same direction."""
 
 Family = Callable[[jax.Array, Any, int], Draw]
-"""``family(key, like, num_samples) -> draw``, for directions shaped like the pytree ``like``."""
+"""``family(key, like, num_samples) -> draw``: directions are shaped like the pytree ``like``."""
 
 
 def gaussian(key: jax.Array, like: Any, num_samples: int) -> Draw:
@@ -63,11 +63,11 @@ def orthogonal(key: jax.Array, like: Any, num_samples: int) -> Draw:
     c_0 = 1,\ c_k = \sqrt 2
 
   The rows :math:`k` of the transform are orthogonal for every :math:`p`. The signs
-  :math:`\varepsilon`, drawn once an update, make the mean of :math:`u u^\top` diagonal; rows
-  :math:`k_j = k_0 + a j \bmod p` with a random :math:`k_0` and an :math:`a` that has no divisor in
-  common with :math:`p` are all different and uniform, which makes it the identity. The error law
-  of a Haar matrix needs no more than that. Unlike a Haar matrix, a direction costs neither memory
-  nor random numbers: by the addition theorem it is two outer products of :math:`\sqrt p` numbers.
+  :math:`\varepsilon`, drawn once an update, make the mean of :math:`u u^\top` diagonal. The rows
+  :math:`k_j = k_0 + a j \bmod p`, with a random :math:`k_0` and an :math:`a` coprime to :math:`p`,
+  are all different and uniform, so this mean is the identity. Orthogonality and this mean give the
+  error law of a Haar matrix. Unlike a row of a Haar matrix, a direction costs neither memory nor
+  random numbers: by the addition theorem it is two outer products of :math:`\sqrt p` numbers.
   """
   p = _size(like)
   if num_samples > p:
@@ -80,7 +80,7 @@ def orthogonal(key: jax.Array, like: Any, num_samples: int) -> Draw:
   signs = _signs(jax.random.fold_in(key, num_samples), like)
   stride = next(a for a in range(max(round(0.618 * p), 1), 2 * p + 2) if math.gcd(a, p) == 1)
   offsets = np.array([stride * j % p for j in range(num_samples)], np.uint32)
-  row_key = jax.random.fold_in(key, num_samples + 1)  # Samples fold in what is smaller.
+  row_key = jax.random.fold_in(key, num_samples + 1)  # Samples fold in smaller numbers.
   first_row = jax.random.randint(row_key, (), 0, p, jnp.int32).astype(jnp.uint32)
 
   def draw(sample):
@@ -96,10 +96,10 @@ def orthogonal(key: jax.Array, like: Any, num_samples: int) -> Draw:
 
 
 def official(key: jax.Array, like: Any, num_samples: int) -> Draw:
-  r"""What the authors' code draws: each leaf divided by its own norm, which shrinks the response.
+  r"""The draw of the authors' code: each leaf over its own norm, which shrinks the response.
 
-  The mean of :math:`u u^\top` is :math:`I / p_i` on leaf :math:`i` of :math:`p_i` entries. For
-  replication only.
+  The mean of :math:`u u^\top` is :math:`I / p_i` on leaf :math:`i`, which has :math:`p_i` entries.
+  For replication only.
   """
   draw = gaussian(key, like, num_samples)
   return lambda sample: jax.tree.map(lambda u: _scale(1 / _tree.norm(u), u), draw(sample))
@@ -119,7 +119,7 @@ def _scale(scale: jax.Array, tree: Any) -> Any:
 
 
 def _signs(key: jax.Array, like: Any) -> Any:
-  """A random sign for each entry, from one random bit."""
+  """Random signs shaped like ``like``, one random bit for each entry."""
 
   def signs(key, shape, dtype):
     size = math.prod(shape)
@@ -148,12 +148,12 @@ def _cosines(row: jax.Array, begin: int, size: int, p: int, dtype: Any) -> jax.A
   scale = jnp.where(row == 0, 1, math.sqrt(2)).astype(dtype)
   left = scale * jnp.stack([jnp.cos(a), -jnp.sin(a)], axis=1)
   right = jnp.stack([jnp.cos(b), jnp.sin(b)])
-  # A matrix product, since XLA would fuse elementwise ones with the cosines, and compute p of them.
+  # A matrix product: XLA would fuse elementwise products with the cosines and compute p cosines.
   return jnp.matmul(left, right, precision="highest").reshape(-1)[:size]
 
 
 def _product_modulo(factors: np.ndarray, row: jax.Array, modulus: int) -> jax.Array:
-  """``factors * row % modulus`` in uint32, by digits of ``row`` so that nothing overflows."""
+  """``factors * row % modulus`` in uint32, by digits of ``row`` to avoid overflow."""
   bits = 32 - modulus.bit_length()
   result = jnp.zeros(factors.shape, jnp.uint32)
   for shift in reversed(range(0, modulus.bit_length(), bits)):

@@ -1,4 +1,4 @@
-"""BOME: descent on the outer loss under a dynamic barrier for the inner one."""
+"""BOME: descent on the outer loss under a dynamic barrier for the inner loss."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -21,8 +21,8 @@ class DynamicBarrierInfo(NamedTuple):
     excess: :math:`q = g(x, y) - g(x, \hat y)` before the update.
     excess_gradient_norm: :math:`\|\nabla q\|`.
     dual: the multiplier :math:`\lambda` of this update.
-    finite: whether the multiplier and all numbers from the inner loss were. If not, the update was
-      the incoming gradient and the fields above are those of the last good update.
+    finite: whether the multiplier and all numbers from the inner loss were finite. If not, the
+      update returned the incoming gradient; the fields above are from the last good update.
   """
 
   excess: jax.Array
@@ -32,7 +32,7 @@ class DynamicBarrierInfo(NamedTuple):
 
 
 class DynamicBarrierState(NamedTuple):
-  """State of :func:`~jaxbo.add_dynamic_barrier`: nothing but diagnostics.
+  """State of :func:`~jaxbo.add_dynamic_barrier`, which holds only diagnostics.
 
   Attributes:
     info: the :class:`DynamicBarrierInfo` of the last update.
@@ -51,7 +51,7 @@ def add_dynamic_barrier(
   epsilon: float | jax.Array = 1e-8,
   project_inner: Projection | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-  r"""Adds just as much of the inner problem's gradient as makes its excess fall (BOME).
+  r"""Adds just enough of the gradient of the inner problem to make its excess fall (BOME).
 
   .. math::
     q(x, y) &= g(x, y) - g(x, \hat y), \qquad
@@ -62,40 +62,42 @@ def add_dynamic_barrier(
     \phi = \eta \|\nabla q\|^2 \text{ or } \eta q
 
   :math:`d` is the direction closest to :math:`\nabla f` along which :math:`q` falls at least at the
-  rate :math:`\phi`: :math:`\langle \nabla q, d \rangle \ge \phi`, but for :math:`\epsilon`.
-  :math:`\hat y` begins at the current :math:`y`
-  in every update, with a fresh optimizer, and is not differentiated through. Nothing is kept, so
-  there is no multiplier to tune; it grows without bound as :math:`q` goes to zero. Of many
-  inner minima, :math:`q` is measured against the one whose basin holds :math:`y`.
+  rate :math:`\phi`: :math:`\langle \nabla q, d \rangle \ge \phi`, up to :math:`\epsilon`. In every
+  update, :math:`\hat y` starts at the current :math:`y` with a fresh optimizer; gradients do not
+  flow through :math:`\hat y`. The method keeps no state, so there is no multiplier to tune. The
+  multiplier grows without bound as :math:`q` goes to zero. If there are many inner minima,
+  :math:`q` is measured against the minimum whose basin holds :math:`y`.
 
-  Stochastic use: the batch of :math:`f` is the caller's, ``batch=`` is for :math:`g`. The
-  multiplier is a ratio of inner products of both, so the update is biased by the noise of either
-  batch, also where :math:`\hat y` is exact.
+  Stochastic use: the caller chooses the batch of :math:`f`; ``batch=`` is the batch of :math:`g`.
+  The multiplier is a ratio of inner products of both gradients, so the noise of either batch biases
+  the update, even if :math:`\hat y` is exact.
 
-  Cost: ``num_steps + 2`` gradients of the inner loss, so ``num_steps + 3`` with the caller's
-  gradient of :math:`f`, and no second-order product. Memory: one run of :math:`\hat y`; no state.
+  Cost: ``num_steps + 2`` gradients of the inner loss (``num_steps + 3`` gradients with the caller's
+  gradient of :math:`f`) and no second-order product. Memory: one run of :math:`\hat y`; no state.
 
   Args:
     inner_loss: the inner loss :math:`g`, ``inner_loss(x, y, batch) -> scalar``.
     barrier_rate: :math:`\eta > 0`; the published experiments use 0.1 to 0.9.
     num_steps: the number :math:`N \ge 1` of steps for :math:`\hat y`.
     inner_optimizer: any optax optimizer for :math:`\hat y`.
-    phi: ``"gradient"``, :math:`\phi = \eta \|\nabla q\|^2` (the toys of the published code), or
-      ``"value"``, :math:`\phi = \eta q` (its hyperparameter experiments).
+    phi: ``"gradient"``, :math:`\phi = \eta \|\nabla q\|^2` (the toy problems of the published
+      code), or ``"value"``, :math:`\phi = \eta q` (its hyperparameter experiments).
     epsilon: :math:`\epsilon > 0`.
-    project_inner: the projection on :math:`Y`, applied after each step for :math:`\hat y`;
-      :math:`y` itself is projected by :func:`jaxbo.project` behind.
+    project_inner: the projection on :math:`Y`, applied after each step of :math:`\hat y`. To
+      project :math:`y` itself, put :func:`jaxbo.project` last in the chain.
 
   Returns:
-    A transformation of :class:`jaxbo.Bilevel` gradients of :math:`f` at :math:`(x, y)`; it stands
+    A transformation of :class:`jaxbo.Bilevel` gradients of :math:`f` at :math:`(x, y)`; put it
     first in the chain. ``update`` must be given ``params`` (:class:`jaxbo.Bilevel`) and
-    ``batch=``; ``value_batch=`` and ``constraint_term=`` are as in
-    :func:`add_primal_dual_penalty`. Numbers that are not finite leave the incoming gradient as it
-    is; ``info.finite`` says so. Parameters narrower than float32 are run in float32.
+    ``batch=``. It also takes ``value_batch=``, the batch of the steps of :math:`\hat y`, and
+    ``constraint_term=``, a record that is added to :math:`q`: its ``value`` is a scalar and its
+    ``gradient`` is :class:`jaxbo.Bilevel`. If a number is not finite (a bad batch), the
+    update is the incoming gradient, and ``info.finite`` is false. Parameters narrower than float32
+    are run in float32.
 
   Raises:
     ValueError: if ``barrier_rate`` or ``epsilon`` is not positive, ``num_steps < 1``, or ``phi`` is
-      unknown; if the inner loss is no scalar.
+      unknown; if the inner loss is not a scalar.
     TypeError: if ``inner_loss`` does not take ``(x, y, batch)``; if parameters or gradients are
       not :class:`jaxbo.Bilevel`; if ``batch=`` is missing.
 
@@ -154,20 +156,23 @@ def bome(
   r"""BOME: gradient descent along :func:`add_dynamic_barrier`, with projections.
 
   Args:
-    learning_rate: a float or a schedule for both levels, or an optimizer in its place; or
-      :class:`jaxbo.Bilevel` of two.
-    inner_loss: as in :func:`add_dynamic_barrier`.
-    barrier_rate: as there; the default is that of the published toys.
-    num_steps: as there; the default is that of the published toys.
-    inner_optimizer: as there.
-    phi: as there.
-    epsilon: as there.
+    learning_rate: for both levels, a float, a schedule, or an optax optimizer to use instead; or
+      :class:`jaxbo.Bilevel` of two of these.
+    inner_loss: the inner loss :math:`g`, ``inner_loss(x, y, batch) -> scalar``.
+    barrier_rate: the rate :math:`\eta > 0`; the default is the value of the published toy problems.
+    num_steps: the number :math:`N \ge 1` of steps for the lower value; the default is the value of
+      the published toy problems.
+    inner_optimizer: any optax optimizer for the lower value.
+    phi: ``"gradient"`` for :math:`\phi = \eta \|\nabla q\|^2`, ``"value"`` for
+      :math:`\phi = \eta q`.
+    epsilon: :math:`\epsilon > 0`, added to :math:`\|\nabla q\|^2`.
     project_outer: the projection on :math:`X`, or ``None``.
-    project_inner: the projection on :math:`Y`, for ``y`` as for the lower value; or ``None``.
+    project_inner: the projection on :math:`Y`, for ``y`` and the lower value; or ``None``.
 
   Returns:
     ``optax.chain(add_dynamic_barrier(...), optax.scale_by_learning_rate(learning_rate),
     project(project_outer, project_inner))``.
+    Without projections the chain has no ``project``.
 
   Example:
     >>> import jax, jax.numpy as jnp, jaxbo, optax

@@ -18,10 +18,10 @@ class EsInfo(NamedTuple):
   """Diagnostics of :func:`~jaxbo.add_es_response`.
 
   Attributes:
-    hypergradient_norm: norm of what came out, float32 at least.
+    hypergradient_norm: norm of the hypergradient, float32 at least.
     response_norm: norm of the estimated response alone.
-    num_finite: how many samples had a finite inner run and count in the average, int32; with
-      ``per_task`` the sum over tasks.
+    num_finite: number of samples with a finite inner run, which are the samples averaged, int32;
+      with ``per_task``, summed over tasks.
   """
 
   hypergradient_norm: jax.Array
@@ -34,7 +34,7 @@ class EsResponseState(NamedTuple):
 
   Attributes:
     es_key: the constant base key, as raw key data.
-    es_count: the number of updates so far, int32; folded into the key.
+    es_count: the number of updates so far, int32; each update folds it into the key.
     info: the :class:`EsInfo` of the last update.
   """
 
@@ -59,92 +59,90 @@ def add_es_response(
   axis_name: str | None = None,
   key: jax.typing.ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
-  r"""Adds the response, its Jacobian estimated from perturbed inner runs (ESJ, PZOBO).
+  r"""Adds the response, with its Jacobian estimated from perturbed inner runs (ESJ, PZOBO).
 
   .. math::
     h = \nabla_x f + \frac{1}{Q} \sum_{j=1}^{Q} \langle \delta_j, \nabla_y f \rangle\, u_j, \qquad
     \delta_j = \frac{y^N(x + \mu u_j) - y^N(x)}{\mu}, \qquad \mathbb E[u_j u_j^\top] = I_p
 
-  All runs begin at ``solution.start`` and share everything but ``x``: optimizer state, minibatches
-  and what randomness the batch holds. Only the Jacobian is estimated; :math:`\nabla_x f` and
-  :math:`\nabla_y f` are exact, and nothing is differentiated twice. If :math:`y^N` is affine in
-  :math:`x` the mean of the estimate is exactly the unrolled hypergradient at every smoothing;
-  else its bias is at most :math:`\mu L_J \sqrt p \|\nabla_y f\|` for an :math:`L_J`-Lipschitz
-  Jacobian. Its squared relative error is about :math:`p / Q` (see ``directions``). With many outer
-  parameters, use a small learning rate or momentum, or the solver's ``through=``, for which
-  directions live in the space of the features and :math:`p` is their number.
+  Only the Jacobian is estimated; :math:`\nabla_x f` and :math:`\nabla_y f` are exact. Every run
+  starts at ``solution.start`` and shares everything except ``x``: optimizer state, minibatches and
+  randomness in the batch. Only ``difference="exact"`` takes second derivatives.
 
-  The published code divides each direction by its norm without multiplying by the dimension, which
-  shrinks the response of every tensor by its size; this is the estimator of the paper instead.
+  If :math:`y^N` is affine in :math:`x`, the mean of the estimate is the unrolled hypergradient at
+  every smoothing. Otherwise its bias is at most :math:`\mu L_J \sqrt p \|\nabla_y f\|` for an
+  :math:`L_J`-Lipschitz Jacobian. The squared relative error is about :math:`p / Q` for :math:`p`
+  outer parameters. If :math:`p` is large, use a small learning rate, momentum, or a solver with
+  ``through=``: :math:`p` is then the number of features.
+
+  Directions are scaled as in the paper, not as in its code: see Departures from the papers.
 
   Cost: :math:`Q` inner runs, :math:`2Q` for central differences. Memory: ``sample_batch_size``
-  inner runs and directions, whatever :math:`Q` is: no direction is stored.
+  inner runs and directions, independent of :math:`Q`, because no direction is stored.
 
   Args:
     inner: the inner solver that made the solution.
     num_samples: the number :math:`Q \ge 1` of directions.
     smoothing: the radius :math:`\mu > 0` per coordinate; a perturbation has norm
-      :math:`\mu \sqrt p`. In float32, 1e-3 is about the best for forward differences of an inner
-      run of well-scaled SGD, and 1e-2 for central ones; below 1e-4 rounding dominates. An inner
-      Adam needs far smaller ones, since its steps hardly depend on the size of a gradient.
-    directions: the family of the directions, with the squared relative error of the response for
-      affine runs: ``"gaussian"`` :math:`(p + 1) / Q`; ``"sphere"`` of radius :math:`\sqrt p` and
+      :math:`\mu \sqrt p`. In float32 with well-scaled inner SGD, use about 1e-3 for forward
+      differences and 1e-2 for central differences; below 1e-4 rounding dominates. An inner Adam
+      needs a far smaller value, because its steps hardly depend on the size of a gradient.
+    directions: the family of directions. Their squared relative errors, for affine runs, are:
+      ``"gaussian"`` :math:`(p + 1) / Q`; ``"sphere"`` (radius :math:`\sqrt p`) and
       ``"rademacher"`` (random signs, the cheapest to draw) :math:`(p - 1) / Q`; ``"orthogonal"``
       :math:`p / Q - 1` for :math:`Q \le p`, exact at :math:`Q = p` and cheap at any size (our
-      choice: a cosine transform with random signs, which has the law of Haar matrices).
-      ``"official"`` is the published code's scaling, for replication only: it shrinks the response
-      of each tensor by its size.
-    difference: ``"forward"``, as above; ``"central"``,
-      :math:`\delta_j = (y^N(x + \mu u_j) - y^N(x - \mu u_j)) / 2 \mu` (antithetic pairs), for two
-      runs a sample and a bias of :math:`O(\mu^2)`; ``"exact"``, the directional derivative
-      :math:`\delta_j = J_N u_j` by ``jax.jvp`` through the run: no bias and no smoothing, for
+      choice: see Departures from the papers). ``"official"`` is the scaling of the published code,
+      for replication only: it shrinks the response of each tensor by the size of the tensor.
+    difference: ``"forward"`` is the formula above. ``"central"`` is
+      :math:`\delta_j = (y^N(x + \mu u_j) - y^N(x - \mu u_j)) / 2 \mu` (antithetic pairs): two runs
+      for each sample, and a bias of :math:`O(\mu^2)`. ``"exact"`` is the directional derivative
+      :math:`\delta_j = J_N u_j` by ``jax.jvp`` through the run: no bias and no smoothing, but
       second derivatives in forward mode.
-    sample_batch_size: how many samples run at once under ``vmap``; ``None`` for all. The sum of
-      samples is the same up to rounding.
-    redraw: whether directions are drawn again from their keys for the sum, instead of being kept
-      through the inner runs of their chunk. ``False`` costs up to one more direction of memory for
-      each sample that runs at once, and halves the random numbers: with :math:`10^7` parameters
-      drawing may cost more than the inner runs.
-    perturb_features: for a solver with ``through=``: whether the features are perturbed, and the
-      response pulled back to ``x`` once; else ``x`` itself, as if there were no features.
-    per_task: for a solver made by :func:`jaxbo.over_tasks`: whether every task gets directions of
-      its own, and only its own scalar products, for the same number of inner runs. For responses
-      :math:`v_t` the squared error is then
-      :math:`\frac{p + 1}{Q} \sum_t \|v_t\|^2` instead of :math:`\frac{p + 1}{Q} \|\sum_t v_t\|^2`:
-      better where tasks agree, worse where they cancel, and :math:`T` times the draws. With
-      ``through=`` it always pays: :math:`p` is then the number of features of one task.
-    response_scale: a factor :math:`s > 0` on the estimated response. With 1 it is unbiased. With
-      the squared relative error :math:`c` of the family (see ``directions``),
-      :math:`s = 1 / (1 + c)` has the least mean squared error, :math:`c / (1 + c)` of the squared
-      response: never more than dropping the response has, at the price of a bias towards that.
-      For orthogonal directions it is :math:`Q / p`.
-    mesh: a mesh over whose axis ``axis_name`` the samples are divided; its size must divide
-      ``num_samples``. Devices exchange the :math:`Q` scalar products (of every task, with
-      ``per_task``) and nothing else; each draws all directions for the sum. Parameters and data may
-      be sharded over other axes.
+    sample_batch_size: how many samples run at once under ``vmap``; ``None`` for all. It changes
+      the estimate only by rounding.
+    redraw: whether to draw directions again for the sum. ``False`` keeps them during the inner runs
+      of their chunk: half the random numbers, but up to one more direction of memory for each
+      sample that runs at once. With :math:`10^7` parameters, drawing may cost more than the runs.
+    perturb_features: for a solver with ``through=``. ``True`` perturbs the features and pulls the
+      response back to ``x`` once; ``False`` perturbs ``x`` itself, as if there were no features.
+    per_task: for a solver made by :func:`jaxbo.over_tasks`: whether each task gets its own
+      directions and scalar products, for the same number of inner runs. For responses :math:`v_t`
+      the squared error is then :math:`\frac{p + 1}{Q} \sum_t \|v_t\|^2` instead of
+      :math:`\frac{p + 1}{Q} \|\sum_t v_t\|^2`: better where tasks agree, worse where they cancel.
+      It draws :math:`T` times as many directions. With ``through=`` it always pays, because
+      :math:`p` is then the number of features of one task.
+    response_scale: a factor :math:`s > 0` on the estimated response; 1 is unbiased. With the
+      squared relative error :math:`c` of the family, :math:`s = 1 / (1 + c)` (orthogonal:
+      :math:`Q / p`) has the least mean squared error, :math:`c / (1 + c)` of the squared response:
+      never worse than dropping the response, but biased towards zero.
+    mesh: a mesh that divides the samples over its axis ``axis_name``, whose size must divide
+      ``num_samples``. Devices exchange only the :math:`Q` scalar products (per task, with
+      ``per_task``); each draws all directions for the sum. Parameters and data may be sharded over
+      other axes.
     axis_name: the axis of ``mesh``; without ``mesh``, an axis of the ``shard_map`` or ``pmap``
-      that ``update`` is called in.
-    key: an int, a raw key array or a typed key. Update ``t`` uses ``fold_in(key, t)``, its sample
-      ``j`` folds in ``j``, and every leaf gets a key of its own; with ``per_task`` task ``i``
-      folds in ``i`` before the sample.
+      around ``update``. Needs ``redraw=True``.
+    key: an int, a raw key array or a typed key. Update ``t`` uses ``fold_in(key, t)``; sample
+      ``j`` then folds in ``j``, and each leaf gets its own key. With ``per_task``, task ``i`` folds
+      in ``i`` before the sample.
 
   Returns:
     A transformation from the pair ``(df/dx, df/dy)`` to the hypergradient. ``update`` must be
-    given ``solution=`` and ``batch=``, the batch that ``inner.solve`` saw. A sample whose inner
-    run is not finite is left out of the average and missing in ``info.num_finite``; where the run
-    of the solution itself was not, the response (of a task, its part) is zero.
+    given ``solution=`` and ``batch=``, the batch that ``inner.solve`` saw. The average leaves out
+    samples whose inner run is not finite, and ``info.num_finite`` counts the others. If the base
+    run of the solution is not finite, the response (of a task: its part) is zero.
 
   Note:
-    With ``optax.inject_hyperparams``, everything but ``smoothing`` and ``response_scale``
-    belongs in ``static_args``.
-    Parameters narrower than float32 are perturbed and run in float32, for one inner run more.
+    With ``optax.inject_hyperparams``, put every argument except ``smoothing`` and
+    ``response_scale`` in ``static_args``.
+    Parameters narrower than float32 are run in float32, which costs one more inner run.
 
   Raises:
     ValueError: if ``num_samples < 1``, ``sample_batch_size < 1``, ``smoothing <= 0`` or
       ``response_scale <= 0``; if ``directions`` or ``difference`` is unknown; if ``num_samples``
-      exceeds the number of perturbed parameters for orthogonal directions, or is no multiple of the
-      axis' size; if there is no such axis.
-    TypeError: if the key is none.
+      exceeds the number of perturbed parameters for orthogonal directions, or is not a multiple of
+      the size of the axis; if ``axis_name`` is not such an axis, or comes with ``redraw=False``;
+      if ``per_task`` is set for a solver without tasks.
+    TypeError: if ``key`` is not a key, ``inner`` is not an inner solver, or ``mesh`` is not a mesh.
 
   Example:
     >>> import jax, jax.numpy as jnp, jaxbo, optax
@@ -231,7 +229,7 @@ def add_es_response(
       pull_back = lambda response: vjp(_tree.cast_like(response, features))[0]
     if low_precision:  # The base run must be as precise as the perturbed ones.
       y = path(x, start, batch)
-    # Without a finite base run a difference to it means nothing.
+    # A difference to a base run that is not finite means nothing.
     base_finite = solution.info.finite
     b = jax.tree.map(lambda leaf: where_finite(base_finite, leaf), b)
     run = Run(x, start, batch, y, b)
@@ -275,24 +273,24 @@ def esj(
   axis_name: str | None = None,
   key: jax.typing.ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
-  """ESJ (PZOBO): gradient descent along :func:`add_es_response`.
+  r"""ESJ (PZOBO): gradient descent along :func:`add_es_response`.
 
-  With a solver whose ``per_step_batches`` is true it is ESJ-S (PZOBO-S).
+  With a solver built with ``per_step_batches=True`` this is ESJ-S (PZOBO-S).
 
   Args:
-    learning_rate: a float or a schedule; or an optimizer in its place.
+    learning_rate: a float, a schedule, or an optax optimizer to use instead.
     inner: the inner solver.
-    num_samples: as in :func:`add_es_response`, like all that follow.
-    smoothing: the radius of the perturbations.
-    directions: their family.
-    difference: the kind of difference.
-    sample_batch_size: how many samples run at once.
-    redraw: whether directions are drawn again instead of being kept.
-    perturb_features: whether features are perturbed instead of ``x``.
-    per_task: whether every task gets directions of its own.
-    response_scale: a factor on the estimated response.
-    mesh: a mesh over which the samples are divided.
-    axis_name: its axis.
+    num_samples: the number :math:`Q \ge 1` of directions.
+    smoothing: the radius :math:`\mu > 0` of the perturbations, per coordinate.
+    directions: ``"gaussian"``, ``"sphere"``, ``"rademacher"``, ``"orthogonal"`` or ``"official"``.
+    difference: ``"forward"``, ``"central"`` or ``"exact"``.
+    sample_batch_size: how many samples run at once; ``None`` for all.
+    redraw: whether to draw directions again for the sum instead of keeping them.
+    perturb_features: for a solver with ``through=``: perturb the features instead of ``x``.
+    per_task: for a solver with tasks: give each task its own directions.
+    response_scale: a factor :math:`s > 0` on the estimated response.
+    mesh: a mesh over which to divide the samples.
+    axis_name: the axis of ``mesh``, or of the ``shard_map`` or ``pmap`` around ``update``.
     key: an int, a raw key array or a typed key.
 
   Returns:

@@ -1,4 +1,4 @@
-"""AID: the response by the implicit function theorem."""
+"""AID: the response from the implicit function theorem."""
 
 from typing import Any, NamedTuple
 
@@ -17,14 +17,13 @@ class ImplicitInfo(NamedTuple):
   """Diagnostics of :func:`~jaxbo.add_implicit_response`.
 
   Attributes:
-    hypergradient_norm: norm of what came out, float32 at least.
+    hypergradient_norm: norm of the hypergradient, float32 at least.
     response_norm: norm of the response alone.
-    finite: whether the response was finite; if not, it counts as zero.
-    linear_residual: relative residual of the linear system, see
-      :class:`jaxbo.bilevel.LinearInfo`.
-    linear_steps: steps that the linear solver took, int32; -1 if it does not say.
-    linear_breakdown: whether the linear solver had to stop early (zero or negative curvature, or
-      numbers that are not finite).
+    finite: whether the response was finite; if not, it was replaced by zero.
+    linear_residual: residual of the linear system, relative to its right-hand side.
+    linear_steps: number of steps of the linear solver, int32; -1 if the solver does not report it.
+    linear_breakdown: whether the linear solver broke down: zero or negative curvature, a residual
+      that grew, or numbers that are not finite.
   """
 
   hypergradient_norm: jax.Array
@@ -40,7 +39,7 @@ class ImplicitResponseState(NamedTuple):
 
   Attributes:
     linear_solution: the last finite solution of the linear system, shaped like the inner
-      parameters in float32 at least; ``()`` unless the linear solver starts from it.
+      parameters, in float32 at least; ``()`` unless the linear solver has ``warm_start``.
     info: the :class:`ImplicitInfo` of the last update.
   """
 
@@ -59,34 +58,35 @@ def add_implicit_response(
   .. math::
     h = \nabla_x f - \nabla^2_{xy} g\, \lambda, \qquad \nabla^2_{yy} g\, \lambda = \nabla_y f
 
-  at :math:`(x, y^N)`. It is the exact hypergradient when :math:`y^N` is the minimum and the system
-  is solved exactly; else its error grows with the distance to the minimum, so warm-start the inner
-  solver. The inner loss must be twice differentiable, and locally strongly convex in ``y`` (or the
-  linear solver damped).
+  at :math:`(x, y^N)`. :math:`h` is the exact hypergradient if :math:`y^N` is the minimum and the
+  system is solved exactly. Otherwise the error grows with the distance to the minimum, so
+  warm-start the inner solver. The inner loss must be twice differentiable, and locally strongly
+  convex in ``y`` unless the linear solver is damped.
 
-  Products with the Hessian are forward-over-reverse, from one linearisation of
-  :math:`\nabla_y g` that all iterations share. Cost: one such linearisation, the linear solver's
-  products (about two gradients each), and one mixed product. Memory: that of two gradients of
-  ``g``, whatever the number of inner steps.
+  Products with the Hessian are forward-over-reverse; all iterations share one linearization of
+  :math:`\nabla_y g`. Cost: one linearization, the products of the linear solver (about two
+  gradients each), and one mixed product. Memory: two gradients of ``g``, independent of the number
+  of inner steps.
 
   Args:
     inner: the inner solver that made the solution.
     linear_solver: :func:`jaxbo.conjugate_gradient`, :func:`jaxbo.neumann`,
       :func:`jaxbo.fixed_point`, or any callable ``(matvec, b, x0) -> (x, info)``, such as
-      ``jax.scipy.sparse.linalg.cg``. Any but ours costs a product more, for the residual.
-    inner_params: the inner parameters, as arrays or ``jax.ShapeDtypeStruct``. Needed by a linear
-      solver with ``warm_start``, whose solution is kept in the state; unused otherwise.
+      ``jax.scipy.sparse.linalg.cg``. A solver that does not return a
+      :class:`~jaxbo.bilevel.LinearInfo` costs one more product, for the residual.
+    inner_params: the inner parameters, as arrays or ``jax.ShapeDtypeStruct``. Required by a linear
+      solver with ``warm_start``, because the state keeps its solution; unused otherwise.
 
   Returns:
     A transformation from the pair ``(df/dx, df/dy)`` to the hypergradient. ``update`` must be
     given ``solution=`` and ``batch=``, the batch that ``inner.solve`` saw. With per-step batches
-    the system uses the batch of the last step. ``linear_batch=``, one batch without a step axis,
-    replaces it: an independent one removes a bias of stochastic methods.
+    the system uses the batch of the last step. Pass ``linear_batch=``, one batch without a step
+    axis, to use that batch instead: an independent batch removes a bias of stochastic methods.
 
   Raises:
     ValueError: if the linear solver warm-starts and ``inner_params`` is missing.
-    TypeError: if ``linear_solver`` does not take ``(matvec, b, x0)``; if ``inner_params`` have
-      other dtypes than the solution.
+    TypeError: if ``linear_solver`` does not take ``(matvec, b, x0)``; if the dtypes of
+      ``inner_params`` are not those of the solution (float32 at least).
 
   Example:
     >>> import jax, jax.numpy as jnp, jaxbo, optax
@@ -199,11 +199,13 @@ def aid(
   """Approximate implicit differentiation: gradient descent along :func:`add_implicit_response`.
 
   Args:
-    learning_rate: a float or a schedule; or an optimizer in its place.
+    learning_rate: a float, a schedule, or an optax optimizer to use instead.
     inner: the inner solver.
-    linear_solver: as in :func:`add_implicit_response`; ten steps of
-      :func:`jaxbo.conjugate_gradient` from zero if not given (our choice).
-    inner_params: as in :func:`add_implicit_response`.
+    linear_solver: a linear solver, or any callable ``(matvec, b, x0) -> (x, info)``. The default is
+      ten steps of :func:`jaxbo.conjugate_gradient` from zero (our choice: see Departures from the
+      papers).
+    inner_params: the inner parameters, as arrays or ``jax.ShapeDtypeStruct``; required by a linear
+      solver with ``warm_start``.
 
   Returns:
     ``optax.chain(add_implicit_response(...), optax.scale_by_learning_rate(learning_rate))``.
@@ -235,13 +237,13 @@ def stocbio(
 ) -> optax.GradientTransformationExtraArgs:
   r"""stocBiO: gradient descent along the implicit response with a truncated Neumann series.
 
-  Meant for a stochastic inner problem (``per_step_batches=True``): the published method takes an
-  independent batch for the linear system, which ``update`` takes as ``linear_batch=``.
+  Use it for a stochastic inner problem (``per_step_batches=True``). The published method uses an
+  independent batch for the linear system: pass that batch to ``update`` as ``linear_batch=``.
 
   Args:
-    learning_rate: a float or a schedule; or an optimizer in its place.
+    learning_rate: a float, a schedule, or an optax optimizer to use instead.
     inner: the inner solver.
-    num_steps: products :math:`Q` of the series, see :func:`jaxbo.neumann`.
+    num_steps: the number :math:`Q \ge 1` of Hessian products in the series.
     linear_learning_rate: the step :math:`\eta` of the series, below
       :math:`2 / \lambda_{\max}(\nabla^2_{yy} g)`.
 

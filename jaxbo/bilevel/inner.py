@@ -1,4 +1,4 @@
-"""The inner problem: an optimizer run for a fixed number of steps, as a pure function."""
+"""The inner problem: a fixed number of optimizer steps, as a pure function."""
 
 import functools
 import math
@@ -12,7 +12,7 @@ import optax
 from jaxbo import _check, _tree
 
 Start: TypeAlias = tuple[optax.Params, optax.OptState]
-"""Inner parameters and the state of their optimizer: where a run begins, or ends."""
+"""Where a run begins or ends: the inner parameters and the state of their optimizer."""
 
 
 class InnerInfo(NamedTuple):
@@ -20,8 +20,8 @@ class InnerInfo(NamedTuple):
 
   Attributes:
     losses: the inner loss *before* each step, ``[num_steps]``, float32 at least.
-    finite: whether the run ended at finite numbers; if not, the solution is where it began.
-    aux: what the loss returned beside its value, each leaf ``[num_steps, ...]``; ``None`` without
+    finite: whether the run ended at finite numbers; if not, the solution is where the run began.
+    aux: the auxiliary outputs of the loss, each leaf ``[num_steps, ...]``; ``None`` without
       ``has_aux``.
   """
 
@@ -31,13 +31,13 @@ class InnerInfo(NamedTuple):
 
 
 class InnerSolution(NamedTuple):
-  """Where an inner run ended, and where it began.
+  """Where an inner run ended and where it began.
 
   Attributes:
     params: the inner parameters after the last step, :math:`y^N`.
     opt_state: the state of the inner optimizer after the last step.
     start: ``(params, opt_state)`` before the first step. Responses run the inner problem again
-      from here, so that every run shares everything but ``x``.
+      from here, so that runs differ in ``x`` alone.
     info: the :class:`~jaxbo.bilevel.InnerInfo` of the run.
   """
 
@@ -59,7 +59,7 @@ class Path(Protocol):
     *,
     last: int | None = None,
   ) -> optax.Params:
-    """Returns :math:`y^N(x)`; with ``last``, ``x`` counts as constant before the last steps."""
+    """Returns :math:`y^N(x)`; with ``last=k``, ``x`` is constant before the last ``k`` steps."""
     ...
 
 
@@ -81,19 +81,20 @@ class InnerSolver(NamedTuple):
 
   Attributes:
     init: ``init(y0) -> InnerSolution``, the state before the first solve. If the loss has
-      auxiliary outputs it is ``init(y0, x, batch)``, where shapes are enough.
+      auxiliary outputs, ``init(y0, x, batch)``; it uses only the shapes and dtypes of ``x`` and
+      ``batch``.
     solve: ``solve(x, solution, batch) -> InnerSolution``, ``num_steps`` steps of the optimizer.
-    run: ``run(x, start, batch) -> ((params, opt_state), finite)``, the same from any start and
-      without a report; where the run was not finite it ends where it began.
+    run: ``run(x, start, batch) -> ((params, opt_state), finite)``, the same steps from any start,
+      without diagnostics. A run that is not finite returns its start.
     path: ``path(x, start, batch, *, last=None) -> y``, the same run as a pure map from ``x`` to
-      the final inner parameters: what responses differentiate. With ``last=k`` the gradient
+      the final inner parameters. Responses differentiate this map. With ``last=k`` the gradient
       flows through the last ``k`` steps only.
     loss: ``loss(x, y, batch) -> scalar``, the inner loss on the batch of *one* step.
     num_steps: the number of steps of a run.
     per_step_batches: whether ``batch`` has a leading axis ``num_steps``.
-    through: the factors of the inner problem if it was built with ``through=``, else ``None``.
-    task: the solver of one task, if this one was made by :func:`jaxbo.over_tasks`.
-    num_tasks: the number of tasks then.
+    through: the :class:`~jaxbo.bilevel.Through` of a solver built with ``through=``, else ``None``.
+    task: the solver of one task, if :func:`jaxbo.over_tasks` made this solver; else ``None``.
+    num_tasks: the number of tasks, if :func:`jaxbo.over_tasks` made this solver; else ``None``.
   """
 
   init: Callable[..., InnerSolution]
@@ -123,39 +124,39 @@ def inner_solver(
 
   .. math:: y^{n+1} = y^n + \mathrm{optimizer}(\nabla_y g(x, y^n, \xi_n)), \qquad n = 0, \dots, N-1
 
-  The whole run is one ``lax.scan``. The optimizer's state is part of the solution, and optimizers
-  that want the loss (``optax.lbfgs``, line searches) get ``value``, ``grad`` and ``value_fn``.
+  The whole run is one ``lax.scan``. The solution holds the optimizer's state. Optimizers that need
+  the loss (``optax.lbfgs``, line searches) get ``value``, ``grad`` and ``value_fn``.
 
   Args:
     inner_loss: :math:`g`, ``inner_loss(x, y, batch) -> scalar``, where ``x`` and ``y`` are
-      pytrees of floats. Regularisation is part of it.
-    optimizer: any optax optimizer for ``y``. If the run is to be differentiated (ITD), its update
-      must be differentiable: for Adam set ``eps_root > 0``, since the derivative of its square
-      root is infinite at a gradient of exactly zero.
+      pytrees of floats. Include any regularization.
+    optimizer: any optax optimizer for ``y``. To differentiate the run (ITD), its update must be
+      differentiable: for Adam set ``eps_root > 0``, because the derivative of its square root is
+      infinite at a gradient of exactly zero.
     num_steps: the number :math:`N \ge 1` of steps.
     per_step_batches: ``False``: every step sees the whole ``batch``. ``True``: every leaf of
       ``batch`` has a leading axis ``num_steps`` and step ``n`` sees slice ``n``. All runs of one
       update (base, perturbed, unrolled) see the same slices.
     has_aux: whether the loss returns ``(scalar, aux)``.
-    warm_start: whether a solve continues from the last solution, its optimizer state included;
-      else every solve begins at ``y0``.
+    warm_start: ``True``: a solve continues from the last solution and its optimizer state.
+      ``False``: every solve begins at ``y0``.
     remat: what :attr:`InnerSolver.path` stores for reverse-mode differentiation. ``False``: every
-      step, memory :math:`O(N)`. ``True``: the start of each of about :math:`\sqrt N` segments,
-      which are run again in the backward pass: memory :math:`O(\sqrt N)` for one more forward
-      run. An int is the length of a segment.
-    through: ``features(x, batch) -> z``, when the inner loss sees ``x`` only through ``z`` (a
-      backbone under a head). The loss is then ``inner_loss(z, y, batch)``, ``z`` is computed once a
-      solve, and zeroth-order responses perturb ``z`` instead of ``x``. With per-step batches the
-      features of all steps are computed at once, by ``vmap``.
+      step, memory :math:`O(N)`. ``True``: the start of each of about :math:`\sqrt N` segments; the
+      backward pass runs the segments again, so memory is :math:`O(\sqrt N)` for one more forward
+      run. An int sets the length of a segment.
+    through: ``features(x, batch) -> z``, for an inner loss that sees ``x`` only through ``z`` (a
+      backbone under a head). The loss is then ``inner_loss(z, y, batch)``. Each solve computes
+      ``z`` once, and zeroth-order responses perturb ``z`` instead of ``x``. With per-step batches,
+      one ``vmap`` computes the features of all steps.
 
   Returns:
     An :class:`InnerSolver`.
 
   Raises:
-    ValueError: if ``num_steps`` or ``remat`` is below 1; when a batch's leading axis is not
-      ``num_steps``; when the loss is no scalar.
-    TypeError: if ``inner_loss`` or ``through`` does not take its arguments; if a parameter is no
-      float.
+    ValueError: if ``num_steps`` or ``remat`` is below 1; if the leading axis of a per-step batch is
+      not ``num_steps``; if the loss is not a scalar.
+    TypeError: if ``inner_loss`` or ``through`` does not take its arguments; if a parameter is not
+      a float.
 
   Example:
     >>> import jax.numpy as jnp, jaxbo, optax
@@ -200,7 +201,7 @@ def inner_solver(
     return (optax.apply_updates(y, updates), opt_state), (value, aux)
 
   def steps(z, carry, batch, scan, begin=0, end=num_steps):
-    """Steps ``begin`` to ``end``. What belongs to a single step is scanned over."""
+    """Runs steps ``begin`` to ``end``, scanning over per-step batches and their features."""
     if per_step_batches:
       check_per_step(batch, num_steps)
     slices = (z if through is not None else None, batch) if per_step_batches else (None, None)
@@ -272,7 +273,7 @@ def inner_solver(
 
 
 def _final_carry(body, carry, slices, length: int, *, remat: bool | int):
-  """``lax.scan`` without outputs, stored for the backward pass by segments if ``remat``."""
+  """``lax.scan`` without outputs; with ``remat``, it stores only the start of each segment."""
 
   def steps(length, carry, slices):
     return jax.lax.scan(lambda c, s: (body(c, s)[0], None), carry, slices, length=length)[0]

@@ -1,4 +1,4 @@
-"""The rule for the primal step of a Lagrangian."""
+"""The rule for the primal step size of a Lagrangian."""
 
 import jax
 import jax.numpy as jnp
@@ -13,41 +13,42 @@ def scale_by_lagrangian_smoothness(
   outer_smoothness: float | jax.Array,
   constraint_smoothness: float | jax.Array,
 ) -> optax.GradientTransformationExtraArgs:
-  r"""Divides what a head gives by the smoothness of its Lagrangian, so that steps stay stable.
+  r"""Divides the output of a head by the smoothness of its Lagrangian, so steps stay stable.
 
   .. math:: u = \frac{\nabla L}{L_f + \lambda L_h}
 
-  Behind it, a learning rate of at most 1 is stable whatever the multiplier is. Proof: with
-  gradients of Lipschitz constants :math:`L_f` and :math:`L_h`,
-  :math:`L = f + \lambda h` has one of at most :math:`M = L_f + \lambda L_h`, so a step of
-  :math:`\eta / M` gives
+  A learning rate of at most 1 is then stable for every multiplier. Proof: the gradients of
+  :math:`f` and :math:`h` have the Lipschitz constants :math:`L_f` and :math:`L_h`, so the gradient
+  of :math:`L = f + \lambda h` has a Lipschitz constant of at most :math:`M = L_f + \lambda L_h`. A
+  step of :math:`\eta / M` then gives
 
   .. math::
     L(z - \tfrac \eta M \nabla L) \le L(z) - \tfrac \eta M (1 - \tfrac \eta 2) \|\nabla L\|^2
     \le L(z) - \tfrac{\eta}{2M} \|\nabla L\|^2 \quad \text{for } \eta \le 1.
 
-  It is wrapped around the head, not chained behind it, since a link of ``optax.chain`` does not
-  see the state of another one, and the multiplier must be that of *this* update: it may jump by
-  :math:`\tau h`. State and diagnostics are those of the head. A tail that is invariant to scale,
-  such as Adam, undoes it.
+  Wrap this transformation around the head; do not chain it after the head. A link of
+  ``optax.chain`` does not see the state of another link, and the rule needs the multiplier of
+  *this* update, which may jump by :math:`\tau h`. The state and the diagnostics are those of the
+  head. A tail that is invariant to scale, such as Adam, undoes the scaling.
 
   Cost and memory: none.
 
   Args:
     head: :func:`add_primal_dual_penalty`, :func:`add_value_function_penalty`,
       :func:`add_dynamic_barrier`, or :func:`add_proximal_terms` around one of them.
-    outer_smoothness: :math:`L_f > 0`, of the gradient of :math:`f` in :math:`(x, y)` jointly; with
-      proximal terms plus :math:`2 \rho_f`.
-    constraint_smoothness: :math:`L_h > 0`, of the gradient of :math:`g(x, y) - \tilde g^*(x)`; at
-      most :math:`2 L_g + L_g^2 / \mu` where :math:`g(x, \cdot)` with its regularizer has the
-      curvature :math:`\mu`; with proximal terms plus :math:`2 \rho_h`.
+    outer_smoothness: :math:`L_f > 0`, the Lipschitz constant of the gradient of :math:`f` in
+      :math:`(x, y)` jointly. Proximal terms add :math:`2 \rho_f`.
+    constraint_smoothness: :math:`L_h > 0`, the Lipschitz constant of the gradient of
+      :math:`g(x, y) - \tilde g^*(x)`. It is at most :math:`2 L_g + L_g^2 / \mu` if
+      :math:`g(x, \cdot)` with its regularizer has the curvature :math:`\mu`. Proximal terms add
+      :math:`2 \rho_h`.
 
   Returns:
-    A transformation like ``head``, which stands first in the chain in its place.
+    A transformation like ``head``; put it first in the chain, instead of ``head``.
 
   Raises:
     ValueError: if a constant is not positive, or the state of ``head`` has no ``dual``.
-    TypeError: if ``head`` is no transformation.
+    TypeError: if ``head`` is not a transformation.
 
   Example:
     >>> import jax.numpy as jnp, jaxbo, optax

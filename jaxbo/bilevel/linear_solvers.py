@@ -1,9 +1,9 @@
 r"""Linear solvers for :func:`jaxbo.add_implicit_response`: CG, Neumann series, fixed point.
 
 A linear solver is any callable ``(matvec, b, x0) -> (x, info)`` on pytrees that solves
-:math:`A x = b` for symmetric :math:`A`, so ``jax.scipy.sparse.linalg.cg`` is one as it is. The ones
-here stop when they meet what would ruin the solution (zero or negative curvature, a residual that
-grows or is not finite), keep the last good iterate, and report it.
+:math:`A x = b` for symmetric :math:`A`. So ``jax.scipy.sparse.linalg.cg`` needs no wrapper. The
+solvers here stop before a step that would ruin the solution (zero or negative curvature, a residual
+that grows or is not finite), return a good iterate, and report the breakdown.
 """
 
 from collections.abc import Callable
@@ -23,10 +23,11 @@ class LinearInfo(NamedTuple):
 
   Attributes:
     residual: :math:`\|b - A x\| / \|b\|` of the system that was solved (damping included); 1 if
-      that is no finite number.
-    num_steps: how many products with :math:`A` were used to improve the solution, int32.
-    breakdown: whether it met zero or negative curvature, a residual that grew, or a number that is
-      not finite; the solution is then the last good iterate.
+      this ratio is not finite.
+    num_steps: how many products with :math:`A` improved the solution, int32; -1 if unknown.
+    breakdown: whether the solver met zero or negative curvature, a residual that grew, or a number
+      that is not finite. The solution is then the last good iterate (for conjugate gradient, the
+      iterate with the smallest residual).
   """
 
   residual: jax.Array
@@ -35,18 +36,19 @@ class LinearInfo(NamedTuple):
 
 
 class LinearSolver(NamedTuple):
-  """A linear solver with a mark that says whether it starts from the last solution.
+  """A linear solver, and whether it starts from the last solution.
 
   Attributes:
     solve: ``(matvec, b, x0) -> (x, info)``.
-    warm_start: whether ``x0`` is used; if so it is kept in the state of the response.
+    warm_start: whether the solver starts from ``x0``. If so, the state of the response keeps the
+      last solution, which is the next ``x0``.
   """
 
   solve: Callable[[MatVec, optax.Params, optax.Params], tuple[optax.Params, Any]]
   warm_start: bool = False
 
   def __call__(self, matvec, b, x0):
-    """Solves the system."""
+    """Returns ``solve(matvec, b, x0)``."""
     return self.solve(matvec, b, x0)
 
 
@@ -54,7 +56,7 @@ class _Iterate(NamedTuple):
   x: optax.Params
   residual: optax.Params
   direction: optax.Params  # Conjugate gradient only; () elsewhere.
-  best: Any  # Conjugate gradient only: the x of the least residual, and that residual squared.
+  best: Any  # Conjugate gradient only: the x of the smallest residual, and this residual squared.
   residual_sq: jax.Array
   max_curvature: jax.Array
   num_steps: jax.Array
@@ -70,23 +72,26 @@ def conjugate_gradient(
 ) -> LinearSolver:
   r"""Conjugate gradient for :math:`(A + \text{damping}\, I)\, x = b`.
 
-  Exact after as many steps as :math:`A` has distinct eigenvalues. It stops when the residual is
-  below ``tolerance`` (or the resolution of the dtype) times :math:`\|b\|`, and when the curvature
-  :math:`p^\top A p / p^\top p` along a search direction is not positive against the largest one
-  seen. An undamped system whose matrix is singular and whose right-hand side is outside its range
-  has no solution: then, and whenever the residual ends above ten times that of the start, the
-  result is the iterate of the least residual, marked by ``breakdown``. It is finite and *not* a
-  least-squares solution; use ``damping`` (1e-3 is a start) or :func:`fixed_point` there.
+  The solution is exact after as many steps as :math:`A` has distinct eigenvalues. The solver stops
+  when the residual is at most ``tolerance`` (or the resolution of the dtype) times :math:`\|b\|`.
+  It breaks down when the curvature :math:`p^\top A p / p^\top p` along a search direction is not
+  positive, up to rounding relative to the largest curvature so far, and when the residual ends
+  above ten times the residual of the start. The result is then the iterate with the smallest
+  residual, and ``breakdown`` is true.
+
+  An undamped system has no solution if :math:`A` is singular and :math:`b` is outside its range.
+  The result is then finite but *not* a least-squares solution: use ``damping`` (start with 1e-3)
+  or :func:`fixed_point`.
 
   Cost: ``num_steps`` products with :math:`A`, one more with a warm start. Memory: five vectors.
 
   Args:
     num_steps: the largest number of steps, at least 1.
-    tolerance: relative residual at which to stop, at least 0. An array (a schedule's value, by
-      ``optax.inject_hyperparams`` around the response) is allowed, here and for ``damping``.
+    tolerance: relative residual at which to stop, at least 0. ``tolerance`` and ``damping`` may be
+      arrays, such as the values of schedules from ``optax.inject_hyperparams`` around the response.
     damping: added to the diagonal, at least 0. It biases the solution by
       :math:`O(\text{damping} / \lambda_{\min})`.
-    warm_start: start from the solution of the previous update. Then
+    warm_start: whether to start from the solution of the previous update. If so,
       :func:`jaxbo.add_implicit_response` needs ``inner_params``.
 
   Returns:
@@ -139,7 +144,7 @@ def conjugate_gradient(
     first = _first_iterate(product, b, x0, warm_start)
     first = first._replace(direction=first.residual, best=(first.x, first.residual_sq))
     last, info = _iterate(step, first, b, num_steps, tolerance)
-    # Without a solution, x runs off along the flat directions long before a curvature is zero.
+    # If no solution exists, x diverges along flat directions long before a curvature is zero.
     failed = last.breakdown | ~(last.residual_sq <= 10**2 * first.residual_sq)
     x, residual_sq = _tree.where(failed, last.best, (last.x, last.residual_sq))
     return x, LinearInfo(_relative(residual_sq, b), info.num_steps, failed)
@@ -152,17 +157,17 @@ def fixed_point(
 ) -> LinearSolver:
   r"""Fixed-point (Richardson) iteration :math:`x \leftarrow x + \eta\,(b - A x)`.
 
-  It converges for eigenvalues of :math:`A` in :math:`(0, 2/\eta)`. On a singular :math:`A` the part
-  of the solution in its range still converges, which is what a bilevel problem with flat inner
-  directions needs. A residual that grows proves an eigenvalue outside :math:`[0, 2/\eta]`: the
-  iteration stops there and reports ``breakdown``.
+  The iteration converges if the eigenvalues of :math:`A` are in :math:`(0, 2/\eta)`. If :math:`A`
+  is singular, the part of the solution in its range still converges, which is enough for a bilevel
+  problem with flat inner directions. A residual that grows proves an eigenvalue outside
+  :math:`[0, 2/\eta]`: the iteration stops and reports ``breakdown``.
 
   Cost: ``num_steps`` products with :math:`A`, one more with a warm start. Memory: three vectors.
 
   Args:
     num_steps: the number of steps, at least 1.
     learning_rate: the step :math:`\eta > 0`, below :math:`2 / \lambda_{\max}(A)`.
-    warm_start: start from the solution of the previous update. Then
+    warm_start: whether to start from the solution of the previous update. If so,
       :func:`jaxbo.add_implicit_response` needs ``inner_params``.
 
   Returns:
@@ -198,10 +203,10 @@ def neumann(num_steps: int, learning_rate: float | jax.Array) -> LinearSolver:
 
   .. math:: x = \eta \sum_{q=0}^{Q} (I - \eta A)^q\, b
 
-  It equals :func:`fixed_point` from zero with :math:`Q + 1` steps, of which the first needs no
+  :math:`x` equals :func:`fixed_point` from zero with :math:`Q + 1` steps, the first without a
   product. The relative bias along an eigenvalue :math:`\lambda` is
-  :math:`(1 - \eta \lambda)^{Q + 1}`. (The published code of stocBiO sums the terms with different
-  weights; this is the paper's series.)
+  :math:`(1 - \eta \lambda)^{Q + 1}`. This is the series of the paper, not of its code: see
+  Departures from the papers.
 
   Cost: ``num_steps`` products with :math:`A`. Memory: three vectors.
 
@@ -210,8 +215,8 @@ def neumann(num_steps: int, learning_rate: float | jax.Array) -> LinearSolver:
     learning_rate: the step :math:`\eta > 0`, below :math:`2 / \lambda_{\max}(A)`.
 
   Returns:
-    A :class:`~jaxbo.bilevel.LinearSolver`. The ``residual`` that it reports is that of the sum
-    without its last term, since the last one's would cost a product more.
+    A :class:`~jaxbo.bilevel.LinearSolver`. Its ``residual`` belongs to the sum without the last
+    term, because the residual of the full sum would cost one more product.
 
   Raises:
     ValueError: if an argument is outside its range.
@@ -239,7 +244,7 @@ def neumann(num_steps: int, learning_rate: float | jax.Array) -> LinearSolver:
 
 
 def measure(matvec: MatVec, b: optax.Params, x: optax.Params, finite: jax.Array) -> LinearInfo:
-  """The info of a solver that has none of ours, for one product."""
+  """The info of a solver that does not return a :class:`LinearInfo`; costs one product."""
   residual = _tree.add_scaled(b, -1.0, matvec(x))
   residual_sq = _tree.vdot(residual, residual)
   good = finite & jnp.isfinite(residual_sq)
@@ -272,15 +277,15 @@ def _first_iterate(matvec, b, x0, warm_start: bool) -> _Iterate:
     best=(),
     residual_sq=residual_sq,
     max_curvature=jnp.zeros_like(residual_sq),
-    num_steps=jnp.zeros_like(residual_sq, jnp.int32),  # as varying over devices as the rest
+    num_steps=jnp.zeros_like(residual_sq, jnp.int32),  # varies over devices like the rest
     breakdown=~jnp.isfinite(residual_sq),
   )
 
 
 def _iterate(step, first: _Iterate, b, num_steps: int, tolerance) -> tuple[_Iterate, LinearInfo]:
-  """Repeats ``step`` until it is done, or says that what it made is bad.
+  """Repeats ``step`` until the system is solved, the steps are used up, or a step is bad.
 
-  A bad step must keep what the solution is made of; the rest of its iterate is not used.
+  A bad step must keep the fields that hold the solution; its other fields are not used.
   """
   b_sq = _tree.vdot(b, b)
   limits = jnp.finfo(b_sq.dtype)

@@ -13,7 +13,7 @@ from jaxbo.bilevel.parameters import Bilevel
 
 
 class BilevelState(NamedTuple):
-  """State of the loop that :func:`~jaxbo.bilevel_loop` makes.
+  """State of the loop of :func:`~jaxbo.bilevel_loop`.
 
   Attributes:
     x: the outer parameters.
@@ -31,11 +31,11 @@ class BilevelInfo(NamedTuple):
 
   Attributes:
     outer_loss: the outer loss before the update of ``x``.
-    hypergradient_norm: norm of the hypergradient; NaN if the outer transformation does not say.
+    hypergradient_norm: norm of the hypergradient; NaN if ``outer`` does not report one.
     inner_losses: the inner loss before each inner step, ``[num_steps]``.
     linear_residual: relative residual of the linear system of :func:`jaxbo.add_implicit_response`;
       NaN for other responses.
-    aux: what the outer loss returned beside its value; ``None`` without ``has_aux``.
+    aux: the auxiliary output of the outer loss; ``None`` without ``has_aux``.
   """
 
   outer_loss: jax.Array
@@ -52,7 +52,7 @@ def bilevel_loop(
   *,
   has_aux: bool = False,
 ) -> tuple[Callable[..., BilevelState], Callable[..., tuple[BilevelState, BilevelInfo]]]:
-  r"""The loop of a bilevel method: solve, differentiate the outer loss, respond, update.
+  r"""Builds the loop of a bilevel method: solve, differentiate the outer loss, respond, update.
 
   .. math:: \min_x F(x) = f(x, y^*(x)), \qquad y^*(x) \in \arg\min_y g(x, y)
 
@@ -65,15 +65,16 @@ def bilevel_loop(
     has_aux: whether the outer loss returns ``(scalar, aux)``.
 
   Returns:
-    ``(init, step)``, both pure. ``init(x, y0) -> BilevelState``; it copies what it is given, so
-    that the state may be donated, and strips weak types. An inner loss with auxiliary outputs
-    needs ``init(x, y0, train)``. ``step(state, train, val, **extra_args) -> (BilevelState,
-    BilevelInfo)``; wrap it in ``jax.jit`` or scan over it. Extra arguments, such as
-    ``linear_batch=``, go to the ``update`` of ``outer``.
+    ``(init, step)``, both pure. ``init(x, y0) -> BilevelState`` copies its arguments, so that the
+    state may be donated, and strips weak types. An inner loss with auxiliary outputs needs
+    ``init(x, y0, train)``. ``step(state, train, val, **extra_args) -> (BilevelState,
+    BilevelInfo)``: wrap it in ``jax.jit`` or scan over it. The inner loss sees the batch ``train``
+    and the outer loss sees ``val``. Extra arguments, such as ``linear_batch=``, go to the
+    ``update`` of ``outer``.
 
   Raises:
-    TypeError: if ``outer_loss`` does not take ``(x, y, batch)``, or parameters are no floats.
-    ValueError: if the outer loss is no scalar, or ``outer`` does not begin with a response.
+    TypeError: if ``outer_loss`` does not take ``(x, y, batch)``, or a parameter is not a float.
+    ValueError: if the outer loss is not a scalar, or ``outer`` does not begin with a response.
 
   Example:
     >>> import jax, jax.numpy as jnp, jaxbo, optax
@@ -105,8 +106,9 @@ def outer_step(
 ) -> Callable[..., tuple[BilevelState, BilevelInfo]]:
   """The outer step of every loop: ``respond(state, train, val, **extra_args) -> (state, info)``.
 
-  It differentiates the outer loss at the inner solution of ``state`` and moves ``x`` by what
-  ``outer`` makes of the gradients. Loops differ in when they solve the inner problem.
+  ``respond`` differentiates the outer loss at the inner solution of ``state``, passes the gradients
+  to ``outer``, and adds the resulting updates to ``x``. Loops differ in when they solve the inner
+  problem.
   """
   differentiate = outer_gradients(outer_loss, outer, has_aux=has_aux)
 
@@ -136,9 +138,10 @@ def outer_gradients(
 ) -> Callable[..., tuple[optax.Updates, optax.OptState, jax.Array, Any]]:
   """``differentiate(x, y, state, val, **extra_args) -> (updates, state, loss, aux)``.
 
-  The gradients of the outer loss by both levels go to ``outer``, which begins with a response, or
-  is a method on :class:`jaxbo.Bilevel` parameters if it ``moves_both`` levels. With ``hand_value``
-  the loss goes there too, as ``value=``.
+  ``differentiate`` passes the gradients of the outer loss in both levels to ``outer``, which begins
+  with a response. With ``moves_both``, ``outer`` is instead a method that moves both levels, on
+  :class:`jaxbo.Bilevel` parameters. With ``hand_value``, ``outer`` also gets the loss, as
+  ``value=``.
   """
   tx = optax.with_extra_args_support(outer)
   gradients = jax.value_and_grad(checked_outer_loss(outer_loss, has_aux), (0, 1), has_aux=True)
@@ -165,7 +168,7 @@ def outer_gradients(
 
 
 def checked_outer_loss(outer_loss: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:
-  """The outer loss with auxiliary outputs, ``None`` if it has none, and with its errors."""
+  """Wraps the outer loss to check its output and return ``(loss, aux)``; aux may be ``None``."""
   _check.takes_arguments("outer_loss", outer_loss, "x", "y", "batch")
 
   def loss_and_aux(x, y, batch):

@@ -1,4 +1,4 @@
-"""A meta-batch: one inner problem for each of several tasks, which share the outer parameters."""
+"""A meta-batch: several tasks, each with an inner problem, that share the outer parameters."""
 
 import functools
 from typing import Any
@@ -15,27 +15,27 @@ def over_tasks(inner: InnerSolver, num_tasks: int, *, average_start: bool = Fals
 
   .. math:: g(x, (y_1, \dots, y_T), (\xi_1, \dots, \xi_T)) = \sum_{t=1}^T g_t(x, y_t, \xi_t)
 
-  The runs of all tasks go side by side under ``vmap``. Inner parameters, optimizer states and the
-  diagnostics of the run have a leading axis ``[num_tasks, ...]``; so has the batch, or
-  ``[num_steps, num_tasks, ...]`` with per-step batches. Every response takes the result as it takes
-  any solver: the outer loss averages (or sums) over the tasks, and the responses of the tasks add
-  up. :func:`jaxbo.add_es_response` can sample tasks separately (``per_task``).
+  All tasks run at once under ``vmap``. Inner parameters, optimizer states and the diagnostics of a
+  run have the leading axis ``[num_tasks, ...]``. The batch has this axis too, or with per-step
+  batches the axes ``[num_steps, num_tasks, ...]``. Every response accepts the result like any other
+  solver: the outer loss averages (or sums) over the tasks, and the responses of the tasks add up.
+  :func:`jaxbo.add_es_response` can sample tasks separately (``per_task``).
 
   Args:
     inner: the solver of one task.
     num_tasks: the number :math:`T \ge 1` of tasks.
-    average_start: every run starts at the mean over the tasks of the last solutions (with a fresh
-      optimizer state), as in the published few-shot code of ESJ, instead of where ``inner`` says:
-      each at its own last solution with ``warm_start``, or at ``y0``. For tasks that are new at
-      every step, choose ``warm_start=False`` or this.
+    average_start: ``True``: every run starts at the mean of the last solutions over the tasks, with
+      a fresh optimizer state, as in the published few-shot code of ESJ. ``False``: each run starts
+      as ``inner`` does: at the last solution of its task with ``warm_start``, else at ``y0``. If
+      the tasks are new at every step, use ``average_start=True`` or ``warm_start=False``.
 
   Returns:
-    An :class:`InnerSolver` whose ``init(y0)`` takes the inner parameters of *one* task, which all
-    tasks start from.
+    An :class:`InnerSolver` whose ``init(y0)`` takes the inner parameters of *one* task, the start
+    of all tasks.
 
   Raises:
-    ValueError: if ``num_tasks < 1``, or if ``inner`` has tasks already; when a batch has another
-      number of tasks.
+    ValueError: if ``num_tasks < 1``; if ``inner`` already has tasks; if a batch has another number
+      of tasks.
 
   Example:
     >>> import jax.numpy as jnp, jaxbo, optax
@@ -65,7 +65,7 @@ def over_tasks(inner: InnerSolver, num_tasks: int, *, average_start: bool = Fals
     return jax.tree.map(lambda leaf: jnp.repeat(leaf[None], num_tasks, axis=0), tree)
 
   def shapes_of_one(batch):
-    """The batch of one task, its shapes alone: ``inner.init`` needs no more."""
+    """The shapes of the batch of one task, which are all that ``inner.init`` needs."""
     first = lambda batch: jax.tree.map(lambda leaf: leaf.take(0, axis), checked(batch))
     return jax.eval_shape(first, batch)
 

@@ -11,13 +11,13 @@ from jaxbo import _check
 class Bilevel(NamedTuple):
   """Parameters of both levels, or gradients, updates, labels and projections for them.
 
-  ``jax.grad`` of a loss on ``Bilevel`` parameters is ``Bilevel(outer=df/dx, inner=df/dy)``; with
-  ``optax.partition`` and the labels ``Bilevel("outer", "inner")`` each level gets an optimizer of
-  its own.
+  ``jax.grad`` of a loss on ``Bilevel`` parameters is ``Bilevel(outer=df/dx, inner=df/dy)``. To give
+  each level its own optimizer, use ``optax.partition`` with the labels
+  ``Bilevel("outer", "inner")``.
 
   Attributes:
-    outer: what belongs to :math:`x`, any pytree.
-    inner: what belongs to :math:`y`, any pytree.
+    outer: the part for the outer parameters :math:`x`, any pytree.
+    inner: the part for the inner parameters :math:`y`, any pytree.
   """
 
   outer: Any
@@ -25,7 +25,7 @@ class Bilevel(NamedTuple):
 
 
 def check_params(name: str, params: Any) -> Bilevel:
-  """Returns ``params``; raises unless they are :class:`~jaxbo.Bilevel` floats."""
+  """Returns ``params``; raises unless ``params`` are :class:`~jaxbo.Bilevel` floats."""
   if params is None:
     raise ValueError(f"{name}: update must be given params, jaxbo.Bilevel(outer=x, inner=y)")
   if not isinstance(params, Bilevel):
@@ -37,5 +37,5 @@ def check_params(name: str, params: Any) -> Bilevel:
 
 
 def scalar_dtype(tree: Any):
-  """The dtype of losses and multipliers: float32, or wider if a leaf is."""
+  """The dtype of losses and multipliers: float32, or wider if a leaf is wider."""
   return jnp.result_type(jnp.float32, *jax.tree.leaves(tree))

@@ -1,4 +1,4 @@
-"""V-PBGD and F2SA: a penalty on what exceeds the lower value."""
+"""V-PBGD and F2SA: a penalty on the excess over the lower value."""
 
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
@@ -20,8 +20,8 @@ class ValuePenaltyInfo(NamedTuple):
   Attributes:
     excess: :math:`q = g(x, y) - g(x, \hat y)` before the update.
     dual: the multiplier :math:`\gamma` of this update.
-    finite: whether the multiplier and all numbers from the inner loss were. If not, the update was
-      the incoming gradient, the state was left alone, and the fields above are those of the last
+    finite: whether the multiplier and all numbers from the inner loss were finite. If not, the
+      update returned the incoming gradient and kept the state; the fields above are from the last
       good update.
   """
 
@@ -35,8 +35,8 @@ class ValuePenaltyState(NamedTuple):
 
   Attributes:
     penalty_params: the lower-value iterate :math:`\hat y`, float32 at least.
-    penalty_opt_state: the state of its optimizer.
-    penalty_count: the number of updates that were not skipped, int32; the schedule's argument.
+    penalty_opt_state: the state of the optimizer of :math:`\hat y`.
+    penalty_count: the number of finite updates, int32; the argument of the schedule.
     info: the :class:`ValuePenaltyInfo` of the last update.
   """
 
@@ -55,58 +55,62 @@ def add_value_function_penalty(
   normalize: bool = False,
   project_inner: Projection | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-  r"""Adds a multiple of the gradient of what exceeds the lower value (V-PBGD, F2SA).
+  r"""Adds a multiple of the gradient of the excess over the lower value (V-PBGD, F2SA).
 
   .. math::
     d_x = \nabla_x f + \gamma_t \big(\nabla_x g(x, y) - \nabla_x g(x, \hat y)\big), \qquad
     d_y = \nabla_y f + \gamma_t \nabla_y g(x, y)
 
-  :math:`\hat y` follows :math:`\min_y g(x, y)` by ``num_steps`` warm-started steps before each
-  update and is not differentiated through. A finite multiplier moves the solution: for an inner
-  loss of curvature :math:`\mu` by a distance of order :math:`1 / (\gamma \mu)`. With
-  :math:`\gamma` constant or rising to its value along a linear schedule this is V-PBGD.
+  Each update first moves :math:`\hat y` by ``num_steps`` warm-started steps towards the minimum of
+  :math:`g(x, \cdot)`. Gradients do not flow through :math:`\hat y`. A finite multiplier moves the
+  solution: for an inner loss of curvature :math:`\mu`, by a distance of order
+  :math:`1 / (\gamma \mu)`. With :math:`\gamma` constant, or rising along a linear schedule to a
+  constant, this is V-PBGD.
 
-  F2SA has a second inner sequence that follows :math:`\min_y f(x, y) + \gamma g(x, y)`. It is
-  :math:`y`, the inner part of the parameters: :math:`d_y` is the gradient of that very function.
-  With learning rates of their own for the levels (``optax.partition``) the single loop of F2SA is
-  complete; for the double loop the tail moves :math:`y` in some updates and :math:`x` in others,
-  so that each step of either sequence sees a fresh gradient of :math:`f` on a batch of its own: see
-  ``alternate`` of :func:`f2sa`.
+  F2SA has a second inner sequence, which follows the minimum of :math:`f(x, y) + \gamma g(x, y)`.
+  That sequence is :math:`y`, the inner part of the parameters: :math:`d_y` is the gradient of
+  exactly this function. A separate learning rate for each level (``optax.partition``) completes
+  the single loop of F2SA. For the double loop, the tail of the chain moves :math:`y` in some
+  updates and :math:`x` in others, so that each step of either level uses a fresh gradient of
+  :math:`f` on a new batch: see ``alternate`` of :func:`f2sa`.
 
   The primal step must shrink as the multiplier grows, :math:`\eta \le 1 / (L_f + \gamma L_q)`: use
   ``normalize``, a schedule, or :func:`scale_by_lagrangian_smoothness`.
 
-  Stochastic use: the batch of :math:`f` is the caller's, ``batch=`` is for :math:`g`. Both
-  evaluations of :math:`g` share it, so their noise cancels where :math:`y` is near
-  :math:`\hat y`. The update is linear in both losses: given :math:`\hat y` it is unbiased. Against
-  the exact lower value it is not: :math:`\hat y` is not converged, and was fitted to the batch
-  unless its steps get a batch of their own, ``value_batch=``.
+  Stochastic use: the caller chooses the batch of :math:`f`; ``batch=`` is the batch of :math:`g`.
+  Both evaluations of :math:`g` share this batch, so their noise cancels where :math:`y` is near
+  :math:`\hat y`. The update is linear in both losses, so it is unbiased for a given
+  :math:`\hat y`. It is biased against the exact lower value: :math:`\hat y` has not converged, and
+  it is fitted to the batch unless you pass ``value_batch=``, a separate batch for its steps.
 
-  Cost: ``num_steps + 2`` gradients of the inner loss, so ``num_steps + 3`` with the caller's
-  gradient of :math:`f`, and no second-order product. Memory: :math:`\hat y` and the state of its
+  Cost: ``num_steps + 2`` gradients of the inner loss (``num_steps + 3`` gradients with the caller's
+  gradient of :math:`f`) and no second-order product. Memory: :math:`\hat y` and the state of its
   optimizer.
 
   Args:
     inner_loss: the inner loss :math:`g`, ``inner_loss(x, y, batch) -> scalar``.
-    multiplier: :math:`\gamma_t \ge 0`, a float or a schedule, say
+    multiplier: :math:`\gamma_t \ge 0`, a float or a schedule, such as
       ``optax.linear_schedule(0.0, 10.0, 1000)``.
     num_steps: the number :math:`N \ge 1` of steps for :math:`\hat y`.
     inner_optimizer: any optax optimizer for :math:`\hat y`.
-    normalize: whether to multiply the result by :math:`\min(1 / \gamma_t, 1)`, as the published
-      code of V-PBGD does. An incoming gradient that passes alone is scaled too.
-    project_inner: the projection on :math:`Y`, applied after each step for :math:`\hat y`;
-      :math:`y` itself is projected by :func:`jaxbo.project` behind.
+    normalize: whether to multiply the result by :math:`\min(1 / \gamma_t, 1)`, as in the published
+      code of V-PBGD. In an update that is not finite, this scales the incoming gradient, by the
+      multiplier of the last good update.
+    project_inner: the projection on :math:`Y`, applied after each step of :math:`\hat y`. To
+      project :math:`y` itself, put :func:`jaxbo.project` last in the chain.
 
   Returns:
-    A transformation of :class:`jaxbo.Bilevel` gradients of :math:`f` at :math:`(x, y)`; it stands
+    A transformation of :class:`jaxbo.Bilevel` gradients of :math:`f` at :math:`(x, y)`; put it
     first in the chain. ``update`` must be given ``params`` (:class:`jaxbo.Bilevel`) and
-    ``batch=``; ``value_batch=`` and ``constraint_term=`` are as in
-    :func:`add_primal_dual_penalty`. Numbers that are not finite (a bad batch) leave
-    :math:`\hat y` where it was and the incoming gradient as it is; ``info.finite`` says so.
-    Parameters narrower than float32 are run in float32.
+    ``batch=``. It also takes ``value_batch=``, the batch of the steps of :math:`\hat y`, and
+    ``constraint_term=``, a record that is added to :math:`q`: its ``value`` is a scalar and its
+    ``gradient`` is :class:`jaxbo.Bilevel`. If a number is not finite (a bad batch),
+    :math:`\hat y` keeps its value, the update is the incoming gradient, and ``info.finite`` is
+    false. Parameters narrower than float32 are run in float32.
 
   Raises:
-    ValueError: if ``multiplier`` is negative or ``num_steps < 1``; if the inner loss is no scalar.
+    ValueError: if ``multiplier`` is negative or ``num_steps < 1``; if the inner loss is not a
+      scalar.
     TypeError: if ``inner_loss`` does not take ``(x, y, batch)``; if parameters or gradients are
       not :class:`jaxbo.Bilevel`; if ``batch=`` is missing.
 
@@ -171,19 +175,21 @@ def v_pbgd(
   r"""V-PBGD: gradient descent along a normalized :func:`add_value_function_penalty`.
 
   Args:
-    learning_rate: a float or a schedule for both levels, or an optimizer in its place; or
-      :class:`jaxbo.Bilevel` of two. It
-      multiplies :math:`\min(1 / \gamma, 1)`.
-    inner_loss: as in :func:`add_value_function_penalty`.
-    multiplier: as there.
-    num_steps: as there; the default is that of the published experiments.
-    inner_optimizer: as there.
+    learning_rate: for both levels, a float, a schedule, or an optax optimizer to use instead; or
+      :class:`jaxbo.Bilevel` of two of these. A float or schedule multiplies
+      :math:`\min(1 / \gamma, 1)`.
+    inner_loss: the inner loss :math:`g`, ``inner_loss(x, y, batch) -> scalar``.
+    multiplier: the multiplier :math:`\gamma_t \ge 0` of the penalty, a float or a schedule.
+    num_steps: the number :math:`N \ge 1` of steps for the lower value; the default is the value of
+      the published experiments.
+    inner_optimizer: any optax optimizer for the lower value.
     project_outer: the projection on :math:`X`, or ``None``.
-    project_inner: the projection on :math:`Y`, for ``y`` as for the lower value; or ``None``.
+    project_inner: the projection on :math:`Y`, for ``y`` and the lower value; or ``None``.
 
   Returns:
     ``optax.chain(add_value_function_penalty(..., normalize=True),
     optax.scale_by_learning_rate(learning_rate), project(project_outer, project_inner))``.
+    Without projections the chain has no ``project``.
 
   Example:
     >>> import jax, jax.numpy as jnp, jaxbo, optax
@@ -224,26 +230,28 @@ def f2sa(
 ) -> optax.GradientTransformationExtraArgs:
   r"""F2SA: :func:`add_value_function_penalty` with a rising multiplier and two inner sequences.
 
-  :math:`\hat y` follows the minimum of :math:`g`, and :math:`y` that of :math:`f + \gamma g`.
+  :math:`\hat y` follows the minimum of :math:`g`; :math:`y` follows the minimum of
+  :math:`f + \gamma g`.
 
   Args:
-    outer_learning_rate: a float or a schedule for :math:`x`, or an optimizer. A schedule counts the
-      updates in which :math:`x` moves.
+    outer_learning_rate: for :math:`x`, a float, a schedule, or an optax optimizer to use instead. A
+      schedule counts the updates in which :math:`x` moves.
     inner_learning_rate: the same for :math:`y`, at most :math:`1 / (L_f + \gamma L_g)`.
-    inner_loss: as in :func:`add_value_function_penalty`.
-    multiplier: as there; the published one rises. It counts all updates.
-    num_steps: steps for :math:`\hat y` in each update.
-    inner_optimizer: the optimizer of :math:`\hat y`.
-    alternate: ``None``: both levels move in every update. An int :math:`T \ge 1`: :math:`T`
-      updates move :math:`y` and one moves :math:`x`, in turn. With ``num_steps=1`` that is the
-      published double loop, but that :math:`\hat y` takes a step in the update of :math:`x` too.
+    inner_loss: the inner loss :math:`g`, ``inner_loss(x, y, batch) -> scalar``.
+    multiplier: the multiplier :math:`\gamma_t \ge 0`, a float or a schedule, which counts the
+      finite updates of either level. The multiplier of the paper rises.
+    num_steps: the number :math:`N \ge 1` of steps of :math:`\hat y` in each update.
+    inner_optimizer: any optax optimizer for :math:`\hat y`.
+    alternate: ``None``: both levels move in every update. An int :math:`T \ge 1`: by turns,
+      :math:`T` updates move :math:`y` and one moves :math:`x`. With ``num_steps=1`` this is nearly
+      the published double loop: see Departures from the papers.
     project_outer: the projection on :math:`X`, or ``None``.
-    project_inner: the projection on :math:`Y`, for ``y`` as for the lower value; or ``None``.
+    project_inner: the projection on :math:`Y`, for ``y`` and the lower value; or ``None``.
 
   Returns:
     ``optax.chain(add_value_function_penalty(...), optax.partition(levels, Bilevel("outer",
     "inner")), project(project_outer, project_inner))``, where ``levels`` are two
-    ``optax.scale_by_learning_rate``, under ``optax.conditionally_mask`` with ``alternate``.
+    ``optax.scale_by_learning_rate``; ``alternate`` wraps each in ``optax.conditionally_mask``.
 
   Raises:
     ValueError: if ``alternate < 1``.

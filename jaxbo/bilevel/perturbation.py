@@ -1,6 +1,6 @@
-r"""The product of a run's transposed Jacobian with a vector, from perturbed runs.
+r"""The product of the transposed Jacobian of a run with a vector, from perturbed runs.
 
-What :func:`jaxbo.add_es_response` estimates: for a run :math:`y(x)` and a vector :math:`b`,
+:func:`jaxbo.add_es_response` estimates, for a run :math:`y(x)` and a vector :math:`b`,
 
 .. math:: J^\top b \approx \frac1Q \sum_{j=1}^Q \langle \delta_j, b \rangle\, u_j
 
@@ -23,16 +23,16 @@ from jaxbo.bilevel.inner import InnerSolver
 
 
 class Run(NamedTuple):
-  """A run to perturb, and what its end is multiplied with.
+  """A run to perturb, and the vector for the products with its end.
 
   Attributes:
-    x: what is perturbed.
-    start: where the run starts.
-    batch: what it sees.
-    y: where it ends, ``path(x, start, batch)``.
-    b: a vector shaped like ``y``.
-    counts: whether the run ended at finite numbers, for each task ``[num_tasks]``: the other tasks
-      are left out of products. ``None`` if there is one task.
+    x: the parameters to perturb.
+    start: the start of the run.
+    batch: the batch of the run.
+    y: the end of the run, ``path(x, start, batch)``.
+    b: the vector, shaped like ``y``.
+    counts: for each task, whether its run ended at finite numbers, ``[num_tasks]``; products leave
+      out the other tasks. ``None`` if there is one task.
   """
 
   x: Any
@@ -44,7 +44,7 @@ class Run(NamedTuple):
 
 
 class Sampling(NamedTuple):
-  """How to sample; the arguments of :func:`jaxbo.add_es_response`."""
+  """How to sample, from the arguments of :func:`jaxbo.add_es_response`."""
 
   family: Family
   difference: str
@@ -57,12 +57,12 @@ class Sampling(NamedTuple):
 
 
 def where_finite(finite: jax.Array, leaf: jax.Array) -> jax.Array:
-  """``leaf``, or zeros where ``finite``, which has its leading axes, is false."""
+  """``leaf``, or zeros where ``finite`` is false; ``finite`` has the leading axes of ``leaf``."""
   return jnp.where(jnp.reshape(finite, finite.shape + (1,) * (leaf.ndim - finite.ndim)), leaf, 0)
 
 
 def start_for(inner: InnerSolver, start: Any, x: Any, batch: Any) -> Any:
-  """``start`` in float32 at least, but for what the optimizer itself keeps in less."""
+  """``start`` in float32 at least, except optimizer states that are narrower by design."""
   params, opt_state = start
   if not _tree.has_low_precision(params):
     return start
@@ -75,9 +75,9 @@ def start_for(inner: InnerSolver, start: Any, x: Any, batch: Any) -> Any:
 def estimate(
   sampling: Sampling, path: Callable[..., Any], run: Run, key: jax.Array
 ) -> tuple[Any, jax.Array]:
-  """The estimate of the response, shaped like ``run.x``, and how many samples were finite.
+  """Estimates the response, shaped like ``run.x``, and counts the finite samples.
 
-  ``path(x, start, batch)`` is the run; ``key`` is a typed key.
+  ``path(x, start, batch)`` computes the run; ``key`` is a typed key.
   """
   draw = sampling.family(key, run.x, sampling.num_samples)
   if sampling.redraw:
@@ -119,13 +119,13 @@ def _product(sampling: Sampling, path: Callable[..., Any], run: Run, direction: 
 
 
 def _products(sampling, path, run: Run, draw: Draw, samples: jax.Array) -> jax.Array:
-  """``<delta_j, b>`` for the given samples, some at a time."""
+  """``<delta_j, b>`` for the given samples, ``chunk`` at a time."""
   product = lambda sample: _product(sampling, path, run, draw(sample))
   return jax.lax.map(product, samples, batch_size=min(sampling.chunk, len(samples)))
 
 
 def _all_products(sampling: Sampling, path, run: Run, key: jax.Array) -> jax.Array:
-  """``<delta_j, b>`` for all samples, ``[num_samples]``, divided among devices if asked to."""
+  """``<delta_j, b>`` for all samples, ``[num_samples]``; devices share the work over an axis."""
   num_samples, axis_name = sampling.num_samples, sampling.axis_name
   if axis_name is None:
     draw = sampling.family(key, run.x, num_samples)
@@ -133,8 +133,8 @@ def _all_products(sampling: Sampling, path, run: Run, key: jax.Array) -> jax.Arr
   impl, name = jax.random.key_impl(key), axis_name
 
   def on_a_device(run, key_data):
-    # What differs between devices must be marked so: the derivative by a value that is the same
-    # everywhere is summed over them.
+    # Mark values that differ between devices as varying: JAX sums the derivative by a value that
+    # is the same on all devices over the devices.
     run, key_data = jax.lax.pcast((run, key_data), name, to="varying")
     draw = sampling.family(jax.random.wrap_key_data(key_data, impl=impl), run.x, num_samples)
     share, rest = divmod(num_samples, jax.lax.axis_size(name))
@@ -160,7 +160,7 @@ def _all_products(sampling: Sampling, path, run: Run, key: jax.Array) -> jax.Arr
 
 
 def _weighted_sum(sampling: Sampling, draw: Draw, weights: jax.Array, like: Any) -> Any:
-  """``sum_j weights_j u_j``, the directions drawn again, some at a time."""
+  """``sum_j weights_j u_j``; draws the directions again, ``chunk`` at a time."""
   samples = _chunks(sampling)
   weights = jnp.pad(weights, (0, samples.size - len(weights))).reshape(samples.shape)
 
@@ -172,7 +172,7 @@ def _weighted_sum(sampling: Sampling, draw: Draw, weights: jax.Array, like: Any)
 
 
 def _chunks(sampling: Sampling) -> np.ndarray:
-  """The numbers of all samples, ``[chunks, chunk]``; those from ``num_samples`` on are padding."""
+  """The indices of all samples, ``[chunks, chunk]``; from ``num_samples`` on they are padding."""
   size = min(sampling.chunk, sampling.num_samples)
   return np.arange(-(-sampling.num_samples // size) * size, dtype=np.int32).reshape(-1, size)
 

@@ -18,17 +18,17 @@ class PrimalDualInfo(NamedTuple):
   r"""Diagnostics of :func:`~jaxbo.add_primal_dual_penalty`; scalars of float32 at least.
 
   Attributes:
-    constraint: :math:`h = g(x, y) - \tilde g(x, \hat y) - \delta` before the update. An
-      unconverged :math:`\hat y` makes it too small: see ``gap``.
+    constraint: :math:`h = g(x, y) - \tilde g(x, \hat y) - \delta` before the update. It is too
+      small if :math:`\hat y` has not converged: see ``gap``.
     dual: the multiplier :math:`\lambda` of this update.
-    dual_at_bound: whether it sits at ``dual_bound``: the bound or the slack is too small, or the
-      primal steps are too large, and the constraint may stay violated.
+    dual_at_bound: whether the multiplier is at ``dual_bound``. If so, the bound or the slack is too
+      small, or the primal steps are too large, and the constraint may stay violated.
     kkt_residual: :math:`\|z - P(z - \nabla_z L)\| + \max(h, 0) + |\lambda h|` with
       :math:`z = (x, y)`: zero at a KKT point.
     gap: :math:`g(x, y)` minus the inner loss after ``gap_steps`` further steps without the
       regularizer; ``None`` without ``gap_steps``.
-    finite: whether all numbers from the inner loss were. If not, the update was the incoming
-      gradient, the state was left alone, and the fields above are those of the last good update.
+    finite: whether all numbers from the inner loss were finite. If not, the update returned the
+      incoming gradient and kept the state; the fields above are from the last good update.
   """
 
   constraint: jax.Array
@@ -44,10 +44,10 @@ class PrimalDualState(NamedTuple):
 
   Attributes:
     value_params: the lower-value iterate :math:`\hat y`, float32 at least.
-    value_opt_state: the state of its optimizer.
+    value_opt_state: the state of the optimizer of :math:`\hat y`.
     dual_variable: the multiplier :math:`\lambda`, a scalar.
     previous_constraint: the constraint of the last update, a scalar.
-    primal_dual_count: the number of updates that were not skipped, int32.
+    primal_dual_count: the number of finite updates, int32.
     info: the :class:`PrimalDualInfo` of the last update.
   """
 
@@ -83,62 +83,68 @@ def add_primal_dual_penalty(
     L_x &= \nabla_x f + \lambda_{t+1} \big(\nabla_x g(x, y) - \nabla_x g(x, \hat y)\big), \qquad
     L_y = \nabla_y f + \lambda_{t+1} \nabla_y g(x, y)
 
-  The inner problem may have many minima: among them the method looks for the one that is best for
-  :math:`f` (the optimistic choice). :math:`\hat y` minimises the lower value by ``num_steps``
-  warm-started steps before each update and is never differentiated through (Danskin). The
-  regularizer stands in the lower value only; in :math:`g(x, y)` too it would exclude minima of
-  large norm. It makes :math:`\tilde g^*` smooth and adds
+  The inner problem may have many minima; the method looks for the minimum that is best for
+  :math:`f` (the optimistic choice). Each update first moves :math:`\hat y` by ``num_steps``
+  warm-started steps towards the minimum of the lower problem. Gradients never flow through
+  :math:`\hat y` (Danskin). The regularizer is in the lower value only: in :math:`g(x, y)` too it
+  would exclude minima of large norm. It makes :math:`\tilde g^*` smooth and adds
   :math:`\frac a2 \|y\|^2` at the minimum to the slack. Without slack no finite multiplier exists.
 
   The primal step must shrink as the multiplier grows, :math:`\eta \le 1 / (L_f + \lambda L_h)`:
-  use a step for ``dual_bound``, or :func:`scale_by_lagrangian_smoothness`. Where :math:`f` or
+  choose the step for ``dual_bound``, or use :func:`scale_by_lagrangian_smoothness`. If :math:`f` or
   :math:`h` is not convex, see :func:`add_proximal_terms`.
 
-  Stochastic use: the batch of :math:`f` is the caller's, ``batch=`` is for :math:`g`. Both
-  evaluations of :math:`g` share it, so their noise cancels where :math:`y` is near
-  :math:`\hat y`. Given :math:`\hat y` and a multiplier that do not depend on the batch, the update
-  is unbiased. What is not: the multiplier saw the batch, a bias of
-  :math:`\tau\, \mathrm{Cov}(h, \nabla h)`; the clip; and :math:`\hat y`, which was fitted to the
-  batch, so that the constraint reads too large, unless its steps get a batch of their own,
-  ``value_batch=``. An unconverged :math:`\hat y` biases all of it, with or without noise.
+  Stochastic use: the caller chooses the batch of :math:`f`; ``batch=`` is the batch of :math:`g`.
+  Both evaluations of :math:`g` share this batch, so their noise cancels where :math:`y` is near
+  :math:`\hat y`. The update is unbiased if :math:`\hat y` and the multiplier do not depend on the
+  batch. Four things bias it:
 
-  Cost: ``num_steps + 2`` gradients of the inner loss, so ``num_steps + 3`` with the caller's
-  gradient of :math:`f`, and no second-order product; with ``gap_steps``, that many more and one
-  value. Memory: :math:`\hat y` and the state of its optimizer, whatever ``num_steps`` is.
+  * the multiplier depends on the batch: a bias of :math:`\tau\, \mathrm{Cov}(h, \nabla h)`;
+  * the clip of the multiplier;
+  * :math:`\hat y` is fitted to the batch, so the constraint is too large; pass ``value_batch=``, a
+    separate batch for the steps of :math:`\hat y`, to avoid this;
+  * an unconverged :math:`\hat y`, with or without noise.
+
+  Cost: ``num_steps + 2`` gradients of the inner loss (``num_steps + 3`` gradients with the caller's
+  gradient of :math:`f`) and no second-order product; ``gap_steps`` adds as many gradients and one
+  value. Memory: :math:`\hat y` and the state of its optimizer, independent of ``num_steps``.
 
   Args:
     inner_loss: the inner loss :math:`g`, ``inner_loss(x, y, batch) -> scalar``, without the
       regularizer.
-    slack: :math:`\delta > 0`. Points whose inner loss is within it of the lower value are
-      feasible; for an inner loss of curvature :math:`\mu` that is a distance of
-      :math:`\sqrt{2 \delta / \mu}`. Multipliers grow like :math:`1 / \sqrt{\delta}`.
+    slack: :math:`\delta > 0`. A point is feasible if its inner loss is within :math:`\delta` of the
+      lower value. For an inner loss of curvature :math:`\mu`, feasible points are within
+      :math:`\sqrt{2 \delta / \mu}` of the minimum. Multipliers grow like :math:`1 / \sqrt{\delta}`.
     dual_learning_rate: :math:`\tau_t > 0`, a float or a schedule.
     num_steps: the number :math:`N \ge 1` of steps for :math:`\hat y`.
-    inner_optimizer: any optax optimizer for :math:`\hat y`, say
+    inner_optimizer: any optax optimizer for :math:`\hat y`, such as
       :math:`\mathrm{sgd}(1 / (L_g + a))`.
     value_regularizer: :math:`a \ge 0`.
-    dual_bound: :math:`B > 0`; the default is our choice.
-    extrapolation: :math:`\theta_t \ge 0`, a float or a schedule; 0 is plain dual ascent, 1 damps
-      the oscillation of multiplier and constraint. In the first update :math:`h_{t-1}` is
-      :math:`h_t` (our choice).
-    project_inner: the projection on :math:`Y`, applied after each step for :math:`\hat y` and in
-      the KKT residual; :math:`y` itself is projected by :func:`jaxbo.project` behind.
+    dual_bound: :math:`B > 0`, the largest multiplier (default: our choice, see Departures from the
+      papers).
+    extrapolation: :math:`\theta_t \ge 0`, a float or a schedule. 0 is plain dual ascent; 1 damps
+      the oscillation of multiplier and constraint. In the first update :math:`h_{t-1} = h_t` (our
+      choice).
+    project_inner: the projection on :math:`Y`, applied after each step of :math:`\hat y` and in the
+      KKT residual. To project :math:`y` itself, put :func:`jaxbo.project` last in the chain.
     project_outer: the projection on :math:`X`, for the KKT residual alone.
-    gap_steps: how many further steps, which are forgotten, measure the gap of ``info``.
+    gap_steps: how many further steps measure the ``gap`` in ``info``; 0 for no gap. Later updates
+      do not use these steps.
 
   Returns:
-    A transformation of :class:`jaxbo.Bilevel` gradients of :math:`f` at :math:`(x, y)`; it stands
+    A transformation of :class:`jaxbo.Bilevel` gradients of :math:`f` at :math:`(x, y)`; put it
     first in the chain. ``update`` must be given ``params`` (:class:`jaxbo.Bilevel`) and
-    ``batch=``; it takes ``value_batch=``, and ``constraint_term=``, a pair of a scalar and its
-    gradient that is added to the constraint. Numbers that are not finite (a bad batch) leave
-    :math:`\hat y` and the multiplier where they were and the incoming gradient as it is;
-    ``info.finite`` says so. Parameters narrower than float32 are run in float32, since the
+    ``batch=``. It also takes ``value_batch=``, the batch of the steps of :math:`\hat y`, and
+    ``constraint_term=``, a record that is added to the constraint: its ``value`` is a scalar and
+    its ``gradient`` is :class:`jaxbo.Bilevel`. If a number is not finite (a bad batch),
+    :math:`\hat y` and the multiplier keep their values, the update is the incoming gradient, and
+    ``info.finite`` is false. Parameters narrower than float32 are run in float32, because the
     constraint is a small difference of losses.
 
   Raises:
     ValueError: if ``slack``, ``dual_bound`` or ``dual_learning_rate`` is not positive,
       ``value_regularizer`` or ``extrapolation`` is negative, ``num_steps < 1`` or
-      ``gap_steps < 0``; if the inner loss is no scalar.
+      ``gap_steps < 0``; if the inner loss is not a scalar.
     TypeError: if ``inner_loss`` does not take ``(x, y, batch)``; if parameters or gradients are
       not :class:`jaxbo.Bilevel`; if ``batch=`` is missing.
 
@@ -163,9 +169,8 @@ def add_primal_dual_penalty(
 
   References:
     Sow, Ji, Guan and Liang, `A Primal-Dual Approach to Bilevel Optimization with Multiple Inner
-    Minima <https://arxiv.org/abs/2203.01123>`_, 2022. Its schedules of :math:`\tau`, :math:`\eta`
-    and :math:`\theta` and the average that its rate is stated for are left to the caller; the last
-    iterate is what comes out here.
+    Minima <https://arxiv.org/abs/2203.01123>`_, 2022. For its schedules and its average of the
+    iterates, see Departures from the papers.
   """
   _check.positive("slack", slack)
   _check.positive("dual_bound", dual_bound)
@@ -210,7 +215,7 @@ def add_primal_dual_penalty(
     def new_state(now: Updated):
       lagrangian = _tree.at_least_float32(now.direction)
       residual = kkt_residual(now.params, lagrangian, constraint, dual)
-      # A gradient of f that is not finite is the caller's to handle; it must not stay in the state.
+      # The caller handles a gradient of f that is not finite, but it must not stay in the state.
       residual = jnp.where(jnp.isfinite(residual), residual, state.info.kkt_residual)
       gap = None
       if converged is not None:
@@ -245,23 +250,24 @@ def pdbo(
   r"""PDBO: gradient descent along :func:`add_primal_dual_penalty`, with projections.
 
   Args:
-    learning_rate: a float or a schedule for both levels, at most :math:`1 / (L_f + B L_h)`, or an
-      optimizer in its place; or :class:`jaxbo.Bilevel` of two.
-    inner_loss: as in :func:`add_primal_dual_penalty`, like all that follow.
-    slack: of the constraint.
-    dual_learning_rate: of the multiplier.
-    num_steps: for the lower value.
-    inner_optimizer: for the lower value.
-    value_regularizer: of the lower value.
-    dual_bound: the largest multiplier.
-    extrapolation: of the constraint.
+    learning_rate: for both levels, a float or a schedule of at most :math:`1 / (L_f + B L_h)`, or
+      an optax optimizer to use instead; or :class:`jaxbo.Bilevel` of two of these.
+    inner_loss: the inner loss :math:`g`, ``inner_loss(x, y, batch) -> scalar``.
+    slack: the slack :math:`\delta > 0` of the constraint.
+    dual_learning_rate: the step :math:`\tau_t > 0` of the multiplier, a float or a schedule.
+    num_steps: the number :math:`N \ge 1` of steps for the lower value.
+    inner_optimizer: any optax optimizer for the lower value.
+    value_regularizer: the weight :math:`a \ge 0` of the regularizer of the lower value.
+    dual_bound: the largest multiplier, :math:`B > 0`.
+    extrapolation: the weight :math:`\theta_t \ge 0` in dual ascent, a float or a schedule.
     project_outer: the projection on :math:`X`, or ``None``.
-    project_inner: the projection on :math:`Y`, for ``y`` as for the lower value; or ``None``.
-    gap_steps: steps of the diagnostic gap.
+    project_inner: the projection on :math:`Y`, for ``y`` and the lower value; or ``None``.
+    gap_steps: how many steps measure the diagnostic gap; 0 for no gap.
 
   Returns:
     ``optax.chain(add_primal_dual_penalty(...), optax.scale_by_learning_rate(learning_rate),
     project(project_outer, project_inner))``.
+    Without projections the chain has no ``project``.
 
   Example:
     >>> import jax, jax.numpy as jnp, jaxbo, optax

@@ -1,4 +1,4 @@
-"""Projections on convex sets, as the tail of a chain."""
+"""Projections on convex sets, for the end of a chain."""
 
 from collections.abc import Callable
 from typing import Any
@@ -21,18 +21,18 @@ def project(
 
   .. math:: u \leftarrow P(z + u) - z, \qquad P = (P_X, P_Y), \quad z = (x, y)
 
-  It stands last in a chain, where updates are what will be added to the parameters. Optax has the
-  projections (``optax.projections``) but no transformation that applies one, except
+  Put ``project`` last in a chain, where the updates are the final change of the parameters. Optax
+  has projections (``optax.projections``) but only one transformation that applies a projection,
   ``optax.keep_params_nonnegative``.
 
-  ``optax.apply_updates`` computes :math:`z + u` again, so a parameter may miss a face of the set
-  by rounding; entries that the projection leaves alone keep their updates bit for bit. The sum is
-  taken in float32 at least.
+  ``optax.apply_updates`` computes :math:`z + u` again, so rounding may put a parameter slightly off
+  a face of the set. Entries that the projection does not change keep their updates bit for bit.
+  The sum is in float32 at least.
 
-  Cost: the projections, once each. Memory: one copy of the parameters.
+  Cost: each projection once. Memory: one copy of the parameters.
 
   Args:
-    outer: maps ``x`` to the nearest point of :math:`X`, say
+    outer: maps ``x`` to the nearest point of :math:`X`, such as
       ``lambda x: optax.projections.projection_box(x, 0.0, 1.0)`` for one array or
       ``optax.projections.projection_simplex``; ``None`` for no constraint.
     inner: the same for ``y``.
@@ -41,7 +41,7 @@ def project(
     A transformation on :class:`jaxbo.Bilevel` updates; ``update`` must be given ``params``.
 
   Raises:
-    TypeError: if a projection is no function of one argument; if parameters or updates are not
+    TypeError: if a projection is not a function of one argument; if parameters or updates are not
       :class:`jaxbo.Bilevel`.
     ValueError: if a projection changes the structure or a shape.
 
@@ -78,8 +78,9 @@ def project_params(projection: Projection) -> optax.GradientTransformationExtraA
 
   .. math:: u \leftarrow P_X(x + u) - x
 
-  Like :func:`~jaxbo.project` it stands last in a chain; what is said there about rounding and cost
-  holds.
+  Put ``project_params`` last in a chain. Rounding in ``optax.apply_updates`` may put a parameter
+  slightly off a face of the set; entries that the projection does not change keep their updates bit
+  for bit. Cost: one projection. Memory: one copy of the parameters.
 
   Args:
     projection: maps ``x`` to the nearest point of :math:`X`.
@@ -88,7 +89,7 @@ def project_params(projection: Projection) -> optax.GradientTransformationExtraA
     A transformation of the updates of any parameters; ``update`` must be given ``params``.
 
   Raises:
-    TypeError: if ``projection`` is no function of one argument.
+    TypeError: if ``projection`` is not a function of one argument.
     ValueError: if ``params`` is missing, or the projection changes the structure or a shape.
 
   Example:
@@ -113,10 +114,10 @@ def project_params(projection: Projection) -> optax.GradientTransformationExtraA
 
 
 def _end_inside(name, projection, updates, params):
-  """The updates that lead from ``params`` to the projection of where ``updates`` lead."""
+  """The updates from ``params`` to the projection of ``params + updates``."""
   if projection is None:
     return updates
-  # Both sums in one precision, so that what the projection leaves alone compares equal.
+  # Both sums in one precision, so that entries that the projection does not change compare equal.
   wide = _tree.at_least_float32(params)
   target = jax.tree.map(lambda p, u: p + u.astype(p.dtype), wide, updates)
   projected = project_tree(name, projection, target)
@@ -134,7 +135,7 @@ def descend(
   project_outer: Projection | None,
   project_inner: Projection | None,
 ) -> list[optax.GradientTransformation]:
-  """The tail of the aliases: a learning rate or optimizer for both levels or each; projections."""
+  """The tail of the aliases: learning rates or optimizers, then projections, if any."""
   if isinstance(learning_rate, Bilevel):
     tail = optax.partition(
       {
@@ -151,7 +152,7 @@ def descend(
 
 
 def project_tree(name: str, projection: Projection | None, tree: Any) -> Any:
-  """The projection of ``tree`` in its own dtypes, checked; ``tree`` itself without one."""
+  """The projection of ``tree``, checked, in the dtypes of ``tree``; ``tree`` without one."""
   if projection is None:
     return tree
   projected = projection(tree)

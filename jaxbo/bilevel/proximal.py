@@ -1,4 +1,4 @@
-"""Proximal-PDBO: proximal terms around a centre that moves."""
+"""Proximal-PDBO: proximal terms around a moving center."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -20,8 +20,8 @@ class ProximalInfo(NamedTuple):
   r"""Diagnostics of :func:`~jaxbo.add_proximal_terms`.
 
   Attributes:
-    centre_distance: :math:`\|z - \bar z\|` at this update, float32 at least; how far a whole
-      period moved, in the last update of it.
+    centre_distance: :math:`\|z - \bar z\|` before this update, float32 at least. In the last update
+      of a period, this is how far the parameters have moved since the center was set.
   """
 
   centre_distance: jax.Array
@@ -32,7 +32,7 @@ class ProximalState(NamedTuple):
 
   Attributes:
     proximal_head: the state of the head.
-    proximal_centre: the centre :math:`\bar z`, shaped like the parameters.
+    proximal_centre: the center :math:`\bar z`, shaped like the parameters.
     proximal_count: the number of updates so far, int32.
     info: the :class:`ProximalInfo` of the last update.
   """
@@ -50,35 +50,34 @@ def add_proximal_terms(
   constraint_weight: float | jax.Array,
   period: int,
 ) -> optax.GradientTransformationExtraArgs:
-  r"""Makes the problem of a head strongly convex around a centre that moves (Proximal-PDBO).
+  r"""Makes the problem of a head strongly convex around a moving center (Proximal-PDBO).
 
   .. math::
     f_k(z) = f(z) + \rho_f \|z - \bar z_k\|^2, \qquad
     h_k(z) = h(z) + \rho_h \|z - \bar z_k\|^2, \qquad z = (x, y)
 
   With weights above the constants of weak convexity, :math:`f_k` and :math:`h_k` are strongly
-  convex, and the head solves a convex problem for ``period`` updates; then the centre moves to
-  where it ended. A fixed point of the outer loop is a KKT point of the problem without the terms.
-  In the first update the centre is the parameters. The multiplier and the lower-value iterate go on
-  when the centre moves (our choice), and the last iterate comes out, where the guarantee is for a
-  random one of the :math:`\bar z_k`.
+  convex, and the head solves a convex problem for ``period`` updates. Then the center moves to the
+  current parameters. A fixed point of the moves is a KKT point of the problem without the terms.
+  The first center is the parameters in the first update. The multiplier and the lower-value iterate
+  continue when the center moves (our choice: see Departures from the papers).
 
-  Cost: none in gradients. Memory: one copy of the parameters.
+  Cost: no gradients. Memory: one copy of the parameters.
 
   Args:
-    head: :func:`add_primal_dual_penalty`; :func:`add_dynamic_barrier` or
-      :func:`add_value_function_penalty` with their :math:`q` for :math:`h`.
+    head: :func:`add_primal_dual_penalty`, or :func:`add_dynamic_barrier` or
+      :func:`add_value_function_penalty`, whose :math:`q` takes the place of :math:`h`.
     outer_weight: :math:`\rho_f \ge 0`.
-    constraint_weight: :math:`\rho_h \ge 0`. The constraint at the centre is not changed, so a
-      feasible centre stays feasible.
-    period: updates between moves of the centre, at least 1.
+    constraint_weight: :math:`\rho_h \ge 0`. The term is zero at the center, so a feasible center
+      stays feasible.
+    period: updates between moves of the center, at least 1.
 
   Returns:
-    A transformation like ``head``, which stands first in the chain in its place.
+    A transformation like ``head``; put it first in the chain, instead of ``head``.
 
   Raises:
     ValueError: if a weight is negative or ``period < 1``.
-    TypeError: if ``head`` is no transformation, or parameters are not :class:`jaxbo.Bilevel`.
+    TypeError: if ``head`` is not a transformation, or parameters are not :class:`jaxbo.Bilevel`.
 
   Example:
     >>> import jax, jax.numpy as jnp, jaxbo, optax
@@ -153,29 +152,30 @@ def proximal_pdbo(
   project_inner: Projection | None = None,
   gap_steps: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
-  r"""Proximal-PDBO: PDBO on a strongly convex problem around a centre that moves.
+  r"""Proximal-PDBO: PDBO on a strongly convex problem around a moving center.
 
   Args:
-    learning_rate: a float or a schedule for both levels, or an optimizer in its place; or
-      :class:`jaxbo.Bilevel` of two.
-    inner_loss: as in :func:`add_primal_dual_penalty`.
-    outer_weight: as in :func:`add_proximal_terms`.
-    constraint_weight: as there.
-    period: as there.
-    slack: as in :func:`add_primal_dual_penalty`, like all that follow.
-    dual_learning_rate: of the multiplier.
-    num_steps: for the lower value.
-    inner_optimizer: for the lower value.
-    value_regularizer: of the lower value.
-    dual_bound: the largest multiplier.
-    extrapolation: of the constraint.
+    learning_rate: for both levels, a float, a schedule, or an optax optimizer to use instead; or
+      :class:`jaxbo.Bilevel` of two of these.
+    inner_loss: the inner loss :math:`g`, ``inner_loss(x, y, batch) -> scalar``.
+    outer_weight: the weight :math:`\rho_f \ge 0` of the proximal term of the outer loss.
+    constraint_weight: the weight :math:`\rho_h \ge 0` of the proximal term of the constraint.
+    period: updates between moves of the center, at least 1.
+    slack: the slack :math:`\delta > 0` of the constraint.
+    dual_learning_rate: the step :math:`\tau_t > 0` of the multiplier, a float or a schedule.
+    num_steps: the number :math:`N \ge 1` of steps for the lower value.
+    inner_optimizer: any optax optimizer for the lower value.
+    value_regularizer: the weight :math:`a \ge 0` of the regularizer of the lower value.
+    dual_bound: the largest multiplier, :math:`B > 0`.
+    extrapolation: the weight :math:`\theta_t \ge 0` in dual ascent, a float or a schedule.
     project_outer: the projection on :math:`X`, or ``None``.
-    project_inner: the projection on :math:`Y`, for ``y`` as for the lower value; or ``None``.
-    gap_steps: steps of the diagnostic gap.
+    project_inner: the projection on :math:`Y`, for ``y`` and the lower value; or ``None``.
+    gap_steps: how many steps measure the diagnostic gap; 0 for no gap.
 
   Returns:
     ``optax.chain(add_proximal_terms(add_primal_dual_penalty(...), ...),
     optax.scale_by_learning_rate(learning_rate), project(project_outer, project_inner))``.
+    Without projections the chain has no ``project``.
 
   Example:
     >>> import jax, jax.numpy as jnp, jaxbo, optax

@@ -1,4 +1,4 @@
-r"""What every response transformation shares, and the simplest one: :func:`~jaxbo.drop_response`.
+r"""The base of all response transformations, and the simplest: :func:`~jaxbo.drop_response`.
 
 A response transformation takes the pair :math:`(\nabla_x f, \nabla_y f)` at the inner solution and
 returns the hypergradient :math:`\nabla_x f + (\partial y / \partial x)^\top \nabla_y f`.
@@ -15,7 +15,7 @@ from jaxbo import _check, _tree
 from jaxbo.bilevel.inner import InnerSolution, InnerSolver
 
 MISSING: Any = object()
-"""Stands for an argument that was not given, where ``None`` is a value (``batch=None``)."""
+"""Marks a missing argument where ``None`` is a valid value (``batch=None``)."""
 
 
 def check_solver(inner: Any) -> None:
@@ -27,7 +27,7 @@ def check_solver(inner: Any) -> None:
 def check_update(
   name: str, grads: Any, x: Any, solution: Any = None, batch: Any = None
 ) -> tuple[optax.Params, optax.Params]:
-  """Returns ``(outer_grad, inner_grad)`` after checking what an ``update`` was given."""
+  """Returns ``(outer_grad, inner_grad)`` after checking the arguments of an ``update``."""
   if x is None:
     raise ValueError(f"{name}: update must be given params, the outer parameters x")
   if solution is MISSING:
@@ -53,10 +53,10 @@ def check_update(
 def response_transformation(
   name: str, init: Callable[..., Any], respond: Callable[..., Any]
 ) -> optax.GradientTransformationExtraArgs:
-  """A response: what it adds to df/dx is checked, guarded and measured here.
+  """Builds a response: checks its inputs, guards and measures what it adds to df/dx.
 
   Args:
-    name: of the transformation, for messages.
+    name: the name of the transformation, for error messages.
     init: ``init(params) -> state``.
     respond: ``respond(x, solution, inner_grad, batch, state, **extra_args) -> (response,
       new_state)`` with ``new_state(hypergradient_norm, response_norm, finite) -> state``.
@@ -75,13 +75,13 @@ def response_transformation(
 
 
 def guard(response: optax.Params) -> tuple[optax.Params, jax.Array]:
-  """The response, or zeros if it is not finite; and whether it is."""
+  """Returns the response, or zeros if it is not finite, and whether the response is finite."""
   finite = _tree.all_finite(response)
   return _tree.where(finite, response, optax.tree.zeros_like(response)), finite
 
 
 def add(outer_grad: optax.Params, response: optax.Params) -> optax.Params:
-  """Adds the response to df/dx, in float32 at least, in the dtype of df/dx."""
+  """Adds the response to df/dx in float32 at least, and returns the dtype of df/dx."""
   return jax.tree.map(
     lambda g, r: (_tree.at_least_float32(g) + _tree.at_least_float32(r)).astype(g.dtype),
     outer_grad,
@@ -93,7 +93,7 @@ class DropInfo(NamedTuple):
   """Diagnostics of :func:`~jaxbo.drop_response`.
 
   Attributes:
-    hypergradient_norm: norm of what came out, float32 at least.
+    hypergradient_norm: norm of the hypergradient, float32 at least.
   """
 
   hypergradient_norm: jax.Array
@@ -110,9 +110,9 @@ def drop_response() -> optax.GradientTransformationExtraArgs:
 
   .. math:: h = \nabla_x f(x, y^N)
 
-  Free, and wrong wherever the response matters: if ``f`` does not depend on ``x`` directly, as in
-  hyperparameter optimisation, nothing is left. It is the baseline that every estimator of the
-  response has to beat.
+  This costs nothing and is wrong wherever the response matters: if ``f`` does not depend on ``x``
+  directly, as in hyperparameter optimization, the result is zero. Every estimator of the response
+  has to beat this baseline.
 
   Returns:
     A transformation from the pair ``(df/dx, df/dy)`` to ``df/dx``.
@@ -138,5 +138,5 @@ def drop_response() -> optax.GradientTransformationExtraArgs:
 
 
 def zero_norm(params: optax.Params) -> jax.Array:
-  """A zero of the dtype that :func:`jaxbo._tree.norm` gives for ``params``."""
+  """A zero in the dtype of ``jaxbo._tree.norm(params)``."""
   return jnp.zeros((), jnp.result_type(jnp.float32, *jax.tree.leaves(params)))

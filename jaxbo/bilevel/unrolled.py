@@ -16,9 +16,9 @@ class UnrolledInfo(NamedTuple):
   """Diagnostics of :func:`~jaxbo.add_unrolled_response`.
 
   Attributes:
-    hypergradient_norm: norm of what came out, float32 at least.
+    hypergradient_norm: norm of the hypergradient, float32 at least.
     response_norm: norm of the response alone.
-    finite: whether the response was finite; if not, it counts as zero.
+    finite: whether the response was finite; if not, it was replaced by zero.
   """
 
   hypergradient_norm: jax.Array
@@ -35,16 +35,16 @@ class UnrolledResponseState(NamedTuple):
 def add_unrolled_response(
   inner: InnerSolver, num_steps: int | None = None
 ) -> optax.GradientTransformationExtraArgs:
-  r"""Adds the response of the inner run, by reverse-mode differentiation through it (ITD).
+  r"""Adds the response by reverse-mode differentiation through the inner run (ITD).
 
   .. math:: h = \nabla_x f + J_N^\top \nabla_y f, \qquad J_N = \frac{\partial y^N(x)}{\partial x}
 
-  This is the exact gradient of :math:`f(x, y^N(x))` for the run from ``solution.start``, however
-  far :math:`y^N` is from the minimum. With ``num_steps=k`` only the last ``k`` steps are
-  differentiated (truncated back-propagation): :math:`x` counts as a constant before them.
+  :math:`h` is the exact gradient of :math:`f(x, y^N(x))` for the run from ``solution.start``,
+  however far :math:`y^N` is from the minimum. With ``num_steps=k`` only the last ``k`` steps are
+  differentiated, and :math:`x` is a constant before them (truncated back-propagation).
 
   Cost: a forward and a backward run of the inner problem. Memory: all ``N`` steps, or
-  :math:`O(\sqrt N)` of them if the solver was built with ``remat=True``.
+  :math:`O(\sqrt N)` steps for a solver built with ``remat=True``.
 
   Args:
     inner: the inner solver that made the solution.
@@ -101,7 +101,7 @@ def itd(
   """Iterative differentiation: gradient descent along :func:`add_unrolled_response`.
 
   Args:
-    learning_rate: a float or a schedule; or an optimizer in its place.
+    learning_rate: a float, a schedule, or an optax optimizer to use instead.
     inner: the inner solver.
     num_steps: how many of the last inner steps to differentiate; ``None`` for all.
 

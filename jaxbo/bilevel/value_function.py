@@ -1,12 +1,12 @@
-r"""What the value-function methods share: the parameters, the lower value, and what exceeds it.
+r"""The base of the value-function methods: parameters, the lower value, and the excess over it.
 
-They rewrite the bilevel problem with the *value function* :math:`g^*(x) = \min_y g(x, y)`:
+These methods rewrite the bilevel problem with the *value function* :math:`g^*(x) = \min_y g(x, y)`:
 
 .. math:: \min_{x, y} f(x, y) \quad \text{s.t.} \quad q(x, y) := g(x, y) - g^*(x) \le 0
 
-so nothing is differentiated twice and the inner problem may have many minima. By Danskin's theorem
-:math:`\nabla g^*(x) = \nabla_x g(x, \hat y)` at a minimum :math:`\hat y`, which is *not*
-differentiated through.
+So they need no second derivatives, and the inner problem may have many minima. By Danskin's theorem
+:math:`\nabla g^*(x) = \nabla_x g(x, \hat y)` at a minimum :math:`\hat y`; gradients do *not* flow
+through :math:`\hat y`.
 """
 
 from collections.abc import Callable
@@ -24,11 +24,11 @@ from jaxbo.bilevel.response import MISSING
 
 
 class ConstraintTerm(NamedTuple):
-  """Something to add to the constraint, as ``update(..., constraint_term=)`` takes it.
+  """A term to add to the constraint: the ``constraint_term=`` of ``update``.
 
   Attributes:
-    value: a scalar.
-    gradient: its gradient, :class:`~jaxbo.Bilevel`.
+    value: the term, a scalar.
+    gradient: the gradient of the term, :class:`~jaxbo.Bilevel`.
   """
 
   value: jax.Array
@@ -36,7 +36,7 @@ class ConstraintTerm(NamedTuple):
 
 
 class Excess(NamedTuple):
-  r"""By how much the inner loss exceeds the lower value, :math:`q(x, y)`.
+  r"""The excess :math:`q(x, y)` of the inner loss over the lower value.
 
   Attributes:
     value: :math:`q`, a scalar.
@@ -54,10 +54,10 @@ class LowerValue(NamedTuple):
 
   Attributes:
     init: ``init(y) -> (y_hat, opt_state)``, copies in float32 at least.
-    solve: ``solve(x, (y_hat, opt_state), batch) -> ((y_hat, opt_state), finite)``; where it began
-      if the run was not finite.
+    solve: ``solve(x, (y_hat, opt_state), batch) -> ((y_hat, opt_state), finite)``; a run that is
+      not finite returns its start.
     excess: ``excess(params, y_hat, batch, term) -> Excess``, two gradients of the inner loss.
-    loss: the inner loss, checked.
+    loss: the inner loss, with checks of its output.
   """
 
   init: Callable[[Any], Start]
@@ -76,8 +76,8 @@ def lower_value(
 ) -> LowerValue:
   r"""The problem :math:`\min_{y \in Y} g(x, y) + \frac a2 \|y\|^2`, solved by a few steps.
 
-  The regularizer stands here alone: in :math:`g(x, y)` too, it would exclude the minima of large
-  norm from the feasible set.
+  The regularizer is in the lower value alone. In :math:`g(x, y)` too, it would exclude minima of
+  large norm from the feasible set.
   """
   _check.takes_arguments("inner_loss", inner_loss, "x", "y", "batch")
   _check.transformation("inner_optimizer", optimizer)
@@ -143,15 +143,15 @@ def penalize_excess(
   *,
   start: Callable[[Any, Any], Start],
 ) -> optax.GradientTransformationExtraArgs:
-  """A value-function method: multiplier times the gradient of the excess, by a rule.
+  """Builds a value-function method, which adds a multiplier times the gradient of the excess.
 
-  An update with a number that is not finite passes the gradient on and leaves the state alone, but
-  for ``info.finite``.
+  If a number is not finite, the update returns the incoming gradient and changes only
+  ``info.finite`` in the state.
 
   Args:
-    name: of the transformation, for messages.
+    name: the name of the transformation, for error messages.
     lower: the lower-value problem.
-    init: ``init(params, zero) -> state``, where each ``zero()`` is a buffer of its own.
+    init: ``init(params, zero) -> state``, where each call of ``zero()`` makes a new buffer.
     rule: ``rule(excess, grads, state) -> Penalty``, which chooses the multiplier.
     start: ``start(params, state) -> (y_hat, opt_state)``, where the lower run begins.
   """
@@ -188,7 +188,7 @@ def penalize_excess(
 
 
 class Updated(NamedTuple):
-  """What an update has, for the state after it."""
+  """What an update computed, from which ``new_state`` makes the next state."""
 
   params: Bilevel  # in float32 at least
   batch: Any
@@ -198,15 +198,15 @@ class Updated(NamedTuple):
 
 
 class Penalty(NamedTuple):
-  """What a rule decides."""
+  """The decision of a rule."""
 
   dual: jax.Array  # the multiplier
-  numbers: tuple[jax.Array, ...]  # those that must be finite too
+  numbers: tuple[jax.Array, ...]  # numbers that must be finite too
   new_state: Callable[[Updated], Any]
 
 
 def check_update(name: str, grads: Any, params: Any, batch: Any) -> Bilevel:
-  """Returns ``grads`` after checking what an ``update`` was given."""
+  """Returns ``grads`` after checking the arguments of an ``update``."""
   check_params(name, params)
   if batch is MISSING:
     raise TypeError(
@@ -222,7 +222,7 @@ def check_update(name: str, grads: Any, params: Any, batch: Any) -> Bilevel:
 
 
 def add_penalty(grads: Bilevel, penalty: Bilevel, finite: jax.Array) -> Bilevel:
-  """``grads + penalty`` summed in float32 at least, in the dtypes of ``grads``; or ``grads``."""
+  """``grads + penalty``, summed in float32 at least, or ``grads``; in the dtypes of ``grads``."""
 
   def add(g, p):
     total = (_tree.at_least_float32(g) + p).astype(jnp.result_type(g))
