@@ -12,10 +12,12 @@ from jaxbo.bilevel.projection import project_params
 from jaxbo.bilevel.proximal import ProximalInfo, ProximalState
 from jaxbo.bilevel.response import DropInfo, DropResponseState
 from jaxbo.bilevel.unrolled import UnrolledInfo, UnrolledResponseState
+from jaxbo.bilevel.value_function import ConstraintTerm
 
 __all__ = [
   "BilevelInfo",
   "BilevelState",
+  "ConstraintTerm",
   "DropInfo",
   "DropResponseState",
   "DynamicBarrierInfo",
