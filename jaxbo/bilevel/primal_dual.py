@@ -135,11 +135,11 @@ def add_primal_dual_penalty(
     A transformation of :class:`jaxbo.Bilevel` gradients of :math:`f` at :math:`(x, y)`; put it
     first in the chain. ``update`` must be given ``params`` (:class:`jaxbo.Bilevel`) and
     ``batch=``. It also takes ``value_batch=``, the batch of the steps of :math:`\hat y`, and
-    ``constraint_term=``, a :class:`ConstraintTerm`, which is added to the constraint: its ``value``
-    is a scalar and its ``gradient`` is :class:`jaxbo.Bilevel`. If a number is not finite (a bad
-    batch), :math:`\hat y` and the multiplier keep their values, the update is the incoming
-    gradient, and ``info.finite`` is false. Parameters narrower than float32 are run in float32,
-    because the constraint is a small difference of losses.
+    ``constraint_term=``, a :class:`~jaxbo.bilevel.ConstraintTerm`, which is added to the
+    constraint: its ``value`` is a scalar and its ``gradient`` is :class:`jaxbo.Bilevel`. If a
+    number is not finite (a bad batch), :math:`\hat y` and the multiplier keep their values, the
+    update is the incoming gradient, and ``info.finite`` is false. Parameters narrower than float32
+    are run in float32, because the constraint is a small difference of losses.
 
   Raises:
     ValueError: if ``slack``, ``dual_bound`` or ``dual_learning_rate`` is not positive,
