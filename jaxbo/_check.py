@@ -1,6 +1,7 @@
 """Checks of user arguments; every message names the argument, the value and the allowed range."""
 
 import inspect
+import itertools
 import math
 import operator
 from collections.abc import Callable, Iterable
@@ -151,8 +152,22 @@ def uses(name: str, loss: Callable[[Any], Any], argument: Any) -> None:
 def reads(function: Callable[[Any], Any], argument: Any) -> bool:
   """Whether ``function`` computes anything from a leaf of ``argument``, by its trace."""
   jaxpr = jax.make_jaxpr(function)(argument).jaxpr
-  given = set(map(id, jaxpr.invars))
-  return any(id(variable) in given for eqn in jaxpr.eqns for variable in eqn.invars)
+  return _computes_from(jaxpr, jaxpr.invars)
+
+
+def _computes_from(jaxpr: Any, variables: Any) -> bool:
+  given = set(map(id, variables))
+  for eqn in jaxpr.eqns:
+    taken = [id(variable) in given for variable in eqn.invars]
+    called = [getattr(value, "jaxpr", value) for value in eqn.params.values()]
+    called = [value for value in called if hasattr(value, "eqns")]
+    if len(called) == 1 and len(called[0].invars) == len(
+      taken
+    ):  # A call reads what it computes from.
+      taken = [_computes_from(called[0], itertools.compress(called[0].invars, taken))]
+    if any(taken):
+      return True
+  return False
 
 
 def floating(name: str, tree: Any) -> None:

@@ -133,7 +133,6 @@ def outer_gradients(
   outer: optax.GradientTransformation,
   *,
   has_aux: bool = False,
-  hand_value: bool = False,
   moves_both: bool = False,
 ) -> Callable[..., tuple[optax.Updates, optax.OptState, jax.Array, Any]]:
   """``differentiate(x, y, state, val, **extra_args) -> (updates, state, loss, aux)``.
@@ -148,8 +147,7 @@ def outer_gradients(
 
   def differentiate(x, y, state, val, **extra_args):
     (loss, aux), grads = gradients(x, y, val)
-    if hand_value:
-      extra_args["value"] = loss
+    extra_args.setdefault("value", loss)
     name, params = "x", x
     if moves_both:
       name, params, grads = "Bilevel(x, y)", Bilevel(x, y), Bilevel(*grads)

@@ -272,8 +272,8 @@ def f2sa(
     1.0
   """
   levels: dict[Hashable, optax.GradientTransformation] = {
-    "outer": optimizer(outer_learning_rate),
-    "inner": optimizer(inner_learning_rate),
+    "outer": optimizer(outer_learning_rate, name="outer_learning_rate"),
+    "inner": optimizer(inner_learning_rate, name="inner_learning_rate"),
   }
   if alternate is not None:
     period = _check.positive_int("alternate", alternate) + 1

@@ -139,8 +139,8 @@ def descend(
   if isinstance(learning_rate, Bilevel):
     tail = optax.partition(
       {
-        "outer": optimizer(learning_rate.outer),
-        "inner": optimizer(learning_rate.inner),
+        "outer": optimizer(learning_rate.outer, name="learning_rate.outer"),
+        "inner": optimizer(learning_rate.inner, name="learning_rate.inner"),
       },
       Bilevel("outer", "inner"),
     )

@@ -100,6 +100,7 @@ def frozen_maml(
     never,
     restart="always",
     start=start,
+    query=query,
     shift_score=shift_score,
     metric=metric,
   )
@@ -152,6 +153,7 @@ def train_from_scratch(
     detector,
     switch_score=switch_score,
     start=start,
+    query=query,
     shift_score=shift_score,
     metric=metric,
   )

@@ -132,7 +132,10 @@ def gate_by_detection(
         "gate_by_detection: update must be given detection=, a jaxbo.meta.Detection; "
         "jaxbo.meta.online_meta_learner gives it"
       )
-    scale = state.gate_scales.of(detection)
+    scales = state.gate_scales
+    if not all(map(_check.is_known, given.values())):  # optax.inject_hyperparams has new ones.
+      scales = GateScales(*(jnp.asarray(value, jnp.float32) for value in given.values()))
+    scale = scales.of(detection)
     opened, gated_state = gated.update(
       updates, state.gated_state, params, detection=detection, **extra_args
     )
@@ -140,9 +143,7 @@ def gate_by_detection(
     scaled = _tree.scaled(scale, opened)
     return (
       _tree.where(is_open, scaled, optax.tree.zeros_like(scaled)),
-      GateState(
-        _tree.where(is_open, gated_state, state.gated_state), state.gate_scales, GateInfo(scale)
-      ),
+      GateState(_tree.where(is_open, gated_state, state.gated_state), scales, GateInfo(scale)),
     )
 
   return optax.GradientTransformationExtraArgs(init, update)

@@ -173,7 +173,7 @@ def online_meta_learner(
   if metric is not None:
     _check.takes_arguments("metric", metric, "logits", "batch")
   score_of = mean_score("shift_score", shift_score)
-  differentiate = outer and outer_gradients(outer_loss, outer, has_aux=True, hand_value=True)
+  differentiate = None if outer is None else outer_gradients(outer_loss, outer, has_aux=True)
   loss_and_logits = checked_outer_loss(outer_loss, has_aux=True)
 
   def begin(x, data) -> InnerSolution:

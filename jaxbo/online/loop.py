@@ -11,7 +11,7 @@ from jaxbo import _check, _random, _schedule
 from jaxbo.bilevel.inner import InnerSolver
 from jaxbo.bilevel.loop import BilevelInfo, BilevelState, bilevel_loop, outer_step
 from jaxbo.online.joint import joint
-from jaxbo.online.oagd import replay as solve_on_memory
+from jaxbo.online.oagd import replay as solve_on_window
 from jaxbo.online.rounds import OnlineMetric, OnlineRound, as_batch
 from jaxbo.online.window import empty_window
 from jaxbo.tasks.streams import Stream
@@ -225,7 +225,7 @@ def _one_after_the_other(outer_loss, inner, outer, hyper_at, replay, has_aux):
   def play(before, batch, **extra_args):
     def solve():
       if replay:
-        return solve_on_memory(inner, before.x, before.solution, extra_args["window"])
+        return solve_on_window(inner, before.x, before.solution, extra_args["window"])
       return inner.solve(before.x, before.solution, batch.train)
 
     if hyper_at == "after":
@@ -239,7 +239,7 @@ def _one_after_the_other(outer_loss, inner, outer, hyper_at, replay, has_aux):
     )
     if _check.reads(lambda start: from_start(start)[0].x, before.solution.start):
       raise ValueError(
-        "hyper_at must be 'after' for a response that differentiates the inner run, got 'before'"
+        "hyper_at must be 'after' for a response that runs the inner problem again, got 'before'"
       )
     after, info = from_start(before.solution.start)
     solution = solve()

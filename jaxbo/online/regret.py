@@ -87,7 +87,7 @@ def local_regret(
     Minimization in Non-Convex Games <https://arxiv.org/abs/1708.00075>`_, 2017.
   """
   _check.takes_arguments("hypergradient", hypergradient, "x", "batch")
-  window = check_window(window, decay, normalization, name="window")
+  window = check_window(window, decay, normalization)
   _check.one_of("at", at, ("own", "current"))
   if (project is None) != (learning_rate is None):
     raise ValueError(

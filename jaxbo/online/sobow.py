@@ -121,7 +121,7 @@ def sobow(
     Nonconvex Bilevel Optimization with Bregman Divergences <https://arxiv.org/abs/2409.10470>`_,
     2024.
   """
-  check_window(window, decay, normalization, name="window")
+  check_window(window, decay, normalization)
   if linear_solver is None:
     linear_solver = linear_solvers.conjugate_gradient(5, warm_start=True)
   return optax.chain(

@@ -79,9 +79,9 @@ def empty_window(like: Any, size: int, dtype: Any = None) -> Window:
   return Window(jax.tree.map(slots, like), jnp.zeros(size, bool), jnp.int32(size - 1))
 
 
-def check_window(size: Any, decay: Any, normalization: Any, name: str = "window") -> int:
+def check_window(size: Any, decay: Any, normalization: Any) -> int:
   """Returns ``size``; raises if an argument of a window is outside its range."""
-  size = _check.positive_int(name, size)
+  size = _check.positive_int("window", size)
   _check.within("decay", decay, 0, 1, ends="(]")
   _check.one_of("normalization", normalization, ("full", "present"))
   return size
