@@ -86,9 +86,9 @@ def online_meta_learner(
   and the states of the optimizers and detectors. The learner keeps no data, except with
   ``query="next"``. The task keeps its own ``x``, so a meta-update does not change its predictions.
 
-  A round whose loss or gradient is not finite changes neither model: the inner solver returns to
-  where it began, and the learner skips the meta-update (``info.finite``). If only the task's model
-  has a loss that is not finite, its switch score is infinite, so any finite threshold restarts it.
+  An inner run that is not finite returns to where it began, and the learner skips a meta-update
+  that is not finite (``info.finite``). If the task's model has a loss that is not finite, while the
+  meta-model's is, the switch score is infinite, so any finite threshold restarts the task.
 
   The defaults are our reading of LEEDS; see Departures from the papers.
 
@@ -106,7 +106,7 @@ def online_meta_learner(
       Responses treat it as a constant.
     restart: ``"switch"`` restarts the adaptation from the meta-model when a switch is detected,
       ``"always"`` in every round.
-    query: the data that the meta-gradient is judged on. ``"given"``: the query set, ``batch.val``.
+    query: the data whose loss the meta-update descends. ``"given"``: the query set, ``batch.val``.
       ``"same"``: :math:`S_t` itself. ``"next"``: the pairs of rounds of C-MAML,
       :math:`\nabla_\theta L(U(\theta_t; S_{t-1}); S_t)`; the learner keeps :math:`S_{t-1}` and
       adapts to it again from :math:`\theta_t`.
