@@ -131,9 +131,9 @@ def window_average(
   evaluates a gradient again, so it needs no old data. After a response, this is the step of SOBOW
   (:func:`jaxbo.sobow`); any other gradient works too.
 
-  The average reduces the variance of independent noise by :math:`\sum_i \eta^{2i} / W^2`, which is
+  The average scales the variance of independent noise by :math:`\sum_i \eta^{2i} / W^2`, which is
   :math:`1 / K` without decay. The price is delay. On a quadratic of curvature :math:`h`, the plain
-  gradient is stable for learning rates up to :math:`2 / h`. The averaged gradient with ``decay=1``
+  gradient is stable for learning rates below :math:`2 / h`. The averaged gradient with ``decay=1``
   is stable only below :math:`K (1 - \cos(\pi / K)) / h`, about :math:`\pi^2 / (2 K h)`. A strong
   decay avoids this cost. Without noise the window gains nothing.
 
