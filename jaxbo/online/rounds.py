@@ -67,7 +67,7 @@ class OnlineRound(NamedTuple):
 
 
 def as_batch(batch: Any) -> OnlineBatch:
-  """Converts a stream's output (a pair, or any object with the fields) to an :class:`OnlineBatch`."""
+  """Makes an :class:`OnlineBatch` of a stream's output: a pair, or any object with the fields."""
   if isinstance(batch, OnlineBatch):
     return batch
   if all(hasattr(batch, name) for name in OnlineBatch._fields):
