@@ -37,7 +37,7 @@ def fine_tuning(
       ``batch.val``; ``"same"`` for the data that it learned from.
     shift_score: ``"energy"``, ``"entropy"``, ``"max_softmax"``, or a function from the logits to
       scores ``[batch]``. The learner logs the mean; nothing depends on it.
-    metric: ``metric(logits, batch)``, a quantity to report beside the loss.
+    metric: ``metric(logits, batch)``, a quantity to report with the loss.
 
   Returns:
     An :class:`jaxbo.meta.OnlineMetaLearner`.
@@ -81,7 +81,7 @@ def frozen_maml(
     query: not used yet: the query set of the batch, ``batch.val``, judges the adapted model.
     shift_score: ``"energy"``, ``"entropy"``, ``"max_softmax"``, or a function from the logits to
       scores ``[batch]``. The learner logs the mean; nothing depends on it.
-    metric: ``metric(logits, batch)``, a quantity to report beside the loss.
+    metric: ``metric(logits, batch)``, a quantity to report with the loss.
 
   Returns:
     An :class:`jaxbo.meta.OnlineMetaLearner`.
@@ -135,7 +135,7 @@ def train_from_scratch(
       new data; or ``"drop"``, that loss minus the loss of a model adapted to the data from scratch.
     shift_score: ``"energy"``, ``"entropy"``, ``"max_softmax"``, or a function from the logits to
       scores ``[batch]``. The learner logs the mean; no model depends on it.
-    metric: ``metric(logits, batch)``, a quantity to report beside the loss.
+    metric: ``metric(logits, batch)``, a quantity to report with the loss.
 
   Returns:
     An :class:`jaxbo.meta.OnlineMetaLearner`. Pass untrained parameters to its ``init``.
@@ -193,7 +193,7 @@ def meta_ogd(
       :math:`S_{t-1}`.
     shift_score: ``"energy"``, ``"entropy"``, ``"max_softmax"``, or a function from the logits to
       scores ``[batch]``. The learner logs the mean; nothing depends on it.
-    metric: ``metric(logits, batch)``, a quantity to report beside the loss.
+    metric: ``metric(logits, batch)``, a quantity to report with the loss.
 
   Returns:
     An :class:`jaxbo.meta.OnlineMetaLearner`.

@@ -111,7 +111,7 @@ def c_maml_pap(
     start: ``start(x) -> y``, where an adaptation begins; by default zeros shaped like ``x``.
     shift_score: ``"energy"``, ``"entropy"``, ``"max_softmax"``, or a function from the logits to
       scores ``[batch]``. The learner logs the mean; nothing depends on it.
-    metric: ``metric(logits, batch)``, a quantity to report beside the loss.
+    metric: ``metric(logits, batch)``, a quantity to report with the loss.
 
   Returns:
     An :class:`jaxbo.meta.OnlineMetaLearner`, whose state keeps a :class:`SupportBuffer` in

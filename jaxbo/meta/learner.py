@@ -117,7 +117,7 @@ def online_meta_learner(
       The learner uses the mean score.
     shift_model: the model behind the shift score: ``"adapted"`` :math:`\phi_t`, ``"meta"``
       :math:`\theta_t`, or ``"initial"`` :math:`\theta_1`, of which the state keeps a copy.
-    metric: ``metric(logits, batch)``, a quantity to report beside the loss, such as the accuracy.
+    metric: ``metric(logits, batch)``, a quantity to report with the loss, such as the accuracy.
 
   Returns:
     An :class:`OnlineMetaLearner`: ``init``, ``step`` and ``run``, all pure. Two runs of 500 rounds

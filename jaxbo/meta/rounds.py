@@ -72,7 +72,7 @@ class OnlineMetaInfo(NamedTuple):
       ``query="given"``, otherwise on the data of its adaptation.
     detection: the :class:`jaxbo.meta.Detection`, with its scores.
     outer_loss: the loss that the meta-update descends; NaN without a meta-update.
-    meta_updated: whether the gate was open for a meta-update, bool.
+    meta_updated: whether the learner computed a meta-update, bool.
     finite: whether the meta-update was finite; if not, it was skipped.
     extra: ``batch.extra``, the truth about the round.
   """

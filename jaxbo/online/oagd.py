@@ -74,7 +74,7 @@ def average_over_batches(
 
   Returns:
     A transformation that takes the place of ``head`` as the first in the chain. Its ``update``
-    requires ``window=`` beside the arguments of the head: a :class:`jaxbo.online.Window` of
+    requires the arguments of the head and ``window=``, a :class:`jaxbo.online.Window` of
     :class:`jaxbo.online.OnlineBatch` whose newest entry is the current batch. A batch whose
     hypergradient is not finite is left out.
 
