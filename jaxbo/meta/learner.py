@@ -59,59 +59,53 @@ def online_meta_learner(
 ) -> OnlineMetaLearner:
   r"""Builds the loop of an online meta-learner that is not told when tasks change.
 
-  In round :math:`t` the labeled data :math:`S_t` and the query data :math:`Q_t` arrive. The
-  meta-model is :math:`\theta_t`, the task's model is :math:`\phi_t`, and :math:`U(\theta; S)` is
-  the inner run on :math:`S` from :math:`\theta`. Each round has five steps:
+  Round :math:`t` brings labeled data :math:`S_t` and query data :math:`Q_t`. With the meta-model
+  :math:`\theta_t`, the task's model :math:`\phi_t` and the inner run :math:`U(\theta; S)` on
+  :math:`S` from :math:`\theta`, it has five steps:
 
-  1. **Predict**: the previous model :math:`\phi_{t-1}` predicts on :math:`S_t` before it learns
-     from the labels.
+  1. **Predict**: :math:`\phi_{t-1}` predicts on :math:`S_t` before it learns from the labels.
   2. **Detect a switch** of the task from the score :math:`s_t = L(\phi_{t-1}; S_t)`.
   3. **Adapt**: after a switch, :math:`\phi_t = U(\theta_t; S_t)`. Otherwise the inner run continues
      from :math:`\phi_{t-1}`.
   4. **Detect a shift** of the distribution from the score :math:`e_t`: the mean energy :math:`-T
      \log \sum_c e^{m_c / T}`, at :math:`T = 1`, of the logits :math:`m` of :math:`\phi_t` on
      :math:`S_t`.
-  5. **Meta-update**: ``outer`` moves :math:`\theta_t` along its response's estimate of
-     :math:`\nabla_\theta L(U(\theta_t; S_t); Q_t)`. A closed gate in ``outer`` skips the whole
-     computation.
+  5. **Meta-update**: ``outer`` moves :math:`\theta_t` along its estimate of :math:`\nabla_\theta
+     L(U(\theta_t; S_t); Q_t)`. A closed gate in ``outer`` skips the whole computation.
 
-  The inner and outer losses define what a pair ``(x, y)`` predicts; ``start`` defines where ``y``
-  begins. For MAML, both losses use ``x + y`` and ``y`` starts at zero. For ANIL, ``y`` is an offset
-  of the head alone. Every response works: unrolled (MAML), dropped (first-order MAML), implicit
-  (which needs a proximal term in the inner loss) and evolution strategies (ESJ).
+  The losses define what a pair ``(x, y)`` predicts: MAML uses ``x + y`` with ``y`` from zero, ANIL
+  the same for the head alone. Every response works: unrolled (MAML), dropped (first-order MAML),
+  implicit (with a proximal term in the inner loss) and evolution strategies (ESJ). The defaults are
+  our reading of LEEDS: see Departures from the papers.
 
   Cost of a round: one forward pass to predict, the inner run, and one or two forward passes for the
-  shift score and ``info.after``. An open gate adds a gradient of the outer loss and the response,
-  and one more inner run if the task continues. Memory: the meta-model, the task's pair ``(x, y)``,
-  and the states of the optimizers and detectors. The learner keeps no data, except with
-  ``query="next"``. The task keeps its own ``x``, so a meta-update does not change its predictions.
+  shift score and ``info.after``. An open gate adds a gradient of the outer loss, the response, and
+  one more inner run if the task continues. Memory: the meta-model, the task's pair ``(x, y)``, the
+  states of the optimizers and detectors; data only with ``query="next"``. The task keeps its own
+  ``x``, so a meta-update does not change its predictions.
 
   An inner run that is not finite returns to where it began, and the learner skips a meta-update
-  that is not finite (``info.finite``). If the task's model has a loss that is not finite, while the
+  that is not finite (``info.finite``). If the task's model has a loss that is not finite while the
   meta-model's is, the switch score is infinite, so any finite threshold restarts the task.
-
-  The defaults are our reading of LEEDS; see Departures from the papers.
 
   Args:
     outer_loss: :math:`L`, ``outer_loss(x, y, batch) -> (scalar, logits)``, the mean loss of a model
       on labeled data from the stream. If ``shift_score`` is a function, any pytree that
       ``shift_score`` and ``metric`` accept may replace the logits.
     inner: the inner solver; each round runs its ``num_steps`` steps. A continuing task keeps the
-      state of the inner optimizer; a new task starts with a fresh state.
+      inner optimizer's state; a new task starts with a fresh one.
     outer: an optax chain that begins with a response, such as :func:`jaxbo.leeds`. Its ``update``
       receives ``detection=`` and ``value=``, the outer loss. ``None`` never moves the meta-model.
     detector: :func:`jaxbo.meta.threshold_detector`, or :func:`jaxbo.meta.oracle_detector`, which
       reads the truth from the batch.
     start: ``start(x) -> y``, where an adaptation begins; by default zeros shaped like ``x``.
       Responses treat it as a constant.
-    restart: ``"switch"`` restarts the adaptation from the meta-model when a switch is detected,
-      ``"always"`` in every round.
+    restart: ``"switch"``: restart from the meta-model at a switch; ``"always"``: in every round.
     query: the data whose loss the meta-update descends. ``"given"``: the query set, ``batch.val``.
-      ``"same"``: :math:`S_t` itself. ``"next"``: the pairs of rounds of C-MAML,
-      :math:`\nabla_\theta L(U(\theta_t; S_{t-1}); S_t)`; the learner keeps :math:`S_{t-1}` and
-      adapts to it again from :math:`\theta_t`.
-    switch_score: ``"loss"``: :math:`L(\phi_{t-1}; S_t)`. ``"drop"``, as in C-MAML: that loss minus
-      :math:`L(U(\theta_t; S_t); S_t)`, at the cost of one more inner run in every round.
+      ``"same"``: :math:`S_t` itself. ``"next"``: C-MAML's pairs of rounds, :math:`\nabla_\theta
+      L(U(\theta_t; S_{t-1}); S_t)`, adapted again from :math:`\theta_t`.
+    switch_score: ``"loss"``: :math:`L(\phi_{t-1}; S_t)`. ``"drop"``, C-MAML's: that loss minus
+      :math:`L(U(\theta_t; S_t); S_t)`, at the cost of an inner run in every round.
     shift_score: ``"energy"``, ``"entropy"``, ``"max_softmax"`` (one minus the largest probability,
       so that high scores mean unknown data), or a function from the logits to scores ``[batch]``.
       The learner uses the mean score.
