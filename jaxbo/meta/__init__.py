@@ -1,4 +1,4 @@
-"""Online meta-learning: the learner, detectors of changes, thresholds, scores and baselines."""
+"""Online meta-learning: the learner, change detectors, thresholds, scores and baselines."""
 
 from jaxbo.meta.baselines import fine_tuning, frozen_maml, meta_ogd, train_from_scratch
 from jaxbo.meta.bgd import BgdInfo, BgdState, bayesian_gradient_descent

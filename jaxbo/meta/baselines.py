@@ -1,4 +1,4 @@
-"""What LEEDS is compared with, from the same parts, each an ``online_meta_learner``."""
+"""Baselines for LEEDS, built from the same parts; each is an ``online_meta_learner``."""
 
 from collections.abc import Callable
 from typing import Any
@@ -22,19 +22,22 @@ def fine_tuning(
   shift_score: str | Callable[[Any], jax.Array] = "energy",
   metric: Callable[[Any, Any], Any] | None = None,
 ) -> OnlineMetaLearner:
-  """One model that goes on learning, whatever the task: online descent.
+  """One model that keeps learning across all tasks: online descent.
 
-  It begins at the meta-model and never restarts; with a pre-trained ``x`` it is fine-tuning, with a
-  random one online SGD. With :func:`jaxbo.meta.bayesian_gradient_descent` as the inner optimizer it
-  is BGD.
+  The model starts at the meta-model and never restarts. A pre-trained ``x`` makes it fine-tuning, a
+  random ``x`` online SGD. With :func:`jaxbo.meta.bayesian_gradient_descent` as the inner optimizer
+  it is BGD.
 
   Args:
-    outer_loss: as in :func:`jaxbo.meta.online_meta_learner`.
-    inner: the inner solver; its steps are those of a round.
-    start: as in :func:`jaxbo.meta.online_meta_learner`, like all that follow.
-    query: what the adapted model is judged on.
-    shift_score: it is logged; nothing depends on it.
-    metric: what to report beside the loss.
+    outer_loss: :math:`L`, ``outer_loss(x, y, batch) -> (scalar, logits)``, the mean loss of a model
+      on labeled data.
+    inner: the inner solver; each round runs its ``num_steps`` steps.
+    start: ``start(x) -> y``, where an adaptation begins; by default zeros shaped like ``x``.
+    query: the data that the adapted model is judged on: ``"given"`` for the query set,
+      ``batch.val``; ``"same"`` for the data that it learned from.
+    shift_score: ``"energy"``, ``"entropy"``, ``"max_softmax"``, or a function from the logits to
+      scores ``[batch]``. The learner logs the mean; nothing depends on it.
+    metric: ``metric(logits, batch)``, a quantity to report with the loss.
 
   Returns:
     An :class:`jaxbo.meta.OnlineMetaLearner`.
@@ -65,18 +68,20 @@ def frozen_maml(
   shift_score: str | Callable[[Any], jax.Array] = "energy",
   metric: Callable[[Any, Any], Any] | None = None,
 ) -> OnlineMetaLearner:
-  """A meta-model that was learnt before the stream and stays: every round is adapted to anew.
+  """A meta-model that was trained before the stream and stays fixed: each round adapts it anew.
 
-  With inner parameters for the whole model it is the baseline MAML of OSAKA, for the head alone
-  ANIL.
+  If the inner parameters cover the whole model, this is the baseline MAML of OSAKA; for the head
+  alone, it is ANIL.
 
   Args:
-    outer_loss: as in :func:`jaxbo.meta.online_meta_learner`.
+    outer_loss: :math:`L`, ``outer_loss(x, y, batch) -> (scalar, logits)``, the mean loss of a model
+      on labeled data.
     inner: the inner solver.
-    start: as in :func:`jaxbo.meta.online_meta_learner`, like all that follow.
-    query: what the adapted model is judged on.
-    shift_score: it is logged; nothing depends on it.
-    metric: what to report beside the loss.
+    start: ``start(x) -> y``, where an adaptation begins; by default zeros shaped like ``x``.
+    query: not used yet: the query set of the batch, ``batch.val``, judges the adapted model.
+    shift_score: ``"energy"``, ``"entropy"``, ``"max_softmax"``, or a function from the logits to
+      scores ``[batch]``. The learner logs the mean; nothing depends on it.
+    metric: ``metric(logits, batch)``, a quantity to report with the loss.
 
   Returns:
     An :class:`jaxbo.meta.OnlineMetaLearner`.
@@ -117,20 +122,24 @@ def train_from_scratch(
   shift_score: str | Callable[[Any], jax.Array] = "energy",
   metric: Callable[[Any, Any], Any] | None = None,
 ) -> OnlineMetaLearner:
-  """Every task begins at the same, untrained parameters and learns as long as it lasts.
+  """Each task starts from the same untrained parameters and learns for as long as it lasts.
 
   Args:
-    outer_loss: as in :func:`jaxbo.meta.online_meta_learner`.
+    outer_loss: :math:`L`, ``outer_loss(x, y, batch) -> (scalar, logits)``, the mean loss of a model
+      on labeled data.
     inner: the inner solver.
-    detector: says where a task begins: :func:`jaxbo.meta.oracle_detector`, or one with thresholds.
-    start: as in :func:`jaxbo.meta.online_meta_learner`, like all that follow.
-    query: what the adapted model is judged on.
-    switch_score: which score the detector sees.
-    shift_score: it is logged; nothing depends on it.
-    metric: what to report beside the loss.
+    detector: decides where a task begins: :func:`jaxbo.meta.oracle_detector`, or
+      :func:`jaxbo.meta.threshold_detector`.
+    start: ``start(x) -> y``, where an adaptation begins; by default zeros shaped like ``x``.
+    query: not used yet: the query set of the batch, ``batch.val``, judges the adapted model.
+    switch_score: the score that the detector sees: ``"loss"``, the loss of the last model on the
+      new data; or ``"drop"``, that loss minus the loss of a model adapted to the data from scratch.
+    shift_score: ``"energy"``, ``"entropy"``, ``"max_softmax"``, or a function from the logits to
+      scores ``[batch]``. The learner logs the mean; no model depends on it.
+    metric: ``metric(logits, batch)``, a quantity to report with the loss.
 
   Returns:
-    An :class:`jaxbo.meta.OnlineMetaLearner`; give ``init`` parameters that were not trained.
+    An :class:`jaxbo.meta.OnlineMetaLearner`. Pass untrained parameters to its ``init``.
 
   Example:
     >>> import jax.numpy as jnp, jaxbo, optax
@@ -176,13 +185,17 @@ def meta_ogd(
     \theta_{t+1} = \theta_t - \beta \nabla_\theta L\big(U(\theta_t; S_t); Q_t\big)
 
   Args:
-    outer_loss: as in :func:`jaxbo.meta.online_meta_learner`.
+    outer_loss: :math:`L`, ``outer_loss(x, y, batch) -> (scalar, logits)``, the mean loss of a model
+      on labeled data.
     inner: the inner solver.
-    outer: a response and an optimizer without a gate: :func:`jaxbo.itd`.
-    start: as in :func:`jaxbo.meta.online_meta_learner`, like all that follow.
-    query: what the meta-gradient judges.
-    shift_score: it is logged; nothing depends on it.
-    metric: what to report beside the loss.
+    outer: a response and an optimizer without a gate, such as :func:`jaxbo.itd`.
+    start: ``start(x) -> y``, where an adaptation begins; by default zeros shaped like ``x``.
+    query: the data whose loss the meta-update descends. ``"given"``: the query set, ``batch.val``.
+      ``"same"``: :math:`S_t` itself. ``"next"``: :math:`S_t`, after an adaptation to
+      :math:`S_{t-1}`.
+    shift_score: ``"energy"``, ``"entropy"``, ``"max_softmax"``, or a function from the logits to
+      scores ``[batch]``. The learner logs the mean; nothing depends on it.
+    metric: ``metric(logits, batch)``, a quantity to report with the loss.
 
   Returns:
     An :class:`jaxbo.meta.OnlineMetaLearner`.

@@ -1,4 +1,4 @@
-"""Bayesian gradient descent: a mean and a spread for every weight."""
+"""Bayesian gradient descent: a mean and a standard deviation for every weight."""
 
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ class BgdInfo(NamedTuple):
   """Diagnostics of :func:`bayesian_gradient_descent`.
 
   Attributes:
-    finite: whether all gradients were; if not, nothing moved.
+    finite: whether the update was finite; if not, nothing moved.
   """
 
   finite: jax.Array
@@ -24,9 +24,9 @@ class BgdState(NamedTuple):
   """State of :func:`bayesian_gradient_descent`.
 
   Attributes:
-    deviations: the standard deviation of every weight, like the parameters.
+    deviations: the standard deviation of every weight, shaped like the parameters.
     bgd_key: raw key data.
-    bgd_count: how many updates there were, int32.
+    bgd_count: the number of updates so far, int32.
     info: the :class:`BgdInfo` of the last update.
   """
 
@@ -44,37 +44,37 @@ def bayesian_gradient_descent(
   num_examples: int = 1,
   key: Any = 0,
 ) -> optax.GradientTransformationExtraArgs:
-  r"""Bayesian gradient descent (BGD), against forgetting without task boundaries.
+  r"""Bayesian gradient descent (BGD), which limits forgetting without task boundaries.
 
-  The parameters are means :math:`\mu` of independent Gaussians with deviations :math:`s`. With
-  :math:`g(\theta)` the gradient of the *sum* of the losses,
+  The parameters are the means :math:`\mu` of independent Gaussians with standard deviations
+  :math:`s`. With :math:`g(\theta)` the gradient of the *sum* of the losses,
 
   .. math::
     \mu &\leftarrow \mu - \eta s^2\, E[g(\mu + s \epsilon)] \\
     s &\leftarrow s \sqrt{1 + a^2} - s a, \qquad
       a = \tfrac12 s\, E[g(\mu + s \epsilon)\, \epsilon], \qquad \epsilon \sim N(0, I)
 
-  so that weights on which the loss depends strongly become certain and stop moving. On
-  :math:`\frac h2 (\theta - m)^2` the expectations are :math:`h (\mu - m)` and :math:`h s`, and
-  :math:`s` falls to :math:`s\, e^{-\operatorname{arsinh}(h s^2 / 2)}`.
+  Weights on which the loss depends strongly become certain and stop moving. On :math:`\frac h2
+  (\theta - m)^2` the expectations are :math:`h (\mu - m)` and :math:`h s`, and :math:`s` falls to
+  :math:`s\, e^{-\operatorname{arsinh}(h s^2 / 2)}`.
 
-  Expectations are means over ``num_samples`` draws. It is an optimizer for the *inner* problem:
-  :func:`jaxbo.inner_solver` gives the loss as a function (``value_fn``), and the incoming gradient,
-  at :math:`\mu`, is not used. The step is as long in the direction of the gradient as the deviation
-  allows, so there is no other learning rate.
+  The expectations are means over ``num_samples`` draws. Use BGD as the optimizer of the *inner*
+  problem: :func:`jaxbo.inner_solver` passes the loss as a function (``value_fn``). BGD ignores the
+  incoming gradient, which is taken at :math:`\mu`. The deviations scale the step, so there is no
+  learning rate besides :math:`\eta`.
 
   Cost: ``num_samples`` gradients. Memory: a copy of the parameters.
 
   Args:
-    learning_rate: :math:`\eta > 0`; 10 in nearly all tuned runs of OSAKA.
-    deviation: the first :math:`s > 0` of every weight; 0.01 there.
-    num_samples: draws of :math:`\epsilon`, at least 1; 5 there.
-    num_examples: what the loss, a mean, is multiplied by to be a sum.
+    learning_rate: :math:`\eta > 0`; nearly all tuned runs of OSAKA use 10.
+    deviation: the initial :math:`s > 0` of every weight; OSAKA uses 0.01.
+    num_samples: the number of draws of :math:`\epsilon`, at least 1; OSAKA uses 5.
+    num_examples: the factor that turns the loss, a mean, into a sum; at least 1.
     key: an int, a raw key array or a typed key.
 
   Returns:
-    A transformation whose ``update`` must be given ``params`` and ``value_fn=``, a function of the
-    parameters. Where a gradient is not finite, nothing moves.
+    A transformation whose ``update`` requires ``params`` and ``value_fn=``, a function of the
+    parameters. If a gradient is not finite, nothing moves.
 
   Raises:
     ValueError: if a number is outside its range, or ``params`` is missing.
@@ -127,7 +127,7 @@ def bayesian_gradient_descent(
     (gradient, correlation), _ = jax.lax.scan(add, zeros, jnp.arange(num_samples))
     rate = lambda s: jnp.asarray(learning_rate, s.dtype)
     step = jax.tree.map(lambda s, g: -rate(s) * s**2 * g, deviations, gradient)
-    # The same as s sqrt(1 + a^2) - s a, without the difference of two large numbers.
+    # Equals s sqrt(1 + a^2) - s a, without the difference of two large numbers.
     shrink = lambda s, c: s * jnp.exp(-jnp.arcsinh(0.5 * s * c))
     shrunk = jax.tree.map(shrink, deviations, correlation)
     finite = _tree.all_finite((step, shrunk))

@@ -1,4 +1,4 @@
-"""C-MAML: meta-updates along pairs of rounds, left out where the task seems to change."""
+"""C-MAML: meta-updates along pairs of rounds, skipped where the task seems to change."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -20,14 +20,18 @@ class ModulationInfo(NamedTuple):
   """Diagnostics of :func:`~jaxbo.modulate_by_loss`.
 
   Attributes:
-    modulation: what the last gradient was scaled by, float32.
+    modulation: the factor on the last gradient, float32.
   """
 
   modulation: jax.Array
 
 
 class ModulationState(NamedTuple):
-  """State of :func:`~jaxbo.modulate_by_loss`."""
+  """State of :func:`~jaxbo.modulate_by_loss`.
+
+  Attributes:
+    info: the :class:`ModulationInfo` of the last update.
+  """
 
   info: ModulationInfo
 
@@ -37,15 +41,15 @@ def modulate_by_loss(modulation: jax.typing.ArrayLike) -> optax.GradientTransfor
 
   .. math:: g \leftarrow (1 - e^{-\lambda L})\, g
 
-  It stands behind the response and before the optimizer, as in the published code, where it scales
-  the loss. Mind that Adam sees the *changes* of such a scale and not the scale itself.
+  Put it after the response and before the optimizer; the published code scales the loss. Adam
+  adapts to a constant scale, so after modulation Adam only reacts to *changes* of the scale.
 
   Args:
-    modulation: :math:`\lambda > 0`; large values change nothing.
+    modulation: :math:`\lambda > 0`; large values leave the gradient almost unchanged.
 
   Returns:
-    A transformation whose ``update`` must be given ``value=``, the loss. A loss below zero counts
-    as zero, one that is NaN as infinite.
+    A transformation whose ``update`` requires ``value=``, the loss. A negative loss counts as zero,
+    a NaN loss as infinite.
 
   Raises:
     ValueError: if ``modulation`` is not positive.
@@ -93,34 +97,38 @@ def c_maml(
   shift_score: str | Callable[[Any], jax.Array] = "energy",
   metric: Callable[[Any, Any], Any] | None = None,
 ) -> OnlineMetaLearner:
-  r"""C-MAML: the last round is the support set and this one the query, unless the task changed.
+  r"""C-MAML: the last round supports and this round judges, unless the task has changed.
 
   .. math::
     \theta_{t+1} = \theta_t - \beta \nabla_\theta L\big(U(\theta_t; S_{t-1}); S_t\big)
     \quad \text{unless} \quad L(\phi_{t-1}; S_t) - L(U(\theta_t; S_t); S_t) > \gamma
 
-  and :math:`\phi_t = U(\theta_t; S_t)` in every round. The published code differentiates through
-  the adaptation of the last round, which began at :math:`\theta_{t-1}`; here the last data, which
-  are kept, are adapted to again from :math:`\theta_t`, so that gradient and step are at one point.
+  and :math:`\phi_t = U(\theta_t; S_t)` in every round. The learner keeps :math:`S_{t-1}` and adapts
+  to it again from :math:`\theta_t`, so the gradient and the step are at the same point (the
+  published code differs: see Departures from the papers).
 
   Args:
-    outer_loss: as in :func:`jaxbo.meta.online_meta_learner`.
+    outer_loss: :math:`L`, ``outer_loss(x, y, batch) -> (scalar, logits)``, the mean loss of a model
+      on labeled data.
     inner: the inner solver.
-    optimizer: for the meta-model; Adam in the published code.
-    drop_threshold: :math:`\gamma`; infinity never leaves an update out.
-    modulation: :math:`\lambda` of :func:`~jaxbo.modulate_by_loss`, or ``None``.
-    response: :func:`jaxbo.add_unrolled_response` if not given.
-    start: as in :func:`jaxbo.meta.online_meta_learner`, like the next two.
-    shift_score: it is logged; nothing depends on it.
-    metric: what to report beside the loss.
+    optimizer: the optimizer of the meta-model; the published code uses Adam.
+    drop_threshold: :math:`\gamma`; with infinity every pair of rounds gives a meta-update.
+    modulation: :math:`\lambda > 0` of :func:`~jaxbo.modulate_by_loss`, or ``None`` for no
+      modulation.
+    response: the transformation that estimates the meta-gradient;
+      :func:`jaxbo.add_unrolled_response` by default.
+    start: ``start(x) -> y``, where an adaptation begins; by default zeros shaped like ``x``.
+    shift_score: ``"energy"``, ``"entropy"``, ``"max_softmax"``, or a function from the logits to
+      scores ``[batch]``. The learner logs the mean; nothing depends on it.
+    metric: ``metric(logits, batch)``, a quantity to report with the loss.
 
   Returns:
-    An :class:`jaxbo.meta.OnlineMetaLearner`. With the prolonged adaptation phase (a buffer of
-    rounds) it is :func:`jaxbo.meta.c_maml_pap`.
+    An :class:`jaxbo.meta.OnlineMetaLearner`. :func:`jaxbo.meta.c_maml_pap` adds the prolonged
+    adaptation phase, a buffer of rounds.
 
   Raises:
     ValueError: if ``drop_threshold`` is NaN or ``modulation`` is not positive.
-    TypeError: if ``optimizer`` or ``response`` is no transformation.
+    TypeError: if ``optimizer`` or ``response`` is not a transformation.
 
   Example:
     >>> import jax.numpy as jnp, jaxbo, optax
@@ -158,7 +166,7 @@ def c_maml(
 
 
 def check_parts(drop_threshold: Any, modulation: Any, response: Any) -> None:
-  """Raises for what a kind of C-MAML cannot be made of, by the names of its own arguments."""
+  """Checks the arguments that both kinds of C-MAML share; errors name those arguments."""
   _check.not_nan("drop_threshold", drop_threshold)
   if modulation is not None:
     _check.positive("modulation", modulation)

@@ -1,4 +1,4 @@
-"""C-MAML with its prolonged adaptation phase: one model as long as a task lasts."""
+"""C-MAML with its prolonged adaptation phase: one model for as long as a task lasts."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -28,11 +28,11 @@ from jaxbo.online.rounds import as_batch
 
 
 class SupportBuffer(NamedTuple):
-  """The rounds that :func:`c_maml_pap` collects; it is ``last_support`` of the learner's state.
+  """The rounds that :func:`c_maml_pap` collects; ``last_support`` in the learner's state.
 
   Attributes:
     supports: the data of the rounds, leaves ``[buffer_size, ...]``.
-    num_supports: how many of them are there, int32.
+    num_supports: the number of rounds in the buffer, int32.
     after_boundary: whether a boundary was detected in the last round, bool.
   """
 
@@ -41,7 +41,7 @@ class SupportBuffer(NamedTuple):
   after_boundary: jax.Array
 
   def push(self, support: Any) -> "SupportBuffer":
-    """With one round more."""
+    """Adds the data of one round."""
     put = lambda slots, leaf: jax.lax.dynamic_update_index_in_dim(
       slots, jnp.asarray(leaf, slots.dtype), self.num_supports, axis=0
     )
@@ -50,7 +50,7 @@ class SupportBuffer(NamedTuple):
     )
 
   def get(self, index: jax.Array) -> Any:
-    """The data of a round."""
+    """Returns the data of one round."""
     take = lambda slots: jax.lax.dynamic_index_in_dim(slots, index, keepdims=False)
     return jax.tree.map(take, self.supports)
 
@@ -68,53 +68,59 @@ def c_maml_pap(
   shift_score: str | Callable[[Any], jax.Array] = "energy",
   metric: Callable[[Any, Any], Any] | None = None,
 ) -> OnlineMetaLearner:
-  r"""C-MAML with its prolonged adaptation phase (PAP): the whole of the published method.
+  r"""C-MAML with its prolonged adaptation phase (PAP): the whole published method.
 
-  The task's model goes on from round to round, and the rounds are collected. Where the loss drops
-  by more than :math:`\gamma` in a round's adaptation, a boundary is detected:
+  The task's model continues from round to round, and a buffer collects the rounds. If the
+  adaptation of a round lowers the loss by more than :math:`\gamma`, the round is a boundary:
 
   .. math::
     \phi_t = U(\phi_{t-1}; S_t), \quad \text{or } U(\theta_t; S_t) \text{ if there was a boundary
     in round } t - 1; \qquad
     L(\phi_{t-1}; S_t) - L(\phi_t; S_t) > \gamma
 
-  Then the :math:`n` rounds of the buffer, or of one that is full, are one meta-batch, its first
-  half supports and its second half queries,
+  At a boundary, or when the buffer is full, its :math:`n` rounds form one meta-batch. The first
+  half are supports, the second half queries:
 
   .. math::
     \theta_{t+1} = \theta_t - \beta \frac1{\lfloor n / 2 \rfloor} \sum_{i=1}^{\lfloor n / 2 \rfloor}
       \nabla_\theta L\big(U(\theta_t; S_i); S_{\lceil n / 2 \rceil + i}\big),
 
-  and the buffer is empty again; the data of that very round are not kept. A single round is support
-  and query. So it is coded, hence two things that are easily read over: the model restarts one
-  round *after* the boundary, and the round that shows a boundary still adapts the old model.
-  Our addition: a model whose loss overflows, where that of the meta-model is finite, is at a
-  boundary; its drop would be no number.
+  A single round is both support and query. Then the buffer is emptied, and the data of the round
+  that triggered the meta-update are dropped.
 
-  Cost: an inner run a round; :math:`\lfloor n / 2 \rfloor` inner runs and responses at a boundary.
-  Memory: the meta-model, the task's model, and ``buffer_size`` rounds of data.
+  As in the published code, the model restarts one round *after* the boundary: the round that shows
+  a boundary still adapts the old model. If the loss of the task's model overflows while that of the
+  meta-model is finite, the round counts as a boundary (our addition: see Departures from the
+  papers).
+
+  Cost: one inner run in each round; :math:`\lfloor n / 2 \rfloor` inner runs and responses in a
+  meta-update. Memory: the meta-model, the task's model, and ``buffer_size`` rounds of data.
 
   Args:
-    outer_loss: as in :func:`jaxbo.meta.online_meta_learner`.
+    outer_loss: :math:`L`, ``outer_loss(x, y, batch) -> (scalar, logits)``, the mean loss of a model
+      on labeled data.
     inner: the inner solver.
-    optimizer: for the meta-model; Adam in the published code.
-    drop_threshold: :math:`\gamma`; infinity leaves boundaries to the size of the buffer.
-    buffer_size: rounds in the buffer, at least 1; when it is full, the next round is a meta-update.
-      The published 101 is ``2 * 10 * 5 + 1`` for 10 ways and 5 shots.
-    modulation: :math:`\lambda` of :func:`jaxbo.modulate_by_loss`, of the mean loss, or ``None``.
-    response: :func:`jaxbo.add_unrolled_response` if not given.
-    start: as in :func:`jaxbo.meta.online_meta_learner`, like the next two.
-    shift_score: it is logged; nothing depends on it.
-    metric: what to report beside the loss.
+    optimizer: the optimizer of the meta-model; the published code uses Adam.
+    drop_threshold: :math:`\gamma`; with infinity only a full buffer triggers meta-updates.
+    buffer_size: the number of rounds in the buffer, at least 1. When the buffer is full, the next
+      round triggers a meta-update. The published 101 is ``2 * 10 * 5 + 1`` for 10 ways and 5 shots.
+    modulation: :math:`\lambda > 0` of :func:`jaxbo.modulate_by_loss`, applied to the mean loss, or
+      ``None`` for no modulation.
+    response: the transformation that estimates the meta-gradient;
+      :func:`jaxbo.add_unrolled_response` by default.
+    start: ``start(x) -> y``, where an adaptation begins; by default zeros shaped like ``x``.
+    shift_score: ``"energy"``, ``"entropy"``, ``"max_softmax"``, or a function from the logits to
+      scores ``[batch]``. The learner logs the mean; nothing depends on it.
+    metric: ``metric(logits, batch)``, a quantity to report with the loss.
 
   Returns:
     An :class:`jaxbo.meta.OnlineMetaLearner`, whose state keeps a :class:`SupportBuffer` in
-    ``last_support``. ``info.meta_updated`` says where there was a meta-update, and
-    ``info.outer_loss`` is its mean loss.
+    ``last_support``. ``info.meta_updated`` marks the rounds with a meta-update, and
+    ``info.outer_loss`` is the mean loss of its pairs.
 
   Raises:
     ValueError: if ``drop_threshold`` is NaN, ``buffer_size < 1`` or ``modulation`` is not positive.
-    TypeError: if ``optimizer`` or ``response`` is no transformation.
+    TypeError: if ``optimizer`` or ``response`` is not a transformation.
 
   Example:
     >>> import jax.numpy as jnp, jaxbo, optax

@@ -1,4 +1,4 @@
-"""Detectors of task switches and of distribution shifts, from scores of the learner."""
+"""Detectors of task switches and distribution shifts, from scores of the learner."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,11 +11,11 @@ from jaxbo.meta.thresholds import Threshold, fixed_threshold
 
 
 class Scores(NamedTuple):
-  """What detectors look at in a round; high values speak for a change.
+  """The two scores that detectors see in a round; high values indicate a change.
 
   Attributes:
     switch: how badly the previous task's model does on the new data, a scalar.
-    shift: how little the data look like those of the pre-training, a scalar.
+    shift: how little the data look like the pre-training data, a scalar.
   """
 
   switch: jax.Array
@@ -27,8 +27,8 @@ class Detection(NamedTuple):
 
   Attributes:
     switch: whether the task changed, bool.
-    shift: whether the new task is from another distribution, bool; false without a switch.
-    scores: the :class:`Scores` behind it, for sweeps of thresholds after the fact.
+    shift: whether the new task comes from another distribution, bool; false without a switch.
+    scores: the :class:`Scores` behind the detection; later sweeps over thresholds need them.
   """
 
   switch: jax.Array
@@ -40,7 +40,7 @@ class DetectorState(NamedTuple):
   """State of a :class:`Detector`.
 
   Attributes:
-    has_task: whether there was a round before, bool.
+    has_task: whether a round was played before, bool.
     switch_rule: the state of the rule for switches.
     shift_rule: the state of the rule for shifts.
   """
@@ -53,15 +53,15 @@ class DetectorState(NamedTuple):
 class Detector(NamedTuple):
   """A pair of detectors, of task switches and of distribution shifts; pure functions with state.
 
-  They are two steps, since a learner knows the second score only when it has acted on the first.
-  :meth:`update` does both, on scores that were logged.
+  There are two steps because a learner knows the shift score only after it has acted on the switch.
+  :meth:`update` takes both steps at once, for logged scores.
 
   Attributes:
     init: ``init() -> DetectorState``.
-    detect_switch: ``detect_switch(score, state, batch=None) -> (switch, state)``; the first round
-      is a switch whatever its score.
-    detect_shift: ``detect_shift(score, state, batch=None, *, switch) -> (shift, state)``; without a
-      ``switch`` there is no shift, and nothing to learn from the score.
+    detect_switch: ``detect_switch(score, state, batch=None) -> (switch, state)``. The first round
+      always counts as a switch.
+    detect_shift: ``detect_shift(score, state, batch=None, *, switch) -> (shift, state)``. Without a
+      ``switch`` there is no shift, and the rule does not learn from the score.
   """
 
   init: Callable[[], DetectorState]
@@ -71,7 +71,7 @@ class Detector(NamedTuple):
   def update(
     self, scores: Scores, state: DetectorState, batch: Any = None
   ) -> tuple[Detection, DetectorState]:
-    """Both detectors, on the scores of a round."""
+    """Runs both detectors on the scores of a round."""
     switch, state = self.detect_switch(scores.switch, state, batch)
     shift, state = self.detect_shift(scores.shift, state, batch, switch=switch)
     return Detection(switch, shift, scores), state
@@ -80,25 +80,26 @@ class Detector(NamedTuple):
 def threshold_detector(
   switch: Threshold | jax.typing.ArrayLike, shift: Threshold | jax.typing.ArrayLike
 ) -> Detector:
-  r"""Detects a switch where one score is above a threshold, a shift where another is.
+  r"""Detects a switch where one score exceeds a threshold, and a shift where another does.
 
   .. math::
     \text{switch}_t = [s_t > \ell] \text{ or } t = 1, \qquad
     \text{shift}_t = \text{switch}_t \text{ and } [e_t > \tau]
 
-  What the scores are is said to :func:`jaxbo.meta.online_meta_learner`. A threshold of minus
-  infinity always detects, one of infinity never does; a score that is NaN detects nothing.
+  :func:`jaxbo.meta.online_meta_learner` chooses the scores. A threshold of minus infinity always
+  detects; a threshold of infinity never does (except the switch of the first round). A NaN score
+  exceeds no threshold.
 
   Args:
-    switch: :math:`\ell`, a number or a rule: :func:`jaxbo.meta.quantile_threshold`.
-    shift: :math:`\tau`, the same.
+    switch: :math:`\ell`, a number or a rule such as :func:`jaxbo.meta.quantile_threshold`.
+    shift: :math:`\tau`, a number or a rule.
 
   Returns:
     A :class:`Detector`.
 
   Raises:
     ValueError: if a threshold is NaN.
-    TypeError: if it is neither a number nor a :class:`jaxbo.meta.Threshold`.
+    TypeError: if a threshold is neither a number nor a :class:`jaxbo.meta.Threshold`.
 
   Example:
     >>> import jax.numpy as jnp, jaxbo
@@ -122,7 +123,7 @@ def threshold_detector(
 
   def detect_switch(score, state, batch=None):
     del batch
-    # The first score is that of the meta-model: no sample of either kind.
+    # The meta-model made the first score, so it is a sample of neither kind.
     exceeded, rule = rules[0].update(score, state.switch_rule, state.has_task)
     switch = exceeded | ~state.has_task
     return switch, state._replace(has_task=jnp.ones_like(state.has_task), switch_rule=rule)
@@ -143,19 +144,19 @@ def oracle_detector(
   switch: Callable[[Any], jax.typing.ArrayLike] | None = None,
   out_of_distribution: Callable[[Any], jax.typing.ArrayLike] | None = None,
 ) -> Detector:
-  """A detector that is told the truth: the upper bound of what detection can give.
+  """A detector that reads the truth from the batch: the upper bound for any detector.
 
   Args:
-    switch: ``switch(batch) -> bool``, whether the task changed; ``batch.task_switch`` if not given.
-    out_of_distribution: ``out_of_distribution(batch) -> bool``, whether the task is from another
-      domain than that of the pre-training; if not given, ``batch.domain != 0``.
+    switch: ``switch(batch) -> bool``, whether the task changed; by default ``batch.task_switch``.
+    out_of_distribution: ``out_of_distribution(batch) -> bool``, whether the task comes from a
+      domain other than the pre-training domain; by default ``batch.domain != 0``.
 
   Returns:
-    A :class:`Detector`. The first round is a switch in any case.
+    A :class:`Detector`. The first round always counts as a switch.
 
   Raises:
-    TypeError: if an argument is no function of a batch; in a round, if it is not given and the
-      batch has no such field.
+    TypeError: if an argument is not a function of a batch; in a round, if an argument is missing
+      and the batch lacks the default field.
 
   Example:
     >>> import jax.numpy as jnp, jaxbo

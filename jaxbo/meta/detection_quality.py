@@ -1,4 +1,4 @@
-"""How good a detector of changes is: precision, recall, delay."""
+"""The quality of a change detector: precision, recall, delay."""
 
 from typing import NamedTuple
 
@@ -7,15 +7,15 @@ import jax.numpy as jnp
 
 
 class DetectionQuality(NamedTuple):
-  """Counts of what a detector did, with the ratios as properties; it can grow with a stream.
+  """Counts of a detector's hits and misses, with the ratios as properties; it can follow a stream.
 
   Attributes:
     num_judged: rounds so far, int32, like all counts.
     num_changes: true changes.
     num_hits: changes that were detected in time.
-    num_false_alarms: detections that were no hits.
+    num_false_alarms: detections that were not hits.
     total_delay: rounds from change to detection, summed over the hits.
-    change_pending: whether a change has not been detected yet, bool.
+    change_pending: whether the last change has not been detected yet, bool.
     change_age: rounds since the last change or boundary.
   """
 
@@ -29,7 +29,7 @@ class DetectionQuality(NamedTuple):
 
   @classmethod
   def start(cls) -> "DetectionQuality":
-    """Before the first round."""
+    """Returns the counts before the first round."""
     zero = jnp.int32(0)
     return cls(zero, zero, zero, zero, zero, jnp.bool_(False), zero)
 
@@ -41,8 +41,15 @@ class DetectionQuality(NamedTuple):
     *,
     max_delay: jax.typing.ArrayLike | None = None,
   ) -> "DetectionQuality":
-    """After one more round; arguments as in :func:`detection_quality`, for one round."""
-    judged = self.num_judged > 0  # In the first round there was nothing that could have changed.
+    """Returns the counts after one more round.
+
+    Args:
+      detected: whether the detector raised a flag in this round.
+      changed: whether there was a true change in this round.
+      boundary: whether the time to detect an earlier change ends in this round.
+      max_delay: the largest delay of a hit in rounds; a later flag is a false alarm.
+    """
+    judged = self.num_judged > 0  # In the first round nothing could have changed.
     detected, changed = jnp.asarray(detected, bool) & judged, jnp.asarray(changed, bool) & judged
     begins = changed | jnp.asarray(boundary, bool)
     age = jnp.where(begins, 0, self.change_age + 1)
@@ -61,12 +68,12 @@ class DetectionQuality(NamedTuple):
 
   @property
   def precision(self) -> jax.Array:
-    """The share of the detections that were hits; NaN without detections."""
+    """The fraction of detections that were hits; NaN without detections."""
     return self.num_hits / (self.num_hits + self.num_false_alarms)
 
   @property
   def recall(self) -> jax.Array:
-    """The share of the changes that were detected; NaN without changes."""
+    """The fraction of changes that were detected; NaN without changes."""
     return self.num_hits / self.num_changes
 
   @property
@@ -82,48 +89,49 @@ def detection_quality(
   boundaries: jax.typing.ArrayLike | None = None,
   max_delay: jax.typing.ArrayLike | None = None,
 ) -> DetectionQuality:
-  r"""Judges the flags of a detector by the true ones.
+  r"""Judges the flags of a detector by the true changes.
 
-  A change is *detected* by the first flag that is raised from its round on, before the next change
-  or boundary; the delay is the number of rounds between. Every other flag is a *false alarm*, a
-  second flag for the same change included.
+  The first flag from the round of a change on, before the next change or boundary, *detects* the
+  change. The delay is the number of rounds between the two. Every other flag is a *false alarm*,
+  including a second flag for the same change.
 
   .. math::
     \text{precision} = \frac{\text{hits}}{\text{flags}}, \qquad
     \text{recall} = \frac{\text{hits}}{\text{changes}}
 
-  The first round is not judged: every detector raises its flag there, and nothing changed.
-  (OSAKA's code prints the recall as "precision", and the share of rounds without a change in which
-  no flag was raised as "recall".)
+  The first round is not judged: every detector raises its flag there, and nothing changed. (OSAKA's
+  code defines other ratios: see Departures from the papers.)
 
-  Of the two detectors of an online meta-learner the first is judged by
+  An online meta-learner has two detectors. Judge the switch detector by
 
   ``detection_quality(detection.switch, truth.task_switch)``,
 
-  and the second by the switches that led out of the distribution of the pre-training, whose chance
-  ends with the next task:
+  and the shift detector by the switches that left the distribution of the pre-training; its time to
+  detect a shift ends with the next task:
 
   ``detection_quality(detection.shift, truth.task_switch & (truth.domain != 0),
   boundaries=truth.task_switch)``.
 
-  Thresholds are swept after the fact with the logged scores in place of the flags:
-  ``jax.vmap(lambda l: detection_quality(scores.switch > l, changed))(thresholds)``. That is what
-  other thresholds would have detected on the scores of *this* run; another threshold makes another
-  run.
+  To sweep thresholds after a run, replace the flags by comparisons of the logged scores:
+  ``jax.vmap(lambda l: detection_quality(scores.switch > l, changed))(thresholds)``. The result says
+  what other thresholds would have detected on the scores of *this* run. A learner that really used
+  another threshold would produce other scores.
 
   Args:
-    detected: ``[rounds]`` bool.
-    changed: ``[rounds]`` bool, the truth.
-    boundaries: ``[rounds]`` bool, where the time to detect a change ends, beside the next change.
-    max_delay: a flag that comes later is a false alarm; no limit if not given.
+    detected: the detector's flags, ``[rounds]`` bool.
+    changed: the true changes, ``[rounds]`` bool.
+    boundaries: ``[rounds]`` bool: where the time to detect a change ends, besides at the next
+      change.
+    max_delay: the largest delay of a hit, in rounds; a later flag is a false alarm. No limit by
+      default.
 
   Returns:
     The :class:`DetectionQuality`, with ``precision``, ``recall``, ``mean_delay`` and
-    ``num_false_alarms``. Pure: it may be jitted and vmapped. To go on with a stream:
-    ``DetectionQuality.start()`` and its ``update``.
+    ``num_false_alarms``. The function is pure: use it under ``jit`` and ``vmap``. To follow a
+    stream round by round, use ``DetectionQuality.start()`` and its ``update``.
 
   Raises:
-    ValueError: if the shapes are not ``[rounds]``, and the same.
+    ValueError: if the flags do not all have one shape ``[rounds]``.
 
   Example:
     >>> import jax.numpy as jnp, jaxbo

@@ -1,4 +1,4 @@
-"""The gate: how far an optimizer may go, by what was detected."""
+"""The gate: scales an optimizer's update by what was detected."""
 
 import functools
 from typing import Any, NamedTuple
@@ -13,12 +13,12 @@ from jaxbo.meta.detection import Detection
 
 
 class GateScales(NamedTuple):
-  """What the update is scaled by in each of the three cases; float32 scalars.
+  """The factor on the update in each of the three cases; float32 scalars.
 
   Attributes:
-    no_switch: the task goes on.
-    in_distribution: a new task, of the known distribution.
-    out_of_distribution: a new task, of another one.
+    no_switch: the task continues.
+    in_distribution: a new task from the known distribution.
+    out_of_distribution: a new task from another distribution.
   """
 
   no_switch: jax.Array
@@ -26,7 +26,7 @@ class GateScales(NamedTuple):
   out_of_distribution: jax.Array
 
   def of(self, detection: Detection) -> jax.Array:
-    """The scale of the case that was detected."""
+    """Returns the scale of the detected case."""
     new = jnp.where(detection.shift, self.out_of_distribution, self.in_distribution)
     return jnp.where(detection.switch, new, self.no_switch)
 
@@ -35,7 +35,7 @@ class GateInfo(NamedTuple):
   """Diagnostics of :func:`~jaxbo.gate_by_detection`.
 
   Attributes:
-    gate_scale: what the last update was scaled by, float32.
+    gate_scale: the factor on the last update, float32.
   """
 
   gate_scale: jax.Array
@@ -45,9 +45,9 @@ class GateState(NamedTuple):
   """State of :func:`~jaxbo.gate_by_detection`.
 
   Attributes:
-    gated_state: the state of the optimizer inside.
-    gate_scales: the :class:`GateScales`. They are data, so that one compiled program serves a
-      sweep.
+    gated_state: the state of the wrapped optimizer.
+    gate_scales: the :class:`GateScales`. They are arrays in the state, so one compiled program
+      serves a sweep over scales.
     info: the :class:`GateInfo` of the last update.
   """
 
@@ -71,29 +71,30 @@ def gate_by_detection(
       c_{\text{out}}\, \mathrm{optimizer}(g) & \text{a switch, out of distribution}
     \end{cases}
 
-  A scale of zero leaves parameters *and* the optimizer's state untouched, bit for bit. That is why
-  the gate wraps the optimizer: in front of Adam, a gradient of zero still moves the parameters by
-  its momentum, and scales of 0.1 and 1 give the same first step. What the optimizer would have
-  given does not matter then, be it NaN.
+  A scale of zero closes the gate: the parameters *and* the optimizer's state stay unchanged, bit
+  for bit, even if the optimizer's own update is NaN. This is why the gate wraps the optimizer. A
+  gate in front of Adam would not work: with a gradient of zero, Adam's momentum still moves the
+  parameters, and scales of 0.1 and 1 give the same first step.
 
-  A response stands before the gate: ``optax.chain(response, gate_by_detection(optimizer, ...))``.
-  :func:`jaxbo.meta.online_meta_learner` asks the gate first, and computes neither the meta-gradient
-  nor the response where it is closed (unless it is a gate for some of the parameters, as in
-  ``optax.partition``).
+  Put the response first: ``optax.chain(response, gate_by_detection(optimizer, ...))``.
+  :func:`jaxbo.meta.online_meta_learner` checks the gate before each meta-update. While the gate is
+  closed, it computes neither the meta-gradient nor the response (unless the gate covers only some
+  of the parameters, as in ``optax.partition``).
 
   Args:
     optimizer: any optax optimizer.
-    in_distribution_scale: :math:`c_{\text{in}} \ge 0`; small, or zero, to keep what is known.
-    out_of_distribution_scale: :math:`c_{\text{out}} \ge 0`; large, to learn fast.
+    in_distribution_scale: :math:`c_{\text{in}} \ge 0`; small or zero to keep what is known.
+    out_of_distribution_scale: :math:`c_{\text{out}} \ge 0`; large to learn fast.
     no_switch_scale: :math:`c_0 \ge 0`.
 
   Returns:
-    A transformation whose ``update`` must be given ``detection=``, a :class:`jaxbo.meta.Detection`.
-    Memory: that of the optimizer, and four numbers.
+    A transformation whose ``update`` requires ``detection=``, a :class:`jaxbo.meta.Detection`.
+    Memory: the optimizer's, plus four numbers.
 
   Raises:
     ValueError: if a scale is negative or not finite.
-    TypeError: if ``optimizer`` is no transformation; if ``update`` is given no detection.
+    TypeError: if ``optimizer`` is not a transformation; if ``update`` does not receive
+      ``detection=``.
 
   Example:
     >>> import jax.numpy as jnp, jaxbo, optax
@@ -110,7 +111,8 @@ def gate_by_detection(
 
   References:
     Sow, Lin, Liang and Zhang, `Algorithm Design for Online Meta-Learning with Task Boundary
-    Detection <https://arxiv.org/abs/2302.00857>`_, 2024. The three cases are our reading of it.
+    Detection <https://arxiv.org/abs/2302.00857>`_, 2024. The three cases are our reading: see
+    Departures from the papers.
   """
   _check.transformation("optimizer", optimizer)
   given = {
@@ -150,10 +152,10 @@ def gate_by_detection(
 
 
 def gate_is_open(state: optax.OptState, detection: Detection) -> jax.Array:
-  """Whether a transformation with that state would move anything; true if it has no gate.
+  """Returns whether a transformation with this state would move anything; true without a gate.
 
-  A gate for a part of the parameters (in ``optax.partition`` or ``optax.masked``) does not count:
-  the others may move.
+  A gate for some of the parameters (in ``optax.partition`` or ``optax.masked``) does not count: the
+  other parameters may move.
   """
   stop = lambda node: isinstance(node, (GateState, optax.MaskedState))
   nodes = jax.tree.leaves(state, is_leaf=stop)

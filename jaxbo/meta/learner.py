@@ -30,11 +30,12 @@ class OnlineMetaLearner(NamedTuple):
   """An online meta-learner, made by :func:`online_meta_learner`.
 
   Attributes:
-    init: ``init(x, batch=None, *, stream=None, key=0) -> OnlineMetaState``. It is given a stream,
-      or a batch (shapes are enough).
-    step: ``step(state, batch, **extra_args) -> (OnlineMetaState, OnlineMetaInfo)``, one round;
-      extra arguments go to the ``update`` of the transformation.
+    init: ``init(x, batch=None, *, stream=None, key=0) -> OnlineMetaState``. Pass either a stream or
+      a batch; the batch may hold shapes only.
+    step: ``step(state, batch, **extra_args) -> (OnlineMetaState, OnlineMetaInfo)``, one round.
+      Extra arguments go to ``outer.update``.
     run: ``run(state, stream, num_rounds) -> (OnlineMetaState, OnlineMetaInfo)``, one ``lax.scan``.
+      The state must come from ``init`` with a stream.
   """
 
   init: Callable[..., OnlineMetaState]
@@ -56,86 +57,70 @@ def online_meta_learner(
   shift_model: str = "adapted",
   metric: Callable[[Any, Any], Any] | None = None,
 ) -> OnlineMetaLearner:
-  r"""The loop of an online meta-learner that is not told when tasks change.
+  r"""Builds the loop of an online meta-learner that is not told when tasks change.
 
-  Round :math:`t` brings labelled data :math:`S_t`, and :math:`Q_t` to be judged by. With
-  :math:`U(\theta; S)` the inner run from the meta-model:
+  Round :math:`t` brings labeled data :math:`S_t` and query data :math:`Q_t`. With the meta-model
+  :math:`\theta_t`, the task's model :math:`\phi_t` and the inner run :math:`U(\theta; S)` on
+  :math:`S` from :math:`\theta`, it has five steps:
 
-  1. **Predict**: the previous task's model :math:`\phi_{t-1}` on :math:`S_t`, before its labels are
-     used.
-  2. **Detect a switch** from the score :math:`s_t = L(\phi_{t-1}; S_t)`.
-  3. **Adapt**: :math:`\phi_t = U(\theta_t; S_t)` after a switch, else the inner run continues from
-     :math:`\phi_{t-1}`.
-  4. **Detect a shift** from the score :math:`e_t`, the mean of :math:`-T \log \sum_c e^{m_c / T}`
-     over the logits of :math:`\phi_t` on :math:`S_t`.
-  5. **Meta-update** by ``outer``, along its response's estimate of :math:`\nabla_\theta
-     L(U(\theta_t; S_t); Q_t)`. Where a gate in it is closed nothing of this is computed.
+  1. **Predict**: :math:`\phi_{t-1}` predicts on :math:`S_t` before it learns from the labels.
+  2. **Detect a switch** of the task from the score :math:`s_t = L(\phi_{t-1}; S_t)`.
+  3. **Adapt**: after a switch, :math:`\phi_t = U(\theta_t; S_t)`. Otherwise the inner run continues
+     from :math:`\phi_{t-1}`.
+  4. **Detect a shift** of the distribution from the score :math:`e_t`: the mean energy :math:`-T
+     \log \sum_c e^{m_c / T}`, at :math:`T = 1`, of the logits :math:`m` of :math:`\phi_t` on
+     :math:`S_t`.
+  5. **Meta-update**: ``outer`` moves :math:`\theta_t` along its estimate of :math:`\nabla_\theta
+     L(U(\theta_t; S_t); Q_t)`. A closed gate in ``outer`` skips the whole computation.
 
-  The inner parameters ``y`` are an offset of ``x``, or of a part of it, or any others: the two
-  losses say what a pair ``(x, y)`` predicts, and ``start`` where ``y`` begins. MAML is the loss of
-  ``x + y`` from zero, ANIL the same for the head alone. Every response fits: unrolled (MAML),
-  dropped (its first-order approximation), implicit (needs a proximal term in the inner loss),
-  evolution strategies (ESJ).
+  The losses define what a pair ``(x, y)`` predicts: MAML uses ``x + y`` with ``y`` from zero, ANIL
+  the same for the head alone. Every response works: unrolled (MAML), dropped (first-order MAML),
+  implicit (with a proximal term in the inner loss) and evolution strategies (ESJ). The defaults are
+  our reading of LEEDS: see Departures from the papers.
 
-  What is computed in a round: one forward pass to predict, the inner run, one or two passes for the
-  shift score and the judgement; and where the gate is open, a gradient of the loss and the response
-  (and one inner run more if the task goes on). Memory: the meta-model, the task's model, which is
-  the pair ``(x, y)`` so that it stays what it was when ``x`` moves on, the states of the optimizer
-  and of the detectors; no data.
+  Cost of a round: one forward pass to predict, the inner run, and one or two forward passes for the
+  shift score and ``info.after``. An open gate adds a gradient of the outer loss, the response, and
+  one more inner run if the task continues. Memory: the meta-model, the task's pair ``(x, y)``, the
+  states of the optimizers and detectors; data only with ``query="next"``. The task keeps its own
+  ``x``, so a meta-update does not change its predictions.
 
-  The text of the algorithm was not available to us. Fixed by its abstract are the two detectors,
-  that the switch decides which model is adapted, that the shift decides how fast the meta-model
-  learns, and that no old data are kept. The rest is our reading; each open question is an argument:
-
-  =========================================  ================================================
-  which score detects a switch               ``switch_score``
-  which detects a shift, of which model      ``shift_score``, ``shift_model``
-  how far the meta-model goes in each case   the scales of :func:`jaxbo.gate_by_detection`
-  what judges the adapted model              ``query``, and ``num_queries`` of the stream
-  first or second order                      the response in ``outer``
-  learned inner rates                        a part of ``x`` that scales ``y`` in both losses
-  thresholds                                 ``detector``, :func:`jaxbo.meta.calibrate`
-  =========================================  ================================================
-
-  A round whose loss or gradient is not finite moves nothing: the solver stays where it began, and
-  the meta-update is skipped (``info.finite``). A task's model that overflows (its loss is not
-  finite where that of the meta-model is) has an infinite switch score, so that it is given up.
+  An inner run that is not finite returns to where it began, and the learner skips a meta-update
+  that is not finite (``info.finite``). If the task's model has a loss that is not finite while the
+  meta-model's is, the switch score is infinite, so any finite threshold restarts the task.
 
   Args:
     outer_loss: :math:`L`, ``outer_loss(x, y, batch) -> (scalar, logits)``, the mean loss of a model
-      on labelled data, as the stream gives them. Beside it may stand anything that ``shift_score``
-      and ``metric`` understand, where these are functions.
-    inner: the inner solver; its steps are those of a round. A task goes on with the state of the
-      inner optimizer, and a new one begins with a fresh state.
-    outer: an optax chain that begins with a response: :func:`jaxbo.leeds`. ``update`` is given
-      ``detection=`` and ``value=``, the outer loss. ``None`` leaves the meta-model as it is.
+      on labeled data from the stream. If ``shift_score`` is a function, any pytree that
+      ``shift_score`` and ``metric`` accept may replace the logits.
+    inner: the inner solver; each round runs its ``num_steps`` steps. A continuing task keeps the
+      inner optimizer's state; a new task starts with a fresh one.
+    outer: an optax chain that begins with a response, such as :func:`jaxbo.leeds`. Its ``update``
+      receives ``detection=`` and ``value=``, the outer loss. ``None`` never moves the meta-model.
     detector: :func:`jaxbo.meta.threshold_detector`, or :func:`jaxbo.meta.oracle_detector`, which
-      sees the batch.
-    start: ``start(x) -> y``, where an adaptation begins; zeros like ``x`` if not given. The
-      responses take it as constant.
-    restart: ``"switch"``: the adaptation restarts from the meta-model when a switch is detected.
-      ``"always"``: in every round.
-    query: what the meta-gradient judges. ``"given"``: the query set of the batch, ``batch.val``.
-      ``"same"``: :math:`S_t` itself. ``"next"``: C-MAML's pairs of rounds,
-      :math:`\nabla_\theta L(U(\theta_t; S_{t-1}); S_t)`, adapted again at the current meta-model;
-      it keeps the last data.
-    switch_score: ``"loss"``: :math:`L(\phi_{t-1}; S_t)`. ``"drop"``, C-MAML's: that minus
-      :math:`L(U(\theta_t; S_t); S_t)`, which takes an inner run in every round.
-    shift_score: ``"energy"``, ``"entropy"``, ``"max_softmax"`` (one minus it, so that high scores
-      are unknown data), or a function of what stands beside the loss, ``[batch]``; the mean is
-      the score.
-    shift_model: which model the shift score looks at: ``"adapted"`` :math:`\phi_t`, ``"meta"``
-      :math:`\theta_t`, or ``"initial"`` :math:`\theta_1`, which is kept.
-    metric: ``metric(logits, batch)``, what to report beside the loss, say the accuracy.
+      reads the truth from the batch.
+    start: ``start(x) -> y``, where an adaptation begins; by default zeros shaped like ``x``.
+      Responses treat it as a constant.
+    restart: ``"switch"``: restart from the meta-model at a switch; ``"always"``: in every round.
+    query: the data whose loss the meta-update descends. ``"given"``: the query set, ``batch.val``.
+      ``"same"``: :math:`S_t` itself. ``"next"``: C-MAML's pairs of rounds, :math:`\nabla_\theta
+      L(U(\theta_t; S_{t-1}); S_t)`, adapted again from :math:`\theta_t`.
+    switch_score: ``"loss"``: :math:`L(\phi_{t-1}; S_t)`. ``"drop"``, C-MAML's: that loss minus
+      :math:`L(U(\theta_t; S_t); S_t)`, at the cost of an inner run in every round.
+    shift_score: ``"energy"``, ``"entropy"``, ``"max_softmax"`` (one minus the largest probability,
+      so that high scores mean unknown data), or a function from the logits to scores ``[batch]``.
+      The learner uses the mean score.
+    shift_model: the model behind the shift score: ``"adapted"`` :math:`\phi_t`, ``"meta"``
+      :math:`\theta_t`, or ``"initial"`` :math:`\theta_1`, of which the state keeps a copy.
+    metric: ``metric(logits, batch)``, a quantity to report with the loss, such as the accuracy.
 
   Returns:
     An :class:`OnlineMetaLearner`: ``init``, ``step`` and ``run``, all pure. Two runs of 500 rounds
-    are one of 1,000, bit for bit.
+    equal one run of 1,000, bit for bit.
 
   Raises:
-    ValueError: for another ``restart``, ``query``, ``switch_score``, ``shift_score`` or
-      ``shift_model``; if ``outer`` does not begin with a response.
-    TypeError: if a function does not take its arguments; if ``outer_loss`` gives no pair.
+    ValueError: if ``restart``, ``query``, ``switch_score``, ``shift_score`` or ``shift_model`` is
+      not one of the values above; if ``outer`` does not begin with a response.
+    TypeError: if a function does not take its arguments; if ``outer_loss`` does not return a pair.
 
   Example:
     >>> import jax, jax.numpy as jnp, jaxbo, optax
@@ -207,7 +192,7 @@ def online_meta_learner(
     return _tree.copy(state)
 
   def adapt(state, support, new_task):
-    """The inner run of the round: both kinds are one program, from different starts."""
+    """Runs the inner solver once; new and continuing tasks share one program."""
     meta, task = state.meta_params, state.task
     old = (task.y, task.opt_state)
     fresh = begin(meta, support)
@@ -217,7 +202,7 @@ def online_meta_learner(
     return solution, TaskModel(x, solution.params, solution.opt_state)
 
   def meta_update(differentiate, state, solution, support, judged, **extra_args):
-    """The new meta-model and its state, the loss, and whether all was finite."""
+    """Returns the new meta-model, its state, the loss, and whether everything was finite."""
     meta, old_state = state.meta_params, state.meta_state
     updates, new_state, value, _ = differentiate(
       meta, solution.params, old_state, judged, solution=solution, batch=support, **extra_args

@@ -1,4 +1,4 @@
-"""LEEDS, from its parts."""
+"""LEEDS, built from its parts."""
 
 import jax
 import optax
@@ -20,7 +20,7 @@ def leeds(
   no_switch_scale: jax.typing.ArrayLike = 0.0,
   response: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-  r"""LEEDS: meta-updates whose size is decided by what was detected.
+  r"""LEEDS: the detected case sets the size of each meta-update.
 
   .. math::
     \theta_{t+1} = \theta_t - \beta_t \nabla_\theta L\big(U(\theta_t; S_t); Q_t\big), \qquad
@@ -30,27 +30,30 @@ def leeds(
       \beta c_{\text{out}} & \text{a switch, out of distribution: learn fast}
     \end{cases}
 
-  The loop around it is :func:`jaxbo.meta.online_meta_learner`, which also says what is our reading
-  of the paper: there the learner goes on with the task's own model as long as no switch is
-  detected.
+  Run it in the loop of :func:`jaxbo.meta.online_meta_learner`, which keeps adapting the task's own
+  model until a switch is detected. The rule of the three cases is our reading; see Departures from
+  the papers.
 
   Args:
-    learning_rate: :math:`\beta`, of SGD, a float or a schedule, which counts the meta-updates that
-      were made; or another optimizer in its place.
+    learning_rate: :math:`\beta` of SGD: a float, a schedule that counts the meta-updates made, or
+      another optimizer to use instead of SGD.
     inner: the inner solver.
     in_distribution_scale: :math:`c_{\text{in}} \ge 0`.
     out_of_distribution_scale: :math:`c_{\text{out}} \ge 0`.
-    no_switch_scale: the scale without a switch; zero saves the meta-gradient of those rounds.
-    response: how the meta-gradient is estimated: :func:`jaxbo.add_unrolled_response` if not given
-      (second order, as MAML); :func:`jaxbo.drop_response` for its first-order approximation,
-      :func:`jaxbo.add_implicit_response`, :func:`jaxbo.add_es_response`.
+    no_switch_scale: the scale without a switch, non-negative; zero saves the meta-gradient in those
+      rounds.
+    response: the transformation that estimates the meta-gradient. The default is
+      :func:`jaxbo.add_unrolled_response` (second order, as in MAML). :func:`jaxbo.drop_response`
+      gives the first-order approximation; :func:`jaxbo.add_implicit_response` and
+      :func:`jaxbo.add_es_response` also work.
 
   Returns:
     ``optax.chain(response, gate_by_detection(optax.sgd(learning_rate), ...))``.
 
   Raises:
-    ValueError: as :func:`jaxbo.gate_by_detection`.
-    TypeError: if ``inner`` is no :class:`jaxbo.InnerSolver`, or ``response`` no transformation.
+    ValueError: if a scale is negative or not finite.
+    TypeError: if ``inner`` is not a :class:`jaxbo.InnerSolver`, or ``response`` is not a
+      transformation.
 
   Example:
     >>> import jax.numpy as jnp, jaxbo, optax
@@ -67,8 +70,7 @@ def leeds(
 
   References:
     Sow, Lin, Liang and Zhang, `Algorithm Design for Online Meta-Learning with Task Boundary
-    Detection <https://arxiv.org/abs/2302.00857>`_, 2024. The rule of the three cases is our
-    reading.
+    Detection <https://arxiv.org/abs/2302.00857>`_, 2024.
   """
   check_solver(inner)
   if response is not None:

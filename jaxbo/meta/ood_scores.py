@@ -16,10 +16,11 @@ def energy_score(
 
   .. math:: E(m) = -T \log \sum_c \exp(m_c / T)
 
-  It lies between :math:`-\max_c m_c - T \log C` and :math:`-\max_c m_c`, falls by :math:`c` where
-  all logits rise by :math:`c` (which the softmax does not see), and :math:`-\log p_y = -m_y - E` at
-  :math:`T = 1`. Its scale is that of the logits, hence it depends on the inner learning rate and
-  steps: a threshold must be calibrated for each setting (:func:`jaxbo.meta.calibrate`).
+  :math:`E` lies between :math:`-\max_c m_c - T \log C` and :math:`-\max_c m_c`. If all logits rise
+  by :math:`c`, :math:`E` falls by :math:`c`, while the softmax does not change. At :math:`T = 1`,
+  :math:`-\log p_y = -m_y - E`. The scale of :math:`E` is that of the logits, so it depends on the
+  inner learning rate and number of steps. Calibrate a threshold for each setting
+  (:func:`jaxbo.meta.calibrate`).
 
   Args:
     logits: ``[batch, classes]`` floats, or any shape with the classes last.
@@ -29,7 +30,7 @@ def energy_score(
     ``[batch]``, float32 at least.
 
   Raises:
-    ValueError: if ``temperature`` is not positive, or there is no class.
+    ValueError: if ``temperature`` is not positive, or ``logits`` have no class.
 
   Example:
     >>> import jax.numpy as jnp, jaxbo
@@ -47,7 +48,7 @@ def energy_score(
 
 
 def max_softmax_score(logits: jax.typing.ArrayLike) -> jax.Array:
-  r"""The largest softmax probability; *low* where the model knows little.
+  """The largest softmax probability; *low* where the model knows little.
 
   Args:
     logits: ``[batch, classes]`` floats, or any shape with the classes last.
@@ -56,7 +57,7 @@ def max_softmax_score(logits: jax.typing.ArrayLike) -> jax.Array:
     ``[batch]`` in [1 / classes, 1], float32 at least.
 
   Raises:
-    ValueError: if there is no class.
+    ValueError: if ``logits`` have no class.
 
   Example:
     >>> import jax.numpy as jnp, jaxbo
@@ -81,7 +82,7 @@ def entropy_score(logits: jax.typing.ArrayLike) -> jax.Array:
     ``[batch]`` in [0, log(classes)], float32 at least.
 
   Raises:
-    ValueError: if there is no class.
+    ValueError: if ``logits`` have no class.
 
   Example:
     >>> import jax.numpy as jnp, jaxbo
@@ -89,7 +90,7 @@ def entropy_score(logits: jax.typing.ArrayLike) -> jax.Array:
     0.8324
   """
   log_p = jax.nn.log_softmax(_checked(logits), axis=-1)
-  # A class that is ruled out adds nothing: 0 * -inf would be NaN.
+  # A class of probability zero adds nothing: 0 * -inf would be NaN.
   return -jnp.sum(jnp.where(log_p > -jnp.inf, jnp.exp(log_p) * log_p, 0), axis=-1)
 
 
@@ -109,7 +110,7 @@ SHIFT_SCORES: dict[str, Callable[[Any], jax.Array]] = {
 
 
 def mean_score(name: str, score: str | Callable[[Any], jax.Array]) -> Callable[[Any], jax.Array]:
-  """The mean over a batch of a score, given by its name or as a function; high for unknown data."""
+  """Returns the batch mean of a score, named or given as a function; high for unknown data."""
   if isinstance(score, str):
     score = SHIFT_SCORES[_check.one_of(name, score, SHIFT_SCORES)]
   _check.takes_arguments(name, score, "logits")

@@ -1,4 +1,4 @@
-"""Rounds of an online meta-learner: what it keeps between them, what it reports, and their scan."""
+"""Rounds of an online meta-learner: the state, the report, and the scan over rounds."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,10 +12,10 @@ from jaxbo.meta.detection import Detection
 
 
 class TaskModel(NamedTuple):
-  """The model of the current task: the pair that predicts.
+  """The model of the current task: the pair ``(x, y)`` that predicts.
 
   Attributes:
-    x: the meta-parameters that it was adapted from.
+    x: the meta-parameters from which the model was adapted.
     y: the inner parameters.
     opt_state: the state of the inner optimizer.
   """
@@ -34,9 +34,9 @@ class OnlineMetaState(NamedTuple):
     meta_state: the state of the outer transformation; ``()`` without one.
     detector_state: the state of the detector.
     initial_params: the meta-model at the start; ``()`` unless ``shift_model="initial"``.
-    last_support: the last data; ``()`` unless ``query="next"``; for :func:`jaxbo.meta.c_maml_pap`
-      the :class:`jaxbo.meta.SupportBuffer`.
-    has_support: whether there was a round before, bool.
+    last_support: the data of the last round with ``query="next"``; the
+      :class:`jaxbo.meta.SupportBuffer` of :func:`jaxbo.meta.c_maml_pap`; ``()`` otherwise.
+    has_support: whether a round was played before, bool.
     task_stream_state: the state of the stream; ``()`` without one.
   """
 
@@ -51,11 +51,11 @@ class OnlineMetaState(NamedTuple):
 
 
 class Prediction(NamedTuple):
-  """How a model does on labelled data.
+  """The quality of a model on labeled data.
 
   Attributes:
     loss: the loss, a scalar.
-    metric: what ``metric`` gave; ``()`` without one.
+    metric: the value of ``metric``; ``()`` without one.
   """
 
   loss: jax.Array
@@ -63,17 +63,17 @@ class Prediction(NamedTuple):
 
 
 class OnlineMetaInfo(NamedTuple):
-  r"""Diagnostics of one round; of all rounds, with a leading axis, after a run.
+  r"""Diagnostics of one round. ``run`` stacks those of all rounds along a leading axis.
 
   Attributes:
     before: the :class:`Prediction` of the previous task's model :math:`\phi_{t-1}` on the new data,
-      before their labels are used; in the first round that of the meta-model.
-    after: that of the adapted model :math:`\phi_t`, on the query set for ``query="given"``, else on
-      the data that it was adapted to.
+      before it learns from their labels; in the first round, that of the meta-model.
+    after: the :class:`Prediction` of the adapted model :math:`\phi_t`: on the query set with
+      ``query="given"``, otherwise on the data of its adaptation.
     detection: the :class:`jaxbo.meta.Detection`, with its scores.
-    outer_loss: the loss that the meta-update descends; NaN without one.
-    meta_updated: whether there was a meta-update, bool.
-    finite: whether it was finite; if not, it was left out.
+    outer_loss: the loss that the meta-update descends; NaN without a meta-update.
+    meta_updated: whether the learner computed a meta-update, bool.
+    finite: whether the meta-update was finite; if not, it was skipped.
     extra: ``batch.extra``, the truth about the round.
   """
 
@@ -87,14 +87,17 @@ class OnlineMetaInfo(NamedTuple):
 
 
 def is_broken(loss: jax.Array, meta_loss: Callable[[], jax.Array]) -> jax.Array:
-  """Whether a task's model has no finite loss where the meta-model has: it is not the data then."""
+  """Returns whether the task's model has no finite loss while the meta-model has one.
+
+  Then the model is at fault, not the data.
+  """
   return jax.lax.cond(
     jnp.isfinite(loss), lambda: jnp.bool_(False), lambda: jnp.isfinite(meta_loss())
   )
 
 
 def make_run(step: Callable[..., Any]) -> Callable[..., Any]:
-  """The function ``run(state, stream, num_rounds)`` of a learner's ``step``: one scan."""
+  """Returns the function ``run(state, stream, num_rounds)`` of a learner's ``step``: one scan."""
 
   def run(state, stream, num_rounds):
     num_rounds = _check.positive_int("num_rounds", num_rounds)

@@ -11,29 +11,31 @@ def task_averaged_regret(
 ) -> jax.Array:
   r"""The regret against the best fixed model of each task, averaged over tasks.
 
-  With :math:`N` tasks, of which task :math:`n` takes the rounds :math:`I_n`,
+  With :math:`N` tasks, where task :math:`n` takes the rounds :math:`I_n`,
 
   .. math::
     \mathrm{TAR} = \frac1N \sum_{n=1}^N \Big[ \sum_{t \in I_n} l_t(\phi_{t-1})
       - \min_\phi \sum_{t \in I_n} l_t(\phi) \Big]
 
-  where :math:`\phi_{t-1}` is what was played in round :math:`t`, before its labels were used:
-  ``history.before.loss``. The minimum is over the models whose losses are given, for each task
-  another: of :math:`M` candidates, or of the one that was found by training on all rounds of the
-  task at once. Where that is not the very best, the regret is underestimated, by the same for all
-  learners on that stream.
+  where :math:`\phi_{t-1}` is the model that was played in round :math:`t`, before it learned from
+  the labels; its losses are ``history.before.loss``. The minimum is over the models whose losses
+  you pass, separately for each task. Pass :math:`M` candidates, or the one model found by training
+  on all rounds of the task at once. If the best of them is not the true minimum, the regret is
+  underestimated, by the same amount for every learner on that stream. The definition is the usual
+  one: see Departures from the papers.
 
   Args:
     losses: :math:`l_t(\phi_{t-1})`, ``[rounds]``.
-    comparator_losses: ``[rounds]``, the losses of the best model of the round's task; or ``[rounds,
-      candidates]``, of models that stay what they are within a task.
-    task_switch: ``[rounds]`` bool, where a task begins; the first round begins one in any case.
+    comparator_losses: the losses of the best model of each round's task, ``[rounds]``; or of
+      candidates that stay fixed within a task, ``[rounds, candidates]``.
+    task_switch: ``[rounds]`` bool, where a task begins. The first round always begins a task.
 
   Returns:
-    A scalar, in the dtype of the losses, float32 at least. Pure: it may be jitted and vmapped.
+    A scalar in the dtype of the losses, float32 at least. The function is pure: use it under
+    ``jit`` and ``vmap``.
 
   Raises:
-    ValueError: if the shapes do not fit, or there is no round.
+    ValueError: if the shapes do not match, or there is no round.
 
   Example:
     >>> import jax.numpy as jnp, jaxbo
@@ -44,8 +46,7 @@ def task_averaged_regret(
 
   References:
     Sow, Lin, Liang and Zhang, `Algorithm Design for Online Meta-Learning with Task Boundary
-    Detection <https://arxiv.org/abs/2302.00857>`_, 2024. The definition is the usual one; their
-    text was not available to us.
+    Detection <https://arxiv.org/abs/2302.00857>`_, 2024.
   """
   played, others = jnp.asarray(losses), jnp.asarray(comparator_losses)
   switches = jnp.asarray(task_switch, bool)
@@ -61,5 +62,5 @@ def task_averaged_regret(
   switches = switches.at[0].set(True)
   tasks = jnp.cumsum(switches, dtype=jnp.int32) - 1
   sums = jax.ops.segment_sum(others.astype(dtype), tasks, num_segments=len(played))
-  best = jnp.min(sums, axis=1)  # Zero behind the last task.
+  best = jnp.min(sums, axis=1)  # Slots after the last task are zero.
   return (jnp.sum(played.astype(dtype)) - jnp.sum(best)) / jnp.sum(switches, dtype=dtype)

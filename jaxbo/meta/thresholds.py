@@ -17,7 +17,8 @@ class Threshold(NamedTuple):
   Attributes:
     init: ``init() -> state``.
     update: ``update(score, state, active=True) -> (exceeded, state)``, with a scalar score. The
-      rule learns from a score only if it is ``active`` and finite; a NaN exceeds nothing.
+      rule learns from a score only if ``active`` is true and the score is finite. A NaN score
+      exceeds no threshold.
   """
 
   init: Callable[[], Any]
@@ -28,7 +29,8 @@ class FixedThresholdState(NamedTuple):
   """State of :func:`fixed_threshold`.
 
   Attributes:
-    threshold: float32. It is data, so that one compiled program serves a sweep of thresholds.
+    threshold: float32. The threshold is an array in the state, so one compiled program serves a
+      sweep over thresholds.
   """
 
   threshold: jax.Array
@@ -45,17 +47,17 @@ class QuantileThresholdState(NamedTuple):
 
 
 def fixed_threshold(value: jax.typing.ArrayLike) -> Threshold:
-  """A threshold that stays where it is.
+  """A threshold that never changes.
 
   Args:
-    value: scores above it exceed it; infinities are allowed, and force or forbid.
+    value: the threshold; higher scores exceed it. Minus infinity always detects, infinity never.
 
   Returns:
     A :class:`Threshold`.
 
   Raises:
     ValueError: if ``value`` is NaN.
-    TypeError: if it is no number.
+    TypeError: if ``value`` is not a number.
 
   Example:
     >>> import jax.numpy as jnp, jaxbo
@@ -79,17 +81,18 @@ def fixed_threshold(value: jax.typing.ArrayLike) -> Threshold:
 def quantile_threshold(
   level: jax.typing.ArrayLike, window: int, *, initial: jax.typing.ArrayLike = float("inf")
 ) -> Threshold:
-  """A threshold at a quantile of the last scores, for scores whose scale is not known.
+  """A threshold at a quantile of the last scores, for scores of unknown scale.
 
-  A score is compared with those before it, then joins them, exceeded or not: leaving the high ones
-  out would let the threshold sink for ever. So ``level`` is the share of all (active) scores that
-  should pass: for task switches the probability that a task stays, for distribution shifts the
-  share of in-distribution tasks among the switches.
+  The rule compares each score with the scores before it and then adds it to them, whether it
+  exceeded the threshold or not. If the rule left high scores out, the threshold would sink forever.
+  So ``level`` is the fraction of all (active) scores that should pass. For task switches it is the
+  probability that a task stays. For distribution shifts it is the fraction of switches that lead to
+  in-distribution tasks.
 
   Args:
-    level: in [0, 1].
-    window: how many of the last scores count, at least 1; the memory is that many numbers.
-    initial: the threshold until there are ``window`` scores.
+    level: the quantile, in [0, 1].
+    window: how many of the last scores count, at least 1. Memory: ``window`` numbers.
+    initial: the threshold until the window holds ``window`` scores.
 
   Returns:
     A :class:`Threshold`.
@@ -127,11 +130,11 @@ def quantile_threshold(
 
 
 class Thresholds(NamedTuple):
-  """What :func:`calibrate` found.
+  """The thresholds that :func:`calibrate` found.
 
   Attributes:
     switch: the threshold of the switch score, a float.
-    shift: that of the shift score.
+    shift: the threshold of the shift score, a float.
   """
 
   switch: float
@@ -146,32 +149,34 @@ def calibrate(
   rule: str = "midpoint",
   level: float = 0.95,
 ) -> Thresholds:
-  """Finds both thresholds from the scores of a validation stream whose truth is known.
+  """Finds both thresholds from the scores of a validation stream whose true changes are known.
 
-  Play the stream with :func:`jaxbo.meta.oracle_detector`, so that the scores are those of a learner
-  that restarts where it should, and give the history's ``detection.scores``. Make the stream of
-  validation classes: thresholds must not be chosen on the stream that is reported. The first round
-  has no previous task and does not count. Scores that are not finite do not count either.
+  Play the stream with :func:`jaxbo.meta.oracle_detector`, so that the learner restarts exactly
+  where it should. Then pass the history's ``detection.scores``. Build the stream from validation
+  classes: do not choose thresholds on the stream whose results you report. The first round has no
+  previous task, so it does not count; scores that are not finite do not count either.
 
-  This is our reading: the published thresholds are not known to us.
+  The rules are our choice: see Departures from the papers.
 
   Args:
     scores: a :class:`jaxbo.meta.Scores` with fields ``[rounds]``.
-    task_switch: ``[rounds]`` bool, the true switches.
-    out_of_distribution: ``[rounds]`` bool, whether the task is from another distribution than that
-      of the pre-training.
-    rule: for the switch. ``"midpoint"``: halfway between the medians with and without a switch.
-      ``"roc"``: where the rate of detections exceeds that of false alarms most (Youden's index);
-      halfway to the next score.
-    level: for the shift: the quantile of the scores at switches to in-distribution tasks.
+    task_switch: the true switches, ``[rounds]`` bool.
+    out_of_distribution: ``[rounds]`` bool: whether the task comes from a distribution other than
+      that of the pre-training.
+    rule: the rule for the switch threshold. ``"midpoint"``: halfway between the median scores with
+      and without a switch. ``"roc"``: where the detection rate exceeds the false-alarm rate most
+      (Youden's index), halfway to the next score.
+    level: the quantile, in [0, 1], of the scores at switches to in-distribution tasks that becomes
+      the shift threshold.
 
   Returns:
     The :class:`Thresholds`, for :func:`jaxbo.meta.threshold_detector`.
 
   Raises:
-    ValueError: for another ``rule``, a ``level`` outside [0, 1], shapes that differ, or a stream
-      without a round of each of the three kinds.
-    TypeError: if ``scores`` is something else, say a :class:`jaxbo.meta.Detection`.
+    ValueError: if ``rule`` is neither value, ``level`` is outside [0, 1], or shapes differ; if the
+      stream, after its first round, has no finite score with a switch, without a switch, or with a
+      switch to an in-distribution task.
+    TypeError: if ``scores`` is not a pair of scores, for example a :class:`jaxbo.meta.Detection`.
 
   Example:
     >>> import numpy as np, jaxbo

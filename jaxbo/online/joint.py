@@ -1,4 +1,4 @@
-"""A loop of both levels at once, for methods on :class:`jaxbo.Bilevel` parameters."""
+"""A loop that moves both levels at once, for methods on :class:`jaxbo.Bilevel` parameters."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,9 +17,9 @@ def joint(
 ) -> tuple[Callable[..., BilevelState], Callable[..., tuple[BilevelState, BilevelInfo]]]:
   """``(init, step)`` like :func:`jaxbo.bilevel_loop`, for a method that moves both levels itself.
 
-  Gradients of the outer loss go in as :class:`jaxbo.Bilevel`; ``update`` is given ``batch=``, the
-  batch of the inner loss, and ``outer_batch=``. The inner solution holds parameters and nothing
-  else, and there are no inner losses to report (``None``).
+  ``outer`` receives the gradients of the outer loss as a :class:`jaxbo.Bilevel`, the batch of the
+  inner loss as ``batch=``, and the batch of the outer loss as ``outer_batch=``. The inner solution
+  holds only parameters, and the inner losses in the report are ``None``.
   """
   differentiate = outer_gradients(outer_loss, outer, has_aux=has_aux, moves_both=True)
 

@@ -1,4 +1,4 @@
-"""The loop of an online bilevel method: a stream of rounds, as one scan."""
+"""The loop of an online bilevel method: a stream of rounds as one scan."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -23,9 +23,9 @@ class OnlineState(NamedTuple):
   Attributes:
     loop: the :class:`~jaxbo.bilevel.BilevelState`: ``x``, the inner solution, the state of the
       transformation.
-    round_count: the number of rounds played, int32; the ``t`` of the next one.
+    round_count: the number of rounds played, int32; also the ``t`` of the next round.
     stream_key: the base key of the stream, as raw key data.
-    window: the :class:`Window` of the last batches; ``()`` if none are kept.
+    window: the :class:`Window` of the last batches; ``()`` if the loop keeps none.
     metric_states: the states of the metrics, by name.
   """
 
@@ -49,7 +49,7 @@ class OnlineState(NamedTuple):
 class OnlineInfo(NamedTuple):
   """Diagnostics of one round of :func:`~jaxbo.online_loop`.
 
-  After a run they are of all rounds, with a leading axis.
+  ``run`` returns those of all rounds, stacked along a leading axis.
 
   Attributes:
     loop: the :class:`~jaxbo.bilevel.BilevelInfo`.
@@ -65,8 +65,8 @@ class Online(NamedTuple):
 
   Attributes:
     init: ``init(x, y0, stream, *, key=0) -> OnlineState``.
-    step: ``step(state, batch, **extra_args) -> (OnlineState, OnlineInfo)``, one round; extra
-      arguments go to the ``update`` of the transformation.
+    step: ``step(state, batch, **extra_args) -> (OnlineState, OnlineInfo)``, one round. Extra
+      arguments go to ``outer.update``.
     run: ``run(state, stream, num_rounds) -> (OnlineState, OnlineInfo)``, one ``lax.scan``.
   """
 
@@ -86,50 +86,56 @@ def online_loop(
   metrics: Mapping[str, OnlineMetric | Callable[[OnlineRound], Any]] | None = None,
   has_aux: bool = False,
 ) -> Online:
-  r"""The loop of an online bilevel method: play, see the losses, take a step of each level.
+  """Builds the loop of an online bilevel method: play, see the losses, take a step of each level.
 
-  In round :math:`t` the iterates :math:`(x_t, y_t)` are played, then :math:`f_t` and :math:`g_t`
-  become known: the losses on the batch of the round. A *stream* gives the batches:
-  ``stream(key, t) -> (train, val)``, or an :class:`~jaxbo.online.OnlineBatch`, is a pure function
-  of a constant base key and of the number of the round, int32 from 0, so that any round can be made
-  again. Random streams use ``jax.random.fold_in(key, t)``. A stream with data of its own is best a
-  ``jax.tree_util.Partial(function, data)``: given to a jitted function as an argument it brings the
-  data along, where a closure would copy them into the program.
+  In round :math:`t` the method plays :math:`(x_t, y_t)`. Then the round's batch reveals the losses
+  :math:`f_t` and :math:`g_t`.
 
-  A run of any number of rounds is one compiled scan. It goes on from a state, bit for bit: two runs
-  of 500 rounds are one of 1,000, whatever was saved and restored between them.
+  A *stream* gives the batches: ``stream(key, t)`` returns ``(train, val)`` or an
+  :class:`~jaxbo.online.OnlineBatch`. It is a pure function of a constant base key and the round
+  number ``t``, int32 from 0, so any round can be reproduced. Random streams use
+  ``jax.random.fold_in(key, t)``. A stream with its own data should be a
+  ``jax.tree_util.Partial(function, data)``. Pass it to a jitted function as an argument: the data
+  then travel with it, where a closure would copy the data into the program.
+
+  A run of any number of rounds is one compiled scan and continues from any state. Two runs of 500
+  rounds equal one run of 1,000, bit for bit, even with a save and restore in between.
 
   Args:
     outer_loss: the outer loss :math:`f`, ``outer_loss(x, y, batch) -> scalar``.
-    inner: the inner solver. ``num_steps=1`` with a warm start is the single loop. ``None``: the
-      transformation moves both levels.
+    inner: the inner solver. ``num_steps=1`` with a warm start gives the single loop. With ``None``
+      the transformation moves both levels.
     outer: an optax chain that begins with a response, or an alias: :func:`jaxbo.sobow`,
-      :func:`jaxbo.oagd`, :func:`jaxbo.ogd`, :func:`jaxbo.aid`. Without an inner solver a method on
-      :class:`jaxbo.Bilevel` parameters: :func:`jaxbo.sogd`, or a value-function method such as
-      :func:`jaxbo.f2sa`, which takes no second derivative.
-    hyper_at: where the hypergradient is taken. ``"after"``: at the inner parameters after the solve
-      of this round, :math:`(x_t, y_{t+1})`. ``"before"``: at :math:`(x_t, y_t)`, so that both
-      levels step at once; for responses that look at nothing but the inner parameters (implicit or
+      :func:`jaxbo.oagd`, :func:`jaxbo.ogd`, :func:`jaxbo.aid`. Without an inner solver, use a
+      method on :class:`jaxbo.Bilevel` parameters: :func:`jaxbo.sogd`, or a value-function method
+      such as :func:`jaxbo.f2sa`, which needs no second derivative.
+    hyper_at: where to take the hypergradient. ``"after"``: at :math:`(x_t, y_{t+1})`, after this
+      round's inner solve. ``"before"``: at :math:`(x_t, y_t)`, so both levels step at once; this
+      works only with responses that depend on nothing but the inner parameters (implicit or
       dropped).
-    window: how many of the last batches to keep, for :func:`jaxbo.average_over_batches` and
-      ``replay``. They are in the state: ``window`` copies of a batch.
-    replay: whether the inner solver runs on each batch in the window, from the oldest to the
-      newest, instead of on the newest alone. The ``start`` and ``info`` of the solution are those
-      of the newest.
-    metrics: by name, what to compute in every round: a function of the
+    window: how many of the last batches to keep in the state, for
+      :func:`jaxbo.average_over_batches` and ``replay``; at least 1. Memory: ``window`` copies of a
+      batch.
+    replay: whether the inner solver runs on every batch in the window, from the oldest to the
+      newest, instead of the newest alone. The solution's ``start`` and ``info`` describe the run on
+      the newest.
+    metrics: what to compute in every round, by name: a function of the
       :class:`~jaxbo.online.OnlineRound`, or an :class:`~jaxbo.online.OnlineMetric` such as
       :func:`jaxbo.online.local_regret`.
     has_aux: whether the outer loss returns ``(scalar, aux)``.
 
   Returns:
-    An :class:`~jaxbo.online.Online`: ``init``, ``step`` and ``run``, all pure. ``init`` asks the
-    stream for nothing but shapes. Wrap ``run`` in ``jax.jit`` with ``num_rounds`` static.
+    An :class:`~jaxbo.online.Online`: ``init``, ``step`` and ``run``, all pure. ``init`` only asks
+    the stream for shapes. Wrap ``run`` in ``jax.jit`` with ``num_rounds`` static.
 
   Raises:
-    ValueError: for another ``hyper_at``, ``window < 1``, ``replay`` without ``window``, a stream
-      that gives no pair, ``hyper_at="before"`` with a response that differentiates the run, and
-      these two without an inner solver.
-    TypeError: as :func:`jaxbo.bilevel_loop`; if a metric is no function.
+    ValueError: if ``hyper_at`` is neither value; if ``window < 1``; if ``replay`` is set without
+      ``window``; if ``replay`` or ``hyper_at="before"`` is set without an inner solver; if
+      ``hyper_at="before"`` meets a response that differentiates the inner run; if the stream
+      returns neither a pair nor an :class:`~jaxbo.online.OnlineBatch`; if the outer loss is not a
+      scalar, or ``outer`` does not begin with a response.
+    TypeError: if a function does not take its arguments; if a parameter is not a float; if a metric
+      is not a function.
 
   Example:
     >>> import jax, jax.numpy as jnp, jaxbo, optax
@@ -218,7 +224,7 @@ def online_loop(
 
 
 def _one_after_the_other(outer_loss, inner, outer, hyper_at, replay, has_aux):
-  """Inner solves and outer steps, in the order that ``hyper_at`` says."""
+  """Returns ``(init, play)``: an inner solve and an outer step, in the order of ``hyper_at``."""
   init, _ = bilevel_loop(outer_loss, inner, outer, has_aux=has_aux)
   respond = outer_step(outer_loss, outer, has_aux=has_aux)
 

@@ -22,8 +22,9 @@ class BatchAverageInfo(NamedTuple):
   """Diagnostics of :func:`~jaxbo.average_over_batches`.
 
   Attributes:
-    average_norm: norm of what came out, float32 at least.
-    num_finite: how many batches counted: those in the window whose hypergradient was finite, int32.
+    average_norm: norm of the output, float32 at least.
+    num_finite: how many batches in the window had a finite hypergradient, int32; the others do not
+      count.
   """
 
   average_norm: jax.Array
@@ -55,31 +56,32 @@ def average_over_batches(
     d_t = \frac1W \sum_{i=0}^{K-1} \eta^i h_{t-i}(x_t, y_{t+1}), \qquad
     h_s(x, y) = \nabla_x f_s - \nabla^2_{xy} g_s (\nabla^2_{yy} g_s)^{-1} \nabla_y f_s
 
-  Where :func:`jaxbo.window_average` keeps old gradients, this keeps old *batches* and evaluates
-  their hypergradients again: no delay from old iterates, for ``K`` times the work. The memory is
-  that of :func:`jaxbo.online_loop`, which gives it to ``update``.
+  :func:`jaxbo.window_average` keeps old gradients. This transformation keeps old *batches* and
+  evaluates their hypergradients again: old iterates cause no delay, at ``K`` times the work.
+  :func:`jaxbo.online_loop` stores the batches and passes them to ``update``.
 
-  Cost: the head, once for each batch in the window, and one gradient of the outer loss for each
-  but the newest, whose gradient comes in. Slots that are empty cost nothing. A linear solver with a
-  warm start goes from batch to batch, from the oldest to the newest and on to the next round.
+  Cost: one run of the head for each batch in the window, and one gradient of the outer loss for
+  each batch except the newest, whose gradient comes in. Empty slots cost nothing. A linear solver
+  with a warm start goes through the batches from the oldest to the newest, and on to the next
+  round.
 
   Args:
     head: a response, such as :func:`jaxbo.add_implicit_response`.
     outer_loss: the outer loss :math:`f`, ``outer_loss(x, y, batch) -> scalar``.
     decay: :math:`\eta` in (0, 1].
-    normalization: ``"present"``: :math:`W` sums over the batches that are there, as the published
-      code does; ``"full"``: over the whole window.
+    normalization: ``"present"``: :math:`W` sums over the batches in the window, as in the published
+      code. ``"full"``: :math:`W` sums over the whole window, full or not.
 
   Returns:
-    A transformation like ``head``, which stands first in the chain in its place. ``update`` must
-    be given ``window=`` beside what the head needs: a :class:`jaxbo.online.Window` of
+    A transformation that takes the place of ``head`` as the first in the chain. Its ``update``
+    requires the arguments of the head and ``window=``, a :class:`jaxbo.online.Window` of
     :class:`jaxbo.online.OnlineBatch` whose newest entry is the current batch. A batch whose
     hypergradient is not finite is left out.
 
   Raises:
-    ValueError: if ``decay`` is outside (0, 1], or for another ``normalization``.
-    TypeError: if ``head`` is no transformation, ``outer_loss`` does not take ``(x, y, batch)``, or
-      ``window=`` is missing.
+    ValueError: if ``decay`` is outside (0, 1], or ``normalization`` is neither value.
+    TypeError: if ``head`` is not a transformation, ``outer_loss`` does not take ``(x, y, batch)``,
+      or ``window=`` is missing.
 
   Example:
     >>> import jax, jax.numpy as jnp, jaxbo, optax
@@ -171,9 +173,10 @@ def oagd(
 ) -> optax.GradientTransformationExtraArgs:
   r"""OAGD: descent along the hypergradient of the window-smoothed loss at the current iterate.
 
-  It needs the last batches: ``jaxbo.online_loop(..., window=window)`` keeps them, and with
+  OAGD needs the last batches, which ``jaxbo.online_loop(..., window=window)`` keeps. With
   ``replay=True`` the inner solver runs once on each batch in the window, from the oldest to the
-  newest. The settings of the published code for loss tuning are
+  newest. The published code for loss tuning uses these settings (but its window does not reach back
+  past the start of an epoch):
 
   .. code-block:: python
 
@@ -188,24 +191,24 @@ def oagd(
     )
     loop = jaxbo.online_loop(outer_loss, inner, outer, window=5, replay=True)
 
-  (There the window does not reach back over the end of an epoch; here it does.)
-
   Args:
     learning_rate: a float or a schedule; or an optimizer in its place.
     inner: the inner solver.
-    outer_loss: the outer loss :math:`f`.
+    outer_loss: the outer loss :math:`f`, ``outer_loss(x, y, batch) -> scalar``.
     decay: :math:`\eta` in (0, 1].
-    linear_solver: as in :func:`jaxbo.add_implicit_response`; five steps of
-      :func:`jaxbo.conjugate_gradient` from zero if not given (our choice, that of
-      :func:`jaxbo.sobow` without its warm start).
-    inner_params: as in :func:`jaxbo.add_implicit_response`.
-    normalization: as in :func:`average_over_batches`.
+    linear_solver: solves the inner Hessian system: a solver such as :func:`jaxbo.neumann`, or any
+      callable ``(matvec, b, x0) -> (x, info)``. The default is ``conjugate_gradient(5)``, which
+      starts at zero (our choice: see Departures from the papers).
+    inner_params: the inner parameters, as arrays or ``jax.ShapeDtypeStruct``; only a linear solver
+      with a warm start needs them.
+    normalization: ``"present"``: :math:`W` sums over the batches in the window. ``"full"``:
+      :math:`W` sums over the whole window, full or not.
     project: the projection on :math:`X`, or ``None``.
 
   Returns:
     ``optax.chain(average_over_batches(add_implicit_response(...), ...),
-    optax.scale_by_learning_rate(learning_rate))``, and :func:`jaxbo.bilevel.project_params` if
-    there is a projection.
+    optax.scale_by_learning_rate(learning_rate))``, followed by :func:`jaxbo.bilevel.project_params`
+    if ``project`` is given.
 
   Example:
     >>> import jax, jax.numpy as jnp, jaxbo, optax
@@ -220,7 +223,9 @@ def oagd(
     1.49
 
   References:
-    As in :func:`average_over_batches`; the code is https://github.com/BojianHou/OAGD.
+    Tarzanagh, Nazari, Hou, Shen and Balzano, `Online Bilevel Optimization: Regret Analysis of
+    Online Alternating Gradient Methods <https://arxiv.org/abs/2207.02829>`_, 2024; code:
+    https://github.com/BojianHou/OAGD.
   """
   if linear_solver is None:
     linear_solver = linear_solvers.conjugate_gradient(5)
@@ -234,7 +239,7 @@ def oagd(
 def replay(
   inner: InnerSolver, x: optax.Params, solution: InnerSolution, window: Window
 ) -> InnerSolution:
-  """One solve on each batch in the window, from the oldest to the newest."""
+  """Solves once on each batch in the window, from the oldest to the newest."""
 
   def solve_old(solution, age):
     batch, present = window.get(age)

@@ -17,7 +17,7 @@ class Accumulated(NamedTuple):
   """The value of a metric that adds up.
 
   Attributes:
-    term: what this round added.
+    term: the amount that this round added.
     total: the sum over all rounds so far.
   """
 
@@ -42,31 +42,34 @@ def local_regret(
     \qquad
     R_{\text{current}} = \sum_t \Big\| \frac1W \sum_{i=0}^{K-1} \eta^i \nabla F_{t-i}(x_t) \Big\|^2
 
-  with :math:`\nabla F_s = 0` for :math:`s \le 0`. The first form is SOBOW's (as we read it), the
-  second that of OAGD and of Hazan et al.; for ``window=1`` they are equal. :math:`\nabla F_t` is
-  the *true* hypergradient, at :math:`y_t^*(x)`: the norm of a method's own estimate is no regret.
+  with :math:`\nabla F_s = 0` for :math:`s \le 0`. SOBOW uses the first form (our reading: see
+  Departures from the papers). OAGD and Hazan et al. use the second. For ``window=1`` the two are
+  equal. :math:`\nabla F_t` is the *true* hypergradient, at :math:`y_t^*(x)`: the norm of a method's
+  own estimate is not a regret.
 
-  With constraints the average :math:`d` is replaced by the projected gradient mapping
-  :math:`(x_t - P_X(x_t - a d)) / a` at the current iterate.
+  With constraints, the projected gradient mapping :math:`(x_t - P_X(x_t - a d)) / a` at the current
+  iterate replaces the average :math:`d`.
 
-  Cost a round: one hypergradient for ``"own"``, ``window`` of them for ``"current"``. Memory:
-  ``window`` copies of ``x``, or of a batch.
+  Cost of a round: one hypergradient for ``"own"``, ``window`` hypergradients for ``"current"``.
+  Memory: ``window`` copies of ``x`` for ``"own"``, of a batch for ``"current"``.
 
   Args:
     hypergradient: ``hypergradient(x, batch) -> dF/dx``, with the :class:`jaxbo.online.OnlineBatch`.
-    window: :math:`K \ge 1`; that of the regret, which need not be that of the method.
+    window: :math:`K \ge 1`, the window of the regret; the method may use another.
     decay: :math:`\eta` in (0, 1].
     at: ``"own"`` or ``"current"``.
-    normalization: as in :func:`jaxbo.window_average`.
+    normalization: ``"full"``: :math:`W` is constant. ``"present"``: :math:`W` sums over the rounds
+      in the window.
     project: the projection :math:`P_X`, or ``None``.
-    learning_rate: :math:`a > 0`; needed with ``project``.
+    learning_rate: :math:`a > 0`; required with ``project``.
 
   Returns:
-    An :class:`OnlineMetric` with values :class:`Accumulated`: the squared norm, and the regret.
+    An :class:`OnlineMetric` whose values are :class:`Accumulated`: ``term`` is the squared norm,
+    ``total`` the regret.
 
   Raises:
-    ValueError: if an argument is outside its range, or one of ``project`` and ``learning_rate`` is
-      given without the other.
+    ValueError: if an argument is outside its range, or only one of ``project`` and
+      ``learning_rate`` is given.
     TypeError: if ``hypergradient`` does not take ``(x, batch)``.
 
   Example:
@@ -110,7 +113,7 @@ def local_regret(
   def average_current(kept, round):
     kept = kept.push(round.batch._replace(extra=None))
     gradients = jax.vmap(lambda batch: hypergradient(round.x, batch))(kept.values)
-    # An empty slot holds no batch, so its gradient may be anything.
+    # An empty slot holds no batch: its gradient is meaningless and must not count.
     missing = lambda leaf: kept.present.reshape(-1, *[1] * (leaf.ndim - 1))
     gradients = jax.tree.map(lambda leaf: jnp.where(missing(leaf), leaf, 0), gradients)
     return kept, kept._replace(values=gradients).average(decay, normalization)
@@ -132,25 +135,26 @@ def local_regret(
 def path_length(
   change: Callable[[OnlineBatch, OnlineBatch], jax.Array], power: float | int = 1
 ) -> OnlineMetric:
-  r"""How much the problem changes in all, for problems that know by how much in a round.
+  r"""The total change of a problem that knows how much it changes in each round.
 
   .. math:: \sum_{t=2}^T \text{change}(\xi_t, \xi_{t-1})^p
 
-  Two of them stand in the regret bounds of online bilevel optimization:
+  The regret bounds of online bilevel optimization contain two such sums:
 
   .. math::
     H_{p,T} = \sum_{t=2}^T \sup_x \|y_t^*(x) - y_{t-1}^*(x)\|^p, \qquad
     V_T = \sum_{t=2}^T \sup_x |F_t(x) - F_{t-1}(x)|
 
-  so ``change`` is the distance of the inner minima, or of the outer values, of two batches.
+  so ``change`` is the distance between the inner minima, or between the outer values, of two
+  batches.
 
   Args:
-    change: ``change(batch, last_batch) -> scalar``, with :class:`jaxbo.online.OnlineBatch` without
-      ``extra``.
+    change: ``change(batch, last_batch) -> scalar``; each batch is a
+      :class:`jaxbo.online.OnlineBatch` without ``extra``.
     power: :math:`p > 0`; 2 in :math:`H_{2,T}`.
 
   Returns:
-    An :class:`OnlineMetric` with values :class:`Accumulated`; the first round adds zero.
+    An :class:`OnlineMetric` whose values are :class:`Accumulated`; the first round adds zero.
 
   Raises:
     ValueError: if ``power`` is not positive.

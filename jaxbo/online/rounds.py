@@ -1,4 +1,4 @@
-"""A round of an online problem: what a stream gives, and what metrics see of it."""
+"""A round of an online problem: what a stream returns, and what metrics see."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,12 +11,12 @@ from jaxbo.bilevel.loop import BilevelInfo, BilevelState
 
 
 class OnlineBatch(NamedTuple):
-  """What a stream gives in a round.
+  """What a stream returns in one round.
 
   Attributes:
     train: the batch of the inner loss.
     val: the batch of the outer loss.
-    extra: anything else, for metrics; it is not kept in the memory.
+    extra: any other data, for metrics; the loop does not keep it in the window.
   """
 
   train: Any
@@ -25,7 +25,7 @@ class OnlineBatch(NamedTuple):
 
 
 class OnlineMetric(NamedTuple):
-  """A metric that remembers.
+  """A metric with a state.
 
   Attributes:
     init: ``init(x, y, batch) -> state``, where ``batch`` is an :class:`OnlineBatch` of shapes.
@@ -37,7 +37,7 @@ class OnlineMetric(NamedTuple):
 
 
 class OnlineRound(NamedTuple):
-  """A round that was played, as metrics see it.
+  """A round after it was played, as metrics see it.
 
   Attributes:
     t: the number of the round, int32 from 0.
@@ -67,7 +67,7 @@ class OnlineRound(NamedTuple):
 
 
 def as_batch(batch: Any) -> OnlineBatch:
-  """What a stream gave, as an :class:`OnlineBatch`: a pair, or whatever has its fields."""
+  """Makes an :class:`OnlineBatch` of a stream's output: a pair, or any object with the fields."""
   if isinstance(batch, OnlineBatch):
     return batch
   if all(hasattr(batch, name) for name in OnlineBatch._fields):

@@ -1,4 +1,4 @@
-"""SOBOW and online gradient descent, from their parts."""
+"""SOBOW and online gradient descent, built from their parts."""
 
 from typing import Any
 
@@ -35,27 +35,26 @@ def sobow(
     x_{t+1} &= P_X\big(x_t - \beta d_t\big), \qquad
       d_t = \frac1W \sum_{i=0}^{K-1} \eta^i h_{t-i}
 
-  The losses may change in every round, and old ones are never needed: the window keeps gradients,
-  where OAGD (:func:`jaxbo.oagd`) keeps data. With ``window=1`` it is plain online AID. The loop
-  around it is :func:`jaxbo.online_loop`.
+  The losses may change in every round. SOBOW never needs old losses: its window keeps gradients,
+  where OAGD (:func:`jaxbo.oagd`) keeps data. With ``window=1`` it is plain online AID. Run it in
+  the loop of :func:`jaxbo.online_loop`.
 
-  The single loop is a solver with ``optax.sgd(alpha)``, ``num_steps=1`` and a warm start. More
-  steps are allowed: :math:`y` then follows more closely, for as many gradients.
+  For the single loop, give the inner solver ``optax.sgd(alpha)``, ``num_steps=1`` and a warm start.
+  More inner steps make :math:`y` follow more closely; each costs one more gradient.
 
-  A round with one inner step costs one gradient of :math:`g`, one of :math:`f`, one linearisation
-  of :math:`\nabla_y g` with the products of the linear solver (:math:`M`, and one for the residual
-  of a warm start), and one mixed product. Memory: ``window`` copies of ``x``, and :math:`v`.
+  Cost of a round with one inner step: one gradient of :math:`g`, one of :math:`f`, one
+  linearization of :math:`\nabla_y g`, the :math:`M` products of the linear solver (and one for the
+  residual of a warm start), and one mixed product. Memory: ``window`` copies of ``x``, and
+  :math:`v`.
 
-  What the paper fixes and what is our reading: the window, its constant :math:`W`, the single inner
-  step and conjugate gradient with a few steps (five) are stated in the paper or in restatements of
-  it. The text of the algorithm was not available to us, so these are readings, each with its
-  switch:
+  Three details are our reading, and each can be changed; see Departures from the papers:
 
   * the hypergradient is taken *after* the inner step; ``jaxbo.online_loop(..., hyper_at="before")``
     takes it at :math:`(x_t, y_t)`;
-  * the linear system starts at the last solution; without ``warm_start`` it starts at zero;
-  * the number of its steps is constant; a tolerance that falls with time is
-    ``optax.inject_hyperparams`` around the response, in place of this alias:
+  * the linear system starts at the last solution; a linear solver without ``warm_start`` starts at
+    zero;
+  * the number of linear steps is constant. For a tolerance that falls with time, replace this alias
+    by its parts, with ``optax.inject_hyperparams`` around the response:
 
   .. code-block:: python
 
@@ -70,35 +69,41 @@ def sobow(
     )
 
   Where the inner Hessian is not positive definite, conjugate gradient stops at the last good
-  iterate and says so (``linear_breakdown`` in the :class:`jaxbo.bilevel.ImplicitInfo` of the
-  state); give it ``damping``. What is not finite never enters the window: a response that is not
-  counts as zero (``finite``), so that :math:`\nabla_x f_t` enters alone, and a
-  :math:`\nabla_x f_t` that is not leaves an empty slot (:func:`jaxbo.window_average`).
+  iterate and sets ``linear_breakdown`` in the :class:`jaxbo.bilevel.ImplicitInfo` of the state. The
+  remedy is ``damping``. Numbers that are not finite never enter the window. A response that is not
+  finite counts as zero (``finite``), so :math:`\nabla_x f_t` enters alone. A :math:`\nabla_x f_t`
+  that is not finite leaves an empty slot.
 
   Args:
-    learning_rate: :math:`\beta`, a float or a schedule; or an optimizer in its place. Mind the
-      delay of the window: see :func:`jaxbo.window_average` for the limits of stability.
+    learning_rate: :math:`\beta`, a float or a schedule; or an optimizer in its place. The window
+      adds delay; :func:`jaxbo.window_average` gives the limits of stability.
     inner: the inner solver.
     window: :math:`K \ge 1`. The regret bound :math:`T / W + V_T + H_{2,T}` needs :math:`W` to grow
-      with :math:`T`, so both :math:`K \to \infty` and :math:`\eta \to 1`, say
-      :math:`K = \lceil \sqrt T \rceil` and :math:`\eta = 1 - 1 / K`.
+      with :math:`T`, so both :math:`K \to \infty` and :math:`\eta \to 1`, for example :math:`K =
+      \lceil \sqrt T \rceil` and :math:`\eta = 1 - 1 / K`.
     decay: :math:`\eta` in (0, 1].
-    linear_solver: as in :func:`jaxbo.add_implicit_response`; ``conjugate_gradient(5,
-      warm_start=True)`` if not given.
-    inner_params: the inner parameters, as arrays or ``jax.ShapeDtypeStruct``; needed by a linear
-      solver with a warm start, and so by the default.
-    normalization: as in :func:`jaxbo.window_average`.
-    storage_dtype: as there.
-    project: the projection :math:`P_X`, or ``None``. The first ``x`` must be inside.
+    linear_solver: solves for :math:`v_t`: a solver such as :func:`jaxbo.conjugate_gradient`, or any
+      callable ``(matvec, b, x0) -> (x, info)``. The default is ``conjugate_gradient(5,
+      warm_start=True)``.
+    inner_params: the inner parameters, as arrays or ``jax.ShapeDtypeStruct``. A linear solver with
+      a warm start needs them, and the default is one.
+    normalization: ``"full"``: :math:`W` is constant, so the first steps are short. ``"present"``:
+      :math:`W` sums over the gradients in the window.
+    storage_dtype: the floating-point dtype of the stored gradients; by default that of the
+      parameters.
+    project: the projection :math:`P_X`, or ``None``. The first ``x`` must lie in :math:`X`.
 
   Returns:
     ``optax.chain(add_implicit_response(...), window_average(...),
-    optax.scale_by_learning_rate(learning_rate))``, and :func:`jaxbo.bilevel.project_params` if
-    there is a projection. With :math:`\frac12 \|\cdot\|^2` as the mirror map, the step of OBBO is
-    the same.
+    optax.scale_by_learning_rate(learning_rate))``, followed by :func:`jaxbo.bilevel.project_params`
+    if ``project`` is given. OBBO with the mirror map :math:`\frac12 \|\cdot\|^2` takes the same
+    step.
 
   Raises:
-    ValueError: as :func:`jaxbo.add_implicit_response` and :func:`jaxbo.window_average`.
+    ValueError: if ``window < 1``, ``decay`` is outside (0, 1] or ``normalization`` is neither
+      value; if the linear solver warm-starts and ``inner_params`` is missing.
+    TypeError: if ``linear_solver`` does not take ``(matvec, b, x0)``; if ``window`` is not an int
+      or ``storage_dtype`` is not a floating-point type.
 
   Example:
     >>> import jax, jax.numpy as jnp, jaxbo, optax
@@ -134,23 +139,23 @@ def sobow(
 def ogd(
   learning_rate: LearningRate, *, project: Projection | None = None
 ) -> optax.GradientTransformationExtraArgs:
-  r"""Online gradient descent: each level follows its own gradient, and the response is dropped.
+  r"""Online gradient descent: each level follows its own gradient and drops the response.
 
   .. math:: y_{t+1} = y_t - \alpha \nabla_y g_t, \qquad x_{t+1} = P_X(x_t - \beta \nabla_x f_t)
 
-  The baseline that any online bilevel method has to beat. Where :math:`f` does not depend on
-  :math:`x` directly, as in hyperparameter optimisation, :math:`x` stays where it is and what is
-  left is single-level descent on :math:`g_t` with fixed hyperparameters, which is the baseline
-  "OGD" of the published code of OAGD; a ``learning_rate`` of zero says so for any :math:`f`.
+  Every online bilevel method has to beat this baseline. In hyperparameter optimization :math:`f`
+  often does not depend on :math:`x` directly. Then :math:`x` never moves, and the method is
+  single-level descent on :math:`g_t` with fixed hyperparameters: the baseline "OGD" in the
+  published code of OAGD. A ``learning_rate`` of zero gives that baseline for any :math:`f`.
 
   Args:
     learning_rate: :math:`\beta`, a float or a schedule; or an optimizer in its place. The inner
-      step is that of the solver.
+      solver sets the inner step :math:`\alpha`.
     project: the projection :math:`P_X`, or ``None``.
 
   Returns:
-    ``optax.chain(drop_response(), optax.scale_by_learning_rate(learning_rate))``, and
-    :func:`jaxbo.bilevel.project_params` if there is a projection.
+    ``optax.chain(drop_response(), optax.scale_by_learning_rate(learning_rate))``, followed by
+    :func:`jaxbo.bilevel.project_params` if ``project`` is given.
 
   Example:
     >>> import jax.numpy as jnp, jaxbo
@@ -170,6 +175,6 @@ def ogd(
 def online_tail(
   learning_rate: LearningRate, project: Projection | None
 ) -> list[optax.GradientTransformation]:
-  """A learning rate, and the projection if there is one."""
+  """Returns a learning rate, and the projection if there is one."""
   tail: list[optax.GradientTransformation] = [optimizer(learning_rate)]
   return tail if project is None else [*tail, project_params(project)]

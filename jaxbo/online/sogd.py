@@ -16,7 +16,7 @@ from jaxbo.bilevel.value_function import check_update
 
 
 class Triple(NamedTuple):
-  """Something for each of the three variables of SOGD.
+  """One value for each of the three variables of SOGD.
 
   Attributes:
     outer: for :math:`x`.
@@ -33,9 +33,9 @@ class CorrectedResponseInfo(NamedTuple):
   """Diagnostics of :func:`~jaxbo.add_corrected_response`.
 
   Attributes:
-    direction_norm: norm of what came out for both levels, float32 at least.
-    finite: whether all that was computed was; if not, the round did not count: zeros came out, and
-      the rest of the state is as it was.
+    direction_norm: norm of the output for both levels, float32 at least.
+    finite: whether every result of the round was finite. If not, the round does not count: the
+      output is zero and the rest of the state stays unchanged.
   """
 
   direction_norm: jax.Array
@@ -47,8 +47,8 @@ class CorrectedResponseState(NamedTuple):
 
   Attributes:
     linear_iterate: the iterate :math:`v` of the linear system, float32 at least.
-    last_iterates: where the last round was played, a :class:`jaxbo.Bilevel` and its ``v``.
-    last_directions: the corrected directions of the last round.
+    last_iterates: the :class:`Triple` :math:`(x, y, v)` at which the last round was played.
+    last_directions: the corrected directions of the last round, a :class:`Triple`.
     correction_count: the number of rounds that counted, int32.
     info: the :class:`CorrectedResponseInfo` of the last update.
   """
@@ -68,7 +68,7 @@ def add_corrected_response(
   correction: optax.ScalarOrSchedule,
   radius: float | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-  r"""Adds the response by a single step for the linear system, all with momentum corrections.
+  r"""Adds the response by one step for the linear system, with momentum corrections throughout.
 
   .. math::
     D^y = \nabla_y g_t, \qquad D^v = \nabla^2_{yy} g_t\, v - \nabla_y f_t, \qquad
@@ -78,28 +78,29 @@ def add_corrected_response(
     d^u_t = D^u_t(z_t) + (1 - c_t) \big(d^u_{t-1} - D^u_t(z_{t-1})\big), \quad u \in \{x, y, v\},
     \qquad v_{t+1} = P_{\|v\| \le p}(v_t - \delta_t d^v_t)
 
-  with :math:`z = (x, y, v)`. Both terms of a correction are on the batch of this round, so the
-  noise of a direction shrinks without a window and without old batches. With :math:`c = 1` nothing
-  is corrected. The paper has :math:`-v` for :math:`v`.
+  with :math:`z = (x, y, v)`. Both terms of a correction use the batch of this round, so the noise
+  of a direction shrinks without a window and without old batches. :math:`c = 1` switches the
+  correction off. The paper writes :math:`-v` for our :math:`v`.
 
-  Cost: two gradients of the outer loss, the caller's included, and two gradients of the inner loss
-  with a product of their Jacobian each, which gives :math:`\nabla^2_{xy} g\, v` and
-  :math:`\nabla^2_{yy} g\, v` at once. Memory: two copies of ``x`` and ``y`` and three of ``v``.
+  Cost: two gradients of the outer loss, including the caller's, and two gradients of the inner
+  loss. Each inner gradient comes with one product with its Jacobian, which gives
+  :math:`\nabla^2_{xy} g\, v` and :math:`\nabla^2_{yy} g\, v` at once. Memory: two copies of ``x``
+  and ``y`` and three of ``v``.
 
   Args:
     inner_loss: the inner loss :math:`g`, ``inner_loss(x, y, batch) -> scalar``.
-    outer_loss: the outer loss :math:`f`, the same.
-    linear_learning_rate: :math:`\delta_t`, a float or a schedule.
-    correction: :math:`c_t` in [0, 1], a float or a schedule; one for the three variables, where
-      the paper has three of the same order.
-    radius: :math:`p`, a bound of :math:`\|v\|` such as the gradient bound of ``f`` over the
-      convexity of ``g``; ``None`` for no bound.
+    outer_loss: the outer loss :math:`f`, ``outer_loss(x, y, batch) -> scalar``.
+    linear_learning_rate: :math:`\delta_t > 0`, a float or a schedule.
+    correction: :math:`c_t` in [0, 1], a float or a schedule. One value serves all three variables
+      (the paper has three: see Departures from the papers).
+    radius: :math:`p > 0`, a bound on :math:`\|v\|`, such as the gradient bound of ``f`` divided by
+      the strong convexity of ``g``; ``None`` for no bound.
 
   Returns:
-    A transformation of :class:`jaxbo.Bilevel` gradients of :math:`f` at :math:`(x, y)` to the
-    directions :math:`(d^x, d^y)`; it stands first in the chain. ``update`` must be given
-    ``params``, ``batch=`` and ``outer_batch=``, which :func:`jaxbo.online_loop` without an inner
-    solver does.
+    A transformation from :class:`jaxbo.Bilevel` gradients of :math:`f` at :math:`(x, y)` to the
+    directions :math:`(d^x, d^y)`, the first in the chain. Its ``update`` requires ``params``,
+    ``batch=`` and ``outer_batch=``; :func:`jaxbo.online_loop` without an inner solver passes all
+    three.
 
   Raises:
     ValueError: if a number is outside its range.
@@ -165,7 +166,7 @@ def add_corrected_response(
     keep = jnp.where(count > 0, 1 - _schedule.value_at(correction, count, dtype), 0)
     now = directions(here, grads)
     then = directions(last, outer_grad(Bilevel(last.outer, last.inner)))
-    # The first round has nothing to correct, whatever the losses are at zero.
+    # The first round has nothing to correct; the losses at zero must not matter, even if NaN.
     offset = optax.tree.sub(state.last_directions, then)
     corrected = _tree.where(keep > 0, _tree.add_scaled(now, keep, offset), now)
     step = _schedule.value_at(linear_learning_rate, count, dtype)
@@ -209,18 +210,19 @@ def sogd(
 ) -> optax.GradientTransformationExtraArgs:
   r"""SOGD: descent of both levels along :func:`add_corrected_response`.
 
-  A single loop without a window: of all methods here it does the least work in a round. It moves
-  both levels itself, so the loop is ``jaxbo.online_loop(outer_loss, None, sogd(...))``. In the
-  theory the learning rates fall like :math:`t^{-1/3}` and the correction like their square.
+  SOGD is a single loop without a window, and does the least work in a round of all the online
+  methods here. It moves both levels itself, so use ``jaxbo.online_loop(outer_loss, None,
+  sogd(...))``. In the theory the learning rates fall like :math:`t^{-1/3}`, and the correction like
+  their square.
 
   Args:
     outer_learning_rate: a float or a schedule for :math:`x`, or an optimizer.
-    inner_learning_rate: the same for :math:`y`.
-    inner_loss: the inner loss :math:`g`.
-    outer_loss: the outer loss :math:`f`.
-    linear_learning_rate: as in :func:`add_corrected_response`.
-    correction: as there.
-    radius: as there.
+    inner_learning_rate: a float or a schedule for :math:`y`, or an optimizer.
+    inner_loss: the inner loss :math:`g`, ``inner_loss(x, y, batch) -> scalar``.
+    outer_loss: the outer loss :math:`f`, ``outer_loss(x, y, batch) -> scalar``.
+    linear_learning_rate: the step :math:`\delta_t > 0` for :math:`v`, a float or a schedule.
+    correction: :math:`c_t` in [0, 1], a float or a schedule; 1 switches the correction off.
+    radius: :math:`p > 0`, a bound on :math:`\|v\|`, or ``None``.
     project_outer: the projection on :math:`X`, or ``None``.
     project_inner: the projection on :math:`Y`, or ``None``.
 
@@ -242,7 +244,8 @@ def sogd(
     1.49
 
   References:
-    As in :func:`add_corrected_response`.
+    SOGD, `2511.01126 <https://arxiv.org/abs/2511.01126>`_, 2025; Cutkosky and Orabona,
+    `Momentum-Based Variance Reduction in Non-Convex SGD <https://arxiv.org/abs/1905.10018>`_, 2019.
   """
   head = add_corrected_response(
     inner_loss,

@@ -1,4 +1,4 @@
-"""The last few values of a stream, and their weighted average: SOBOW's window."""
+"""The last few values of a stream and their weighted average: SOBOW's window."""
 
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ class Window(NamedTuple):
   """The last ``size`` values of a stream, in a ring buffer.
 
   Attributes:
-    values: leaves ``[size, ...]``; a value replaces the oldest one where it stands.
+    values: leaves ``[size, ...]``; a new value overwrites the oldest in place.
     present: which slots hold a value, ``[size]`` bool.
     newest: the slot of the newest value, int32.
   """
@@ -32,7 +32,7 @@ class Window(NamedTuple):
     return (self.newest - jnp.arange(self.size, dtype=jnp.int32)) % self.size
 
   def push(self, value: Any, present: Any = True) -> "Window":
-    """Replaces the oldest value; with ``present=False`` its slot counts as empty."""
+    """Replaces the oldest value; with ``present=False`` the new slot counts as empty."""
     newest = (self.newest + 1) % self.size
     put = lambda slots, leaf: jax.lax.dynamic_update_index_in_dim(
       slots, jnp.asarray(leaf, slots.dtype), newest, axis=0
@@ -43,20 +43,20 @@ class Window(NamedTuple):
     )
 
   def get(self, age: jax.typing.ArrayLike) -> tuple[Any, jax.Array]:
-    """The value of a given age, from 0 to ``size - 1``, and whether there is one."""
+    """Returns the value of a given age, from 0 to ``size - 1``, and whether the slot holds one."""
     slot = (self.newest - age) % self.size
     take = lambda slots: jax.lax.dynamic_index_in_dim(slots, slot, keepdims=False)
     return jax.tree.map(take, self.values), take(self.present)
 
   def weights(self, decay: jax.typing.ArrayLike, normalization: str, dtype: Any) -> jax.Array:
-    r"""The weights :math:`\eta^i / W` of the slots, ``[size]``; zero where there is no value."""
+    r"""Returns the weights :math:`\eta^i / W` of the slots, ``[size]``; empty slots get zero."""
     weights = jnp.asarray(decay, dtype) ** self.ages().astype(dtype)
     present = jnp.where(self.present, weights, 0)
     total = jnp.sum(weights if normalization == "full" else present)
     return present / jnp.where(total > 0, total, 1)
 
   def average(self, decay: jax.typing.ArrayLike, normalization: str) -> Any:
-    """The weighted average of the values, in float32 at least."""
+    """Returns the weighted average of the values, in float32 at least."""
 
     def one(slots):
       dtype = jnp.promote_types(slots.dtype, jnp.float32)
@@ -68,7 +68,7 @@ class Window(NamedTuple):
 
 
 def empty_window(like: Any, size: int, dtype: Any = None) -> Window:
-  """A window without values, for values like ``like``; sharded like it along the other axes."""
+  """Returns a window without values, for values shaped and sharded like ``like``."""
 
   def slots(leaf):
     if isinstance(leaf, jax.ShapeDtypeStruct):
@@ -91,8 +91,8 @@ class WindowAverageInfo(NamedTuple):
   r"""Diagnostics of :func:`~jaxbo.window_average`.
 
   Attributes:
-    average_norm: norm of what came out, :math:`\|d_t\|`, float32 at least.
-    num_present: how many gradients are in the window, int32.
+    average_norm: norm of the output, :math:`\|d_t\|`, float32 at least.
+    num_present: how many gradients the window holds, int32.
     finite: whether the incoming gradient was finite; if not, its slot is empty.
   """
 
@@ -127,24 +127,23 @@ def window_average(
     d_t = \frac1W \sum_{i=0}^{K-1} \eta^i h_{t-i}, \qquad W = \sum_{i=0}^{K-1} \eta^i, \qquad
     h_s = 0 \text{ for } s \le 0
 
-  Each :math:`h_s` is the gradient of round ``s`` at the parameters of round ``s``: nothing is
-  evaluated again, so no old data is needed. Behind a response this is the step of SOBOW
-  (:func:`jaxbo.sobow`), but any gradient will do.
+  Each :math:`h_s` is the gradient of round ``s`` at the parameters of round ``s``. The window never
+  evaluates a gradient again, so it needs no old data. After a response, this is the step of SOBOW
+  (:func:`jaxbo.sobow`); any other gradient works too.
 
-  It reduces the variance of independent noise by :math:`\sum_i \eta^{2i} / W^2`, which is
-  :math:`1 / K` without decay. The price is delay: on a quadratic of curvature :math:`h`, gradient
-  descent behind it is stable for learning rates below :math:`K (1 - \cos(\pi / K)) / h` only
-  (``decay=1``), about :math:`\pi^2 / (2 K h)`, where the plain gradient allows :math:`2 / h`. A
-  strong decay has no such cost. Without noise the window gains nothing.
+  The average scales the variance of independent noise by :math:`\sum_i \eta^{2i} / W^2`, which is
+  :math:`1 / K` without decay. The price is delay. On a quadratic of curvature :math:`h`, the plain
+  gradient is stable for learning rates below :math:`2 / h`. The averaged gradient with ``decay=1``
+  is stable only below :math:`K (1 - \cos(\pi / K)) / h`, about :math:`\pi^2 / (2 K h)`. A strong
+  decay avoids this cost. Without noise the window gains nothing.
 
-  The sum is computed anew in each update, so that no error builds up. It equals the recursion
-  :math:`d_t = h_t / W + \eta d_{t-1} - (\eta^K / W) h_{t-K}`, and becomes the exponential average
-  :math:`(1 - \eta) h_t + \eta d_{t-1}` for :math:`K \ge t`, :math:`W = 1 / (1 - \eta)`.
+  Each update computes the sum anew, so no error builds up. The sum equals the recursion :math:`d_t
+  = h_t / W + \eta d_{t-1} - (\eta^K / W) h_{t-K}`. It becomes the exponential average :math:`(1 -
+  \eta) h_t + \eta d_{t-1}` for :math:`K \ge t`, :math:`W = 1 / (1 - \eta)`.
 
-  A gradient that is not finite never enters: its round counts as one without a gradient, for all
-  leaves alike. Its slot is empty (zeros), the older gradients age as always, and what comes out is
-  their average; ``info.finite`` says so. If this goes on, the output is zero after
-  ``window`` rounds.
+  A gradient that is not finite in any leaf never enters (``info.finite``). Its round leaves an
+  empty slot of zeros, the older gradients age as usual, and the output is their average. After
+  ``window`` such rounds in a row the output is zero.
 
   Cost: one pass over the window. Memory: ``window`` copies of the parameters, in ``storage_dtype``.
 
@@ -152,17 +151,18 @@ def window_average(
     window: :math:`K \ge 1`, a static int; 1 passes the gradient on.
     decay: :math:`\eta` in (0, 1].
     normalization: ``"full"``: :math:`W` is constant, so the first steps are short. ``"present"``:
-      :math:`W` sums over the gradients that are there, which changes the first ``window - 1`` steps
-      and those after a gradient that was not finite. Papers that restate SOBOW have the former.
-    storage_dtype: what gradients are stored in, say ``jnp.bfloat16`` to halve the memory; sums are
-      in float32 at least. By default the dtypes of the parameters.
+      :math:`W` sums over the gradients in the window. The two differ in the first ``window - 1``
+      steps and after a gradient that was not finite. Papers that restate SOBOW use ``"full"``.
+    storage_dtype: the dtype of the stored gradients, for example ``jnp.bfloat16`` to halve the
+      memory; sums are in float32 at least. The default is the dtypes of the parameters.
 
   Returns:
     A transformation; the output has the dtypes of the input.
 
   Raises:
-    ValueError: if ``window < 1``, or ``decay`` is outside (0, 1], or for another ``normalization``.
-    TypeError: if ``window`` is no Python int, or ``storage_dtype`` no floating-point type.
+    ValueError: if ``window < 1``, ``decay`` is outside (0, 1], or ``normalization`` is neither
+      value.
+    TypeError: if ``window`` is not a Python int, or ``storage_dtype`` is not a floating-point type.
 
   Example:
     >>> import jax.numpy as jnp, jaxbo

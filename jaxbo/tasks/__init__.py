@@ -6,7 +6,7 @@
 
 **Streams of tasks** for :func:`jaxbo.meta.online_meta_learner`: :func:`osaka_stream`, few-shot
 tasks that change without notice; :func:`moving_gaussian_stream` and
-:func:`jumping_gaussian_stream`, whose answers are known exactly.
+:func:`jumping_gaussian_stream`, whose best answers are known exactly.
 """
 
 from jaxbo.tasks.episodes import Episode, sample_episode

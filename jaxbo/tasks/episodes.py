@@ -12,16 +12,17 @@ from jaxbo import _check, _random
 
 
 class Episode(NamedTuple):
-  """One few-shot task: a small classification problem to learn, and what to judge it by.
+  """One few-shot task: a small classification problem to learn, with data to judge the learner.
 
-  Rows are in the order of their labels: row ``i`` has label ``i // num_shots`` in the support set
-  and ``i // num_queries`` in the query set.
+  Rows are ordered by label: row ``i`` has label ``i // num_shots`` in the support set and ``i //
+  num_queries`` in the query set.
 
   Attributes:
-    support_images: what the task is learnt from, ``[num_ways * num_shots, ...]``, dtype of the
+    support_images: the images to learn from, ``[num_ways * num_shots, ...]``, with the dtype of the
       images.
     support_labels: ``[num_ways * num_shots]``, int32 in ``[0, num_ways)``.
-    query_images: what the learner is judged by, ``[num_ways * num_queries, ...]``.
+    query_images: the images that judge the learner, ``[num_ways * num_queries, ...]``, with the
+      dtype of the images.
     query_labels: ``[num_ways * num_queries]``, int32 in ``[0, num_ways)``.
   """
 
@@ -41,48 +42,50 @@ def sample_episode(
   num_rotations: int = 1,
   counts: jax.typing.ArrayLike | None = None,
 ) -> Episode:
-  r"""Draws an N-way K-shot episode: classes, then images of each, all without replacement.
+  """Draws an N-way K-shot episode: classes, then images of each, all without replacement.
 
-  The ``num_ways`` classes are a uniform draw in random order, so that a label says nothing about
-  its class. Of each class, ``num_shots + num_queries`` different images are drawn uniformly; the
-  first ``num_shots`` are the support set, the others the query set. The episode depends on nothing
-  but the key and the arguments: a meta-batch of tasks is ``jax.vmap`` over keys.
+  The ``num_ways`` classes are drawn uniformly, in random order, so a label says nothing about its
+  class. For each class, ``num_shots + num_queries`` different images are drawn uniformly. The first
+  ``num_shots`` form the support set, the others the query set. The episode depends only on the key
+  and the arguments: for a meta-batch of tasks, use ``jax.vmap`` over keys.
 
   With ``num_rotations=4`` each pair (class, quarter turn) is a class of its own, as is usual for
-  Omniglot: there are four times as many classes, an episode may hold the same character at two
-  turns, under two labels, and all images of one episode class have the same turn. (learn2learn's
-  ``RandomClassRotation`` differs: it draws characters without replacement and then a turn for each,
-  so that no character meets itself.) Use it for characters, where a turned character is as good as
-  a new one; a turned dog is still a dog.
+  Omniglot. There are then four times as many classes. An episode may hold the same character at two
+  turns, under two labels; all images of one episode class have the same turn. (learn2learn's
+  ``RandomClassRotation`` differs: see Departures from the papers.) Use rotations for characters,
+  where a turned character is as good as a new one. A turned dog is still a dog.
 
-  The cost is ``classes * num_rotations + num_ways * per_class`` random numbers and a gather of the
-  episode's images. Memory beside ``images`` is that of the episode, with rotations up to
-  ``num_rotations`` times.
+  Cost: ``classes * num_rotations + num_ways * per_class`` random numbers, and a gather of the
+  episode's images. Memory besides ``images``: one episode, with rotations up to ``num_rotations``
+  episodes.
 
   Args:
     key: an int, a raw key array or a typed key.
-    images: ``[classes, per_class, ...]`` of any dtype. Pixels are not touched: uint8 stays uint8
-      and is normalised by the caller. Put the array on the device once, and give it to a jitted
-      function as an argument; a closure would copy it into the program.
-    num_ways: classes in the episode, N in the papers; at least 1 and at most as many as there are.
-    num_shots: support images of each class, K in the papers; at least 1.
-    num_queries: query images of each class; at least 1.
-    num_rotations: 1 to 4; each class comes in this many versions, turned counter-clockwise by 0,
-      90, ... degrees. Above 1 images must be square, ``[classes, per_class, size, size, ...]``.
+    images: ``[classes, per_class, ...]`` of any dtype. The pixels do not change: uint8 stays uint8,
+      and the caller normalizes. Put the array on the device once and pass it to a jitted function
+      as an argument; a closure would copy it into the program.
+    num_ways: the number of classes in the episode, N in the papers; at least 1 and at most the
+      number of classes.
+    num_shots: the number of support images of each class, K in the papers; at least 1.
+    num_queries: the number of query images of each class; at least 1.
+    num_rotations: 1 to 4; the number of versions of each class, turned counterclockwise by the
+      first of 0, 90, 180 and 270 degrees. Above 1, images must be square, ``[classes, per_class,
+      size, size, ...]``.
     counts: ``[classes]``, integers in ``[0, per_class]``: how many images each class has. Only
-      ``images[c, :counts[c]]`` are drawn, the rest is padding. A class with fewer than ``num_shots
-      + num_queries`` images is never drawn. By default all classes are full.
+      ``images[c, :counts[c]]`` can be drawn; the rest is padding. A class with fewer than
+      ``num_shots + num_queries`` images is never drawn. By default all classes are full.
 
   Returns:
     The :class:`Episode`.
 
   Raises:
-    TypeError: if a number is no Python int, the key is no key or ``counts`` has no integers.
-    ValueError: if a number is below 1; if there are fewer than ``num_ways`` classes with enough
-      images; if a class holds fewer than ``num_shots + num_queries`` images; if ``images`` or
-      ``counts`` have a wrong shape, or ``counts`` wrong values. Where ``counts`` is traced its
-      values are not known: if then too few classes have enough images, the episode is filled up
-      with others and with padding. A first call outside of ``jax.jit`` makes sure.
+    TypeError: if a number is not a Python int, ``key`` is not a key, or ``counts`` are not
+      integers.
+    ValueError: if a number is below 1; if fewer than ``num_ways`` classes have enough images; if a
+      class holds fewer than ``num_shots + num_queries`` images; if ``images`` or ``counts`` have a
+      wrong shape, or ``counts`` a wrong value. The values of traced ``counts`` cannot be checked:
+      if too few classes have enough images, other classes and padding fill the episode. Call the
+      function once outside ``jax.jit`` to check them.
 
   Example:
     >>> import jax, jax.numpy as jnp, jaxbo.tasks
@@ -147,17 +150,17 @@ def _choice(key: jax.Array, probabilities: jax.Array, size: int) -> jax.Array:
 
 
 def _rotate(images: jax.Array, turn: jax.Array, num_rotations: int) -> jax.Array:
-  """Turns images ``[n, size, size, ...]`` by ``turn`` quarters, known on the device only.
+  """Turns images ``[n, size, size, ...]`` by ``turn`` quarters; ``turn`` may be traced.
 
-  Under ``vmap`` the switch makes all versions and selects: ``num_rotations`` copies of an episode,
-  where versions of the whole array would be as many copies of the data.
+  Under ``vmap`` the switch computes all versions and selects one: ``num_rotations`` copies of an
+  episode. Versions of the whole array would be ``num_rotations`` copies of the data.
   """
   quarter = lambda k: lambda images: jnp.rot90(images, k, axes=(1, 2))
   return jax.lax.switch(turn, [quarter(k) for k in range(num_rotations)], images)
 
 
 def _check_arguments(images, counts, num_ways: int, num_images: int, num_rotations: int) -> None:
-  """Raises if the images cannot give such episodes, as far as is known without running."""
+  """Raises if the images cannot give such episodes, as far as the static values show."""
   shape = np.shape(images)
   if len(shape) < 2:
     raise ValueError(f"images must have shape [classes, per_class, ...], got shape {shape}")

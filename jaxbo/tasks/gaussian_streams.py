@@ -1,4 +1,4 @@
-"""Streams of tasks whose answers are known exactly: means of Gaussians."""
+"""Streams of tasks whose best answers are known exactly: means of Gaussians."""
 
 from typing import Any, NamedTuple
 
@@ -10,12 +10,12 @@ from jaxbo.tasks.task_streams import TaskStream
 
 
 class GaussianTruth(NamedTuple):
-  """What is true of a round and hidden from the learner.
+  """The truth about a round, hidden from the learner.
 
   Attributes:
-    task_mean: ``[dim]``.
-    domain_mean: ``[dim]``, the mean of the task means.
-    domain: how often the domain changed since the first, int32.
+    task_mean: the mean of the task, ``[dim]``.
+    domain_mean: the mean of the task means, ``[dim]``.
+    domain: the number of domain changes so far, int32.
     task_switch: whether the task is new, bool; true in the first round.
     domain_switch: whether the domain changed, bool; false in the first round.
   """
@@ -32,7 +32,7 @@ class GaussianBatch(NamedTuple):
 
   Attributes:
     train: samples to learn from, ``[num_shots, dim]`` float32.
-    val: samples that the learner is judged by, ``[num_queries, dim]``.
+    val: samples that judge the learner, ``[num_queries, dim]`` float32.
     extra: the :class:`GaussianTruth`.
   """
 
@@ -47,7 +47,7 @@ class GaussianBatch(NamedTuple):
 
   @property
   def domain(self) -> Any:
-    """How often the domain changed since the first."""
+    """The number of domain changes so far."""
     return self.extra.domain
 
 
@@ -55,11 +55,11 @@ class GaussianState(NamedTuple):
   """State of a stream of Gaussians.
 
   Attributes:
-    base_key: raw key data; the keys of a round are made from it and the number of the round.
-    num_rounds: how many rounds there were, int32.
-    task_mean: ``[dim]``, of the last round.
-    domain_mean: ``[dim]``.
-    domain: how often the domain changed, int32.
+    base_key: raw key data; the keys of a round come from it and the number of the round.
+    num_rounds: the number of rounds so far, int32.
+    task_mean: the task mean of the last round, ``[dim]``.
+    domain_mean: the domain mean of the last round, ``[dim]``.
+    domain: the number of domain changes so far, int32.
   """
 
   base_key: jax.Array
@@ -81,33 +81,34 @@ def moving_gaussian_stream(
   task_variance: float | int = 1.0,
   data_variance: float | int = 0.1,
 ) -> TaskStream:
-  r"""Tasks are Gaussians around a domain mean, which moves on at every change of the domain.
+  r"""Tasks are Gaussians around a domain mean, which moves with every change of the domain.
 
   .. math::
     m_d = m_0 + d\, s \mathbf 1, \qquad \mu \sim N(m_d, \sigma_\mu^2 I), \qquad
     u_i \sim N(\mu, \sigma^2 I)
 
-  The best guess of the mean from ``num_shots`` samples is :func:`gaussian_posterior_mean`. With the
-  loss :math:`\frac12 \|\phi - \bar u\|^2` of the sample mean, :math:`k` gradient steps of rate
-  :math:`a` give :math:`\bar u + (1 - a)^k (\theta - \bar u)` and the meta-gradient
+  :func:`gaussian_posterior_mean` gives the best estimate of the mean from ``num_shots`` samples.
+  With the loss :math:`\frac12 \|\phi - \bar u\|^2` of the sample mean, :math:`k` gradient steps of
+  rate :math:`a` give :math:`\bar u + (1 - a)^k (\theta - \bar u)`, and the meta-gradient is
   :math:`(1 - a)^k (\phi_k - \bar u_Q)`.
 
-  The published stream has two dimensions, begins at -6 and moves by 1 also at the start, which is
-  ``first_mean=-5``.
+  The published stream has two dimensions, begins at -6 and also moves by 1 at the start;
+  ``first_mean=-5`` gives the same first domain.
 
   Args:
     dim: the dimension, at least 1.
-    num_shots: samples to learn from in each round, at least 1.
+    num_shots: the number of samples to learn from in each round, at least 1.
     stay_probability: the probability in [0, 1] that the task stays.
-    domain_switch_probability: in [0, 1], that the domain moves where the task does not stay.
-    num_queries: samples to be judged by, at least 1.
+    domain_switch_probability: the probability in [0, 1] that the domain moves when the task
+      changes.
+    num_queries: the number of samples that judge the learner, at least 1.
     first_mean: each coordinate of the first domain mean :math:`m_0`.
-    domain_step: :math:`s`, how far each coordinate moves.
+    domain_step: :math:`s`, the step of each coordinate.
     task_variance: :math:`\sigma_\mu^2 \ge 0`.
     data_variance: :math:`\sigma^2 \ge 0`.
 
   Returns:
-    A :class:`TaskStream` with batches :class:`GaussianBatch`.
+    A :class:`TaskStream` whose batches are :class:`GaussianBatch`.
 
   Raises:
     ValueError: if a number is outside its range.
@@ -149,29 +150,29 @@ def jumping_gaussian_stream(
   num_queries: int = 1,
   data_variance: float | int = 1.0,
 ) -> TaskStream:
-  r"""Task means jump by a given distance, so that a detector's error rates are known exactly.
+  r"""Task means jump by a given distance, so a detector's error rates are known exactly.
 
-  The first task is a jump from the origin; each jump is in a uniformly random direction. The loss
-  of a model :math:`\phi` on a round is :math:`L = \frac{1}{2n} \sum_i \|\phi - u_i\|^2`, and
+  The first task is a jump from the origin; every jump has a uniformly random direction. The loss of
+  a model :math:`\phi` in a round is :math:`L = \frac{1}{2n} \sum_i \|\phi - u_i\|^2`, and
 
   .. math:: \frac{2 n L}{\sigma^2} \sim \chi^2_{nd}\Big(\frac{n \|\phi - \mu\|^2}{\sigma^2}\Big),
 
-  the noncentral chi-square distribution. For the model that knows the last task's mean its survival
-  function at :math:`2 n \ell / \sigma^2` is the rate of false alarms of the threshold
-  :math:`\ell` with parameter 0, and that of detections with :math:`n\, \text{distance}^2 /
-  \sigma^2`: for ``dim=5``, ``num_shots=10``, unit variance, distance 2 and threshold 3.5 they are
-  3.24 % and 89.96 %.
+  the noncentral chi-square distribution. Take the model that knows the last task's mean, and a
+  detector with threshold :math:`\ell`. Its two rates are the survival function of this
+  distribution at :math:`2 n \ell / \sigma^2`: with parameter 0 for the false-alarm rate, and with
+  :math:`n\, \text{distance}^2 / \sigma^2` for the detection rate. For ``dim=5``, ``num_shots=10``,
+  unit variance, distance 2 and threshold 3.5 they are 3.24 % and 89.96 %.
 
   Args:
     dim: the dimension, at least 1.
-    num_shots: samples to learn from in each round, :math:`n \ge 1`.
+    num_shots: the number of samples to learn from in each round, :math:`n \ge 1`.
     stay_probability: the probability in [0, 1] that the task stays.
     distance: the length of a jump, non-negative.
-    num_queries: samples to be judged by, at least 1.
+    num_queries: the number of samples that judge the learner, at least 1.
     data_variance: :math:`\sigma^2 \ge 0`.
 
   Returns:
-    A :class:`TaskStream` with batches :class:`GaussianBatch`; the domain never changes.
+    A :class:`TaskStream` whose batches are :class:`GaussianBatch`; the domain never changes.
 
   Raises:
     ValueError: if a number is outside its range.
@@ -201,7 +202,7 @@ def gaussian_posterior_mean(
   task_variance: float | int = 1.0,
   data_variance: float | int = 0.1,
 ) -> jax.Array:
-  r"""The mean of a task given samples: what no learner can beat on average.
+  r"""The posterior mean of a task given samples: on average, no learner can beat it.
 
   .. math:: \frac{(n / \sigma^2)\, \bar u + m_d / \sigma_\mu^2}{n / \sigma^2 + 1 / \sigma_\mu^2}
 
@@ -210,7 +211,7 @@ def gaussian_posterior_mean(
 
   Args:
     samples: ``[n, dim]``.
-    prior_mean: the domain mean, ``[dim]``.
+    prior_mean: the domain mean :math:`m_d`, ``[dim]``.
     task_variance: :math:`\sigma_\mu^2 > 0`.
     data_variance: :math:`\sigma^2 > 0`.
 

@@ -1,4 +1,4 @@
-"""Streams of batches for :func:`jaxbo.online_loop`: pure functions of a key and of the round."""
+"""Streams of batches for :func:`jaxbo.online_loop`: pure functions of a key and a round number."""
 
 import functools
 import itertools
@@ -17,17 +17,18 @@ def minibatch_stream(train: Any, val: Any, batch_size: int) -> Stream:
   """A stream of pairs of minibatches, drawn uniformly and with replacement.
 
   Args:
-    train: a pytree of arrays with one leading axis ``[num_examples, ...]``, for the inner loss.
-    val: the same for the outer loss, with an axis of its own.
-    batch_size: rows of a minibatch, at least 1.
+    train: a pytree of arrays that share the leading axis ``[num_examples, ...]``, for the inner
+      loss.
+    val: a pytree of arrays for the outer loss; its leading axis may have another length.
+    batch_size: the number of rows of a minibatch, at least 1.
 
   Returns:
     ``stream(key, t) -> (train, val)`` with leaves ``[batch_size, ...]``, a function of
-    ``fold_in(key, t)``. It is a ``jax.tree_util.Partial``, so that a jitted function takes it as an
-    argument, with its data.
+    ``fold_in(key, t)``. The stream is a ``jax.tree_util.Partial``, so a jitted function takes it as
+    an argument, with its data.
 
   Raises:
-    ValueError: if ``batch_size < 1``, or the leading axes of ``train`` or of ``val`` differ or are
+    ValueError: if ``batch_size < 1``, or the leading axes within ``train`` or ``val`` differ or are
       empty.
 
   Example:
@@ -44,7 +45,7 @@ def minibatch_stream(train: Any, val: Any, batch_size: int) -> Stream:
     if len(sizes) != 1 or 0 in sizes:
       shapes = jax.tree.map(jnp.shape, data)
       raise ValueError(f"{name} must have leaves with one axis [num_examples, ...], got {shapes}")
-  # Rows of a NumPy array cannot be taken under a trace.
+  # A traced index cannot take rows of a NumPy array.
   train, val = jax.tree.map(jnp.asarray, (train, val))
   draw = functools.partial(_minibatches, batch_size=batch_size)
   return jax.tree_util.Partial(draw, train, val)
@@ -63,22 +64,24 @@ def _minibatches(train, val, key, t, *, batch_size):
 def phase_stream(
   streams: Sequence[Stream], lengths: Sequence[int], *, repeat: bool = False
 ) -> Stream:
-  """A stream that goes through phases, each a stream of its own.
+  """A stream that goes through phases; each phase plays one stream.
 
-  Staged and gradual changes are phases of some length; a zigzag is ``lengths=[1, 1]`` with
-  ``repeat``.
+  For staged and gradual changes, give each phase some length. For a zigzag, use ``lengths=[1, 1]``
+  with ``repeat``.
 
   Args:
-    streams: one stream for each phase; all give the same structure, shapes and dtypes. They see
-      the number of the round since the beginning, not since their phase began.
-    lengths: rounds of each phase, each at least 1.
-    repeat: whether the first phase follows the last; else the last one has no end.
+    streams: one stream for each phase, all with the same structure, shapes and dtypes. Each sees
+      the number of the round since the beginning, not since its phase began.
+    lengths: the number of rounds of each phase, each at least 1.
+    repeat: whether the first phase follows the last. Otherwise the last phase never ends.
 
   Returns:
-    ``stream(key, t)``, a ``jax.tree_util.Partial`` with the data of those streams that are.
+    ``stream(key, t)``, a ``jax.tree_util.Partial`` that carries the data of those streams that are
+    themselves a ``Partial``.
 
   Raises:
-    ValueError: if there are no phases, not one length for each, or a length is below 1.
+    ValueError: if there are no phases, ``lengths`` does not have one number for each stream, or a
+      length is below 1.
 
   Example:
     >>> import jax, jaxbo

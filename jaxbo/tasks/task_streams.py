@@ -12,12 +12,12 @@ from jaxbo import _check, _random
 
 
 class TaskStream(NamedTuple):
-  """A stream with memory: what the next round is depends on the task of the last.
+  """A stream with memory: the next round depends on the task of the last round.
 
-  Both functions are pure, and ``jax.tree_util.Partial``: given to a jitted function as an argument,
-  the stream brings its data along, where a closure would copy them into the program. What a round
-  brings is a pair ``(train, val)``, a :class:`jaxbo.online.OnlineBatch`, or any pytree with the
-  attributes ``train``, ``val`` and ``extra``, such as :class:`StreamBatch`.
+  Both functions are pure, and each is a ``jax.tree_util.Partial``. Pass the stream to a jitted
+  function as an argument: its data then travel with it, where a closure would copy the data into
+  the program. Each round returns a pair ``(train, val)``, a :class:`jaxbo.online.OnlineBatch`, or
+  any pytree with the attributes ``train``, ``val`` and ``extra``, such as :class:`StreamBatch`.
 
   Attributes:
     init: ``init(key=0) -> state``; the key is an int, a raw key array or a typed key.
@@ -46,13 +46,14 @@ class TaskStream(NamedTuple):
 
 
 class StreamTruth(NamedTuple):
-  """What is true of a round and hidden from the learner.
+  """The truth about a round, hidden from the learner.
 
   Attributes:
-    domain: the number of the domain, int32; 0 is the one of the pre-training.
-    classes: which class each label is, ``[num_ways]`` int32.
+    domain: the number of the domain, int32; 0 is the domain of the pre-training.
+    classes: the class behind each label, ``[num_ways]`` int32.
     task_switch: whether the classes were drawn anew, bool; true in the first round.
-    domain_switch: whether the domain is another than in the last round, bool; false in the first.
+    domain_switch: whether the domain differs from that of the last round, bool; false in the first
+      round.
   """
 
   domain: jax.Array
@@ -65,14 +66,15 @@ class StreamBatch(NamedTuple):
   """A round of :func:`osaka_stream`.
 
   Attributes:
-    images: ``[num_ways * num_shots, ...]``, dtype of the images.
+    images: ``[num_ways * num_shots, ...]``, with the dtype of the images.
     labels: ``[num_ways * num_shots]``, int32 in ``[0, num_ways)``.
-    domain: as in :class:`StreamTruth`, like the next three.
-    classes: ``[num_ways]``.
-    task_switch: bool.
-    domain_switch: bool.
+    domain: the number of the domain, int32; 0 is the domain of the pre-training.
+    classes: the class behind each label, ``[num_ways]`` int32.
+    task_switch: whether the classes were drawn anew, bool; true in the first round.
+    domain_switch: whether the domain differs from that of the last round, bool; false in the first
+      round.
     query_images: ``[num_ways * num_queries, ...]``, or ``None`` without queries.
-    query_labels: ``[num_ways * num_queries]``, or ``None``.
+    query_labels: ``[num_ways * num_queries]``, int32 in ``[0, num_ways)``, or ``None``.
   """
 
   images: jax.Array
@@ -86,12 +88,12 @@ class StreamBatch(NamedTuple):
 
   @property
   def train(self) -> tuple[Any, Any]:
-    """The labelled data to learn from, ``(images, labels)``."""
+    """The labeled data to learn from, ``(images, labels)``."""
     return self.images, self.labels
 
   @property
   def val(self) -> tuple[Any, Any]:
-    """What the learner is judged by: the queries, or without them the same data."""
+    """The data that judge the learner: the queries, or without queries the same as ``train``."""
     if self.query_images is None or self.query_labels is None:
       return self.train
     return self.query_images, self.query_labels
@@ -106,8 +108,8 @@ class OsakaState(NamedTuple):
   """State of :func:`osaka_stream`.
 
   Attributes:
-    base_key: raw key data; the keys of a round are made from it and the number of the round.
-    num_rounds: how many rounds there were, int32.
+    base_key: raw key data; the keys of a round come from it and the number of the round.
+    num_rounds: the number of rounds so far, int32.
     domain: the domain of the last round, int32.
     classes: the classes of the last round, ``[num_ways]`` int32.
   """
@@ -132,49 +134,52 @@ def osaka_stream(
 ) -> TaskStream:
   r"""A stream of N-way K-shot tasks from several domains, by the rule of OSAKA.
 
-  In each round the task stays with probability :math:`p`. Else there is a *task switch*: a domain
-  is drawn, then ``num_ways`` of its classes without replacement. In every round, ``num_shots``
-  images of each class are drawn afresh, with replacement. The first round is a switch.
+  In each round the task stays with probability :math:`p`. Otherwise there is a *task switch*: the
+  stream draws a domain, then ``num_ways`` of its classes without replacement. Every round draws
+  ``num_shots`` new images of each class, with replacement. The first round is a switch.
 
-  With ``domain_switch_probability`` :math:`p_e` (the rule of DynamicCML) a task switch draws the
-  domain anew with that probability and keeps it otherwise, so that switches and shifts can be set
-  apart; the draw may give the same domain. ``None`` is :math:`p_e = 1`, the rule of OSAKA.
+  ``domain_switch_probability`` :math:`p_e` (the rule of DynamicCML) separates shifts from switches:
+  a task switch draws the domain anew with probability :math:`p_e` and keeps it otherwise. The draw
+  may give the same domain. ``None`` means :math:`p_e = 1`, the rule of OSAKA.
 
-  A switch comes with probability :math:`1 - p`, so :math:`1 + (T - 1)(1 - p)` are expected in
-  :math:`T` rounds and a task takes :math:`1 / (1 - p)` rounds on average. The domain changes with
-  probability :math:`(1 - p) p_e (1 - \sum_i \pi_i^2)`.
+  In :math:`T` rounds, :math:`1 + (T - 1)(1 - p)` switches are expected, and a task takes :math:`1 /
+  (1 - p)` rounds on average. In each round the domain changes with probability :math:`(1 - p) p_e
+  (1 - \sum_i \pi_i^2)`.
 
-  Departures from the published code: rows are shuffled, since an order by class leaks the labels to
-  batch statistics (``shuffle=False`` orders them); the first round is flagged in every run, since
-  all randomness comes from the key; classes are numbered by their place in the arrays, so put them
-  in a fixed order. Pixels are not touched: see that all domains have the same scale and polarity.
-  Where a domain has as many classes as there are ways, its tasks differ in the order of the labels
-  and in nothing else.
+  Rows are shuffled, because an order by class leaks the labels to batch statistics (the published
+  code differs here and elsewhere: see Departures from the papers). Classes are numbered by their
+  place in the arrays, so put them in a fixed order. The stream does not change pixels: make sure
+  that all domains have the same scale and polarity. If a domain has exactly ``num_ways`` classes,
+  its tasks differ only in the order of the labels.
 
   Args:
-    domains: arrays ``[classes, per_class, ...]``, the number of classes and of images may differ;
-      the first is the domain of the pre-training. Put them on the device once.
-    num_ways: classes of a task, at least 1 and at most those of the smallest domain.
-    num_shots: images of each class in a round, at least 1.
-    stay_probability: :math:`p` in [0, 1]; OSAKA has 0.9 and 0.98.
-    domain_probabilities: :math:`\pi`, one for each domain, summing to 1; OSAKA has 0.5, 0.25, 0.25.
+    domains: a list of arrays ``[classes, per_class, ...]``; the numbers of classes and of images
+      may differ. The first array is the domain of the pre-training. Put the arrays on the device
+      once.
+    num_ways: the number of classes of a task, at least 1 and at most the number of classes of the
+      smallest domain.
+    num_shots: the number of images of each class in a round, at least 1.
+    stay_probability: :math:`p` in [0, 1]; OSAKA uses 0.9 and 0.98.
+    domain_probabilities: :math:`\pi`, one for each domain, non-negative, with sum 1; OSAKA uses
+      0.5, 0.25, 0.25.
     domain_switch_probability: :math:`p_e` in [0, 1], or ``None``.
-    num_queries: images of each class in a separate query set (our addition; OSAKA has none). The
-      images of a class are cut in two at a random place in each round, in proportion, so that no
-      image is in both sets.
-    shuffle: whether rows are in random order, or else by label.
-    label_order: ``"drawn"``: labels are in the order in which classes were drawn, so that even old
-      classes have new labels. ``"sorted"``: in the order of the classes, so that a switch within a
-      domain whose classes are all drawn is none (a soft stream, harder to detect).
+    num_queries: the number of images of each class in a separate query set; 0 for none, as in
+      OSAKA. Each round splits the images of a class at a random place, in proportion, so no image
+      is in both sets.
+    shuffle: whether rows are in random order; otherwise they are ordered by label.
+    label_order: ``"drawn"``: labels follow the order in which classes were drawn, so old classes
+      also get new labels. ``"sorted"``: labels follow the order of the classes. A switch within a
+      domain whose classes are all drawn then changes nothing (a soft stream, harder to detect).
 
   Returns:
-    A :class:`TaskStream` with batches :class:`StreamBatch`.
+    A :class:`TaskStream` whose batches are :class:`StreamBatch`.
 
   Raises:
-    ValueError: if a number is outside its range; if there is no domain, one has too few classes or
-      no images (or less than two with queries), or their images differ in shape or dtype; if the
-      probabilities are not one for each domain, are negative, or do not sum to 1.
-    TypeError: if a number is no Python int, or ``domains`` no list.
+    ValueError: if a number is outside its range; if ``domains`` is empty; if a domain has fewer
+      than ``num_ways`` classes, or no images of a class (fewer than two with queries); if images
+      differ in shape or dtype; if ``domain_probabilities`` are not one for each domain, are
+      negative, or do not sum to 1.
+    TypeError: if a number is not a Python int, or ``domains`` is not a list.
 
   Example:
     >>> import jax, jax.numpy as jnp, jaxbo.tasks
@@ -223,7 +228,7 @@ def osaka_stream(
 
 @functools.cache
 def _functions(num_ways: int, num_shots: int, num_queries: int, shuffle: bool, label_order: str):
-  """Cached, so that streams of one kind are one program: jit tells functions by identity."""
+  """Returns cached functions: jit compares by identity, so equal streams share one program."""
   step = functools.partial(
     _step,
     num_ways=num_ways,
@@ -288,7 +293,7 @@ def _step(domains, numbers, state, *, num_ways, num_shots, num_queries, shuffle,
 
 
 def _draw_rows(key, per_class, num_ways, num_shots, num_queries):
-  """Which images of each class, ``[num_ways, num_shots]``, and of the queries if there are any."""
+  """Draws image indices of each class, ``[num_ways, num_shots]``, and of the queries if any."""
   cut_key, shot_key, query_key = jax.random.split(key, 3)
   if not num_queries:
     return (jax.random.randint(shot_key, (num_ways, num_shots), 0, per_class),)
