@@ -202,7 +202,7 @@ def done(
   rate: float | jax.Array | Callable[[Any], Any] = 0.1,
   axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
-  r"""DONE: :func:`~jaxbo.dro.kl` weights by a moving average of their normaliser, then descent.
+  r"""DONE: :func:`~jaxbo.dro.kl` weights by a moving average of their normalizer, then SGD.
 
   .. math:: \min_\theta\; r \log \mathbb E_i\, e^{\ell_i(\theta, \hat\delta_i(\theta)) / r}
 

@@ -21,7 +21,7 @@ def robust_value(
   state: Any = None,
   axis_name: AxisName = None,
 ) -> jax.Array:
-  r"""The objective that a weighting maximises, as a differentiable function of the losses.
+  r"""The objective that a weighting maximizes, as a differentiable function of the losses.
 
   For :func:`kl` the value is :math:`\lambda \log \sum_i p_i e^{\ell_i / \lambda}`; for :func:`cvar`
   it is the mean over the worst losses; in general it is ``info.objective``. Its gradient is the
