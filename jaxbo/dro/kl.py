@@ -1,4 +1,4 @@
-"""Exponential weights: the KL-regularised and KL-ball robust losses, and the tilted loss."""
+"""Exponential weights: the KL-regularized and KL-ball robust losses, and the tilted loss."""
 
 from collections.abc import Callable
 from typing import Any
