@@ -1,4 +1,4 @@
-"""Auto-PGD: ascent with momentum whose step sizes need no tuning."""
+"""Auto-PGD: gradient ascent with momentum and without step sizes to tune."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,11 +14,11 @@ from jaxbo.adversarial.box import along, make_ball
 from jaxbo.adversarial.losses import label_logits
 
 _MOMENTUM = 0.75
-_SUCCESS = 0.75  # No larger share of steps that climbed: then steps are halved.
+_SUCCESS = 0.75  # Steps are halved if at most this share of them climbed.
 
 
 class _Climb(NamedTuple):
-  """The carry; ``[batch]`` or shaped like the images."""
+  """The carry of the loop; leaves are ``[batch]`` or shaped like the images."""
 
   delta: jax.Array
   before: jax.Array  # delta, one step earlier
@@ -27,8 +27,8 @@ class _Climb(NamedTuple):
   best_delta: jax.Array
   best_ascent: jax.Array
   best_value: jax.Array
-  adversarial: jax.Array  # the misclassified perturbation of the largest objective
-  adversarial_value: jax.Array  # minus infinity: none yet
+  adversarial: jax.Array  # the misclassified perturbation with the largest objective
+  adversarial_value: jax.Array  # minus infinity if there is none yet
   step_size: jax.Array
   num_climbs: jax.Array  # since the last checkpoint
   halved: jax.Array  # at the last checkpoint
@@ -49,37 +49,44 @@ def apgd(
   num_targets: int = 9,
   restarts: int = 1,
 ) -> Attack:
-  r"""Auto-PGD: gradient ascent with momentum and step sizes that are found for each example.
+  r"""Auto-PGD: gradient ascent with momentum that finds a step size for each example.
 
   .. math::
     z^{k+1} = \Pi(\delta^k + \eta\, d(\nabla \ell')), \qquad
     \delta^{k+1} = \Pi\big(\delta^k + \tfrac34 (z^{k+1} - \delta^k)
       + \tfrac14 (\delta^k - \delta^{k-1})\big)
 
-  The step :math:`\eta` starts at :math:`2 \epsilon`. At checkpoints, after 22 % of the steps and
-  then at intervals that shrink from 19 % to 6 %, it is halved, and the example goes back to its
-  best point, if no more than three in four steps climbed, or if neither the step nor the best value
-  has changed since the checkpoint before. With the objectives ``"cross_entropy"`` and
-  ``"targeted_dlr"`` these are two of the four attacks of AutoAttack.
+  :math:`d` takes the sign for ``linf`` and divides by the norm for ``l2``; :math:`\Pi` projects
+  onto the ball and onto the range of pixel values. The step size :math:`\eta` starts at
+  :math:`2 \epsilon`. The first checkpoint comes after 22 % of the steps; the intervals between
+  later ones shrink from 19 % to 6 %. At a checkpoint, the attack halves :math:`\eta` and returns
+  the example to its best point if at most three in four steps climbed, or if neither :math:`\eta`
+  nor the best value has changed since the previous checkpoint. The objectives ``"cross_entropy"``
+  and ``"targeted_dlr"`` give two of the four attacks of AutoAttack.
 
-  Cost: ``num_steps + 1`` forward and backward passes without gradients of the parameters; as many
-  times that as there are targets, one target after the other, each with one forward pass more.
+  Cost: ``num_steps + 1`` forward and backward passes without gradients of the parameters, from each
+  start. ``"targeted_dlr"`` repeats this for each target, one after another, with one more forward
+  pass each.
 
   Args:
-    model: as in :func:`pgd`.
-    epsilon: as in :func:`pgd`.
+    model: ``model(params, images) -> logits``, ``[batch, num_classes]``; the logits of an example
+      must not depend on other examples.
+    epsilon: the radius of the ball, at least 0, in units of the images.
     num_steps: the number of steps, at least 1.
     norm: ``"linf"`` or ``"l2"``.
-    low: as in :func:`pgd`.
-    high: as in :func:`pgd`.
-    objective: as in :func:`pgd`, or ``"targeted_dlr"``: towards each of the classes that are
-      likeliest on the clean image. ``"dlr"`` needs three classes, ``"targeted_dlr"`` four.
-    num_targets: how many targets; all other classes if there are fewer.
-    restarts: as in :func:`pgd`; with targets, of each.
+    low: the smallest value of a pixel.
+    high: the largest value of a pixel.
+    objective: what to maximize: ``"cross_entropy"``, ``"margin"``, ``"kl"``, ``"dlr"`` (needs three
+      classes), a function ``(logits, labels, clean_logits) -> [batch]``, or ``"targeted_dlr"``
+      (needs four classes), which aims in turn at each of the other classes that are likeliest on
+      the clean image.
+    num_targets: how many classes ``"targeted_dlr"`` aims at, at least 1; all other classes if there
+      are fewer.
+    restarts: the number of random starts, at least 1, for each target if there are targets.
 
   Returns:
-    An :class:`Attack`, which always starts at random. For each example it gives the misclassified
-    point of the largest objective that it met, or else the point of the largest objective.
+    An :class:`Attack`, which always starts at random. For each example it returns the visited point
+    with the largest objective, among the misclassified points if there are any.
 
   Raises:
     ValueError: if an argument is outside its range.
@@ -138,7 +145,7 @@ def apgd(
     clean = forward(images)
     if value_of is not None:
       return find_for(forward, images, labels, clean, value_of, key)
-    # The label's own class comes last, so that it is no target.
+    # The label's own class comes last, so it is never a target.
     is_label = labels[:, None] == jnp.arange(clean.shape[1], dtype=labels.dtype)[None]
     ranked = jax.lax.top_k(jnp.where(is_label, -jnp.inf, clean), clean.shape[1])[1]
     count = min(num_targets, clean.shape[1] - 1)
@@ -150,7 +157,7 @@ def apgd(
         return attacks.targeted_dlr(logits, labels, target)
 
       found = find_for(forward, images, labels, clean, toward_target, key)
-      # Objectives of different targets do not compare; margins do.
+      # Margins are comparable between targets; objectives are not.
       logits = forward(found.perturbed)
       margins = jnp.max(jnp.where(is_label, -jnp.inf, logits), axis=-1)
       return found._replace(values=margins - label_logits(logits, labels))
@@ -162,7 +169,7 @@ def apgd(
 
 
 def intervals(num_steps: int) -> np.ndarray:
-  """How many steps ago the last checkpoint was, at those steps after which there is one; else 0."""
+  """Returns, for each step, the steps since the last checkpoint if it ends at one, otherwise 0."""
   lengths = np.zeros(num_steps, np.int32)
   length, smallest = max(int(0.22 * num_steps), 1), max(int(0.06 * num_steps), 1)
   shrink = max(int(0.03 * num_steps), 1)
@@ -191,7 +198,7 @@ def _start(delta: jax.Array, seen: Any, epsilon: Any) -> _Climb:
     adversarial_value=found,
     step_size=jnp.full(value.shape, 2 * epsilon, delta.dtype),
     num_climbs=count,
-    halved=jnp.ones(value.shape, bool),  # so that the first checkpoint asks for climbs alone
+    halved=jnp.ones(value.shape, bool),  # so that the first checkpoint only looks at climbs
     checkpoint_value=value,
     num_correct=count + ~wrong,
     not_finite=bad,
@@ -199,7 +206,7 @@ def _start(delta: jax.Array, seen: Any, epsilon: Any) -> _Climb:
 
 
 def _visit(carry: _Climb, delta: jax.Array, seen: Any) -> _Climb:
-  """Goes to ``delta``, unless the numbers there are not finite, and keeps what is best."""
+  """Moves to ``delta`` if its numbers are finite, and updates the best points."""
   ascent, value, wrong, bad = seen
   each = lambda values: along(values, delta)
   delta = jnp.where(each(bad), carry.delta, delta)
@@ -224,7 +231,7 @@ def _visit(carry: _Climb, delta: jax.Array, seen: Any) -> _Climb:
 
 
 def _check_point(carry: _Climb, length: jax.Array) -> _Climb:
-  """Halves the steps of examples that do not get on, and takes them back to their best point."""
+  """Halves the steps of examples that do not improve, and returns them to their best point."""
   few = carry.num_climbs <= _SUCCESS * length
   stuck = ~carry.halved & (carry.best_value <= carry.checkpoint_value)
   here = length > 0

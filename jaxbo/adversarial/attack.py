@@ -1,4 +1,4 @@
-"""What all attacks share: their type, their objectives, and the choice among what they found."""
+"""What all attacks share: their type, their objectives, and the choice among their results."""
 
 import functools
 from collections.abc import Callable
@@ -20,14 +20,15 @@ Objective = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 class AttackInfo(NamedTuple):
-  """What an attack met on its way; ``[batch]``.
+  """What an attack observed for each example; ``[batch]``.
 
   Attributes:
-    num_correct: at how many of the points where it took a gradient (by
-      :func:`jaxbo.adversarial.square`: a query) the example was still classified correctly, int32;
-      as floats, the scores of :func:`jaxbo.adversarial.gairat`.
-    not_finite: whether it met an objective or gradient that is not finite. The example was left
-      where it was.
+    num_correct: the number of points at which the model still classified the example correctly,
+      int32. Points are those where the attack took a gradient (for
+      :func:`jaxbo.adversarial.square`: its queries). As floats, these are the scores of
+      :func:`jaxbo.adversarial.gairat`.
+    not_finite: whether the attack found an objective or a gradient that is not finite. It did not
+      move the example there.
   """
 
   num_correct: jax.Array
@@ -35,25 +36,25 @@ class AttackInfo(NamedTuple):
 
   @property
   def num_not_finite(self) -> jax.Array:
-    """How many examples met a number that is not finite, int32."""
+    """The number of examples with an objective or gradient that was not finite, int32."""
     return jnp.sum(self.not_finite, dtype=jnp.int32)
 
 
 class Attack(NamedTuple):
-  """An attack: a pure, compiled function; made by :func:`jaxbo.adversarial.pgd` and its like.
+  """A pure, compiled attack; :func:`jaxbo.adversarial.pgd` and the other attacks return one.
 
-  ``attack(params, (images, labels), key)`` gives perturbed images. It can be called in jitted
-  functions, under ``vmap`` and ``shard_map``; it takes no gradient by the parameters, and none
-  flows back through it. The same key gives the same result.
+  ``attack(params, (images, labels), key)`` returns perturbed images. It works inside jitted
+  functions, under ``vmap`` and in ``shard_map``. It computes no gradients of the parameters, and no
+  gradient flows back through it. The same key gives the same result.
 
   Attributes:
-    run: ``run(params, (images, labels), key) -> (perturbed, AttackInfo)``. ``images`` are
-      ``[batch, ...]`` floats from ``low`` to ``high``, ``labels`` are ``[batch]`` integers, and
-      ``key`` is an int, a raw key array or a typed key (``None`` for attacks that draw nothing).
-      Perturbed images are float32 at least: in narrower floats they would not stay in the ball.
-      Images outside the range and labels that are no classes are refused with ``ValueError``;
-      under ``jit`` values are not known: then images are clipped to the range first, and an
-      example with such a label is left where it started and marked as not finite.
+    run: ``run(params, (images, labels), key) -> (perturbed, AttackInfo)``. ``images`` are floats
+      ``[batch, ...]`` from ``low`` to ``high``; ``labels`` are integers ``[batch]``; ``key`` is an
+      int, a raw key array or a typed key (``None`` for attacks that are not random). Perturbed
+      images are at least float32, because narrower floats could leave the ball. Images out of
+      range and labels that are not classes raise ``ValueError``. Under ``jit``, where values are
+      not known, the attack clips images to the range; it leaves an example whose label is not a
+      class at its start and marks it as not finite.
   """
 
   run: Callable[..., tuple[jax.Array, AttackInfo]]
@@ -67,8 +68,8 @@ class Found(NamedTuple):
   """What one run of an attack found.
 
   Attributes:
-    perturbed: images, ``[batch, ...]``.
-    values: the objective there, ``[batch]``.
+    perturbed: the perturbed images, ``[batch, ...]``.
+    values: their objective, ``[batch]``.
     wrong: whether they are misclassified, ``[batch]``.
     info: an :class:`AttackInfo`.
   """
@@ -88,9 +89,9 @@ def make_attack(
   needs_key: bool = True,
   min_classes: int = 2,
 ) -> Attack:
-  """Makes an attack of ``find(forward, images, labels, key)``, where ``forward`` gives logits.
+  """Builds an attack from ``find(forward, images, labels, key)``; ``forward`` returns logits.
 
-  ``find`` sees images in the range, float32 at least.
+  ``find`` sees images within the range, in at least float32.
   """
   _check.takes_arguments("model", model, "params", "images")
   of_model = jax.jit(model)
@@ -113,7 +114,7 @@ def make_attack(
 
 
 def check_batch(batch: Any, low: float, high: float) -> tuple[jax.Array, jax.Array]:
-  """Returns images and labels; raises unless they are what attacks take."""
+  """Returns images and labels; raises unless an attack can take them."""
   if not isinstance(batch, tuple | list) or len(batch) != 2:
     raise TypeError(f"batch must be a pair (images, labels), got {type(batch).__name__}")
   images, labels = batch
@@ -129,7 +130,7 @@ def check_batch(batch: Any, low: float, high: float) -> tuple[jax.Array, jax.Arr
     )
   if _check.is_known(images) and np.size(images):
     values = np.asarray(images)
-    # Without the warning of nanmin where there is nothing but NaN.
+    # Unlike nanmin, this does not warn if all values are NaN.
     smallest, largest = (float(f.reduce(values, axis=None)) for f in (np.fmin, np.fmax))
     if smallest < low or largest > high:
       raise ValueError(
@@ -154,7 +155,7 @@ def check_logits(logits: Any, images: jax.Array, min_classes: int = 2) -> int:
 
 
 def check_labels(labels: Any, num_classes: int) -> None:
-  """Raises ``ValueError`` if a known label is no class."""
+  """Raises ``ValueError`` if a known label is not a class."""
   if _check.is_known(labels) and np.size(labels):
     values = np.asarray(labels)  # The methods of a jax.Array would be traced under jit.
     lowest, largest = int(np.min(values)), int(np.max(values))
@@ -163,7 +164,7 @@ def check_labels(labels: Any, num_classes: int) -> None:
 
 
 def find_objective(objective: str | Objective) -> tuple[Objective, int]:
-  """The function of an objective, and how many classes it takes."""
+  """Returns the function of an objective, and the smallest number of classes that it takes."""
   if callable(objective):
     _check.takes_arguments("objective", objective, "logits", "labels", "clean_logits")
     return objective, 2
@@ -181,7 +182,7 @@ def difference_of_logits_ratio(logits: jax.Array, labels: jax.Array) -> jax.Arra
 
 
 def targeted_dlr(logits: jax.Array, labels: jax.Array, target: jax.Array) -> jax.Array:
-  r"""The targeted DLR, towards the classes ``target``, ``[batch]``.
+  r"""The targeted DLR, toward the classes ``target``, ``[batch]``.
 
   .. math:: -\frac{z_y - z_t}{z_{\pi_1} - (z_{\pi_3} + z_{\pi_4}) / 2}
   """
@@ -193,7 +194,7 @@ def targeted_dlr(logits: jax.Array, labels: jax.Array, target: jax.Array) -> jax
 def values_of(
   objective: Objective, logits: jax.Array, labels: jax.Array, clean_logits: jax.Array
 ) -> jax.Array:
-  """The objective, ``[batch]`` or an error; NaN where a label is no class."""
+  """Returns the objective, ``[batch]``, NaN if a label is not a class; raises on other shapes."""
   values = objective(logits, labels, clean_logits)
   shape = getattr(values, "shape", type(values).__name__)
   if shape != labels.shape:
@@ -209,7 +210,7 @@ def gradient(
   labels: jax.Array,
   clean_logits: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-  """``(gradient, values, wrong, bad)`` at ``perturbed``; the gradient is zero where it is bad."""
+  """Returns ``(gradient, values, wrong, bad)`` at ``perturbed``; a bad gradient is set to zero."""
 
   def total(images):
     logits = forward(images)
@@ -223,15 +224,15 @@ def gradient(
 
 
 def is_wrong(logits: jax.Array, labels: jax.Array) -> jax.Array:
-  """Whether the largest logit is not that of the label, or one is NaN; ``[batch]``."""
+  """Whether another class than the label has the largest logit, or a logit is NaN; ``[batch]``."""
   predicted = jnp.argmax(logits, axis=-1).astype(jnp.int32)
   return (predicted != labels.astype(jnp.int32)) | jnp.any(jnp.isnan(logits), axis=-1)
 
 
 def best(found: Found) -> Found:
-  """Chooses among the runs of ``found``, whose leaves are ``[runs, batch, ...]``.
+  """Chooses one run for each example; the leaves of ``found`` are ``[runs, batch, ...]``.
 
-  For each example the run that is misclassified, and among these the one of the largest objective.
+  It chooses the run with the largest objective, among the misclassified runs if there are any.
   """
   finite = jnp.isfinite(found.values)
   some = jnp.any(found.wrong & finite, axis=0)
@@ -244,9 +245,9 @@ def best(found: Found) -> Found:
 
 
 def vary_alike(tree: Any, *others: Any) -> Any:
-  """Marks ``tree`` as different from device to device wherever one of ``others`` is.
+  """Marks ``tree`` as varying over every ``shard_map`` axis over which one of ``others`` varies.
 
-  Inside a ``shard_map`` the carry of a loop must not change its type.
+  Inside ``shard_map``, the carry of a loop must not change its type.
   """
   varying = lambda x: jax.typeof(x).manual_axis_type.varying
   axes = functools.reduce(frozenset.union, map(varying, jax.tree.leaves(others)), frozenset())
@@ -259,7 +260,7 @@ def vary_alike(tree: Any, *others: Any) -> Any:
 
 
 def typed_key(key: Any) -> jax.Array:
-  """A typed key of whatever :func:`jaxbo._random.key_impl` takes."""
+  """Turns an int, a raw key array or a typed key into a typed key."""
   impl = _random.key_impl("key", key)
   if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
     return key

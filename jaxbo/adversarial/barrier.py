@@ -1,11 +1,11 @@
-r"""DONE's lower level: a perturbation that a log-barrier keeps in its box, and its derivative.
+r"""DONE's lower level: a perturbation kept in its box by a log-barrier, and its derivative.
 
 .. math:: \hat\delta_i(\theta) = \arg\min_\delta\; \varphi_i(\theta, \delta),
   \qquad \varphi_i(\theta, \delta) := \ell'_i(\theta, \delta)
   - c \sum_k \big[\log(b^+_k - \delta_k) + \log(\delta_k - b^-_k)\big]
 
-The minimiser is smooth in the parameters, with :math:`D = \operatorname{diag}
-\big((b^+ - \delta)^{-2} + (\delta - b^-)^{-2}\big)` and
+The minimizer is a smooth function of the parameters. With :math:`D = \operatorname{diag}
+\big((b^+ - \delta)^{-2} + (\delta - b^-)^{-2}\big)`, its derivative is
 
 .. math:: \frac{\partial \hat\delta}{\partial \theta}
   = -\big[\nabla^2_{\delta\delta} \ell' + c D\big]^{-1} \nabla^2_{\delta\theta} \ell'
@@ -22,18 +22,17 @@ from jaxbo import _check
 from jaxbo.adversarial.attack import vary_alike
 from jaxbo.adversarial.box import Box, along
 
-# A step goes at most this part of the way to a wall.
+# A step goes at most this fraction of the way to a wall.
 _TO_THE_WALL = 0.9
 
 
 class Minimum(NamedTuple):
-  """A perturbation that was found; ``[batch]``, but for ``delta``.
+  """The result of :func:`minimize`.
 
   Attributes:
-    delta: shaped like the images, strictly in the box.
-    last_step: the largest change of a pixel in the last step: how far it still was from standing
-      still.
-    not_finite: whether a gradient was not finite; the example then stayed where it was.
+    delta: the perturbation, shaped like the images, strictly inside the box.
+    last_step: the largest change of a pixel in the last step, ``[batch]``; zero at convergence.
+    not_finite: whether a gradient was not finite, ``[batch]``; the example then did not move.
   """
 
   delta: jax.Array
@@ -42,13 +41,13 @@ class Minimum(NamedTuple):
 
 
 def barrier_gradient(delta: jax.Array, box: Box) -> jax.Array:
-  r"""The derivative of the barrier at :math:`c = 1`, :math:`1/(b^+-\delta) - 1/(\delta-b^-)`."""
+  r"""The barrier's derivative at :math:`c = 1`: :math:`1/(b^+-\delta) - 1/(\delta-b^-)`."""
   below, above = box.room(delta)
   return 1 / above - 1 / below
 
 
 def barrier_curvature(delta: jax.Array, box: Box) -> jax.Array:
-  r"""Its second derivative, :math:`1/(b^+ - \delta)^2 + 1/(\delta - b^-)^2`."""
+  r"""The barrier's second derivative: :math:`1/(b^+ - \delta)^2 + 1/(\delta - b^-)^2`."""
   below, above = box.room(delta)
   return above**-2 + below**-2
 
@@ -65,18 +64,19 @@ def minimize(
   direction: str = "gradient",
   margin: float = 1e-4,
 ) -> Minimum:
-  r"""Minimises :math:`\varphi` from ``start``, one gradient of the attack loss for each step.
+  r"""Minimizes :math:`\varphi` from ``start``, with one gradient of the attack loss for each step.
 
   .. math:: \delta \leftarrow \delta - \Big(\frac{1}{\alpha} + c D\Big)^{-1} \nabla_\delta \varphi
 
-  That is gradient descent with the barrier's own curvature, which is known, in the step. Plain
-  descent :math:`\delta - \alpha \nabla \varphi` is stable only for :math:`\alpha < d^2 / c` with
-  :math:`d` the distance to the wall, and bounces between the walls otherwise; this one stands still
-  at the same points and converges wherever :math:`\alpha` is below the reciprocal of the largest
-  curvature of :math:`\ell'`, however near the wall. With ``direction="adam"`` steps are Adam's on
-  :math:`\varphi`, which end within about ``step_size`` of the minimum. Either way a step goes at
-  most nine tenths of the way to a wall, and never nearer than ``margin`` times the width of the
-  box.
+  This is gradient descent whose step includes the known curvature of the barrier. It converges if
+  :math:`\alpha` is below the reciprocal of the largest curvature of :math:`\ell'`, at any distance
+  to the wall. Plain descent :math:`\delta - \alpha \nabla \varphi` has the same fixed points, but
+  bounces between the walls unless :math:`\alpha < d^2 / c`, where :math:`d` is the distance to the
+  wall.
+
+  ``direction="adam"`` takes Adam's steps on :math:`\varphi`, which end within about ``step_size``
+  of the minimum. Every step goes at most nine tenths of the way to a wall, and never closer to it
+  than ``margin`` times the width of the box.
   """
   _check.one_of("direction", direction, ("gradient", "adam"))
   inside = box.shrink(margin)
@@ -123,8 +123,8 @@ def solve_diagonal(
 ) -> jax.Array:
   r"""Solves :math:`(\lambda I + c D)\, q = v`, element by element.
 
-  It is exact where the attack loss has the Hessian :math:`\lambda I`, as the linearised and
-  regularised one of Fast-BAT, and an approximation for piecewise linear networks.
+  The solution is exact if the attack loss has the Hessian :math:`\lambda I`, as the linearized and
+  regularized attack loss of Fast-BAT does. For piecewise linear networks it is an approximation.
   """
   return v / (curvature + barrier * barrier_curvature(delta, box))
 
@@ -138,7 +138,7 @@ def solve_active_set(
 ) -> jax.Array:
   r"""The limit :math:`c \to 0` of :func:`solve_diagonal`: :math:`v / \lambda` off the walls.
 
-  Pixels within ``tolerance`` of a wall do not move with the parameters: Fast-BAT's mask.
+  Pixels within ``tolerance`` of a wall do not move with the parameters; this is Fast-BAT's mask.
   """
   below, above = box.room(delta)
   return jnp.where((below > tolerance) & (above > tolerance), v / curvature, 0)
@@ -154,9 +154,12 @@ def solve_full(
 ) -> tuple[jax.Array, Any]:
   r"""Solves :math:`(\nabla^2_{\delta\delta} \ell' + \operatorname{diag}(\text{diagonal}))\, q = v`.
 
-  Each example has a system of its own. It is scaled from both sides by the root of the diagonal,
-  which spans orders of magnitude near the walls. ``attack_loss(images, labels)`` gives ``[batch]``.
-  Returns ``q`` and what ``solver`` says, for each example.
+  Each example has its own system. The square root of the diagonal, which spans orders of magnitude
+  near the walls, scales the system from both sides. ``attack_loss(images, labels)`` returns
+  ``[batch]``.
+
+  Returns:
+    ``q`` and the report of ``solver``, for each example.
   """
 
   def solve_one(x, label, v, diagonal):

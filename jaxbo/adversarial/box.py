@@ -1,4 +1,4 @@
-"""Where perturbations may be: per-pixel boxes, balls, projections, and the strict interior."""
+"""The sets of allowed perturbations: boxes for pixels, balls for images, and projections."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -22,7 +22,7 @@ class Box(NamedTuple):
 
   @property
   def center(self) -> jax.Array:
-    """The middle, where the two barriers of a pixel balance each other."""
+    """The middle of the box, where the two barriers of a pixel balance."""
     return self.low + 0.5 * (self.high - self.low)
 
   def project(self, delta: jax.Array) -> jax.Array:
@@ -30,7 +30,7 @@ class Box(NamedTuple):
     return jnp.clip(delta, self.low, self.high)
 
   def shrink(self, margin: float) -> "Box":
-    """The strict interior: without ``margin`` times the width of each pixel at both ends."""
+    """The strict interior: cuts ``margin`` times the width off both ends of each pixel's range."""
     inset = margin * (self.high - self.low)
     return Box(self.low + inset, self.high - inset)
 
@@ -40,16 +40,16 @@ class Box(NamedTuple):
 
 
 class Ball(NamedTuple):
-  """A norm ball around every image, cut by the range of the values.
+  """A norm ball around each image, cut to the range of pixel values.
 
   Attributes:
-    project: ``project(delta, images)``: a feasible perturbation near ``delta``. For ``l2`` it is
-      shortened to the ball, then clipped, which keeps it in the ball; where the range cuts, that
-      is feasible and not the nearest point.
-    random: ``random(key, images)``: a perturbation drawn uniformly, for ``linf`` from what the
-      range leaves of the ball, for ``l2`` from the ball, then clipped.
-    steepest: ``steepest(gradient)``: the direction of steepest ascent whose norm is 1: the sign,
-      or the gradient divided by its norm; zero where the gradient is.
+    project: ``project(delta, images)`` returns a feasible perturbation near ``delta``. For ``l2``
+      it shortens ``delta`` to the ball, then clips it, which keeps it in the ball. If clipping
+      changes a pixel, the result is feasible but not the nearest point.
+    random: ``random(key, images)`` draws a perturbation uniformly: for ``linf``, from the part of
+      the ball within the range; for ``l2``, from the ball, then clipped to the range.
+    steepest: ``steepest(gradient)`` returns the direction of steepest ascent with norm 1: the sign
+      of the gradient, or the gradient divided by its norm. A zero gradient gives zero.
   """
 
   project: Callable[[jax.Array, jax.Array], jax.Array]
@@ -99,7 +99,7 @@ def check_range(low: float, high: float) -> None:
 
 
 def along(values: jax.Array, images: jax.Array) -> jax.Array:
-  """``values``, one for each example, with the axes of ``images``."""
+  """Adds axes to ``values``, one for each example, so that they broadcast over ``images``."""
   return jnp.expand_dims(values, tuple(range(1, images.ndim)))
 
 
@@ -112,9 +112,9 @@ def norms(delta: jax.Array) -> jax.Array:
 
 
 def unit(delta: jax.Array) -> jax.Array:
-  """Every example divided by its Euclidean norm; zero where that is zero."""
+  """Divides each example by its Euclidean norm; an example of norm zero stays zero."""
   size = norms(delta)
-  # First by the largest entry: the reciprocal of a tiny norm would overflow.
+  # Divide by the largest entry first: the reciprocal of a tiny norm would overflow.
   largest = jnp.max(jnp.abs(delta), axis=tuple(range(1, delta.ndim)))
   scaled = delta / along(jnp.where(size > 0, largest, 1), delta)
   return scaled * along(jnp.where(size > 0, largest / jnp.where(size > 0, size, 1), 0), delta)

@@ -1,4 +1,4 @@
-"""Accuracies of classes, and of those that are classified worst."""
+"""Accuracy by class, and over the classes with the lowest accuracy."""
 
 import math
 from typing import Any
@@ -20,8 +20,8 @@ def class_accuracy(correct: Any, labels: Any, num_classes: int) -> np.ndarray:
     ``[num_classes]`` float64; NaN for a class without images.
 
   Raises:
-    ValueError: if shapes differ, or a label is no class.
-    TypeError: if labels are no integers.
+    ValueError: if shapes differ, or a label is not a class.
+    TypeError: if labels are not integers.
 
   Example:
     >>> import jaxbo
@@ -47,15 +47,15 @@ def class_accuracy(correct: Any, labels: Any, num_classes: int) -> np.ndarray:
 
 
 def tail_accuracy(correct: Any, labels: Any, num_classes: int, fraction: float = 0.3) -> float:
-  r"""RA-Tail: the mean accuracy of the classes that are classified worst.
+  r"""RA-Tail: the mean accuracy of the classes with the lowest accuracy.
 
-  The mean over the worst :math:`\lceil k C \rceil` of :math:`C` classes, by their accuracies on
-  these very images; classes without images do not count. RA-Tail-30 is ``fraction=0.3``: 3 classes
-  of 10. A small fraction gives the worst class.
+  The mean is over the :math:`\lceil k C \rceil` classes, of :math:`C`, with the lowest accuracy on
+  these images; classes without images do not count. RA-Tail-30 is ``fraction=0.3``: 3 classes of
+  10. A small fraction gives the accuracy of the worst class.
 
   Args:
-    correct: ``[num_images]`` booleans, say :attr:`RobustnessReport.worst_case`.
-    labels: ``[num_images]`` integers.
+    correct: ``[num_images]`` booleans, such as :attr:`RobustnessReport.worst_case`.
+    labels: ``[num_images]`` integers from 0 to ``num_classes - 1``.
     num_classes: the number of classes.
     fraction: :math:`k` in (0, 1].
 

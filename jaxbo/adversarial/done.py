@@ -1,4 +1,4 @@
-"""DONE: instance-reweighted adversarial training, and the implicit gradients that it is made of."""
+"""DONE: instance-reweighted adversarial training, and the implicit gradients that it uses."""
 
 from collections.abc import Callable
 from typing import Any
@@ -45,70 +45,73 @@ def done_grad(
   microbatch_size: int | None = None,
   repair: bool = False,
 ) -> Callable[..., PerExampleGrads]:
-  r"""Lazy per-example gradients of adversarial training through the attack.
+  r"""Lazy per-example gradients through the attack, as :func:`~jaxbo.reweight` takes them.
 
-  For :func:`~jaxbo.reweight`.
-
-  Every example is perturbed by its own attack, smoothed by a log-barrier on its box
+  An attack perturbs each example. A log-barrier smooths it and keeps the perturbation in the box
   :math:`[b^-, b^+] = [\max(-\epsilon, low - x), \min(\epsilon, high - x)]`:
 
   .. math:: \hat\delta_i(\theta) = \arg\min_\delta\; \varphi_i(\theta, \delta),
     \qquad \varphi_i(\theta, \delta) := \ell'_i(\theta, \delta)
     - c \sum_k \big[\log(b^+_k - \delta_k) + \log(\delta_k - b^-_k)\big]
 
-  and its gradient is that of :math:`\ell_i(\theta, \hat\delta_i(\theta))`, both ways:
+  The gradient of :math:`\ell_i(\theta, \hat\delta_i(\theta))` has a direct and an implicit term:
 
   .. math:: g_i = \nabla_\theta \ell_i
     - \nabla_\theta \big\langle \nabla_\delta \ell'_i(\theta, \hat\delta_i), q_i \big\rangle, \qquad
     q_i = \big[\nabla^2_{\delta\delta} \ell'_i + c D_i\big]^{-1} \nabla_\delta \ell_i
 
-  with :math:`D = \operatorname{diag}((b^+ - \delta)^{-2} + (\delta - b^-)^{-2})`. Where the attack
-  loss is minus the loss, the second term vanishes with the barrier, :math:`c \to 0`; it is there
-  for attacks with another objective.
+  with :math:`D = \operatorname{diag}((b^+ - \delta)^{-2} + (\delta - b^-)^{-2})`. If the attack
+  loss is minus the loss, the implicit term vanishes as :math:`c \to 0`; it matters for attacks with
+  another objective.
 
-  *Steps of the attack* are :math:`\delta \leftarrow \delta - (1/\alpha + c D)^{-1} \nabla \varphi`,
-  cut at nine tenths of the way to a wall, from the middle of the box, or from a random point if a
-  key is given. Plain steps :math:`\alpha \nabla \varphi`, as published, bounce between the walls
-  unless :math:`\alpha < d^2 / c`, :math:`d` the distance to the wall; ours stand still at the same
-  points and are safe whenever :math:`\alpha` is below the reciprocal of the largest curvature of
-  the attack loss. Gradients by images are small: useful values are far above those for signs.
+  *The attack* starts at the middle of the box, or at a random point if you give a key. It steps
+  :math:`\delta \leftarrow \delta - (1/\alpha + c D)^{-1} \nabla \varphi`, at most nine tenths of
+  the way to a wall (our choice: see Departures from the papers). The steps are safe if
+  :math:`\alpha` is below the reciprocal of the largest curvature of the attack loss. Image
+  gradients are small, so useful step sizes are far larger than those of sign steps.
 
-  Cost: with :math:`K` steps, :math:`K + 1` forward and backward passes by the images, and one pass
-  by the parameters of about twice the cost of an ordinary one. CG adds two such passes by the
-  images for each of its steps. Memory: that of ordinary training, about doubled by the second term.
+  Cost: with :math:`K` steps, :math:`K + 1` forward and backward passes for the images, and one pass
+  for the parameters at about twice the cost of an ordinary one. Each step of CG adds two passes for
+  the images. Memory: about twice that of ordinary training, because of the implicit term.
 
   Args:
-    loss_fn: ``loss_fn(params, perturbed_images, labels) -> [batch]``, what is trained. The loss of
-      an example must not depend on other examples.
-    attack_loss: the same for the attack, which *minimises* it over the perturbation: minus a
-      margin, minus the cross entropy. Twice differentiable, or piecewise so.
+    loss_fn: ``loss_fn(params, perturbed_images, labels) -> losses``, real floats ``[batch]``: the
+      training loss. The loss of an example must not depend on other examples.
+    attack_loss: the loss that the attack *minimizes* over the perturbation, with the arguments and
+      shape of ``loss_fn``: minus a margin, minus the cross entropy. It must be twice
+      differentiable, at least piecewise.
     epsilon: the largest change of a pixel, positive.
-    barrier: :math:`c > 0`, in units of the loss: pixels that the attack pushes with a slope
-      :math:`s` stop :math:`c / s` before the wall.
+    barrier: :math:`c > 0`, in units of the loss. Where the attack pushes a pixel with slope
+      :math:`s`, the pixel stops :math:`c / s` before the wall.
     num_steps: :math:`K`, at least 1.
-    step_size: :math:`\alpha > 0`.
-    inverse: ``"diagonal"`` leaves the Hessian of the attack loss out, but for ``curvature``;
-      ``"cg"`` solves the full system by ten steps of conjugate gradients for each example, or
-      any :class:`~jaxbo.bilevel.LinearSolver` does; ``"none"`` leaves the second term out, so that
-      what is left is ordinary adversarial training.
-    curvature: :math:`\lambda \ge 0`: what stands in for the Hessian with ``"diagonal"``.
-    direction: ``"gradient"``, or ``"adam"`` for Adam's steps on :math:`\varphi`, which end within
-      about ``step_size`` of the minimum.
+    step_size: :math:`\alpha > 0`; with ``direction="adam"``, Adam's learning rate in units of the
+      images.
+    inverse: how to find :math:`q`. ``"diagonal"`` replaces the Hessian of the attack loss by
+      :math:`\lambda I`; ``"cg"`` solves the full system with ten steps of conjugate gradients for
+      each example; a :class:`~jaxbo.bilevel.LinearSolver` solves it as you choose; ``"none"`` drops
+      the implicit term, which gives ordinary adversarial training.
+    curvature: :math:`\lambda \ge 0`, for ``"diagonal"``.
+    direction: ``"gradient"`` for the steps above, or ``"adam"`` for Adam's steps on
+      :math:`\varphi`, which end within about ``step_size`` of the minimum.
     low: the smallest value of a pixel.
-    high: the largest.
-    margin: how near to a wall the attack may come, as a part of the width of the box, in (0, 0.5).
-    microbatch_size: as in :func:`~jaxbo.per_example_grad`, for the pass by the parameters.
-    repair: as in :func:`~jaxbo.per_example_grad`.
+    high: the largest value of a pixel.
+    margin: how close to a wall a pixel may come, as a fraction of the width of its box, in
+      (0, 0.5).
+    microbatch_size: how many examples go at once through the pass for the parameters; it must
+      divide the batch. ``None`` for all.
+    repair: what to do if a loss is not finite. ``False`` gives the whole batch a zero gradient;
+      ``True`` recomputes the gradient without the bad examples (see
+      :func:`~jaxbo.per_example_grad` for the cost).
 
   Returns:
-    A function ``(params, (images, labels), key=None) -> PerExampleGrads``, for use in a jitted
-    function. Images are ``[batch, ...]`` floats in the range, labels ``[batch]`` integers;
-    ``aux`` is a :class:`DoneInfo`. Known images outside the range are refused; under ``jit`` they
-    are clipped.
+    A function ``(params, (images, labels), key=None) -> PerExampleGrads``; call it inside a jitted
+    function. Images are floats ``[batch, ...]`` from ``low`` to ``high``; labels are integers
+    ``[batch]``; ``aux`` is a :class:`DoneInfo`. Images out of range raise ``ValueError``; under
+    ``jit``, where values are not known, they are clipped.
 
   Raises:
     ValueError: if an argument is outside its range, or losses are not ``[batch]``.
-    TypeError: if a loss does not take three arguments, or images or losses are no floats.
+    TypeError: if a loss does not take three arguments, or if images or losses are not floats.
 
   Example:
     >>> import jax.numpy as jnp, jaxbo
@@ -127,8 +130,7 @@ def done_grad(
 
   References:
     Sow, Lin, Wang and Liang, `Doubly Robust Instance-Reweighted Adversarial Training
-    <https://arxiv.org/abs/2308.00311>`_, 2024. The paper's barrier weight, rate, steps and step
-    sizes could not be found: none has a default.
+    <https://arxiv.org/abs/2308.00311>`_, 2024.
   """
   _check.takes_arguments("loss_fn", loss_fn, "params", "images", "labels")
   _check.takes_arguments("attack_loss", attack_loss, "params", "images", "labels")
@@ -200,20 +202,21 @@ def done(
   rate: float | jax.Array | Callable[[Any], Any] = 0.1,
   axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
-  r"""DONE: :func:`~jaxbo.dro.kl` weights by a moving average of their normaliser, then descent.
+  r"""DONE: :func:`~jaxbo.dro.kl` weights by a moving average of their normalizer, then SGD.
 
   .. math:: \min_\theta\; r \log \mathbb E_i\, e^{\ell_i(\theta, \hat\delta_i(\theta)) / r}
 
-  The compositional form of worst-case weights, whose gradient :func:`~jaxbo.adversarial.done_grad`
-  gives through the attack: gradients come in from there.
+  ``update`` takes the per-example gradients of :func:`~jaxbo.adversarial.done_grad`. The weights
+  are those of :func:`~jaxbo.dro.compositional`.
 
   Args:
-    learning_rate: of SGD, a float or a schedule; or another optimizer in its place.
-    temperature: :math:`r`, as in :func:`~jaxbo.dro.kl`; a number or a schedule. The default is
-      ours: the paper's could not be found.
-    rate: as in :func:`~jaxbo.dro.compositional`; 1 for weights of each batch alone. The default is
-      ours.
-    axis_name: as in :func:`reweight`.
+    learning_rate: the learning rate of SGD, a float or a schedule; or an optimizer to use instead
+      of SGD.
+    temperature: :math:`r > 0`, in units of the loss: a number, or a schedule of the number of
+      batches so far. The default is our choice: see Departures from the papers.
+    rate: the rate of the moving average, in (0, 1], or a schedule of the number of batches so far;
+      1 takes the weights from each batch alone. The default is our choice.
+    axis_name: the ``shard_map`` axis, or axes, over which the batch is divided.
 
   Returns:
     ``optax.chain(reweight(compositional(kl(temperature), rate)), optax.sgd(learning_rate))``.

@@ -1,4 +1,4 @@
-"""How robust a model is: the worst case over attacks, per class, and whether to believe it."""
+"""How robust a model is: the worst case over attacks, by class, and reasons to doubt it."""
 
 import functools
 import math
@@ -19,7 +19,7 @@ from jaxbo.adversarial.losses import cross_entropy_loss
 from jaxbo.adversarial.pgd import pgd
 from jaxbo.adversarial.square import square
 
-# A probability that others sum up to 1 with, up to the rounding of bfloat16.
+# How far probabilities may be from summing to 1, given the rounding of bfloat16.
 _ROUNDING = 1e-2
 
 
@@ -29,9 +29,11 @@ class RobustnessReport(NamedTuple):
   Attributes:
     labels: ``[num_images]`` integers.
     clean: whether each image is classified correctly, ``[num_images]`` booleans.
-    correct: by the name of the attack, whether each image is so before and after it.
-    num_not_finite: by the name of the attack, how many images met numbers that are not finite.
-    warnings: reasons to doubt the numbers; see :func:`evaluate_robustness`.
+    correct: for each attack by name, whether each image is classified correctly both clean and
+      under the attack, ``[num_images]`` booleans.
+    num_not_finite: for each attack by name, how many images had an objective or gradient that was
+      not finite.
+    warnings: reasons to doubt the accuracies; see :func:`evaluate_robustness`.
     num_classes: the number of classes.
   """
 
@@ -44,11 +46,11 @@ class RobustnessReport(NamedTuple):
 
   @property
   def worst_case(self) -> np.ndarray:
-    """Whether each image is classified correctly whatever attack is tried."""
+    """Whether each image is classified correctly clean and under every attack, ``[num_images]``."""
     return functools.reduce(np.logical_and, self.correct.values(), self.clean)
 
   def accuracies(self) -> dict[str, float]:
-    """Accuracies: clean, under each attack, and under the worst of them for each image."""
+    """Accuracies, clean, under each attack, and under the worst attack for each image."""
     rows = {"clean": self.clean, **self.correct, "worst_case": self.worst_case}
     return {name: float(np.mean(row)) for name, row in rows.items()}
 
@@ -57,7 +59,7 @@ class RobustnessReport(NamedTuple):
     return class_metrics.class_accuracy(self.worst_case, self.labels, self.num_classes)
 
   def tail_accuracy(self, fraction: float = 0.3) -> float:
-    """:func:`tail_accuracy` in the worst case: RA-Tail-30 by default."""
+    """Worst-case :func:`tail_accuracy` of a ``fraction`` of the classes; default RA-Tail-30."""
     return class_metrics.tail_accuracy(self.worst_case, self.labels, self.num_classes, fraction)
 
 
@@ -74,19 +76,21 @@ def standard_attacks(
   """The attacks of :func:`evaluate_robustness`, in the ``linf`` ball.
 
   Args:
-    model: as in :func:`pgd`.
-    epsilon: as in :func:`pgd`.
-    low: as in :func:`pgd`.
-    high: as in :func:`pgd`.
-    num_steps: the steps of the longer attacks.
-    num_queries: the queries of :func:`square`; its images have four axes. 0 leaves it out.
-    num_classes: with fewer than four classes there is no targeted DLR, and the margin is taken in
-      its place; ``None`` for more.
+    model: ``model(params, images) -> logits``, ``[batch, num_classes]``; the logits of an example
+      must not depend on other examples.
+    epsilon: the largest change of a pixel, at least 0, in units of the images.
+    low: the smallest value of a pixel.
+    high: the largest value of a pixel.
+    num_steps: the number of steps of the longer attacks, at least 1.
+    num_queries: the number of queries of :func:`square`, which needs images with four axes; 0
+      leaves this attack out.
+    num_classes: the number of classes; ``None`` for at least four. With fewer than four, the attack
+      ``"apgd_t"`` uses the margin, because targeted DLR needs four.
 
   Returns:
     ``{"pgd_20": ..., "pgd_100": ..., "apgd_ce": ..., "apgd_t": ..., "square": ...}``: PGD with 20
-    and ``num_steps`` steps of a quarter of epsilon, :func:`apgd` on the cross entropy and on
-    targeted DLR, and :func:`square`. The second is named by its steps.
+    steps and with ``num_steps`` steps of ``epsilon / 4`` (the name of the second attack contains
+    ``num_steps``), :func:`apgd` on the cross entropy and on targeted DLR, and :func:`square`.
 
   Example:
     >>> import jaxbo
@@ -121,37 +125,40 @@ def evaluate_robustness(
   *,
   batch_size: int = 256,
 ) -> RobustnessReport:
-  """Accuracy on clean images, under every attack, and in the worst case for each image.
+  """Measures accuracy on clean images, under every attack, and under the worst for each image.
 
-  Every attack sees every image, so that each one's own number is known too.
+  Every attack runs on every image, so the report also has the accuracy under each attack alone.
 
-  *Checks.* A model that hides its gradients looks robust and is not. What follows is warned of, by
-  ``UserWarning`` and in ``report.warnings``:
+  *Checks.* A model that hides its gradients looks robust but is not. The function issues a
+  ``UserWarning``, and adds it to ``report.warnings``, if
 
-  * the model gives probabilities, not logits: objectives saturate;
+  * the model returns probabilities instead of logits: objectives saturate;
   * two calls on the same images differ: the model is random;
   * gradients of the cross entropy are exactly zero for more than a tenth of the images;
-  * an attack without gradients, named ``square``, breaks images that withstood all others;
+  * the attack named ``square``, which uses no gradients, breaks images that withstood all others;
   * the model runs a loop of unknown length (``while``), as optimization at inference does: gradient
-    attacks may not see through it.
+    attacks may not see through the loop.
 
-  Cost: that of the attacks and a forward pass after each; two forward passes and one backward pass
-  for the checks.
+  Cost: the attacks and one forward pass after each; two forward passes and one backward pass for
+  the checks.
 
   Args:
-    model: as in :func:`pgd`.
-    params: its parameters.
-    batch: ``(images, labels)``, all of them, arrays of the host or of a device.
+    model: ``model(params, images) -> logits``, ``[batch, num_classes]``; the logits of an example
+      must not depend on other examples.
+    params: the parameters of the model.
+    batch: all ``(images, labels)``, as host or device arrays: floats ``[num_images, ...]`` and
+      integers ``[num_images]``.
     key: an int, a raw key array or a typed key.
-    attacks: :func:`standard_attacks`, or others, by name.
-    batch_size: how many images are attacked at once, at least 1; the last batch is filled up.
+    attacks: a dict of attacks by name, such as :func:`standard_attacks`.
+    batch_size: how many images to attack at once, at least 1; the last batch is padded.
 
   Returns:
     A :class:`RobustnessReport`.
 
   Raises:
-    ValueError: if images or labels are out of range, or an attack has the name of another row.
-    TypeError: if ``attacks`` is no dict of attacks.
+    ValueError: if images or labels are out of range, or if an attack is named ``"clean"`` or
+      ``"worst_case"``.
+    TypeError: if ``attacks`` is not a dict of attacks.
 
   Example:
     >>> import jax.numpy as jnp, jaxbo
@@ -207,7 +214,7 @@ def _check_attacks(attacks: Any) -> None:
   is_attack = lambda value: callable(getattr(value, "run", None))
   if not (isinstance(attacks, Mapping) and all(map(is_attack, attacks.values()))):
     raise TypeError(f"attacks must be a dict of attacks by name, got {attacks!r}")
-  # The report has rows of these names.
+  # The report has its own rows of these names.
   if taken := {"clean", "worst_case"} & set(attacks):
     raise ValueError(f"attacks must have other names than 'clean' and 'worst_case', got {taken}")
 
@@ -221,7 +228,7 @@ def _look(model, params, images, labels):
 
   images = _tree.at_least_float32(images)
   slope, logits = jax.grad(total, has_aux=True)(images)
-  # Behind a barrier, lest the compiler makes one call of two.
+  # The barrier keeps the compiler from merging the two calls.
   again = _tree.at_least_float32(model(params, jax.lax.optimization_barrier(images)))
   return logits, again, jnp.all(slope == 0, axis=tuple(range(1, slope.ndim)))
 
@@ -237,7 +244,7 @@ _wrong = jax.jit(is_wrong)
 def _doubts_about_model(model, params, image, logits, again, zero) -> Iterator[str]:
   if np.min(logits) >= 0 and np.all(np.abs(np.sum(logits, axis=1) - 1) < _ROUNDING):
     yield "the model gives probabilities; it must give logits, before the softmax"
-  # Another order of summation is no randomness.
+  # A different order of summation is not randomness.
   scale = np.max(np.abs(logits), axis=1, keepdims=True)
   if np.any(np.abs(logits - again) > 1e-3 * scale):
     yield "the model is random: two calls on the same images differ; attacks must average over it"
@@ -275,7 +282,7 @@ def _has_while(jaxpr: core.Jaxpr) -> bool:
 
 
 def _cut(images, labels, batch_size) -> Iterator[tuple[int, tuple[np.ndarray, np.ndarray], int]]:
-  """``(index, (images, labels), count)`` of batches of one size; the last is filled up."""
+  """Yields ``(index, (images, labels), count)`` for batches of equal size; pads the last one."""
   for index, first in enumerate(range(0, len(labels), batch_size)):
     rows = np.arange(first, first + batch_size)
     count = int(np.sum(rows < len(labels)))

@@ -1,4 +1,4 @@
-"""Fast-BAT: one linearised step of attack, differentiated off the walls of its box."""
+"""Fast-BAT: one linearized attack step, differentiated for pixels off the walls of their box."""
 
 from collections.abc import Callable
 from typing import Any
@@ -28,43 +28,51 @@ def fast_bat_grad(
   microbatch_size: int | None = None,
   repair: bool = False,
 ) -> Callable[..., PerExampleGrads]:
-  r"""Per-example gradients of Fast-BAT: a linearised attack, and its active-set implicit term.
+  r"""Per-example gradients of Fast-BAT: a linearized attack with an active-set implicit term.
 
   .. math:: \delta = \Pi\big(z - \alpha \nabla_\delta \ell'(\theta, z)\big), \qquad
     g = \nabla_\theta \ell(\theta, \delta) - \nabla_\theta \big\langle \nabla_\delta
       \ell'(\theta, z), \tfrac{1}{\lambda}\, 1[\delta \text{ off the walls}] \odot
       \nabla_\delta \ell(\theta, \delta) \big\rangle
 
-  :math:`z` is one such step from a random start. It is the limit of a vanishing barrier of
-  :func:`done_grad` for the lower level :math:`\langle \nabla \ell'(z), \delta - z \rangle +
-  \frac{\lambda}{2} \|\delta - z\|^2`, which :math:`\delta` minimises for :math:`\lambda = 1 /
-  \alpha`; published code has :math:`\alpha` and :math:`\lambda` apart.
+  :math:`\Pi` projects onto the box of each image, and :math:`z` is the result of one such step from
+  a random start. The gradient is the limit of :func:`done_grad`, as its barrier vanishes, for the
+  lower level :math:`\langle \nabla \ell'(z), \delta - z \rangle + \frac{\lambda}{2}
+  \|\delta - z\|^2`. For :math:`\lambda = 1 / \alpha`, :math:`\delta` minimizes that lower level;
+  the published code sets :math:`\alpha` and :math:`\lambda` separately, as this function does.
 
-  Cost: three forward and backward passes by the images, and one by the parameters of about three
-  times the cost of an ordinary one: its two terms are taken at different images, and the second is
-  a second derivative. Within one ``jit`` XLA takes two of its forward passes from the attack.
-  Memory: more than twice that of ordinary training.
+  Cost: three forward and backward passes for the images, and one pass for the parameters at about
+  three times the cost of an ordinary one, because its two terms use different images and the
+  implicit term is a second derivative. Within one ``jit``, XLA reuses two forward passes of the
+  attack. Memory: more than twice that of ordinary training.
 
   Args:
-    loss_fn: as in :func:`done_grad`.
-    attack_loss: as in :func:`done_grad`.
+    loss_fn: ``loss_fn(params, perturbed_images, labels) -> losses``, real floats ``[batch]``: the
+      training loss. The loss of an example must not depend on other examples.
+    attack_loss: the loss that the attack *minimizes* over the perturbation, with the arguments and
+      shape of ``loss_fn``, such as minus the cross entropy.
     epsilon: the largest change of a pixel, positive.
-    step_size: :math:`\alpha > 0`; published code takes 5000 / 255 at 8 / 255 or less, and 2000 /
-      255 above, on minus the cross entropy.
+    step_size: :math:`\alpha > 0`. The published code takes 5000 / 255 if ``epsilon`` is at most
+      8 / 255, and 2000 / 255 otherwise, for minus the cross entropy.
     curvature: :math:`\lambda > 0`; the default is the published one.
     low: the smallest value of a pixel.
-    high: the largest.
-    tolerance: how near to a wall, in units of the images, counts as on it.
-    microbatch_size: as in :func:`~jaxbo.per_example_grad`, for the pass by the parameters.
-    repair: as in :func:`~jaxbo.per_example_grad`.
+    high: the largest value of a pixel.
+    tolerance: a pixel this close to a wall counts as on it; at least 0, in units of the images.
+    microbatch_size: how many examples go at once through the pass for the parameters; it must
+      divide the batch. ``None`` for all.
+    repair: what to do if a loss is not finite. ``False`` gives the whole batch a zero gradient;
+      ``True`` recomputes the gradient without the bad examples (see
+      :func:`~jaxbo.per_example_grad` for the cost).
 
   Returns:
-    A function ``(params, (images, labels), key) -> PerExampleGrads``, as :func:`done_grad`'s.
-    ``aux.last_step`` is the change from :math:`z` to :math:`\delta`.
+    A function ``(params, (images, labels), key) -> PerExampleGrads``. Images are floats
+    ``[batch, ...]`` from ``low`` to ``high``; labels are integers ``[batch]``; ``aux`` is a
+    :class:`DoneInfo`, whose ``last_step`` is the change from :math:`z` to :math:`\delta`. Images
+    out of range raise ``ValueError``; under ``jit``, where values are not known, they are clipped.
 
   Raises:
     ValueError: if an argument is outside its range, or losses are not ``[batch]``.
-    TypeError: if a loss does not take three arguments, or images or losses are no floats.
+    TypeError: if a loss does not take three arguments, or if images or losses are not floats.
 
   Example:
     >>> import jax.numpy as jnp, jaxbo

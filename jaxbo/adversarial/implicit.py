@@ -1,4 +1,4 @@
-"""The implicit term of gradients through an attack, in the losses that are differentiated."""
+"""The implicit term of gradients through an attack, built into the losses to differentiate."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,17 +12,19 @@ PerturbedLoss = Callable[[Any, jax.Array, jax.Array], jax.Array]
 
 
 class DoneInfo(NamedTuple):
-  """What :func:`done_grad` found on its way: ``aux`` of its result; ``[batch]`` but for images.
+  """What :func:`done_grad` and :func:`fast_bat_grad` report as ``aux``.
 
   Attributes:
-    perturbed: the perturbed images, strictly in their boxes; by :func:`fast_bat_grad` in them.
-    last_step: the largest change of a pixel in the last step, in units of the images: zero once
-      the lower level is solved.
-    residual: the relative residual of the linear system; 0 where it was solved exactly.
-    not_finite: whether a gradient by the image was not finite. The example was then left at its
-      last finite perturbation. If it is the gradient of the outer loss, the example has no implicit
-      term. If it is that of the attack loss, there is none to be had: the loss is NaN, and
-      :func:`~jaxbo.reweight` leaves the example out.
+    perturbed: the perturbed images, shaped like the images: strictly inside their boxes with
+      :func:`done_grad`, possibly on the walls with :func:`fast_bat_grad`.
+    last_step: the largest change of a pixel in the last step, ``[batch]``, in units of the images;
+      zero once the lower level is solved.
+    residual: the relative residual of the linear system, ``[batch]``; 0 if solved in closed form.
+    not_finite: whether a gradient with respect to the image was not finite, ``[batch]``. The
+      perturbation then stays where it was. If the gradient of ``loss_fn`` was not finite, the
+      example has no implicit term. If the gradient of ``attack_loss`` was not finite, the implicit
+      term does not exist: the loss is NaN, and :func:`~jaxbo.reweight` excludes the example (but
+      with ``inverse="none"`` the loss is that of ``loss_fn``).
   """
 
   perturbed: jax.Array
@@ -32,14 +34,14 @@ class DoneInfo(NamedTuple):
 
   @property
   def num_not_finite(self) -> jax.Array:
-    """How many examples met a gradient that is not finite, int32."""
+    """The number of examples with a gradient that was not finite, int32."""
     return jnp.sum(self.not_finite, dtype=jnp.int32)
 
 
 def corrected_losses(loss_fn, attack_loss, params, perturbed, attacked, labels, q) -> jax.Array:
-  """Losses whose gradient by the parameters has the implicit term too; ``q=None`` for none.
+  """Returns losses whose gradient includes the implicit term, or not if ``q`` is ``None``.
 
-  The slope of the attack loss along ``q`` is taken forwards: one backward pass for both terms.
+  Forward mode gives the slope of the attack loss along ``q``, so one backward pass does both terms.
   """
   losses = checked("loss_fn", loss_fn(params, perturbed, labels), labels)
   if q is None:
@@ -50,7 +52,7 @@ def corrected_losses(loss_fn, attack_loss, params, perturbed, attacked, labels, 
 
 
 def checked(name: str, losses: Any, labels: jax.Array) -> jax.Array:
-  """Returns what the loss ``name`` returned; raises unless that is one float for each image."""
+  """Returns ``losses``, the result of ``name``; raises unless they are one float for each image."""
   shape = getattr(losses, "shape", type(losses).__name__)
   if shape != labels.shape:
     raise ValueError(f"{name} must return {labels.shape}, one loss for each image, got {shape}")
@@ -59,7 +61,7 @@ def checked(name: str, losses: Any, labels: jax.Array) -> jax.Array:
 
 
 def image_gradient(name, loss, params, images, labels) -> tuple[jax.Array, jax.Array]:
-  """The gradient of each loss by its image, zero where it is not finite, and where that is."""
+  """Returns each loss's gradient by its image, or zero if not finite, and whether it is not."""
   of_images = lambda images: checked(name, loss(params, images, labels), labels)
   losses, pullback = jax.vjp(of_images, images)
   (slope,) = pullback(jnp.ones_like(losses))

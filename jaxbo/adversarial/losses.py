@@ -1,4 +1,4 @@
-"""Losses of adversarial training, example by example, from logits."""
+"""Per-example losses of adversarial training, computed from logits."""
 
 from typing import Any
 
@@ -9,14 +9,14 @@ from jaxbo import _check, _tree
 
 
 def cross_entropy_loss(logits: Any, labels: Any) -> jax.Array:
-  r"""The cross entropy :math:`\log \sum_j e^{z_j} - z_y`.
+  r"""The cross entropy :math:`\log \sum_j e^{z_j} - z_y` of each example.
 
   Args:
-    logits: ``[batch, num_classes]`` floats.
-    labels: ``[batch]`` integers.
+    logits: floats ``[batch, num_classes]``.
+    labels: integers ``[batch]``.
 
   Returns:
-    ``[batch]``, float32 at least; NaN where a label is no class.
+    ``[batch]``, at least float32; NaN if a label is not a class.
 
   Example:
     >>> import jax.numpy as jnp, jaxbo
@@ -32,11 +32,11 @@ def margin_loss(logits: Any, labels: Any) -> jax.Array:
   r"""The margin :math:`\max_{j \ne y} z_j - z_y`, positive if misclassified (Carlini and Wagner).
 
   Args:
-    logits: ``[batch, num_classes]`` floats.
-    labels: ``[batch]`` integers.
+    logits: floats ``[batch, num_classes]``.
+    labels: integers ``[batch]``.
 
   Returns:
-    ``[batch]``, float32 at least; NaN where a label is no class.
+    ``[batch]``, at least float32; NaN if a label is not a class.
 
   Example:
     >>> import jax.numpy as jnp, jaxbo
@@ -55,11 +55,11 @@ def probabilistic_margin(logits: Any, labels: Any) -> jax.Array:
   r"""The margin of probabilities :math:`\max_{j \ne y} p_j - p_y`, from -1 to 1.
 
   Args:
-    logits: ``[batch, num_classes]`` floats.
-    labels: ``[batch]`` integers.
+    logits: floats ``[batch, num_classes]``.
+    labels: integers ``[batch]``.
 
   Returns:
-    ``[batch]``, float32 at least: the scores that :func:`mail` takes.
+    ``[batch]``, at least float32: the scores of :func:`mail`. NaN if a label is not a class.
 
   Example:
     >>> import jax.numpy as jnp, jaxbo
@@ -82,22 +82,23 @@ def trades_loss(
   *,
   weights: Any = None,
 ) -> jax.Array:
-  r"""TRADES: cross entropy on clean images, and how far predictions move under attack.
+  r"""TRADES: cross entropy on clean images, plus how far an attack moves the predictions.
 
   .. math:: \ell_i = \operatorname{CE}(x_i, y_i)
     + \beta w_i \operatorname{KL}\big(p(x_i) \,\|\, p(x_i + \delta_i)\big)
 
-  The attack maximises the second term: ``objective="kl"``.
+  The attack maximizes the second term: ``objective="kl"``.
 
   Args:
-    clean_logits: ``[batch, num_classes]``.
-    adversarial_logits: the same at perturbed images.
-    labels: ``[batch]`` integers.
+    clean_logits: logits of the clean images, floats ``[batch, num_classes]``.
+    adversarial_logits: logits of the perturbed images, of the same shape.
+    labels: integers ``[batch]``.
     beta: :math:`\beta \ge 0`; the default is that of the published script.
-    weights: ``[batch]`` factors of the second term, 1 by default; those of MAIL-TRADES.
+    weights: factors :math:`w_i` of the second term, ``[batch]``, 1 by default. MAIL-TRADES passes
+      its weights here.
 
   Returns:
-    ``[batch]``, float32 at least.
+    ``[batch]``, at least float32; NaN if a label is not a class.
 
   Raises:
     ValueError: if ``beta`` is negative, or shapes differ.
@@ -125,24 +126,24 @@ def trades_loss(
 def mart_loss(
   clean_logits: Any, adversarial_logits: Any, labels: Any, beta: float | jax.Array = 5.0
 ) -> jax.Array:
-  r"""MART: a boosted cross entropy, and a divergence that counts more for misclassified examples.
+  r"""MART: a boosted cross entropy, plus a divergence weighted toward misclassified examples.
 
   .. math::
     \ell_i = \operatorname{CE}(x_i + \delta_i, y_i)
       - \log\Big(1 - \max_{j \ne y_i} p_j(x_i + \delta_i)\Big)
       + \beta \operatorname{KL}\big(p(x_i) \,\|\, p(x_i + \delta_i)\big) (1 - p_{y_i}(x_i))
 
-  The second term is :math:`\log \sum_j e^{z_j} - \log \sum_{j \ne m} e^{z_j}` with :math:`m` the
-  largest other class, which does not cancel; published code adds constants inside instead.
+  The second term is computed as :math:`\log \sum_j e^{z_j} - \log \sum_{j \ne m} e^{z_j}`, where
+  :math:`m` is the largest other class (our choice: see Departures from the papers).
 
   Args:
-    clean_logits: ``[batch, num_classes]``.
-    adversarial_logits: the same at perturbed images.
-    labels: ``[batch]`` integers.
+    clean_logits: logits of the clean images, floats ``[batch, num_classes]``.
+    adversarial_logits: logits of the perturbed images, of the same shape.
+    labels: integers ``[batch]``.
     beta: :math:`\beta \ge 0`; the default is that of the published script.
 
   Returns:
-    ``[batch]``, float32 at least.
+    ``[batch]``, at least float32; NaN if a label is not a class.
 
   Raises:
     ValueError: if ``beta`` is negative, or shapes differ.
@@ -171,21 +172,21 @@ def mart_loss(
 
 
 def kl_divergence(logits: Any, other: Any) -> jax.Array:
-  """The relative entropy of the predictions of ``logits`` to those of ``other``, ``[batch]``."""
+  """Returns the relative entropy of the predictions of ``logits`` to ``other``'s, ``[batch]``."""
   log_p = jax.nn.log_softmax(_tree.at_least_float32(logits))
   log_q = jax.nn.log_softmax(_tree.at_least_float32(other))
   return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
 
 
 def label_logits(logits: jax.Array, labels: jax.Array) -> jax.Array:
-  """The logits of the labels, ``[batch]``; NaN where a label is no class."""
+  """Returns the logits of the labels, ``[batch]``; NaN if a label is not a class."""
   is_label = _is_label(logits, labels)
   value = jnp.sum(jnp.where(is_label, logits, 0), axis=-1)
   return jnp.where(jnp.any(is_label, axis=-1), value, jnp.nan)
 
 
 def other_logits(logits: jax.Array, labels: jax.Array) -> jax.Array:
-  """The logits with those of the labels set to minus infinity."""
+  """Returns the logits, with those of the labels set to minus infinity."""
   return jnp.where(_is_label(logits, labels), -jnp.inf, logits)
 
 

@@ -28,45 +28,47 @@ def pgd(
   restarts: int = 1,
   stop_after: int | None = None,
 ) -> Attack:
-  r"""Projected gradient ascent (PGD) on an objective, within a ball around every image.
+  r"""Projected gradient ascent (PGD) on an objective, within a ball around each image.
 
   .. math:: \delta \leftarrow \Pi\big(\delta + \alpha\, d(\nabla_\delta\, \ell'(x + \delta, y))\big)
 
-  :math:`d` is the sign for ``linf`` and division by the norm for ``l2``. The projection is on the
-  ball and on the range of the values.
+  :math:`d` takes the sign for ``linf`` and divides by the norm for ``l2``. :math:`\Pi` projects
+  onto the ball and onto the range of pixel values.
 
-  Cost: ``num_steps`` forward and backward passes, without gradients of the parameters, from each
-  start; a forward pass more for each of several starts, and one where the objective looks at clean
-  logits.
+  Cost: ``num_steps`` forward and backward passes from each start, without gradients of the
+  parameters. Several restarts add one forward pass each; an objective that uses clean logits adds
+  one.
 
   Args:
-    model: ``model(params, images) -> logits``, ``[batch, num_classes]``. How batch normalisation
-      and dropout behave is the caller's; the logits of an example must not depend on others.
+    model: ``model(params, images) -> logits``, ``[batch, num_classes]``. The logits of an example
+      must not depend on other examples; the caller decides how batch normalization and dropout
+      behave.
     epsilon: the radius of the ball, at least 0, in units of the images.
-    step_size: :math:`\alpha > 0`.
+    step_size: :math:`\alpha > 0`, in units of the images unless ``direction="gradient"``.
     num_steps: the number of steps, at least 1.
     norm: ``"linf"`` or ``"l2"``.
     low: the smallest value of a pixel.
-    high: the largest.
-    random_start: whether the start is drawn uniformly from the ball (``linf``: from what the range
-      leaves of it; published code clips a draw from all of it); or, as TRADES does, the standard
-      deviation of Gaussian noise, projected. ``False`` starts at the image.
-    objective: what is maximised: ``"cross_entropy"``, ``"margin"`` (:func:`margin_loss`), ``"kl"``
-      (the divergence from clean predictions, TRADES), ``"dlr"``, or a function ``(logits, labels,
-      clean_logits) -> [batch]``.
-    direction: ``"steepest"``: the :math:`d` above; ``"gradient"``: the gradient itself, which needs
-      far larger steps; ``"adam"``: Adam's.
-    restarts: from how many starts, side by side under ``vmap``; the best is chosen for each
-      example: a misclassified one, and among these the one of the largest objective.
-    stop_after: :math:`\tau \ge 0`: an example stays where it is once it was misclassified at
-      :math:`\tau + 1` of its points (FAT's early stop). ``None`` for never.
+    high: the largest value of a pixel.
+    random_start: ``True`` starts at a uniform draw from the ball; for ``linf``, from the part of
+      the ball within the range of pixel values. ``False`` starts at the image. A number starts at
+      Gaussian noise of that standard deviation, projected onto the ball, as TRADES does.
+    objective: what to maximize: ``"cross_entropy"``, ``"margin"`` (:func:`margin_loss`), ``"kl"``
+      (the divergence from clean predictions, TRADES), ``"dlr"`` (the difference of logits ratio),
+      or a function ``(logits, labels, clean_logits) -> [batch]``.
+    direction: ``"steepest"``: :math:`d` as above; ``"gradient"``: the gradient itself, which needs
+      far larger steps; ``"adam"``: Adam's direction.
+    restarts: the number of random starts, at least 1, run side by side under ``vmap``. The attack
+      keeps, for each example, the result with the largest objective, among the misclassified ones
+      if there are any.
+    stop_after: :math:`\tau \ge 0`: an example stops moving once it was misclassified at
+      :math:`\tau + 1` of its points (FAT's early stop). ``None`` never stops.
 
   Returns:
     An :class:`Attack`.
 
   Raises:
-    ValueError: if an argument is outside its range; if the start of ``"kl"``, whose gradient is
-      zero there, is the image itself; if several restarts would start at the same point.
+    ValueError: if an argument is outside its range; if ``"kl"`` would start at the image, where its
+      gradient is zero; if several restarts would all start at the image.
     TypeError: if ``model`` does not take ``(params, images)``.
 
   Example:
@@ -153,21 +155,25 @@ def fgsm(
   Cost: one forward and one backward pass.
 
   Args:
-    model: as in :func:`pgd`.
-    epsilon: as in :func:`pgd`.
-    step_size: :math:`1.25\, \epsilon` by default with a random start, as published, and
-      :math:`\epsilon` without.
-    norm: as in :func:`pgd`.
-    low: as in :func:`pgd`.
-    high: as in :func:`pgd`.
-    random_start: as in :func:`pgd`.
-    objective: as in :func:`pgd`.
+    model: ``model(params, images) -> logits``, ``[batch, num_classes]``; the logits of an example
+      must not depend on other examples.
+    epsilon: the radius of the ball, at least 0, in units of the images.
+    step_size: positive, in units of the images. ``None`` (default) is :math:`1.25\, \epsilon` with
+      a random start, as published, and :math:`\epsilon` without.
+    norm: ``"linf"`` or ``"l2"``.
+    low: the smallest value of a pixel.
+    high: the largest value of a pixel.
+    random_start: ``True`` starts at a uniform draw from the ball, ``False`` at the image; a number
+      is the standard deviation of Gaussian noise to start at.
+    objective: what to maximize: ``"cross_entropy"``, ``"margin"``, ``"kl"``, ``"dlr"``, or a
+      function ``(logits, labels, clean_logits) -> [batch]``.
 
   Returns:
     An :class:`Attack`.
 
   Raises:
-    ValueError: as :func:`pgd`.
+    ValueError: if an argument is outside its range; if ``"kl"`` would start at the image, where its
+      gradient is zero.
 
   Example:
     >>> import jax.numpy as jnp, jaxbo
@@ -200,7 +206,7 @@ def fgsm(
 
 
 def find_start(ball: Ball, random_start: bool | float) -> Callable[..., jax.Array]:
-  """The function ``(key, images) -> delta`` of the argument ``random_start``."""
+  """Returns the function ``(key, images) -> delta`` that ``random_start`` stands for."""
   if isinstance(random_start, bool):
     if random_start:
       return ball.random
@@ -218,14 +224,14 @@ def judge(
   clean: jax.Array,
   info: AttackInfo,
 ) -> Found:
-  """Looks at where a run of an attack ended, by one forward pass."""
+  """Judges the last point of a run by one forward pass."""
   logits = forward(perturbed)
   values = attacks.values_of(value_of, logits, labels, clean)
   return Found(perturbed, values, attacks.is_wrong(logits, labels), info)
 
 
 def _ascent(direction: str, ball: Ball, step_size: Any) -> optax.GradientTransformation:
-  """The optimizer of the perturbation; it descends on minus the objective."""
+  """Returns the optimizer of the perturbation, which descends on minus the objective."""
   _check.one_of("direction", direction, ("steepest", "gradient", "adam"))
   if direction == "adam":
     return optax.adam(step_size)

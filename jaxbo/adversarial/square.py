@@ -1,4 +1,4 @@
-"""The Square attack: random search with squares of one colour, which needs no gradient."""
+"""The Square attack: random search with squares of one color, without gradients."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,7 @@ from jaxbo.adversarial import attack as attacks
 from jaxbo.adversarial.attack import Attack, AttackInfo, Found, Objective, make_attack
 from jaxbo.adversarial.box import along, make_ball
 
-# After these shares of the queries the area of the square is halved.
+# After each of these shares of the queries, the area of the square is halved.
 _HALVINGS = (0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8)
 
 
@@ -26,22 +26,25 @@ def square(
 ) -> Attack:
   r"""The Square attack: random search in the ``linf`` ball, without gradients.
 
-  It starts with vertical stripes of :math:`\pm \epsilon`. A query then sets a random square to
-  :math:`\pm \epsilon`, with one sign for each channel, and keeps it if the objective grows. The
-  area of the squares shrinks with the queries by the published schedule. An example that is
-  misclassified is left alone. A defence that hides gradients does not stop it: where it breaks what
-  the others left, their gradients were masked.
+  The attack starts with vertical stripes of :math:`\pm \epsilon`. Each query sets a random square
+  to :math:`\pm \epsilon`, with one sign for each channel, and keeps it if the objective grows. The
+  squares shrink by the published schedule. An example stops once it is misclassified. Hidden
+  gradients do not stop this attack: if it breaks images that withstand gradient attacks, the model
+  may mask its gradients.
 
   Cost: ``num_queries + 1`` forward passes.
 
   Args:
-    model: as in :func:`pgd`; images are ``[batch, height, width, channels]``.
-    epsilon: as in :func:`pgd`.
-    num_queries: the number of squares tried, at least 1.
+    model: ``model(params, images) -> logits``, ``[batch, num_classes]``, for images
+      ``[batch, height, width, channels]``; the logits of an example must not depend on other
+      examples.
+    epsilon: the largest change of a pixel, at least 0, in units of the images.
+    num_queries: the number of squares to try, at least 1.
     area: the share of the image that the first square covers, in (0, 1].
-    low: as in :func:`pgd`.
-    high: as in :func:`pgd`.
-    objective: as in :func:`pgd`.
+    low: the smallest value of a pixel.
+    high: the largest value of a pixel.
+    objective: what to maximize: ``"margin"``, ``"cross_entropy"``, ``"kl"``, ``"dlr"``, or a
+      function ``(logits, labels, clean_logits) -> [batch]``.
 
   Returns:
     An :class:`Attack`.
@@ -97,7 +100,7 @@ def square(
 
     delta = ball.project(jnp.broadcast_to(epsilon * stripes, images.shape), images)
     value, wrong, bad = look(delta)
-    # A point whose objective is not finite is no success.
+    # A point whose objective is not finite does not count as a success.
     carry = (delta, value, wrong & ~bad, jnp.zeros(batch, jnp.int32) + ~wrong, bad)
     carry = attacks.vary_alike(carry, carry, images, clean)
     delta, value, wrong, *counts = jax.lax.fori_loop(0, num_queries, query, carry)
@@ -107,12 +110,12 @@ def square(
 
 
 def _shrunk(i: jax.Array | int, num_queries: int) -> jax.Array:
-  """The part of the first square's area that the square of query ``i`` has."""
+  """Returns the area of the square of query ``i``, relative to that of the first square."""
   return 0.5 ** jnp.sum(i > num_queries * jnp.array(_HALVINGS))
 
 
 def _paint(key: jax.Array, delta: jax.Array, share: jax.Array, epsilon: float | jax.Array):
-  """Sets a random square of each example to plus or minus epsilon, channel by channel."""
+  """Sets a random square of each example to ``epsilon`` or ``-epsilon``, one sign per channel."""
   batch, height, width, channels = delta.shape
   at_row, at_column, of_sign = jax.random.split(key, 3)
   side = jnp.round(jnp.sqrt(share * height * width)).astype(jnp.int32)

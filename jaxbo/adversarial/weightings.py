@@ -1,4 +1,4 @@
-"""Instance weights of adversarial training: GAIRAT's, MAIL's, and WAT's of classes."""
+"""Weights for adversarial training: GAIRAT and MAIL weight examples, WAT weights classes."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ class WatState(NamedTuple):
   """State of :func:`wat`.
 
   Attributes:
-    class_costs: the robust losses of each class on validation data, summed over past evaluations,
+    class_costs: the robust loss of each class on validation data, summed over past evaluations,
       ``[num_classes]``.
   """
 
@@ -29,25 +29,26 @@ def gairat(
   *,
   shape: str = "tanh",
 ) -> Weighting:
-  r"""GAIRAT's weights: more for examples that fewer steps of an attack push over the boundary.
+  r"""GAIRAT's weights: larger for examples that an attack pushes over the boundary in fewer steps.
 
   .. math:: w_i \propto \tfrac12 \big(1 + \tanh(\Lambda + 5 (1 - 2 \kappa_i / K))\big)
 
-  :math:`\kappa_i` is at how many of its :math:`K` points the attack found the example still
-  correct: ``info.num_correct`` of :func:`pgd`, which is given as
-  ``scores=info.num_correct.astype(float)``. Published code halves odd :math:`K` by integer
-  division; this is the formula. Models trained so withstand PGD better than other attacks: evaluate
-  with :func:`evaluate_robustness`.
+  :math:`\kappa_i` counts at how many of the attack's :math:`K` points the model still classifies
+  the example correctly. It is ``info.num_correct`` of :func:`pgd`; pass it to the update of
+  :func:`~jaxbo.reweight` as ``scores=info.num_correct.astype(float)``. Models trained with these
+  weights withstand PGD better than they withstand other attacks, so evaluate them with
+  :func:`evaluate_robustness`.
 
   Args:
     num_steps: :math:`K`, at least 1.
-    shift: :math:`\Lambda`, a number, infinity for uniform weights, or a schedule of the number of
-      batches so far (published runs have infinity for the first half). The default is published.
-    shape: ``"tanh"``; ``"sigmoid"``, :math:`w \propto \sigma(\Lambda + 5 (1 - 2 \kappa / K))`; or
-      ``"discrete"``, :math:`w \propto 1 - \kappa / (K + 1)`, which knows no shift.
+    shift: :math:`\Lambda`: a number, infinity for uniform weights, or a schedule of the number of
+      batches so far (published runs use infinity for the first half). The default is published.
+    shape: ``"tanh"``, the formula above; ``"sigmoid"``,
+      :math:`w \propto \sigma(\Lambda + 5 (1 - 2 \kappa / K))`; or ``"discrete"``,
+      :math:`w \propto 1 - \kappa / (K + 1)`, which ignores ``shift``.
 
   Returns:
-    A :class:`~jaxbo.dro.Weighting` for ``scores=`` of :func:`~jaxbo.reweight`, floats.
+    A :class:`~jaxbo.dro.Weighting` of float scores ``[batch]``.
 
   Raises:
     ValueError: if an argument is outside its range.
@@ -83,21 +84,23 @@ def gairat(
 def mail(
   slope: float | jax.Array | Callable[[Any], Any] = 10.0, bias: float | jax.Array = -0.5
 ) -> Weighting:
-  r"""MAIL's weights: more for examples whose probabilistic margin is large under attack.
+  r"""MAIL's weights: larger for examples with a large probabilistic margin under attack.
 
   .. math:: w_i \propto \sigma\big(s\, (\mathrm{PM}_i + b)\big), \qquad
     \mathrm{PM}_i = \max_{j \ne y} p_j - p_y
 
-  Margins, :func:`probabilistic_margin` of the perturbed images, are given as ``scores=``. Published
-  code multiplies by 3 and does not normalise, which changes the learning rate along training; ours
-  sum to 1. MAIL-TRADES weighs the second term of :func:`trades_loss` alone, by its ``weights=``.
+  Pass the margins, :func:`probabilistic_margin` of the perturbed images, to the update of
+  :func:`~jaxbo.reweight` as ``scores=``. The weights sum to 1 (our choice: see Departures from the
+  papers). MAIL-TRADES weights only the second term of :func:`trades_loss`, through its
+  ``weights=``.
 
   Args:
-    slope: :math:`s \ge 0`, or a schedule of the number of batches so far; 0 is uniform.
-    bias: :math:`b`. Published: 10 and -0.5 for plain and MART training, 2 and 0 for TRADES.
+    slope: :math:`s \ge 0`, or a schedule of the number of batches so far; 0 gives uniform weights.
+    bias: :math:`b`, finite. The published slope and bias are 10 and -0.5 for plain and MART
+      training, 2 and 0 for TRADES.
 
   Returns:
-    A :class:`~jaxbo.dro.Weighting` for ``scores=`` of :func:`~jaxbo.reweight`.
+    A :class:`~jaxbo.dro.Weighting` of float scores ``[batch]``.
 
   Raises:
     ValueError: if ``slope`` is negative, or ``bias`` is not finite.
@@ -125,13 +128,13 @@ def mail(
 
 
 def wat(num_classes: int, learning_rate: float | jax.Array = 0.1) -> Weighting:
-  r"""WAT's weights of classes, by Hedge on their robust losses on validation data.
+  r"""WAT's class weights: the Hedge algorithm on the classes' robust validation losses.
 
   .. math:: (\pi_1, \dots, \pi_C, \pi_0) = \operatorname{softmax}(\eta\, (s_1, \dots, s_C, \bar s)),
     \qquad w_i \propto \pi_{y_i} + \pi_0 / C
 
-  :math:`s_c` are the costs of class :math:`c` summed over past evaluations. The expert more,
-  :math:`\pi_0`, stands for the average over classes. The costs come from outside, between epochs::
+  :math:`s_c` is the cost of class :math:`c`, summed over past evaluations. An extra expert,
+  :math:`\pi_0`, stands for the average over classes. Add the new costs yourself, between epochs::
 
     state = optax.tree.set(state, class_costs=optax.tree.get(state, "class_costs") + new_costs)
 
@@ -140,7 +143,7 @@ def wat(num_classes: int, learning_rate: float | jax.Array = 0.1) -> Weighting:
     learning_rate: :math:`\eta > 0`; the default is the published one.
 
   Returns:
-    A :class:`~jaxbo.dro.Weighting` that needs ``groups=``, the labels.
+    A :class:`~jaxbo.dro.Weighting` that needs the labels as ``groups=``, integers ``[batch]``.
 
   Raises:
     ValueError: if an argument is outside its range.
@@ -177,7 +180,7 @@ def wat(num_classes: int, learning_rate: float | jax.Array = 0.1) -> Weighting:
 
 
 def _normalized(batch: Batch, logs: jax.Array) -> jax.Array:
-  """Weights ``p exp(logs)``, divided by their sum; without underflow where all are small."""
+  """Returns the weights ``p exp(logs)`` divided by their sum; small ``logs`` do not underflow."""
   largest = batch.over.max(jnp.where(batch.valid, logs, -jnp.inf))
   powers = batch.reference * jnp.exp(jnp.where(batch.valid, logs - largest, 0))
   return powers / at_least_tiny(batch.over.sum(powers))

@@ -1,4 +1,4 @@
-"""Whole methods of distributionally robust training, under their papers' names."""
+"""Complete methods of distributionally robust training, under their papers' names."""
 
 from collections.abc import Sequence
 
@@ -19,7 +19,7 @@ from jaxbo.dro.weighting import Weighting
 def descent(
   learning_rate: LearningRate, weighting: Weighting, axis_name: AxisName
 ) -> optax.GradientTransformationExtraArgs:
-  """Reweighting before SGD, or before the optimizer that was given."""
+  """Chains reweighting with SGD, or with the optimizer that ``learning_rate`` is."""
   behind = optimizer(learning_rate, optax.sgd)
   return optax.chain(reweight(weighting, axis_name=axis_name), behind)
 
@@ -30,16 +30,16 @@ def ir_dro(
   *,
   axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
-  """IR-DRO: instance reweighting for continual training, :func:`~jaxbo.dro.kl` before AdamW.
+  """IR-DRO: exponential weights (:func:`~jaxbo.dro.kl`) before AdamW, for continual training.
 
-  The published code weighs each device's examples among themselves; here weights are those of the
-  whole batch.
+  The weights are those of the whole batch over all devices (see Departures from the papers).
 
   Args:
-    learning_rate: of AdamW, a float or a schedule; published runs use 2e-6. Or another optimizer
-      in its place.
-    temperature: as in :func:`~jaxbo.dro.kl`; the default is the published one.
-    axis_name: as in :func:`reweight`.
+    learning_rate: the learning rate of AdamW, a float or a schedule (published runs use 2e-6); or
+      an optimizer to use instead of AdamW.
+    temperature: positive, in units of the loss: a number, a schedule of the number of batches so
+      far, or :func:`~jaxbo.dro.target_ess`. The default is the published one.
+    axis_name: the ``shard_map`` axis, or axes, over which the batch is divided.
 
   Returns:
     ``optax.chain(reweight(kl(temperature)), optax.adamw(learning_rate))``.
@@ -70,15 +70,19 @@ def group_dro(
   group_sizes: Sequence[int] | None = None,
   axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
-  """Group DRO: descent on the worst group, :func:`~jaxbo.dro.group` weights before SGD.
+  """Group DRO: descends on the worst group, with :func:`~jaxbo.dro.group` weights before SGD.
+
+  ``update`` needs ``groups=``, the group of each example.
 
   Args:
-    learning_rate: of SGD, a float or a schedule; or another optimizer in its place.
-    num_groups: as in :func:`~jaxbo.dro.group`; ``update`` needs ``groups=``.
-    group_learning_rate: as in :func:`~jaxbo.dro.group`; the default is the published one.
-    adjustment: as in :func:`~jaxbo.dro.group`.
-    group_sizes: as in :func:`~jaxbo.dro.group`.
-    axis_name: as in :func:`reweight`.
+    learning_rate: the learning rate of SGD, a float or a schedule; or an optimizer to use instead
+      of SGD.
+    num_groups: the number of groups, at least 1.
+    group_learning_rate: the step size of the groups' weights, positive; the default is published.
+    adjustment: the generalization adjustment ``C >= 0``, which favors groups of few training
+      examples; ``None`` for zero.
+    group_sizes: how many training examples each group has; needed for ``adjustment``.
+    axis_name: the ``shard_map`` axis, or axes, over which the batch is divided.
 
   Returns:
     ``optax.chain(reweight(group(...)), optax.sgd(learning_rate))``.
@@ -112,12 +116,13 @@ def cvar_dro(
   *,
   axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
-  """CVaR-DRO: descent on the mean of the worst losses, :func:`~jaxbo.dro.cvar` weights before SGD.
+  """CVaR-DRO: descends on the mean of the worst losses, :func:`~jaxbo.dro.cvar` before SGD.
 
   Args:
-    learning_rate: of SGD, a float or a schedule; or another optimizer in its place.
-    level: as in :func:`~jaxbo.dro.cvar`.
-    axis_name: as in :func:`reweight`.
+    learning_rate: the learning rate of SGD, a float or a schedule; or an optimizer to use instead
+      of SGD.
+    level: the fraction of the batch that counts as worst, in (0, 1]; 1 gives the mean loss.
+    axis_name: the ``shard_map`` axis, or axes, over which the batch is divided.
 
   Returns:
     ``optax.chain(reweight(cvar(level)), optax.sgd(learning_rate))``.
@@ -144,12 +149,13 @@ def chi2_dro(
   *,
   axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
-  """Chi-square DRO: descent on the worst case over :func:`~jaxbo.dro.chi_square_ball`, before SGD.
+  """Chi-square DRO: descends on the worst case in a :func:`~jaxbo.dro.chi_square_ball`, by SGD.
 
   Args:
-    learning_rate: of SGD, a float or a schedule; or another optimizer in its place.
-    radius: as in :func:`~jaxbo.dro.chi_square_ball`.
-    axis_name: as in :func:`reweight`.
+    learning_rate: the learning rate of SGD, a float or a schedule; or an optimizer to use instead
+      of SGD.
+    radius: the largest chi-square divergence of the weights from the reference, positive.
+    axis_name: the ``shard_map`` axis, or axes, over which the batch is divided.
 
   Returns:
     ``optax.chain(reweight(chi_square_ball(radius)), optax.sgd(learning_rate))``.
@@ -176,13 +182,14 @@ def term(
   *,
   axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
-  """TERM: tilted empirical risk minimisation, :func:`~jaxbo.dro.tilted` weights before SGD.
+  """TERM: tilted empirical risk minimization, :func:`~jaxbo.dro.tilted` weights before SGD.
 
   Args:
-    learning_rate: of SGD, a float or a schedule; or another optimizer in its place.
-    tilt: :math:`t`, as in :func:`~jaxbo.dro.tilted`: positive for fairness, negative for robustness
-      to outliers.
-    axis_name: as in :func:`reweight`.
+    learning_rate: the learning rate of SGD, a float or a schedule; or an optimizer to use instead
+      of SGD.
+    tilt: :math:`t`, finite, in units of 1 / loss: positive for fairness, negative for robustness to
+      outliers. A number, or a schedule of the number of batches so far.
+    axis_name: the ``shard_map`` axis, or axes, over which the batch is divided.
 
   Returns:
     ``optax.chain(reweight(tilted(tilt)), optax.sgd(learning_rate))``.

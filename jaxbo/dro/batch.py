@@ -1,4 +1,4 @@
-"""A batch of losses as weightings see it, and reductions over it on any number of devices."""
+"""A batch of losses as weightings see it, and its reductions on any number of devices."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ class Over(NamedTuple):
   """Reductions over a batch that may be divided among devices.
 
   Attributes:
-    axes: the mesh axes whose devices hold parts of the batch; empty where ``jit`` sees all of it.
+    axes: the mesh axes whose devices hold parts of the batch; empty if ``jit`` sees all of it.
   """
 
   axes: tuple[str, ...] = ()
@@ -35,11 +35,11 @@ class Over(NamedTuple):
     return jax.lax.pmin(jnp.min(x), self.axes) if self.axes else jnp.min(x)
 
   def number_of(self, x: Any) -> jax.Array:
-    """How many are true, int32."""
+    """How many entries of ``x`` are true, int32."""
     return self.sum(jnp.asarray(x, jnp.int32))
 
   def first(self, x: jax.Array) -> jax.Array:
-    """``x``, ``[batch]`` booleans, with every true entry but the first made false."""
+    """Keeps the first true entry of the booleans ``x``, ``[batch]``, and clears the others."""
     index = jnp.arange(x.size, dtype=jnp.int32)
     if self.axes:
       index += x.size * jax.lax.axis_index(self.axes)
@@ -47,16 +47,16 @@ class Over(NamedTuple):
 
 
 def over(axis_name: AxisName, losses: jax.Array) -> Over:
-  """Reductions over ``axis_name``, but for axes on which every device holds the same ``losses``."""
+  """Reductions over the axes of ``axis_name`` along which ``losses`` may differ."""
   names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
   varies = jax.typeof(losses).manual_axis_type.varying
   return Over(tuple(name for name in names if name in varies or not is_checked(name)))
 
 
 def is_checked(name: str) -> bool:
-  """Whether ``shard_map`` tracks what differs along the axis ``name``.
+  """Whether ``shard_map`` tracks which values differ along the axis ``name``.
 
-  Where it does (``check_vma=True``), pullbacks sum over devices by themselves.
+  With tracking (``check_vma=True``), pullbacks already sum over devices.
   """
   try:
     index = jax.lax.axis_index(name)
@@ -69,15 +69,15 @@ def is_checked(name: str) -> bool:
 
 
 class Batch(NamedTuple):
-  """Losses to weigh, with what is masked or not finite taken out.
+  """The losses of a batch, without masked losses and losses that are not finite.
 
   Attributes:
-    losses: ``[batch]``, float32 at least, all finite: what is not valid holds the largest loss.
-    reference: the distribution that weights are measured against, ``[batch]``; zero where not
-      valid, and everywhere if nothing is.
-    valid: what counts: not masked, with a finite loss, a positive prior and a known group.
-    num_excluded: how many were not masked and yet do not count, for a loss or a prior that is not
-      finite, or a group out of range.
+    losses: ``[batch]``, at least float32, all finite: invalid entries hold the largest valid loss.
+    reference: the distribution that weights are compared with, ``[batch]``; zero for invalid
+      examples, and everywhere if no example is valid.
+    valid: which examples count: unmasked, with a finite loss, a positive prior and a known group.
+    num_excluded: how many unmasked examples do not count because their loss or prior is not finite
+      or their group is out of range.
     groups: group ids, ``[batch]``, or ``None``.
     over: the reductions.
   """
@@ -107,7 +107,7 @@ class Batch(NamedTuple):
 def check_arguments(
   losses: Any, mask: Any, prior: Any, groups: Any, num_groups: int
 ) -> dict[str, Any]:
-  """Checks what a weighting was given; returns the arguments of :func:`make_batch` as arrays."""
+  """Checks the arguments of a weighting; returns those of :func:`make_batch` as arrays."""
   losses = check_losses("losses", losses)
   if mask is not None:
     mask = jnp.asarray(mask)
@@ -131,7 +131,7 @@ def make_batch(
   num_groups: int,
   axis_name: AxisName,
 ) -> Batch:
-  """Takes out what is masked or not good."""
+  """Builds a :class:`Batch`; takes out masked and unusable examples."""
   reductions = over(axis_name, losses)
   unmasked = jnp.ones_like(losses, bool) if mask is None else mask
   prior = jnp.ones_like(losses) if prior is None else prior
@@ -149,17 +149,17 @@ def make_batch(
 
 
 def bounded(prior: jax.Array) -> jax.Array:
-  """``prior`` without what is negative, so that sums and reciprocals are in the range of floats."""
+  """Clips ``prior`` to [0, 1e30], so that sums and reciprocals stay in the range of floats."""
   return jnp.clip(prior, 0, 1e30)
 
 
 def at_least_tiny(x: jax.Array) -> jax.Array:
-  """``x``, or the smallest normal number if that is larger: a denominator."""
+  """Returns ``x``, at least the smallest normal number: a safe denominator."""
   return jnp.maximum(x, jnp.finfo(x.dtype).tiny)
 
 
 def check_losses(name: str, losses: Any) -> jax.Array:
-  """Returns ``losses`` in float32 at least; raises unless they are a vector of real floats."""
+  """Returns ``losses`` in at least float32; raises unless they are a vector of real floats."""
   losses = jnp.asarray(losses)  # A list will do.
   if losses.ndim != 1:
     raise ValueError(
@@ -182,7 +182,7 @@ def check_length(name: str, value: Any, losses: jax.Array) -> None:
 
 
 def _check_groups(groups: Any, num_groups: int, losses: jax.Array) -> jax.Array | None:
-  """Checks ids of groups; ``num_groups=0`` is for weightings that only pass them on."""
+  """Checks group ids; ``num_groups=0`` is for weightings that only pass the ids on."""
   if groups is None:
     if num_groups:
       raise TypeError("groups= must be given: the group of each example, integers, [batch]")

@@ -1,4 +1,4 @@
-"""Exact bisection: over the ordered bits of floating-point numbers."""
+"""Exact bisection over the ordered bits of floating-point numbers."""
 
 from collections.abc import Callable
 
@@ -7,13 +7,14 @@ import jax.numpy as jnp
 
 
 def smallest(holds: Callable[[jax.Array], jax.Array], low: jax.Array, high: jax.Array) -> jax.Array:
-  """The smallest number from ``low`` to ``high`` for which ``holds``.
+  """Returns the smallest number from ``low`` to ``high`` for which ``holds`` is true.
 
-  Floats of one sign are ordered as their bits are, so halving an interval of bits finds the number
-  exactly, whatever its scale, in as many steps as it has bits: there is no tolerance to choose.
+  Floats of one sign have the same order as their bits. Halving an interval of bits therefore finds
+  the number exactly, at any scale and without a tolerance, in as many steps as a float has bits.
 
   Args:
-    holds: false up to some number and true from there on; ``high`` counts as true without a call.
+    holds: a function of a scalar, false below some number and true from there on; ``high`` counts
+      as true without a call.
     low: a scalar of float32 or float64.
     high: a scalar of the same dtype.
 

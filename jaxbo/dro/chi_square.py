@@ -1,4 +1,4 @@
-r"""The chi-square robust losses: penalised, and over a ball.
+r"""The chi-square robust losses: with a penalty, and over a ball.
 
 The divergence is :math:`D(w, p) = \frac{1}{2} \sum_i p_i (w_i / p_i - 1)^2`, so
 :math:`\frac{1}{2n} \sum_i (n w_i - 1)^2` for a uniform reference.
@@ -23,8 +23,8 @@ def chi_square(temperature: float | jax.Array | optax.Schedule) -> Weighting:
     w_i = p_i \frac{(\ell_i - \eta)_+}{\lambda}, \qquad
     D(w, p) = \frac{1}{2} \sum_i p_i \Big(\frac{w_i}{p_i} - 1\Big)^2
 
-  As long as no weight is zero its value is :math:`\text{mean} + \text{variance} / 2 \lambda`. A low
-  penalty gives the maximum.
+  While all weights are positive, the value is :math:`\text{mean} + \text{variance} / 2 \lambda`. A
+  low temperature gives the maximum.
 
   Cost: a bisection with one sum over the batch in each of 32 steps (64 in double precision).
 
@@ -33,7 +33,7 @@ def chi_square(temperature: float | jax.Array | optax.Schedule) -> Weighting:
       batches so far.
 
   Returns:
-    A :class:`Weighting`; ``info.temperature`` is the same.
+    A :class:`Weighting`; ``info.temperature`` is :math:`\lambda`.
 
   Raises:
     ValueError: if ``temperature`` is not positive and finite.
@@ -55,12 +55,12 @@ def chi_square(temperature: float | jax.Array | optax.Schedule) -> Weighting:
     value = at_least_tiny(temperatures.scheduled(temperature, state, batch.losses.dtype))
     largest = batch.max
     scores = jnp.maximum((batch.losses - largest) / value, jnp.finfo(value.dtype).min)
-    # Weights are p (scores + shift)_+; the shift is 1 if all scores are 0, and larger else.
+    # Weights are p (scores + shift)_+; the shift is 1 if all scores are 0, and larger otherwise.
     enough = lambda shift: batch.expectation(jax.nn.relu(scores + shift)) >= 1
     high = 1 - batch.expectation(scores)
     shift = smallest(enough, jnp.ones_like(high), high)
 
-    # Given which weights are positive, the shift is known in closed form.
+    # Once the positive weights are known, the shift has a closed form.
     positive = batch.valid & (scores + shift > 0)
     mass = at_least_tiny(batch.expectation(positive))
     shift = (1 - batch.expectation(jnp.where(positive, scores, 0))) / mass
@@ -80,9 +80,9 @@ def chi_square_ball(radius: float | jax.Array) -> Weighting:
     \max_{D(w, p) \le \rho} \sum_i w_i \ell_i
       = \min_\eta \eta + \sqrt{1 + 2 \rho} \Big(\sum_i p_i (\ell_i - \eta)_+^2\Big)^{1/2}
 
-  As long as no weight is zero its value is
-  :math:`\text{mean} + \sqrt{2 \rho \cdot \text{variance}}`. From :math:`\rho = (n - 1) / 2` on (for
-  a single maximum), all weight is on the largest losses.
+  While all weights are positive, the value is
+  :math:`\text{mean} + \sqrt{2 \rho \cdot \text{variance}}`. For :math:`\rho \ge (n - 1) / 2` and a
+  single maximum, all weight is on the largest loss.
 
   Cost: a bisection with two sums over the batch in each of 32 steps (64 in double precision).
 
@@ -110,7 +110,7 @@ def chi_square_ball(radius: float | jax.Array) -> Weighting:
 
   def respond(batch, state):
     rho = jnp.asarray(radius, batch.losses.dtype)
-    # Weights are the same at every scale, where squares of losses may not be finite.
+    # Weights do not depend on the scale of the losses; squares of unscaled losses could overflow.
     spread = jax.lax.stop_gradient(batch.max - batch.min)
     below = (batch.losses - batch.max) / jnp.where(spread > 0, spread, 1)
 
@@ -120,17 +120,17 @@ def chi_square_ball(radius: float | jax.Array) -> Weighting:
 
     mean = batch.expectation(below)
     variance = batch.expectation((below - mean) ** 2)
-    # There, all weights are positive.
+    # At this depth all weights are positive.
     high = (1 + jnp.sqrt(variance / (2 * rho))) * 1.01
     depth = smallest(within, jnp.asarray(jnp.finfo(high.dtype).tiny, high.dtype), high)
 
-    # Given which weights are positive, the constraint is a quadratic equation.
+    # Once the positive weights are known, the constraint is a quadratic equation.
     positive = batch.valid & (below + depth > 0)
     mass = at_least_tiny(batch.expectation(positive))
     mean = batch.expectation(jnp.where(positive, below, 0)) / mass
     variance = batch.expectation(jnp.where(positive, (below - mean) ** 2, 0)) / mass
     excess = (1 + 2 * rho) * mass - 1
-    attained = (excess > 0) & (variance > 0)  # Else the slope is free, or zero.
+    attained = (excess > 0) & (variance > 0)  # Otherwise the slope is free, or zero.
     slope = jnp.sqrt(jnp.where(attained, excess, 1) / jnp.where(attained, variance, 1))
     slope = jnp.where(attained, slope, 0)
     density = jnp.where(positive, jax.nn.relu(1 + (below - mean) * slope) / mass, 0)

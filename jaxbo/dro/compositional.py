@@ -1,4 +1,4 @@
-"""A moving average of the normaliser, so that small batches are robust too."""
+"""A moving average of the normalizer, which makes small batches robust too."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -33,34 +33,36 @@ class CompositionalState(NamedTuple):
 def compositional(
   weighting: Weighting, rate: float | jax.Array | Callable[[Any], Any]
 ) -> Weighting:
-  r"""Divides exponential weights by a moving average of their normaliser over batches.
+  r"""Divides exponential weights by a moving average of their normalizer over batches.
 
   .. math::
     u \leftarrow (1 - \gamma) u + \gamma \sum_i p_i e^{\ell_i / \lambda}, \qquad
     w_i = \frac{p_i e^{\ell_i / \lambda}}{u}
 
-  The gradient of :math:`\lambda \log \mathbb E\, e^{\ell / \lambda}` is a ratio of
-  expectations. On a batch, :func:`kl` takes the ratio of sums, which is uniform on a batch of one
-  and too uniform on a small one; this is the published remedy for compositional problems, in the
-  log domain. Weights then do not sum to 1: batches that are harder than others get more
-  (``info.weight_sum``, at most :math:`1 / \gamma`). Smaller rates are nearer to the robust
-  objective, and slower to follow the parameters.
+  The gradient of :math:`\lambda \log \mathbb E\, e^{\ell / \lambda}` is a ratio of expectations. On
+  each batch, :func:`kl` takes the ratio of two sums over the batch. Its weights are too uniform on
+  a small batch and exactly uniform on a batch of one. The moving average is the published remedy
+  for compositional problems.
 
-  What is kept is :math:`v = \lambda \log u` (our choice), an estimate of the robust value that
-  stays meaningful where a schedule changes :math:`\lambda`.
+  The weights do not sum to 1: harder batches get more (``info.weight_sum``, at most
+  :math:`1 / \gamma`). A smaller rate comes closer to the robust objective, but follows the
+  parameters more slowly.
+
+  The state holds :math:`v = \lambda \log u`, an estimate of the robust value (our choice: see
+  Departures from the papers).
 
   Args:
-    weighting: :func:`kl` at a given temperature, or :func:`tilted`.
+    weighting: :func:`kl` with a number or a schedule as its temperature, or :func:`tilted`.
     rate: :math:`\gamma` in (0, 1], or a schedule of the number of batches so far, such as a cosine
-      from 1 down. 1 is ``weighting`` itself.
+      that starts at 1. A rate of 1 gives ``weighting`` itself.
 
   Returns:
-    A :class:`Weighting`. ``info.objective`` is :math:`v`; ``info.surrogate`` is that of the weights
-    divided by their sum.
+    A :class:`Weighting`. ``info.objective`` is :math:`v`; ``info.surrogate`` is the weighted loss
+    divided by the sum of the weights.
 
   Raises:
     ValueError: if ``rate`` is outside its range.
-    TypeError: if ``weighting`` is not exponential, or its temperature is found from each batch.
+    TypeError: if ``weighting`` is not exponential, or finds its temperature from each batch.
 
   Example:
     >>> import jax.numpy as jnp, jaxbo, numpy as np
@@ -98,7 +100,7 @@ def compositional(
     batch_value = info.objective
     old = jnp.where(share < 1, state.running_value.astype(dtype), batch_value)
 
-    # The average, relative to the larger of the two powers: neither overflows nor cancels.
+    # Relative to the larger of the two powers, the average neither overflows nor cancels.
     larger = jnp.where((old - batch_value) / temperature > 0, old, batch_value)
     power = lambda value: jnp.expm1((value - larger) / temperature)
     average = (1 - share) * power(old) + share * power(batch_value)

@@ -20,14 +20,14 @@ def cvar(level: float | jax.Array) -> Weighting:
     \max_{w \in \Delta,\ w_i \le p_i / \alpha} \sum_i w_i \ell_i
       = \min_\eta \eta + \frac{1}{\alpha} \sum_i p_i (\ell_i - \eta)_+
 
-  The largest losses get :math:`p_i / \alpha` each, and those at the edge share the rest. Below one
-  example's mass all weight is on the largest.
+  The largest losses get :math:`p_i / \alpha` each, and ties at the edge share the rest. If
+  :math:`\alpha` is below the mass of the largest losses, all weight is on them.
 
-  Cost: a bisection with one sum over the batch in each of 32 steps (64 in double precision); no
-  sort, and no gather on devices.
+  Cost: a bisection with one sum over the batch in each of 32 steps (64 in double precision). It
+  does not sort the losses or gather them on one device.
 
   Args:
-    level: :math:`\alpha` in (0, 1]; 1 for the mean.
+    level: :math:`\alpha` in (0, 1], the fraction of the batch; 1 gives the mean.
 
   Returns:
     A :class:`Weighting` without state.
@@ -53,22 +53,24 @@ def cvar(level: float | jax.Array) -> Weighting:
 
 
 def kl_cvar(level: float | jax.Array, temperature: Temperature) -> Weighting:
-  r"""Exponential weights with a cap: the KL-regularised conditional value at risk.
+  r"""Exponential weights with a cap: the KL-regularized conditional value at risk.
 
   .. math::
     \max_{w \in \Delta,\ w_i \le p_i / \alpha} \sum_i w_i \ell_i
       - \lambda \operatorname{KL}(w \| p), \qquad
     w_i = p_i \min\big(e^{(\ell_i - \eta) / \lambda},\ 1 / \alpha\big)
 
-  No example gets more than :math:`1 / \alpha` times its share. It is :func:`cvar` at a low
-  temperature, :func:`kl` where the cap does not bind, and the mean at a high one or at
-  :math:`\alpha = 1`.
+  No example gets more than :math:`1 / \alpha` times its prior. A low temperature gives
+  :func:`cvar`; a high temperature, or :math:`\alpha = 1`, gives the mean. While the cap does not
+  bind, the weights are those of :func:`kl`.
 
-  Cost: a bisection as in :func:`cvar`.
+  Cost: a bisection with one sum over the batch in each of 32 steps (64 in double precision). A
+  target for the effective sample size nests it in another bisection.
 
   Args:
     level: :math:`\alpha` in (0, 1].
-    temperature: :math:`\lambda > 0`, as in :func:`kl`; a target is for the weights with the cap.
+    temperature: :math:`\lambda > 0`, in units of the loss: a number, a schedule of the number of
+      batches so far, or :func:`target_ess`, whose target the capped weights reach.
 
   Returns:
     A :class:`Weighting`.
@@ -96,7 +98,7 @@ def kl_cvar(level: float | jax.Array, temperature: Temperature) -> Weighting:
     value = temperatures.find_temperature(temperature, batch, state, weights_at)
     weights = weights_at(value)
     objective = batch.over.sum(weights * batch.losses) - value * relative_entropy(batch, weights)
-    # The reference is allowed too: less than the mean is rounding, times a high temperature.
+    # The reference is feasible, so a value below the mean is rounding times a high temperature.
     objective = jnp.maximum(objective, batch.expectation(batch.losses))
     return Response(weights, temperatures.advance(state), objective, value)
 
@@ -111,7 +113,7 @@ def _capped_exponential(batch: Batch, temperature: jax.Array, cap: jax.Array) ->
   lowest = batch.over.min(jnp.where(batch.valid, scores, 0)) - jnp.log(cap)
   log_scale = smallest(lambda x: total(x) <= 1, lowest, uncapped_scale)
 
-  # Given which examples are at the cap, the others' weights are known in closed form.
+  # Once the capped examples are known, the other weights have a closed form.
   capped = scores - log_scale > jnp.log(cap)
   at_cap = jnp.where(capped, batch.reference * cap, 0)
   free = batch.valid & ~capped

@@ -1,4 +1,4 @@
-"""What a weighting says about its weights."""
+"""Diagnostics that a weighting reports about its weights."""
 
 from typing import NamedTuple
 
@@ -9,26 +9,26 @@ from jaxbo.dro.batch import Batch, at_least_tiny
 
 
 class WeightInfo(NamedTuple):
-  r"""Diagnostics of a weighting; scalars over the whole batch, float32 at least.
+  r"""Diagnostics of a weighting; scalars over the whole batch, at least float32.
 
-  All but ``weight_sum`` are of the weights divided by their sum.
+  All of them but ``weight_sum`` describe the weights divided by their sum.
 
   Attributes:
-    effective_sample_size: :math:`1 / \sum_i w_i^2`, from 1 to the number of examples; 0 if none
-      counts.
-    kl: the relative entropy :math:`\sum_i w_i \log (w_i / p_i)` to the reference :math:`p`: the
-      prior, uniform without one.
-    entropy: :math:`-\sum_i w_i \log w_i`.
+    effective_sample_size: :math:`1 / \sum_i w_i^2`, from 1 to the number of examples; 0 if no
+      example counts.
+    kl: the relative entropy :math:`\sum_i w_i \log (w_i / p_i)` to the reference :math:`p`, the
+      prior, which is uniform by default; in nats.
+    entropy: :math:`-\sum_i w_i \log w_i`, in nats.
     max_weight: the largest weight.
-    weight_sum: the sum of the weights: 1, but for :func:`jaxbo.dro.compositional`; 0 if no example
-      counts.
-    surrogate: :math:`\sum_i w_i \ell_i`, the loss whose gradient is taken.
-    objective: the robust value, which the weights maximise; the surrogate where they maximise
-      nothing.
-    temperature: the temperature that was used or found; 0 where there is none.
+    weight_sum: the sum of the weights: 1, except for :func:`jaxbo.dro.compositional`; 0 if no
+      example counts.
+    surrogate: :math:`\sum_i w_i \ell_i`, the loss that :func:`jaxbo.reweight` differentiates.
+    objective: the robust value, which the weights maximize; the surrogate if the weights do not
+      maximize an objective.
+    temperature: the temperature used or found; 0 for a weighting without a temperature.
     num_valid: how many examples count, int32.
-    num_excluded: how many were not masked and yet left out, int32: for a loss or prior that is not
-      finite, or a group out of range.
+    num_excluded: how many unmasked examples do not count, int32, because their loss or prior is not
+      finite or their group is out of range.
   """
 
   effective_sample_size: jax.Array
@@ -46,7 +46,7 @@ class WeightInfo(NamedTuple):
   def surrogate_gap(self) -> jax.typing.ArrayLike:
     """How far the surrogate is above the objective: the penalty on the weights.
 
-    The surrogate does not fall along training as the objective does: do not monitor it.
+    Monitor the objective, not the surrogate: the surrogate need not fall during training.
     """
     return self.surrogate - self.objective
 
@@ -57,7 +57,7 @@ def diagnose(
   objective: jax.Array | None = None,
   temperature: jax.Array | None = None,
 ) -> WeightInfo:
-  """The diagnostics of ``weights``."""
+  """Returns the diagnostics of ``weights``."""
   logs = jnp.log(jnp.maximum(weights, jnp.finfo(weights.dtype).tiny))
   terms = (
     weights,
@@ -66,11 +66,11 @@ def diagnose(
     weights * logs,
     _entropy_terms(batch, weights),
   )
-  # One reduction, and one exchange between devices, for all sums.
+  # All sums in one reduction and one exchange between devices.
   total, squares, loss, log_weight, divergence = batch.over.sum(jnp.stack(terms), axis=1)
   some, divisor = total > 0, at_least_tiny(total)
   surrogate = loss / divisor
-  # The terms of weights that sum to 1 are those of the relative entropy; this is for all others.
+  # For weights that sum to 1 this is the sum of the terms; the rest corrects for other sums.
   kl = (divergence + total - 1) / divisor - jnp.log(divisor)
   return WeightInfo(
     effective_sample_size=jnp.where(some, total * (total / at_least_tiny(squares)), 0),
@@ -87,7 +87,7 @@ def diagnose(
 
 
 def zero_info(dtype: jax.typing.DTypeLike) -> WeightInfo:
-  """Diagnostics of no batch at all, each in a buffer of its own."""
+  """Returns diagnostics before the first batch, each in its own buffer."""
   counts = ("num_valid", "num_excluded")
   return WeightInfo(
     *(jnp.zeros((), jnp.int32 if name in counts else dtype) for name in WeightInfo._fields)
@@ -95,19 +95,19 @@ def zero_info(dtype: jax.typing.DTypeLike) -> WeightInfo:
 
 
 def density(batch: Batch, weights: jax.Array) -> jax.Array:
-  r"""The ratio :math:`w_i / p_i`; 1 where the reference has no mass."""
+  r"""Returns the ratio :math:`w_i / p_i`, or 1 where the reference has no mass."""
   return jnp.where(batch.valid, weights, 1) / jnp.where(batch.valid, batch.reference, 1)
 
 
 def relative_entropy(batch: Batch, weights: jax.Array) -> jax.Array:
-  """The relative entropy of ``weights``, which sum to 1, to the reference; not negative."""
+  """Returns the relative entropy to the reference, non-negative; ``weights`` must sum to 1."""
   return batch.over.sum(_entropy_terms(batch, weights))
 
 
 def _entropy_terms(batch: Batch, weights: jax.Array) -> jax.Array:
   r"""The terms :math:`p\,(x \log x - (x - 1)) \ge 0` with :math:`x = w / p`.
 
-  They do not cancel near the reference if the logarithm is that of :math:`1 + (x - 1)`.
+  Near the reference, ``log1p`` of :math:`x - 1` keeps the terms from canceling.
   """
   x = density(batch, weights)
   far = jnp.log(jnp.maximum(x, jnp.finfo(x.dtype).tiny))

@@ -1,4 +1,4 @@
-"""Group DRO: weights of groups by exponentiated gradient ascent."""
+"""Group DRO: exponentiated gradient ascent on the weights of groups."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -29,33 +29,35 @@ def group(
   adjustment: float | jax.Array | None = None,
   group_sizes: Sequence[int] | None = None,
 ) -> Weighting:
-  r"""The worst case over groups, whose weights climb by exponentiated gradient (group DRO).
+  r"""The worst case over groups, with weights from exponentiated gradient ascent (group DRO).
 
   .. math::
     q_g \propto q_g\, e^{\eta (\bar\ell_g + C / \sqrt{n_g})}, \qquad
     w_i = q_{g(i)} \frac{p_i}{\sum_{j \in g(i)} p_j}
 
-  :math:`\bar\ell_g` is the mean loss of the group in the batch. Every batch makes one step before
-  its weights are taken. Groups that are not in a batch keep their weight up to the normalisation,
-  and weights are those of the others, normalised (our choice: in the published code they sum to
-  less than one then). The method presumes batches that draw the groups equally often.
+  :math:`\bar\ell_g` is the mean loss of group :math:`g` in the batch. Each batch first updates
+  :math:`q` by one step, then takes its weights from the new :math:`q`. A group absent from the
+  batch keeps its :math:`q_g` up to normalization; the groups present share a total weight of 1 (our
+  choice: see Departures from the papers). The method assumes that batches draw all groups equally
+  often.
 
   Args:
     num_groups: the number of groups, at least 1.
     learning_rate: :math:`\eta > 0`; the published experiments use 0.01.
-    adjustment: :math:`C \ge 0`, the generalisation adjustment: groups of few training examples
-      count as if their loss were higher. It changes the weights alone, not the losses. ``None`` is
-      zero.
-    group_sizes: :math:`n_g`, the training examples of each group; needed for ``adjustment``.
+    adjustment: :math:`C \ge 0`, the generalization adjustment, in units of the loss: groups of few
+      training examples get weights as if their loss were higher. The losses do not change. ``None``
+      is zero.
+    group_sizes: :math:`n_g`, how many training examples each group has; needed for ``adjustment``.
 
   Returns:
-    A :class:`Weighting` that needs ``groups=``, integers from 0 to ``num_groups - 1``. Ids out of
-    range are refused where they are known, and under ``jit`` excluded and counted in
-    ``info.num_excluded``. ``info.objective`` is :math:`\sum_g q_g \bar\ell_g`.
+    A :class:`Weighting` that needs ``groups=``, integers from 0 to ``num_groups - 1``. An id out of
+    range raises ``ValueError``; under ``jit``, where ids are not known, its example is excluded and
+    counted in ``info.num_excluded``. ``info.objective`` is :math:`\sum_g q_g \bar\ell_g` over the
+    groups present.
 
   Raises:
-    ValueError: if ``num_groups < 1``, ``learning_rate <= 0``, ``adjustment < 0``, or
-      ``group_sizes`` are missing, not positive or not ``num_groups``.
+    ValueError: if ``num_groups < 1``, ``learning_rate <= 0`` or ``adjustment < 0``; if
+      ``group_sizes`` are missing, or are not ``num_groups`` positive numbers.
 
   Example:
     >>> import jax.numpy as jnp, jaxbo, numpy as np

@@ -1,4 +1,4 @@
-"""Exponential weights: the KL-regularised and KL-ball robust losses, and the tilted loss."""
+"""Exponential weights: the KL-regularized and KL-ball robust losses, and the tilted loss."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,11 +16,11 @@ from jaxbo.dro.weighting import Response, Weighting, make_weighting
 
 
 def uniform() -> Weighting:
-  r"""The weights of ordinary training: the prior, :math:`1/n` without one.
+  r"""The weights of ordinary training: the prior, or :math:`1/n` without a prior.
 
   Returns:
-    A :class:`Weighting`. It is uniform indeed: the strategy called "uniform" in the published
-    code of loss-based reweighting is a softmax of the normalised losses.
+    A :class:`Weighting` without state. It is not the strategy called "uniform" in the published
+    code of loss-based reweighting (see Departures from the papers).
 
   Example:
     >>> import jax.numpy as jnp, jaxbo
@@ -41,20 +41,20 @@ def kl(temperature: Temperature) -> Weighting:
       = \lambda \log \sum_i p_i e^{\ell_i / \lambda}, \qquad
     w_i = \frac{p_i e^{\ell_i / \lambda}}{\sum_j p_j e^{\ell_j / \lambda}}
 
-  A high temperature gives the mean, a low one the maximum, which ties share. On batches of few
-  examples the weights are nearer to uniform than those over the whole data, and exactly uniform on
-  a batch of one: :func:`compositional` mends that.
+  A high temperature gives the mean; a low temperature gives the maximum, and tied maxima share the
+  weight. On a small batch the weights are closer to uniform than they would be over the whole data,
+  and on a batch of one they are exactly uniform; :func:`compositional` corrects this.
 
   Args:
-    temperature: :math:`\lambda > 0`, in units of the loss (the papers' :math:`r`): a number; a
+    temperature: :math:`\lambda > 0`, in units of the loss (the papers' :math:`r`). A number; or a
       schedule of the number of batches so far, such as
-      ``optax.piecewise_constant_schedule(100.0, {1000: 0.01})``, which burns in at 100 and goes
-      down to 1; or :func:`target_ess`. Where a schedule gives zero or less, the limit is taken: the
-      maximum. Where it gives NaN, weights are the prior.
+      ``optax.piecewise_constant_schedule(100.0, {1000: 0.01})``, which burns in at 100 and drops to
+      1; or :func:`target_ess`. If a schedule returns zero or less, the weights are the limit, all
+      on the maximum. If it returns NaN, the weights are the prior.
 
   Returns:
-    A :class:`Weighting`; its ``info.objective`` is exact for temperatures from 0 to infinity, with
-    neither overflow nor cancellation. A number or schedule allows one-pass streaming.
+    A :class:`Weighting`. Its ``info.objective`` neither overflows nor cancels, for temperatures
+    from 0 to infinity. With a number or a schedule, :func:`~jaxbo.streaming_grad` needs one pass.
 
   Raises:
     ValueError: if ``temperature`` is not positive and finite.
@@ -92,21 +92,22 @@ def kl(temperature: Temperature) -> Weighting:
 
 
 def tilted(tilt: float | jax.Array | Callable[[Any], Any]) -> Weighting:
-  r"""The tilted loss: towards the maximum or towards the minimum (TERM).
+  r"""The tilted loss, which leans toward the maximum or the minimum (TERM).
 
   .. math::
     \frac{1}{t} \log \sum_i p_i e^{t \ell_i}, \qquad
     w_i = \frac{p_i e^{t \ell_i}}{\sum_j p_j e^{t \ell_j}}
 
-  For :math:`t > 0` it is :func:`kl` at the temperature :math:`1 / t`. For :math:`t < 0` large
-  losses get small weights, as suits outliers and wrong labels: the *best* case under the penalty.
-  At :math:`t = 0` it is the mean.
+  For :math:`t > 0` this is :func:`kl` at the temperature :math:`1 / t`. For :math:`t < 0` large
+  losses get small weights, which suits outliers and wrong labels: it is the *best* case under the
+  penalty. For :math:`t = 0` it is the mean.
 
   Args:
-    tilt: :math:`t`, any finite number, or a schedule of the number of batches so far.
+    tilt: :math:`t`, in units of 1 / loss: any finite number, or a schedule of the number of batches
+      so far.
 
   Returns:
-    A :class:`Weighting`; ``info.temperature`` is :math:`1 / t`, and 0 for :math:`t = 0`.
+    A :class:`Weighting`; ``info.temperature`` is :math:`1 / t`, or 0 for :math:`t = 0`.
 
   Raises:
     ValueError: if ``tilt`` is not finite.
@@ -144,16 +145,16 @@ def kl_ball(radius: float | jax.Array) -> Weighting:
     \max_{\operatorname{KL}(w \| p) \le \rho} \sum_i w_i \ell_i
       = \inf_{\lambda > 0} \lambda \rho + \lambda \log \sum_i p_i e^{\ell_i / \lambda}
 
-  Weights are those of :func:`kl` at the temperature for which the constraint is tight. From
-  :math:`\rho = \log (n / \#\text{maxima})` on, all weight is on the largest losses.
+  The weights are those of :func:`kl` at the temperature that makes the constraint tight. For
+  :math:`\rho \ge \log (n / \#\text{maxima})`, all weight is on the largest losses.
 
   Cost: a bisection with two sums over the batch in each of 32 steps (64 in double precision).
 
   Args:
-    radius: :math:`\rho > 0`.
+    radius: :math:`\rho > 0`, in nats.
 
   Returns:
-    A :class:`Weighting` without state; ``info.temperature`` is the temperature that was found.
+    A :class:`Weighting` without state; ``info.temperature`` is the temperature of the weights.
 
   Raises:
     ValueError: if ``radius`` is not positive and finite.
@@ -179,9 +180,9 @@ def kl_ball(radius: float | jax.Array) -> Weighting:
     losses = jax.lax.stop_gradient(batch.losses)
     mean = batch.over.sum(weights * losses)
     slope = batch.over.sum(weights * (losses - mean) ** 2) / temperature
-    # If not, all weight is on the largest losses, and stays there.
+    # If the slope is zero, all weight is on the largest losses and stays there.
     attained = slope > 0
-    # One step of Newton's method whose value is zero and whose derivative is that of the root.
+    # A Newton step that has the value zero and the derivative of the root.
     beta = jnp.where(attained, 1 / temperature, 0)
     excess = entropy_at(beta) - rho
     step = (excess - jax.lax.stop_gradient(excess)) / jnp.where(attained, slope, 1)
@@ -200,12 +201,12 @@ def exponential(batch: Batch, beta: jax.Array) -> tuple[jax.Array, jax.Array]:
   powers = batch.reference * jnp.exp(beta * (batch.losses - extreme))
   total = at_least_tiny(batch.over.sum(powers))
 
-  # Where losses are all within a temperature of their mean, log(mean exp) cancels; log1p does not.
+  # If all losses are within a temperature of their mean, log(mean exp) cancels; log1p does not.
   mean = batch.expectation(batch.losses)
   deviations = beta * (batch.losses - mean)
   near = batch.over.max(jnp.abs(deviations)) < 1
   small = batch.expectation(jnp.expm1(jnp.clip(deviations, -1, 1)))
-  # A number below the smallest normal one may count as zero or not.
+  # Hardware may or may not treat a subnormal number as zero.
   nonzero = jnp.where(jnp.abs(beta) < jnp.finfo(beta.dtype).tiny, 1, beta)
   objective = jnp.where(near, mean + jnp.log1p(small) / nonzero, extreme + jnp.log(total) / nonzero)
   return powers / total, objective

@@ -1,4 +1,4 @@
-"""Weights by shaped scores: losses are normalised, shaped, and then weighed."""
+"""Weights from shaped scores: normalize the losses, shape them, then weight the examples."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ from jaxbo.dro.weighting import (
 
 
 class Normalizer(NamedTuple):
-  """A map of the losses of a batch to [-1, 1], made by :func:`min_max` and its like.
+  """A map of a batch's losses to [-1, 1]: :func:`min_max` and the other normalizers return one.
 
   Attributes:
     init: ``init(dtype=float32) -> state``.
@@ -37,8 +37,8 @@ class RunningRangeState(NamedTuple):
   """State of :func:`running_range`.
 
   Attributes:
-    range_low: moving average of the smallest loss of a batch.
-    range_high: moving average of the largest.
+    range_low: the moving average of a batch's smallest loss.
+    range_high: the moving average of a batch's largest loss.
     range_count: the number of batches so far, int32.
   """
 
@@ -53,11 +53,12 @@ def min_max(floor: float = 1e-6) -> Normalizer:
   .. math::
     h_i = \frac{2 \ell_i - (\max \ell + \min \ell)}{\max(\max \ell - \min \ell, \text{floor})}
 
-  Weights are then the same for :math:`a \ell + b`. One outlier sets the scale for all others, and
-  losses that are nearly equal are spread over the full range.
+  The scores, and so the weights, are the same for :math:`a \ell + b`, :math:`a > 0`. One outlier
+  sets the scale for all other losses, and losses that are nearly equal spread over the full range.
 
   Args:
-    floor: the smallest range to divide by, positive: smaller differences count as noise.
+    floor: the smallest range to divide by, positive, in units of the loss: smaller differences
+      count as noise.
 
   Returns:
     A :class:`Normalizer` without state.
@@ -75,21 +76,21 @@ def min_max(floor: float = 1e-6) -> Normalizer:
 
 
 def quantile_range(low: float = 0.05, high: float = 0.95, floor: float = 1e-6) -> Normalizer:
-  """Maps two quantiles of the batch to -1 and 1, and clips what is outside.
+  """Maps two quantiles of the batch to -1 and 1, and clips losses outside them.
 
-  An outlier beyond them does not set the scale, unlike with :func:`min_max`. A quantile is the
-  largest loss with at least the rest of the reference mass at or above it.
+  Unlike with :func:`min_max`, an outlier beyond the quantiles does not set the scale. The quantile
+  ``q`` is the largest loss with at least ``1 - q`` of the reference mass at or above it.
 
   Args:
-    low: the lower quantile, at least 0.
-    high: the upper one, at most 1 and above ``low``.
-    floor: as in :func:`min_max`.
+    low: the lower quantile, in [0, 1).
+    high: the upper quantile, above ``low`` and at most 1.
+    floor: the smallest range to divide by, positive, in units of the loss.
 
   Returns:
     A :class:`Normalizer` without state.
 
   Raises:
-    ValueError: if the quantiles are not ordered and within [0, 1].
+    ValueError: if the quantiles are not ordered and within [0, 1], or ``floor`` is not positive.
 
   Example:
     >>> import jax.numpy as jnp, jaxbo
@@ -114,17 +115,17 @@ def quantile_range(low: float = 0.05, high: float = 0.95, floor: float = 1e-6) -
 def running_range(rate: float | jax.Array = 0.1, floor: float = 1e-6) -> Normalizer:
   """Maps moving averages of the smallest and the largest loss to -1 and 1, and clips.
 
-  A score then says how hard an example is among all recent ones, which matters for small batches.
+  A score then compares an example with all recent examples, which matters for small batches.
 
   Args:
-    rate: the share of the new batch in the averages, in (0, 1]; the first batch counts whole.
-    floor: as in :func:`min_max`.
+    rate: the share of the new batch in the averages, in (0, 1]; the first batch sets them.
+    floor: the smallest range to divide by, positive, in units of the loss.
 
   Returns:
     A :class:`Normalizer`.
 
   Raises:
-    ValueError: if ``rate`` is outside its range.
+    ValueError: if ``rate`` is outside its range, or ``floor`` is not positive.
 
   Example:
     >>> import jax.numpy as jnp, jaxbo
@@ -151,7 +152,7 @@ def running_range(rate: float | jax.Array = 0.1, floor: float = 1e-6) -> Normali
 
 
 def _scale(losses: jax.Array, low: jax.Array, high: jax.Array, floor: float) -> jax.Array:
-  """``low`` to -1, ``high`` to 1; differences first, which are exact where losses are close."""
+  """Maps ``low`` to -1 and ``high`` to 1; subtracts first, which is exact for close losses."""
   return jnp.clip(((losses - low) - (high - losses)) / jnp.maximum(high - low, floor), -1, 1)
 
 
@@ -160,20 +161,21 @@ def shaped(
   shape: Callable[[jax.Array], jax.Array],
   normalizer: Normalizer | None = None,
 ) -> Weighting:
-  r"""Weighs a function of the normalised losses instead of the losses.
+  r"""Weights examples by a function of their normalized losses.
 
   .. math:: w = \text{weighting}(f(h_1), \dots, f(h_n)), \qquad h = \text{normalizer}(\ell)
 
   Args:
-    weighting: the response to the scores, such as :func:`kl`.
-    shape: :math:`f`, applied to a vector of normalised losses in [-1, 1].
+    weighting: the :class:`Weighting` that takes the scores as losses, such as :func:`kl`.
+    shape: :math:`f`, a function of the vector of normalized losses, which are in [-1, 1].
     normalizer: :func:`min_max` (default), :func:`quantile_range` or :func:`running_range`.
 
   Returns:
-    A :class:`Weighting`, whose state is the pair of those of ``weighting`` and ``normalizer``.
+    A :class:`Weighting`. Its state is the pair of the states of ``weighting`` and ``normalizer``.
 
   Raises:
-    TypeError: if an argument is not of its kind.
+    TypeError: if ``weighting`` is not a :class:`Weighting`, ``normalizer`` is not a
+      :class:`Normalizer`, or ``shape`` does not take one argument.
 
   Example:
     >>> import jax.numpy as jnp, jaxbo
@@ -203,15 +205,16 @@ def shaped(
 
 
 def lin_upper(temperature: Temperature = 1.0, normalizer: Normalizer | None = None) -> Weighting:
-  r"""Lets easy examples count less, and all of the upper half of the range the same (LinUpper).
+  r"""Gives easy examples less weight, and the upper half of the range equal weight (LinUpper).
 
-  Exponential weights of the scores :math:`\min(h_i + 1, 1)`: no weight is more than
-  :math:`e^{1 / r}` times another, and for :math:`r \ge 1 / \log 2` none exceeds :math:`2 / n`.
+  The weights are exponential in the scores :math:`\min(h_i + 1, 1)`. No weight is more than
+  :math:`e^{1 / r}` times another; for :math:`r \ge 1 / \log 2`, no weight exceeds :math:`2 / n`.
 
   Args:
-    temperature: :math:`r`, as in :func:`kl`, for scores from 0 to 1; the published experiments use
-      1 and 0.4, after a burn-in at 100.
-    normalizer: what makes :math:`h` of the losses; :func:`min_max` by default.
+    temperature: :math:`r > 0`, in units of the scores, which are in [0, 1]: a number, a schedule of
+      the number of batches so far, or :func:`target_ess`. The published experiments use 1 and 0.4,
+      after a burn-in at 100.
+    normalizer: the map from the losses to :math:`h`; :func:`min_max` by default.
 
   Returns:
     A :class:`Weighting`.
@@ -231,13 +234,14 @@ def lin_upper(temperature: Temperature = 1.0, normalizer: Normalizer | None = No
 
 
 def quadratic(temperature: Temperature = 1.0, normalizer: Normalizer | None = None) -> Weighting:
-  r"""Favours losses in the middle of the range (Quadratic).
+  r"""Favors losses in the middle of the range (Quadratic).
 
-  Exponential weights of the scores :math:`1 - h_i^2`.
+  The weights are exponential in the scores :math:`1 - h_i^2`.
 
   Args:
-    temperature: as in :func:`lin_upper`.
-    normalizer: as in :func:`lin_upper`.
+    temperature: positive, in units of the scores, which are in [0, 1]: a number, a schedule of the
+      number of batches so far, or :func:`target_ess`.
+    normalizer: the map from the losses to :math:`h`; :func:`min_max` by default.
 
   Returns:
     A :class:`Weighting`.
@@ -257,13 +261,14 @@ def quadratic(temperature: Temperature = 1.0, normalizer: Normalizer | None = No
 
 
 def extremes(temperature: Temperature = 1.0, normalizer: Normalizer | None = None) -> Weighting:
-  r"""Favours losses at both ends of the range (Extremes).
+  r"""Favors losses at both ends of the range (Extremes).
 
-  Exponential weights of the scores :math:`|h_i|`.
+  The weights are exponential in the scores :math:`|h_i|`.
 
   Args:
-    temperature: as in :func:`lin_upper`.
-    normalizer: as in :func:`lin_upper`.
+    temperature: positive, in units of the scores, which are in [0, 1]: a number, a schedule of the
+      number of batches so far, or :func:`target_ess`.
+    normalizer: the map from the losses to :math:`h`; :func:`min_max` by default.
 
   Returns:
     A :class:`Weighting`.

@@ -1,4 +1,4 @@
-"""Losses and weighted gradients of a batch that is gone through in microbatches."""
+"""Losses and weighted gradients of a batch, one microbatch at a time."""
 
 import math
 from collections.abc import Callable
@@ -16,9 +16,9 @@ from jaxbo.dro.batch import Over
 class Microbatches(NamedTuple):
   """A batch, cut into microbatches with a stride.
 
-  Microbatch ``j`` of ``num_steps`` holds the examples ``j, j + num_steps, ...``: where the batch is
-  divided among devices, so is every microbatch, and nothing moves. Leaves of the batch whose
-  leading axis is not the number of examples (a key, a scalar) go to every microbatch whole.
+  Microbatch ``j`` of ``num_steps`` holds the examples ``j, j + num_steps, ...``. If the batch is
+  divided among devices, every microbatch is too, and no example moves. Leaves of the batch whose
+  leading axis is not the number of examples (a key, a scalar) go whole to every microbatch.
 
   Attributes:
     num_examples: examples in the batch.
@@ -34,25 +34,25 @@ class Microbatches(NamedTuple):
     return self.num_examples // self.size
 
   def split(self, leaf: Any) -> jax.Array:
-    """``[num_examples, ...]`` as ``[size, num_steps, ...]``."""
+    """Reshapes ``[num_examples, ...]`` to ``[size, num_steps, ...]``."""
     leaf = jnp.asarray(leaf)
     shape = (self.size, self.num_steps, *leaf.shape[1:])
     return _reshape(leaf, shape, lambda spec: (spec[0], None, *spec[1:]))
 
   def merge(self, stacked: jax.Array) -> jax.Array:
-    """``[num_steps, size, ...]``, what a scan over microbatches gives, as ``[batch, ...]``."""
+    """Reshapes the output of a scan, ``[num_steps, size, ...]``, to ``[num_examples, ...]``."""
     leaf = jnp.swapaxes(stacked, 0, 1)
     shape = (self.num_examples, *leaf.shape[2:])
     return _reshape(leaf, shape, lambda spec: (spec[0], *spec[2:]))
 
   def each(self, batch: Any) -> Callable[[Any], Any]:
-    """A function from ``j`` to microbatch ``j``."""
+    """Returns a function from ``j`` to microbatch ``j``."""
     cut = jax.tree.map(lambda leaf: self.split(leaf) if self.holds(leaf) else leaf, batch)
 
     def take_leaf(leaf, of_cut, j):
       if self.holds(leaf):
         of_cut = jax.lax.dynamic_index_in_dim(of_cut, j, 1, keepdims=False)
-      # The same numbers are drawn again on purpose.
+      # Each microbatch draws the same numbers on purpose.
       return jax.random.clone(of_cut) if _is_key(of_cut) else of_cut
 
     return lambda j: jax.tree.map(lambda leaf, of_cut: take_leaf(leaf, of_cut, j), batch, cut)
@@ -63,7 +63,7 @@ class Microbatches(NamedTuple):
 
 
 def make_microbatches(num_examples: int, size: int) -> Microbatches:
-  """Raises ``ValueError`` unless ``size`` divides the number of examples."""
+  """Returns the microbatches; raises ``ValueError`` unless ``size`` divides ``num_examples``."""
   if num_examples % size:
     raise ValueError(
       f"microbatch_size must divide the number of examples, {num_examples}, got {size}; fill the "
@@ -79,7 +79,7 @@ def weighted_gradient(
   weights: jax.Array,
   microbatches: Microbatches,
 ) -> optax.Updates:
-  """The gradient of ``sum(weights * losses)``, summed over ``take(j)`` in float32 at least."""
+  """Returns the gradient of ``sum(weights * losses)``, added up in at least float32."""
   weights_of = microbatches.each(weights)
 
   def add(total, j):
@@ -95,9 +95,9 @@ def weighted_gradient(
 def take_repaired(
   microbatches: Microbatches, batch: Any, keep: jax.Array, over: Over
 ) -> Callable[[Any], Any]:
-  """As ``each(batch)``, with every row that is not kept replaced by the first that is.
+  """Returns a function from ``j`` to microbatch ``j`` with bad rows replaced.
 
-  That one may be on another device. Keys have nothing to repair.
+  The first row that is kept, on any device, replaces every row that is not. Keys stay as they are.
   """
   chosen = over.first(keep)
   along = lambda rows, leaf: jnp.expand_dims(rows, tuple(range(1, leaf.ndim)))
@@ -129,7 +129,7 @@ def _is_key(leaf: Any) -> bool:
 
 
 def num_shards(x: jax.Array) -> int:
-  """Over how many devices the leading axis is divided, as far as its type tells."""
+  """Returns over how many devices the type of ``x`` divides its leading axis."""
   sharding = jax.typeof(x).sharding
   names = sharding.spec[0] if len(sharding.spec) else None
   names = (names,) if isinstance(names, str) else names or ()
@@ -137,7 +137,7 @@ def num_shards(x: jax.Array) -> int:
 
 
 def _reshape(leaf: jax.Array, shape: tuple[int, ...], spec: Callable[..., Any]) -> jax.Array:
-  """Reshapes; under an explicit mesh the result's sharding has to be given."""
+  """Reshapes ``leaf``; an explicit mesh also needs the sharding of the result."""
   sharding = jax.typeof(leaf).sharding
   if AxisType.Explicit not in sharding.mesh.axis_types:
     return jnp.reshape(leaf, shape)

@@ -17,16 +17,18 @@ from jaxbo.dro.batch import Over, check_losses
 class PerExampleGrads(NamedTuple):
   """The losses of a batch and the pullback to the parameters; a pytree.
 
-  It is made and used in the same traced function: it is no scan carry and no output of a branch.
+  Make it and use it in the same traced function: do not carry it through ``scan`` or return it from
+  a branch.
 
   Attributes:
     losses: ``[batch]``.
-    pullback: ``pullback(weights)`` is the gradient of ``sum(weights * losses)`` for constant
-      weights: one backward pass.
-    aux: what the loss returned beside; ``None`` without ``has_aux``.
-    pullback_without: ``pullback_without(weights, keep, over)``: the same where all of ``keep`` is
-      true, and else with the other rows of the batch replaced, since a weight of zero does not
-      silence a loss that is not finite (``0 * nan``). ``None`` if that cannot be done.
+    pullback: ``pullback(weights)`` runs one backward pass and returns the gradient of
+      ``sum(weights * losses)`` for constant weights.
+    aux: what the loss returned besides the losses; ``None`` without ``has_aux``.
+    pullback_without: ``pullback_without(weights, keep, over)`` returns the same gradient if all of
+      ``keep`` is true. Otherwise it replaces the rows of the batch that are not kept, because a
+      weight of zero does not silence a loss that is not finite (``0 * nan``). ``None`` if rows
+      cannot be replaced.
   """
 
   losses: jax.Array
@@ -42,33 +44,34 @@ def per_example_grad(
   microbatch_size: int | None = None,
   repair: bool = False,
 ) -> Callable[..., PerExampleGrads]:
-  r"""Per-example gradients, lazy: what :func:`reweight` takes.
+  r"""Per-example gradients, computed lazily: the input of :func:`reweight`.
 
-  The losses are computed with what their backward pass needs; once weights are known, one
-  backward pass gives :math:`\sum_i w_i \nabla \ell_i`. No per-example gradient is ever stored, so
-  the cost is that of ordinary training.
+  The forward pass computes the losses and keeps what the backward pass needs. Once the weights are
+  known, one backward pass gives :math:`\sum_i w_i \nabla \ell_i`. No per-example gradient is
+  stored, so this costs as much as ordinary training.
 
   Args:
-    loss_fn: ``loss_fn(params, batch) -> losses``, ``[batch]`` real floats, at best float32: weights
-      are rounded to the dtype of the losses for the backward pass. The loss of an example must not
-      depend on other examples with ``microbatch_size`` or ``repair``.
-    has_aux: whether it returns ``(losses, aux)``; with ``microbatch_size`` every leaf of ``aux``
-      must be ``[batch, ...]``.
+    loss_fn: ``loss_fn(params, batch) -> losses``, real floats ``[batch]``. Prefer float32: the
+      backward pass rounds the weights to the dtype of the losses. With ``microbatch_size`` or
+      ``repair``, the loss of an example must not depend on other examples.
+    has_aux: whether ``loss_fn`` returns ``(losses, aux)``; with ``microbatch_size``, every leaf of
+      ``aux`` must be ``[batch, ...]``.
     microbatch_size: how many examples go through the model at once; ``None`` for all. It must
-      divide the batch. Activation memory is then that of a microbatch, and losses are computed a
-      second time for the backward pass: 4/3 of the cost. Leaves of the batch whose leading axis is
-      not the batch (a key, a scalar) go to every microbatch.
-    repair: what happens to a batch with a loss that is not finite, which
-      ``info.num_excluded`` counts. ``False``: its gradient is zero. ``True``: the gradient is taken
-      once more, with other rows in place of the bad ones, by about two more passes, example by
-      example. The loss must then take a batch of one; the program is compiled twice; and
-      :func:`reweight` cannot be differentiated in reverse mode.
+      divide the batch. Activation memory falls to that of one microbatch. The losses are computed
+      again for the backward pass, so the cost rises to 4/3. Leaves of the batch whose leading axis
+      is not the batch (a key, a scalar) go whole to every microbatch.
+    repair: what to do with a batch that contains a loss that is not finite (``info.num_excluded``
+      counts such losses). ``False`` gives the whole batch a zero gradient. ``True`` replaces the
+      bad rows by a good one with weight zero. With ``microbatch_size`` this adds no pass. Without
+      it, a bad batch is run again example by example, about two more passes; ``loss_fn`` must then
+      accept a batch of one, the model is compiled twice, and :func:`reweight` cannot be
+      differentiated in reverse mode.
 
   Returns:
     A function ``(params, batch) -> PerExampleGrads``.
 
   Raises:
-    TypeError: if ``loss_fn`` does not take ``(params, batch)``, or parameters or losses are no
+    TypeError: if ``loss_fn`` does not take ``(params, batch)``, or if parameters or losses are not
       floats.
     ValueError: if losses are not one-dimensional, or ``microbatch_size`` is not positive or does
       not divide the batch.
@@ -106,10 +109,11 @@ def per_example_grad(
     return PerExampleGrads(losses, pullback, aux, without)
 
   def pull_without(pullback, params, batch, weights, keep, over: Over):
-    """``pullback(weights)``, and once more, example by example, if a row is not kept.
+    """Runs ``pullback(weights)``, then again example by example if a row is not kept.
 
-    A loop that runs once or not at all: unlike the branch of a conditional it lets XLA fuse the
-    first pass with what comes before, and under ``vmap`` it costs nothing on clean batches.
+    The second run sits in a loop that runs once or not at all. Unlike a conditional, the loop lets
+    XLA fuse the first run with the code before it, and costs nothing on clean batches under
+    ``vmap``.
     """
     gradient, bad = pullback(weights), over.number_of(~keep) > 0
     if _check.is_known(bad) and not bad:  # no need to compile the loop
@@ -147,7 +151,7 @@ def per_example_grad(
 
 
 def weighted(grads: PerExampleGrads, weights: jax.Array, over: Over) -> optax.Updates:
-  """The gradient of ``sum(weights * losses)`` without the losses that are not finite."""
+  """Returns the gradient of ``sum(weights * losses)`` without the losses that are not finite."""
   keep = jnp.isfinite(grads.losses)
   weights = weights.astype(grads.losses.dtype)
   if grads.pullback_without is None:
@@ -156,7 +160,7 @@ def weighted(grads: PerExampleGrads, weights: jax.Array, over: Over) -> optax.Up
 
 
 def only_if(good: jax.Array, gradient: optax.Updates) -> optax.Updates:
-  """The gradient, or zeros."""
+  """Returns ``gradient`` if ``good``, and zeros otherwise."""
   return jax.tree.map(lambda leaf: jnp.where(good, leaf, 0), gradient)
 
 

@@ -1,4 +1,4 @@
-"""Weightings by rank: the top of the batch, a band of it, and what is left without the top."""
+"""Weightings by rank: the top of the batch, one band of it, or all of it without the top."""
 
 import jax
 import jax.numpy as jnp
@@ -10,33 +10,33 @@ from jaxbo.dro.weighting import Response, Weighting, check_weighting, make_weigh
 
 
 def threshold(batch: Batch, level: jax.Array) -> jax.Array:
-  """The largest loss at or above which the reference has at least the mass ``level``."""
+  """Returns the largest loss with at least the reference mass ``level`` at or above it."""
   enough = lambda x: batch.expectation(-batch.losses <= x) >= level - _rounding(level)
   return -smallest(enough, -batch.max, -batch.min)
 
 
 def top_mass(batch: Batch, level: jax.Array) -> jax.Array:
-  """The part of each example's reference mass that is in the top ``level``, by loss.
+  """Returns the part of each example's reference mass that is in the top ``level``, by loss.
 
-  It sums to ``level``. Examples at the threshold share what is left for them, in proportion to
-  their mass, so that nothing depends on the order of the batch.
+  The parts sum to ``level``. Examples at the threshold share the remaining mass in proportion to
+  their own, so the order of the batch does not matter.
   """
   value, rounding = threshold(batch, level), _rounding(level)
   above = jnp.where(batch.losses > value, batch.reference, 0)
   at = jnp.where(batch.losses == value, batch.reference, 0)
   left, mass = level - batch.over.sum(above), batch.over.sum(at)
-  # What rounding leaves of an outlier, however little, an exponential weight could blow up.
+  # An exponential weight could blow up even the tiny mass of an outlier that rounding leaves.
   whole = (left > rounding) & (left >= mass - rounding)
   return above + at * jnp.where(whole, 1, jnp.clip(left / at_least_tiny(mass), 0, 1))
 
 
 def _rounding(level: jax.Array) -> float:
-  """How far sums of masses may be off."""
+  """Returns how far sums of masses may be off."""
   return 32 * float(jnp.finfo(level.dtype).eps)
 
 
 def cvar_weights(batch: Batch, level: jax.Array) -> jax.Array:
-  """The mean over the top ``level``."""
+  """Returns the weights of the mean over the top ``level``."""
   mass = top_mass(batch, level)
   return mass / at_least_tiny(batch.over.sum(mass))
 
@@ -44,11 +44,13 @@ def cvar_weights(batch: Batch, level: jax.Array) -> jax.Array:
 def top_k(k: int) -> Weighting:
   r"""The mean of the ``k`` largest losses (online hard example mining).
 
-  It is :func:`cvar` at the level :math:`k / n`, with :math:`n` the number of examples that count.
-  Examples that tie for the last places share them.
+  This is :func:`cvar` at the level :math:`k / n`, where :math:`n` examples count. Examples that tie
+  for the last places share them.
+
+  Cost: a bisection with one sum over the batch in each of 32 steps (64 in double precision).
 
   Args:
-    k: at least 1. If fewer examples count, the mean is over all of them.
+    k: how many losses to average, at least 1. If fewer examples count, all of them are averaged.
 
   Returns:
     A :class:`Weighting` without state.
@@ -77,24 +79,22 @@ def top_k(k: int) -> Weighting:
 def mid_rank(fraction: float, band: int) -> Weighting:
   r"""The mean over one band of the ranked losses (MidRanking).
 
-  Losses are ranked from the largest; of bands of a ``fraction`` of the batch each, number ``band``
-  is kept. ``band=0`` is the hardest; ``band=1`` leaves those out as noise and keeps the next.
-
-  The published code takes the ranks from ``band * c`` to ``(band + 1) * c`` with
-  ``c = int(fraction * batch)``, which is 0 for small batches, and breaks ties by position. Here a
-  band is of the reference mass (our choice): the same where ``fraction * batch`` is an integer and
-  nothing ties; else examples on its edges count in part, and ties share.
+  Losses are ranked from the largest down and cut into bands, each a ``fraction`` of the batch. The
+  weights are equal within the chosen band and zero outside it. ``band=0`` keeps the hardest
+  examples; ``band=1`` leaves those out as noise and keeps the next ones. An example on the edge of
+  the band counts in part, and ties share (our choice: see Departures from the papers).
 
   Args:
-    fraction: in (0, 1].
-    band: at least 0, with ``band * fraction < 1``; the last band may be narrower.
+    fraction: the width of a band, as a fraction of the reference mass, in (0, 1].
+    band: which band to keep, at least 0, with ``band * fraction < 1``; the last band may be
+      narrower.
 
   Returns:
     A :class:`Weighting` without state.
 
   Raises:
-    ValueError: if ``fraction`` is outside its range, or the band is beyond the whole batch and
-      selects nothing.
+    ValueError: if ``fraction`` is outside its range, ``band`` is not an int of at least 0, or the
+      band lies beyond the whole batch and selects nothing.
 
   Example:
     >>> import jax.numpy as jnp, jaxbo
@@ -122,23 +122,23 @@ def mid_rank(fraction: float, band: int) -> Weighting:
 
 
 def doro(weighting: Weighting, fraction: float | jax.Array) -> Weighting:
-  r"""Leaves out the largest losses as outliers, and weighs the rest by another weighting (DORO).
+  r"""Leaves out the largest losses as outliers and applies a weighting to the rest (DORO).
 
-  The top ``fraction`` of the reference mass goes, and the rest is the reference of ``weighting``.
-  CVaR-DORO is ``doro(cvar(level), fraction)``; :math:`\chi^2`-DORO is
+  This removes the top ``fraction`` of the reference mass; the rest is the reference of
+  ``weighting``. CVaR-DORO is ``doro(cvar(level), fraction)``; :math:`\chi^2`-DORO is
   ``doro(chi_square_ball(0.5 * (1 / level - 1) ** 2), fraction)``. The example at the edge counts in
-  part, where the published code rounds.
+  part (our choice: see Departures from the papers).
 
   Args:
-    weighting: any weighting of the rest.
-    fraction: in [0, 1).
+    weighting: any :class:`Weighting`, for the remaining examples.
+    fraction: the fraction of the reference mass to leave out, in [0, 1).
 
   Returns:
     A :class:`Weighting` with the state of ``weighting``.
 
   Raises:
     ValueError: if ``fraction`` is outside its range.
-    TypeError: if ``weighting`` is none.
+    TypeError: if ``weighting`` is not a :class:`Weighting`.
 
   Example:
     >>> import jax.numpy as jnp, jaxbo, numpy as np
@@ -163,7 +163,7 @@ def doro(weighting: Weighting, fraction: float | jax.Array) -> Weighting:
 
 
 def without_top(batch: Batch, fraction: float | jax.Array) -> Batch:
-  """``batch`` with the top ``fraction`` of the mass taken out of the reference."""
+  """Returns ``batch`` with the top ``fraction`` of the mass removed from the reference."""
   kept = batch.reference - top_mass(batch, jnp.asarray(fraction, batch.losses.dtype))
   kept = jnp.maximum(kept, 0)
   valid = batch.valid & (kept > 0)

@@ -18,7 +18,7 @@ class ReweightState(NamedTuple):
   """State of :func:`~jaxbo.reweight`.
 
   Attributes:
-    weighting_state: what the weighting remembers.
+    weighting_state: the state of the weighting.
     info: the :class:`WeightInfo` of the last update.
   """
 
@@ -29,56 +29,59 @@ class ReweightState(NamedTuple):
 def reweight(
   weighting: Weighting, *, axis_name: AxisName = None, scale: str = "mean"
 ) -> optax.GradientTransformationExtraArgs:
-  r"""Weighs the examples of a batch by their losses, and gives the weighted gradient.
+  r"""Weights the examples of a batch by their losses and returns the weighted gradient.
 
   .. math:: g = \sum_i w_i \nabla \ell_i, \qquad w = \text{weighting}(\ell_1, \dots, \ell_n)
 
-  Weights are constants. Where they maximise a robust objective (:func:`~jaxbo.dro.kl`,
-  :func:`~jaxbo.dro.cvar`, :func:`~jaxbo.dro.chi_square`, ...), :math:`g` is its exact gradient, by
-  Danskin's theorem.
+  The weights are constants. If they maximize a robust objective (:func:`~jaxbo.dro.kl`,
+  :func:`~jaxbo.dro.cvar`, :func:`~jaxbo.dro.chi_square`, ...), :math:`g` is the exact gradient of
+  that objective, by Danskin's theorem.
 
-  *Devices.* Under ``jit`` with a batch that is sharded over devices there is nothing to do: the
-  weights are those of the whole batch. Inside a ``shard_map`` name the axis: devices exchange
-  sums and maxima of losses, never losses, and what comes out is the gradient of the global batch,
-  the same on all devices; do not average it again. That holds with the replication check on, where
-  JAX sums gradients of replicated parameters by itself, and off. With the check on, gradients of
-  parameters that vary over the axis are left as they are: parameters sharded by hand get the
-  gradient of their part. Stored per-example gradients must then be taken at
-  ``jax.lax.pcast(params, axis_name, to="varying")``, lest JAX sums them over devices.
+  *Devices.* Under ``jit``, a batch sharded over devices needs nothing special: the weights are
+  those of the whole batch. Inside ``shard_map``, pass ``axis_name``. Devices then exchange sums and
+  maxima of losses, never the losses, and every device gets the gradient of the global batch; do not
+  average it again. This holds with the replication check (``check_vma``) on or off.
+
+  With the check on, JAX sums gradients of replicated parameters over devices. Parameters that vary
+  over the axis (you shard them by hand) get the gradient of their own shard. Take stored
+  per-example gradients at ``jax.lax.pcast(params, axis_name, to="varying")``, so that JAX does not
+  sum them.
 
   *Examples that do not count.* Losses that are not finite get weight zero and are counted in
-  ``info.num_excluded``. Since a weight of zero does not silence them in the backward pass, the
-  gradient of their batch is zero, unless ``per_example_grad(..., repair=True)`` takes it again
+  ``info.num_excluded``. A weight of zero does not silence them in the backward pass, so their whole
+  batch gets a zero gradient, unless ``per_example_grad(..., repair=True)`` recomputes the gradient
   without them. Masked losses get weight zero and are not counted. If no example counts, the
-  gradient is zero and the state stays.
+  gradient is zero and the state does not change.
 
-  Cost: that of ordinary training, one forward and one backward pass, and a few operations on
+  Cost: one forward and one backward pass, as in ordinary training, and a few operations on
   ``[batch]`` numbers.
 
   Args:
-    weighting: such as :func:`~jaxbo.dro.kl`.
-    axis_name: an axis of the ``shard_map`` around, or several, over which the batch is divided.
-    scale: ``"mean"``: weights sum to 1, so that gradients have the scale of those of a mean loss;
-      ``"sum"``: they sum to the number of examples that count.
+    weighting: a :class:`~jaxbo.dro.Weighting`, such as :func:`~jaxbo.dro.kl`.
+    axis_name: the axis, or axes, of the enclosing ``shard_map`` over which the batch is divided;
+      ``None`` (default) outside ``shard_map``.
+    scale: ``"mean"`` (default): weights sum to 1 and gradients have the scale of a mean loss.
+      ``"sum"``: weights sum to the number of examples that count.
 
   Returns:
     A transformation that stands first in the chain. ``update`` takes
-    :class:`~jaxbo.dro.PerExampleGrads`, or, as an optax ``Aggregator``, materialised per-example
-    gradients whose leaves are ``[batch, *param_shape]``, with ``losses=``. Further arguments, all
-    ``[batch]``: ``mask=`` (boolean, true for what counts), ``prior=``, ``groups=``, and
-    ``scores=``, which weights are found from in place of the losses (a margin, or the excess over a
-    reference model).
+    :class:`~jaxbo.dro.PerExampleGrads`; or, as an optax ``Aggregator``, stored per-example
+    gradients with leaves ``[batch, *param_shape]`` and ``losses=``. It also takes these ``[batch]``
+    arguments: ``mask=`` (boolean, true for examples that count), ``prior=`` (the reference
+    distribution), ``groups=`` (integer ids), and ``scores=`` (floats from which to find the weights
+    instead of the losses: a margin, or the excess over a reference model).
 
   Note:
-    ``optax.experimental.aggregating.process`` forwards no extra arguments to neighbours that take
-    none: wrap them by ``optax.with_extra_args_support``. Wrappers such as ``optax.MultiSteps`` go
-    after this transformation, not around it; to accumulate over microbatches, see
-    :func:`streaming_grad`.
+    ``optax.experimental.aggregating.process`` does not forward extra arguments to neighbors that do
+    not take them: wrap those neighbors in ``optax.with_extra_args_support``. Put wrappers such as
+    ``optax.MultiSteps`` after this transformation, not around it. To accumulate over microbatches,
+    use :func:`streaming_grad`.
 
   Raises:
-    ValueError: if ``scale`` is unknown; if losses are not one-dimensional or the other arguments
-      do not have their shape; if ``losses=`` is missing, or given twice.
-    TypeError: if ``weighting`` is none.
+    ValueError: if ``scale`` is unknown; if losses are not one-dimensional, or another argument
+      does not have their shape; if ``losses=`` is missing, or given along with
+      :class:`~jaxbo.dro.PerExampleGrads`.
+    TypeError: if ``weighting`` is not a :class:`~jaxbo.dro.Weighting`.
 
   Example:
     >>> import jax, jax.numpy as jnp, jaxbo, optax
@@ -149,7 +152,7 @@ def reweight(
 
 
 def _materialised(grads: optax.Updates, weights: jax.Array) -> optax.Updates:
-  """The weighted sum of stored per-example gradients."""
+  """Returns the weighted sum of stored per-example gradients."""
 
   def add_up(leaf):
     w = jnp.expand_dims(weights, tuple(range(1, leaf.ndim)))
@@ -171,9 +174,9 @@ def _check_varying(grads: optax.Updates, reductions: Over) -> None:
 
 
 def add_over_devices(gradient: optax.Updates, reductions: Over) -> optax.Updates:
-  """The sum over devices of pulled-back gradients.
+  """Sums pulled-back gradients over devices.
 
-  With the replication check on, the pullback has summed already.
+  With the replication check on, the pullback has already summed them.
   """
   axes = tuple(axis for axis in reductions.axes if not is_checked(axis))
   return jax.lax.psum(gradient, axes) if axes else gradient

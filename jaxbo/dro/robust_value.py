@@ -21,33 +21,40 @@ def robust_value(
   state: Any = None,
   axis_name: AxisName = None,
 ) -> jax.Array:
-  r"""The objective that a weighting maximises, as a differentiable function of the losses.
+  r"""The objective that a weighting maximizes, as a differentiable function of the losses.
 
-  For :func:`kl` it is :math:`\lambda \log \sum_i p_i e^{\ell_i / \lambda}`, for :func:`cvar` the
-  mean over the worst losses, and so on (``info.objective``). Its gradient is the vector of
-  weights, by Danskin's theorem; second derivatives are those of the weights, so that it can be an
-  inner loss too. Use it to monitor, or with ``jax.grad`` where gradients need not be per example.
-  The first derivative by a parameter of the weighting (a temperature, a radius, a level) is that of
-  the objective too, but by what weights are found from by other means (:func:`target_ess`).
+  For :func:`kl` the value is :math:`\lambda \log \sum_i p_i e^{\ell_i / \lambda}`; for :func:`cvar`
+  it is the mean over the worst losses; in general it is ``info.objective``. Its gradient is the
+  vector of weights, by Danskin's theorem. Its second derivatives are the derivatives of the
+  weights, so it can serve as an inner loss. Use it to monitor training, or with ``jax.grad`` if you
+  do not need per-example gradients.
+
+  First derivatives with respect to a parameter of the weighting (a temperature, a radius, a level)
+  are those of the objective. The exception is the fraction of :func:`target_ess`.
 
   Args:
-    losses: ``[batch]`` real floats.
-    weighting: such as :func:`kl`. For one that maximises nothing (:func:`mid_rank`, :func:`doro`,
-      :func:`shaped`, ...) the value is the weighted loss, and the gradient still its weights.
-    mask: boolean, ``[batch]``, true for what counts. Losses that are not finite do not.
-    prior: the reference distribution, ``[batch]``.
-    groups: ids of groups, ``[batch]``.
-    state: of the weighting; its initial one by default.
-    axis_name: an axis of the ``shard_map`` around; the value is then global. Differentiate inside
-      with :func:`~jaxbo.reweight` instead: what a sum over devices differentiates to depends on the
-      replication check.
+    losses: real floats ``[batch]``.
+    weighting: a :class:`Weighting`, such as :func:`kl`. If it does not maximize an objective
+      (:func:`mid_rank`, :func:`doro`, :func:`shaped`, ...), the value is the weighted loss, and the
+      gradient is still the weights.
+    mask: booleans ``[batch]``, true for examples that count. Losses that are not finite do not
+      count.
+    prior: the reference distribution, ``[batch]``, non-negative, of any sum; uniform by default.
+    groups: integer group ids, ``[batch]``.
+    state: the state of the weighting; its initial state by default.
+    axis_name: the axis, or axes, of the enclosing ``shard_map`` over which the batch is divided;
+      the value is then that of the global batch. To differentiate inside ``shard_map``, use
+      :func:`~jaxbo.reweight` instead: the derivative of a sum over devices depends on the
+      replication check (``check_vma``).
 
   Returns:
-    A scalar, float32 at least.
+    A scalar, at least float32.
 
   Raises:
-    ValueError: as in :class:`Weighting`.
-    TypeError: if ``weighting`` is none.
+    ValueError: if ``losses`` are not one-dimensional and non-empty, another ``[batch]`` argument
+      does not have their shape, a prior is negative, or a group id is out of range.
+    TypeError: if ``weighting`` is not a :class:`Weighting`, losses are not floats, ``mask`` is not
+      boolean, or ``groups`` are missing or not integers.
 
   Example:
     >>> import jax, jax.numpy as jnp, jaxbo
@@ -64,7 +71,7 @@ def robust_value(
     return weighting.weigh(losses, axis_name=axis_name, stop_gradient=False, **arguments)
 
   arguments = {"state": state, "mask": mask, "prior": prior, "groups": groups}
-  # Traced parameters of the weighting are made arguments: a derivative by them may be wanted.
+  # Makes traced parameters of the weighting arguments, so that callers can differentiate by them.
   weigh, parameters = jax.closure_convert(weigh_all, losses, arguments)
 
   @jax.custom_jvp
@@ -75,7 +82,7 @@ def robust_value(
   def value_jvp(primals, tangents):
     losses, arguments, parameters = primals
     weights, _, info = weigh(losses, arguments, *parameters)
-    # Weights at zero are excluded, whose tangents may be anything.
+    # Examples of weight zero are excluded; their tangents may be anything.
     tangent = jnp.where(weights != 0, _instantiate(losses, tangents[0]), 0).astype(weights.dtype)
     change = jnp.sum(weights * tangent)
     if not all(isinstance(t, SymbolicZero) for t in tangents[2]):

@@ -26,36 +26,41 @@ def streaming_grad(
 ) -> Callable[..., Any]:
   r"""The exact reweighted gradient of a large batch, accumulated over microbatches.
 
-  Averaging the reweighted gradients of microbatches is something else: weights would be relative
-  to the microbatch. Here they are those of the whole batch, to rounding.
+  The weights are those of the whole batch, up to rounding. Averaging the reweighted gradients of
+  microbatches would instead weight each example relative to its microbatch.
 
   *One pass* suffices for exponential weights (:func:`~jaxbo.dro.kl` and :func:`~jaxbo.dro.tilted`
-  at a given temperature, :func:`~jaxbo.dro.compositional`, :func:`~jaxbo.dro.uniform`), by the
-  online softmax: beside the largest score :math:`m` so far, keep :math:`s = \sum_i p_i e^{z_i - m}`
-  and :math:`G = \sum_i p_i e^{z_i - m} \nabla \ell_i`, and rescale both where :math:`m` grows; the
-  gradient is :math:`G / s`. It costs what plain gradient accumulation costs. *All other weightings*
-  take two passes, first for the losses, then for the gradients: 4/3 of that.
+  at a given temperature, :func:`~jaxbo.dro.compositional`, :func:`~jaxbo.dro.uniform`). It uses the
+  online softmax: keep the largest score so far :math:`m`, :math:`s = \sum_i p_i e^{z_i - m}` and
+  :math:`G = \sum_i p_i e^{z_i - m} \nabla \ell_i`; rescale :math:`s` and :math:`G` whenever
+  :math:`m` grows; return :math:`G / s`. This costs as much as plain gradient accumulation. *All
+  other weightings* take two passes, one for the losses and one for the gradients, at 4/3 of the
+  cost.
 
-  Memory: the activations of one microbatch and one float32 gradient, whatever the number of
+  Memory: the activations of one microbatch and one float32 gradient, for any number of
   microbatches.
 
   Args:
-    loss_fn: as in :func:`per_example_grad`.
-    weighting: such as :func:`~jaxbo.dro.kl`.
+    loss_fn: ``loss_fn(params, batch) -> losses``, real floats ``[batch]``, at best float32. The
+      loss of an example must not depend on other examples.
+    weighting: a :class:`~jaxbo.dro.Weighting`, such as :func:`~jaxbo.dro.kl`.
     microbatch_size: how many examples go through the model at once; it must divide the batch.
-    axis_name: as in :func:`reweight`.
-    repair: as in :func:`per_example_grad`.
+    axis_name: the axis, or axes, of the enclosing ``shard_map`` over which the batch is divided.
+    repair: what to do if a loss is not finite. ``False`` gives the whole batch a zero gradient;
+      ``True`` leaves out the bad examples. In the one-pass case, ``True`` costs about two more
+      passes of each bad microbatch, and ``loss_fn`` must accept a batch of one.
 
   Returns:
     A function ``(params, batch, state=None, *, mask=None, prior=None, groups=None)`` that returns
     the gradient and the :class:`~jaxbo.dro.WeightInfo`. For a weighting with memory (a schedule, a
-    moving average) give it the :class:`~jaxbo.dro.ReweightState` of
-    ``reweight(weighting).init(params)``; the second result is then the next state, which holds the
-    ``info``.
+    moving average), pass as ``state`` the :class:`~jaxbo.dro.ReweightState` from
+    ``reweight(weighting).init(params)``; the second result is then the next state, which contains
+    the ``info``.
 
   Raises:
     ValueError: if ``microbatch_size`` is not positive, or does not divide the batch.
-    TypeError: as :func:`per_example_grad` and :func:`reweight` do.
+    TypeError: if ``loss_fn`` does not take ``(params, batch)``, if ``weighting`` is not a
+      :class:`~jaxbo.dro.Weighting`, or if parameters or losses are not floats.
 
   Example:
     >>> import jax, jax.numpy as jnp, jaxbo, optax
@@ -115,7 +120,7 @@ def streaming_grad(
     )
     reductions = over(axis_name, losses)
     gradient = add_over_devices(gradient, reductions)
-    if not repair:  # The other microbatches alone would be another batch.
+    if not repair:  # The gradient of the clean microbatches alone would be that of another batch.
       gradient = only_if(reductions.number_of(~jnp.isfinite(losses)) == 0, gradient)
     factor = info.weight_sum / jnp.where(total > 0, total, 1)
     gradient = _tree.scaled(factor, gradient)

@@ -1,4 +1,4 @@
-"""The contract of a weighting, and how one is made from a rule on finite losses."""
+"""The contract of a weighting, and the function that builds one from a rule on finite losses."""
 
 import functools
 from collections.abc import Callable
@@ -13,25 +13,27 @@ from jaxbo.dro.diagnostics import diagnose
 
 
 class Weighting(NamedTuple):
-  """A rule that finds the weights of a batch from its losses: what :func:`jaxbo.reweight` takes.
+  """A rule that finds the weights of a batch from its losses; :func:`jaxbo.reweight` applies it.
 
-  All rules of the library are pure, work under ``jit`` and ``vmap``, treat weights as constants,
-  give examples of equal loss equal shares of the prior, and give weights that sum to 1 (but for
-  :func:`jaxbo.dro.compositional`). What is masked, has no finite loss, or has a prior of zero gets
-  weight zero; if that is all, so do all weights, and the state stays as it was.
+  Every rule of the library is pure, works under ``jit`` and ``vmap``, treats weights as constants,
+  and gives examples of equal loss weights proportional to their prior. The weights sum to 1, except
+  those of :func:`jaxbo.dro.compositional`. An example gets weight zero if it is masked, if its loss
+  is not finite, or if its prior is zero. If no example counts, all weights are zero and the state
+  does not change.
 
   Attributes:
     init: ``init(dtype=float32) -> state``.
     weigh: ``weigh(losses, state, *, mask=None, prior=None, groups=None, axis_name=None,
-      stop_gradient=True) -> (weights, state, info)``. ``losses`` are ``[batch]`` floats; ``mask``
-      is boolean, true for what counts; ``prior`` is the reference distribution, non-negative and
-      not necessarily normalised, uniform by default; ``groups`` are integer ids. ``axis_name``
-      names the axes of the ``shard_map`` around whose devices hold parts of the batch: weights
-      are local, all sums are global. ``weights`` are ``[batch]``, float32 at least; ``info`` is a
-      :class:`WeightInfo`. With ``stop_gradient=False`` weights have derivatives in the losses.
-    log_ratio: ``log_ratio(losses, state)``, the logarithm of ``weights / prior`` up to a constant,
-      for weightings that know it for each loss alone; else ``None``. It is what
-      :func:`jaxbo.streaming_grad` needs to do with one pass.
+      stop_gradient=True) -> (weights, state, info)``. ``losses`` are floats ``[batch]``. ``mask``
+      is boolean, true for examples that count. ``prior`` is the reference distribution:
+      non-negative, of any sum, uniform by default. ``groups`` are integer ids. ``axis_name`` names
+      the axes of the enclosing ``shard_map`` over which the batch is divided; each device then gets
+      the weights of its own examples, while sums run over all devices. ``weights`` are ``[batch]``,
+      at least float32; ``info`` is a :class:`WeightInfo`. With ``stop_gradient=False`` the weights
+      are differentiable functions of the losses.
+    log_ratio: ``log_ratio(losses, state)`` is the logarithm of ``weights / prior`` up to a constant
+      and lets :func:`jaxbo.streaming_grad` run in one pass. ``None`` if the weighting does not know
+      it from each loss alone.
   """
 
   init: Callable[..., Any]
@@ -40,12 +42,12 @@ class Weighting(NamedTuple):
 
 
 class Response(NamedTuple):
-  """What a rule gives.
+  """What a rule returns.
 
   Attributes:
-    weights: ``[batch]``; what is not valid is set to zero later.
+    weights: ``[batch]``; :func:`make_weighting` sets those of invalid examples to zero.
     state: the next state.
-    objective: the robust value; ``None`` for the surrogate.
+    objective: the robust value; ``None`` if it is the surrogate.
     temperature: for the diagnostics.
   """
 
@@ -68,15 +70,15 @@ def make_weighting(
   log_ratio: Callable[..., jax.Array] | None = None,
   num_groups: int = 0,
 ) -> Weighting:
-  """Makes a weighting of ``respond(batch, state)``, which sees nothing but good numbers."""
+  """Builds a weighting from ``respond(batch, state)``, which sees only finite numbers."""
 
-  # Compiled even where the caller is not: an eager loop would compile anew at every call.
+  # Compiled even if the caller is not: an eager loop would compile again at every call.
   @functools.partial(jax.jit, static_argnames="axis_name")
   def weigh_good(arguments: dict[str, Any], state: Any, axis_name: tuple[str, ...]):
     batch = make_batch(**arguments, num_groups=num_groups, axis_name=axis_name)
     weights, new_state, objective, temperature = respond(batch, state)
     weights = jnp.where(batch.valid, weights, 0)
-    # Nothing but a schedule that returns NaN, or sums beyond the range of floats, can do this.
+    # Happens only if a schedule returns NaN or a sum leaves the range of floats.
     bad = batch.over.number_of(~jnp.isfinite(weights)) > 0
     weights = jnp.where(bad, batch.reference, weights)
     good = (batch.over.number_of(batch.valid) > 0) & _tree.all_finite(new_state)
