@@ -161,9 +161,8 @@ def _computes_from(jaxpr: Any, variables: Any) -> bool:
     taken = [id(variable) in given for variable in eqn.invars]
     called = [getattr(value, "jaxpr", value) for value in eqn.params.values()]
     called = [value for value in called if hasattr(value, "eqns")]
-    if len(called) == 1 and len(called[0].invars) == len(
-      taken
-    ):  # A call reads what it computes from.
+    is_call = len(called) == 1 and len(called[0].invars) == len(taken)
+    if is_call:  # It reads what the called program computes from.
       taken = [_computes_from(called[0], itertools.compress(called[0].invars, taken))]
     if any(taken):
       return True

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from jax.interpreters import partial_eval
 
 import jaxbo
 from tests import catalogue
@@ -55,11 +56,16 @@ ALL = pytest.mark.parametrize(
 )
 
 
-def types_after_a_step(kind, method, tx):
-  """The carry of the catalogue's harness before and after a step, by shapes."""
+def harness_of(kind, method, tx):
+  """The catalogue's way to use the method."""
   made = detected(tx) if method is jaxbo.leeds else tx
   window = {"solver": plain_solver, "window": 2} if method is jaxbo.oagd else {}
-  harness = kind(method.__name__, made, **window).make(0, catalogue.INNER)
+  return kind(method.__name__, made, **window).make(0, catalogue.INNER)
+
+
+def types_after_a_step(kind, method, tx):
+  """The carry of the harness before and after a step, by shapes."""
+  harness = harness_of(kind, method, tx)
   carry = jax.eval_shape(harness.init, catalogue.params())
   return carry, jax.eval_shape(harness.step, carry, jnp.int32(0))
 
@@ -94,7 +100,36 @@ def test_optax_injects_every_number_as_a_hyperparameter(kind, method, arguments,
     name for name, value in bound.arguments.items() if callable(value) or isinstance(value, int)
   }
   inject = optax.inject_hyperparams(method, static_args=static)
-  before, after = types_after_a_step(kind, method, inject(0.1, *arguments, **options))
+  harness = harness_of(kind, method, inject(0.1, *arguments, **options))
+  before = jax.eval_shape(harness.init, catalogue.params())
+  after = jax.eval_shape(harness.step, before, jnp.int32(0))
   assert after == before
-  assert "learning_rate" in numbers or "outer_learning_rate" in numbers
-  assert numbers <= set(optax.tree.get(after, "hyperparams"))
+  given = optax.tree.get(after, "hyperparams")
+  assert numbers <= set(given)
+
+  def parameters_after(given):
+    """After two steps, since a multiplier or a window moves them in the second."""
+    start = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), before)
+    for t in range(2):
+      start = harness.step(optax.tree.set(start, hyperparams=given), jnp.int32(t))
+    return start[0]
+
+  numbers = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), given)
+  jaxpr = jax.make_jaxpr(parameters_after)(numbers).jaxpr
+  _, used = partial_eval.dce_jaxpr(jaxpr, True)
+  assert dict(zip(sorted(given), used, strict=True)) == dict.fromkeys(given, True)
+
+
+@pytest.mark.parametrize("bad", [optax.adam, None, "0.1", (0.1, 0.2)])
+def test_what_is_not_a_learning_rate_is_refused(bad, as_users_run):
+  says = "learning_rate must be a number, a schedule or an optimizer such as"
+  for make in (
+    lambda: jaxbo.ogd(bad),
+    lambda: jaxbo.ir_dro(bad),
+    lambda: jaxbo.leeds(bad, SOLVER),
+    lambda: jaxbo.pdbo(bad, inner_loss, **DUAL),
+    lambda: jaxbo.pdbo(jaxbo.Bilevel(0.1, bad), inner_loss, **DUAL),
+    lambda: jaxbo.f2sa(0.1, bad, inner_loss, multiplier=1.0, **LOWER),
+  ):
+    with pytest.raises(TypeError, match=says.replace("learning_rate", r"learning_rate\S*")):
+      make()

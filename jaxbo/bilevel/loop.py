@@ -139,8 +139,7 @@ def outer_gradients(
 
   ``differentiate`` passes the gradients of the outer loss in both levels to ``outer``, which begins
   with a response. With ``moves_both``, ``outer`` is instead a method that moves both levels, on
-  :class:`jaxbo.Bilevel` parameters. With ``hand_value``, ``outer`` also gets the loss, as
-  ``value=``.
+  :class:`jaxbo.Bilevel` parameters. ``outer`` also gets the loss, as ``value=``.
   """
   tx = optax.with_extra_args_support(outer)
   gradients = jax.value_and_grad(checked_outer_loss(outer_loss, has_aux), (0, 1), has_aux=True)

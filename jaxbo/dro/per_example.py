@@ -159,6 +159,13 @@ def weighted(grads: PerExampleGrads, weights: jax.Array, over: Over) -> optax.Up
   return grads.pullback_without(weights, keep, over)
 
 
+def masked_and_bad(losses: jax.Array, mask: Any, over: Over) -> jax.Array | int:
+  """How many masked losses are not finite: without ``repair`` they spoil the batch all the same."""
+  if mask is None:
+    return 0
+  return over.number_of(~jnp.isfinite(losses) & ~jnp.asarray(mask, bool))
+
+
 def only_if(good: jax.Array, gradient: optax.Updates) -> optax.Updates:
   """Returns ``gradient`` if ``good``, and zeros otherwise."""
   return jax.tree.map(lambda leaf: jnp.where(good, leaf, 0), gradient)

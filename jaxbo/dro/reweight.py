@@ -50,8 +50,10 @@ def reweight(
   *Examples that do not count.* Losses that are not finite get weight zero and are counted in
   ``info.num_excluded``. A weight of zero does not silence them in the backward pass, so their whole
   batch gets a zero gradient, unless ``per_example_grad(..., repair=True)`` recomputes the gradient
-  without them. Masked losses get weight zero and are not counted. If no example counts, the
-  gradient is zero and the state does not change.
+  without them. Masked losses get weight zero and are not counted, except those that are not finite
+  in a batch without ``repair``, since they make its gradient zero too. Materialized gradients of
+  such rows are left out of the sum. If no example counts, the gradient is zero and the state does
+  not change.
 
   Cost: one forward and one backward pass, as in ordinary training, and a few operations on
   ``[batch]`` numbers.
@@ -137,13 +139,16 @@ def reweight(
       scores, state.weighting_state, mask=mask, prior=prior, groups=groups, axis_name=axis_name
     )
     info = _tree.cast_like(info, state.info)
-    state = ReweightState(weighting_state, info)
     if scale == "sum":
       weights *= info.num_valid.astype(weights.dtype)
     reductions = over(axis_name, weights)
     if isinstance(updates, PerExampleGrads):
+      if updates.pullback_without is None:
+        bad = per_example.masked_and_bad(losses, mask, reductions)
+        info = info._replace(num_excluded=info.num_excluded + bad)
       gradient = per_example.weighted(updates, weights, reductions)
-      return add_over_devices(gradient, reductions), state
+      return add_over_devices(gradient, reductions), ReweightState(weighting_state, info)
+    state = ReweightState(weighting_state, info)
     _check_varying(updates, reductions)
     gradient = _materialised(updates, weights)
     return jax.lax.psum(gradient, reductions.axes) if reductions.axes else gradient, state

@@ -11,7 +11,7 @@ import optax
 from jaxbo import _check, _tree
 from jaxbo.dro.batch import AxisName, bounded, over
 from jaxbo.dro.microbatch import make_microbatches
-from jaxbo.dro.per_example import only_if, per_example_grad, weighted
+from jaxbo.dro.per_example import masked_and_bad, only_if, per_example_grad, weighted
 from jaxbo.dro.reweight import ReweightState, add_over_devices, reweight
 from jaxbo.dro.weighting import Weighting, check_weighting
 
@@ -122,6 +122,8 @@ def streaming_grad(
     gradient = add_over_devices(gradient, reductions)
     if not repair:  # The gradient of the clean microbatches alone would be that of another batch.
       gradient = only_if(reductions.number_of(~jnp.isfinite(losses)) == 0, gradient)
+      bad = masked_and_bad(losses, of_examples["mask"], reductions)
+      info = info._replace(num_excluded=info.num_excluded + bad)
     factor = info.weight_sum / jnp.where(total > 0, total, 1)
     gradient = _tree.scaled(factor, gradient)
     state = ReweightState(weighting_state, _tree.cast_like(info, state.info))

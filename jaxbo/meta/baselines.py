@@ -78,7 +78,8 @@ def frozen_maml(
       on labeled data.
     inner: the inner solver.
     start: ``start(x) -> y``, where an adaptation begins; by default zeros shaped like ``x``.
-    query: not used yet: the query set of the batch, ``batch.val``, judges the adapted model.
+    query: the data that the adapted model is judged on: ``"given"`` for the query set,
+      ``batch.val``; ``"same"`` for the data that it learned from.
     shift_score: ``"energy"``, ``"entropy"``, ``"max_softmax"``, or a function from the logits to
       scores ``[batch]``. The learner logs the mean; nothing depends on it.
     metric: ``metric(logits, batch)``, a quantity to report with the loss.
@@ -131,7 +132,8 @@ def train_from_scratch(
     detector: decides where a task begins: :func:`jaxbo.meta.oracle_detector`, or
       :func:`jaxbo.meta.threshold_detector`.
     start: ``start(x) -> y``, where an adaptation begins; by default zeros shaped like ``x``.
-    query: not used yet: the query set of the batch, ``batch.val``, judges the adapted model.
+    query: the data that the adapted model is judged on: ``"given"`` for the query set,
+      ``batch.val``; ``"same"`` for the data that it learned from.
     switch_score: the score that the detector sees: ``"loss"``, the loss of the last model on the
       new data; or ``"drop"``, that loss minus the loss of a model adapted to the data from scratch.
     shift_score: ``"energy"``, ``"entropy"``, ``"max_softmax"``, or a function from the logits to

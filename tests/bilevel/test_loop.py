@@ -257,3 +257,15 @@ def test_integer_parameters_are_refused(which):
   values = {"x": jnp.ones(()), "y0": jnp.ones(()), which: jnp.ones((), jnp.int32)}
   with pytest.raises(TypeError, match=f"{which} must be real floats, got dtype int32"):
     init(**values)
+
+
+def test_the_outer_update_is_given_the_loss():
+  """As optax's tails want it: reduce_on_plateau halves its scale when the loss stays."""
+  inner = jaxbo.inner_solver(lambda x, y, batch: (y - x) ** 2, optax.sgd(0.5), 1)
+  plateau = optax.contrib.reduce_on_plateau(factor=0.5, patience=1)
+  outer = optax.chain(jaxbo.drop_response(), plateau)
+  init, step = jaxbo.bilevel_loop(lambda x, y, batch: 0.0 * (x + y) + 1.0, inner, outer)
+  state = init(jnp.float32(0.0), jnp.float32(0.0))
+  for _ in range(3):
+    state, _ = step(state, None, None)
+  assert optax.tree.get(state, "scale") == 0.5

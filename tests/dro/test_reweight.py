@@ -136,6 +136,12 @@ def test_without_repair_a_bad_batch_gives_no_gradient():
   result, state = step({**BATCH, "y": BATCH["y"].at[0].set(jnp.nan)})
   assert all(not np.any(leaf) for leaf in jax.tree.leaves(result))
   assert state.info.num_excluded == 1
+  # A masked row does the same, and is counted for it.
+  masked = jax.jit(lambda batch, mask: update(KL, lazy(PARAMS, batch), mask=mask))
+  bad = {**BATCH, "y": BATCH["y"].at[0].set(jnp.nan)}
+  result, state = masked(bad, np.arange(problem.N) != 0)
+  assert all(not np.any(leaf) for leaf in jax.tree.leaves(result))
+  assert state.info.num_excluded == 1
   # A pullback of the user's own cannot be repaired either.
   losses, vjp = jax.vjp(lambda p: problem.loss_fn(p, BATCH), PARAMS)
   own = jaxbo.dro.PerExampleGrads(losses, lambda weights: vjp(weights)[0])

@@ -63,9 +63,11 @@ def test_without_repair_one_bad_row_gives_no_gradient(name):
   """What the other microbatches have is the gradient of another batch."""
   streamed = jax.jit(jaxbo.streaming_grad(problem.loss_fn, WEIGHTINGS[name], microbatch_size=4))
   assert all(np.any(leaf) for leaf in jax.tree.leaves(streamed(PARAMS, BATCH)[0]))
-  gradient, info = streamed(PARAMS, {**BATCH, "y": BATCH["y"].at[9].set(jnp.nan)})
-  assert all(not np.any(leaf) for leaf in jax.tree.leaves(gradient))
-  assert info.num_excluded == 1
+  bad = {**BATCH, "y": BATCH["y"].at[9].set(jnp.nan)}
+  for mask in (None, np.arange(problem.N) != 9):  # A mask does not silence the row.
+    gradient, info = streamed(PARAMS, bad, mask=mask)
+    assert all(not np.any(leaf) for leaf in jax.tree.leaves(gradient))
+    assert info.num_excluded == 1
 
 
 def passes(weighting):

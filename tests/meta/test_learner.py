@@ -341,6 +341,25 @@ def test_baselines_without_meta_updates_equal_their_loops(x64):
   compare(scratch, detect=lambda t, before, drop, after: (before > 2.0, False), **frozen)
 
 
+def test_query_says_what_every_baseline_is_judged_on():
+  detector = jaxbo.meta.threshold_detector(2.0, INF)
+  for make in (
+    lambda **it: jaxbo.meta.fine_tuning(loss, INNER, shift_score=SCORE, **it),
+    lambda **it: jaxbo.meta.frozen_maml(loss, INNER, shift_score=SCORE, **it),
+    lambda **it: jaxbo.meta.train_from_scratch(loss, INNER, detector, shift_score=SCORE, **it),
+    lambda **it: jaxbo.meta.meta_ogd(loss, INNER, jaxbo.itd(0.5, INNER), shift_score=SCORE, **it),
+  ):
+    judged = []
+    for query in ("given", "same"):
+      learner = make(query=query)
+      batch = jnp.ones((1, 2)), 5 * jnp.ones((1, 2))
+      _, info = learner.step(learner.init(jnp.zeros(2), batch=batch), batch)
+      judged.append(float(info.after.loss))
+    assert judged[0] > judged[1] + 1
+    with pytest.raises(ValueError, match="query must be one of"):
+      make(query="nonsense")
+
+
 def test_meta_ogd_takes_the_same_step_in_every_round(x64):
   learner = jaxbo.meta.meta_ogd(loss, INNER, jaxbo.itd(0.5, INNER), shift_score=SCORE)
   compare(learner, detect=NEVER, always=True, scales=(1.0, 1.0, 1.0))

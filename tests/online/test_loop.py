@@ -398,6 +398,17 @@ def test_responses_of_the_run_cannot_be_taken_before_it(head):
     loop.step(state, (None, ZERO))
 
 
+def test_a_jitted_response_that_does_not_run_again_may_be_taken_before():
+  head = jaxbo.add_implicit_response(INNER, jaxbo.conjugate_gradient(1))
+  jitted = optax.GradientTransformationExtraArgs(head.init, jax.jit(head.update))
+  losses = []
+  for outer in (head, jitted):
+    chain = optax.chain(outer, optax.scale(-0.1))
+    loop = jaxbo.online_loop(target_loss, INNER, chain, hyper_at="before")
+    losses.append(loop.step(loop.init(ZERO, ZERO, STREAM), STREAM(KEY, 0)))
+  chex.assert_trees_all_close(*losses)
+
+
 def test_oagd_needs_a_memory():
   loop = jaxbo.online_loop(target_loss, INNER, jaxbo.oagd(0.1, INNER, target_loss))
   with pytest.raises(TypeError, match="update must be given window=, the Window of the last"):
