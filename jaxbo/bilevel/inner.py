@@ -48,7 +48,7 @@ class InnerSolution(NamedTuple):
 
 
 class Path(Protocol):
-  """The type of :attr:`~jaxbo.InnerSolver.path`."""
+  """The type of ``InnerSolver.path``."""
 
   def __call__(
     self,
@@ -140,7 +140,7 @@ def inner_solver(
     has_aux: whether the loss returns ``(scalar, aux)``.
     warm_start: ``True``: a solve continues from the last solution and its optimizer state.
       ``False``: every solve begins at ``y0``.
-    remat: what :attr:`InnerSolver.path` stores for reverse-mode differentiation. ``False``: every
+    remat: what ``path`` stores for reverse-mode differentiation. ``False``: every
       step, memory :math:`O(N)`. ``True``: the start of each of about :math:`\sqrt N` segments; the
       backward pass runs the segments again, so memory is :math:`O(\sqrt N)` for one more forward
       run. An int sets the length of a segment.

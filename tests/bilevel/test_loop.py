@@ -260,7 +260,7 @@ def test_integer_parameters_are_refused(which):
 
 
 def test_the_outer_update_is_given_the_loss():
-  """As optax's tails want it: reduce_on_plateau halves its scale when the loss stays."""
+  """As optax's tails want it: reduce_on_plateau halves its scale in each step without progress."""
   inner = jaxbo.inner_solver(lambda x, y, batch: (y - x) ** 2, optax.sgd(0.5), 1)
   plateau = optax.contrib.reduce_on_plateau(factor=0.5, patience=1)
   outer = optax.chain(jaxbo.drop_response(), plateau)
@@ -268,4 +268,4 @@ def test_the_outer_update_is_given_the_loss():
   state = init(jnp.float32(0.0), jnp.float32(0.0))
   for _ in range(3):
     state, _ = step(state, None, None)
-  assert optax.tree.get(state, "scale") == 0.5
+  assert optax.tree.get(state, "scale") == 0.25
