@@ -9,8 +9,7 @@ import optax
 
 from jaxbo import _check, _tree
 from jaxbo.bilevel.inner import InnerSolver
-from jaxbo.bilevel.loop import checked_outer_loss, outer_gradients
-from jaxbo.bilevel.response import check_solver
+from jaxbo.bilevel.loop import outer_gradients
 from jaxbo.bilevel.unrolled import add_unrolled_response
 from jaxbo.meta.cmaml import check_parts, modulate_by_loss
 from jaxbo.meta.detection import Detection, Scores, threshold_detector
@@ -18,12 +17,10 @@ from jaxbo.meta.learner import OnlineMetaLearner
 from jaxbo.meta.ood_scores import mean_score
 from jaxbo.meta.rounds import (
   OnlineMetaInfo,
-  OnlineMetaState,
-  Prediction,
-  TaskModel,
   is_broken,
   make_run,
 )
+from jaxbo.meta.task_learner import task_learner
 from jaxbo.online.rounds import as_batch
 
 
@@ -140,49 +137,28 @@ def c_maml_pap(
     <https://arxiv.org/abs/2003.05856>`_, 2020; ``observe_accumulate`` in the branch
     ``camera_ready`` of https://github.com/ServiceNow/osaka.
   """
-  check_solver(inner)
   _check.transformation("optimizer", optimizer)
   buffer_size = _check.positive_int("buffer_size", buffer_size)
-  _check.takes_arguments("start", start, "x")
-  if metric is not None:
-    _check.takes_arguments("metric", metric, "logits", "batch")
   check_parts(drop_threshold, modulation, response)
   detector = threshold_detector(drop_threshold, float("inf"))
+  tasks = task_learner(outer_loss, inner, detector, start, metric)
   score_of = mean_score("shift_score", shift_score)
   response = add_unrolled_response(inner) if response is None else response
   differentiate = outer_gradients(outer_loss, response, has_aux=True)
   tail = optax.chain(*([] if modulation is None else [modulate_by_loss(modulation)]), optimizer)
-  loss_and_logits = checked_outer_loss(outer_loss, has_aux=True)
-
-  def predict(x, y, data):
-    value, logits = loss_and_logits(x, y, data)
-    return Prediction(value, metric(logits, data) if metric is not None else ()), logits
 
   def init(x, batch=None, *, stream=None, key=0):
-    _check.floating("x", x)
-    if (batch is None) == (stream is None):
-      raise ValueError("init must be given either a stream or a batch, whose shapes are enough")
-    stream_state = ()
-    if stream is not None:
-      stream_state = stream.init(key)
-      batch = jax.eval_shape(lambda state: stream.step(state)[1], stream_state)
-    support = as_batch(batch).train
-    solution = inner.init(start(x), x, support)
     slots = lambda leaf: jnp.zeros((buffer_size, *jnp.shape(leaf)), jnp.result_type(leaf))
-    state = OnlineMetaState(
-      meta_params=x,
-      task=TaskModel(x, solution.params, solution.opt_state),
-      meta_state=(response.init(x), tail.init(x)),
-      detector_state=detector.init(),
-      initial_params=(),
-      last_support=SupportBuffer(jax.tree.map(slots, support), jnp.int32(0), jnp.bool_(False)),
-      has_support=jnp.bool_(False),
-      task_stream_state=stream_state,
-    )
-    return _tree.copy(state)
+    buffer = lambda data: SupportBuffer(jax.tree.map(slots, data), jnp.int32(0), jnp.bool_(False))
+    of_support = lambda support: {
+      "meta_state": (response.init(x), tail.init(x)),
+      "initial_params": (),
+      "last_support": buffer(support),
+    }
+    return tasks.init(x, batch, stream, key, of_support)
 
   def hypergradient(meta, state, support, judged):
-    solution = inner.solve(meta, inner.init(start(meta), meta, support), support)
+    solution = inner.solve(meta, tasks.begin(meta, support), support)
     given = {"solution": solution, "batch": support}
     grads, state, value, _ = differentiate(meta, solution.params, state, judged, **given)
     return _tree.at_least_float32(grads), state, value
@@ -211,19 +187,11 @@ def c_maml_pap(
   def step(state, batch, **extra_args):
     played = as_batch(batch)
     support, meta, task, buffer = played.train, state.meta_params, state.task, state.last_support
-    before, _ = predict(task.x, task.y, support)
-    fresh = inner.init(start(meta), meta, support)
-    goes_on = fresh._replace(
-      params=task.y, opt_state=task.opt_state, start=(task.y, task.opt_state)
-    )
-    x, begins = _tree.where(
-      buffer.after_boundary | ~state.has_support, (meta, fresh), (task.x, goes_on)
-    )
-    solution = inner.solve(x, begins, support)
-    task = TaskModel(x, solution.params, solution.opt_state)
-    after, logits = predict(task.x, task.y, support)
+    before, _ = tasks.predict(task.x, task.y, support)
+    _, task = tasks.adapt(state, support, buffer.after_boundary | ~state.has_support)
+    after, logits = tasks.predict(task.x, task.y, support)
 
-    broken = is_broken(before.loss, lambda: predict(meta, start(meta), support)[0].loss)
+    broken = is_broken(before.loss, lambda: tasks.predict(meta, start(meta), support)[0].loss)
     drop = jnp.where(broken, jnp.inf, before.loss - after.loss)
     scores = Scores(drop, score_of(logits))
     switch, detector_state = detector.detect_switch(scores.switch, state.detector_state, batch)

@@ -8,20 +8,18 @@ import jax.numpy as jnp
 import optax
 
 from jaxbo import _check, _tree
-from jaxbo.bilevel.inner import InnerSolution, InnerSolver
+from jaxbo.bilevel.inner import InnerSolver
 from jaxbo.bilevel.loop import checked_outer_loss, outer_gradients
-from jaxbo.bilevel.response import check_solver
 from jaxbo.meta.detection import Detection, Detector, Scores
 from jaxbo.meta.gate import gate_is_open
 from jaxbo.meta.ood_scores import mean_score
 from jaxbo.meta.rounds import (
   OnlineMetaInfo,
   OnlineMetaState,
-  Prediction,
-  TaskModel,
   is_broken,
   make_run,
 )
+from jaxbo.meta.task_learner import task_learner
 from jaxbo.online.rounds import as_batch
 from jaxbo.tasks.task_streams import TaskStream
 
@@ -145,61 +143,25 @@ def online_meta_learner(
     Detection <https://arxiv.org/abs/2302.00857>`_, 2024; Finn, Abbeel and Levine, `Model-Agnostic
     Meta-Learning <https://arxiv.org/abs/1703.03400>`_, 2017.
   """
-  check_solver(inner)
+  tasks = task_learner(outer_loss, inner, detector, start, metric)
   if outer is not None:
     _check.transformation("outer", outer)
-  if not isinstance(detector, Detector):
-    raise TypeError(f"detector must be a Detector, say threshold_detector(...), got {detector!r}")
-  _check.takes_arguments("start", start, "x")
   _check.one_of("restart", restart, ("switch", "always"))
   _check.one_of("query", query, ("given", "same", "next"))
   _check.one_of("switch_score", switch_score, ("loss", "drop"))
   _check.one_of("shift_model", shift_model, ("adapted", "meta", "initial"))
-  if metric is not None:
-    _check.takes_arguments("metric", metric, "logits", "batch")
   score_of = mean_score("shift_score", shift_score)
   differentiate = None if outer is None else outer_gradients(outer_loss, outer, has_aux=True)
   loss_and_logits = checked_outer_loss(outer_loss, has_aux=True)
 
-  def begin(x, data) -> InnerSolution:
-    return inner.init(start(x), x, data)
-
-  def predict(x, y, data):
-    value, logits = loss_and_logits(x, y, data)
-    return Prediction(value, metric(logits, data) if metric is not None else ())
-
   def init(x, batch=None, *, stream=None, key=0):
-    _check.floating("x", x)
-    if (batch is None) == (stream is None):
-      raise ValueError("init must be given either a stream or a batch, whose shapes are enough")
-    stream_state = ()
-    if stream is not None:
-      stream_state = stream.init(key)
-      batch = jax.eval_shape(lambda state: stream.step(state)[1], stream_state)
-    support = as_batch(batch).train
-    solution = begin(x, support)
     zeros = lambda leaf: jnp.zeros(jnp.shape(leaf), jnp.result_type(leaf))
-    state = OnlineMetaState(
-      meta_params=x,
-      task=TaskModel(x, solution.params, solution.opt_state),
-      meta_state=() if outer is None else outer.init(x),
-      detector_state=detector.init(),
-      initial_params=x if shift_model == "initial" else (),
-      last_support=jax.tree.map(zeros, support) if query == "next" else (),
-      has_support=jnp.bool_(False),
-      task_stream_state=stream_state,
-    )
-    return _tree.copy(state)
-
-  def adapt(state, support, new_task):
-    """Runs the inner solver once; new and continuing tasks share one program."""
-    meta, task = state.meta_params, state.task
-    old = (task.y, task.opt_state)
-    fresh = begin(meta, support)
-    goes_on = fresh._replace(params=task.y, opt_state=task.opt_state, start=old)
-    x, begins = _tree.where(new_task, (meta, fresh), (task.x, goes_on))
-    solution = inner.solve(x, begins, support)
-    return solution, TaskModel(x, solution.params, solution.opt_state)
+    of_support = lambda support: {
+      "meta_state": () if outer is None else outer.init(x),
+      "initial_params": x if shift_model == "initial" else (),
+      "last_support": jax.tree.map(zeros, support) if query == "next" else (),
+    }
+    return tasks.init(x, batch, stream, key, of_support)
 
   def meta_update(differentiate, state, solution, support, judged, **extra_args):
     """Returns the new meta-model, its state, the loss, and whether everything was finite."""
@@ -215,9 +177,9 @@ def online_meta_learner(
     played = as_batch(batch)
     support, meta = played.train, state.meta_params
     judged = played.val if query == "given" else support
-    before = predict(state.task.x, state.task.y, support)
+    before, _ = tasks.predict(state.task.x, state.task.y, support)
 
-    solve_anew = lambda data: inner.solve(meta, begin(meta, data), data)
+    solve_anew = lambda data: inner.solve(meta, tasks.begin(meta, data), data)
     score, drop_run = before.loss, None
     if switch_score == "drop":
       drop_run = solve_anew(support)
@@ -226,7 +188,7 @@ def online_meta_learner(
     score = jnp.where(broken, jnp.inf, score)
     switch, detector_state = detector.detect_switch(score, state.detector_state, batch)
     new_task = jnp.ones_like(switch) if restart == "always" else switch
-    solution, task = adapt(state, support, new_task)
+    solution, task = tasks.adapt(state, support, new_task)
 
     seen = {"adapted": task.x, "meta": meta, "initial": state.initial_params}[shift_model]
     seen_y = task.y if shift_model == "adapted" else start(seen)
@@ -252,7 +214,7 @@ def online_meta_learner(
     new, meta_state, value, finite = result
     info = OnlineMetaInfo(
       before,
-      predict(task.x, task.y, judged),
+      tasks.predict(task.x, task.y, judged)[0],
       detection,
       outer_loss=value,
       meta_updated=is_open,
