@@ -84,6 +84,12 @@ def weighted_gradient(
 
   def add(total, j):
     losses, pullback = jax.vjp(lambda params: loss_fn(params, take(j)), params)
+    if losses.shape != (microbatches.size,):
+      raise ValueError(
+        f"loss_fn must give one loss for each row of a batch of {microbatches.size}, which repair "
+        f"and microbatch_size give it, got shape {losses.shape}: a loss that closes over an "
+        "array of the whole batch must be given that array in its batch"
+      )
     (gradient,) = pullback(weights_of(j).astype(losses.dtype))
     return optax.tree.add(total, _tree.at_least_float32(gradient)), None
 

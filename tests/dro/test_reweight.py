@@ -208,6 +208,16 @@ def test_an_optax_aggregator_is_what_it_is():
   np.testing.assert_allclose(result["w"], expected, rtol=1e-4)
 
 
+def test_a_loss_that_closes_over_the_whole_batch_is_told_so():
+  scale = jnp.linspace(0.5, 2.0, problem.N)
+  loss_fn = lambda params, batch: scale * problem.loss_fn(params, batch)
+  whole = jax.jit(lambda batch: update(KL, jaxbo.per_example_grad(loss_fn)(PARAMS, batch)))
+  assert np.any(whole(BATCH)[0]["w"])
+  repaired = jaxbo.per_example_grad(loss_fn, repair=True)
+  with pytest.raises(ValueError, match=r"for each row of a batch of 1, .* got shape \(24,\)"):
+    jax.jit(lambda batch: update(KL, repaired(PARAMS, batch)))(BATCH)
+
+
 def test_wide_losses_leave_the_types_of_the_state(x64):
   """float64 losses of float32 parameters: the state is as wide as the parameters."""
   state = jaxbo.reweight(KL).init(PARAMS)
