@@ -1,7 +1,6 @@
 """BOME: descent on the outer loss under a dynamic barrier for the inner loss."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +8,7 @@ import optax
 
 from jaxbo import _check, _tree
 from jaxbo._optimizer import LearningRate
+from jaxbo._types import Loss
 from jaxbo.bilevel.parameters import Bilevel
 from jaxbo.bilevel.projection import Projection, descend
 from jaxbo.bilevel.value_function import Penalty, lower_value, penalize_excess
@@ -42,7 +42,7 @@ class DynamicBarrierState(NamedTuple):
 
 
 def add_dynamic_barrier(
-  inner_loss: Callable[..., Any],
+  inner_loss: Loss,
   *,
   barrier_rate: float | jax.Array,
   num_steps: int,
@@ -143,7 +143,7 @@ def add_dynamic_barrier(
 
 def bome(
   learning_rate: LearningRate | Bilevel,
-  inner_loss: Callable[..., Any],
+  inner_loss: Loss,
   *,
   barrier_rate: float | jax.Array = 0.5,
   num_steps: int = 10,

@@ -8,6 +8,7 @@ import optax
 
 from jaxbo import _check, _tree
 from jaxbo._optimizer import LearningRate, optimizer
+from jaxbo._types import SolveLinear
 from jaxbo.bilevel import linear_solvers
 from jaxbo.bilevel.inner import InnerSolver, check_per_step
 from jaxbo.bilevel.response import MISSING, check_solver, response_transformation, zero_norm
@@ -49,7 +50,7 @@ class ImplicitResponseState(NamedTuple):
 
 def add_implicit_response(
   inner: InnerSolver,
-  linear_solver: linear_solvers.LinearSolver | Any,
+  linear_solver: SolveLinear,
   *,
   inner_params: optax.Params | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -192,7 +193,7 @@ def add_implicit_response(
 def aid(
   learning_rate: LearningRate,
   inner: InnerSolver,
-  linear_solver: linear_solvers.LinearSolver | Any | None = None,
+  linear_solver: SolveLinear | None = None,
   *,
   inner_params: optax.Params | None = None,
 ) -> optax.GradientTransformationExtraArgs:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxbo import _check, _tree
+from jaxbo._types import Loss
 
 Start: TypeAlias = tuple[optax.Params, optax.OptState]
 """Where a run begins or ends: the inner parameters and the state of their optimizer."""
@@ -110,7 +111,7 @@ class InnerSolver(NamedTuple):
 
 
 def inner_solver(
-  inner_loss: Callable[..., Any],
+  inner_loss: Loss,
   optimizer: optax.GradientTransformation,
   num_steps: int,
   *,
@@ -180,7 +181,8 @@ def inner_solver(
   optimizer = optax.with_extra_args_support(optimizer)
 
   def loss_and_aux(z, y, batch):
-    value, aux = inner_loss(z, y, batch), None
+    value: Any = inner_loss(z, y, batch)
+    aux = None
     if has_aux:
       if not isinstance(value, tuple) or len(value) != 2:
         raise TypeError(f"inner_loss must return (scalar, aux) with has_aux=True, got {value!r}")

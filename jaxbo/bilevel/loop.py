@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxbo import _check, _tree
+from jaxbo._types import Loss
 from jaxbo.bilevel.inner import InnerSolution, InnerSolver
 from jaxbo.bilevel.parameters import Bilevel
 
@@ -46,7 +47,7 @@ class BilevelInfo(NamedTuple):
 
 
 def bilevel_loop(
-  outer_loss: Callable[..., Any],
+  outer_loss: Loss,
   inner: InnerSolver,
   outer: optax.GradientTransformation,
   *,
@@ -102,7 +103,7 @@ def bilevel_loop(
 
 
 def outer_step(
-  outer_loss: Callable[..., Any], outer: optax.GradientTransformation, *, has_aux: bool = False
+  outer_loss: Loss, outer: optax.GradientTransformation, *, has_aux: bool = False
 ) -> Callable[..., tuple[BilevelState, BilevelInfo]]:
   """The outer step of every loop: ``respond(state, train, val, **extra_args) -> (state, info)``.
 
@@ -129,7 +130,7 @@ def outer_step(
 
 
 def outer_gradients(
-  outer_loss: Callable[..., Any],
+  outer_loss: Loss,
   outer: optax.GradientTransformation,
   *,
   has_aux: bool = False,
@@ -164,7 +165,7 @@ def outer_gradients(
   return differentiate
 
 
-def checked_outer_loss(outer_loss: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:
+def checked_outer_loss(outer_loss: Loss, has_aux: bool) -> Callable[..., Any]:
   """Wraps the outer loss to check its output and return ``(loss, aux)``; aux may be ``None``."""
   _check.takes_arguments("outer_loss", outer_loss, "x", "y", "batch")
 

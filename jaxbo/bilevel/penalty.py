@@ -1,6 +1,6 @@
 """V-PBGD and F2SA: a penalty on the excess over the lower value."""
 
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import jax
@@ -9,6 +9,7 @@ import optax
 
 from jaxbo import _check, _schedule, _tree
 from jaxbo._optimizer import LearningRate, optimizer
+from jaxbo._types import Loss
 from jaxbo.bilevel.parameters import Bilevel
 from jaxbo.bilevel.projection import Projection, descend, project
 from jaxbo.bilevel.value_function import Penalty, Updated, lower_value, penalize_excess
@@ -47,7 +48,7 @@ class ValuePenaltyState(NamedTuple):
 
 
 def add_value_function_penalty(
-  inner_loss: Callable[..., Any],
+  inner_loss: Loss,
   *,
   multiplier: optax.ScalarOrSchedule,
   num_steps: int,
@@ -164,7 +165,7 @@ def add_value_function_penalty(
 
 def v_pbgd(
   learning_rate: LearningRate | Bilevel,
-  inner_loss: Callable[..., Any],
+  inner_loss: Loss,
   *,
   multiplier: optax.ScalarOrSchedule,
   num_steps: int = 1,
@@ -219,7 +220,7 @@ def v_pbgd(
 def f2sa(
   outer_learning_rate: LearningRate,
   inner_learning_rate: LearningRate,
-  inner_loss: Callable[..., Any],
+  inner_loss: Loss,
   *,
   multiplier: optax.ScalarOrSchedule,
   num_steps: int = 1,

@@ -1,6 +1,5 @@
 """PDBO: a primal-dual method on the value-function form of a bilevel problem."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -9,6 +8,7 @@ import optax
 
 from jaxbo import _check, _schedule, _tree
 from jaxbo._optimizer import LearningRate
+from jaxbo._types import Loss
 from jaxbo.bilevel.parameters import Bilevel
 from jaxbo.bilevel.projection import Projection, descend, project_tree
 from jaxbo.bilevel.value_function import Penalty, Updated, lower_value, penalize_excess
@@ -60,7 +60,7 @@ class PrimalDualState(NamedTuple):
 
 
 def add_primal_dual_penalty(
-  inner_loss: Callable[..., Any],
+  inner_loss: Loss,
   *,
   slack: float | jax.Array,
   dual_learning_rate: optax.ScalarOrSchedule,
@@ -234,7 +234,7 @@ def add_primal_dual_penalty(
 
 def pdbo(
   learning_rate: LearningRate | Bilevel,
-  inner_loss: Callable[..., Any],
+  inner_loss: Loss,
   *,
   slack: float | jax.Array,
   dual_learning_rate: optax.ScalarOrSchedule,

@@ -1,6 +1,5 @@
 """Proximal-PDBO: proximal terms around a moving center."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -9,6 +8,7 @@ import optax
 
 from jaxbo import _check, _schedule, _tree
 from jaxbo._optimizer import LearningRate
+from jaxbo._types import Loss
 from jaxbo.bilevel.parameters import Bilevel, check_params, scalar_dtype
 from jaxbo.bilevel.primal_dual import add_primal_dual_penalty
 from jaxbo.bilevel.projection import Projection, descend
@@ -136,7 +136,7 @@ def add_proximal_terms(
 
 def proximal_pdbo(
   learning_rate: LearningRate | Bilevel,
-  inner_loss: Callable[..., Any],
+  inner_loss: Loss,
   *,
   outer_weight: float | jax.Array,
   constraint_weight: float | jax.Array,

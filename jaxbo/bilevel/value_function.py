@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxbo import _check, _tree
+from jaxbo._types import Loss
 from jaxbo.bilevel.inner import Start, inner_solver
 from jaxbo.bilevel.parameters import Bilevel, check_params, scalar_dtype
 from jaxbo.bilevel.projection import project_tree
@@ -67,7 +68,7 @@ class LowerValue(NamedTuple):
 
 
 def lower_value(
-  inner_loss: Callable[..., Any],
+  inner_loss: Loss,
   optimizer: optax.GradientTransformation,
   num_steps: int,
   *,

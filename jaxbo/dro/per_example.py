@@ -10,6 +10,7 @@ import optax
 from jax.tree_util import Partial
 
 from jaxbo import _check
+from jaxbo._types import BatchLoss
 from jaxbo.dro import microbatch
 from jaxbo.dro.batch import Over, check_losses
 
@@ -38,7 +39,7 @@ class PerExampleGrads(NamedTuple):
 
 
 def per_example_grad(
-  loss_fn: Callable[..., Any],
+  loss_fn: BatchLoss,
   *,
   has_aux: bool = False,
   microbatch_size: int | None = None,

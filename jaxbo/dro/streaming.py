@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxbo import _check, _tree
+from jaxbo._types import BatchLoss
 from jaxbo.dro.batch import AxisName, bounded, over
 from jaxbo.dro.microbatch import make_microbatches
 from jaxbo.dro.per_example import masked_and_bad, only_if, per_example_grad, weighted
@@ -17,7 +18,7 @@ from jaxbo.dro.weighting import Weighting, check_weighting
 
 
 def streaming_grad(
-  loss_fn: Callable[..., Any],
+  loss_fn: BatchLoss,
   weighting: Weighting,
   *,
   microbatch_size: int,

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import optax
 
+from jaxbo._types import Loss
 from jaxbo.bilevel.inner import InnerSolver
 from jaxbo.meta.detection import Detector, threshold_detector
 from jaxbo.meta.learner import OnlineMetaLearner, online_meta_learner
@@ -14,7 +15,7 @@ INFINITY = float("inf")
 
 
 def fine_tuning(
-  outer_loss: Callable[..., Any],
+  outer_loss: Loss,
   inner: InnerSolver,
   *,
   start: Callable[[optax.Params], optax.Params] = optax.tree.zeros_like,
@@ -60,7 +61,7 @@ def fine_tuning(
 
 
 def frozen_maml(
-  outer_loss: Callable[..., Any],
+  outer_loss: Loss,
   inner: InnerSolver,
   *,
   start: Callable[[optax.Params], optax.Params] = optax.tree.zeros_like,
@@ -113,7 +114,7 @@ def frozen_maml(
 
 
 def train_from_scratch(
-  outer_loss: Callable[..., Any],
+  outer_loss: Loss,
   inner: InnerSolver,
   detector: Detector,
   *,
@@ -171,7 +172,7 @@ def train_from_scratch(
 
 
 def meta_ogd(
-  outer_loss: Callable[..., Any],
+  outer_loss: Loss,
   inner: InnerSolver,
   outer: optax.GradientTransformation,
   *,

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxbo import _check, _tree
+from jaxbo._types import Loss
 from jaxbo.bilevel.inner import InnerSolver
 from jaxbo.bilevel.response import MISSING
 from jaxbo.bilevel.unrolled import add_unrolled_response
@@ -86,7 +87,7 @@ def modulate_by_loss(modulation: jax.typing.ArrayLike) -> optax.GradientTransfor
 
 
 def c_maml(
-  outer_loss: Callable[..., Any],
+  outer_loss: Loss,
   inner: InnerSolver,
   optimizer: optax.GradientTransformation,
   *,

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxbo import _check, _tree
+from jaxbo._types import Loss
 from jaxbo.bilevel.inner import InnerSolver
 from jaxbo.bilevel.loop import outer_gradients
 from jaxbo.bilevel.unrolled import add_unrolled_response
@@ -53,7 +54,7 @@ class SupportBuffer(NamedTuple):
 
 
 def c_maml_pap(
-  outer_loss: Callable[..., Any],
+  outer_loss: Loss,
   inner: InnerSolver,
   optimizer: optax.GradientTransformation,
   *,

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxbo import _check, _tree
+from jaxbo._types import Loss
 from jaxbo.bilevel.inner import InnerSolver
 from jaxbo.bilevel.loop import checked_outer_loss, outer_gradients
 from jaxbo.meta.detection import Detection, Detector, Scores
@@ -42,7 +43,7 @@ class OnlineMetaLearner(NamedTuple):
 
 
 def online_meta_learner(
-  outer_loss: Callable[..., Any],
+  outer_loss: Loss,
   inner: InnerSolver,
   outer: optax.GradientTransformation | None,
   detector: Detector,

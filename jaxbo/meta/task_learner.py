@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxbo import _check, _tree
+from jaxbo._types import Loss
 from jaxbo.bilevel.inner import InnerSolution, InnerSolver
 from jaxbo.bilevel.loop import checked_outer_loss
 from jaxbo.bilevel.response import check_solver
@@ -34,7 +35,7 @@ class TaskLearner(NamedTuple):
 
 
 def task_learner(
-  outer_loss: Callable[..., Any],
+  outer_loss: Loss,
   inner: InnerSolver,
   detector: Detector,
   start: Callable[[optax.Params], optax.Params],

@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import optax
 
 from jaxbo import _check, _tree
+from jaxbo._types import Loss
 from jaxbo.bilevel.inner import InnerInfo, InnerSolution
 from jaxbo.bilevel.loop import BilevelInfo, BilevelState, outer_gradients
 from jaxbo.bilevel.parameters import Bilevel
 
 
 def joint(
-  outer_loss: Callable[..., Any], outer: optax.GradientTransformation, *, has_aux: bool = False
+  outer_loss: Loss, outer: optax.GradientTransformation, *, has_aux: bool = False
 ) -> tuple[Callable[..., BilevelState], Callable[..., tuple[BilevelState, BilevelInfo]]]:
   """``(init, step)`` like :func:`jaxbo.bilevel_loop`, for a method that moves both levels itself.
 

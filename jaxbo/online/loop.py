@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxbo import _check, _random, _schedule
+from jaxbo._types import Loss
 from jaxbo.bilevel.inner import InnerSolver
 from jaxbo.bilevel.loop import BilevelInfo, BilevelState, bilevel_loop, outer_step
 from jaxbo.online.joint import joint
@@ -76,7 +77,7 @@ class Online(NamedTuple):
 
 
 def online_loop(
-  outer_loss: Callable[..., Any],
+  outer_loss: Loss,
   inner: InnerSolver | None,
   outer: optax.GradientTransformation,
   *,

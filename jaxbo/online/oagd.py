@@ -1,6 +1,5 @@
 """OAGD: old losses at the current iterate, from a window of data."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -9,6 +8,7 @@ import optax
 
 from jaxbo import _check, _tree
 from jaxbo._optimizer import LearningRate
+from jaxbo._types import Loss, SolveLinear
 from jaxbo.bilevel import linear_solvers
 from jaxbo.bilevel.implicit import add_implicit_response
 from jaxbo.bilevel.inner import InnerSolution, InnerSolver
@@ -45,7 +45,7 @@ class BatchAverageState(NamedTuple):
 
 def average_over_batches(
   head: optax.GradientTransformation,
-  outer_loss: Callable[..., Any],
+  outer_loss: Loss,
   decay: jax.typing.ArrayLike = 1.0,
   *,
   normalization: str = "present",
@@ -163,10 +163,10 @@ def average_over_batches(
 def oagd(
   learning_rate: LearningRate,
   inner: InnerSolver,
-  outer_loss: Callable[..., Any],
+  outer_loss: Loss,
   *,
   decay: jax.typing.ArrayLike = 1.0,
-  linear_solver: linear_solvers.LinearSolver | Any | None = None,
+  linear_solver: SolveLinear | None = None,
   inner_params: optax.Params | None = None,
   normalization: str = "present",
   project: Projection | None = None,

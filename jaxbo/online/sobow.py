@@ -6,6 +6,7 @@ import jax
 import optax
 
 from jaxbo._optimizer import LearningRate, optimizer
+from jaxbo._types import SolveLinear
 from jaxbo.bilevel import linear_solvers
 from jaxbo.bilevel.implicit import add_implicit_response
 from jaxbo.bilevel.inner import InnerSolver
@@ -20,7 +21,7 @@ def sobow(
   *,
   window: int,
   decay: jax.typing.ArrayLike = 1.0,
-  linear_solver: linear_solvers.LinearSolver | Any | None = None,
+  linear_solver: SolveLinear | None = None,
   inner_params: optax.Params | None = None,
   normalization: str = "full",
   storage_dtype: Any = None,

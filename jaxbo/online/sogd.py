@@ -1,6 +1,5 @@
 """SOGD: both levels and the linear system advance together, with momentum corrections."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -9,6 +8,7 @@ import optax
 
 from jaxbo import _check, _schedule, _tree
 from jaxbo._optimizer import LearningRate
+from jaxbo._types import Loss
 from jaxbo.bilevel.parameters import Bilevel, check_params, scalar_dtype
 from jaxbo.bilevel.projection import Projection, descend
 from jaxbo.bilevel.response import MISSING
@@ -61,8 +61,8 @@ class CorrectedResponseState(NamedTuple):
 
 
 def add_corrected_response(
-  inner_loss: Callable[..., Any],
-  outer_loss: Callable[..., Any],
+  inner_loss: Loss,
+  outer_loss: Loss,
   *,
   linear_learning_rate: optax.ScalarOrSchedule,
   correction: optax.ScalarOrSchedule,
@@ -199,8 +199,8 @@ def _triple(params: Any, linear: optax.Params) -> Triple:
 def sogd(
   outer_learning_rate: LearningRate,
   inner_learning_rate: LearningRate,
-  inner_loss: Callable[..., Any],
-  outer_loss: Callable[..., Any],
+  inner_loss: Loss,
+  outer_loss: Loss,
   *,
   linear_learning_rate: optax.ScalarOrSchedule,
   correction: optax.ScalarOrSchedule,
