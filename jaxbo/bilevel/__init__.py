@@ -3,7 +3,7 @@
 from jaxbo.bilevel.dynamic_barrier import DynamicBarrierInfo, DynamicBarrierState
 from jaxbo.bilevel.es import EsInfo, EsResponseState
 from jaxbo.bilevel.implicit import ImplicitInfo, ImplicitResponseState
-from jaxbo.bilevel.inner import InnerInfo, Through
+from jaxbo.bilevel.inner import FeatureProblem, InnerInfo
 from jaxbo.bilevel.linear_solvers import LinearInfo, LinearSolver
 from jaxbo.bilevel.loop import BilevelInfo, BilevelState
 from jaxbo.bilevel.penalty import ValuePenaltyInfo, ValuePenaltyState
@@ -24,6 +24,7 @@ __all__ = [
   "DynamicBarrierState",
   "EsInfo",
   "EsResponseState",
+  "FeatureProblem",
   "ImplicitInfo",
   "ImplicitResponseState",
   "InnerInfo",
@@ -33,7 +34,6 @@ __all__ = [
   "PrimalDualState",
   "ProximalInfo",
   "ProximalState",
-  "Through",
   "UnrolledInfo",
   "UnrolledResponseState",
   "ValuePenaltyInfo",

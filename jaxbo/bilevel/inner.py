@@ -64,7 +64,7 @@ class Path(Protocol):
     ...
 
 
-class Through(NamedTuple):
+class FeatureProblem(NamedTuple):
   """An inner problem that sees ``x`` only through ``z = features(x, batch)``.
 
   Attributes:
@@ -93,7 +93,8 @@ class InnerSolver(NamedTuple):
     loss: ``loss(x, y, batch) -> scalar``, the inner loss on the batch of *one* step.
     num_steps: the number of steps of a run.
     per_step_batches: whether ``batch`` has a leading axis ``num_steps``.
-    through: the :class:`~jaxbo.bilevel.Through` of a solver built with ``through=``, else ``None``.
+    through: the :class:`~jaxbo.bilevel.FeatureProblem` of a solver built with ``through=``, else
+      ``None``.
     task: the solver of one task, if :func:`jaxbo.over_tasks` made this solver; else ``None``.
     num_tasks: the number of tasks, if :func:`jaxbo.over_tasks` made this solver; else ``None``.
   """
@@ -105,7 +106,7 @@ class InnerSolver(NamedTuple):
   loss: Callable[[optax.Params, optax.Params, Any], jax.Array]
   num_steps: int
   per_step_batches: bool
-  through: Through | None
+  through: FeatureProblem | None
   task: "InnerSolver | None" = None
   num_tasks: int | None = None
 
@@ -270,7 +271,7 @@ def inner_solver(
   def one_step_loss(x, y, batch):
     return loss_and_aux(x if through is None else through(x, batch), y, batch)[0]
 
-  factors = None if through is None else Through(features, path_from_features)
+  factors = None if through is None else FeatureProblem(features, path_from_features)
   return InnerSolver(init, solve, run, path, one_step_loss, num_steps, per_step_batches, factors)
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxbo import _check
-from jaxbo.bilevel.inner import InnerSolution, InnerSolver, Through
+from jaxbo.bilevel.inner import FeatureProblem, InnerSolution, InnerSolver
 
 
 def over_tasks(inner: InnerSolver, num_tasks: int, *, average_start: bool = False) -> InnerSolver:
@@ -105,7 +105,7 @@ def over_tasks(inner: InnerSolver, num_tasks: int, *, average_start: bool = Fals
       one = functools.partial(of_one.path, last=last)
       return over_batches(one, in_axes=(0, 0, axis))(z, start, batch)
 
-    through = Through(features, path_from_features)
+    through = FeatureProblem(features, path_from_features)
   return inner._replace(
     init=init,
     solve=solve,

@@ -4,7 +4,7 @@ from jaxbo.online.loop import Online, OnlineInfo, OnlineState
 from jaxbo.online.oagd import BatchAverageInfo, BatchAverageState
 from jaxbo.online.regret import Accumulated, local_regret, path_length
 from jaxbo.online.rounds import OnlineBatch, OnlineMetric, OnlineRound
-from jaxbo.online.sogd import CorrectedResponseInfo, CorrectedResponseState, Triple
+from jaxbo.online.sogd import CorrectedResponseInfo, CorrectedResponseState, SogdVariables
 from jaxbo.online.window import Window, WindowAverageInfo, WindowAverageState
 
 __all__ = [
@@ -19,7 +19,7 @@ __all__ = [
   "OnlineMetric",
   "OnlineRound",
   "OnlineState",
-  "Triple",
+  "SogdVariables",
   "Window",
   "WindowAverageInfo",
   "WindowAverageState",

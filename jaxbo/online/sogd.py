@@ -15,7 +15,7 @@ from jaxbo.bilevel.response import MISSING
 from jaxbo.bilevel.value_function import check_update
 
 
-class Triple(NamedTuple):
+class SogdVariables(NamedTuple):
   """One value for each of the three variables of SOGD.
 
   Attributes:
@@ -47,15 +47,15 @@ class CorrectedResponseState(NamedTuple):
 
   Attributes:
     linear_iterate: the iterate :math:`v` of the linear system, float32 at least.
-    last_iterates: the :class:`Triple` :math:`(x, y, v)` at which the last round was played.
-    last_directions: the corrected directions of the last round, a :class:`Triple`.
+    last_iterates: the :class:`SogdVariables` :math:`(x, y, v)` at which the last round was played.
+    last_directions: the corrected directions of the last round, a :class:`SogdVariables`.
     correction_count: the number of rounds that counted, int32.
     info: the :class:`CorrectedResponseInfo` of the last update.
   """
 
   linear_iterate: optax.Params
-  last_iterates: Triple
-  last_directions: Triple
+  last_iterates: SogdVariables
+  last_directions: SogdVariables
   correction_count: jax.Array
   info: CorrectedResponseInfo
 
@@ -132,7 +132,7 @@ def add_corrected_response(
   def init(params):
     check_params("add_corrected_response", params)
     zeros = lambda: _tree.zeros_at_least_float32(params.inner)
-    triple = lambda: _triple(_tree.zeros_at_least_float32(params), zeros())
+    triple = lambda: _variables(_tree.zeros_at_least_float32(params), zeros())
     info = CorrectedResponseInfo(jnp.zeros((), scalar_dtype(params)), jnp.bool_(True))
     return CorrectedResponseState(zeros(), triple(), triple(), jnp.int32(0), info)
 
@@ -151,7 +151,7 @@ def add_corrected_response(
       raise TypeError(
         "add_corrected_response: update must be given outer_batch=, the batch of outer_loss"
       )
-    here = _triple(_tree.at_least_float32(params), state.linear_iterate)
+    here = _variables(_tree.at_least_float32(params), state.linear_iterate)
     outer_grad = jax.grad(lambda p: outer_loss(p.outer, p.inner, outer_batch))
 
     def directions(z, grads):
@@ -159,7 +159,9 @@ def add_corrected_response(
       value, pull_back = jax.vjp(grad_y, z.outer, z.inner)
       cross, hessian = pull_back(z.linear)  # The Hessian is symmetric.
       grads = _tree.cast_like(grads, Bilevel(z.outer, z.inner))
-      return Triple(optax.tree.sub(grads.outer, cross), value, optax.tree.sub(hessian, grads.inner))
+      return SogdVariables(
+        optax.tree.sub(grads.outer, cross), value, optax.tree.sub(hessian, grads.inner)
+      )
 
     dtype, count = state.info.direction_norm.dtype, state.correction_count
     last = state.last_iterates
@@ -192,8 +194,8 @@ def add_corrected_response(
   return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _triple(params: Any, linear: optax.Params) -> Triple:
-  return Triple(params.outer, params.inner, linear)
+def _variables(params: Any, linear: optax.Params) -> SogdVariables:
+  return SogdVariables(params.outer, params.inner, linear)
 
 
 def sogd(
