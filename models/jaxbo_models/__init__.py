@@ -1,4 +1,4 @@
-"""Flax models for the scripts and tests of jaxbo."""
+"""Flax models that jaxbo's scripts and tests use."""
 
 from jaxbo_models import caption_metrics, captioner, linear_head, tokenizers, transformer
 from jaxbo_models.conv4 import Conv4

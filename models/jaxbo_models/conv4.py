@@ -9,12 +9,13 @@ from jaxbo_models.layers import BatchNorm, check_images, convolution, max_pool
 
 
 class Conv4(nn.Module):
-  """Four times convolution, rectifier, 2 by 2 maximum and batch normalization.
+  """Four layers, each a convolution, a ReLU, 2 by 2 max pooling and batch normalization.
 
-  Images ``[n, height, width, channels]`` of any real dtype are mapped to features ``[n, d]`` in
-  float32; height and width are at least 16. Their ``d`` is ``features`` times the pixels that four
-  halvings leave: 64 for Omniglot's 28 by 28, 800 for 32 features of 84 by 84. The convolutions are
-  3 by 3 with padding 1 and a bias.
+  The model maps images ``[n, height, width, channels]`` of any real dtype, at least 16 by 16, to
+  features ``[n, d]`` in float32. Each layer halves height and width (rounded down), and ``d`` is
+  ``features`` times the number of pixels after the four halvings: 64 for Omniglot's 28 by 28
+  images, 800 for 84 by 84 images with ``features=32``. Convolutions are 3 by 3 with padding 1 and
+  a bias.
 
   >>> model = Conv4(features=64)
   >>> images = jnp.ones((5, 28, 28, 1))
@@ -27,21 +28,23 @@ class Conv4(nn.Module):
   Parameters are float32: ``params/Conv_i/kernel [3, 3, inputs, features]``, ``params/Conv_i/bias``,
   ``params/BatchNorm_i/scale`` and ``params/BatchNorm_i/bias`` ``[features]``.
 
-  The rectifier and the maximum come before the normalization, as in the few-shot experiments of
-  ESJ (https://github.com/sowmaster/esjacobians, ``networks.py``); elsewhere the normalization often
-  comes first. Kernels begin with Flax's default, normal with variance 1 / (9 inputs), and biases
-  with 0; PyTorch draws both uniformly with a third of that variance.
+  ReLU and max pooling come before the normalization, as in the few-shot experiments of ESJ
+  (https://github.com/sowmaster/esjacobians, ``networks.py``). Other Conv-4 models often normalize
+  first. Kernels are initialized with Flax's default, normal with variance 1 / (9 inputs), and
+  biases with 0. PyTorch draws both uniformly with a third of that variance.
 
   Attributes:
-    features: the channels of every layer; positive.
-    batch_stats: ``"batch"`` normalizes by the batch at hand: a pure function of parameters and
-      images, in which an example depends on the others (transductive). ``"running"`` normalizes by
-      the collection ``batch_stats``, which ``init`` makes and only
-      ``apply(..., train=True, mutable=["batch_stats"])`` moves.
-    momentum: what such a step keeps of the running statistics, in [0, 1).
-    conv: ``"auto"``, ``"patches"`` or ``"native"``; see :func:`jaxbo_models.layers.convolution`.
-    dtype: the dtype of convolutions and activations (``jnp.bfloat16`` halves their memory); None
-      takes what images and parameters promote to. Normalization is in float32 at least.
+    features: number of channels of every layer; positive.
+    batch_stats: ``"batch"`` always normalizes by the current batch: the output is a pure function
+      of parameters and images, but the features of each image depend on the other images
+      (transductive). ``"running"`` normalizes by the collection ``batch_stats``, which ``init``
+      creates. Only ``apply(..., train=True, mutable=["batch_stats"])`` updates the collection, and
+      it normalizes by the current batch.
+    momentum: share of the running statistics that an update keeps, in [0, 1).
+    conv: ``"native"`` for XLA's convolution; ``"patches"`` for matrix products, much faster in
+      compiled loops on CPUs; ``"auto"`` for ``"patches"`` on CPUs and ``"native"`` elsewhere.
+    dtype: dtype of convolutions and activations (``jnp.bfloat16`` halves their memory); None for
+      the dtype to which images and parameters promote. Normalization is in float32 at least.
   """
 
   features: int = 64
@@ -56,11 +59,12 @@ class Conv4(nn.Module):
 
     Args:
       images: ``[n, height, width, channels]``.
-      train: moves the running statistics; without effect for ``batch_stats="batch"``.
+      train: with ``batch_stats="running"``, normalizes by the batch and updates the running
+        statistics; with ``"batch"``, has no effect.
 
     Raises:
-      ValueError: the images have another rank or are smaller than 16 by 16, an attribute is none of
-        the above, or batch statistics would be those of a single value.
+      ValueError: the images have another rank or are smaller than 16 by 16, an attribute is out of
+        its range, or a channel has a single value, which has no batch statistics.
     """
     check_images(images, smallest=16)
     x = images

@@ -1,4 +1,4 @@
-"""What the convolutional models share: convolution, batch normalization, pooling, checks."""
+"""The layers that the convolutional models share: convolution, batch normalization and pooling."""
 
 from typing import Any
 
@@ -20,21 +20,31 @@ def convolution(
   dtype: jax.typing.DTypeLike | None = None,
   name: str | None = None,
 ) -> nn.Conv:
-  """Returns the convolution layer that every model here uses: square, with a square stride.
+  """Returns the convolution layer of all models here: square kernels and square strides.
 
   The parameters are those of :class:`flax.linen.Conv`, ``kernel [size, size, inputs, features]``
-  and ``bias [features]``, and the numbers are the same up to rounding, whatever ``conv`` is.
-  ``"native"`` is XLA's convolution. ``"patches"`` lays the ``size ** 2`` shifted images side by
-  side, which takes ``size ** 2`` times the memory of the input divided by ``stride ** 2``, and
-  multiplies matrices.
-  ``"auto"`` is decided when the model is traced: ``"patches"`` if ``jax.default_backend()`` is the
-  CPU, else ``"native"``.
+  and ``bias [features]``. All values of ``conv`` give the same results up to rounding.
 
-  Why: inside a compiled loop, XLA's CPU backend does not use its fast convolutions, and a step is 4
-  (LeNet-5) to 20 times (ResNet-12) slower than with patches; outside of loops ``"native"`` is the
-  faster one there, by 16 to 25 %. ``python -m benchmarks.convolution`` in jaxbo's repository
-  measures both. Raises ``ValueError``
-  for an unknown ``conv``.
+  Inside a compiled loop, XLA's CPU backend does not use its fast convolutions, and a step is 4
+  (LeNet-5) to 20 times (ResNet-12) slower than with patches. Outside loops on CPUs, ``"native"`` is
+  16 to 25 % faster. ``python -m benchmarks.convolution`` in jaxbo's repository measures both.
+
+  Args:
+    conv: ``"native"`` is XLA's convolution. ``"patches"`` concatenates the ``size ** 2`` shifted
+      images and multiplies matrices; it needs ``(size / stride) ** 2`` times the memory of the
+      input. ``"auto"`` chooses when the model is traced: ``"patches"`` if
+      ``jax.default_backend()`` is the CPU, else ``"native"``.
+    features: number of output channels.
+    kernel_size: side of the kernel in pixels.
+    padding: number of zero pixels added on each side.
+    stride: stride in pixels.
+    use_bias: whether to add a bias.
+    kernel_init: initializer of the kernel.
+    dtype: dtype of the convolution; None for the dtype to which input and parameters promote.
+    name: the layer's name; None for Flax's default.
+
+  Raises:
+    ValueError: ``conv`` is unknown.
   """
   if conv not in ("auto", "patches", "native"):
     raise ValueError(f"conv must be 'auto', 'patches' or 'native', got {conv!r}")
@@ -56,7 +66,7 @@ def convolution(
 def _patches_conv(
   images: jax.Array, kernel: jax.Array, strides: Any, padding: Any, **_: Any
 ) -> jax.Array:
-  """``lax.conv_general_dilated`` of NHWC images without dilation: all that is asked for here."""
+  """Computes ``lax.conv_general_dilated`` of NHWC images, without dilation, from patches."""
   images = jnp.pad(images, ((0, 0), *padding, (0, 0)))
   height, width, inputs, features = kernel.shape
   rows, columns = images.shape[1] - height + 1, images.shape[2] - width + 1
@@ -70,11 +80,11 @@ def _patches_conv(
 
 
 class BatchNorm(nn.Module):
-  r"""Batch normalization whose statistics are chosen, not carried silently.
+  r"""Batch normalization with an explicit choice of statistics and no hidden state.
 
   .. math:: y = \gamma (x - m) / \sqrt{v + \epsilon} + \beta
 
-  ``m`` and ``v`` are the mean and the (biased) variance of each channel. Everything is computed in
+  ``m`` and ``v`` are the mean and the (biased) variance of each channel. The computation is in
   float32 at least; the result has the dtype of ``x``. ``params/scale`` and ``params/bias`` are
   ``[channels]`` in float32.
 
@@ -86,7 +96,7 @@ class BatchNorm(nn.Module):
   >>> norm.apply(variables, x)[:, 0].round(3)
   Array([-1.225,  0.   ,  1.225], dtype=float32)
 
-  Running statistics move only where the caller takes them back:
+  Running statistics change only if the caller keeps the updates that ``apply`` returns:
 
   >>> norm = BatchNorm("running", momentum=0.5)
   >>> variables = norm.init(jax.random.key(0), x)
@@ -95,12 +105,13 @@ class BatchNorm(nn.Module):
   Array([1. , 1.5], dtype=float32)
 
   Attributes:
-    batch_stats: ``"batch"``: the statistics of the batch at hand, always. There is no collection
-      but ``params``, and what an example becomes depends on the others (*transductive*).
-      ``"running"``: those in the collection ``batch_stats``, ``mean`` and ``var``, ``[channels]``.
-    momentum: what a training step keeps of the running statistics, in [0, 1); the rest is the
-      batch's. PyTorch's ``momentum`` is one minus ours.
-    epsilon: what is added to the variance; positive.
+    batch_stats: ``"batch"`` always normalizes by the current batch: ``params`` is the only
+      collection, and the result for an example depends on the other examples (*transductive*).
+      ``"running"`` normalizes by ``mean`` and ``var``, ``[channels]``, in the collection
+      ``batch_stats``.
+    momentum: share of the running statistics that a training step keeps, in [0, 1); the batch
+      supplies the rest. PyTorch's ``momentum`` is one minus ours.
+    epsilon: constant added to the variance; positive.
   """
 
   batch_stats: str = "batch"
@@ -113,12 +124,14 @@ class BatchNorm(nn.Module):
 
     Args:
       x: the array to normalize.
-      train: with running statistics, normalize by those of the batch and move the running ones
-        towards them. ``apply`` needs ``mutable=["batch_stats"]`` then.
+      train: with ``batch_stats="running"``, normalizes by the batch and moves the running
+        statistics towards those of the batch; ``apply`` then needs ``mutable=["batch_stats"]``.
+        With ``"batch"``, has no effect.
 
     Raises:
-      ValueError: ``batch_stats`` or ``momentum`` is none of the above; ``train`` without a mutable
-        collection; or the batch has one value for each channel, so that all of them would become 0.
+      ValueError: ``batch_stats`` or ``momentum`` is out of its range, ``train=True`` needs a
+        mutable collection, or the batch has only one value for each channel, which would always
+        become ``bias``.
     """
     if self.batch_stats not in ("batch", "running"):
       raise ValueError(f"batch_stats must be 'batch' or 'running', got {self.batch_stats!r}")
@@ -153,17 +166,17 @@ class BatchNorm(nn.Module):
         "batch statistics need more than one value for each channel, got one image with one pixel; "
         "give more images at once (and do not vmap over single ones)"
       )
-    # Not E[x^2] - E[x]^2, which cancels.
+    # The formula E[x^2] - E[x]^2 would cancel.
     return values.mean(axis=0), values.var(axis=0)
 
 
 def max_pool(x: jax.Array) -> jax.Array:
-  """Returns the maxima of 2 by 2 pixels; ``[n, h, w, c]`` becomes ``[n, h // 2, w // 2, c]``.
+  """Max pooling over 2 by 2 pixels: ``[n, h, w, c]`` becomes ``[n, h // 2, w // 2, c]``.
 
-  An odd last row or column is left out. A NaN among the four is the maximum. Of equal maxima the
-  first of a row or column gets the gradient, never a share of it: ``jnp.max`` compares with its own
-  result and divides by the number of equals, and XLA may round the two sides differently: no
-  equals, so inf and NaN.
+  An odd last row or column is dropped. If one of the four pixels is NaN, the maximum is NaN. In a
+  tie the first pixel gets the whole gradient. The gradient of ``jnp.max`` is not safe here: it
+  divides by the number of entries equal to the maximum. XLA may round the two sides of that
+  comparison differently, so that no entry is equal and the gradient is inf or NaN.
   """
   height, width = x.shape[1] // 2 * 2, x.shape[2] // 2 * 2
   x = x[:, :height, :width]
@@ -172,12 +185,12 @@ def max_pool(x: jax.Array) -> jax.Array:
 
 
 def _larger(first: jax.Array, second: jax.Array) -> jax.Array:
-  """The larger of each pair, or a NaN if there is one; all of the gradient goes to it."""
+  """Returns the larger of each pair, or a NaN if there is one; it gets the whole gradient."""
   return jnp.where((first >= second) | jnp.isnan(first), first, second)
 
 
 def check_images(images: jax.Array, smallest: int) -> None:
-  """Raises ``ValueError`` unless ``images`` is ``[n >= 1, h, w, c]``, ``h, w >= smallest``."""
+  """Raises ``ValueError`` unless images are ``[n >= 1, h, w, c]`` with ``h, w >= smallest``."""
   if images.ndim != 4:
     raise ValueError(f"images must have the shape [n, height, width, channels], got {images.shape}")
   if not images.shape[0]:

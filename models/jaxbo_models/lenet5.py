@@ -9,11 +9,11 @@ from jaxbo_models.layers import check_images, convolution, max_pool
 
 
 class LeNet5(nn.Module):
-  """Three 5 by 5 convolutions and a dense layer, with rectifiers.
+  """Three 5 by 5 convolutions and a dense layer, each followed by a ReLU.
 
-  Images ``[n, height, width, channels]`` of any real dtype, at least 32 by 32 (28 by 28 digits need
-  a border of 2), are mapped to features ``[n, 84]`` in float32. The convolutions have 6, 16 and 120
-  channels and no padding; 2 by 2 maxima follow the first two.
+  The model maps images ``[n, height, width, channels]`` of any real dtype, at least 32 by 32 (pad
+  28 by 28 digits with a border of 2), to features ``[n, 84]`` in float32. The convolutions have 6,
+  16 and 120 channels and no padding; 2 by 2 max pooling follows the first two.
 
   >>> model = LeNet5()
   >>> images = jnp.ones((5, 32, 32, 1))
@@ -26,13 +26,15 @@ class LeNet5(nn.Module):
   Parameters are float32: ``params/Conv_i/kernel [5, 5, inputs, outputs]``, ``params/Conv_i/bias
   [outputs]``, ``params/Dense_0/kernel [120, 84]`` and ``params/Dense_0/bias [84]``.
 
-  As in the experiments of ESJ (https://github.com/sowmaster/esjacobians, ``networks.py``); LeCun et
-  al. (1998) have averages, tanh and sparse connections instead. The first parameters are Flax's
-  default.
+  The architecture follows the experiments of ESJ (https://github.com/sowmaster/esjacobians,
+  ``networks.py``). LeCun et al. (1998) use average pooling, tanh and sparse connections instead.
+  Parameters have Flax's default initializers.
 
   Attributes:
-    conv: ``"auto"``, ``"patches"`` or ``"native"``; see :func:`jaxbo_models.layers.convolution`.
-    dtype: the dtype of products and activations; None takes what images and parameters promote to.
+    conv: ``"native"`` for XLA's convolution; ``"patches"`` for matrix products, much faster in
+      compiled loops on CPUs; ``"auto"`` for ``"patches"`` on CPUs and ``"native"`` elsewhere.
+    dtype: dtype of products and activations; None for the dtype to which images and parameters
+      promote.
   """
 
   conv: str = "auto"
@@ -42,8 +44,8 @@ class LeNet5(nn.Module):
   def __call__(self, images: jax.Array) -> jax.Array:
     """Returns the features ``[n, 84]`` of ``images``, in float32.
 
-    Raises ``ValueError`` for images of another rank or smaller than 32 by 32, or an unknown
-    ``conv``.
+    Raises:
+      ValueError: the images have another rank or are smaller than 32 by 32, or ``conv`` is unknown.
     """
     check_images(images, smallest=32)
     x = images

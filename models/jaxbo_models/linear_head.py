@@ -1,6 +1,6 @@
-"""A linear head on features: what few-shot tasks learn while the model of the features is given.
+"""A linear head: what a few-shot task learns on top of given features.
 
-A head is ``{"w": [features, classes], "b": [classes]}``, and its loss a pure function.
+A head is ``{"w": [features, classes], "b": [classes]}``; the functions here are pure.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ import optax
 
 
 def zero_head(num_features: int, num_classes: int) -> dict[str, jax.Array]:
-  """The head that gives all classes the same probability, in the default precision.
+  """Returns the head of zeros, which gives all classes equal probability, in JAX's default dtype.
 
   >>> z = logits(zero_head(84, 5), features=jnp.ones((3, 84)))
   >>> print(cross_entropy(z, labels=jnp.array([4, 0, 2])), jnp.log(5))
@@ -26,5 +26,5 @@ def logits(head: Any, features: jax.Array) -> jax.Array:
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-  """Returns the mean over examples; ``labels`` are integers ``[n]``."""
+  """Returns the mean cross-entropy of logits ``[n, classes]``, given integer labels ``[n]``."""
   return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))

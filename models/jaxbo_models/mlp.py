@@ -9,12 +9,11 @@ import jax.typing
 
 
 class MLP(nn.Module):
-  """Dense layers with rectifiers between them.
+  """Dense layers with ReLUs between them.
 
-  The input ``[..., num_inputs]``, of any real dtype, is mapped to logits
-  ``[..., features[-1]]`` in float32. Parameters are float32:
-  ``params/Dense_i/kernel`` is ``[inputs of layer i, features[i]]`` and ``params/Dense_i/bias`` is
-  ``[features[i]]``.
+  The model maps inputs ``[..., num_inputs]`` of any real dtype to logits ``[..., features[-1]]`` in
+  float32. Parameters are float32: ``params/Dense_i/kernel [inputs of layer i, features[i]]`` and
+  ``params/Dense_i/bias [features[i]]``.
 
   >>> import jax, jax.numpy as jnp
   >>> model = MLP(features=(16, 10))
@@ -26,9 +25,9 @@ class MLP(nn.Module):
   1210
 
   Attributes:
-    features: the widths of the layers, the number of classes last; at least one.
-    dtype: the dtype of the matrix products and activations (``jnp.bfloat16`` halves their memory);
-      None takes what the input and the float32 parameters promote to.
+    features: width of each layer, at least one; the last is the number of classes.
+    dtype: dtype of matrix products and activations (``jnp.bfloat16`` halves their memory); None for
+      the dtype to which the input and the float32 parameters promote.
   """
 
   features: Sequence[int]

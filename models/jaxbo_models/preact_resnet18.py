@@ -13,11 +13,11 @@ from jaxbo_models.layers import BatchNorm, check_images, convolution
 class PreActResNet18(nn.Module):
   """A convolution, eight residual blocks of two, the mean over the pixels and a dense layer.
 
-  Images ``[n, height, width, channels]`` of any real dtype, height and width at least 8, are mapped
-  to logits ``[n, num_classes]`` in float32. Convolutions are 3 by 3 with padding 1 and without
-  bias; normalization and rectifier come before each of them. The first block of each of the last
-  three widths halves height and width, and there its input goes through a 1 by 1 convolution of the
-  normalized and rectified input instead of past the block.
+  The model maps images ``[n, height, width, channels]`` of any real dtype, at least 8 by 8, to
+  logits ``[n, num_classes]`` in float32. Convolutions are 3 by 3 with padding 1 and without bias.
+  In the blocks, normalization and ReLU come before each convolution. The first block of each of the
+  last three widths halves height and width; its shortcut is a 1 by 1 convolution of the normalized
+  and rectified input. The other shortcuts are the identity.
 
   >>> model = PreActResNet18()
   >>> images = jax.ShapeDtypeStruct((5, 32, 32, 3), jnp.float32)
@@ -27,14 +27,15 @@ class PreActResNet18(nn.Module):
   >>> sum(leaf.size for leaf in jax.tree.leaves(variables))
   11172170
 
-  Parameters are float32: ``params/Conv_0/kernel``, ``params/PreActBlock_i/Conv_j/kernel
-  [3, 3, inputs, width]`` and, where the width changes, ``shortcut/kernel [1, 1, inputs, width]``;
-  ``scale`` and ``bias`` of ``BatchNorm_j`` in each block and of ``BatchNorm_0``;
-  ``params/Dense_0``. Kernels begin normal with variance 2 / (width times kernel size squared) (He
-  et al., 2015, fan-out), the dense layer with Flax's default.
+  Parameters are float32: ``params/Conv_0/kernel``;
+  ``params/PreActBlock_i/Conv_j/kernel [3, 3, inputs, width]``, and
+  ``shortcut/kernel [1, 1, inputs, width]`` in blocks whose shortcut is a convolution; ``scale`` and
+  ``bias`` of ``BatchNorm_j`` in each block and of ``BatchNorm_0``; ``params/Dense_0``. Kernels are
+  initially normal with variance 2 / (width times kernel size squared) (He et al., 2015, fan-out);
+  the dense layer has Flax's default initializers.
 
-  Adversarial training wants running statistics, or the attack on an example can use the others:
-  ``PreActResNet18(batch_stats="running")``.
+  For adversarial training use running statistics, ``PreActResNet18(batch_stats="running")``. With
+  batch statistics the attack on one example can use the other examples.
 
   >>> model = PreActResNet18(batch_stats="running")
   >>> variables = jax.eval_shape(model.init, jax.random.key(0), images)
@@ -44,23 +45,25 @@ class PreActResNet18(nn.Module):
   >>> logits, moved = jax.eval_shape(step, variables, images)
 
   Source: He, Zhang, Ren and Sun, *Identity mappings in deep residual networks*
-  (https://arxiv.org/abs/1603.05027), with the widths of ResNet-18 and without its first halvings,
-  as is usual for images of 32 by 32; the networks of Fast-AT and Fast-BAT.
+  (https://arxiv.org/abs/1603.05027), with the widths of ResNet-18 but without its first halvings,
+  as is usual for 32 by 32 images. Fast-AT and Fast-BAT use this network.
 
   Attributes:
-    num_classes: how many logits.
-    widths: the channels of the four pairs of blocks.
-    final_norm: whether a normalization and a rectifier come before the mean, as in the paper. A
-      common implementation (https://github.com/kuangliu/pytorch-cifar) has none there: 11,171,146
+    num_classes: number of classes, one logit each.
+    widths: number of channels of each of the four pairs of blocks.
+    final_norm: whether a normalization and a ReLU come before the mean, as in the paper. A common
+      implementation (https://github.com/kuangliu/pytorch-cifar) omits them and has 11,171,146
       parameters.
-    batch_stats: ``"batch"`` normalizes by the batch at hand: a pure function of parameters and
-      images, in which an example depends on the others (transductive). ``"running"`` normalizes by
-      the collection ``batch_stats``, which ``init`` makes and only
-      ``apply(..., train=True, mutable=["batch_stats"])`` moves.
-    momentum: what such a step keeps of the running statistics, in [0, 1).
-    conv: ``"auto"``, ``"patches"`` or ``"native"``; see :func:`jaxbo_models.layers.convolution`.
-    dtype: the dtype of convolutions and activations (``jnp.bfloat16`` halves their memory); None
-      takes what images and parameters promote to. Normalization is in float32 at least.
+    batch_stats: ``"batch"`` always normalizes by the current batch: the output is a pure function
+      of parameters and images, but the logits of each image depend on the other images
+      (transductive). ``"running"`` normalizes by the collection ``batch_stats``, which ``init``
+      creates. Only ``apply(..., train=True, mutable=["batch_stats"])`` updates the collection, and
+      it normalizes by the current batch.
+    momentum: share of the running statistics that an update keeps, in [0, 1).
+    conv: ``"native"`` for XLA's convolution; ``"patches"`` for matrix products, much faster in
+      compiled loops on CPUs; ``"auto"`` for ``"patches"`` on CPUs and ``"native"`` elsewhere.
+    dtype: dtype of convolutions and activations (``jnp.bfloat16`` halves their memory); None for
+      the dtype to which images and parameters promote. Normalization is in float32 at least.
   """
 
   num_classes: int = 10
@@ -77,11 +80,12 @@ class PreActResNet18(nn.Module):
 
     Args:
       images: ``[n, height, width, channels]``.
-      train: moves the running statistics; without effect for ``batch_stats="batch"``.
+      train: with ``batch_stats="running"``, normalizes by the batch and updates the running
+        statistics; with ``"batch"``, has no effect.
 
     Raises:
-      ValueError: the images have another rank or are smaller than 8 by 8, an attribute is none of
-        the above, or batch statistics would be those of a single value.
+      ValueError: the images have another rank or are smaller than 8 by 8, an attribute is out of
+        its range, or a channel has a single value, which has no batch statistics.
     """
     check_images(images, smallest=8)
     if len(self.widths) != 4:
@@ -110,15 +114,18 @@ _FAN_OUT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
 class PreActBlock(nn.Module):
-  """One block of :class:`PreActResNet18`, from ``[n, h, w, c]`` to about ``[n, h/s, w/s, width]``.
+  """One block of :class:`PreActResNet18`.
+
+  With stride s the block maps ``[n, h, w, c]`` to ``[n, ceil(h / s), ceil(w / s), width]``.
 
   Attributes:
-    width: the channels.
-    stride: of the first convolution.
-    batch_stats: as in the model, like all that follow.
-    momentum: see there.
-    conv: see there.
-    dtype: see there.
+    width: number of channels of the output.
+    stride: stride of the first convolution and of the shortcut.
+    batch_stats: ``"batch"`` or ``"running"``, the statistics that normalize.
+    momentum: share of the running statistics that an update keeps, in [0, 1).
+    conv: ``"auto"``, ``"patches"`` or ``"native"``, the implementation of convolutions.
+    dtype: dtype of convolutions and activations; None for the dtype to which ``x`` and the
+      parameters promote.
   """
 
   width: int
@@ -130,7 +137,7 @@ class PreActBlock(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-    """Returns the block's output, of the dtype of its convolutions."""
+    """Returns the output of the block, in the dtype of its convolutions."""
 
     def conv(x: jax.Array, size: int, stride: int, name: str | None = None) -> jax.Array:
       return convolution(

@@ -14,11 +14,11 @@ from jaxbo_models.layers import BatchNorm, check_images, convolution, max_pool
 class ResNet12(nn.Module):
   """Four residual blocks of three 3 by 3 convolutions, then the mean over the pixels.
 
-  Images ``[n, height, width, channels]`` of any real dtype, height and width at least 16, are
-  mapped to features ``[n, widths[-1]]`` in float32. A block is twice (convolution, normalization,
-  leaky rectifier), then convolution and normalization, plus a 1 by 1 convolution and normalization
-  of the block's input, leaky rectifier, 2 by 2 maximum. Slopes are 0.1; there are no biases but
-  those of the normalizations.
+  The model maps images ``[n, height, width, channels]`` of any real dtype, at least 16 by 16, to
+  features ``[n, widths[-1]]`` in float32. A block applies convolution, normalization and leaky ReLU
+  twice, then convolution and normalization. It adds the shortcut, a 1 by 1 convolution and
+  normalization of the block's input, and ends with leaky ReLU and 2 by 2 max pooling. The negative
+  slope of each leaky ReLU is 0.1. Only the normalizations have biases.
 
   >>> model = ResNet12()
   >>> images = jax.ShapeDtypeStruct((5, 84, 84, 3), jnp.float32)
@@ -29,13 +29,14 @@ class ResNet12(nn.Module):
   12424320
 
   Parameters are float32, in ``params/ResidualBlock_i``: ``Conv_j/kernel [3, 3, inputs, width]``,
-  ``shortcut/kernel [1, 1, inputs, width]`` and ``scale`` and ``bias`` ``[width]`` of
-  ``BatchNorm_j`` and ``shortcut_norm``. Kernels begin normal with variance 2 / (width times kernel
-  size squared) (He et al., 2015, fan-out).
+  ``shortcut/kernel [1, 1, inputs, width]``, and ``scale`` and ``bias`` ``[width]`` of
+  ``BatchNorm_j`` and ``shortcut_norm``. Kernels are initially normal with variance 2 / (width times
+  kernel size squared) (He et al., 2015, fan-out).
 
-  With ``drop_rate`` and ``train=True``, :func:`drop_block` follows each block. Its randomness comes
-  from the key in ``rngs`` alone: equal keys, equal features. For a rate that grows during training
-  (Lee et al. use ``0.1 * min(1, step / 40_000)``), build the model in the jitted function:
+  With a nonzero ``drop_rate`` and ``train=True``, :func:`drop_block` follows each block. The key in
+  ``rngs`` alone determines what is dropped, so equal keys give equal features. For a rate that
+  grows during training (Lee et al. use ``0.1 * min(1, step / 40_000)``), build the model in the
+  jitted function:
 
   >>> @jax.jit
   ... def features(variables, images, step, key):
@@ -44,22 +45,24 @@ class ResNet12(nn.Module):
 
   Source: Lee, Maji, Ravichandran and Soatto, *Meta-learning with differentiable convex
   optimization* (https://arxiv.org/abs/1904.03758; ``ResNet12_embedding.py`` in their code). They
-  flatten the last pixels where we take the mean, as the experiments of ESJ do, and scale dropout
-  (``block_size`` 1) by ``1 / (1 - drop_rate)`` where we scale by what was really kept.
+  flatten the last pixels; we take the mean, as in the experiments of ESJ. They scale dropout
+  (``block_size`` 1) by ``1 / (1 - drop_rate)``; we scale by one over the share really kept.
 
   Attributes:
-    widths: the channels of the four blocks. ``(64, 128, 256, 512)`` is common, too.
-    batch_stats: ``"batch"`` normalizes by the batch at hand: a pure function of parameters and
-      images, in which an example depends on the others (transductive). ``"running"`` normalizes by
-      the collection ``batch_stats``, which ``init`` makes and only
-      ``apply(..., train=True, mutable=["batch_stats"])`` moves.
-    momentum: what such a step keeps of the running statistics, in [0, 1).
-    drop_rate: the probability to drop an entry, in [0, 1); may be traced.
-    block_sizes: the height and width of what is dropped together after each block; 1 is dropout.
-    conv: ``"auto"``, ``"patches"`` or ``"native"``; see :func:`jaxbo_models.layers.convolution`.
-    dtype: the dtype of convolutions and activations (``jnp.bfloat16`` halves their memory); None
-      takes what images and parameters promote to. Normalization is in float32 at least.
-    pool: whether the mean over the pixels is taken; without it the features are
+    widths: number of channels of each of the four blocks. ``(64, 128, 256, 512)`` is common, too.
+    batch_stats: ``"batch"`` always normalizes by the current batch: the output is a pure function
+      of parameters and images, but the features of each image depend on the other images
+      (transductive). ``"running"`` normalizes by the collection ``batch_stats``, which ``init``
+      creates. Only ``apply(..., train=True, mutable=["batch_stats"])`` updates the collection, and
+      it normalizes by the current batch.
+    momentum: share of the running statistics that an update keeps, in [0, 1).
+    drop_rate: probability of dropping an entry, in [0, 1); may be traced.
+    block_sizes: side in pixels of the squares dropped after each of the four blocks; 1 is dropout.
+    conv: ``"native"`` for XLA's convolution; ``"patches"`` for matrix products, much faster in
+      compiled loops on CPUs; ``"auto"`` for ``"patches"`` on CPUs and ``"native"`` elsewhere.
+    dtype: dtype of convolutions and activations (``jnp.bfloat16`` halves their memory); None for
+      the dtype to which images and parameters promote. Normalization is in float32 at least.
+    pool: whether to take the mean over the pixels; with False the features are
       ``[n, height // 16, width // 16, widths[-1]]``, for attention.
   """
 
@@ -78,12 +81,13 @@ class ResNet12(nn.Module):
 
     Args:
       images: ``[n, height, width, channels]``.
-      train: drops entries (``apply`` needs ``rngs={"dropout": key}`` if ``drop_rate`` is not 0) and
-        moves the running statistics, if there are any.
+      train: drops entries (``apply`` needs ``rngs={"dropout": key}`` unless ``drop_rate`` is 0).
+        With ``batch_stats="running"``, also normalizes by the batch and updates the running
+        statistics.
 
     Raises:
-      ValueError: the images have another rank or are smaller than 16 by 16, an attribute is none of
-        the above, or batch statistics would be those of a single value.
+      ValueError: the images have another rank or are smaller than 16 by 16, an attribute is out of
+        its range, or a channel has a single value, which has no batch statistics.
     """
     check_images(images, smallest=16)
     for name in ("widths", "block_sizes"):
@@ -106,11 +110,12 @@ class ResidualBlock(nn.Module):
   """One block of :class:`ResNet12`, from ``[n, h, w, c]`` to ``[n, h // 2, w // 2, width]``.
 
   Attributes:
-    width: the channels.
-    batch_stats: as in the model, like all that follow.
-    momentum: see there.
-    conv: see there.
-    dtype: see there.
+    width: number of channels of the output.
+    batch_stats: ``"batch"`` or ``"running"``, the statistics that normalize.
+    momentum: share of the running statistics that an update keeps, in [0, 1).
+    conv: ``"auto"``, ``"patches"`` or ``"native"``, the implementation of convolutions.
+    dtype: dtype of convolutions and activations; None for the dtype to which ``x`` and the
+      parameters promote.
   """
 
   width: int
@@ -121,7 +126,7 @@ class ResidualBlock(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-    """Returns the block's output, of the dtype of its convolutions."""
+    """Returns the output of the block, in the dtype of its convolutions."""
 
     def normalized_conv(x: jax.Array, size: int, name: str | None, norm: str | None) -> jax.Array:
       x = convolution(
@@ -150,9 +155,9 @@ def drop_block(x: jax.Array, key: jax.Array, rate: float | jax.Array, block_size
 
   .. math:: \gamma = \frac{rate}{b^2} \cdot \frac{h w}{(h - b + 1)(w - b + 1)}
 
-  and the rest is multiplied by one over the share of entries kept, over the whole array. Squares
-  overlap, so a little less than ``rate`` is dropped on average; exactly ``rate`` if ``block_size``
-  is 1 (dropout) or covers the image (whole channels).
+  The rest is divided by the share of entries kept in the whole array. Squares overlap, so on
+  average a little less than ``rate`` is dropped; exactly ``rate`` if ``block_size`` is 1 (dropout)
+  or covers the image (whole channels).
 
   >>> y = drop_block(jnp.ones((1, 4, 5, 1)), jax.random.key(3), rate=0.2, block_size=2)
   >>> (y[0, :, :, 0] > 0).astype(int)
@@ -165,12 +170,12 @@ def drop_block(x: jax.Array, key: jax.Array, rate: float | jax.Array, block_size
 
   Args:
     x: ``[n, h, w, c]``.
-    key: what alone decides where the squares are.
-    rate: the share of entries to drop, in [0, 1); may be traced. At 0 the result is ``x``.
-    block_size: the side of the squares, at least 1; cut to the height and the width of ``x``.
+    key: the random key; it alone determines where the squares are.
+    rate: share of entries to drop, in [0, 1); may be traced. At 0 the result is ``x``.
+    block_size: side of the squares in pixels, at least 1; cut to the height and width of ``x``.
 
   Returns:
-    An array like ``x``; all 0 in the rare case that everything was dropped.
+    An array with the shape and dtype of ``x``; all 0 in the rare case that every entry is dropped.
 
   Raises:
     ValueError: ``rate`` or ``block_size`` is out of range.

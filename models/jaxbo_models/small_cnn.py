@@ -1,4 +1,4 @@
-"""The small convolutional network of robust classification."""
+"""A small convolutional network for robust classification."""
 
 from collections.abc import Sequence
 
@@ -11,12 +11,12 @@ from jaxbo_models.layers import check_images, convolution
 
 
 class SmallCNN(nn.Module):
-  """Two 4 by 4 convolutions of stride 2 and two dense layers, with rectifiers between them.
+  """Two 4 by 4 convolutions of stride 2 and two dense layers, with ReLUs between them.
 
-  Images ``[n, height, width, channels]`` of any real dtype, at least 8 by 8, are mapped to logits
-  ``[n, num_classes]`` in float32. Strides take the place of maxima: they cost less, and leave the
-  loss as smooth in the images as rectifiers do. There is no normalization, so an example does not
-  depend on others.
+  The model maps images ``[n, height, width, channels]`` of any real dtype, at least 8 by 8, to
+  logits ``[n, num_classes]`` in float32. Strides replace max pooling: they cost less, and only the
+  ReLUs make the loss non-smooth in the images. There is no normalization, so the logits of an image
+  do not depend on other images.
 
   >>> model = SmallCNN()
   >>> images = jax.ShapeDtypeStruct((5, 28, 28, 1), jnp.float32)
@@ -30,15 +30,17 @@ class SmallCNN(nn.Module):
   [widths[i]]``, ``params/Dense_i/kernel`` and ``params/Dense_i/bias``.
 
   Source: Wong and Kolter, *Provable defenses against adversarial examples via the convex outer
-  adversarial polytope* (https://arxiv.org/abs/1711.00851), their network for MNIST. The first
-  parameters are Flax's default.
+  adversarial polytope* (https://arxiv.org/abs/1711.00851), their network for MNIST. Parameters have
+  Flax's default initializers.
 
   Attributes:
-    num_classes: how many logits.
-    widths: the channels of the two convolutions.
-    num_hidden: the width of the first dense layer.
-    conv: ``"auto"``, ``"patches"`` or ``"native"``; see :func:`jaxbo_models.layers.convolution`.
-    dtype: the dtype of products and activations; None takes what images and parameters promote to.
+    num_classes: number of classes, one logit each.
+    widths: number of channels of each of the two convolutions.
+    num_hidden: width of the first dense layer.
+    conv: ``"native"`` for XLA's convolution; ``"patches"`` for matrix products, much faster in
+      compiled loops on CPUs; ``"auto"`` for ``"patches"`` on CPUs and ``"native"`` elsewhere.
+    dtype: dtype of products and activations; None for the dtype to which images and parameters
+      promote.
   """
 
   num_classes: int = 10
@@ -51,8 +53,9 @@ class SmallCNN(nn.Module):
   def __call__(self, images: jax.Array) -> jax.Array:
     """Returns the logits ``[n, num_classes]`` of ``images``, in float32.
 
-    Raises ``ValueError`` for images of another rank or smaller than 8 by 8, other than two widths,
-    or an unknown ``conv``.
+    Raises:
+      ValueError: the images have another rank or are smaller than 8 by 8, ``widths`` does not hold
+        two numbers, or ``conv`` is unknown.
     """
     check_images(images, smallest=8)
     if len(self.widths) != 2:

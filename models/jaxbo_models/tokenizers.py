@@ -1,4 +1,4 @@
-"""Tokenizers: text to ids and back."""
+"""Tokenizers from text to ids and back."""
 
 import pathlib
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from typing import Any
 
 
 class ByteTokenizer:
-  """The bytes of UTF-8, and one more id for the end of a text.
+  """Maps text to its UTF-8 bytes; one more id marks the end of a text.
 
   >>> tokenizer = ByteTokenizer()
   >>> tokenizer.encode("né")
@@ -15,33 +15,33 @@ class ByteTokenizer:
   'né'
 
   Attributes:
-    vocab_size: 257.
-    end_of_text: 256.
+    vocab_size: the number of ids, 257.
+    end_of_text: the id of the end of a text, 256.
   """
 
   vocab_size: int = 257
   end_of_text: int = 256
 
   def encode(self, text: str) -> list[int]:
-    """The ids of ``text``, without an end."""
+    """Returns the ids of ``text``, without ``end_of_text``."""
     return list(text.encode())
 
   def decode(self, ids: Sequence[int]) -> str:
-    """The text of ``ids``; ends are left out, and bytes that are no UTF-8 become U+FFFD."""
+    """Returns the text of ``ids`` without ``end_of_text``; invalid UTF-8 becomes U+FFFD."""
     return bytes(i for i in ids if i != self.end_of_text).decode(errors="replace")
 
 
 class BPETokenizer:
-  """Byte-pair encoding as in GPT-2, from local files, by the package tokenizers.
+  """GPT-2's byte-pair encoding, read from local files.
 
-  It comes with ``jaxbo-models[huggingface]``.
+  Install ``jaxbo-models[huggingface]`` for the package tokenizers, which does the work.
 
   >>> tokenizer = BPETokenizer("gpt2_bpe")  # doctest: +SKIP
   >>> tokenizer.encode("Hello world")  # doctest: +SKIP
   [15496, 995]
 
-  Text is text: the name of a special token in it is encoded letter by letter, so that no document
-  can end another. This is our choice; transformers reads it as the token.
+  The name of a special token in a text is encoded as ordinary text, so that no document can contain
+  an end of text. This is our choice; transformers encodes the name as the special token.
 
   Args:
     path: a folder with ``tokenizer.json`` (Pythia, GPT-2), with ``vocab.json`` and ``merges.txt``
@@ -49,12 +49,12 @@ class BPETokenizer:
     end_of_text: the special token that ends a text: ``"</s>"`` for OPT.
 
   Attributes:
-    vocab_size: how many ids there are. A model may have more: Pythia's are padded.
-    end_of_text: the id of that token.
+    vocab_size: the number of ids. A model may have more: Pythia pads its vocabulary.
+    end_of_text: the id of the token that ends a text.
 
   Raises:
-    FileNotFoundError: the folder has none of these files.
-    ValueError: there is no token ``end_of_text``, or ``tokenizer.json`` is broken.
+    FileNotFoundError: the folder has none of these sets of files.
+    ValueError: ``end_of_text`` is not a token, or ``tokenizer.json`` is broken.
   """
 
   vocab_size: int
@@ -71,11 +71,11 @@ class BPETokenizer:
     self.end_of_text = end
 
   def encode(self, text: str) -> list[int]:
-    """The ids of ``text``, without a beginning or an end."""
+    """Returns the ids of ``text``, without tokens for its beginning or end."""
     return self._tokenizer.encode(text, add_special_tokens=False).ids
 
   def decode(self, ids: Sequence[int]) -> str:
-    """The text of ``ids``; ends are left out, and bytes that are no UTF-8 become U+FFFD."""
+    """Returns the text of ``ids`` without special tokens; invalid UTF-8 becomes U+FFFD."""
     return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
 
@@ -85,9 +85,9 @@ def _read(path: pathlib.Path) -> Any:
   if (path / "tokenizer.json").exists():
     try:
       tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
-    except Exception as error:  # The package raises no other.
+    except Exception as error:  # The package raises plain Exception.
       raise ValueError(f"{path / 'tokenizer.json'} is no tokenizer: {error}") from error
-    tokenizer.no_truncation()  # These are saved along, and would cut off or add ids.
+    tokenizer.no_truncation()  # The file saves both settings; they would cut off or add ids.
     tokenizer.no_padding()
     return tokenizer
   for vocabulary, merges in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")):

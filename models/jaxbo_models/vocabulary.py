@@ -1,4 +1,4 @@
-"""Vocabularies of words: tokens to ids and back."""
+"""Vocabularies: from words to ids and back."""
 
 import json
 import pathlib
@@ -9,7 +9,7 @@ import numpy as np
 
 
 class Vocabulary:
-  """The words of captions, with ids for padding, the beginning, the end and unknown words.
+  """Maps the words of captions to ids; special ids mark padding, beginning, end and unknown words.
 
   >>> captions = [["a", "red", "cross"], ["a", "red", "dog"], ["a", "red", "cross"]]
   >>> vocabulary = Vocabulary.build(captions, min_count=2)
@@ -20,20 +20,21 @@ class Vocabulary:
   >>> vocabulary.decode([1, 4, 5, 3, 2, 0, 0])
   ['a', 'red', '<unk>']
 
-  Padding, beginning and end are three different ids, 0 to 2, so that a mask is ``tokens != 0``.
+  Padding, beginning and end have the ids 0, 1 and 2, so ``tokens != 0`` is the mask of real tokens.
 
   Args:
-    words: all words by their ids; the first three or four are the special ones.
+    words: all words, in the order of their ids. ``"<pad>"``, ``"<bos>"`` and ``"<eos>"`` come
+      first, then ``"<unk>"`` if the vocabulary has an id for unknown words.
 
   Attributes:
-    words: the same.
-    pad: 0, what fills up a row behind its end.
-    bos: 1, the beginning of a caption.
-    eos: 2, its end.
-    unk: 3, a word that is not here; ``None`` for a vocabulary of all words there are.
+    words: all words, in the order of their ids.
+    pad: the id of padding after the end of a caption, 0.
+    bos: the id of the beginning of a caption, 1.
+    eos: the id of the end of a caption, 2.
+    unk: the id of words outside the vocabulary, 3; None if the vocabulary lacks ``"<unk>"``.
 
   Raises:
-    ValueError: if the special words are not where they belong, or a word occurs twice.
+    ValueError: the first three words are not the special ones, or a word occurs twice.
   """
 
   SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>")
@@ -54,14 +55,14 @@ class Vocabulary:
 
   @classmethod
   def build(cls, captions: Iterable[Sequence[str]], *, min_count: int = 1) -> "Vocabulary":
-    """The words of captions that occur often enough, the most frequent first.
+    """Builds the vocabulary of words that occur often enough, the most frequent first.
 
     Args:
-      captions: words of captions, those for training alone.
-      min_count: how often a word must occur to get an id; 6 in most work on COCO.
+      captions: the words of each caption; use training captions only.
+      min_count: how often a word must occur to get an id, at least 1; 6 in most work on COCO.
 
     Raises:
-      ValueError: if ``min_count`` is below 1.
+      ValueError: ``min_count`` is less than 1.
     """
     if min_count < 1:
       raise ValueError(f"min_count must be at least 1, got {min_count}")
@@ -72,7 +73,7 @@ class Vocabulary:
 
   @classmethod
   def load(cls, path: str | pathlib.Path) -> "Vocabulary":
-    """Reads what :meth:`save` wrote."""
+    """Reads a vocabulary that :meth:`save` wrote."""
     return cls(json.loads(pathlib.Path(path).read_text()))
 
   def save(self, path: str | pathlib.Path) -> None:
@@ -83,16 +84,16 @@ class Vocabulary:
     return len(self.words)
 
   def encode(self, words: Sequence[str], *, length: int | None = None) -> np.ndarray:
-    """The ids of a caption with its beginning and end, ``[length]`` int32.
+    """Returns the ids of a caption between its beginning and end, ``[length]`` int32.
 
     Args:
-      words: of the caption, at least one.
-      length: fills the row up with padding; a longer caption loses its last words, not its end.
-        By default as long as the caption.
+      words: the words of the caption, at least one.
+      length: length of the result, at least 3; None for the length of the caption plus 2. Shorter
+        captions are padded. Longer captions lose their last words but keep the end token.
 
     Raises:
-      ValueError: for an empty caption, a length below 3, or an unknown word where there is no id
-        for such.
+      ValueError: the caption is empty, ``length`` is less than 3, or a word is unknown and the
+        vocabulary lacks ``"<unk>"``.
     """
     if not len(words):
       raise ValueError("caption must have a word at least, got none")
@@ -105,10 +106,10 @@ class Vocabulary:
     return row
 
   def decode(self, ids: Sequence[int] | np.ndarray) -> list[str]:
-    """The words of a caption up to its end, without the special ones but ``<unk>``.
+    """Returns the words of a caption up to its end; of the special words only ``<unk>`` stays.
 
     Raises:
-      ValueError: for an id that is not here.
+      ValueError: an id is not in the vocabulary.
     """
     words = []
     for i in map(int, ids):

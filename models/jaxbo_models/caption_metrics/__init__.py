@@ -1,7 +1,7 @@
-"""Scores of captions: BLEU, ROUGE-L, CIDEr-D and exact match in NumPy, as the COCO server has them.
+"""Scores of captions in NumPy, as on the COCO server: BLEU, ROUGE-L, CIDEr-D and exact match.
 
-They take tokens, so that ids are as good as words; :func:`tokenize` makes tokens of English text.
-METEOR and SPICE are Java programs, which :func:`meteor` and :func:`spice` run where they are.
+The scores take tokens, which may be words or ids. :func:`tokenize` splits English text into tokens.
+METEOR and SPICE are Java programs; :func:`meteor` and :func:`spice` run them if they are installed.
 
 >>> from jaxbo_models import caption_metrics
 >>> candidates = [caption_metrics.tokenize("A dog runs on the beach.")]

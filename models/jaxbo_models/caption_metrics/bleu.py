@@ -7,33 +7,34 @@ import numpy as np
 
 from jaxbo_models.caption_metrics.ngrams import References, Tokens, check, ngrams
 
-# What the COCO server adds to numbers of matches and of n-grams, so that nothing is divided by 0.
+# The COCO server adds these to the counts of matches and of n-grams, to avoid division by 0.
 _TINY, _SMALL = 1e-15, 1e-9
 
 
 def bleu(candidates: Sequence[Tokens], references: References, *, max_order: int = 4) -> np.ndarray:
-  r"""BLEU-1 to BLEU-``max_order`` of a corpus, as the COCO server has them.
+  r"""Computes BLEU-1 to BLEU-``max_order`` of a corpus, as the COCO server does.
 
   .. math::
     p_k = \frac{\sum_c \sum_g \min(c_g, \max_r r_g)}{\sum_c \sum_g c_g}, \qquad
     \text{BLEU-}n = \min(1, e^{1 - r / c}) \Big(\prod_{k=1}^n p_k\Big)^{1/n}
 
-  :math:`c_g` and :math:`r_g` count the k-gram :math:`g` in a candidate and in its references. The
-  sums are over all captions: BLEU of a corpus is no mean over captions. :math:`c` is the length of
-  all candidates together, :math:`r` that of the references that are closest to their candidates in
-  length, the shorter of two that are equally close.
+  :math:`c_g` and :math:`r_g` count the k-gram :math:`g` in a candidate and in a reference. The sums
+  are over all captions, so BLEU of a corpus is not a mean over captions. :math:`c` is the total
+  length of the candidates. :math:`r` is the total length of the references, taking for each
+  candidate the reference closest in length, or the shorter of two that are equally close.
 
   Args:
-    candidates: the tokens of a caption for each image.
-    references: the tokens of one or more right captions for each image.
-    max_order: the longest n-grams, at least 1.
+    candidates: the tokens of one caption for each image.
+    references: the tokens of one or more correct captions for each image.
+    max_order: length of the longest n-grams, at least 1.
 
   Returns:
-    ``[max_order]``, in [0, 1].
+    The scores, ``[max_order]``, in [0, 1].
 
   Raises:
-    TypeError: if a caption is a string.
-    ValueError: if there are no images, a different number of them, or one without reference.
+    TypeError: a caption is a string.
+    ValueError: there are no images, ``candidates`` and ``references`` differ in length, an image
+      has no reference, or ``max_order`` is less than 1.
 
   Example:
     >>> candidate = "a red square left of a blue cross".split()
@@ -43,8 +44,8 @@ def bleu(candidates: Sequence[Tokens], references: References, *, max_order: int
 
   References:
     Papineni et al., `BLEU: a Method for Automatic Evaluation of Machine Translation
-    <https://aclanthology.org/P02-1040>`_; its sums and the constants 1e-15 and 1e-9 in them are
-    those of https://github.com/salaniz/pycocoevalcap
+    <https://aclanthology.org/P02-1040>`_; the sums and their constants 1e-15 and 1e-9 follow
+    https://github.com/salaniz/pycocoevalcap
   """
   check(candidates, references)
   if max_order < 1:

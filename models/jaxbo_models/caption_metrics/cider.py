@@ -13,11 +13,11 @@ _MAX_ORDER, _SIGMA = 4, 6.0
 
 
 class DocumentFrequencies(NamedTuple):
-  """In how many images n-grams occur.
+  """The number of images in which each n-gram occurs.
 
   Attributes:
-    counts: for each n-gram, the number of images with it in any reference.
-    num_images: the number of images.
+    counts: for each n-gram, the number of images that have the n-gram in any reference.
+    num_images: the total number of images.
   """
 
   counts: Counter[tuple[Hashable, ...]]
@@ -34,7 +34,7 @@ class DocumentFrequencies(NamedTuple):
 
 
 class _Vector(NamedTuple):
-  """A caption as CIDEr-D sees it: weights and norm of each order of n-grams, and its length."""
+  """A caption for CIDEr-D: weights and norm for each order of n-grams, and length in tokens."""
 
   weights: list[dict[tuple[Hashable, ...], float]]
   norms: list[float]
@@ -42,10 +42,10 @@ class _Vector(NamedTuple):
 
 
 class CiderD:
-  r"""CIDEr-D against given references, which are counted once: a reward for captions.
+  r"""A reward for captions: CIDEr-D against fixed references, whose n-grams are counted once.
 
-  It is a pure function of captions on the host. In self-critical training the frequencies are those
-  of the training set.
+  The reward is a pure function of captions and runs on the host. For self-critical training, pass
+  the frequencies of the training set.
 
   >>> references = [[["a", "red", "cross"]], [["a", "blue", "square"], ["the", "square"]]]
   >>> reward = CiderD(references)
@@ -53,12 +53,12 @@ class CiderD:
   [7.5   1.241]
 
   Args:
-    references: the tokens of one or more right captions for each image.
-    frequencies: in how many images n-grams occur; those of ``references`` by default.
+    references: the tokens of one or more correct captions for each image.
+    frequencies: the number of images in which each n-gram occurs; None counts ``references``.
 
   Raises:
-    TypeError: if a caption is a string.
-    ValueError: if an image has no reference.
+    TypeError: a reference is a string.
+    ValueError: an image has no reference.
   """
 
   def __init__(self, references: References, frequencies: DocumentFrequencies | None = None):
@@ -70,17 +70,18 @@ class CiderD:
   def __call__(
     self, candidates: Sequence[Tokens], images: Sequence[int] | np.ndarray | None = None
   ) -> np.ndarray:
-    """The score of each caption.
+    """Returns the score of each caption.
 
     Args:
-      candidates: the tokens of captions.
-      images: of which image each is, ``[n]``; all in their order by default.
+      candidates: the tokens of n captions.
+      images: the index of each caption's image, ``[n]``; None for one caption of each image, in
+        order.
 
     Returns:
-      ``[n]``, in [0, 10].
+      The scores, ``[n]``, in [0, 10].
 
     Raises:
-      ValueError: if there are not as many images as captions.
+      ValueError: ``images`` and ``candidates`` differ in length.
     """
     images = range(len(self._references)) if images is None else images
     if len(images) != len(candidates):
@@ -102,7 +103,7 @@ class CiderD:
   def _score(self, candidate: Tokens, references: Sequence[_Vector]) -> float:
     mine, total = self._vector(candidate), 0.0
     for theirs in references:
-      # The published program takes the number of bigrams for the length.
+      # The published program uses the number of bigrams as the length.
       difference = max(0, mine.length - 1) - max(0, theirs.length - 1)
       penalty = math.exp(-(difference**2) / (2 * _SIGMA**2))
       for n in range(_MAX_ORDER):
@@ -119,34 +120,35 @@ def cider_d(
   references: References,
   frequencies: DocumentFrequencies | None = None,
 ) -> np.ndarray:
-  r"""CIDEr-D of each caption, which is what is called CIDEr; that of a corpus is the mean.
+  r"""Computes CIDEr-D of each caption; the score of a corpus is the mean.
 
-  The vector of a caption has an entry for each n-gram :math:`g`, :math:`w_g = \mathrm{count}(g)
-  (\ln N - \ln \max(1, \mathrm{df}(g)))`, where :math:`\mathrm{df}` of the :math:`N` images have it
-  in any reference. With the vectors :math:`c^n` and :math:`r^n` of n-grams of a candidate and a
-  reference,
+  CIDEr-D is the score usually reported as CIDEr. The vector of a caption has an entry for each
+  n-gram :math:`g`, :math:`w_g = \mathrm{count}(g) (\ln N - \ln \max(1, \mathrm{df}(g)))`, where
+  :math:`\mathrm{df}(g)` of the :math:`N` images have :math:`g` in any reference. With the n-gram
+  vectors :math:`c^n` of a candidate and :math:`r^n` of a reference,
 
   .. math::
     \text{CIDEr-D} = \frac{10}{4 |R|} \sum_{n=1}^4 \sum_{r \in R}
       \frac{\sum_g \min(c^n_g, r^n_g)\, r^n_g}{\|c^n\| \|r^n\|}\,
       e^{-(\mathrm{len}(c) - \mathrm{len}(r))^2 / (2 \cdot 6^2)}
 
-  Nothing is stemmed. What to know: n-grams of all images count nothing, and with a single image
-  every score is 0. A copy of one of several references does not score 10, nor does a caption of
-  less than four tokens. Scores depend on the images that they are computed with, and are not to be
-  averaged over parts of a set.
+  There is no stemming. N-grams that occur in every image have weight 0, so with a single image
+  every score is 0. A copy of one of several references does not score 10, and neither does a
+  caption of fewer than four tokens. By default, scores depend on all images in the call: do not
+  average the scores of parts of a data set.
 
   Args:
-    candidates: the tokens of a caption for each image.
-    references: the tokens of one or more right captions for each image.
-    frequencies: in how many images n-grams occur; those of ``references`` by default.
+    candidates: the tokens of one caption for each image.
+    references: the tokens of one or more correct captions for each image.
+    frequencies: the number of images in which each n-gram occurs; None counts ``references``.
 
   Returns:
-    ``[n]``, in [0, 10].
+    The scores, ``[n]``, in [0, 10].
 
   Raises:
-    TypeError: if a caption is a string.
-    ValueError: if there are no images, a different number of them, or one without reference.
+    TypeError: a caption is a string.
+    ValueError: there are no images, ``candidates`` and ``references`` differ in length, or an image
+      has no reference.
 
   Example:
     >>> captions = ["a red cross left of a square".split(), "the circle is below a line".split()]
@@ -155,7 +157,7 @@ def cider_d(
 
   References:
     Vedantam, Zitnick, Parikh, `CIDEr: Consensus-based Image Description Evaluation
-    <https://arxiv.org/abs/1411.5726>`_; the details are those of
+    <https://arxiv.org/abs/1411.5726>`_; the details follow
     https://github.com/salaniz/pycocoevalcap
   """
   check(candidates, references)

@@ -1,4 +1,4 @@
-"""METEOR 1.5 and SPICE, which exist as Java programs alone, where those are."""
+"""METEOR 1.5 and SPICE, by their Java programs if these are installed."""
 
 import importlib.util
 import json
@@ -16,12 +16,12 @@ from jaxbo_models.caption_metrics.ngrams import References, Tokens, check
 
 
 class JavaScore(NamedTuple):
-  """A score, or why there is none.
+  """A score, or the reason why the program was skipped.
 
   Attributes:
-    value: of the corpus; NaN if there is none.
-    per_caption: ``[n]``; empty if there is none.
-    reason: why it was skipped; empty if it was not.
+    value: the score of the corpus; NaN if skipped.
+    per_caption: the score of each caption, ``[n]``; empty if skipped.
+    reason: why the program was skipped; empty if it ran.
   """
 
   value: float
@@ -32,22 +32,24 @@ class JavaScore(NamedTuple):
 def meteor(
   candidates: Sequence[Tokens], references: References, *, jar: str | Path | None = None
 ) -> JavaScore:
-  """METEOR 1.5 with its English paraphrases, by its own program, which needs Java.
+  """Computes METEOR 1.5 with English paraphrases by the authors' program, which needs Java.
 
-  Its corpus value is of summed statistics and no mean over captions.
+  The program computes the score of the corpus from summed statistics; the score is not a mean over
+  captions.
 
   Args:
-    candidates: the tokens of a caption for each image.
-    references: the tokens of one or more right captions for each image.
-    jar: ``meteor-1.5.jar``, with ``data/paraphrase-en.gz`` beside it; by default that of the
-      package pycocoevalcap, if it is installed.
+    candidates: the tokens of one caption for each image.
+    references: the tokens of one or more correct captions for each image.
+    jar: path of ``meteor-1.5.jar``, with ``data/paraphrase-en.gz`` beside it; None for the copy in
+      the package pycocoevalcap, if that package is installed.
 
   Returns:
-    The score; without Java or the program, the reason why there is none.
+    The score. If Java or the program is missing or the program fails, the reason instead.
 
   Raises:
-    TypeError: if a caption is a string.
-    ValueError: if there are no images, a different number of them, or one without reference.
+    TypeError: a caption is a string.
+    ValueError: there are no images, ``candidates`` and ``references`` differ in length, or an image
+      has no reference.
 
   References:
     Denkowski, Lavie, `Meteor Universal <https://aclanthology.org/W14-3348>`_,
@@ -76,21 +78,22 @@ def meteor(
 def spice(
   candidates: Sequence[Tokens], references: References, *, jar: str | Path | None = None
 ) -> JavaScore:
-  """SPICE: agreement of scene graphs, by its own program, which needs Java 8 or 11.
+  """Computes SPICE, the agreement of scene graphs, by the authors' program for Java 8 or 11.
 
   Args:
-    candidates: the tokens of a caption for each image.
-    references: the tokens of one or more right captions for each image.
-    jar: ``spice-1.0.jar``, with ``lib/`` beside it, in which the models of Stanford CoreNLP 3.6.0
-      are (``stanford-corenlp-3.6.0.jar`` and ``stanford-corenlp-3.6.0-models.jar``; nothing is
-      downloaded here); by default that of the package pycocoevalcap, if it is installed.
+    candidates: the tokens of one caption for each image.
+    references: the tokens of one or more correct captions for each image.
+    jar: path of ``spice-1.0.jar``. The folder ``lib/`` beside it must contain Stanford CoreNLP
+      3.6.0 (``stanford-corenlp-3.6.0.jar`` and ``stanford-corenlp-3.6.0-models.jar``); nothing is
+      downloaded. None for the copy in the package pycocoevalcap, if that package is installed.
 
   Returns:
-    The mean F score; without Java or the program, the reason why there is none.
+    The mean F score. If Java or the program is missing or the program fails, the reason instead.
 
   Raises:
-    TypeError: if a caption is a string.
-    ValueError: if there are no images, a different number of them, or one without reference.
+    TypeError: a caption is a string.
+    ValueError: there are no images, ``candidates`` and ``references`` differ in length, or an image
+      has no reference.
 
   References:
     Anderson et al., `SPICE: Semantic Propositional Image Caption Evaluation
@@ -122,7 +125,7 @@ def spice(
 def _find(
   name: str, jar: str | Path | None, in_package: str, beside: Sequence[str]
 ) -> Path | JavaScore:
-  """The program, or why it cannot run."""
+  """Returns the path of the program, or the reason why it cannot run."""
   if shutil.which("java") is None:
     return _skipped(f"{name} was skipped: there is no java")
   if jar is None:
@@ -140,7 +143,7 @@ def _find(
 
 
 def _run(command: Sequence[str], folder: Path, lines: Sequence[str]) -> list[str]:
-  """Runs a program on lines of text; returns the lines that it writes."""
+  """Runs a program on lines of text and returns the lines of its output."""
   given = "".join(line + "\n" for line in lines)
   done = subprocess.run(
     command, cwd=folder, input=given, capture_output=True, text=True, check=True, encoding="utf-8"
@@ -149,7 +152,7 @@ def _run(command: Sequence[str], folder: Path, lines: Sequence[str]) -> list[str
 
 
 def _text(tokens: Tokens) -> str:
-  """The tokens with spaces between them, without what separates captions."""
+  """Joins tokens with spaces and removes ``|||``, which separates captions."""
   return " ".join(map(str, tokens)).replace("|||", "")
 
 

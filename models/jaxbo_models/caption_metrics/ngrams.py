@@ -1,4 +1,4 @@
-"""What the scores share: n-grams, and checks of their arguments."""
+"""Functions that the scores share: n-grams and checks of arguments."""
 
 from collections import Counter
 from collections.abc import Hashable, Sequence
@@ -8,16 +8,17 @@ References = Sequence[Sequence[Tokens]]
 
 
 def ngrams(tokens: Tokens, n: int) -> Counter[tuple[Hashable, ...]]:
-  """How often each n-gram occurs in ``tokens``."""
+  """Counts how often each n-gram occurs in ``tokens``."""
   return Counter(tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1))
 
 
 def check(candidates: Sequence[Tokens], references: References) -> None:
-  """Raises unless there is a caption for each image, and a reference for each caption.
+  """Raises unless each image has a caption and at least one reference.
 
   Raises:
-    TypeError: if a caption is a string.
-    ValueError: if there is no caption, a different number of images, or one without reference.
+    TypeError: a caption is a string.
+    ValueError: there are no images, ``candidates`` and ``references`` differ in length, or an image
+      has no reference.
   """
   if not len(candidates):
     raise ValueError("candidates must hold a caption at least, got none")
@@ -33,7 +34,7 @@ def check(candidates: Sequence[Tokens], references: References) -> None:
 
 
 def check_references(image: int, references: Sequence[Tokens]) -> None:
-  """Raises unless an image has references, and they are sequences of tokens."""
+  """Raises unless an image has references and each reference is a sequence of tokens."""
   if isinstance(references, str) or any(isinstance(reference, str) for reference in references):
     raise TypeError(
       f"references[{image}] must be a list of sequences of tokens, got {references!r}"

@@ -10,27 +10,29 @@ _BETA = 1.2
 
 
 def rouge_l(candidates: Sequence[Tokens], references: References) -> np.ndarray:
-  r"""ROUGE-L of each caption, as the COCO server has it; that of a corpus is the mean.
+  r"""Computes ROUGE-L of each caption, as the COCO server does; the score of a corpus is the mean.
 
   .. math::
     P = \max_r \frac{\mathrm{LCS}(c, r)}{|c|}, \qquad
     R = \max_r \frac{\mathrm{LCS}(c, r)}{|r|}, \qquad
     F = \frac{(1 + \beta^2) P R}{R + \beta^2 P}, \qquad \beta = 1.2
 
-  with the longest common subsequence of the candidate :math:`c` and a reference :math:`r`. The two
-  maxima may be of different references. (Google's package rouge-score has :math:`\beta = 1` and one
-  reference for both, and gives other numbers.)
+  where :math:`\mathrm{LCS}(c, r)` is the length of the longest common subsequence of the candidate
+  :math:`c` and a reference :math:`r`. Different references may give the two maxima. (Google's
+  package rouge-score has :math:`\beta = 1` and takes both from one reference, so its numbers
+  differ.)
 
   Args:
-    candidates: the tokens of a caption for each image.
-    references: the tokens of one or more right captions for each image.
+    candidates: the tokens of one caption for each image.
+    references: the tokens of one or more correct captions for each image.
 
   Returns:
-    ``[n]``, in [0, 1]; 0 for an empty caption.
+    The scores, ``[n]``, in [0, 1]; 0 for an empty caption.
 
   Raises:
-    TypeError: if a caption is a string.
-    ValueError: if there are no images, a different number of them, or one without reference.
+    TypeError: a caption is a string.
+    ValueError: there are no images, ``candidates`` and ``references`` differ in length, or an image
+      has no reference.
 
   Example:
     >>> print(rouge_l(["a red cross".split()], [["a big red cross".split()]]).round(4))
@@ -54,7 +56,7 @@ def _score(candidate: Tokens, references: Sequence[Tokens]) -> float:
 
 
 def _common(first: Tokens, second: Tokens) -> int:
-  """The length of the longest common subsequence."""
+  """Returns the length of the longest common subsequence."""
   row = [0] * (len(second) + 1)
   for token in first:
     diagonal = 0

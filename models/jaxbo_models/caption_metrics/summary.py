@@ -1,4 +1,4 @@
-"""All scores at once."""
+"""Exact match, and all scores of a corpus at once."""
 
 from collections.abc import Sequence
 
@@ -11,18 +11,19 @@ from jaxbo_models.caption_metrics.rouge import rouge_l
 
 
 def exact_match(candidates: Sequence[Tokens], references: References) -> np.ndarray:
-  """Whether each caption is one of its references, token by token.
+  """Returns whether each caption equals one of its references, token for token.
 
   Args:
-    candidates: the tokens of a caption for each image.
-    references: the tokens of one or more right captions for each image.
+    candidates: the tokens of one caption for each image.
+    references: the tokens of one or more correct captions for each image.
 
   Returns:
-    ``[n]`` bool.
+    ``[n]``, bool.
 
   Raises:
-    TypeError: if a caption is a string.
-    ValueError: if there are no images, a different number of them, or one without reference.
+    TypeError: a caption is a string.
+    ValueError: there are no images, ``candidates`` and ``references`` differ in length, or an image
+      has no reference.
 
   Example:
     >>> print(exact_match([["a", "cross"], ["a"]], [[["the", "cross"], ["a", "cross"]], [["the"]]]))
@@ -34,18 +35,20 @@ def exact_match(candidates: Sequence[Tokens], references: References) -> np.ndar
 
 
 def summary(candidates: Sequence[Tokens], references: References) -> dict[str, float]:
-  """The scores of a corpus by name: ``bleu_1`` to ``bleu_4``, and the means of the others.
+  """Computes all NumPy scores of a corpus.
 
   Args:
-    candidates: the tokens of a caption for each image.
-    references: the tokens of one or more right captions for each image.
+    candidates: the tokens of one caption for each image.
+    references: the tokens of one or more correct captions for each image.
 
   Returns:
-    ``bleu_1``, ``bleu_2``, ``bleu_3``, ``bleu_4``, ``rouge_l``, ``cider_d`` and ``exact_match``.
+    The scores by name: ``bleu_1``, ``bleu_2``, ``bleu_3`` and ``bleu_4`` of the corpus, and the
+    means over captions of ``rouge_l``, ``cider_d`` and ``exact_match``.
 
   Raises:
-    TypeError: if a caption is a string.
-    ValueError: if there are no images, a different number of them, or one without reference.
+    TypeError: a caption is a string.
+    ValueError: there are no images, ``candidates`` and ``references`` differ in length, or an image
+      has no reference.
   """
   scores = {f"bleu_{n + 1}": float(x) for n, x in enumerate(bleu(candidates, references))}
   for score in (rouge_l, cider_d, exact_match):

@@ -1,8 +1,8 @@
-"""Text to tokens, nearly as Stanford's PTBTokenizer does for the COCO server."""
+"""Splits text into tokens, nearly as Stanford's PTBTokenizer does for the COCO server."""
 
 import re
 
-# One alternative a line; the first that matches counts.
+# Each line is one alternative; the first that matches wins.
 _TOKEN = re.compile(
   r"""
   \.\.+                                   # an ellipsis
@@ -20,7 +20,7 @@ _TOKEN = re.compile(
   re.VERBOSE,
 )
 _DROPPED = frozenset(("''", "'", "``", "`", '"', ".", "?", "!", ",", ":", "-", "--", "...", ";"))
-# The published program means to drop some of these, but its list has them in upper case.
+# The published program tries to drop some of these, but lists them in upper case, so they stay.
 _BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
 _TYPOGRAPHY = str.maketrans(
   {"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u2013": "--", "\u2014": "--"}
@@ -28,13 +28,14 @@ _TYPOGRAPHY = str.maketrans(
 
 
 def tokenize(text: str) -> list[str]:
-  """Lower-case tokens of English text, without punctuation.
+  """Splits English text into lower-case tokens, without punctuation.
 
-  This is nearly what the COCO server's tokenizer gives: Stanford's PTBTokenizer with
-  ``-lowerCase``, then without quotes, points, commas, colons, dashes and the like. Clitics are
-  tokens (``do n't``, ``man 's``), words with hyphens or slashes are single ones, numbers keep their
-  points and commas, brackets become ``-lrb-`` and ``-rrb-``, and ``$ % & # /`` are tokens. On
-  25,014 captions of COCO it differs in 7: rare abbreviations and fractions.
+  The result is nearly that of the COCO server, which runs Stanford's PTBTokenizer with
+  ``-lowerCase`` and then drops quotes, periods, commas, colons, dashes and similar punctuation.
+  Clitics are tokens (``do n't``, ``man 's``), and words with hyphens or slashes are single tokens.
+  Numbers keep their decimal points and commas, round brackets become ``-lrb-`` and ``-rrb-``, and
+  ``$ % & # /`` are tokens. Of 25,014 COCO captions, 7 give other tokens than the server's, because
+  of rare abbreviations and fractions.
 
   >>> print(*tokenize("The dog doesn't like Bob's half-eaten hot dog (50% off)!"))
   the dog does n't like bob 's half-eaten hot dog -lrb- 50 % off -rrb-

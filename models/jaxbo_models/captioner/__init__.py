@@ -1,4 +1,4 @@
-"""Captions of images: a guided decoder with attention, its losses and its searches."""
+"""Image captioning: a guided decoder with attention, its losses and its decoders."""
 
 from jaxbo_models.captioner.attention import attend
 from jaxbo_models.captioner.beam import beam_search

@@ -1,4 +1,4 @@
-"""Additive attention whose keys are computed once, and cells that may be absent."""
+"""Additive attention with keys computed once and a mask for absent cells."""
 
 from typing import NamedTuple
 
@@ -12,10 +12,11 @@ class AttentionWeights(NamedTuple):
   """The parameters of :func:`attend`, in the dtype of products.
 
   Attributes:
-    query: ``[query_dim, attention_dim]``.
-    bias: ``[attention_dim]``, of the query.
-    score: ``[attention_dim]``.
-    score_bias: ``[1]``. A softmax does not see it, but published models have and count it.
+    query: kernel of the query, :math:`W_q`, ``[query_dim, attention_dim]``.
+    bias: bias of the query, :math:`b`, ``[attention_dim]``.
+    score: kernel of the scores, :math:`w`, ``[attention_dim]``.
+    score_bias: bias of the scores, :math:`b_s`, ``[1]``. It does not change the softmax, but
+      published models have it and count it.
   """
 
   query: jax.Array
@@ -25,12 +26,12 @@ class AttentionWeights(NamedTuple):
 
 
 class AttentionParameters(nn.Module):
-  """The parameters of additive attention, to be used inside of a scan.
+  """Declares the parameters of additive attention, for use inside a scan.
 
   Attributes:
-    query_dim: the width of queries.
-    attention_dim: the width of keys.
-    dtype: the dtype of products.
+    query_dim: width of queries.
+    attention_dim: width of keys.
+    dtype: dtype of products.
   """
 
   query_dim: int
@@ -39,7 +40,7 @@ class AttentionParameters(nn.Module):
 
   @nn.compact
   def __call__(self) -> AttentionWeights:
-    """Returns the parameters, cast."""
+    """Returns the parameters in ``dtype``."""
     shape = (self.query_dim, self.attention_dim)
     score_init = nn.initializers.normal(self.attention_dim**-0.5)
     weights = AttentionWeights(
@@ -58,7 +59,7 @@ def attend(
   keys: jax.Array,
   mask: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-  r"""The mean of the cells, weighted by how well their keys go with the query.
+  r"""Averages the cells, weighted by how well their keys match the query.
 
   .. math:: s_i = w^\top \tanh(k_i + W_q q + b) + b_s, \qquad \alpha = \mathrm{softmax}(s),
     \qquad z = \sum_i \alpha_i a_i
@@ -74,15 +75,15 @@ def attend(
 
   Args:
     weights: the parameters.
-    query: ``[batch, ..., query_dim]``; axes between the first and the last, say of beams, share
-      the cells of their image, which are not copied.
+    query: ``[batch, ..., query_dim]``. Queries on the middle axes (for example, beams) share the
+      cells of their image; the cells are not copied.
     cells: ``[batch, num_cells, dim]``.
     keys: ``[batch, num_cells, attention_dim]``, computed once for each image.
-    mask: ``[batch, num_cells]``, bool: which cells are there; None for all.
+    mask: ``[batch, num_cells]``, bool: True for cells that are present; None if all are.
 
   Returns:
     The context ``z [batch, ..., dim]`` and the attention ``[batch, ..., num_cells]``, both in
-    float32 at least. Absent cells have the attention 0; where all are absent, ``z`` is 0.
+    float32 at least. Absent cells get attention 0. If all cells are absent, ``z`` is 0.
   """
   high = jnp.promote_types(cells.dtype, jnp.float32)
   beams = (1,) * (query.ndim - 2)
@@ -105,6 +106,6 @@ def attend(
 
 
 def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
-  """The product in the dtype of ``x``, summed and returned in float32 at least."""
+  """Multiplies in the dtype of ``x``; sums, and returns the result, in float32 at least."""
   high = jnp.promote_types(x.dtype, jnp.float32)
   return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=high)

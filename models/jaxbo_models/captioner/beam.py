@@ -1,4 +1,4 @@
-"""Beam search, batched and compiled once."""
+"""Batched beam search, compiled once."""
 
 from typing import Any, NamedTuple
 
@@ -9,7 +9,7 @@ from jaxbo_models.captioner.decoding import StepFn, allow, check_search, over_be
 
 
 class _Beams(NamedTuple):
-  """Live hypotheses and finished ones, both ``[batch, beam]``, the best first."""
+  """Live and finished hypotheses, both ``[batch, beam]``, the best first."""
 
   position: jax.Array
   live_tokens: jax.Array
@@ -34,16 +34,16 @@ def beam_search(
   forced: jax.Array | None = None,
   forbidden: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-  r"""The most probable captions that a beam finds.
+  r"""Finds probable captions by beam search.
 
-  A hypothesis is finished by ``eos_id`` and then ranked by its score
+  The token ``eos_id`` finishes a hypothesis. Finished hypotheses are ranked by the score
 
   .. math:: \log p(u_1, \dots, u_n) \Big/ \Big(\frac{5 + n}{6}\Big)^{\alpha}
 
-  n counting the token for the end. At each step the best ``2 beam_size`` continuations of live
-  hypotheses are looked at, so that as many as ``beam_size`` live on even if as many finish; the
-  search ends when no live one can overtake any finished one that would be returned. Those that are
-  not finished after ``max_length`` tokens come after all that are.
+  where n counts the end token. Each step considers the best ``2 beam_size`` continuations of the
+  live hypotheses, so ``beam_size`` hypotheses stay live even if ``beam_size`` others finish. The
+  search ends when no live hypothesis can overtake a finished one that would be returned. Hypotheses
+  that are unfinished after ``max_length`` tokens rank below all finished ones.
 
   >>> table = jnp.log(jnp.array([0.0, 0.5, 0.3, 0.2]))                # p of ids 0, 1, 2, 3, always
   >>> step_fn = lambda tokens, state: (jnp.broadcast_to(table, (*tokens.shape, 4)), state)
@@ -55,34 +55,35 @@ def beam_search(
   >>> jnp.exp(log_probabilities[0]).round(3)
   Array([0.5 , 0.15], dtype=float32)
 
-  Every array has a fixed shape: one compilation for each set of sizes, whatever comes. A step costs
-  that of ``step_fn`` on ``batch_size * beam_size`` words and a selection among their ``vocab_size``
-  continuations each. With a beam of 1 and a length penalty of 0 this is no greedy search: it goes
-  on beyond a finished hypothesis while a live one is more probable.
+  Every array has a fixed shape, so each set of sizes compiles once. One step costs ``step_fn`` on
+  ``batch_size * beam_size`` words and a top-k over the ``vocab_size`` continuations of each word.
+  With ``beam_size=1`` and ``length_penalty=0`` the search is not greedy: it continues after a
+  hypothesis finishes as long as the live one is more probable.
 
-  Source: the design is that of Flax's ``examples/wmt/decode.py`` and of T5X (there the best is the
-  last). Captioning has no length penalty by default, translation 0.6.
+  Source: the design follows Flax's ``examples/wmt/decode.py`` and T5X (which return the best last).
+  By convention captioning has no length penalty, and translation has 0.6.
 
   Args:
     step_fn: ``step_fn(tokens, state) -> (log_probabilities, state)`` reads ``tokens [batch, beam]``
-      and returns the log-probabilities of what follows, ``[batch, beam, vocab_size]``.
-    init_state: what is handed to its first call, a pytree with leaves ``[batch, ...]``; within the
-      search they are ``[batch, beam, ...]``. See :func:`make_step`.
-    batch_size: how many captions are sought at once.
-    beam_size: the hypotheses kept, at least 1, and no more than there are sequences.
-    max_length: the most tokens of a caption, the one for the end among them; at least 1.
-    bos_id: what the first step reads.
+      and returns the log-probabilities of the next tokens, ``[batch, beam, vocab_size]``.
+    init_state: the state for the first call of ``step_fn``, a pytree with leaves ``[batch, ...]``;
+      inside the search the leaves are ``[batch, beam, ...]``. :func:`make_step` returns it.
+    batch_size: number of images.
+    beam_size: number of hypotheses kept, at least 1 and at most ``vocab_size ** max_length``.
+    max_length: maximum number of tokens in a caption, including the end token; at least 1.
+    bos_id: the token that the first step reads.
     eos_id: the token that ends a caption.
-    length_penalty: :math:`\alpha`, at least 0; 0 ranks by probability, 1 about by its mean.
-    forced: ``[batch, max_length]``, integers: a token at its place, or -1 where it is free. Its
-      log-probability counts like any other.
-    forbidden: ``[vocab_size]``, bool: tokens that never come unless forced. Nothing is normalized
-      anew.
+    length_penalty: :math:`\alpha`, at least 0; 0 ranks by log-probability, 1 roughly by the mean
+      log-probability of a token.
+    forced: ``[batch, max_length]``, integers: the token required at each position, or -1 to leave
+      the position free. Log-probabilities of forced tokens count like any others.
+    forbidden: ``[vocab_size]``, bool: True for tokens that may appear only where they are forced.
+      The remaining probabilities are not renormalized.
 
   Returns:
-    Tokens ``[batch, beam, max_length]``, without the first and filled up with ``eos_id``, and
-    their log-probabilities ``[batch, beam]`` (no penalty in them), the best first. Where fewer
-    hypotheses exist than the beam has places, the last have the log-probability -inf.
+    Tokens ``[batch, beam, max_length]``, without ``bos_id`` and padded with ``eos_id``, and their
+    log-probabilities ``[batch, beam]`` without the length penalty; the best caption first. If there
+    are fewer hypotheses than ``beam_size``, the last entries have log-probability -inf.
 
   Raises:
     ValueError: an argument is out of its range or has another shape.
@@ -104,7 +105,7 @@ def beam_search(
   penalty = lambda length: ((5 + length) / 6) ** length_penalty
 
   def is_open(beams: _Beams) -> jax.Array:
-    # Log-probabilities only fall, and the longest caption is divided by the most.
+    # Log-probabilities only fall, and the longest caption has the largest divisor.
     best = beams.live[:, 0] / penalty(max_length)
     return (beams.position < max_length) & jnp.any(beams.scores[:, -1] < best)
 
@@ -147,7 +148,7 @@ def beam_search(
     finished=nothing,
   )
   beams = jax.lax.while_loop(is_open, step, first)
-  # Finished ones are sorted, then live ones are; places without a hypothesis come last.
+  # Finished hypotheses come first, then live ones, each sorted; empty places come last.
   found = jnp.concatenate([beams.scores, beams.live], axis=1) > -jnp.inf
   order = jnp.argsort(~found, axis=1, stable=True)[:, :beam_size]
   sums = jnp.concatenate([jnp.where(found[:, :beam_size], beams.finished, -jnp.inf), beams.live], 1)
@@ -156,5 +157,5 @@ def beam_search(
 
 
 def _take(x: jax.Array, index: jax.Array) -> jax.Array:
-  """Entries ``index [batch, k]`` of the second axis of ``x``."""
+  """Takes the entries ``index [batch, k]`` of the second axis of ``x``."""
   return jax.vmap(lambda row, i: row[i])(x, index)

@@ -1,4 +1,4 @@
-"""Gated recurrent cells whose inputs come from several places, each with a kernel of its own."""
+"""Gated recurrent cells with several inputs and a separate kernel for each."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -16,8 +16,9 @@ class CellWeights(NamedTuple):
   """The parameters of a cell, in the dtype of products; ``blocks`` is 4, or 5 with maxout.
 
   Attributes:
-    inputs: for each input ``[its width, blocks * hidden_dim]``, or fewer columns: the last ones.
-    recurrent: ``[hidden_dim, blocks * hidden_dim]``.
+    inputs: the kernel of each input, ``[input width, blocks * hidden_dim]``; an input that goes
+      into the candidate alone has only the last columns.
+    recurrent: the recurrent kernel, ``[hidden_dim, blocks * hidden_dim]``.
     bias: ``[blocks * hidden_dim]``, in float32 at least.
   """
 
@@ -27,17 +28,17 @@ class CellWeights(NamedTuple):
 
 
 class CellParameters(nn.Module):
-  """The parameters of a cell, to be used inside of a scan.
+  """Declares the parameters of a cell, for use inside a scan.
 
-  Kernels of inputs begin normal, with the variance 1 / (width of all inputs together), recurrent
-  kernels orthogonal for each gate, and biases with 0: as in :class:`flax.linen.LSTMCell`.
+  Initial values follow :class:`flax.linen.LSTMCell`: input kernels are normal with variance
+  1 / (total width of all inputs), recurrent kernels are orthogonal for each gate, and biases are 0.
 
   Attributes:
-    inputs: the width of each input.
-    hidden_dim: the units.
-    candidate: ``"tanh"``, or ``"maxout"``: the larger of two, without tanh.
-    partial: the inputs that go into the candidate alone and into no gate.
-    dtype: the dtype of products.
+    inputs: width of each input.
+    hidden_dim: number of units.
+    candidate: ``"tanh"``, or ``"maxout"`` for the larger of two candidates, without tanh.
+    partial: names of the inputs that go into the candidate but not into the gates.
+    dtype: dtype of products.
   """
 
   inputs: Mapping[str, int]
@@ -48,7 +49,7 @@ class CellParameters(nn.Module):
 
   @nn.compact
   def __call__(self) -> CellWeights:
-    """Returns the parameters, cast."""
+    """Returns the kernels in ``dtype`` and the bias in float32 at least."""
     candidates = 2 if self.candidate == "maxout" else 1
     blocks = 3 + candidates
     init = nn.initializers.normal(sum(self.inputs.values()) ** -0.5)
@@ -81,17 +82,18 @@ def into_last(sums: jax.Array, part: jax.Array) -> jax.Array:
 def update(
   sums: jax.Array, cell: jax.Array, candidate: str, dtype: jax.typing.DTypeLike
 ) -> tuple[jax.Array, jax.Array]:
-  r"""The new hidden state and cell from the sums of all inputs.
+  r"""Returns the new hidden state and cell, given the sums of all inputs.
 
   .. math:: c_t = \sigma(f) c_{t-1} + \sigma(i) g, \qquad h_t = \sigma(o) \tanh(c_t)
 
-  with the blocks :math:`i, f, o` and then :math:`g = \tanh(s_1)`, or :math:`g = \max(s_1, s_2)`.
+  The blocks are :math:`i, f, o` and the candidates: :math:`g = \tanh(s_1)` for ``"tanh"``, and
+  :math:`g = \max(s_1, s_2)` for ``"maxout"``.
 
   Args:
     sums: ``[..., blocks * hidden_dim]`` in float32 at least.
     cell: ``[..., hidden_dim]`` in float32 at least.
     candidate: ``"tanh"`` or ``"maxout"``.
-    dtype: that of the hidden state returned; the cell keeps its own.
+    dtype: dtype of the returned hidden state; the cell keeps its dtype.
   """
   width = cell.shape[-1]
   gates = jax.nn.sigmoid(sums[..., : 3 * width])

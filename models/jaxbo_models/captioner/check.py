@@ -1,4 +1,4 @@
-"""What users may get wrong: flags, shapes, captions, parameters of another configuration."""
+"""Checks of a captioner's attributes, arrays, captions and parameters."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ _CHOICES = {
 
 
 def check_flags(model: Any) -> None:
-  """Raises ``ValueError`` for attributes of a :class:`GuidedCaptioner` that are none."""
+  """Raises ``ValueError`` if an attribute of a :class:`GuidedCaptioner` is out of its range."""
   for name in ("vocab_size", "embed_dim", "hidden_dim", "attention_dim", "unroll"):
     if getattr(model, name) < 1:
       raise ValueError(f"{name} must be at least 1, got {getattr(model, name)}")
@@ -44,7 +44,7 @@ def check_flags(model: Any) -> None:
 
 
 def check_tokens(tokens: jax.Array, mask: jax.Array | None) -> None:
-  """Raises ``ValueError`` unless both have the shapes and dtypes of captions."""
+  """Raises ``ValueError`` unless tokens and mask have the shapes and dtypes of captions."""
   if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
     raise ValueError(
       f"tokens must be integers [batch, length], got {tokens.dtype} of shape {tokens.shape}"
@@ -69,10 +69,10 @@ def check_features(features: jax.Array, cell_mask: jax.Array | None, made_for: i
 
 
 def check_captions(tokens: Any, mask: Any = None, *, vocab_size: int) -> None:
-  """Raises ``ValueError`` for captions that a loss would have to be silent about.
+  """Raises ``ValueError`` for captions that give NaN or meaningless losses.
 
-  Under jit nothing can be raised: there, an unknown token makes the loss of its caption NaN, and a
-  caption without a target has the loss 0. Call this where data come in.
+  Jitted code cannot raise: a loss is NaN if its caption has an unknown token, and 0 if its caption
+  has no target. So call this function where you load the data.
 
   >>> check_captions([[1, 5, 2], [1, 7, 2]], vocab_size=6)
   Traceback (most recent call last):
@@ -80,13 +80,14 @@ def check_captions(tokens: Any, mask: Any = None, *, vocab_size: int) -> None:
   ValueError: tokens must be in [0, vocab_size = 6), got 7 in caption 1 at position 1
 
   Args:
-    tokens: ``[batch, length]``, integers, beginning with the token for the beginning.
-    mask: ``[batch, length]``, bool: which tokens are there; None for all.
-    vocab_size: the model's.
+    tokens: ``[batch, length]``, integers; each caption starts with its beginning token.
+    mask: ``[batch, length]``, bool: True for real tokens, False for padding; None if all are real.
+    vocab_size: the model's number of tokens; ids are in [0, vocab_size).
 
   Raises:
-    ValueError: an unknown token, an empty caption (with no token after the first), or a mask whose
-      padding is not at the end; the message names the caption, counted from 0.
+    ValueError: a token is unknown, a caption is empty (it has no token after the first), or the
+      padding in a mask is not at the end. The message names the caption, counted from 0. Also if
+      ``tokens`` or ``mask`` has another shape or dtype.
   """
   tokens = np.asarray(tokens)
   if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
@@ -114,10 +115,11 @@ def check_captions(tokens: Any, mask: Any = None, *, vocab_size: int) -> None:
 
 
 def check_params(model: nn.Module, params: Any, features: Any, tokens: Any) -> None:
-  """Raises ``ValueError`` unless ``params`` are parameters of this configuration of the model.
+  """Raises ``ValueError`` unless ``params`` fit this configuration of the model.
 
-  Nothing is computed. For checkpoints: what was saved by another configuration would fail later, in
-  words of Flax, or not at all where shapes happen to agree.
+  Call this after loading a checkpoint. Without the check, parameters of another configuration fail
+  later with a message from Flax, or never fail if their shapes happen to agree. The check runs no
+  model computation.
 
   >>> from jaxbo_models import captioner
   >>> small, large = captioner.GuidedCaptioner(9, 4, 8, 8), captioner.GuidedCaptioner(9, 4, 16, 8)
@@ -131,13 +133,14 @@ def check_params(model: nn.Module, params: Any, features: Any, tokens: Any) -> N
 of float32, got (8, 8) of float32
 
   Args:
-    model: the :class:`GuidedCaptioner`, or any module called with features and tokens.
-    params: what ``init`` returned in ``"params"``, or was loaded.
-    features: as the model takes, or their :class:`jax.ShapeDtypeStruct`.
-    tokens: likewise.
+    model: the :class:`GuidedCaptioner`, or any module that takes features and tokens.
+    params: the parameters: ``"params"`` of what ``init`` returns, or a loaded checkpoint.
+    features: ``[batch, num_cells, dim]`` floats (or images, if the model has an encoder), or their
+      :class:`jax.ShapeDtypeStruct`.
+    tokens: ``[batch, length]``, integers, or their :class:`jax.ShapeDtypeStruct`.
 
   Raises:
-    ValueError: a parameter is missing, is too many, or has another shape or dtype.
+    ValueError: a parameter is missing, unexpected, or of another shape or dtype.
   """
   made = jax.eval_shape(model.init, jax.random.key(0), features, tokens)["params"]
   named = lambda tree: {

@@ -1,4 +1,4 @@
-"""Captions from a model: the step of a search, greedy decoding, sampling."""
+"""Decodes captions: the step function of a search, greedy decoding and sampling."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,9 +15,10 @@ StepFn = Callable[[jax.Array, Any], tuple[jax.Array, Any]]
 def make_step(
   model: nn.Module, params: Any, features: jax.Array, cell_mask: jax.Array | None = None
 ) -> tuple[StepFn, Any]:
-  """A captioner's step and first state, as :func:`beam_search`, :func:`greedy` and others take.
+  """Makes the step function and the initial state of a search over captions.
 
-  Images are encoded once; the cells of an image are shared by its beams, not copied.
+  :func:`beam_search`, :func:`greedy` and :func:`sample` take both. Images are encoded once; the
+  beams of an image share its cells, without copies.
 
   >>> from jaxbo_models import captioner
   >>> model = captioner.GuidedCaptioner(19, embed_dim=8, hidden_dim=16, attention_dim=8)
@@ -33,12 +34,13 @@ def make_step(
 
   Args:
     model: a :class:`GuidedCaptioner`.
-    params: its parameters.
-    features: ``[batch, num_cells, dim]``, or images.
-    cell_mask: ``[batch, num_cells]``, bool; None for all.
+    params: the model's parameters.
+    features: ``[batch, num_cells, dim]`` floats, or images if the model has an encoder.
+    cell_mask: ``[batch, num_cells]``, bool: True for cells that are present; None if all are.
 
   Returns:
-    ``step_fn`` and a state with leaves ``[batch, hidden_dim]``.
+    ``step_fn(tokens, state) -> (log_probabilities, state)`` and an initial state with leaves
+    ``[batch, hidden_dim]``.
   """
   apply = lambda method, *args: model.apply({"params": params}, *args, method=method)
   encoded: Any = apply("encode", features, cell_mask)
@@ -61,11 +63,25 @@ def greedy(
   forced: jax.Array | None = None,
   forbidden: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-  """The most probable token at each step; arguments as those of :func:`beam_search`.
+  """Decodes captions with the most probable token at each step.
+
+  Args:
+    step_fn: ``step_fn(tokens, state) -> (log_probabilities, state)`` reads ``tokens [batch, 1]``
+      and returns the log-probabilities of the next tokens, ``[batch, 1, vocab_size]``.
+    init_state: the state for the first call of ``step_fn``, a pytree with leaves ``[batch, ...]``;
+      inside the search the leaves are ``[batch, 1, ...]``. :func:`make_step` returns it.
+    batch_size: number of images.
+    max_length: maximum number of tokens in a caption, including the end token; at least 1.
+    bos_id: the token that the first step reads.
+    eos_id: the token that ends a caption.
+    forced: ``[batch, max_length]``, integers: the token required at each position, or -1 to leave
+      the position free.
+    forbidden: ``[vocab_size]``, bool: True for tokens that may appear only where they are forced.
+      The remaining probabilities are not renormalized.
 
   Returns:
-    Tokens ``[batch, max_length]``, filled up with ``eos_id``, and the log-probabilities ``[batch]``
-    that the model gives them.
+    Tokens ``[batch, max_length]``, padded with ``eos_id``, and their log-probabilities ``[batch]``
+    under the model.
 
   Raises:
     ValueError: an argument is out of its range or has another shape.
@@ -91,25 +107,30 @@ def sample(
   forced: jax.Array | None = None,
   forbidden: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-  """Captions drawn from the model; further arguments as those of :func:`beam_search`.
+  """Draws captions from the model.
 
   Args:
-    step_fn: see there.
-    init_state: see there.
-    key: the randomness.
-    batch_size: see there.
-    num_samples: captions for each image, at least 1.
-    max_length: see there.
-    bos_id: see there.
-    eos_id: see there.
-    temperature: what log-probabilities are divided by before a token is drawn, positive.
-    forced: see there.
-    forbidden: see there; what is left is normalized for the draw.
+    step_fn: ``step_fn(tokens, state) -> (log_probabilities, state)`` reads
+      ``tokens [batch, num_samples]`` and returns the log-probabilities of the next tokens,
+      ``[batch, num_samples, vocab_size]``.
+    init_state: the state for the first call of ``step_fn``, a pytree with leaves ``[batch, ...]``;
+      inside the search the leaves are ``[batch, num_samples, ...]``. :func:`make_step` returns it.
+    key: the random key.
+    batch_size: number of images.
+    num_samples: number of captions for each image, at least 1.
+    max_length: maximum number of tokens in a caption, including the end token; at least 1.
+    bos_id: the token that the first step reads.
+    eos_id: the token that ends a caption.
+    temperature: divides the log-probabilities before each draw; positive.
+    forced: ``[batch, max_length]``, integers: the token required at each position, or -1 to leave
+      the position free.
+    forbidden: ``[vocab_size]``, bool: True for tokens that may appear only where they are forced.
+      The draw renormalizes the remaining probabilities.
 
   Returns:
-    Tokens ``[batch, num_samples, max_length]``, filled up with ``eos_id``, and the
-    log-probabilities ``[batch, num_samples]`` that the model gives them: at temperature 1 and
-    without forbidden tokens.
+    Tokens ``[batch, num_samples, max_length]``, padded with ``eos_id``, and their log-probabilities
+    ``[batch, num_samples]`` under the model at temperature 1, not renormalized for forbidden
+    tokens.
 
   Raises:
     ValueError: an argument is out of its range or has another shape.
@@ -170,7 +191,7 @@ def _roll(
 
 
 def over_beams(init_state: Any, shape: tuple[int, int]) -> Any:
-  """Leaves ``[batch, ...]`` become ``[batch, beam, ...]``."""
+  """Repeats leaves ``[batch, ...]`` for each beam: ``[batch, beam, ...]``."""
   for leaf in jax.tree.leaves(init_state):
     if not leaf.ndim or len(leaf) != shape[0]:
       raise ValueError(
@@ -186,7 +207,7 @@ def allow(
   forced: jax.Array | None,
   forbidden: jax.Array | None,
 ) -> jax.Array:
-  """Log-probabilities ``[batch, beam, vocab_size]``, -inf for all that may not come."""
+  """Sets the log-probabilities ``[batch, beam, vocab_size]`` of tokens not allowed to -inf."""
   good = jnp.ones((1, 1, log_probabilities.shape[-1]), bool)
   if forbidden is not None:
     good = ~forbidden[None, None]
@@ -207,7 +228,7 @@ def check_search(
   forced: jax.Array | None,
   forbidden: jax.Array | None,
 ) -> tuple[int, Any]:
-  """Returns the size of the vocabulary and the dtype of sums; raises ``ValueError`` for misuse."""
+  """Returns ``vocab_size`` and the dtype of sums; raises ``ValueError`` for bad arguments."""
   if max_length < 1:
     raise ValueError(f"max_length must be at least 1, got {max_length}")
   words = jax.ShapeDtypeStruct(shape, jnp.int32)

@@ -1,4 +1,4 @@
-"""From images to a grid of features: patches that see themselves alone, or a backbone's."""
+"""Encoders from images to a grid of features: separate patches, or a backbone."""
 
 import flax.linen as nn
 import jax
@@ -9,17 +9,18 @@ from jaxbo_models.layers import check_images
 
 
 class PatchEncoder(nn.Module):
-  r"""A convolution with stride its own size, then 1 by 1 ones: a cell sees its patch and no other.
+  r"""Splits images into patches and encodes each patch separately.
 
-  Images ``[n, height, width, channels]`` of any real dtype become features
-  ``[n, cells, features]``, the cells in reading order. With :math:`x_i` the pixels of patch i,
+  The encoder is a convolution whose stride equals its kernel size, followed by 1 by 1 convolutions.
+  It maps images ``[n, height, width, channels]`` of any real dtype to features
+  ``[n, cells, features]``, with the cells in reading order. With :math:`x_i` the pixels of patch i,
 
   .. math:: y_i = \mathrm{relu}(W_1 x_i + b_1), \quad
     y_i \leftarrow \mathrm{relu}(W_l y_i + b_l), \quad a_i = y_i + p_i
 
-  Because no cell sees another, attention on a cell is attention on what is drawn there; after
-  ordinary convolutions it need not be. Because patches do not know where they are, a learned
-  position :math:`p_i` is added.
+  Each cell sees only its own patch. So attention on a cell is attention on what the patch shows;
+  with ordinary convolutions it need not be. A patch does not carry its place in the image, so the
+  encoder adds a learned position :math:`p_i`.
 
   >>> encoder = PatchEncoder(image_shape=(32, 32, 3), patch_size=8, features=64)
   >>> images = jax.ShapeDtypeStruct((5, 32, 32, 3), jnp.uint8)
@@ -27,16 +28,19 @@ class PatchEncoder(nn.Module):
   >>> jax.eval_shape(encoder.apply, variables, images).shape
   (5, 16, 64)
 
-  Parameters are float32: ``Dense_i/{kernel,bias}`` and ``position [cells, features]``, normal with
-  standard deviation 1 / sqrt(features).
+  Parameters are float32: ``Dense_i/{kernel,bias}``, and ``position [cells, features]``, which is
+  initially normal with standard deviation 1 / sqrt(features).
 
   Attributes:
     image_shape: height, width and channels; height and width are multiples of ``patch_size``.
     patch_size: the side of a patch in pixels.
-    features: the width of what a cell becomes.
-    num_layers: the layers, at least 1.
-    positions: whether positions are added.
-    dtype: the dtype of products and activations.
+    features: number of features for each cell, at least 1.
+    num_layers: number of layers, at least 1.
+    positions: whether to add the learned positions.
+    dtype: dtype of products and activations.
+
+  Raises:
+    ValueError: an attribute is out of its range.
   """
 
   image_shape: tuple[int, int, int] = (32, 32, 3)
@@ -62,7 +66,7 @@ class PatchEncoder(nn.Module):
     """Returns the features ``[n, cells, features]`` of ``images``.
 
     Raises:
-      ValueError: the images are not ``[n, *image_shape]``.
+      ValueError: the images do not have the shape ``[n, *image_shape]``.
     """
     if images.ndim != 4 or images.shape[1:] != tuple(self.image_shape):
       raise ValueError(
@@ -84,7 +88,7 @@ class PatchEncoder(nn.Module):
 
 
 class GridEncoder(nn.Module):
-  """The last pixels of a backbone as cells: its features, computed on the fly and trained with it.
+  """Turns each pixel of a backbone's last feature map into a cell; the backbone is trained, too.
 
   >>> from jaxbo_models import ResNet12
   >>> encoder = GridEncoder(ResNet12(pool=False))
@@ -93,13 +97,14 @@ class GridEncoder(nn.Module):
   >>> jax.eval_shape(encoder.apply, variables, images).shape
   (5, 25, 640)
 
-  A backbone that is not trained is better applied once, before, and its features stored: a
-  :class:`GuidedCaptioner` without an encoder takes them. With batch statistics the features of an
-  image depend on the others in the batch, and so do losses.
+  If you do not train the backbone, compute its features once and store them: a
+  :class:`GuidedCaptioner` without an encoder reads features. If the backbone normalizes by batch
+  statistics, the features and the loss of an image depend on the other images in the batch.
 
   Attributes:
-    backbone: a module from images ``[n, height, width, channels]`` to ``[n, rows, columns, dim]``
-      whose only collection is ``params``, such as ``ResNet12(pool=False)``.
+    backbone: a module that maps images ``[n, height, width, channels]`` to
+      ``[n, rows, columns, dim]`` and whose only collection is ``params``, such as
+      ``ResNet12(pool=False)``.
   """
 
   backbone: nn.Module
@@ -109,7 +114,7 @@ class GridEncoder(nn.Module):
     """Returns the features ``[n, rows * columns, dim]`` of ``images``.
 
     Raises:
-      ValueError: the images have another rank, or the backbone's features have.
+      ValueError: the images or the backbone's features do not have rank 4.
     """
     check_images(images, smallest=1)
     grid: jax.Array = self.backbone(images)  # pyright: ignore[reportCallIssue]

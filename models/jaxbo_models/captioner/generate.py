@@ -1,4 +1,4 @@
-"""Captions of images, with a map of attention for every word."""
+"""Captions images and returns an attention map for each word."""
 
 from typing import Any, NamedTuple
 
@@ -11,13 +11,13 @@ from jaxbo_models.captioner.model import GuidedCaptioner
 
 
 class Captions(NamedTuple):
-  """What :func:`caption_images` returns.
+  """The captions that :func:`caption_images` returns.
 
   Attributes:
-    tokens: ``[batch, beam, max_length]``, the best first, filled up with ``eos_id``.
-    log_probabilities: ``[batch, beam]``.
-    attention: ``[batch, max_length, num_cells]``: where the model looked when it wrote the tokens
-      of the best caption.
+    tokens: ``[batch, beam, max_length]``, the best caption first, padded with ``eos_id``.
+    log_probabilities: ``[batch, beam]``, without the length penalty.
+    attention: ``[batch, max_length, num_cells]``: where the model looks as it writes each token of
+      the best caption.
   """
 
   tokens: jax.Array
@@ -37,7 +37,7 @@ def caption_images(
   cell_mask: jax.Array | None = None,
   **options: Any,
 ) -> Captions:
-  """Beam search on images, and the attention of the best captions; to be jitted.
+  """Captions images by beam search and returns the attention of the best captions; jit it.
 
   >>> from jaxbo_models import captioner
   >>> model = captioner.GuidedCaptioner(19, embed_dim=8, hidden_dim=16, attention_dim=8)
@@ -52,18 +52,18 @@ def caption_images(
 
   Args:
     model: the captioner.
-    params: its parameters.
-    features: ``[batch, num_cells, dim]``, or images if it has an encoder.
-    bos_id: the token that stands for the beginning.
+    params: the model's parameters.
+    features: ``[batch, num_cells, dim]`` floats, or images if the model has an encoder.
+    bos_id: the token that begins a caption.
     eos_id: the token that ends a caption.
-    beam_size: in [1, vocab_size].
-    max_length: the most tokens of a caption, the one for the end among them.
-    cell_mask: ``[batch, num_cells]``, bool; None for all.
-    **options: ``length_penalty``, ``forced`` and ``forbidden`` of :func:`beam_search`.
+    beam_size: number of hypotheses kept, in [1, vocab_size]: the first step cannot fill more.
+    max_length: maximum number of tokens in a caption, including the end token; at least 1.
+    cell_mask: ``[batch, num_cells]``, bool: True for cells that are present; None if all are.
+    **options: the arguments ``length_penalty``, ``forced`` and ``forbidden`` of
+      :func:`beam_search`.
 
   Raises:
-    ValueError: an argument is out of its range or has another shape; the beam is wider than the
-      vocabulary, of which the first step could not fill it.
+    ValueError: an argument is out of its range or has another shape.
   """
   if not 1 <= beam_size <= model.vocab_size:
     raise ValueError(f"beam_size must be in [1, vocab_size = {model.vocab_size}], got {beam_size}")

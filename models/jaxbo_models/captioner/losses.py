@@ -1,4 +1,4 @@
-"""Losses of captions, one for each: what ``jaxbo.per_example_grad`` and bilevel solvers take."""
+"""Losses of captions, one for each, for ``jaxbo.per_example_grad`` and bilevel solvers."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -19,14 +19,14 @@ def caption_losses(
   score_penalty: float = 0.0,
   attention_penalty: float = 0.0,
 ) -> Callable[[Any, Mapping[str, Any]], jax.Array]:
-  r"""The loss of each caption.
+  r"""Makes a function that returns one loss for each caption.
 
   .. math:: \ell = \sum_t -\log p(u_{t+1} \mid u_0, \dots, u_t) \quad \text{(or its mean over t)}
     + \lambda_g \ell_{disc} + \lambda_1 \sum_k \mathrm{huber}(g_k)
     + \alpha_c \sum_i \Big(1 - \sum_t \alpha_{ti}\Big)^2
 
-  over the tokens u after the first that are there, the one for the end among them. With the scores
-  g of K frequent words, of which those in P occur in the caption, the discriminative term is
+  The sums over t run over the real tokens u after the first, including the end token. With scores g
+  of K frequent words, and P the set of those that occur in the caption, the discriminative term is
 
   .. math:: \ell_{disc} = \frac{1}{K} \sum_{j \in P} \sum_{i \notin P} \max(0, 1 - (g_j - g_i))
 
@@ -37,33 +37,35 @@ def caption_losses(
   >>> jax.eval_shape(caption_losses(model), params, batch).shape
   (2,)
 
-  Sources: the sum over time is that of RFN's training code, and so are the discriminative term
-  (PyTorch's ``MultiLabelMarginLoss``) and the penalty of its scores, there with the weights 1 and
-  1e-3 (there the penalty is summed over the batch, also where the rest is a mean); the mean is the
-  other published convention (``LanguageModelCriterion``). The penalty of attention, at
-  :math:`\alpha_c = 1`, is the doubly stochastic one of Xu et al.
-  (https://arxiv.org/abs/1502.03044).
+  Sources: RFN's training code sums over time, and has the discriminative term (PyTorch's
+  ``MultiLabelMarginLoss``) and the score penalty, with weights 1 and 1e-3; RFN sums the score
+  penalty over the batch even where the other terms are means. The mean over time is the other
+  published convention (``LanguageModelCriterion``). The attention penalty, at :math:`\alpha_c = 1`,
+  is the doubly stochastic penalty of Xu et al. (https://arxiv.org/abs/1502.03044).
 
   Args:
     model: a :class:`GuidedCaptioner`.
-    reduction: ``"sum"`` over tokens, or ``"token_mean"``, over those of the caption.
-    attributes: the ids of the K words that ``attribute_scores`` are about, as many as the model's
+    reduction: ``"sum"`` or ``"token_mean"`` over the tokens of a caption.
+    attributes: ids of the K words that ``attribute_scores`` scores; K is the model's
       ``num_attributes``.
-    discriminative_weight: :math:`\lambda_g`, at least 0.
-    score_penalty: :math:`\lambda_1`, at least 0.
-    attention_penalty: :math:`\alpha_c`, at least 0.
+    discriminative_weight: weight of the discriminative term, :math:`\lambda_g`, at least 0.
+    score_penalty: weight of the Huber penalty on the scores, :math:`\lambda_1`, at least 0.
+    attention_penalty: weight of the attention penalty, :math:`\alpha_c`, at least 0.
 
   Returns:
     A function ``(params, batch) -> losses``, ``[batch]`` in float32 at least. The batch holds
-    ``"features" [batch, num_cells, dim]`` (or images, if the model has an encoder), ``"tokens"
-    [batch, length]``, and, if there are, ``"mask" [batch, length]`` (padding at the end),
-    ``"cell_mask" [batch, num_cells]`` and ``"key"``, for dropout. The loss of a caption depends on
-    no other one, if the encoder's features do not, but for the masks that the key draws. A caption
-    without a token after the first has the loss 0, and one with an unknown token NaN; both are
-    found by :func:`check_captions`.
+    ``"features" [batch, num_cells, dim]`` (or images, if the model has an encoder) and
+    ``"tokens" [batch, length]``. It may hold ``"mask" [batch, length]`` (padding at the end),
+    ``"cell_mask" [batch, num_cells]`` and ``"key"``, which turns on dropout.
+
+    Each loss depends only on its own caption and image, except that one key draws the dropout masks
+    of the whole batch, and that an encoder with batch statistics mixes images. The loss is 0 if the
+    caption has no token after the first, and NaN if it has an unknown token. Find such captions
+    with :func:`check_captions`.
 
   Raises:
-    ValueError: an unknown reduction, a negative weight, or a term of scores without attributes.
+    ValueError: ``reduction`` is unknown, a weight is negative, or a weight of the score terms is
+      positive and ``attributes`` does not hold ``num_attributes >= 1`` words.
   """
   if reduction not in ("sum", "token_mean"):
     raise ValueError(f"reduction must be 'sum' or 'token_mean', got {reduction!r}")
@@ -91,7 +93,7 @@ def caption_losses(
     options: dict[str, Any] = {"cell_mask": cell_mask}
     if "key" in batch:
       options |= {"train": True, "rngs": {"dropout": batch["key"]}}
-    captions = tokens[:, :-1], there  # What has no target is no input.
+    captions = tokens[:, :-1], there  # A token without a target is not an input.
     output: Any = model.apply({"params": params}, batch["features"], *captions, **options)
     losses = token_losses(output.logits, tokens[:, 1:], there)
     total = losses.sum(axis=1)
@@ -116,14 +118,14 @@ def caption_losses(
 
 
 def token_losses(logits: jax.Array, targets: jax.Array, mask: jax.Array) -> jax.Array:
-  """The cross-entropies ``[batch, length]`` of targets, 0 where the mask is false.
+  """Returns the cross-entropies ``[batch, length]`` of targets, 0 where the mask is False.
 
   Args:
-    logits: ``[batch, length, vocab_size]``; what lies at padding may be anything.
-    targets: ``[batch, length]``, integers. An id that is none makes its loss NaN.
-    mask: ``[batch, length]``, bool: which targets count.
+    logits: ``[batch, length, vocab_size]``; values where the mask is False are ignored.
+    targets: ``[batch, length]``, integers. The loss of an id outside the vocabulary is NaN.
+    mask: ``[batch, length]``, bool: True for targets that count.
   """
-  # Before the loss too, since the gradient of what is masked after it alone may be 0 * NaN.
+  # Mask before the loss, too: masking only after it can make the gradient 0 * NaN.
   logits, targets = jnp.where(mask[:, :, None], logits, 0), jnp.where(mask, targets, 0)
   losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, targets)
   known = (targets >= 0) & (targets < logits.shape[-1])
@@ -131,14 +133,14 @@ def token_losses(logits: jax.Array, targets: jax.Array, mask: jax.Array) -> jax.
 
 
 def discriminative_losses(scores: jax.Array, occurs: jax.Array) -> jax.Array:
-  """The margin losses ``[batch]`` between words that occur and words that do not.
+  """Returns the margin losses ``[batch]`` between words that occur and words that do not.
 
   >>> discriminative_losses(jnp.array([[2.0, 1.5, -1.0]]), jnp.array([[True, False, False]]))
   Array([0.16666667], dtype=float32)
 
   Args:
-    scores: ``[batch, K]``.
-    occurs: ``[batch, K]``, bool: which of the K words occur in the caption.
+    scores: ``[batch, K]``: one score for each of K words.
+    occurs: ``[batch, K]``, bool: True for words that occur in the caption.
   """
   margins = 1 - (scores[:, :, None] - scores[:, None, :])
   pairs = occurs[:, :, None] & ~occurs[:, None, :]

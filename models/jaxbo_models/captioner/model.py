@@ -1,4 +1,4 @@
-"""The sequential guiding captioner."""
+"""The captioner with a sequential guide."""
 
 from typing import Any
 
@@ -14,9 +14,9 @@ from jaxbo_models.captioner.recurrence import CaptionerOutput, DecoderState, Enc
 
 
 class GuidedCaptioner(nn.Module):
-  r"""Captions of images by a decoder that a second LSTM guides, word by word.
+  r"""Writes captions with an LSTM decoder that a second LSTM guides, word by word.
 
-  Features :math:`a_i` of an image's cells are embedded once; then a step reads the word
+  The model embeds the features :math:`a_i` of an image's cells once. Then each step reads a word
   :math:`w_t` and predicts the next one:
 
   .. math::
@@ -28,20 +28,20 @@ class GuidedCaptioner(nn.Module):
     (h_t, c_t) &= \mathrm{LSTM}_d([e_t; v_t; z_t], (h, c)_{t-1}), \quad
     \mathrm{logits}_t = W_o h_t + b_o
 
-  This is a *reconstruction*: of the paper (Sow, Qin, Niasse and Wan, *A sequential guiding network
-  with attention for image captioning*, ICASSP 2019, https://arxiv.org/abs/1811.00228) only the
-  abstract was at hand. It says that there are a CNN, a decoder with attention, and an LSTM that
-  guides the decoder during the generation. What the guide reads and where its output goes, the
-  attention's query, the initial states and all sizes are our choices, after the code of the models
-  around it; each is an attribute. With other values it *is* one of these models:
+  This model is a *reconstruction*. We had only the abstract of the paper (Sow, Qin, Niasse and Wan,
+  *A sequential guiding network with attention for image captioning*, ICASSP 2019,
+  https://arxiv.org/abs/1811.00228), which names a CNN, a decoder with attention, and an LSTM that
+  guides the decoder during generation. We chose the rest after the code of related models: what the
+  guide reads, where its output goes, the attention's query, the initial states and all sizes. Each
+  choice is an attribute. Other values give these published models:
 
   * ``guide="none"``, ``attention_query="hidden"``, ``candidate="maxout"`` and
     ``context_gates="candidate"``: Att2in; with ``context_gates="all"``: Att2all (Rennie et al.,
     https://arxiv.org/abs/1612.00563);
   * ``decoder_word=False``: Up-Down, whose attention LSTM is the guide (Anderson et al.,
     https://arxiv.org/abs/1707.07998);
-  * ``guide="static"``: a guide that is a function of the image, as in LTG (Jiang et al.,
-    https://arxiv.org/abs/1804.00887): :math:`v = \tanh(W_v f + b_v)` is ours;
+  * ``guide="static"``: the guide is a function of the image, as in LTG (Jiang et al.,
+    https://arxiv.org/abs/1804.00887); the function :math:`v = \tanh(W_v f + b_v)` is our choice;
   * ``guide="none"``: an LSTM with attention.
 
   >>> model = GuidedCaptioner(vocab_size=9488)
@@ -54,46 +54,54 @@ class GuidedCaptioner(nn.Module):
   >>> sum(leaf.size for leaf in jax.tree.leaves(variables))
   20741905
 
-  Parameters are float32: ``embedding [vocab_size, embed_dim]``, normal; ``cells``, ``pooled``,
-  ``keys`` and, where they exist, ``static_guide``, ``initial``, ``attributes`` and ``encoder``
-  (:class:`flax.linen.Dense` and its defaults); ``attention/{query,bias,score,score_bias}``;
-  ``guide_lstm`` and ``decoder_lstm``, each with a kernel for every input, ``recurrent`` and
-  ``bias``, the blocks being input, forget and output gate and the candidates; ``output_kernel`` and
-  ``output_bias``.
+  Parameters are float32:
 
-  The cost: words are multiplied before the scan over words and logits after it; a step of the scan
-  has the recurrent products, the guide's, and ``num_cells * attention_dim`` tanhs for each caption,
-  which ``remat`` computes again instead of keeping them.
+  * ``embedding [vocab_size, embed_dim]``, initially normal with standard deviation 1;
+  * ``cells`` and ``keys`` and, where the attributes need them, ``pooled``, ``static_guide``,
+    ``initial`` and ``attributes``: :class:`flax.linen.Dense` with its default initializers;
+  * ``encoder``, if there is one;
+  * ``attention/{query,bias,score,score_bias}``;
+  * ``decoder_lstm`` and, for the sequential guide, ``guide_lstm``: a kernel for each input,
+    ``recurrent`` and ``bias``; their blocks are the input, forget and output gates and the
+    candidates;
+  * ``output_kernel`` and ``output_bias``.
+
+  Cost: the products with words run before the scan over words, and the logits after it. For each
+  caption, a step of the scan computes the recurrent products, the guide's products, and
+  ``num_cells * attention_dim`` tanhs. ``remat`` recomputes the tanhs instead of storing them.
 
   Attributes:
-    vocab_size: how many tokens there are; ids are in [0, vocab_size).
-    embed_dim: the width of words.
-    hidden_dim: the units of both LSTMs and the width of embedded cells.
-    attention_dim: the width of keys.
+    vocab_size: number of tokens; ids are in [0, vocab_size).
+    embed_dim: width of word embeddings.
+    hidden_dim: number of units of each LSTM, and width of embedded cells.
+    attention_dim: width of keys.
     guide: ``"sequential"``, ``"static"`` or ``"none"``.
-    attention_query: :math:`q_t`: ``"guide"`` for :math:`v_t`, ``"hidden"`` for :math:`h_{t-1}`, or
-      ``"hidden_word"`` for :math:`[h_{t-1}; e_t]`. A query that has not read the last word did not
-      learn to find the object that it names.
+    attention_query: the query :math:`q_t`: ``"guide"`` for :math:`v_t`, ``"hidden"`` for
+      :math:`h_{t-1}`, or ``"hidden_word"`` for :math:`[h_{t-1}; e_t]`. A query that had not read
+      the last word did not learn to find the object that the word names.
     guide_pooled: whether the sequential guide reads :math:`f`.
-    guide_scale: what the guiding vector is multiplied by; 0 mutes it.
-    decoder_word: whether the decoder reads :math:`e_t`; without, the sequential guide alone does.
-    context_gates: ``"all"``, or ``"candidate"``: :math:`z_t` goes into no gate.
-    candidate: the decoder's: ``"tanh"`` or ``"maxout"``, the larger of two.
-    init_state: the states before the first word: ``"zeros"``, or ``"pooled"``: tanh of a layer on
-      :math:`f`.
-    num_attributes: how many words :math:`W_s \max_t v_t + b_s` scores, for the discriminative term
-      of :func:`caption_losses`; 0 for none.
-    dropout: the probability to drop an entry of :math:`A`, :math:`f`, :math:`e_t` and of
-      :math:`h_t` before the logits, in [0, 1), with ``train=True``. Published models take 0.5.
-    encoder: a module from images to features ``[batch, num_cells, dim]``, such as
-      :class:`PatchEncoder`; then images take the place of features.
-    unroll: the words in one step of the scan, at least 1: compile time for run time.
-    remat: recompute a step in the backward pass.
-    dtype: the dtype of products and hidden states; parameters, cells of LSTMs, softmax and logits
-      are float32 at least.
+    guide_scale: factor on the guiding vector; 0 mutes the guide.
+    decoder_word: whether the decoder reads :math:`e_t`; with False only the sequential guide reads
+      the words.
+    context_gates: ``"all"`` feeds :math:`z_t` into the decoder's gates and its candidate;
+      ``"candidate"`` into its candidate only.
+    candidate: the decoder's candidate: ``"tanh"``, or ``"maxout"`` for the larger of two.
+    init_state: the states before the first word: ``"zeros"``, or ``"pooled"`` for the tanh of a
+      dense layer on :math:`f`.
+    num_attributes: number of words that :math:`W_s \max_t v_t + b_s` scores, for the discriminative
+      term of :func:`caption_losses`; 0 for no scores.
+    dropout: with ``train=True``, the probability of dropping an entry of :math:`A`, :math:`f`,
+      :math:`e_t`, and of :math:`h_t` before the logits, in [0, 1). Published models use 0.5.
+    encoder: a module that maps images to features ``[batch, num_cells, dim]``, such as
+      :class:`PatchEncoder`. With an encoder, pass images instead of features.
+    unroll: number of words in one step of the scan, at least 1; more words take longer to compile
+      and less time to run.
+    remat: whether to recompute each step in the backward pass.
+    dtype: dtype of products and hidden states. Parameters, LSTM cells, softmax and logits are
+      float32 at least.
 
   Raises:
-    ValueError: an attribute is out of its range, or two exclude each other.
+    ValueError: an attribute is out of its range, or two attributes exclude each other.
   """
 
   vocab_size: int
@@ -120,7 +128,7 @@ class GuidedCaptioner(nn.Module):
     super().__post_init__()
 
   def setup(self):
-    """Declares all parts; those that no flag calls for make no parameters."""
+    """Declares all parts; parts that no attribute turns on create no parameters."""
     width = self.hidden_dim
     dense = lambda features: nn.Dense(features, dtype=self.dtype)
     init = nn.initializers.normal(1.0)
@@ -161,25 +169,26 @@ class GuidedCaptioner(nn.Module):
     """Returns logits, attention, guiding vectors and attribute scores of given captions.
 
     Args:
-      features: ``[batch, num_cells, dim]`` floats, or whatever the encoder takes.
-      tokens: ``[batch, length]``, integers in [0, vocab_size), each caption from its first token
-        (the one that stands for the beginning) on. Logits are those of the tokens that follow. An
-        id that is none makes the logits of its caption NaN, from there on.
-      mask: ``[batch, length]``, bool: which tokens are there; padding is at the end and may be
-        anything. What the model returns there means nothing.
-      cell_mask: ``[batch, num_cells]``, bool: which cells are there; None for all.
-      train: drops entries; ``apply`` needs ``rngs={"dropout": key}`` if ``dropout`` is not 0.
-      sampling_rate: the probability that a word (but the first) is not the given one but drawn from
-        the model's own prediction (scheduled sampling, https://arxiv.org/abs/1506.03099); ``apply``
-        needs ``rngs={"sampling": key}`` then. Which word is drawn has no derivative: leave it at 0
-        where hypergradients are taken.
+      features: ``[batch, num_cells, dim]`` floats, or images if the model has an encoder.
+      tokens: ``[batch, length]``, integers in [0, vocab_size); each caption starts with its
+        beginning token. The logits predict the next tokens. An id outside the vocabulary makes the
+        logits of its caption NaN from that position on.
+      mask: ``[batch, length]``, bool: True for real tokens, False for padding; None if all are
+        real. Padding is at the end; its ids are ignored. Ignore the output at padding.
+      cell_mask: ``[batch, num_cells]``, bool: True for cells that are present; None if all are.
+      train: whether to apply dropout; ``apply`` then needs ``rngs={"dropout": key}`` unless
+        ``dropout`` is 0.
+      sampling_rate: scheduled sampling (https://arxiv.org/abs/1506.03099): the probability, for
+        each word after the first, that the model reads a word drawn from its own prediction instead
+        of the given word. A nonzero or traced rate needs ``rngs={"sampling": key}`` in ``apply``.
+        The draw has no derivative, so keep the rate at 0 if you take hypergradients.
 
     Raises:
       ValueError: an array has another shape or dtype.
     """
     check_tokens(tokens, mask)
     if mask is not None:
-      tokens = jnp.where(mask, tokens, 0)  # An id that is none would be NaN, and 0 * NaN is NaN.
+      tokens = jnp.where(mask, tokens, 0)  # An unknown id would give NaN, and 0 * NaN is NaN.
     encoded = self.encode(features, cell_mask, train=train)
     weights, state = self._weights(), self.initial_state(encoded)
 
@@ -215,7 +224,17 @@ class GuidedCaptioner(nn.Module):
   def encode(
     self, features: jax.Array, cell_mask: jax.Array | None = None, *, train: bool = False
   ) -> Encoded:
-    """Returns what is computed once for each image; arguments as in ``__call__``."""
+    """Returns what the model computes once for each image.
+
+    Args:
+      features: ``[batch, num_cells, dim]`` floats, or images if the model has an encoder.
+      cell_mask: ``[batch, num_cells]``, bool: True for cells that are present; None if all are.
+      train: whether to apply dropout; ``apply`` then needs ``rngs={"dropout": key}`` unless
+        ``dropout`` is 0.
+
+    Raises:
+      ValueError: an array has another shape or dtype.
+    """
     if self.encoder is not None:
       features = self.encoder(features)  # pyright: ignore[reportCallIssue]
     made_for = None
@@ -255,12 +274,13 @@ class GuidedCaptioner(nn.Module):
   def step(
     self, tokens: jax.Array, state: DecoderState, encoded: Encoded
   ) -> tuple[jax.Array, DecoderState]:
-    """Reads one word of each caption and returns log-probabilities of the next and the state.
+    """Reads one word of each caption; returns the log-probabilities of the next and the new state.
 
     Args:
-      tokens: ``[batch, ...]``; axes after the first, say of beams, share an image.
-      state: ``[batch, ..., hidden_dim]``.
-      encoded: what :meth:`encode` returned.
+      tokens: ``[batch, ...]``, integers; entries on the axes after the first (for example, beams)
+        share an image.
+      state: the state before the word, with leaves ``[batch, ..., hidden_dim]``.
+      encoded: the result of :meth:`encode`.
 
     Returns:
       Log-probabilities ``[batch, ..., vocab_size]``, in float32 at least, and the new state.
@@ -279,7 +299,7 @@ class GuidedCaptioner(nn.Module):
     return recurrence.Weights(guide, self.attention(), self.decoder_cell())
 
   def _embed(self, tokens: jax.Array) -> jax.Array:
-    # Rows in float32: gradients of equal words must not be summed in bfloat16.
+    # Take rows in float32: gradients of equal words must not be summed in bfloat16.
     rows = self.embedding.at[tokens].get(
       mode="fill", fill_value=jnp.nan, wrap_negative_indices=False
     )
@@ -290,7 +310,7 @@ class GuidedCaptioner(nn.Module):
     return matmul(hidden, self.output_kernel) + bias.reshape((1,) * (hidden.ndim - 1) + (-1,))
 
   def _sampling_body(self, weights: recurrence.Weights, encoded: Encoded) -> Any:
-    """A step that may read a word of its own; its carry has the last logits, too."""
+    """Returns a step that may read a word it drew; its carry also holds the last logits."""
 
     def body(carry, xs):
       (state, logits), (given, kept, key, rate) = carry, xs

@@ -1,4 +1,4 @@
-"""One step of the captioner: the guide, the attention, the decoder. Pure functions of arrays."""
+"""One step of the captioner (guide, attention and decoder), as pure functions of arrays."""
 
 from typing import Any, NamedTuple
 
@@ -10,12 +10,12 @@ from jaxbo_models.captioner.attention import AttentionWeights, attend, matmul
 
 
 class Weights(NamedTuple):
-  """What a step multiplies by.
+  """The parameters of a step.
 
   Attributes:
-    guide: the guiding LSTM; None without one.
-    attention: the attention.
-    decoder: the decoder.
+    guide: parameters of the guiding LSTM; None without one.
+    attention: parameters of the attention.
+    decoder: parameters of the decoder.
   """
 
   guide: cell.CellWeights | None
@@ -24,14 +24,15 @@ class Weights(NamedTuple):
 
 
 class Encoded(NamedTuple):
-  """What is computed once for each image.
+  """What the model computes once for each image.
 
   Attributes:
-    cells: ``[batch, num_cells, hidden_dim]``, what attention averages.
-    keys: ``[batch, num_cells, attention_dim]``.
-    mask: ``[batch, num_cells]``, bool: which cells are there; None for all.
-    pooled: ``[batch, hidden_dim]``; None where nothing reads it.
-    guide_vector: ``[batch, hidden_dim]``, the static guide; None for another.
+    cells: embedded cells, ``[batch, num_cells, hidden_dim]``; attention averages them.
+    keys: keys of the cells, ``[batch, num_cells, attention_dim]``.
+    mask: ``[batch, num_cells]``, bool: True for cells that are present; None if all are.
+    pooled: a layer on the mean of the cells' features, ``[batch, hidden_dim]``; None if nothing
+      reads it.
+    guide_vector: the static guide, ``[batch, hidden_dim]``; None for other guides.
   """
 
   cells: jax.Array
@@ -42,13 +43,13 @@ class Encoded(NamedTuple):
 
 
 class DecoderState(NamedTuple):
-  """What a step hands to the next; ``[batch, ..., hidden_dim]``.
+  """The state between steps; every array is ``[batch, ..., hidden_dim]``.
 
   Attributes:
-    hidden: the decoder's, in the dtype of products.
-    cell: the decoder's, in float32 at least.
-    guide_hidden: the guiding LSTM's; None without one.
-    guide_cell: the guiding LSTM's; None without one.
+    hidden: hidden state of the decoder, in the dtype of products.
+    cell: cell of the decoder, in float32 at least.
+    guide_hidden: hidden state of the guiding LSTM, in the dtype of products; None without one.
+    guide_cell: cell of the guiding LSTM, in float32 at least; None without one.
   """
 
   hidden: jax.Array
@@ -58,12 +59,13 @@ class DecoderState(NamedTuple):
 
 
 class Inputs(NamedTuple):
-  """What a word and an image bring into the cells, multiplied before the scan; None if nothing.
+  """What words and images contribute to the steps, computed before the scan.
 
   Attributes:
-    embedded: ``[batch, ..., embed_dim]``, for the query that has the word in it.
-    guide: ``[batch, ..., 4 hidden_dim]``, with the bias.
-    decoder: ``[batch, ..., blocks * hidden_dim]``, with the bias.
+    embedded: the words, ``[batch, ..., embed_dim]``; None unless the attention's query reads them.
+    guide: inputs of the guide plus its bias, ``[batch, ..., 4 hidden_dim]``; None without a guiding
+      LSTM.
+    decoder: inputs of the decoder plus its bias, ``[batch, ..., blocks * hidden_dim]``.
   """
 
   embedded: jax.Array | None
@@ -72,12 +74,12 @@ class Inputs(NamedTuple):
 
 
 class StepOutput(NamedTuple):
-  """What a step shows.
+  """The output of a step.
 
   Attributes:
-    hidden: ``[batch, ..., hidden_dim]``, what logits are made of.
-    attention: ``[batch, ..., num_cells]``.
-    guide: ``[batch, ..., hidden_dim]``, the guiding vector; None without one.
+    hidden: hidden state of the decoder, ``[batch, ..., hidden_dim]``; it gives the logits.
+    attention: weights of the cells, ``[batch, ..., num_cells]``.
+    guide: the guiding vector, ``[batch, ..., hidden_dim]``; None without a guide.
   """
 
   hidden: jax.Array
@@ -86,13 +88,15 @@ class StepOutput(NamedTuple):
 
 
 class CaptionerOutput(NamedTuple):
-  """What a :class:`GuidedCaptioner` returns.
+  """The output of a :class:`GuidedCaptioner`.
 
   Attributes:
-    logits: ``[batch, length, vocab_size]`` of the tokens that follow, in float32 at least.
-    attention: ``[batch, length, num_cells]``, where the model looks when it predicts them.
-    guide: ``[batch, length, hidden_dim]``, the guiding vectors; None without a guide.
-    attribute_scores: ``[batch, num_attributes]``; None without attributes.
+    logits: logits of the next tokens, ``[batch, length, vocab_size]``, in float32 at least.
+    attention: where the model looks as it predicts each of the next tokens,
+      ``[batch, length, num_cells]``.
+    guide: the guiding vectors, ``[batch, length, hidden_dim]``; None without a guide.
+    attribute_scores: scores of the attribute words, ``[batch, num_attributes]``, in float32 at
+      least; None without attributes.
   """
 
   logits: jax.Array
@@ -102,7 +106,14 @@ class CaptionerOutput(NamedTuple):
 
 
 def inputs(model: Any, weights: Weights, encoded: Encoded, embedded: jax.Array) -> Inputs:
-  """Everything that does not depend on the state, for ``embedded [batch, ..., embed_dim]``."""
+  """Computes all products that do not depend on the state.
+
+  Args:
+    model: the :class:`GuidedCaptioner`, for its attributes.
+    weights: the model's parameters.
+    encoded: the encoded images.
+    embedded: the words, ``[batch, ..., embed_dim]``.
+  """
   guide = None
   if weights.guide is not None:
     guide = matmul(embedded, weights.guide.inputs["word"])
@@ -123,14 +134,14 @@ def inputs(model: Any, weights: Weights, encoded: Encoded, embedded: jax.Array) 
 def advance(
   model: Any, weights: Weights, encoded: Encoded, words: Inputs, state: DecoderState
 ) -> tuple[DecoderState, StepOutput]:
-  """Reads one word of each caption.
+  """Reads one word of each caption; returns the new state and the output of the step.
 
   Args:
-    model: the :class:`GuidedCaptioner`, for its flags.
-    weights: its parameters.
-    encoded: what it made of the images.
-    words: what :func:`inputs` made of the words.
-    state: what the step before handed over.
+    model: the :class:`GuidedCaptioner`, for its attributes.
+    weights: the model's parameters.
+    encoded: the encoded images.
+    words: the result of :func:`inputs` for the words.
+    state: the state after the previous step.
   """
   guide_hidden, guide_cell, vector = None, None, encoded.guide_vector
   if weights.guide is not None:
@@ -169,5 +180,5 @@ def advance(
 
 
 def _like(x: jax.Array, other: jax.Array) -> jax.Array:
-  """``x [batch, dim]`` with axes of size 1 between its two, as many as ``other`` has."""
+  """Inserts axes of size 1 after the first axis of ``x`` until it has the rank of ``other``."""
   return x.reshape(x.shape[0], *(1,) * (other.ndim - x.ndim), *x.shape[1:])

@@ -1,4 +1,4 @@
-"""Self-critical training: captions that the model draws, rewarded on the host, in batches."""
+"""Self-critical training: the model draws captions, and the host rewards them in batches."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -27,15 +27,15 @@ def self_critical_batch(
   baseline: str = "greedy",
   forbidden: jax.Array | None = None,
 ) -> Callable[..., dict[str, jax.Array]]:
-  r"""Draws captions and weighs them by how much better than a baseline they are rewarded.
+  r"""Makes a function that draws captions and computes their advantages over a baseline reward.
 
-  The advantage of the sample s of an image is
+  The advantage of sample s of an image is
 
   .. math:: A_s = r(s) - r(\mathrm{greedy}) \quad \text{or} \quad
     A_s = r(s) - \frac{1}{S - 1} \sum_{s' \neq s} r(s')
 
-  Drawing is compiled, once; the reward is a function on the host that sees all candidates of the
-  batch at once, greedy ones too.
+  The drawing compiles once. The reward is a function on the host; one call sees all candidates of
+  the batch, including the greedy ones.
 
   >>> from jaxbo_models import captioner
   >>> model = captioner.GuidedCaptioner(19, embed_dim=8, hidden_dim=16, attention_dim=8)
@@ -50,30 +50,34 @@ def self_critical_batch(
   (10,)
 
   Source: Rennie et al., *Self-critical sequence training* (https://arxiv.org/abs/1612.00563); the
-  second baseline: Luo (https://arxiv.org/abs/2003.09971). As in their code candidates end with
-  ``eos_id``, so that the reward sees whether they end.
+  second baseline: Luo (https://arxiv.org/abs/2003.09971). As in their code, candidates include
+  ``eos_id``, so the reward sees whether a caption ends.
 
   Args:
     model: a :class:`GuidedCaptioner`.
     reward: ``reward(candidates, references) -> [number of candidates]``. Candidates are lists of
-      ids up to ``eos_id``, without ``bos_id``; ``references`` has for each what was given for its
-      image. CIDEr-D, say; document frequencies are those of the training set.
-    bos_id: the token that stands for the beginning.
+      ids without ``bos_id``, up to and including ``eos_id``. ``references`` holds, for each
+      candidate, the entry given for its image. An example is CIDEr-D with the document frequencies
+      of the training set.
+    bos_id: the token that begins a caption.
     eos_id: the token that ends a caption.
-    max_length: the most tokens of a caption, the one for the end among them.
-    num_samples: S, the samples of an image, at least 1; at least 2 for ``"leave_one_out"``.
-    baseline: ``"greedy"`` or ``"leave_one_out"``.
-    forbidden: ``[vocab_size]``, bool: tokens never drawn.
+    max_length: maximum number of tokens in a caption, including the end token; at least 1.
+    num_samples: S, the number of samples for each image, at least 1; at least 2 for
+      ``"leave_one_out"``.
+    baseline: ``"greedy"`` or ``"leave_one_out"``: the first or the second advantage above.
+    forbidden: ``[vocab_size]``, bool: True for tokens that are never drawn.
 
   Returns:
-    A function ``(params, batch, references, key) -> batch``: of ``"features"`` and maybe
-    ``"cell_mask"`` and a sequence of references, one for each image, it makes a batch for
-    :func:`self_critical_losses` of ``S`` captions for each image, one after the other:
-    ``"features"``, ``"cell_mask"``, ``"tokens"``, ``"mask"`` and ``"advantages"``.
+    A function ``(params, batch, references, key) -> batch``. The given batch holds ``"features"``
+    and possibly ``"cell_mask"``; ``references`` is a sequence with one entry for each image. The
+    new batch is for :func:`self_critical_losses`. It holds ``"features"``, ``"cell_mask"`` if
+    given, ``"tokens"``, ``"mask"`` and ``"advantages"`` of ``S`` captions for each image, with the
+    captions of an image in consecutive rows.
 
   Raises:
-    ValueError: an argument is out of its range; later, if there are not as many references as
-      images, or if the reward returns another shape or a number that is not finite.
+    ValueError: an argument is out of its range. The returned function raises if ``references`` does
+      not have one entry for each image, or if the reward returns another shape or a number that is
+      not finite.
   """
   if baseline not in BASELINES:
     raise ValueError(f"baseline must be one of {BASELINES}, got {baseline!r}")
@@ -125,32 +129,33 @@ def self_critical_batch(
 
 
 def self_critical_losses(model: nn.Module) -> Callable[[Any, Mapping[str, Any]], jax.Array]:
-  r"""The loss whose gradient is the policy gradient, for each caption that was drawn.
+  r"""Makes a function that returns, for each drawn caption, a loss with the policy gradient.
 
   .. math:: \ell_s = -A_s \log p(s)
 
-  Its value means nothing; the gradient of its mean is, on average over draws, that of minus the
-  expected reward (nearly so with forbidden tokens, since :math:`p` is not normalized without them).
+  Use only the gradient of the loss; its value means nothing. In expectation over draws, the
+  gradient of the mean loss is the gradient of minus the expected reward. With forbidden tokens this
+  is only approximate, because :math:`p` is not renormalized without them.
 
   Args:
     model: a :class:`GuidedCaptioner`.
 
   Returns:
-    A function ``(params, batch) -> losses``, ``[batch]``, for batches of
-    :func:`self_critical_batch`.
+    A function ``(params, batch) -> losses``, ``[batch]``, for the batches that
+    :func:`self_critical_batch` makes.
   """
   loss_fn = caption_losses(model, "sum")
   return lambda params, batch: batch["advantages"] * loss_fn(params, batch)
 
 
 def _lengths(tokens: np.ndarray, eos_id: int) -> np.ndarray:
-  """Tokens up to ``eos_id`` and with it, or all."""
+  """Counts the tokens up to and including ``eos_id``, or all tokens if there is none."""
   ends = tokens == eos_id
   return np.where(ends.any(axis=-1), ends.argmax(axis=-1) + 1, tokens.shape[-1])
 
 
 def _rewards(reward: Reward, tokens: np.ndarray, references: Sequence[Any], eos_id: int) -> Any:
-  """``[images, captions]``."""
+  """Returns the rewards ``[images, captions]``."""
   images, captions, _ = tokens.shape
   flat = tokens.reshape(images * captions, -1)
   lengths = _lengths(flat, eos_id)

@@ -1,4 +1,4 @@
-"""Decoder-only transformers for language: GPT-2, OPT and Pythia (GPT-NeoX) by configuration."""
+"""Decoder-only language models: one transformer, configured as GPT-2, OPT or Pythia (GPT-NeoX)."""
 
 from jaxbo_models.transformer.config import TransformerConfig, gpt2, opt, pythia
 from jaxbo_models.transformer.huggingface import from_safetensors

@@ -1,4 +1,4 @@
-"""What distinguishes one decoder-only transformer from another, and the published sizes."""
+"""The configuration of a decoder-only transformer, and the published sizes."""
 
 import dataclasses
 import functools
@@ -25,29 +25,31 @@ class TransformerConfig:
   8
 
   Attributes:
-    vocab_size: how many tokens there are; ids are in [0, vocab_size).
-    max_length: the longest sequence.
-    num_layers: the blocks.
-    width: the residual stream's; a multiple of ``num_heads``.
-    num_heads: the attention heads.
-    ffn_width: the units of the feed-forward layer; None for four times the width.
+    vocab_size: number of tokens; ids are in [0, vocab_size).
+    max_length: length of the longest sequence, in tokens.
+    num_layers: number of blocks.
+    width: width of the residual stream; a multiple of ``num_heads``.
+    num_heads: number of attention heads.
+    ffn_width: number of hidden units in the feed-forward layer; None for four times the width.
     activation: ``"gelu_tanh"`` (GPT-2's approximation), ``"gelu"`` (exact) or ``"relu"``.
-    parallel_residual: ``x + attention(norm(x)) + ffn(norm'(x))``; else one after the other.
-    rotary_fraction: the share of each head's dimensions that positions rotate, in (0, 1]; 0 for a
-      learned table of positions.
-    rotary_base: the base of the wavelengths of rotary positions.
-    position_offset: unused rows at the top of the learned table: 2 for OPT.
-    tied_head: the logits are products with the embedding; else with a kernel of their own.
-    epsilon: what layer normalization adds to the variance.
-    remat: recompute a block in the backward pass: memory for one block's activations and the
-      residual stream of all, for 4/3 of the operations. With ``unroll=num_layers`` no loop is left,
-      and XLA's CPU backend undoes it.
-    unroll: the blocks in one step of the scan over blocks, in [1, num_layers]: compile time for run
-      time.
-    attention: the implementation of :func:`jax.nn.dot_product_attention`, ``"xla"`` or ``"cudnn"``
-      (GPUs, in bfloat16 or float16); None leaves it to jax.
-    dtype: the dtype of products and activations; parameters, normalization and losses are float32
-      at least.
+    parallel_residual: True computes ``x + attention(norm(x)) + ffn(norm'(x))``; False applies
+      attention first and the feed-forward layer to its result.
+    rotary_fraction: share of each head's dimensions that rotary positions rotate, in (0, 1]; 0 for
+      a learned table of positions.
+    rotary_base: base of the wavelengths of rotary positions.
+    position_offset: number of unused rows at the top of the learned table: 2 for OPT.
+    tied_head: True uses the embedding as the kernel of the head; False gives the head its own
+      kernel.
+    epsilon: the constant that layer normalization adds to the variance.
+    remat: recompute each block in the backward pass. Memory then holds one block's activations and
+      the residual stream of every block; the cost is 4/3 of the operations. With
+      ``unroll=num_layers`` there is no loop, and XLA's CPU backend undoes the recomputation.
+    unroll: number of blocks in one step of the scan over blocks, in [1, num_layers]; more blocks
+      take longer to compile and less time to run.
+    attention: implementation of :func:`jax.nn.dot_product_attention`: ``"xla"``, ``"cudnn"`` (GPUs,
+      in bfloat16 or float16), or None to let JAX choose.
+    dtype: dtype of products and activations. Parameters, normalization and losses are float32 at
+      least.
 
   Raises:
     ValueError: a field is out of its range.
@@ -102,12 +104,12 @@ class TransformerConfig:
 
   @property
   def head_dim(self) -> int:
-    """The dimensions of a head."""
+    """The number of dimensions of each head."""
     return self.width // self.num_heads
 
   @property
   def rotary_dim(self) -> int:
-    """How many of them positions rotate."""
+    """The number of dimensions of each head that rotary positions rotate."""
     return int(self.head_dim * self.rotary_fraction)
 
 
@@ -135,7 +137,7 @@ _PYTHIA = {
 
 
 def gpt2(size: str = "small", **overrides: Any) -> TransformerConfig:
-  """GPT-2: learned positions, gelu in its tanh approximation, the head tied to the embedding.
+  """GPT-2: learned positions, GELU in its tanh approximation, and a tied head.
 
   >>> gpt2(num_layers=2).width
   768
@@ -147,15 +149,15 @@ def gpt2(size: str = "small", **overrides: Any) -> TransformerConfig:
     **overrides: fields of :class:`TransformerConfig` to change.
 
   Raises:
-    ValueError: for an unknown size, or a field out of its range.
+    ValueError: ``size`` is unknown, or a field is out of its range.
   """
   return _published(_GPT2, size, overrides, vocab_size=50257, max_length=1024)
 
 
 def opt(size: str = "125m", **overrides: Any) -> TransformerConfig:
-  """OPT: learned positions that begin in row 2, rectifiers, the head tied to the embedding.
+  """OPT: learned positions that start at row 2 of their table, ReLU, and a tied head.
 
-  The 350M model is not here: it normalizes after its layers and projects its embedding.
+  The 350M model is not supported: it normalizes after its layers and projects its embedding.
 
   >>> opt().activation
   'relu'
@@ -168,7 +170,7 @@ def opt(size: str = "125m", **overrides: Any) -> TransformerConfig:
     **overrides: fields of :class:`TransformerConfig` to change.
 
   Raises:
-    ValueError: for an unknown size, or a field out of its range.
+    ValueError: ``size`` is unknown, or a field is out of its range.
   """
   return _published(
     _OPT, size, overrides, vocab_size=50272, max_length=2048, position_offset=2, activation="relu"
@@ -176,7 +178,9 @@ def opt(size: str = "125m", **overrides: Any) -> TransformerConfig:
 
 
 def pythia(size: str = "160m", **overrides: Any) -> TransformerConfig:
-  """Pythia, the small GPT-NeoX models: a quarter of each head rotated, parallel residuals.
+  """Pythia, the small GPT-NeoX models: rotary positions, parallel residuals, and an untied head.
+
+  Positions rotate a quarter of each head. GELU is exact.
 
   >>> pythia("70m").rotary_dim
   16
@@ -189,7 +193,7 @@ def pythia(size: str = "160m", **overrides: Any) -> TransformerConfig:
     **overrides: fields of :class:`TransformerConfig` to change.
 
   Raises:
-    ValueError: for an unknown size, or a field out of its range.
+    ValueError: ``size`` is unknown, or a field is out of its range.
   """
   return _published(
     _PYTHIA,

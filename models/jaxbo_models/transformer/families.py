@@ -1,4 +1,4 @@
-"""How GPT-2, OPT and GPT-NeoX models of Hugging Face name, lay out and configure what we have."""
+"""How Hugging Face's GPT-2, OPT and GPT-NeoX models name, lay out and configure their weights."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -7,15 +7,16 @@ Settings = Mapping[str, Any]
 
 
 class Family(NamedTuple):
-  """How a family names its tensors, and how they lie.
+  """How a family of models names and lays out its tensors.
 
   Attributes:
-    configure: the fields of :class:`TransformerConfig` from ``config.json``.
-    prefixes: what names begin with, or do not: that depends on who saved the model.
-    layer: what the names of a layer begin with.
-    qkv: one module or three.
-    per_head: the outputs of ``qkv`` are ``[heads, 3, head_dim]``, not ``[3, heads, head_dim]``.
-    transposed: kernels are ``[outputs, inputs]``, as PyTorch's Linear has them; GPT-2's are not.
+    configure: reads the fields of :class:`TransformerConfig` from ``config.json``.
+    prefixes: what tensor names may begin with; some programs save the prefix and some do not.
+    layer: what the names of a layer's tensors begin with.
+    qkv: the modules of queries, keys and values: one for all, or three.
+    per_head: whether the outputs of ``qkv`` are ``[heads, 3, head_dim]`` instead of
+      ``[3, heads, head_dim]``.
+    transposed: whether kernels are ``[outputs, inputs]``, as in PyTorch's Linear; GPT-2's are not.
   """
 
   configure: Callable[[Settings], dict[str, Any]]
@@ -58,7 +59,7 @@ def _gpt2(settings: Settings) -> dict[str, Any]:
 def _opt(settings: Settings) -> dict[str, Any]:
   _require(
     settings,
-    do_layer_norm_before=True,  # OPT-350M normalizes after its layers,
+    do_layer_norm_before=True,  # OPT-350M normalizes after its layers
     word_embed_proj_dim=settings["hidden_size"],  # and projects its embedding.
     enable_bias=True,
     layer_norm_elementwise_affine=True,
@@ -79,7 +80,7 @@ def _opt(settings: Settings) -> dict[str, Any]:
 
 def _gpt_neox(settings: Settings) -> dict[str, Any]:
   _require(settings, attention_bias=True, rope_scaling=None)
-  rope = settings.get("rope_parameters") or {}  # transformers 5; flat names before.
+  rope = settings.get("rope_parameters") or {}  # Since transformers 5; before, names were flat.
   _require(rope, rope_type="default")
   fraction = rope.get("partial_rotary_factor", settings.get("rotary_pct", 0.25))
   return {
@@ -112,7 +113,7 @@ def _activation(name: str) -> str:
 
 
 def _require(settings: Settings, **required: Any) -> None:
-  """What else the families can be is no :class:`Transformer`."""
+  """Raises ``ValueError`` for settings that :class:`Transformer` does not support."""
   for name, value in required.items():
     if settings.get(name, value) != value:
       raise ValueError(f"{name} in config.json must be {value}, got {settings[name]}")

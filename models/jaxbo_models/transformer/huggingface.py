@@ -1,4 +1,4 @@
-"""Weights of GPT-2, OPT and GPT-NeoX models from local folders as the Hugging Face hub has them."""
+"""Loads GPT-2, OPT and GPT-NeoX weights from local folders in the Hugging Face hub's format."""
 
 import functools
 import json
@@ -20,27 +20,28 @@ def from_safetensors(
 ) -> tuple[Transformer, dict[str, Any]]:
   """Loads a GPT-2, OPT or GPT-NeoX (Pythia) language model from a local folder.
 
-  The folder is as on the Hugging Face hub: ``config.json`` with ``model.safetensors``, or with
-  shards and ``model.safetensors.index.json``. Nothing is downloaded. The package safetensors comes
-  with ``jaxbo-models[huggingface]``.
+  The folder has the layout of the Hugging Face hub: ``config.json`` and either
+  ``model.safetensors``, or shards and ``model.safetensors.index.json``. Nothing is downloaded.
+  Install ``jaxbo-models[huggingface]`` for the package safetensors.
 
   >>> model, params = from_safetensors("pythia-70m", dtype=jnp.bfloat16)  # doctest: +SKIP
 
-  Weights of any dtype become float32. In memory is one copy of the model, and one stack of layers
-  once more.
+  Weights of any dtype become float32. Loading needs memory for one copy of the model and a second
+  copy of one stack of layers.
 
   Args:
     path: the folder.
-    **overrides: fields of :class:`TransformerConfig` that say how to compute: ``dtype``,
+    **overrides: fields of :class:`TransformerConfig` that change how the model computes: ``dtype``,
       ``remat``, ``unroll``, ``attention``.
 
   Returns:
     The model and its parameters, for ``model.apply({"params": params}, tokens, mask)``.
 
   Raises:
-    FileNotFoundError: there is no configuration, or there are no safetensors.
-    ValueError: the model is none that :class:`Transformer` can be, such as OPT-350M, a file is
-      broken, or tensors are missing, unknown or of another shape than the configuration says.
+    FileNotFoundError: the folder has no configuration or no safetensors.
+    ValueError: :class:`Transformer` does not support the model (for example OPT-350M), a file is
+      broken, or a tensor is missing, is unknown, or does not have the shape that the configuration
+      implies.
   """
   path = pathlib.Path(path)
   settings = _read_json(path / "config.json")
@@ -59,7 +60,7 @@ def from_safetensors(
   return Transformer(config), params
 
 
-# Constants that some versions of transformers saved beside the weights.
+# Constants that some versions of transformers saved with the weights.
 _BUFFERS = (
   ".attn.bias",
   ".attn.masked_bias",
@@ -70,7 +71,7 @@ _BUFFERS = (
 
 
 class _Tensors:
-  """The tensors in a folder, by their names without prefix; each is read once."""
+  """The tensors in a folder by their names without prefix; each can be read once."""
 
   def __init__(self, path: pathlib.Path, prefixes: Sequence[str]):
     from safetensors import SafetensorError, safe_open
@@ -82,10 +83,10 @@ class _Tensors:
     self._path = path
     self._unread: dict[str, Callable[[], Any]] = {}
     for file in files:
-      # As jax arrays, since NumPy has no bfloat16.
+      # Read JAX arrays, because NumPy has no bfloat16.
       try:
         opened = safe_open(_existing(path / file), framework="flax")
-      except SafetensorError as error:  # A half download, or a pointer of Git LFS.
+      except SafetensorError as error:  # A partial download, or a Git LFS pointer.
         raise ValueError(f"{path / file} is no whole file of safetensors: {error}") from error
       names = opened.keys()
       for name in names:
@@ -93,7 +94,7 @@ class _Tensors:
         self._unread[short] = functools.partial(opened.get_tensor, name)
 
   def read(self, name: str, *shape: int) -> np.ndarray:
-    """The tensor in float32."""
+    """Returns the tensor in float32; raises ``ValueError`` if it does not have this shape."""
     if name not in self._unread:
       raise ValueError(f"{self._path} has no tensor {name}")
     tensor = np.asarray(self._unread.pop(name)(), np.float32)
@@ -104,7 +105,7 @@ class _Tensors:
     return tensor
 
   def check_all_read(self, tied_head: bool, head: str) -> None:
-    """Nothing may be left but constants and the copy of an embedding."""
+    """Raises ``ValueError`` if tensors are unread, except constants and a tied head."""
     for name in self._unread:
       if not (name.endswith(_BUFFERS) or (tied_head and name == f"{head}.weight")):
         raise ValueError(f"{self._path} has an unknown tensor {name}")
@@ -131,7 +132,7 @@ def _params(tensors: _Tensors, family: Family, config: TransformerConfig) -> dic
     }
 
   def split(x: np.ndarray) -> np.ndarray:
-    """Outputs into queries, keys and values, and these into heads."""
+    """Splits outputs into queries, keys and values, and each of these into heads."""
     if family.per_head:
       return x.reshape(*x.shape[:-1], config.num_heads, 3, config.head_dim).swapaxes(-3, -2)
     return x.reshape(*x.shape[:-1], 3, config.num_heads, config.head_dim)
@@ -166,7 +167,7 @@ def _params(tensors: _Tensors, family: Family, config: TransformerConfig) -> dic
     name = f"{family.position_embedding}.weight"
     params["position_embedding"] = tensors.read(name, num_rows, width)
   if not config.tied_head:
-    # A head is a Linear in all families.
+    # The head is a Linear in every family, so its kernel is [outputs, inputs].
     params["head"] = {"kernel": tensors.read(f"{family.head}.weight", config.vocab_size, width).T}
   return jax.tree.map(jnp.asarray, params)
 

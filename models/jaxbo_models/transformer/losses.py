@@ -1,4 +1,4 @@
-"""Next-token losses, for each token and for each sequence."""
+"""Next-token losses of tokens and of sequences."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,12 +12,12 @@ import optax
 def token_losses(
   logits: jax.Array, tokens: jax.Array, mask: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
-  r"""The cross-entropy of each token given those before it.
+  r"""The cross-entropy of each token given the tokens before it.
 
   .. math:: \ell_t = -\log \mathrm{softmax}(z_t)_{u_{t + 1}}, \qquad t = 0, \dots, T - 2
 
-  A target counts if it is a real token after a real token: with padding on the left, the first
-  token has none before it, as the first of all has none without padding.
+  A target counts if it is a real token and the token before it is real, too. So the first real
+  token never counts, with or without padding on the left.
 
   >>> logits, tokens = jnp.zeros((1, 4, 8)), jnp.array([[3, 1, 4, 0]])
   >>> losses, weights = token_losses(logits, tokens, jnp.array([[True, True, True, False]]))
@@ -27,20 +27,20 @@ def token_losses(
   Array([[1., 1., 0.]], dtype=float32)
 
   Args:
-    logits: ``[batch, length, vocab_size]``; what lies at padding may be anything.
+    logits: ``[batch, length, vocab_size]``; values at padding are ignored.
     tokens: ``[batch, length]``, integers.
-    mask: ``[batch, length]``, bool: which tokens are there; None for all.
+    mask: ``[batch, length]``, bool: True for real tokens, False for padding; None if all are real.
 
   Returns:
-    The losses and their weights, 1 for what counts and 0 for what does not, both
-    ``[batch, length - 1]`` in float32 at least. A loss that does not count is 0.
+    The losses and their weights, both ``[batch, length - 1]`` in float32 at least. Targets that
+    count have weight 1; the others have weight 0 and loss 0.
   """
   logits, targets = logits[:, :-1], tokens[:, 1:]
   logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
   counts = jnp.ones(targets.shape, bool)
   if mask is not None:
     counts = mask[:, 1:] & mask[:, :-1]
-    # Before the loss too, since the gradient of what is masked after it alone may be 0 * NaN.
+    # Mask before the loss, too: masking only after it can make the gradient 0 * NaN.
     logits, targets = jnp.where(counts[:, :, None], logits, 0), jnp.where(counts, targets, 0)
   losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, targets)
   return jnp.where(counts, losses, 0), counts.astype(losses.dtype)
@@ -49,7 +49,7 @@ def token_losses(
 def sequence_losses(
   model: nn.Module, reduction: str = "mean"
 ) -> Callable[[Any, Mapping[str, Any]], jax.Array]:
-  """The loss of each sequence: what ``jaxbo.per_example_grad`` takes.
+  """Makes a function that returns one loss for each sequence, for ``jaxbo.per_example_grad``.
 
   >>> from jaxbo_models import transformer
   >>> config = transformer.gpt2(vocab_size=257, max_length=16, num_layers=2, width=32, num_heads=4)
@@ -60,17 +60,17 @@ def sequence_losses(
   (2,)
 
   Args:
-    model: a :class:`Transformer`, or any module from tokens and a mask to logits.
-    reduction: ``"mean"`` over the targets that count (see :func:`token_losses`), so that length
-      does not make a sequence hard, or their ``"sum"``.
+    model: a :class:`Transformer`, or any module that maps tokens and a mask to logits.
+    reduction: ``"mean"`` or ``"sum"`` over the real tokens that follow a real token. With the mean,
+      long sequences do not get large losses because of their length.
 
   Returns:
     A function ``(params, batch) -> losses``, ``[batch]`` in float32 at least. The batch holds
     ``"tokens" [batch, length]`` and, if there is padding, ``"mask" [batch, length]``. A sequence
-    without a target has the loss 0.
+    without a target has loss 0.
 
   Raises:
-    ValueError: for an unknown reduction.
+    ValueError: ``reduction`` is unknown.
   """
   if reduction not in ("mean", "sum"):
     raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")

@@ -1,4 +1,4 @@
-"""The decoder-only transformer, with its blocks scanned."""
+"""The decoder-only transformer: a scan over its blocks."""
 
 from typing import Any
 
@@ -11,18 +11,18 @@ from jaxbo_models.transformer.config import ACTIVATIONS, TransformerConfig
 
 
 class Transformer(nn.Module):
-  r"""A decoder-only transformer with layer normalization before its layers.
+  r"""A decoder-only transformer with layer normalization before each layer.
 
-  Tokens ``[batch, length]`` are mapped to the logits of the tokens that follow,
-  ``[batch, length, vocab_size]`` in float32. There is no dropout. With
-  :math:`x_0 = E_{token} + P_{position}` (no :math:`P` for rotary positions), a block is
+  The model maps tokens ``[batch, length]`` to the logits of the next tokens,
+  ``[batch, length, vocab_size]`` in float32. There is no dropout. The first block reads
+  :math:`x_0 = E_{token} + P_{position}` (without :math:`P` for rotary positions). A block is
 
   .. math::
     y = x + \mathrm{attention}(\mathrm{norm}(x)), \qquad x' = y + \mathrm{ffn}(\mathrm{norm}'(y)),
 
   or :math:`x' = x + \mathrm{attention}(\mathrm{norm}(x)) + \mathrm{ffn}(\mathrm{norm}'(x))` with
-  ``parallel_residual``; a last normalization follows. Attention is
-  :func:`jax.nn.dot_product_attention`, causal.
+  ``parallel_residual``. A final normalization follows the last block. Attention is causal
+  :func:`jax.nn.dot_product_attention`.
 
   >>> from jaxbo_models import transformer
   >>> model = Transformer(transformer.gpt2())
@@ -33,17 +33,22 @@ class Transformer(nn.Module):
   >>> sum(leaf.size for leaf in jax.tree.leaves(variables))
   124439808
 
-  Parameters are float32 at least: ``token_embedding [vocab_size, width]``,
-  ``position_embedding [position_offset + max_length, width]`` if positions are learned,
-  ``final_norm/{scale,bias}``, ``head/kernel [width, vocab_size]`` if the head is not tied, and in
-  ``blocks``, each with a first axis for the layer, ``attention_norm`` and ``ffn_norm``
-  ``{scale,bias}``, ``qkv/kernel [width, 3, num_heads, head_dim]``,
-  ``attention_out/kernel [num_heads, head_dim, width]``, ``ffn_in/kernel``, ``ffn_out/kernel``, and
-  the biases of these four. Kernels and embeddings begin normal with standard deviation 0.02, those
-  of ``attention_out`` and ``ffn_out`` divided by ``sqrt(2 num_layers)``, as in GPT-2; OPT and
-  Pythia were begun otherwise.
+  Parameters are float32 at least:
 
-  Sources: beside the families'; rotary positions: Su et al. (https://arxiv.org/abs/2104.09864).
+  * ``token_embedding [vocab_size, width]`` and ``final_norm/{scale,bias}``;
+  * ``position_embedding [position_offset + max_length, width]`` if positions are learned;
+  * ``head/kernel [width, vocab_size]`` if the head is not tied;
+  * in ``blocks``, each with a first axis for the layer: ``attention_norm`` and ``ffn_norm``
+    ``{scale,bias}``, ``qkv/kernel [width, 3, num_heads, head_dim]``,
+    ``attention_out/kernel [num_heads, head_dim, width]``, ``ffn_in/kernel``, ``ffn_out/kernel``,
+    and the biases of these four.
+
+  Kernels and embeddings are initialized as in GPT-2: normal with standard deviation 0.02, divided
+  by ``sqrt(2 num_layers)`` for ``attention_out`` and ``ffn_out``. OPT and Pythia were trained from
+  other initial values.
+
+  Sources: see :func:`gpt2`, :func:`opt` and :func:`pythia`; for rotary positions, Su et al.
+  (https://arxiv.org/abs/2104.09864).
 
   Attributes:
     config: a :class:`TransformerConfig`.
@@ -56,11 +61,11 @@ class Transformer(nn.Module):
     """Returns the logits ``[batch, length, vocab_size]``, in float32 at least.
 
     Args:
-      tokens: ``[batch, length]``, integers in [0, vocab_size); what is masked may be anything. An
-        id beyond the vocabulary makes the logits of its sequence NaN.
-      mask: ``[batch, length]``, bool: which tokens are there, the others being padding on either
-        side; None for all. Nothing attends to padding, and only real tokens count as positions.
-        The logits at padding mean nothing.
+      tokens: ``[batch, length]``, integers in [0, vocab_size); ids at padding are ignored. An id
+        outside the vocabulary makes the logits of its sequence NaN.
+      mask: ``[batch, length]``, bool: True for real tokens, False for padding, on either side; None
+        if all are real. No token attends to padding, and positions count only real tokens. Ignore
+        the logits at padding.
 
     Raises:
       ValueError: ``tokens`` or ``mask`` has another shape or dtype, or is longer than
@@ -72,7 +77,7 @@ class Transformer(nn.Module):
       positions = jnp.arange(tokens.shape[1])[None]
     else:
       positions = jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
-      tokens = jnp.where(mask, tokens, 0)  # An id that is none would be NaN, and 0 * NaN is NaN.
+      tokens = jnp.where(mask, tokens, 0)  # An unknown id would give NaN, and 0 * NaN is NaN.
 
     embedding = self._table("token_embedding", config.vocab_size)
     x = _rows(embedding, tokens)
@@ -86,7 +91,7 @@ class Transformer(nn.Module):
 
     block = Block
     if config.remat:
-      # Within a loop nothing can be merged with what the forward pass kept; without one it can.
+      # In a loop, XLA cannot merge the recomputation with the forward pass; unrolled, it can.
       block = nn.remat(Block, prevent_cse=config.unroll > 1)
     broadcast: Any = nn.broadcast  # Flax declares an int.
     blocks = nn.scan(
@@ -116,10 +121,10 @@ class Transformer(nn.Module):
 
 
 class Block(nn.Module):
-  """One block of :class:`Transformer`, as the body of a scan.
+  """One block of :class:`Transformer`, the body of a scan over blocks.
 
   Attributes:
-    config: the model's.
+    config: the model's :class:`TransformerConfig`.
   """
 
   config: TransformerConfig
@@ -128,13 +133,14 @@ class Block(nn.Module):
   def __call__(
     self, x: jax.Array, mask: jax.Array | None, rotation: tuple[jax.Array, jax.Array] | None
   ) -> tuple[jax.Array, None]:
-    """Returns the residual stream after the block, and nothing.
+    """Returns the residual stream after the block, and None (the scan has no other outputs).
 
     Args:
-      x: ``[batch, length, width]``.
-      mask: ``[batch, length]`` or None, as the model's.
+      x: the residual stream, ``[batch, length, width]``.
+      mask: ``[batch, length]``, bool: True for real tokens, False for padding; None if all are
+        real.
       rotation: cosines and sines of rotary positions, ``[batch or 1, length, 1, rotary_dim / 2]``;
-        None for none.
+        None if positions are learned.
     """
     attended = self._attention(_norm(self.config, "attention_norm")(x), mask, rotation)
     if self.config.parallel_residual:
@@ -186,25 +192,25 @@ class Block(nn.Module):
 
 
 def _normal(num_terms: int = 1) -> nn.initializers.Initializer:
-  """GPT-2's initializer; ``num_terms`` such layers are summed in the residual stream."""
+  """GPT-2's initializer for a layer whose output is one of ``num_terms`` in the residual sum."""
   return nn.initializers.normal(0.02 / num_terms**0.5)
 
 
 def _rows(table: jax.Array, ids: jax.Array) -> jax.Array:
-  """Rows of a table, in its dtype: gradients of equal ids must not be summed in bfloat16.
+  """Returns rows of a table, in the table's dtype; NaN for negative ids and ids past the end.
 
-  NaN for ids that are none, negative ones too.
+  The table's dtype, because gradients of equal ids must not be summed in bfloat16.
   """
   return table.at[ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
 
 def _norm(config: TransformerConfig, name: str) -> nn.LayerNorm:
-  # Not E[x^2] - E[x]^2, which cancels.
+  # The fast variance, E[x^2] - E[x]^2, cancels.
   return nn.LayerNorm(config.epsilon, dtype=config.dtype, use_fast_variance=False, name=name)
 
 
 def _rotation(config: TransformerConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Cosines and sines ``[batch or 1, length, 1, rotary_dim / 2]`` of ``positions``."""
+  """Returns cosines and sines ``[batch or 1, length, 1, rotary_dim / 2]`` for ``positions``."""
   exponents = np.arange(0, config.rotary_dim, 2) / config.rotary_dim
   dtype = jnp.promote_types(config.dtype, jnp.float32)
   frequencies = jnp.asarray(config.rotary_base**-exponents, dtype)
