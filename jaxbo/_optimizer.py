@@ -33,7 +33,7 @@ def _is_rate(value: Any) -> bool:
   if callable(value):
     try:
       value = jax.eval_shape(value, jax.ShapeDtypeStruct((), jnp.int32))
-    except jax.errors.ConcretizationTypeError:  # It looks at the count; so be it, without jit.
+    except jax.errors.ConcretizationTypeError:  # It branches on the count in Python: not under jit.
       return True
     except TypeError:
       return False

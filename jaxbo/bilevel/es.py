@@ -70,10 +70,12 @@ def add_es_response(
   randomness in the batch. Only ``difference="exact"`` takes second derivatives.
 
   If :math:`y^N` is affine in :math:`x`, the mean of the estimate is the unrolled hypergradient at
-  every smoothing. Otherwise its bias is at most :math:`\mu L_J \sqrt p \|\nabla_y f\|` for an
-  :math:`L_J`-Lipschitz Jacobian. The squared relative error is about :math:`p / Q` for :math:`p`
-  outer parameters. If :math:`p` is large, use a small learning rate, momentum, or a solver with
-  ``through=``: :math:`p` is then the number of features.
+  every smoothing. Otherwise, for an :math:`L_J`-Lipschitz Jacobian, its bias is at most
+  :math:`\mu L_J \sqrt p \|\nabla_y f\|` with Gaussian directions or the sphere (Stein's identity),
+  and :math:`\frac12 \mu L_J p \|\nabla_y f\|` with the other directions of norm :math:`\sqrt p`.
+  The squared relative error is about :math:`p / Q` for :math:`p` outer parameters. If :math:`p` is
+  large, use a small learning rate, momentum, or a solver with ``through=``: :math:`p` is then the
+  number of features.
 
   Directions are scaled as in the paper, not as in its code: see Departures from the papers.
 
