@@ -102,7 +102,7 @@ def perceptron(width: int) -> Model:
   )
 
 
-def make_stream() -> jaxbo.tasks.TaskStream:
+def make_stream() -> jaxbo.tasks.Stream:
   """Random pixels of three domains."""
   keys = jax.random.split(jax.random.key(0), 3)
   draw = functools.partial(jax.random.randint, minval=0, maxval=256)
@@ -165,7 +165,7 @@ def make_programs(name: str, model: Model, num_rounds: int) -> dict[str, Any]:
   step, draw = jax.jit(learner.step), jax.jit(lambda stream, state: stream.step(state))
 
   def python_loop():
-    state, stream_state = start._replace(task_stream_state=()), start.task_stream_state
+    state, stream_state = start._replace(stream_state=()), start.stream_state
     for _ in range(num_rounds):
       stream_state, batch = draw(stream, stream_state)
       state, _ = step(state, batch)
@@ -192,7 +192,7 @@ def kept(name: str, model: Model) -> dict[str, int]:
   """Bytes of the meta-model, and of what is kept beside it."""
   _, state, x = make_learner(name, model)
   size = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-  carried = size(state._replace(task_stream_state=()))
+  carried = size(state._replace(stream_state=()))
   return {"meta-model": size(x), "beside it": carried - size(x)}
 
 

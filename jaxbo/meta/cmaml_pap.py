@@ -19,10 +19,9 @@ from jaxbo.meta.ood_scores import mean_score
 from jaxbo.meta.rounds import (
   OnlineMetaInfo,
   is_broken,
-  make_run,
 )
 from jaxbo.meta.task_learner import task_learner
-from jaxbo.online.rounds import as_batch
+from jaxbo.online.rounds import as_batch, make_run
 
 
 class SupportBuffer(NamedTuple):
@@ -148,7 +147,7 @@ def c_maml_pap(
   differentiate = outer_gradients(outer_loss, response, has_aux=True)
   tail = optax.chain(*([] if modulation is None else [modulate_by_loss(modulation)]), optimizer)
 
-  def init(x, batch=None, *, stream=None, key=0):
+  def init(x, stream=None, *, batch=None, key=0):
     slots = lambda leaf: jnp.zeros((buffer_size, *jnp.shape(leaf)), jnp.result_type(leaf))
     buffer = lambda data: SupportBuffer(jax.tree.map(slots, data), jnp.int32(0), jnp.bool_(False))
     of_support = lambda support: {
@@ -156,7 +155,7 @@ def c_maml_pap(
       "initial_params": (),
       "last_support": buffer(support),
     }
-    return tasks.init(x, batch, stream, key, of_support)
+    return tasks.init(x, stream, batch, key, of_support)
 
   def hypergradient(meta, state, support, judged):
     solution = inner.solve(meta, tasks.begin(meta, support), support)

@@ -18,28 +18,28 @@ from jaxbo.meta.rounds import (
   OnlineMetaInfo,
   OnlineMetaState,
   is_broken,
-  make_run,
 )
 from jaxbo.meta.task_learner import task_learner
-from jaxbo.online.rounds import as_batch
-from jaxbo.tasks.task_streams import TaskStream
+from jaxbo.online.rounds import as_batch, make_run
+from jaxbo.tasks.streams import StreamLike
 
 
 class OnlineMetaLearner(NamedTuple):
   """An online meta-learner, made by :func:`online_meta_learner`.
 
   Attributes:
-    init: ``init(x, batch=None, *, stream=None, key=0) -> OnlineMetaState``. Pass either a stream or
+    init: ``init(x, stream=None, *, batch=None, key=0) -> OnlineMetaState``. Pass either a stream or
       a batch; the batch may hold shapes only.
     step: ``step(state, batch, **extra_args) -> (OnlineMetaState, OnlineMetaInfo)``, one round.
       Extra arguments go to ``outer.update``.
     run: ``run(state, stream, num_rounds) -> (OnlineMetaState, OnlineMetaInfo)``, one ``lax.scan``.
-      The state must come from ``init`` with a stream.
+      The state must come from ``init`` with a stream. A stream is a :class:`jaxbo.tasks.Stream`, or
+      a function for :func:`jaxbo.tasks.function_stream`.
   """
 
   init: Callable[..., OnlineMetaState]
   step: Callable[..., tuple[OnlineMetaState, OnlineMetaInfo]]
-  run: Callable[[OnlineMetaState, TaskStream, int], tuple[OnlineMetaState, OnlineMetaInfo]]
+  run: Callable[[OnlineMetaState, StreamLike, int], tuple[OnlineMetaState, OnlineMetaInfo]]
 
 
 def online_meta_learner(
@@ -155,14 +155,14 @@ def online_meta_learner(
   differentiate = None if outer is None else outer_gradients(outer_loss, outer, has_aux=True)
   loss_and_logits = checked_outer_loss(outer_loss, has_aux=True)
 
-  def init(x, batch=None, *, stream=None, key=0):
+  def init(x, stream=None, *, batch=None, key=0):
     zeros = lambda leaf: jnp.zeros(jnp.shape(leaf), jnp.result_type(leaf))
     of_support = lambda support: {
       "meta_state": () if outer is None else outer.init(x),
       "initial_params": x if shift_model == "initial" else (),
       "last_support": jax.tree.map(zeros, support) if query == "next" else (),
     }
-    return tasks.init(x, batch, stream, key, of_support)
+    return tasks.init(x, stream, batch, key, of_support)
 
   def meta_update(differentiate, state, solution, support, judged, **extra_args):
     """Returns the new meta-model, its state, the loss, and whether everything was finite."""

@@ -1,4 +1,4 @@
-"""Rounds of an online meta-learner: the state, the report, and the scan over rounds."""
+"""Rounds of an online meta-learner: the state and the report."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxbo import _check
 from jaxbo.meta.detection import Detection
 
 
@@ -37,7 +36,7 @@ class OnlineMetaState(NamedTuple):
     last_support: the data of the last round with ``query="next"``; the
       :class:`jaxbo.meta.SupportBuffer` of :func:`jaxbo.meta.c_maml_pap`; ``()`` otherwise.
     has_support: whether a round was played before, bool.
-    task_stream_state: the state of the stream; ``()`` without one.
+    stream_state: the state of the stream; ``()`` without one.
   """
 
   meta_params: optax.Params
@@ -47,7 +46,7 @@ class OnlineMetaState(NamedTuple):
   initial_params: Any
   last_support: Any
   has_support: jax.Array
-  task_stream_state: Any
+  stream_state: Any
 
 
 class Prediction(NamedTuple):
@@ -94,20 +93,3 @@ def is_broken(loss: jax.Array, meta_loss: Callable[[], jax.Array]) -> jax.Array:
   return jax.lax.cond(
     jnp.isfinite(loss), lambda: jnp.bool_(False), lambda: jnp.isfinite(meta_loss())
   )
-
-
-def make_run(step: Callable[..., Any]) -> Callable[..., Any]:
-  """Returns the function ``run(state, stream, num_rounds)`` of a learner's ``step``: one scan."""
-
-  def run(state, stream, num_rounds):
-    num_rounds = _check.positive_int("num_rounds", num_rounds)
-    if type(state.task_stream_state) is tuple and not state.task_stream_state:
-      raise ValueError("run needs a state from init(x, stream=stream), got one without a stream")
-
-    def body(state, _):
-      stream_state, batch = stream.step(state.task_stream_state)
-      return step(state._replace(task_stream_state=stream_state), batch)
-
-    return jax.lax.scan(body, state, length=num_rounds)
-
-  return run

@@ -14,7 +14,7 @@ from jaxbo.bilevel.loop import checked_outer_loss
 from jaxbo.bilevel.response import check_solver
 from jaxbo.meta.detection import Detector
 from jaxbo.meta.rounds import OnlineMetaState, Prediction, TaskModel
-from jaxbo.online.rounds import as_batch
+from jaxbo.online.rounds import first_round
 
 
 class TaskLearner(NamedTuple):
@@ -24,7 +24,7 @@ class TaskLearner(NamedTuple):
     begin: ``begin(x, data) -> InnerSolution``, where an adaptation from the meta-model begins.
     predict: ``predict(x, y, data) -> (Prediction, logits)``.
     adapt: ``adapt(state, data, new_task) -> (InnerSolution, TaskModel)``, one inner run.
-    init: ``init(x, batch, stream, key, of_support) -> OnlineMetaState``, where
+    init: ``init(x, stream, batch, key, of_support) -> OnlineMetaState``, where
       ``of_support(support)`` gives the fields that depend on the learner.
   """
 
@@ -67,22 +67,17 @@ def task_learner(
     solution = inner.solve(x, begins, data)
     return solution, TaskModel(x, solution.params, solution.opt_state)
 
-  def init(x, batch, stream, key, of_support):
+  def init(x, stream, batch, key, of_support):
     _check.floating("x", x)
-    if (batch is None) == (stream is None):
-      raise ValueError("init must be given either a stream or a batch, whose shapes are enough")
-    stream_state = ()
-    if stream is not None:
-      stream_state = stream.init(key)
-      batch = jax.eval_shape(lambda state: stream.step(state)[1], stream_state)
-    support = as_batch(batch).train
+    stream_state, batch = first_round(stream, batch, key)
+    support = batch.train
     solution = begin(x, support)
     state = OnlineMetaState(
       meta_params=x,
       task=TaskModel(x, solution.params, solution.opt_state),
       detector_state=detector.init(),
       has_support=jnp.bool_(False),
-      task_stream_state=stream_state,
+      stream_state=stream_state,
       **of_support(support),
     )
     return _tree.copy(state)

@@ -7,15 +7,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxbo import _check, _random, _schedule
+from jaxbo import _check, _schedule
 from jaxbo._types import Loss
 from jaxbo.bilevel.inner import InnerSolver
 from jaxbo.bilevel.loop import BilevelInfo, BilevelState, bilevel_loop, outer_step
 from jaxbo.online.joint import joint
 from jaxbo.online.oagd import replay as solve_on_window
-from jaxbo.online.rounds import OnlineMetric, OnlineRound, as_batch
+from jaxbo.online.rounds import OnlineMetric, OnlineRound, as_batch, first_round, make_run
 from jaxbo.online.window import empty_window
-from jaxbo.tasks.streams import Stream
+from jaxbo.tasks.streams import StreamLike
 
 
 class OnlineState(NamedTuple):
@@ -24,15 +24,15 @@ class OnlineState(NamedTuple):
   Attributes:
     loop: the :class:`~jaxbo.bilevel.BilevelState`: ``x``, the inner solution, the state of the
       transformation.
-    round_count: the number of rounds played, int32; also the ``t`` of the next round.
-    stream_key: the base key of the stream, as raw key data.
+    round_count: the number of rounds played, int32.
+    stream_state: the state of the stream; ``()`` without one.
     window: the :class:`Window` of the last batches; ``()`` if the loop keeps none.
     metric_states: the states of the metrics, by name.
   """
 
   loop: BilevelState
   round_count: jax.Array
-  stream_key: jax.Array
+  stream_state: Any
   window: Any
   metric_states: dict[str, Any]
 
@@ -65,15 +65,17 @@ class Online(NamedTuple):
   """An online loop, made by :func:`~jaxbo.online_loop`.
 
   Attributes:
-    init: ``init(x, y0, stream, *, key=0) -> OnlineState``.
+    init: ``init(x, y0, stream=None, *, batch=None, key=0) -> OnlineState``. Pass either a stream or
+      a batch; the batch may hold shapes only.
     step: ``step(state, batch, **extra_args) -> (OnlineState, OnlineInfo)``, one round. Extra
       arguments go to ``outer.update``.
-    run: ``run(state, stream, num_rounds) -> (OnlineState, OnlineInfo)``, one ``lax.scan``.
+    run: ``run(state, stream, num_rounds) -> (OnlineState, OnlineInfo)``, one ``lax.scan``. The
+      state must come from ``init`` with a stream.
   """
 
   init: Callable[..., OnlineState]
   step: Callable[..., tuple[OnlineState, OnlineInfo]]
-  run: Callable[[OnlineState, Stream, int], tuple[OnlineState, OnlineInfo]]
+  run: Callable[[OnlineState, StreamLike, int], tuple[OnlineState, OnlineInfo]]
 
 
 def online_loop(
@@ -92,12 +94,12 @@ def online_loop(
   In round :math:`t` the method plays :math:`(x_t, y_t)`. Then the round's batch reveals the losses
   :math:`f_t` and :math:`g_t`.
 
-  A *stream* gives the batches: ``stream(key, t)`` returns ``(train, val)`` or an
-  :class:`~jaxbo.online.OnlineBatch`. It is a pure function of a constant base key and the round
-  number ``t``, int32 from 0, so any round can be reproduced. Random streams use
-  ``jax.random.fold_in(key, t)``. A stream with its own data should be a
-  ``jax.tree_util.Partial(function, data)``. Pass it to a jitted function as an argument: the data
-  then travel with it, where a closure would copy the data into the program.
+  A *stream* gives the batches, ``(train, val)`` or an :class:`~jaxbo.online.OnlineBatch`. It is a
+  :class:`jaxbo.tasks.Stream`, or a pure function ``stream(key, t)`` of a constant key and the
+  number of the round, int32 from 0 (see :func:`jaxbo.tasks.function_stream`);
+  :func:`jaxbo.tasks.iterator_stream` makes one of a Python iterator. Pass a stream to a jitted
+  function as an argument: its data then travel with it, where a closure would copy the data into
+  the program. A function must be a ``jax.tree_util.Partial`` for that.
 
   A run of any number of rounds is one compiled scan and continues from any state. Two runs of 500
   rounds equal one run of 1,000, bit for bit, even with a save and restore in between.
@@ -171,15 +173,14 @@ def online_loop(
   else:
     loop_init, play = _one_after_the_other(outer_loss, inner, outer, hyper_at, replay, has_aux)
 
-  def init(x, y0, stream, *, key=0):
-    _check.takes_arguments("stream", stream, "key", "t")
-    batch = jax.eval_shape(lambda key: as_batch(stream(key, jnp.int32(0))), jax.random.key(0))
+  def init(x, y0, stream=None, *, batch=None, key=0):
+    stream_state, batch = first_round(stream, batch, key)
     loop = loop_init(x, y0, batch.train)
     init_metric = lambda metric: metric.init(loop.x, loop.solution.params, batch)
     return OnlineState(
       loop=loop,
       round_count=jnp.int32(0),
-      stream_key=_random.default_key_data(key),
+      stream_state=stream_state,
       window=() if window is None else empty_window(batch._replace(extra=None), window),
       metric_states={
         name: init_metric(metric) if isinstance(metric, OnlineMetric) else ()
@@ -196,7 +197,6 @@ def online_loop(
     after, info = play(before, batch, **extra_args)
     played = OnlineRound(
       t=state.round_count,
-      key=jax.random.wrap_key_data(state.stream_key),
       batch=batch,
       before=before,
       after=after,
@@ -209,19 +209,10 @@ def online_loop(
       else:
         metric_states[name], values[name] = (), metric(played)
     count = _schedule.after(state.round_count)
-    state = OnlineState(after, count, state.stream_key, batches, metric_states)
+    state = OnlineState(after, count, state.stream_state, batches, metric_states)
     return state, OnlineInfo(info, values)
 
-  def run(state, stream, num_rounds):
-    num_rounds = _check.positive_int("num_rounds", num_rounds)
-
-    def body(state, _):
-      key = jax.random.wrap_key_data(state.stream_key)
-      return step(state, stream(key, state.round_count))
-
-    return jax.lax.scan(body, state, length=num_rounds)
-
-  return Online(init, step, run)
+  return Online(init, step, make_run(step))
 
 
 def _one_after_the_other(outer_loss, inner, outer, hyper_at, replay, has_aux):

@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxbo import _check
 from jaxbo.bilevel.loop import BilevelInfo, BilevelState
+from jaxbo.tasks.streams import StreamLike, as_stream
 
 
 class OnlineBatch(NamedTuple):
@@ -41,7 +43,6 @@ class OnlineRound(NamedTuple):
 
   Attributes:
     t: the number of the round, int32 from 0.
-    key: the base key of the stream.
     batch: the :class:`OnlineBatch`.
     before: the :class:`~jaxbo.bilevel.BilevelState` that was played, before the losses were known.
     after: the :class:`~jaxbo.bilevel.BilevelState` after the round.
@@ -49,7 +50,6 @@ class OnlineRound(NamedTuple):
   """
 
   t: jax.Array
-  key: jax.Array
   batch: OnlineBatch
   before: BilevelState
   after: BilevelState
@@ -78,3 +78,34 @@ def as_batch(batch: Any) -> OnlineBatch:
     "a stream must return the pair (train, val) or an OnlineBatch, got "
     f"{jax.tree.map(jnp.shape, batch)}"
   )
+
+
+def first_round(stream: StreamLike | None, batch: Any, key: Any) -> tuple[Any, OnlineBatch]:
+  """Returns the first state of the stream, ``()`` without one, and the shapes of its batches."""
+  if (batch is None) == (stream is None):
+    raise ValueError("init must be given either a stream or a batch, whose shapes are enough")
+  if stream is None:
+    return (), as_batch(batch)
+  stream = as_stream(stream)
+  state = stream.init(key)
+  return state, jax.eval_shape(lambda state: as_batch(stream.step(state)[1]), state)
+
+
+def make_run(
+  step: Callable[..., tuple[Any, Any]],
+) -> Callable[[Any, StreamLike, int], tuple[Any, Any]]:
+  """Returns ``run(state, stream, num_rounds)`` of a ``step(state, batch)``: one scan."""
+
+  def run(state, stream: StreamLike, num_rounds):
+    num_rounds = _check.positive_int("num_rounds", num_rounds)
+    if type(state.stream_state) is tuple and not state.stream_state:
+      raise ValueError("run needs a state from init(..., stream), got one without a stream")
+    stream = as_stream(stream)
+
+    def body(state, _):
+      stream_state, batch = stream.step(state.stream_state)
+      return step(state._replace(stream_state=stream_state), batch)
+
+    return jax.lax.scan(body, state, length=num_rounds)
+
+  return run

@@ -2,11 +2,13 @@
 
 **Few-shot episodes**: :func:`sample_episode`, :class:`Episode`.
 
-**Streams** for :func:`jaxbo.online_loop`: :func:`minibatch_stream`, :func:`phase_stream`.
+**Streams** of rounds for :func:`jaxbo.online_loop` and :func:`jaxbo.meta.online_meta_learner`:
+:class:`Stream`, the protocol; :func:`function_stream` and :func:`iterator_stream`, which make one;
+:func:`minibatch_stream`, :func:`phase_stream`.
 
-**Streams of tasks** for :func:`jaxbo.meta.online_meta_learner`: :func:`osaka_stream`, few-shot
-tasks that change without notice; :func:`moving_gaussian_stream` and
-:func:`jumping_gaussian_stream`, whose best answers are known exactly.
+**Streams of tasks**: :func:`osaka_stream`, few-shot tasks that change without notice;
+:func:`moving_gaussian_stream` and :func:`jumping_gaussian_stream`, whose best answers are known
+exactly.
 """
 
 from jaxbo.tasks.episodes import Episode, sample_episode
@@ -18,12 +20,19 @@ from jaxbo.tasks.gaussian_streams import (
   jumping_gaussian_stream,
   moving_gaussian_stream,
 )
-from jaxbo.tasks.streams import minibatch_stream, phase_stream
+from jaxbo.tasks.iterators import iterator_stream
+from jaxbo.tasks.streams import (
+  PhaseState,
+  RoundState,
+  Stream,
+  function_stream,
+  minibatch_stream,
+  phase_stream,
+)
 from jaxbo.tasks.task_streams import (
   OsakaState,
   StreamBatch,
   StreamTruth,
-  TaskStream,
   osaka_stream,
 )
 
@@ -33,10 +42,14 @@ __all__ = [
   "GaussianState",
   "GaussianTruth",
   "OsakaState",
+  "PhaseState",
+  "RoundState",
+  "Stream",
   "StreamBatch",
   "StreamTruth",
-  "TaskStream",
+  "function_stream",
   "gaussian_posterior_mean",
+  "iterator_stream",
   "jumping_gaussian_stream",
   "minibatch_stream",
   "moving_gaussian_stream",

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxbo import _check, _random
-from jaxbo.tasks.task_streams import TaskStream
+from jaxbo.tasks.streams import Stream
 
 
 class GaussianTruth(NamedTuple):
@@ -80,7 +80,7 @@ def moving_gaussian_stream(
   domain_step: float | int = 1.0,
   task_variance: float | int = 1.0,
   data_variance: float | int = 0.1,
-) -> TaskStream:
+) -> Stream:
   r"""Tasks are Gaussians around a domain mean, which moves with every change of the domain.
 
   .. math::
@@ -108,7 +108,7 @@ def moving_gaussian_stream(
     data_variance: :math:`\sigma^2 \ge 0`.
 
   Returns:
-    A :class:`TaskStream` whose batches are :class:`GaussianBatch`.
+    A :class:`Stream` whose batches are :class:`GaussianBatch`.
 
   Raises:
     ValueError: if a number is outside its range.
@@ -149,7 +149,7 @@ def jumping_gaussian_stream(
   distance: float | int,
   num_queries: int = 1,
   data_variance: float | int = 1.0,
-) -> TaskStream:
+) -> Stream:
   r"""Task means jump by a given distance, so a detector's error rates are known exactly.
 
   The first task is a jump from the origin; every jump has a uniformly random direction. The loss of
@@ -172,7 +172,7 @@ def jumping_gaussian_stream(
     data_variance: :math:`\sigma^2 \ge 0`.
 
   Returns:
-    A :class:`TaskStream` whose batches are :class:`GaussianBatch`; the domain never changes.
+    A :class:`Stream` whose batches are :class:`GaussianBatch`; the domain never changes.
 
   Raises:
     ValueError: if a number is outside its range.
@@ -233,7 +233,7 @@ def gaussian_posterior_mean(
   return (data * jnp.mean(samples, axis=0) + prior * prior_mean) / (data + prior)
 
 
-def _make(move, dim, num_shots, num_queries, probabilities, data_variance) -> TaskStream:
+def _make(move, dim, num_shots, num_queries, probabilities, data_variance) -> Stream:
   dim = _check.positive_int("dim", dim)
   num_shots = _check.positive_int("num_shots", num_shots)
   num_queries = _check.positive_int("num_queries", num_queries)
@@ -264,4 +264,4 @@ def _make(move, dim, num_shots, num_queries, probabilities, data_variance) -> Ta
       state.base_key, state.num_rounds + 1, task_mean, domain_mean, domain
     ), batch
 
-  return TaskStream(jax.tree_util.Partial(init), jax.tree_util.Partial(step))
+  return Stream(jax.tree_util.Partial(init), jax.tree_util.Partial(step))

@@ -1,16 +1,116 @@
-"""Streams of batches for :func:`jaxbo.online_loop`: pure functions of a key and a round number."""
+"""Streams of rounds: the protocol, streams of a function, of minibatches and of phases."""
 
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxbo import _check
+from jaxbo import _check, _random, _schedule
 
-Stream = Callable[[jax.Array, jax.Array], Any]
+
+class Stream(NamedTuple):
+  """A stream of rounds, for :func:`jaxbo.online_loop` and :func:`jaxbo.meta.online_meta_learner`.
+
+  The next round may depend on the rounds before it. Both functions are pure, and each is a
+  ``jax.tree_util.Partial``. Pass the stream to a jitted function as an argument: its data then
+  travel with it, where a closure would copy the data into the program. A batch is a pair ``(train,
+  val)``, a :class:`jaxbo.online.OnlineBatch`, or any pytree with the attributes ``train``, ``val``
+  and ``extra``, such as :class:`StreamBatch`.
+
+  :func:`function_stream` and :func:`iterator_stream` make a stream of a function of the round and
+  of a Python iterator.
+
+  Attributes:
+    init: ``init(key=0) -> state``; the key is an int, a raw key array or a typed key.
+    step: ``step(state) -> (state, batch)``, the next round.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, jaxbo
+    >>> from jax.tree_util import Partial
+    >>> def init(key=0):
+    ...   return jax.random.key(key), jnp.float32(0.0)
+    >>> def step(state):                                          # a target that walks at random
+    ...   key, target = state
+    ...   key, new = jax.random.split(key)
+    ...   target += jax.random.normal(new)
+    ...   return (key, target), jaxbo.online.OnlineBatch(None, target)
+    >>> stream = jaxbo.tasks.Stream(Partial(init), Partial(step))
+    >>> state, batch = stream.step(stream.init(0))
+    >>> batch.val.shape
+    ()
+  """
+
+  init: Callable[..., Any]
+  step: Callable[[Any], tuple[Any, Any]]
+
+
+class RoundState(NamedTuple):
+  """State of a :func:`function_stream`: all that it depends on.
+
+  Attributes:
+    base_key: the key of the stream, as raw key data.
+    num_rounds: the number of rounds so far, int32; also the ``t`` of the next round.
+  """
+
+  base_key: jax.Array
+  num_rounds: jax.Array
+
+
+def function_stream(function: Callable[[Any, Any], Any]) -> Stream:
+  """A stream of a pure function of a constant key and the number of the round.
+
+  The loops do this by themselves to a function that they are given as a stream.
+
+  Args:
+    function: ``function(key, t) -> batch``, where ``key`` is the typed key of the stream and ``t``
+      the number of the round, int32 from 0. Random streams use ``jax.random.fold_in(key, t)``. A
+      function with its own data should be a ``jax.tree_util.Partial(function, data)``.
+
+  Returns:
+    A :class:`Stream` with a :class:`RoundState`. Any round can be made again: ``stream.step`` of
+    the state before it.
+
+  Raises:
+    TypeError: if ``function`` does not take a key and a round.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, jaxbo
+    >>> stream = jaxbo.tasks.function_stream(lambda key, t: (None, jnp.sin(0.1 * t)))
+    >>> state, first = stream.step(stream.init(0))
+    >>> state, second = stream.step(state)
+    >>> print(first[1], second[1])
+    0.0 0.09983342
+  """
+  _check.takes_arguments("stream", function, "key", "t")
+  partial = jax.tree_util.Partial
+  function = function if isinstance(function, partial) else partial(function)
+  return Stream(partial(_first_round), partial(_next_round, function))
+
+
+def _first_round(key: Any = 0) -> RoundState:
+  return RoundState(_random.default_key_data(key), jnp.int32(0))
+
+
+def _next_round(function, state):
+  batch = function(jax.random.wrap_key_data(state.base_key), state.num_rounds)
+  return state._replace(num_rounds=_schedule.after(state.num_rounds)), batch
+
+
+StreamLike = Stream | Callable[[Any, Any], Any]
+
+
+def as_stream(stream: StreamLike) -> Stream:
+  """Returns a stream as it is, and of a function its :func:`function_stream`."""
+  if isinstance(stream, Stream):
+    return stream
+  if not callable(stream):
+    raise TypeError(
+      f"stream must be a jaxbo.tasks.Stream or a function stream(key, t), got {stream!r}"
+    )
+  return function_stream(stream)
 
 
 def minibatch_stream(train: Any, val: Any, batch_size: int) -> Stream:
@@ -23,9 +123,8 @@ def minibatch_stream(train: Any, val: Any, batch_size: int) -> Stream:
     batch_size: the number of rows of a minibatch, at least 1.
 
   Returns:
-    ``stream(key, t) -> (train, val)`` with leaves ``[batch_size, ...]``, a function of
-    ``fold_in(key, t)``. The stream is a ``jax.tree_util.Partial``, so a jitted function takes it as
-    an argument, with its data.
+    A :class:`Stream` of pairs ``(train, val)`` with leaves ``[batch_size, ...]``. The rows of round
+    ``t`` depend on ``fold_in(key, t)`` alone.
 
   Raises:
     ValueError: if ``batch_size < 1``, or the leading axes within ``train`` or ``val`` differ or are
@@ -35,7 +134,7 @@ def minibatch_stream(train: Any, val: Any, batch_size: int) -> Stream:
     >>> import jax, jax.numpy as jnp, jaxbo
     >>> train = {"a": jnp.arange(10), "b": jnp.arange(10) ** 2}
     >>> stream = jaxbo.tasks.minibatch_stream(train, jnp.ones((5, 2)), batch_size=4)
-    >>> batch, val = jax.jit(stream)(jax.random.key(0), 0)
+    >>> state, (batch, val) = jax.jit(lambda stream: stream.step(stream.init(0)))(stream)
     >>> val.shape, bool((batch["a"] ** 2 == batch["b"]).all())
     ((4, 2), True)
   """
@@ -48,7 +147,7 @@ def minibatch_stream(train: Any, val: Any, batch_size: int) -> Stream:
   # A traced index cannot take rows of a NumPy array.
   train, val = jax.tree.map(jnp.asarray, (train, val))
   draw = functools.partial(_minibatches, batch_size=batch_size)
-  return jax.tree_util.Partial(draw, train, val)
+  return function_stream(jax.tree_util.Partial(draw, train, val))
 
 
 def _minibatches(train, val, key, t, *, batch_size):
@@ -61,48 +160,76 @@ def _minibatches(train, val, key, t, *, batch_size):
   return draw(train_key, train), draw(val_key, val)
 
 
+class PhaseState(NamedTuple):
+  """State of a :func:`phase_stream`.
+
+  Attributes:
+    num_rounds: the number of rounds so far, int32.
+    states: the states of the streams of the phases.
+  """
+
+  num_rounds: jax.Array
+  states: tuple[Any, ...]
+
+
 def phase_stream(
-  streams: Sequence[Stream], lengths: Sequence[int], *, repeat: bool = False
+  streams: Sequence[StreamLike],
+  lengths: Sequence[int],
+  *,
+  repeat: bool = False,
 ) -> Stream:
   """A stream that goes through phases; each phase plays one stream.
 
   For staged and gradual changes, give each phase some length. For a zigzag, use ``lengths=[1, 1]``
-  with ``repeat``.
+  with ``repeat``. A stream stands still while other phases play, and goes on after them.
 
   Args:
-    streams: one stream for each phase, all with the same structure, shapes and dtypes. Each sees
-      the number of the round since the beginning, not since its phase began.
+    streams: one stream for each phase, or a function for :func:`function_stream`; all give batches
+      of the same structure, shapes and dtypes. Each has a key of its own.
     lengths: the number of rounds of each phase, each at least 1.
     repeat: whether the first phase follows the last. Otherwise the last phase never ends.
 
   Returns:
-    ``stream(key, t)``, a ``jax.tree_util.Partial`` that carries the data of those streams that are
-    themselves a ``Partial``.
+    A :class:`Stream` with a :class:`PhaseState`.
 
   Raises:
     ValueError: if there are no phases, ``lengths`` does not have one number for each stream, or a
       length is below 1.
+    TypeError: if one of ``streams`` is neither a stream nor a function of a key and a round.
 
   Example:
     >>> import jax, jaxbo
     >>> phases = [lambda key, t: (t, 0), lambda key, t: (t, 1)]
     >>> stream = jaxbo.tasks.phase_stream(phases, [2, 1], repeat=True)
-    >>> [int(stream(jax.random.key(0), t)[1]) for t in range(6)]
-    [0, 0, 1, 0, 0, 1]
+    >>> _, (rounds, phase) = jax.lax.scan(lambda s, _: stream.step(s), stream.init(0), length=6)
+    >>> print(rounds, phase)
+    [0 1 0 2 3 1] [0 0 1 0 0 1]
   """
   lengths = tuple(_check.positive_int("lengths", length) for length in lengths)
   if not lengths or len(lengths) != len(streams):
     raise ValueError(
       f"lengths must have one number for each of the streams, got {len(lengths)} for {len(streams)}"
     )
-  partial = jax.tree_util.Partial
-  streams = tuple(s if isinstance(s, partial) else partial(s) for s in streams)
-  return partial(functools.partial(_phase, lengths=lengths, repeat=repeat), streams)
+  streams = tuple(as_stream(stream) for stream in streams)
+  step = functools.partial(_next_phase, lengths=lengths, repeat=repeat)
+  return Stream(jax.tree_util.Partial(_first_phase, streams), jax.tree_util.Partial(step, streams))
 
 
-def _phase(streams, key, t, *, lengths, repeat):
+def _first_phase(streams, key: Any = 0) -> PhaseState:
+  key = jax.random.wrap_key_data(_random.default_key_data(key))
+  states = (s.init(jax.random.fold_in(key, i)) for i, s in enumerate(streams))
+  return PhaseState(jnp.int32(0), tuple(states))
+
+
+def _next_phase(streams, state, *, lengths, repeat):
   ends = tuple(itertools.accumulate(lengths))
-  t = jnp.asarray(t, jnp.int32)
-  in_cycle = t % ends[-1] if repeat else t
+  in_cycle = state.num_rounds % ends[-1] if repeat else state.num_rounds
   phase = jnp.sum(in_cycle >= jnp.asarray(ends[:-1], jnp.int32), dtype=jnp.int32)
-  return jax.lax.switch(phase, streams, key, t)
+
+  def play(i, states):
+    new, batch = streams[i].step(states[i])
+    return (*states[:i], new, *states[i + 1 :]), batch
+
+  branches = [functools.partial(play, i) for i in range(len(streams))]
+  states, batch = jax.lax.switch(phase, branches, state.states)
+  return PhaseState(_schedule.after(state.num_rounds), states), batch

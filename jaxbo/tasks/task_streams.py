@@ -1,7 +1,7 @@
 """Streams of few-shot tasks that change without notice: OSAKA, and with separate shifts."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -9,40 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbo import _check, _random
-
-
-class TaskStream(NamedTuple):
-  """A stream with memory: the next round depends on the task of the last round.
-
-  Both functions are pure, and each is a ``jax.tree_util.Partial``. Pass the stream to a jitted
-  function as an argument: its data then travel with it, where a closure would copy the data into
-  the program. Each round returns a pair ``(train, val)``, a :class:`jaxbo.online.OnlineBatch`, or
-  any pytree with the attributes ``train``, ``val`` and ``extra``, such as :class:`StreamBatch`.
-
-  Attributes:
-    init: ``init(key=0) -> state``; the key is an int, a raw key array or a typed key.
-    step: ``step(state) -> (state, batch)``, the next round.
-
-  Example:
-    >>> import jax, jax.numpy as jnp, jaxbo
-    >>> from jax.tree_util import Partial
-    >>> def init(key=0):
-    ...   return jax.random.key(key), jnp.int32(0)
-    >>> def step(state):                                          # a new slope every 20 rounds
-    ...   key, t = state
-    ...   task_key, data_key = jax.random.split(key)
-    ...   slope = jax.random.normal(jax.random.fold_in(task_key, t // 20))
-    ...   u = jax.random.normal(jax.random.fold_in(data_key, t), (2, 8))
-    ...   train, val = ((u[i], slope * u[i]) for i in range(2))
-    ...   return (key, t + 1), jaxbo.online.OnlineBatch(train, val, {"task_switch": t % 20 == 0})
-    >>> stream = jaxbo.tasks.TaskStream(Partial(init), Partial(step))
-    >>> state, batch = stream.step(stream.init(0))
-    >>> bool(batch.extra["task_switch"])
-    True
-  """
-
-  init: Callable[..., Any]
-  step: Callable[[Any], tuple[Any, Any]]
+from jaxbo.tasks.streams import Stream
 
 
 class StreamTruth(NamedTuple):
@@ -131,7 +98,7 @@ def osaka_stream(
   num_queries: int = 0,
   shuffle: bool = True,
   label_order: str = "drawn",
-) -> TaskStream:
+) -> Stream:
   r"""A stream of N-way K-shot tasks from several domains, by the rule of OSAKA.
 
   In each round the task stays with probability :math:`p`. Otherwise there is a *task switch*: the
@@ -172,7 +139,7 @@ def osaka_stream(
       domain whose classes are all drawn then changes nothing (a soft stream, harder to detect).
 
   Returns:
-    A :class:`TaskStream` whose batches are :class:`StreamBatch`.
+    A :class:`Stream` whose batches are :class:`StreamBatch`.
 
   Raises:
     ValueError: if a number is outside its range; if ``domains`` is empty; if a domain has fewer
@@ -223,7 +190,7 @@ def osaka_stream(
   numbers = (stay_probability, domain_switch_probability, probabilities)
   numbers = tuple(jnp.asarray(number, jnp.float32) for number in numbers)
   init, step = _functions(num_ways, num_shots, num_queries, shuffle, label_order)
-  return TaskStream(jax.tree_util.Partial(init), jax.tree_util.Partial(step, arrays, numbers))
+  return Stream(jax.tree_util.Partial(init), jax.tree_util.Partial(step, arrays, numbers))
 
 
 @functools.cache

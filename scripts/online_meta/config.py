@@ -94,7 +94,7 @@ class Config(Choices):
       return conv4(self.width, self.size, self.num_ways, adapt)
     return stripes(self.size, self.num_ways, adapt)
 
-  def stream(self, domains: tuple[Any, ...], stay_probability: float) -> jaxbo.tasks.TaskStream:
+  def stream(self, domains: tuple[Any, ...], stay_probability: float) -> jaxbo.tasks.Stream:
     """The stream on arrays of images."""
     return jaxbo.tasks.osaka_stream(
       domains,

@@ -170,4 +170,4 @@ METHODS = {
 def state_bytes(state: Any, x: Any) -> int:
   """The bytes that a learner carries from round to round beside the meta-model, stream aside."""
   size = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-  return size(state._replace(task_stream_state=())) - size(x)
+  return size(state._replace(stream_state=())) - size(x)

@@ -48,8 +48,8 @@ def play(learner, state, num_rounds=60):
   """The state, and of every round the batch, the models after it and the info."""
 
   def body(state, _):
-    stream_state, batch = STREAM.step(state.task_stream_state)
-    state, info = learner.step(state._replace(task_stream_state=stream_state), batch)
+    stream_state, batch = STREAM.step(state.stream_state)
+    state, info = learner.step(state._replace(stream_state=stream_state), batch)
     return state, (batch.train, state.meta_params, state.task.x + state.task.y, info)
 
   return jax.lax.scan(body, state, length=num_rounds)

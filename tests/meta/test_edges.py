@@ -39,7 +39,7 @@ def test_a_task_model_that_overflows_is_given_up(switch_score):
     overflowing_loss, inner, None, detector, switch_score=switch_score, shift_score=SCORE
   )
   step, batch = jax.jit(learner.step), (jnp.ones((5, 2)), jnp.ones((5, 2)))
-  state, _ = step(learner.init(jnp.zeros(2), batch), batch)
+  state, _ = step(learner.init(jnp.zeros(2), batch=batch), batch)
   broken = state._replace(task=state.task._replace(y=jnp.full(2, 20.0)))
   _, info = step(broken, (jnp.full((5, 2), jnp.nan), batch[1]))
   assert not info.detection.switch
@@ -64,7 +64,7 @@ def test_a_gate_for_a_part_of_the_meta_model_does_not_hold_the_rest():
   oracle = jaxbo.meta.oracle_detector(lambda batch: batch[0] > 0, lambda batch: batch[0] > 1)
   learner = jaxbo.meta.online_meta_learner(part_loss, inner, outer, oracle, shift_score=jnp.square)
   step, u = jax.jit(learner.step), lambda value: (jnp.float32(value),) * 2
-  state, _ = step(learner.init({name: jnp.float32(0.0) for name in names}, u(1.0)), u(1.0))
+  state, _ = step(learner.init({name: jnp.float32(0.0) for name in names}, batch=u(1.0)), u(1.0))
   assert state.meta_params == {"a": 0, "b": 0.125, "c": 0.25}  # (1 - a)^2 of the way, then gated.
   known, _ = step(state, u(-1.0))  # No switch.
   assert (known.meta_params["a"], known.meta_params["b"]) == (0, 0.125)
@@ -102,7 +102,7 @@ def test_extra_arguments_of_a_step_reach_the_outer_transformation():
     loss, INNER, times, drop_threshold=INF, buffer_size=1, shift_score=jnp.square
   )
   for learner, rounds in ((one, 1), (two, 2)):
-    state = learner.init(jnp.zeros(2), batch)
+    state = learner.init(jnp.zeros(2), batch=batch)
     for _ in range(rounds):
       state, _ = learner.step(state, batch, factor=2.0)
     np.testing.assert_allclose(state.meta_params, 2 * LEFT**2, rtol=1e-6)

@@ -49,9 +49,9 @@ def play(learner, state, num_rounds=60):
   """The state, and of every round the batch, the meta-model, the task's model and the info."""
 
   def body(state, _):
-    stream_state, batch = STREAM.step(state.task_stream_state)
+    stream_state, batch = STREAM.step(state.stream_state)
     meta = state.meta_params
-    state, info = learner.step(state._replace(task_stream_state=stream_state), batch)
+    state, info = learner.step(state._replace(stream_state=stream_state), batch)
     return state, (batch, meta, state.task.x + state.task.y, info)
 
   return jax.lax.scan(body, state, length=num_rounds)
@@ -318,7 +318,7 @@ def test_memory_is_the_meta_model_the_task_and_numbers():
   learner = threshold_learner()
   state = learner.init(jnp.zeros(2), stream=STREAM, key=1)
   after, _ = jitted_step()(state, STREAM.step(STREAM.init(0))[1])
-  shapes = [leaf.shape for leaf in jax.tree.leaves(after._replace(task_stream_state=()))]
+  shapes = [leaf.shape for leaf in jax.tree.leaves(after._replace(stream_state=()))]
   assert shapes.count((2,)) == 3  # theta, and the pair of the task.
   assert all(shape in ((2,), ()) for shape in shapes)
   same = lambda a, b: (a.shape, a.dtype, a.weak_type) == (b.shape, b.dtype, b.weak_type)
@@ -439,8 +439,8 @@ def test_bad_arguments():
     make(gated(), oracle).init(jnp.zeros(2))
   with pytest.raises(ValueError, match="num_rounds must be at least 1, got 0"):
     threshold_learner().run(with_thresholds(0.0, 0.0), STREAM, 0)
-  without = make(None, oracle).init(jnp.zeros(2), (jnp.zeros((5, 2)), jnp.zeros((5, 2))))
-  with pytest.raises(ValueError, match=r"run needs a state from init\(x, stream=stream\)"):
+  without = make(None, oracle).init(jnp.zeros(2), batch=(jnp.zeros((5, 2)), jnp.zeros((5, 2))))
+  with pytest.raises(ValueError, match="run needs a state from init"):
     make(None, oracle).run(without, STREAM, 3)
   with pytest.raises(TypeError, match=r"metric must be a function metric\(logits, batch\)"):
     make(gated(), oracle, metric=lambda logits: logits)

@@ -84,8 +84,8 @@ def test_a_network_with_an_oracle_equals_a_loop_by_hand(x64):
   @jax.jit
   def run(state):
     def body(state, _):
-      stream_state, batch = STREAM.step(state.task_stream_state)
-      state, info = method.step(state._replace(task_stream_state=stream_state), batch)
+      stream_state, batch = STREAM.step(state.stream_state)
+      state, info = method.step(state._replace(stream_state=stream_state), batch)
       return state, (batch, info)
 
     return jax.lax.scan(body, state, length=rounds)
@@ -207,7 +207,7 @@ def test_corrupted_switches_cost_the_more_the_more_they_are(x64):
       told = batch.extra._replace(task_switch=batch.extra.task_switch ^ flip)
       return after, batch._replace(extra=told)
 
-    stream = jaxbo.tasks.TaskStream(clean.init, step)
+    stream = jaxbo.tasks.Stream(clean.init, step)
     state = method.init(jnp.full(2, -5.0), stream=stream, key=0)
     return method.run(state, stream, 4000)[1].before.loss
 

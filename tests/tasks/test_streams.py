@@ -1,4 +1,7 @@
-"""Streams: pure functions of a key and of the round."""
+"""Streams of a function, of minibatches and of phases."""
+
+import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -7,14 +10,23 @@ import pytest
 
 import jaxbo
 
-KEY = jax.random.key(0)
+
+@functools.partial(jax.jit, static_argnums=1)  # The stream is an argument, its data not constants.
+def play(stream, num_rounds, key=0):
+  return jax.lax.scan(lambda s, _: stream.step(s), stream.init(key), length=num_rounds)[1]
+
+
+def test_a_function_sees_its_key_and_the_number_of_the_round():
+  stream = jaxbo.tasks.function_stream(lambda key, t: (jax.random.key_data(key), t))
+  keys, rounds = play(stream, 5, 3)
+  np.testing.assert_array_equal(rounds, np.arange(5))
+  np.testing.assert_array_equal(keys, [jax.random.key_data(jax.random.key(3))] * 5)
 
 
 def test_minibatches_are_uniform_with_replacement_and_independent():
   train, val = {"row": jnp.arange(50), "square": jnp.arange(50) ** 2}, jnp.arange(10)
   stream = jaxbo.tasks.minibatch_stream(train, val, 20)
-  draw = jax.jit(lambda stream: jax.vmap(lambda t: stream(KEY, t))(jnp.arange(1000)))
-  batch, val_batch = draw(stream)  # The stream is an argument: its data are no constants.
+  batch, val_batch = play(stream, 1000)
   assert batch["row"].shape == val_batch.shape == (1000, 20)
   np.testing.assert_array_equal(batch["row"] ** 2, batch["square"])
   for rows, size in ((batch["row"], 50), (val_batch, 10)):
@@ -29,16 +41,17 @@ def test_minibatches_are_uniform_with_replacement_and_independent():
 
 def test_any_round_can_be_made_again():
   stream = jaxbo.tasks.minibatch_stream(jnp.arange(50), jnp.arange(50), 5)
-  first, again, other = stream(KEY, 7), stream(KEY, 7), stream(KEY, 8)
-  np.testing.assert_array_equal(first, again)
-  assert np.any(first[0] != other[0])
-  assert np.any(stream(jax.random.key(1), 7)[0] != first[0])
+  state = stream.init(0)._replace(num_rounds=jnp.int32(7))
+  state, first = stream.step(state)
+  np.testing.assert_array_equal(first, jax.tree.map(lambda leaf: leaf[7], play(stream, 9)))
+  assert np.any(first[0] != stream.step(state)[1][0])
+  assert np.any(play(stream, 9, 1)[0][7] != first[0])
 
 
 def test_data_may_be_numpy_arrays():
   stream = jaxbo.tasks.minibatch_stream(np.arange(50), {"a": np.arange(50)}, 5)
-  batch = jax.jit(lambda t: stream(KEY, t))(7)  # As a constant, not as an argument.
-  np.testing.assert_array_equal(batch[0], stream(KEY, 7)[0])
+  batch = jax.jit(lambda: stream.step(stream.init(7))[1])()  # As a constant, not as an argument.
+  np.testing.assert_array_equal(batch[0], stream.step(stream.init(7))[1][0])
 
 
 @pytest.mark.parametrize(
@@ -48,17 +61,24 @@ def test_phases_have_their_lengths(repeat, expected):
   data = [jnp.full(4, i) for i in range(3)]
   phases = [jaxbo.tasks.minibatch_stream(d, d, 2) for d in data]
   stream = jaxbo.tasks.phase_stream(phases, [2, 1, 3], repeat=repeat)
-  run = jax.jit(lambda stream: jax.lax.map(lambda t: stream(KEY, t)[0][0], jnp.arange(8)))
-  np.testing.assert_array_equal(run(stream), expected)
-  assert len(jax.tree.leaves(stream)) == 6
+  np.testing.assert_array_equal(play(stream, 8)[0][:, 0], expected)
+  assert len(jax.tree.leaves(stream.step)) == 6
 
 
-def test_phases_see_the_round_since_the_beginning():
-  stream = jaxbo.tasks.phase_stream([lambda key, t: (t, 0)] * 2, [2, 2])
-  assert [int(stream(KEY, t)[0]) for t in range(5)] == [0, 1, 2, 3, 4]
+def test_a_phase_goes_on_where_it_stood_and_has_a_key_of_its_own():
+  mark = lambda key, t: (t, jax.random.key_data(key))
+  remember = jaxbo.tasks.Stream(  # A stream with memory: the sum of its rounds.
+    jax.tree_util.Partial(lambda key=0: (jnp.int32(0), jax.random.key_data(key))),
+    jax.tree_util.Partial(lambda state: ((state[0] + 1, state[1]), state)),
+  )
+  stream = jaxbo.tasks.phase_stream([mark, remember], [2, 1], repeat=True)
+  rounds, keys = play(stream, 7, 3)
+  np.testing.assert_array_equal(rounds, [0, 1, 0, 2, 3, 1, 4])
+  expected = [jax.random.key_data(jax.random.fold_in(jax.random.key(3), i)) for i in range(2)]
+  np.testing.assert_array_equal(keys, np.array(expected)[[0, 0, 1, 0, 0, 1, 0]])
 
 
-def test_bad_arguments():
+def test_bad_arguments(as_users_run):
   with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
     jaxbo.tasks.minibatch_stream(jnp.ones(3), jnp.ones(3), 0)
   for bad in ({"a": jnp.ones(3), "b": jnp.ones(4)}, jnp.float32(1.0), jnp.ones((0, 2)), {}):
@@ -71,3 +91,7 @@ def test_bad_arguments():
     jaxbo.tasks.phase_stream([], [])
   with pytest.raises(ValueError, match="lengths must be at least 1, got 0"):
     jaxbo.tasks.phase_stream([phase, phase], [1, 0])
+  with pytest.raises(TypeError, match=r"stream must be a jaxbo\.tasks\.Stream or a function"):
+    jaxbo.tasks.phase_stream([phase, 3], [1, 1])
+  with pytest.raises(TypeError, match=re.escape("stream must be a function stream(key, t), got")):
+    jaxbo.tasks.function_stream(lambda t: t)

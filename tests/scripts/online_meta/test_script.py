@@ -484,7 +484,7 @@ def test_what_methods_are_made_of(tmp_path):
   rates, batch = Rates(0.5, 0.01, 0.25, 2.0, 1.5, -2.0), (jnp.zeros((6, 16, 16, 1)), jnp.arange(6))
   x, states = mine.model().init(jax.random.key(0)), {}
   first = lambda name, choices: (
-    METHODS[name].make(mine.model(), rates, choices).init(x, (batch, batch))
+    METHODS[name].make(mine.model(), rates, choices).init(x, batch=(batch, batch))
   )
   for name in ("maml", "c_maml", "c_maml_um", "c_maml_pap", "leeds", "leeds_told"):
     states[name] = first(name, mine)
@@ -506,7 +506,7 @@ def test_what_methods_are_made_of(tmp_path):
   assert optax.tree.get(dropped, "finite") is None
   assert optax.tree.get(states["leeds"], "finite") is not None
   # The task's x and y are 31 numbers each; two thresholds; two flags.
-  streaming = states["maml"]._replace(task_stream_state=jnp.zeros(99))
+  streaming = states["maml"]._replace(stream_state=jnp.zeros(99))
   assert meta_methods.state_bytes(streaming, x) == 2 * 31 * 4 + 2 * 4 + 2
   begins = {name: method.begins for name, method in METHODS.items() if method.begins != "maml"}
   assert begins == {"online_sgd": "random", "scratch": "random", "anil": "anil"}
