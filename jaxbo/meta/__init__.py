@@ -14,9 +14,15 @@ from jaxbo.meta.detection import (
 )
 from jaxbo.meta.detection_quality import DetectionQuality, detection_quality
 from jaxbo.meta.gate import GateInfo, GateScales, GateState
-from jaxbo.meta.learner import OnlineMetaLearner, online_meta_learner
+from jaxbo.meta.learner import online_meta_learner
 from jaxbo.meta.ood_scores import energy_score, entropy_score, max_softmax_score
-from jaxbo.meta.rounds import OnlineMetaInfo, OnlineMetaState, Prediction, TaskModel
+from jaxbo.meta.rounds import (
+  OnlineMetaInfo,
+  OnlineMetaLearner,
+  OnlineMetaState,
+  Prediction,
+  TaskModel,
+)
 from jaxbo.meta.task_regret import task_averaged_regret
 from jaxbo.meta.thresholds import (
   FixedThresholdState,

@@ -14,7 +14,8 @@ from jaxbo.bilevel.response import MISSING
 from jaxbo.bilevel.unrolled import add_unrolled_response
 from jaxbo.meta.detection import threshold_detector
 from jaxbo.meta.gate import gate_by_detection
-from jaxbo.meta.learner import OnlineMetaLearner, online_meta_learner
+from jaxbo.meta.learner import online_meta_learner
+from jaxbo.meta.rounds import OnlineMetaLearner
 
 
 class ModulationInfo(NamedTuple):

@@ -13,15 +13,9 @@ from jaxbo.bilevel.inner import InnerSolver
 from jaxbo.bilevel.loop import outer_gradients
 from jaxbo.bilevel.unrolled import add_unrolled_response
 from jaxbo.meta.cmaml import check_parts, modulate_by_loss
-from jaxbo.meta.detection import Detection, Scores, threshold_detector
-from jaxbo.meta.learner import OnlineMetaLearner
-from jaxbo.meta.ood_scores import mean_score
-from jaxbo.meta.rounds import (
-  OnlineMetaInfo,
-  is_broken,
-)
-from jaxbo.meta.task_learner import task_learner
-from jaxbo.online.rounds import as_batch, make_run
+from jaxbo.meta.detection import threshold_detector
+from jaxbo.meta.play import Policy, from_meta_model, play
+from jaxbo.meta.rounds import OnlineMetaLearner
 
 
 class SupportBuffer(NamedTuple):
@@ -140,90 +134,65 @@ def c_maml_pap(
   _check.transformation("optimizer", optimizer)
   buffer_size = _check.positive_int("buffer_size", buffer_size)
   check_parts(drop_threshold, modulation, response)
-  detector = threshold_detector(drop_threshold, float("inf"))
-  tasks = task_learner(outer_loss, inner, detector, start, metric)
-  score_of = mean_score("shift_score", shift_score)
   response = add_unrolled_response(inner) if response is None else response
-  differentiate = outer_gradients(outer_loss, response, has_aux=True)
   tail = optax.chain(*([] if modulation is None else [modulate_by_loss(modulation)]), optimizer)
+  return play(
+    outer_loss,
+    inner,
+    threshold_detector(drop_threshold, float("inf")),
+    _buffered_pairs(outer_loss, inner, response, tail, start, buffer_size),
+    start=start,
+    judge_by_query=False,
+    switch_score="drop",
+    shift_score=shift_score,
+    shift_model="adapted",
+    metric=metric,
+  )
 
-  def init(x, stream=None, *, batch=None, key=0):
+
+def _buffered_pairs(outer_loss, inner, response, tail, start, buffer_size: int) -> Policy:
+  """Descends the mean over the pairs of a buffer, at a boundary or when the buffer is full."""
+  solve_anew = from_meta_model(inner, start)
+  differentiate = outer_gradients(outer_loss, response, has_aux=True)
+
+  def init(x, support):
     slots = lambda leaf: jnp.zeros((buffer_size, *jnp.shape(leaf)), jnp.result_type(leaf))
-    buffer = lambda data: SupportBuffer(jax.tree.map(slots, data), jnp.int32(0), jnp.bool_(False))
-    of_support = lambda support: {
-      "meta_state": (response.init(x), tail.init(x)),
-      "initial_params": (),
-      "last_support": buffer(support),
-    }
-    return tasks.init(x, stream, batch, key, of_support)
+    buffer = SupportBuffer(jax.tree.map(slots, support), jnp.int32(0), jnp.bool_(False))
+    return (response.init(x), tail.init(x)), buffer
 
-  def hypergradient(meta, state, support, judged):
-    solution = inner.solve(meta, tasks.begin(meta, support), support)
-    given = {"solution": solution, "batch": support}
-    grads, state, value, _ = differentiate(meta, solution.params, state, judged, **given)
-    return _tree.at_least_float32(grads), state, value
+  def is_open(state, detection):
+    count = state.last_support.num_supports
+    return (detection.switch & (count > 0)) | (count == buffer_size)
 
-  def meta_update(meta, states, buffer, zero, **extra_args):
-    """Takes one step along the mean over the pairs of the buffer."""
+  def update(state, played, **extra_args):
+    meta, buffer = state.meta_params, state.last_support
     count = buffer.num_supports
     half, num_pairs = (count + 1) // 2, jnp.maximum(count // 2, 1)
 
     def add(i, carry):
-      total, state, loss = carry
-      judged = buffer.get(jnp.minimum(half + i, count - 1))
-      grads, state, value = hypergradient(meta, state, buffer.get(i), judged)
-      return optax.tree.add(total, grads), state, loss + value
+      total, response_state, loss = carry
+      support, judged = buffer.get(i), buffer.get(jnp.minimum(half + i, count - 1))
+      solution = solve_anew(meta, support)
+      grads, response_state, value, _ = differentiate(
+        meta, solution.params, response_state, judged, solution=solution, batch=support
+      )
+      return optax.tree.add(total, _tree.at_least_float32(grads)), response_state, loss + value
 
-    carry = (_tree.zeros_at_least_float32(meta), states[0], zero)
+    zero = jnp.zeros_like(played.detection.scores.switch)
+    carry = (_tree.zeros_at_least_float32(meta), state.meta_state[0], zero)
     total, response_state, value = jax.lax.fori_loop(0, num_pairs, add, carry)
     grads, value = jax.tree.map(lambda leaf: leaf / num_pairs, (total, value))
     updates, tail_state = tail.update(
-      _tree.cast_like(grads, meta), states[1], meta, value=value, **extra_args
+      _tree.cast_like(grads, meta), state.meta_state[1], meta, value=value, **extra_args
     )
-    new = optax.apply_updates(meta, updates)
-    finite = _tree.all_finite(new)
-    return *_tree.where(finite, (new, (response_state, tail_state)), (meta, states)), value, finite
+    return optax.apply_updates(meta, updates), (response_state, tail_state), value
 
-  def step(state, batch, **extra_args):
-    played = as_batch(batch)
-    support, meta, task, buffer = played.train, state.meta_params, state.task, state.last_support
-    before, _ = tasks.predict(task.x, task.y, support)
-    _, task = tasks.adapt(state, support, buffer.after_boundary | ~state.has_support)
-    after, logits = tasks.predict(task.x, task.y, support)
-
-    broken = is_broken(before.loss, lambda: tasks.predict(meta, start(meta), support)[0].loss)
-    drop = jnp.where(broken, jnp.inf, before.loss - after.loss)
-    scores = Scores(drop, score_of(logits))
-    switch, detector_state = detector.detect_switch(scores.switch, state.detector_state, batch)
-    shift, detector_state = detector.detect_shift(scores.shift, detector_state, switch=switch)
-    boundary = switch & state.has_support  # The first round is a switch, with nothing before it.
-    is_open = (boundary & (buffer.num_supports > 0)) | (buffer.num_supports == buffer_size)
-    meta, meta_state, value, finite = jax.lax.cond(
-      is_open,
-      lambda: meta_update(
-        meta, state.meta_state, buffer, jnp.zeros_like(before.loss), **extra_args
-      ),
-      lambda: (meta, state.meta_state, jnp.full_like(before.loss, jnp.nan), jnp.bool_(True)),
-    )
+  def keep(state, played, is_open):
+    buffer = state.last_support
     emptied = buffer._replace(num_supports=jnp.zeros_like(buffer.num_supports))
-    buffer = jax.lax.cond(is_open, lambda: emptied, lambda: buffer.push(support))
-    info = OnlineMetaInfo(
-      before,
-      after,
-      Detection(switch, shift, scores),
-      outer_loss=value,
-      meta_updated=is_open,
-      finite=finite,
-      extra=played.extra,
-    )
-    state = state._replace(
-      meta_params=meta,
-      task=task,
-      meta_state=meta_state,
-      detector_state=detector_state,
-      last_support=buffer._replace(after_boundary=boundary),
-      has_support=jnp.ones_like(state.has_support),
-    )
-    return state, info
+    buffer = jax.lax.cond(is_open, lambda: emptied, lambda: buffer.push(played.support))
+    # The first round is a switch, with nothing before it.
+    return buffer._replace(after_boundary=played.detection.switch & state.has_support)
 
-  return OnlineMetaLearner(init, step, make_run(step))
+  restarts = lambda state: state.last_support.after_boundary | ~state.has_support
+  return Policy(init, restarts, is_open, update, keep)

@@ -1,45 +1,20 @@
 """The loop of an online meta-learner: predict, detect, adapt, meta-update."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jaxbo import _check, _tree
+from jaxbo import _check
 from jaxbo._types import Loss
 from jaxbo.bilevel.inner import InnerSolver
-from jaxbo.bilevel.loop import checked_outer_loss, outer_gradients
-from jaxbo.meta.detection import Detection, Detector, Scores
+from jaxbo.bilevel.loop import outer_gradients
+from jaxbo.meta.detection import Detector
 from jaxbo.meta.gate import gate_is_open
-from jaxbo.meta.ood_scores import mean_score
-from jaxbo.meta.rounds import (
-  OnlineMetaInfo,
-  OnlineMetaState,
-  is_broken,
-)
-from jaxbo.meta.task_learner import task_learner
-from jaxbo.online.rounds import as_batch, make_run
-from jaxbo.tasks.streams import StreamLike
-
-
-class OnlineMetaLearner(NamedTuple):
-  """An online meta-learner, made by :func:`online_meta_learner`.
-
-  Attributes:
-    init: ``init(x, stream=None, *, batch=None, key=0) -> OnlineMetaState``. Pass either a stream or
-      a batch; the batch may hold shapes only.
-    step: ``step(state, batch, **extra_args) -> (OnlineMetaState, OnlineMetaInfo)``, one round.
-      Extra arguments go to ``outer.update``.
-    run: ``run(state, stream, num_rounds) -> (OnlineMetaState, OnlineMetaInfo)``, one ``lax.scan``.
-      The state must come from ``init`` with a stream. A stream is a :class:`jaxbo.tasks.Stream`, or
-      a function for :func:`jaxbo.tasks.function_stream`.
-  """
-
-  init: Callable[..., OnlineMetaState]
-  step: Callable[..., tuple[OnlineMetaState, OnlineMetaInfo]]
-  run: Callable[[OnlineMetaState, StreamLike, int], tuple[OnlineMetaState, OnlineMetaInfo]]
+from jaxbo.meta.play import Policy, from_meta_model, play
+from jaxbo.meta.rounds import OnlineMetaLearner
 
 
 def online_meta_learner(
@@ -144,92 +119,55 @@ def online_meta_learner(
     Detection <https://arxiv.org/abs/2302.00857>`_, 2024; Finn, Abbeel and Levine, `Model-Agnostic
     Meta-Learning <https://arxiv.org/abs/1703.03400>`_, 2017.
   """
-  tasks = task_learner(outer_loss, inner, detector, start, metric)
   if outer is not None:
     _check.transformation("outer", outer)
   _check.one_of("restart", restart, ("switch", "always"))
   _check.one_of("query", query, ("given", "same", "next"))
   _check.one_of("switch_score", switch_score, ("loss", "drop"))
   _check.one_of("shift_model", shift_model, ("adapted", "meta", "initial"))
-  score_of = mean_score("shift_score", shift_score)
-  differentiate = None if outer is None else outer_gradients(outer_loss, outer, has_aux=True)
-  loss_and_logits = checked_outer_loss(outer_loss, has_aux=True)
+  return play(
+    outer_loss,
+    inner,
+    detector,
+    _one_pair(outer_loss, inner, outer, start, always=restart == "always", next=query == "next"),
+    start=start,
+    judge_by_query=query == "given",
+    switch_score=switch_score,
+    shift_score=shift_score,
+    shift_model=shift_model,
+    metric=metric,
+  )
 
-  def init(x, stream=None, *, batch=None, key=0):
-    zeros = lambda leaf: jnp.zeros(jnp.shape(leaf), jnp.result_type(leaf))
-    of_support = lambda support: {
-      "meta_state": () if outer is None else outer.init(x),
-      "initial_params": x if shift_model == "initial" else (),
-      "last_support": jax.tree.map(zeros, support) if query == "next" else (),
-    }
-    return tasks.init(x, stream, batch, key, of_support)
 
-  def meta_update(differentiate, state, solution, support, judged, **extra_args):
-    """Returns the new meta-model, its state, the loss, and whether everything was finite."""
-    meta, old_state = state.meta_params, state.meta_state
-    updates, new_state, value, _ = differentiate(
-      meta, solution.params, old_state, judged, solution=solution, batch=support, **extra_args
+def _one_pair(outer_loss, inner, outer, start, *, always: bool, next: bool) -> Policy:
+  """Descends one pair of a round, or with ``next`` that of the last round and this one."""
+  restarts = (lambda state: jnp.ones_like(state.has_support)) if always else None
+  keep = lambda state, played, is_open: played.support if next else ()
+  zeros = lambda leaf: jnp.zeros(jnp.shape(leaf), jnp.result_type(leaf))
+  memory = lambda support: jax.tree.map(zeros, support) if next else ()
+  if outer is None:
+    init, never = (lambda x, support: ((), memory(support))), lambda *_: jnp.bool_(False)
+    return Policy(init, restarts, never, None, keep)
+  solve_anew = from_meta_model(inner, start)
+  differentiate = outer_gradients(outer_loss, outer, has_aux=True)
+
+  def is_open(state, detection):
+    opened = gate_is_open(state.meta_state, detection)
+    return opened & state.has_support if next else opened
+
+  def update(state, played, **extra_args):
+    meta, support, judged, solution = state.meta_params, played.support, played.judged, played.anew
+    if next:
+      support, judged = state.last_support, support
+      solution = solve_anew(meta, support)
+    elif solution is None:
+      anew = lambda: solve_anew(meta, support)
+      solution = jax.lax.cond(played.new_task, lambda: played.solution, anew)
+    given = {"solution": solution, "batch": support, "detection": played.detection, **extra_args}
+    updates, meta_state, value, _ = differentiate(
+      meta, solution.params, state.meta_state, judged, **given
     )
-    new = optax.apply_updates(meta, updates)
-    finite = _tree.all_finite(new)
-    return *_tree.where(finite, (new, new_state), (meta, old_state)), value, finite
+    return optax.apply_updates(meta, updates), meta_state, value
 
-  def step(state, batch, **extra_args):
-    played = as_batch(batch)
-    support, meta = played.train, state.meta_params
-    judged = played.val if query == "given" else support
-    before, _ = tasks.predict(state.task.x, state.task.y, support)
-
-    solve_anew = lambda data: inner.solve(meta, tasks.begin(meta, data), data)
-    score, drop_run = before.loss, None
-    if switch_score == "drop":
-      drop_run = solve_anew(support)
-      score = score - loss_and_logits(meta, drop_run.params, support)[0]
-    broken = is_broken(before.loss, lambda: loss_and_logits(meta, start(meta), support)[0])
-    score = jnp.where(broken, jnp.inf, score)
-    switch, detector_state = detector.detect_switch(score, state.detector_state, batch)
-    new_task = jnp.ones_like(switch) if restart == "always" else switch
-    solution, task = tasks.adapt(state, support, new_task)
-
-    seen = {"adapted": task.x, "meta": meta, "initial": state.initial_params}[shift_model]
-    seen_y = task.y if shift_model == "adapted" else start(seen)
-    shift_value = score_of(loss_and_logits(seen, seen_y, support)[1])
-    shift, detector_state = detector.detect_shift(shift_value, detector_state, batch, switch=switch)
-    detection = Detection(switch, shift, Scores(score, shift_value))
-
-    def update():
-      if query == "next":
-        data, anew = (state.last_support, support), solve_anew(state.last_support)
-      else:
-        data, anew = (support, judged), drop_run
-        if anew is None:
-          anew = jax.lax.cond(new_task, lambda: solution, lambda: solve_anew(support))
-      return meta_update(differentiate, state, anew, *data, detection=detection, **extra_args)
-
-    is_open = jnp.bool_(outer is not None) & gate_is_open(state.meta_state, detection)
-    if query == "next":
-      is_open &= state.has_support
-    result = (meta, state.meta_state, jnp.full_like(before.loss, jnp.nan), jnp.bool_(True))
-    if outer is not None:
-      result = jax.lax.cond(is_open, update, lambda: result)
-    new, meta_state, value, finite = result
-    info = OnlineMetaInfo(
-      before,
-      tasks.predict(task.x, task.y, judged)[0],
-      detection,
-      outer_loss=value,
-      meta_updated=is_open,
-      finite=finite,
-      extra=played.extra,
-    )
-    state = state._replace(
-      meta_params=new,
-      task=task,
-      meta_state=meta_state,
-      detector_state=detector_state,
-      last_support=support if query == "next" else (),
-      has_support=jnp.ones_like(state.has_support),
-    )
-    return state, info
-
-  return OnlineMetaLearner(init, step, make_run(step))
+  init = lambda x, support: (outer.init(x), memory(support))
+  return Policy(init, restarts, is_open, update, keep)

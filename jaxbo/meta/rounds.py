@@ -1,13 +1,13 @@
-"""Rounds of an online meta-learner: the state and the report."""
+"""An online meta-learner from outside: its functions, its state and its report."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from jaxbo.meta.detection import Detection
+from jaxbo.tasks.streams import StreamLike
 
 
 class TaskModel(NamedTuple):
@@ -85,11 +85,19 @@ class OnlineMetaInfo(NamedTuple):
   extra: Any
 
 
-def is_broken(loss: jax.Array, meta_loss: Callable[[], jax.Array]) -> jax.Array:
-  """Returns whether the task's model has no finite loss while the meta-model has one.
+class OnlineMetaLearner(NamedTuple):
+  """An online meta-learner, made by :func:`~jaxbo.meta.online_meta_learner`.
 
-  Then the model is at fault, not the data.
+  Attributes:
+    init: ``init(x, stream=None, *, batch=None, key=0) -> OnlineMetaState``. Pass either a stream or
+      a batch; the batch may hold shapes only.
+    step: ``step(state, batch, **extra_args) -> (OnlineMetaState, OnlineMetaInfo)``, one round.
+      Extra arguments go to ``outer.update``.
+    run: ``run(state, stream, num_rounds) -> (OnlineMetaState, OnlineMetaInfo)``, one ``lax.scan``.
+      The state must come from ``init`` with a stream. A stream is a :class:`jaxbo.tasks.Stream`, or
+      a function for :func:`jaxbo.tasks.function_stream`.
   """
-  return jax.lax.cond(
-    jnp.isfinite(loss), lambda: jnp.bool_(False), lambda: jnp.isfinite(meta_loss())
-  )
+
+  init: Callable[..., OnlineMetaState]
+  step: Callable[..., tuple[OnlineMetaState, OnlineMetaInfo]]
+  run: Callable[[OnlineMetaState, StreamLike, int], tuple[OnlineMetaState, OnlineMetaInfo]]
