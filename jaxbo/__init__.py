@@ -53,7 +53,7 @@ from jaxbo.adversarial.done import done
 from jaxbo.bilevel.dynamic_barrier import add_dynamic_barrier, bome
 from jaxbo.bilevel.es import add_es_response, esj
 from jaxbo.bilevel.implicit import add_implicit_response, aid, stocbio
-from jaxbo.bilevel.inner import InnerSolution, InnerSolver, inner_solver
+from jaxbo.bilevel.inner import inner_solver
 from jaxbo.bilevel.lagrangian import scale_by_lagrangian_smoothness
 from jaxbo.bilevel.linear_solvers import conjugate_gradient, fixed_point, neumann
 from jaxbo.bilevel.loop import bilevel_loop
@@ -64,6 +64,7 @@ from jaxbo.bilevel.primal_dual import add_primal_dual_penalty, pdbo
 from jaxbo.bilevel.projection import project
 from jaxbo.bilevel.proximal import add_proximal_terms, proximal_pdbo
 from jaxbo.bilevel.response import drop_response
+from jaxbo.bilevel.solution import InnerSolution, InnerSolver
 from jaxbo.bilevel.unrolled import add_unrolled_response, itd
 from jaxbo.dro.aliases import chi2_dro, cvar_dro, group_dro, ir_dro, term
 from jaxbo.dro.per_example import per_example_grad

@@ -106,7 +106,7 @@ def is_known(value: object) -> bool:
   return not isinstance(value, jax.core.Tracer)
 
 
-def one_of(name: str, value: T, allowed: Iterable[str]) -> T:
+def one_of(name: str, value: T, allowed: Iterable[str | bool]) -> T:
   """Returns ``value``; raises ``ValueError`` if it is not among ``allowed``."""
   if value not in (allowed := tuple(allowed)):
     raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
@@ -149,11 +149,22 @@ def scalar_loss(name: str, value: jax.typing.ArrayLike | tuple[PyTree, ...]) -> 
     raise TypeError(f"{name} must return a real float, got dtype {jnp.result_type(value)}")
 
 
+def depends(function: Callable[[PyTree], PyTree], argument: PyTree) -> bool:
+  """Whether a leaf of ``argument`` reaches ``function(argument)``, by its trace."""
+  return any(depends_by_leaf(function, argument))
+
+
+def depends_by_leaf(function: Callable[[PyTree], PyTree], argument: PyTree) -> list[bool]:
+  """For each leaf of ``function(argument)``, whether a leaf of ``argument`` reaches it."""
+  jaxpr = jax.make_jaxpr(function)(argument).jaxpr
+  wanted = [[i == j for j in range(len(jaxpr.outvars))] for i in range(len(jaxpr.outvars))]
+  # It looks into jitted functions and loops too.
+  return [any(partial_eval.dce_jaxpr(jaxpr, one)[1]) for one in wanted]
+
+
 def uses(name: str, loss: Callable[[PyTree], jax.Array], argument: PyTree) -> None:
   """Raises ``ValueError`` if no leaf of ``argument`` reaches ``loss(argument)``."""
-  jaxpr = jax.make_jaxpr(loss)(argument).jaxpr
-  _, used = partial_eval.dce_jaxpr(jaxpr, True)  # Looks into jitted functions and loops too.
-  if not any(used):
+  if not depends(loss, argument):
     raise ValueError(f"loss must use {name}, which has no influence on it")
 
 

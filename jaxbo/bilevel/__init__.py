@@ -3,7 +3,6 @@
 from jaxbo.bilevel.dynamic_barrier import DynamicBarrierInfo, DynamicBarrierState
 from jaxbo.bilevel.es import EsInfo, EsResponseState
 from jaxbo.bilevel.implicit import ImplicitInfo, ImplicitResponseState
-from jaxbo.bilevel.inner import FeatureProblem, InnerInfo
 from jaxbo.bilevel.linear_solvers import LinearInfo, LinearSolver
 from jaxbo.bilevel.loop import BilevelInfo, BilevelState
 from jaxbo.bilevel.penalty import ValuePenaltyInfo, ValuePenaltyState
@@ -11,6 +10,7 @@ from jaxbo.bilevel.primal_dual import PrimalDualInfo, PrimalDualState
 from jaxbo.bilevel.projection import project_params
 from jaxbo.bilevel.proximal import ProximalInfo, ProximalState
 from jaxbo.bilevel.response import DropInfo, DropResponseState
+from jaxbo.bilevel.solution import FeatureProblem, InnerInfo
 from jaxbo.bilevel.unrolled import UnrolledInfo, UnrolledResponseState
 from jaxbo.bilevel.value_function import ConstraintTerm
 

@@ -10,9 +10,9 @@ from jaxbo import _check, _random, _schedule, _tree
 from jaxbo._optimizer import LearningRate, optimizer
 from jaxbo._types import Key
 from jaxbo.bilevel.directions import FAMILIES
-from jaxbo.bilevel.inner import InnerSolver
 from jaxbo.bilevel.perturbation import Run, Sampling, estimate, start_for, where_finite
 from jaxbo.bilevel.response import check_solver, response_transformation, zero_norm
+from jaxbo.bilevel.solution import InnerSolver
 
 
 class EsInfo(NamedTuple):

@@ -10,8 +10,9 @@ from jaxbo import _check, _tree
 from jaxbo._optimizer import LearningRate, optimizer
 from jaxbo._types import Data, SolveLinear
 from jaxbo.bilevel import linear_solvers
-from jaxbo.bilevel.inner import InnerSolver, check_per_step
+from jaxbo.bilevel.inner import check_per_step
 from jaxbo.bilevel.response import MISSING, check_solver, response_transformation, zero_norm
+from jaxbo.bilevel.solution import InnerSolver
 
 
 class ImplicitInfo(NamedTuple):

@@ -3,7 +3,6 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -11,115 +10,18 @@ import optax
 
 from jaxbo import _check, _tree
 from jaxbo._types import Data, Loss, PyTree
-
-Start: TypeAlias = tuple[optax.Params, optax.OptState]
-"""Where a run begins or ends: the inner parameters and the state of their optimizer."""
-
-
-class InnerInfo(NamedTuple):
-  """Diagnostics of an inner run.
-
-  Attributes:
-    losses: the inner loss *before* each step, ``[num_steps]``, float32 at least.
-    finite: whether the run ended at finite numbers; if not, the solution is where the run began.
-    aux: the auxiliary outputs of the loss, each leaf ``[num_steps, ...]``; ``None`` without
-      ``has_aux``.
-  """
-
-  losses: jax.Array
-  finite: jax.Array
-  aux: PyTree = None
-
-
-class InnerSolution(NamedTuple):
-  """Where an inner run ended and where it began.
-
-  Attributes:
-    params: the inner parameters after the last step, :math:`y^N`.
-    opt_state: the state of the inner optimizer after the last step.
-    start: ``(params, opt_state)`` before the first step. Responses run the inner problem again
-      from here, so that runs differ in ``x`` alone.
-    info: the :class:`~jaxbo.bilevel.InnerInfo` of the run.
-  """
-
-  params: optax.Params
-  opt_state: optax.OptState
-  start: Start
-  info: InnerInfo
-
-
-@runtime_checkable
-class Path(Protocol):
-  """The type of ``InnerSolver.path``."""
-
-  def __call__(
-    self,
-    x: PyTree,
-    start: Start,
-    batch: Data,
-    /,
-    *,
-    last: int | None = None,
-  ) -> optax.Params:
-    """Returns :math:`y^N(x)`; with ``last=k``, ``x`` is constant before the last ``k`` steps."""
-    ...
-
-
-class FeatureProblem(NamedTuple):
-  """An inner problem that sees ``x`` only through ``z = features(x, batch)``.
-
-  Attributes:
-    features: maps ``(x, batch)`` to ``z``; with per-step batches every leaf of ``z`` has the
-      leading axis ``num_steps``.
-    path: maps ``(z, start, batch)`` to the inner parameters after the last step.
-  """
-
-  features: Callable[[PyTree, Data], PyTree]
-  path: Path
-
-
-class InnerSolver(NamedTuple):
-  """A solver of the inner problem, made by :func:`inner_solver`.
-
-  Attributes:
-    init: ``init(y0) -> InnerSolution``, the state before the first solve. If the loss has
-      auxiliary outputs, ``init(y0, x, batch)``; it uses only the shapes and dtypes of ``x`` and
-      ``batch``.
-    solve: ``solve(x, solution, batch) -> InnerSolution``, ``num_steps`` steps of the optimizer.
-    run: ``run(x, start, batch) -> ((params, opt_state), finite)``, the same steps from any start,
-      without diagnostics. A run that is not finite returns its start.
-    path: ``path(x, start, batch, *, last=None) -> y``, the same run as a pure map from ``x`` to
-      the final inner parameters. Responses differentiate this map. With ``last=k`` the gradient
-      flows through the last ``k`` steps only.
-    loss: ``loss(x, y, batch) -> scalar``, the inner loss on the batch of *one* step.
-    num_steps: the number of steps of a run.
-    per_step_batches: whether ``batch`` has a leading axis ``num_steps``.
-    through: the :class:`~jaxbo.bilevel.FeatureProblem` of a solver built with ``through=``, else
-      ``None``.
-    task: the solver of one task, if :func:`jaxbo.over_tasks` made this solver; else ``None``.
-    num_tasks: the number of tasks, if :func:`jaxbo.over_tasks` made this solver; else ``None``.
-  """
-
-  init: Callable[..., InnerSolution]
-  solve: Callable[[optax.Params, InnerSolution, Data], InnerSolution]
-  run: Callable[[optax.Params, Start, Data], tuple[Start, jax.Array]]
-  path: Path
-  loss: Callable[[optax.Params, optax.Params, Data], jax.Array]
-  num_steps: int
-  per_step_batches: bool
-  through: FeatureProblem | None
-  task: "InnerSolver | None" = None
-  num_tasks: int | None = None
+from jaxbo.bilevel.solution import FeatureProblem, InnerInfo, InnerSolution, InnerSolver
 
 
 def inner_solver(
   inner_loss: Loss,
-  optimizer: optax.GradientTransformation,
+  optimizer: optax.GradientTransformation | Callable[[PyTree], optax.GradientTransformation],
   num_steps: int,
   *,
   per_step_batches: bool = False,
   has_aux: bool = False,
-  warm_start: bool = True,
+  warm_start: str | bool | None = None,
+  start: Callable[[PyTree], PyTree] | None = None,
   remat: bool | int = False,
   through: Callable[[PyTree, Data], PyTree] | None = None,
 ) -> InnerSolver:
@@ -133,7 +35,9 @@ def inner_solver(
   Args:
     inner_loss: :math:`g`, ``inner_loss(x, y, batch) -> scalar``, where ``x`` and ``y`` are
       pytrees of floats. Include any regularization.
-    optimizer: any optax optimizer for ``y``. To differentiate the run (ITD), its update must be
+    optimizer: any optax optimizer for ``y``, or a function of ``x`` that returns one: its learning
+      rates, weight decay or momentum are then outer variables, ``lambda x:
+      optax.sgd(jnp.exp(x["log_rate"]))``. To differentiate the run (ITD), its update must be
       differentiable: for Adam set ``eps_root > 0``, because the derivative of its square root is
       infinite at a gradient of exactly zero.
     num_steps: the number :math:`N \ge 1` of steps.
@@ -141,8 +45,13 @@ def inner_solver(
       ``batch`` has a leading axis ``num_steps`` and step ``n`` sees slice ``n``. All runs of one
       update (base, perturbed, unrolled) see the same slices.
     has_aux: whether the loss returns ``(scalar, aux)``.
-    warm_start: ``True``: a solve continues from the last solution and its optimizer state.
-      ``False``: every solve begins at ``y0``.
+    warm_start: ``"params"``: a solve begins at the last solution, with a fresh optimizer state.
+      ``"all"``: it also keeps the optimizer's state, so schedules go on counting over all solves,
+      and curvature that L-BFGS remembers belongs to an earlier ``x``. ``False``: every solve begins
+      at ``y0``. ``None``: ``"all"`` if ``num_steps`` is 1, where the solves together are one run
+      (a single loop), ``"params"`` otherwise.
+    start: ``start(x) -> y``, where every solve begins (MAML: ``start=lambda x: x``). Responses that
+      run the problem again differentiate it; with ``y0`` it is ``None``.
     remat: what ``path`` stores for reverse-mode differentiation. ``False``: every
       step, memory :math:`O(N)`. ``True``: the start of each of about :math:`\sqrt N` segments; the
       backward pass runs the segments again, so memory is :math:`O(\sqrt N)` for one more forward
@@ -157,9 +66,12 @@ def inner_solver(
 
   Raises:
     ValueError: if ``num_steps`` or ``remat`` is below 1; if the leading axis of a per-step batch is
-      not ``num_steps``; if the loss is not a scalar.
-    TypeError: if ``inner_loss`` or ``through`` does not take its arguments; if a parameter is not
-      a float.
+      not ``num_steps``; if the loss is not a scalar; if ``warm_start`` is not one of the values
+      above, or is given with ``start``; if ``through`` is given with a ``start`` or an optimizer
+      that depends on ``x``.
+    TypeError: if ``inner_loss``, ``through`` or ``start`` does not take its arguments; if
+      ``optimizer`` is neither an optimizer nor a function that returns one; if a parameter is not a
+      float.
 
   Example:
     >>> import jax.numpy as jnp, jaxbo, optax
@@ -179,8 +91,43 @@ def inner_solver(
   _check.takes_arguments("inner_loss", inner_loss, "x" if through is None else "z", "y", "batch")
   if through is not None:
     _check.takes_arguments("through", through, "x", "batch")
-  _check.transformation("optimizer", optimizer)
-  optimizer = optax.with_extra_args_support(optimizer)
+  if start is not None:
+    _check.takes_arguments("start", start, "x")
+    if warm_start:
+      raise ValueError(f"warm_start must not be given with start, got {warm_start!r}")
+  elif warm_start is None:
+    warm_start = "all" if num_steps == 1 else "params"
+  else:
+    _check.one_of("warm_start", warm_start, ("params", "all", False))
+  depends_on_x = callable(optimizer)
+  if not depends_on_x:
+    _check.transformation("optimizer", optimizer)
+  elif str(getattr(optimizer, "__module__", "")).startswith("optax"):  # It was not called.
+    raise TypeError(
+      "optimizer must be an optax transformation, say optax.sgd(0.1), or a function of x, got "
+      f"{optimizer!r}"
+    )
+  else:
+    _check.takes_arguments("optimizer", optimizer, "x")
+  if through is not None and (depends_on_x or start is not None):
+    what = "start" if start is not None else "an optimizer that depends on x"
+    raise ValueError(f"through must be None with {what}, which sees x itself")
+
+  def optimizer_for(x):
+    tx = optimizer
+    if callable(tx):
+      tx = tx(x)
+      _check.transformation("optimizer(x)", tx)
+    return optax.with_extra_args_support(tx)
+
+  def fresh(x, y):
+    """The state of the optimizer before the first step."""
+    init = lambda x: optimizer_for(x).init(y)
+    if depends_on_x and _check.depends(init, x):
+      raise ValueError(
+        "optimizer must not keep numbers that depend on x in its state, as inject_hyperparams does"
+      )
+    return init(x)
 
   def loss_and_aux(z, y, batch):
     value: PyTree = inner_loss(z, y, batch)
@@ -199,7 +146,7 @@ def inner_solver(
       _check.uses("the output of through", lambda z: loss_and_aux(z, y, batch)[0], z)
     (value, aux), grads = jax.value_and_grad(loss_and_aux, argnums=1, has_aux=True)(z, y, batch)
     value_fn = lambda y: loss_and_aux(z, y, batch)[0]
-    updates, opt_state = optimizer.update(
+    updates, opt_state = optimizer_for(z).update(
       grads, opt_state, y, value=value, grad=grads, value_fn=value_fn
     )
     return (optax.apply_updates(y, updates), opt_state), (value, aux)
@@ -218,12 +165,12 @@ def inner_solver(
 
     return scan(body, carry, jax.tree.map(lambda leaf: leaf[begin:end], slices), end - begin)
 
-  def path_from_features(z, start, batch, *, last=None):
+  def path_from_features(z, begin_at, batch, *, last=None):
     if last is not None and _check.positive_int("last", last) > num_steps:
       raise ValueError(f"last must be at most num_steps={num_steps}, got {last}")
     scan = functools.partial(_final_carry, remat=remat)
     begin = 0 if last is None else num_steps - last
-    carry = start
+    carry = begin_at
     if begin:
       carry = steps(jax.lax.stop_gradient(z), carry, batch, scan, 0, begin)
     return steps(z, carry, batch, scan, begin)[0]
@@ -236,44 +183,74 @@ def inner_solver(
     check_per_step(batch, num_steps)
     return jax.vmap(through, in_axes=(None, 0))(x, batch)
 
-  def solve_from(x, start, batch):
-    end, told = steps(features(x, batch), start, batch, jax.lax.scan)
+  def run_steps(x, begin_at, batch):
+    end, told = steps(features(x, batch), begin_at, batch, jax.lax.scan)
     finite = _tree.all_finite(end)
-    return _tree.where(finite, end, start), finite, told
+    return _tree.where(finite, end, begin_at), finite, told
 
-  def run(x, start, batch):
-    return solve_from(x, start, batch)[:2]
+  def run(x, begin_at, batch):
+    (y, opt_state), finite, (losses, aux) = run_steps(x, begin_at, batch)
+    info = InnerInfo(losses.astype(_loss_dtype(y)), finite, aux)
+    return InnerSolution(y, opt_state, begin_at, info)
 
   def init(y0, x=None, batch=None):
+    if x is None and (has_aux or depends_on_x or start is not None):
+      raise ValueError(
+        "init must be given x and batch, init(y0, x, batch), with has_aux=True, with start, and "
+        "with an optimizer that depends on x"
+      )
+    if start is not None:
+      if y0 is not None:
+        raise ValueError("y0 must be None with start, which says where a run begins")
+      y0 = start(x)
     _check.floating("y0", y0)
     y0 = _tree.copy(y0)
-    start = (y0, _tree.copy(optimizer.init(y0)))
+    begin_at = (y0, _tree.copy(fresh(x, y0)))
     aux = None
     if has_aux:
-      if x is None:
-        raise ValueError("init must be given x and batch with has_aux=True: init(y0, x, batch)")
-      _, _, (_, aux) = jax.eval_shape(solve_from, x, start, batch)
+      _, _, (_, aux) = jax.eval_shape(run_steps, x, begin_at, batch)
       aux = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), aux)
     info = InnerInfo(jnp.zeros(num_steps, _loss_dtype(y0)), jnp.bool_(True), aux)
-    return InnerSolution(*start, _tree.copy(start), info)
+    return InnerSolution(*begin_at, _tree.copy(begin_at), info)
 
   def solve(x, solution, batch):
     _check.floating("x", x)
     if not isinstance(solution, InnerSolution):
       got = type(solution).__name__
       raise TypeError(f"solution must be an InnerSolution, say from init(y0), got {got}")
-    start = (solution.params, solution.opt_state) if warm_start else solution.start
-    (y, opt_state), finite, (losses, aux) = solve_from(x, start, batch)
-    return InnerSolution(y, opt_state, start, InnerInfo(losses.astype(_loss_dtype(y)), finite, aux))
+    if start is not None:
+      y = start(x)
+      return run(x, (y, fresh(x, y)), batch)
+    if warm_start == "params":
+      return run(x, (solution.params, fresh(x, solution.params)), batch)
+    begin_at = (solution.params, solution.opt_state) if warm_start else solution.start
+    return run(x, begin_at, batch)
 
-  def path(x, start, batch, *, last=None):
-    return path_from_features(features(x, batch), start, batch, last=last)
+  def path(x, begin_at, batch, *, last=None):
+    if start is not None:
+      y = start(x if last is None else jax.lax.stop_gradient(x))
+      begin_at = (_tree.cast_like(y, begin_at[0]), begin_at[1])
+    return path_from_features(features(x, batch), begin_at, batch, last=last)
 
   def one_step_loss(x, y, batch):
     return loss_and_aux(x if through is None else through(x, batch), y, batch)[0]
 
-  factors = None if through is None else FeatureProblem(features, path_from_features)
-  return InnerSolver(init, solve, run, path, one_step_loss, num_steps, per_step_batches, factors)
+  def descend(x, y, grads, batch):
+    value_fn = lambda y: one_step_loss(x, y, batch)
+    given = {"value": value_fn(y), "grad": grads, "value_fn": value_fn}
+    return optimizer_for(x).update(grads, fresh(x, y), y, **given)[0]
+
+  return InnerSolver(
+    init=init,
+    solve=solve,
+    run=run,
+    path=path,
+    loss=one_step_loss,
+    descend=descend,
+    num_steps=num_steps,
+    per_step_batches=per_step_batches,
+    through=None if through is None else FeatureProblem(features, path_from_features),
+  )
 
 
 def _final_carry(body, carry, slices, length: int, *, remat: bool | int):

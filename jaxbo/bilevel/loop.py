@@ -9,8 +9,8 @@ import optax
 
 from jaxbo import _check, _tree
 from jaxbo._types import Data, Loss, PyTree
-from jaxbo.bilevel.inner import InnerSolution, InnerSolver
 from jaxbo.bilevel.parameters import Bilevel
+from jaxbo.bilevel.solution import InnerSolution, InnerSolver
 
 
 class BilevelState(NamedTuple):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from jaxbo import _check
 from jaxbo._types import PyTree
-from jaxbo.bilevel.inner import FeatureProblem, InnerSolution, InnerSolver
+from jaxbo.bilevel.solution import FeatureProblem, InnerSolution, InnerSolver
 
 
 def over_tasks(inner: InnerSolver, num_tasks: int, *, average_start: bool = False) -> InnerSolver:
@@ -84,6 +84,9 @@ def over_tasks(inner: InnerSolver, num_tasks: int, *, average_start: bool = Fals
       solution = from_average(x, solution, batch)
     return over_batches(inner.solve, in_axes=(None, 0, axis))(x, solution, batch)
 
+  def descend(x, y, grads, batch):
+    return over_batches(inner.descend, in_axes=(None, 0, 0, 0))(x, y, grads, batch)
+
   def run(x, start, batch):
     return over_batches(inner.run, in_axes=(None, 0, axis))(x, start, checked(batch))
 
@@ -112,6 +115,7 @@ def over_tasks(inner: InnerSolver, num_tasks: int, *, average_start: bool = Fals
     run=run,
     path=path,
     loss=loss,
+    descend=descend,
     through=through,
     task=inner,
     num_tasks=num_tasks,

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec
 from jaxbo import _tree
 from jaxbo._types import Data, PyTree
 from jaxbo.bilevel.directions import Draw, Family
-from jaxbo.bilevel.inner import InnerSolver, Path, Start
+from jaxbo.bilevel.solution import InnerSolver, Path, Start
 
 
 class Run(NamedTuple):

@@ -13,7 +13,7 @@ import optax
 
 from jaxbo import _check, _tree
 from jaxbo._types import Data, PyTree
-from jaxbo.bilevel.inner import InnerSolution, InnerSolver
+from jaxbo.bilevel.solution import InnerSolution, InnerSolver
 
 MISSING: Any = object()
 """Marks a missing argument where ``None`` is a valid value (``batch=None``)."""

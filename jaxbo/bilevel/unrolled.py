@@ -8,8 +8,8 @@ import optax
 
 from jaxbo import _check, _tree
 from jaxbo._optimizer import LearningRate, optimizer
-from jaxbo.bilevel.inner import InnerSolver
 from jaxbo.bilevel.response import check_solver, response_transformation, zero_norm
+from jaxbo.bilevel.solution import InnerSolver
 
 
 class UnrolledInfo(NamedTuple):

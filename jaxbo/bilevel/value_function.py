@@ -18,10 +18,11 @@ import optax
 
 from jaxbo import _check, _tree
 from jaxbo._types import Data, Loss, PyTree
-from jaxbo.bilevel.inner import Start, inner_solver
+from jaxbo.bilevel.inner import inner_solver
 from jaxbo.bilevel.parameters import Bilevel, check_params, scalar_dtype
 from jaxbo.bilevel.projection import Projection, project_tree
 from jaxbo.bilevel.response import MISSING
+from jaxbo.bilevel.solution import Start
 
 
 class ConstraintTerm(NamedTuple):
@@ -123,7 +124,13 @@ def lower_value(
       slope = jax.tree.map(jnp.add, slope, term.gradient)
     return Excess(excess_value, slope, value)
 
-  return LowerValue(init, solver.run, excess, loss)
+  def solve(x, start, batch):
+    if num_steps > 1:  # A schedule or L-BFGS would go on from another problem.
+      start = (start[0], solver.init(start[0]).opt_state)
+    solution = solver.run(x, start, batch)
+    return (solution.params, solution.opt_state), solution.info.finite
+
+  return LowerValue(init, solve, excess, loss)
 
 
 def _project_all(project: Projection) -> optax.GradientTransformation:

@@ -7,7 +7,7 @@ import jax
 import optax
 
 from jaxbo._types import Loss
-from jaxbo.bilevel.inner import InnerSolver
+from jaxbo.bilevel.solution import InnerSolver
 from jaxbo.meta.detection import Detector, threshold_detector
 from jaxbo.meta.learner import online_meta_learner
 from jaxbo.meta.rounds import OnlineMetaLearner

@@ -9,8 +9,8 @@ import optax
 
 from jaxbo import _check, _tree
 from jaxbo._types import Loss
-from jaxbo.bilevel.inner import InnerSolver
 from jaxbo.bilevel.loop import outer_gradients
+from jaxbo.bilevel.solution import InnerSolver
 from jaxbo.bilevel.unrolled import add_unrolled_response
 from jaxbo.meta.cmaml import check_parts, modulate_by_loss
 from jaxbo.meta.detection import threshold_detector

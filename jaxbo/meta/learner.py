@@ -9,8 +9,8 @@ import optax
 
 from jaxbo import _check
 from jaxbo._types import Loss
-from jaxbo.bilevel.inner import InnerSolver
 from jaxbo.bilevel.loop import outer_gradients
+from jaxbo.bilevel.solution import InnerSolver
 from jaxbo.meta.detection import Detector
 from jaxbo.meta.gate import gate_is_open
 from jaxbo.meta.play import Policy, from_meta_model, play

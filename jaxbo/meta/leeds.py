@@ -5,8 +5,8 @@ import optax
 
 from jaxbo import _check
 from jaxbo._optimizer import LearningRate, optimizer
-from jaxbo.bilevel.inner import InnerSolver
 from jaxbo.bilevel.response import check_solver
+from jaxbo.bilevel.solution import InnerSolver
 from jaxbo.bilevel.unrolled import add_unrolled_response
 from jaxbo.meta.gate import gate_by_detection
 

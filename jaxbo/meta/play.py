@@ -10,9 +10,9 @@ import optax
 
 from jaxbo import _check, _tree
 from jaxbo._types import Loss
-from jaxbo.bilevel.inner import InnerSolution, InnerSolver
 from jaxbo.bilevel.loop import checked_outer_loss
 from jaxbo.bilevel.response import check_solver
+from jaxbo.bilevel.solution import InnerSolution, InnerSolver
 from jaxbo.meta.detection import Detection, Detector, Scores
 from jaxbo.meta.ood_scores import mean_score
 from jaxbo.meta.rounds import (
@@ -68,7 +68,7 @@ def from_meta_model(
   inner: InnerSolver, start: Callable[[optax.Params], optax.Params]
 ) -> Callable[[optax.Params, Any], InnerSolution]:
   """Returns ``solve(x, data)``, the adaptation to ``data`` from the meta-model."""
-  return lambda x, data: inner.solve(x, inner.init(start(x), x, data), data)
+  return lambda x, data: inner.run(x, inner.init(start(x), x, data).start, data)
 
 
 def play(
@@ -102,11 +102,10 @@ def play(
   def adapt(state, data, new_task):
     # New and continuing tasks share one program.
     meta, task = state.meta_params, state.task
-    fresh = inner.init(start(meta), meta, data)
-    old = (task.y, task.opt_state)
-    goes_on = fresh._replace(params=task.y, opt_state=task.opt_state, start=old)
+    fresh = inner.init(start(meta), meta, data).start
+    goes_on = (task.y, task.opt_state)
     x, begins = _tree.where(new_task, (meta, fresh), (task.x, goes_on))
-    solution = inner.solve(x, begins, data)
+    solution = inner.run(x, begins, data)
     return solution, TaskModel(x, solution.params, solution.opt_state)
 
   def init(x, stream=None, *, batch=None, key=0):

@@ -8,9 +8,9 @@ import optax
 
 from jaxbo import _check, _tree
 from jaxbo._types import Loss
-from jaxbo.bilevel.inner import InnerInfo, InnerSolution
 from jaxbo.bilevel.loop import BilevelInfo, BilevelState, outer_gradients
 from jaxbo.bilevel.parameters import Bilevel
+from jaxbo.bilevel.solution import InnerInfo, InnerSolution
 
 
 def joint(

@@ -9,8 +9,8 @@ import optax
 
 from jaxbo import _check, _schedule
 from jaxbo._types import Loss
-from jaxbo.bilevel.inner import InnerSolver
 from jaxbo.bilevel.loop import BilevelInfo, BilevelState, bilevel_loop, outer_step
+from jaxbo.bilevel.solution import InnerSolver
 from jaxbo.online.joint import joint
 from jaxbo.online.oagd import replay as solve_on_window
 from jaxbo.online.rounds import OnlineMetric, OnlineRound, as_batch, first_round, make_run

@@ -11,9 +11,9 @@ from jaxbo._optimizer import LearningRate
 from jaxbo._types import Loss, SolveLinear
 from jaxbo.bilevel import linear_solvers
 from jaxbo.bilevel.implicit import add_implicit_response
-from jaxbo.bilevel.inner import InnerSolution, InnerSolver
 from jaxbo.bilevel.projection import Projection
 from jaxbo.bilevel.response import MISSING
+from jaxbo.bilevel.solution import InnerSolution, InnerSolver
 from jaxbo.online.sobow import online_tail
 from jaxbo.online.window import Window, check_window
 

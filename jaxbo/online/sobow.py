@@ -9,9 +9,9 @@ from jaxbo._optimizer import LearningRate, optimizer
 from jaxbo._types import SolveLinear
 from jaxbo.bilevel import linear_solvers
 from jaxbo.bilevel.implicit import add_implicit_response
-from jaxbo.bilevel.inner import InnerSolver
 from jaxbo.bilevel.projection import Projection, project_params
 from jaxbo.bilevel.response import drop_response
+from jaxbo.bilevel.solution import InnerSolver
 from jaxbo.online.window import check_window, window_average
 
 

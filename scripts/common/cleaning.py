@@ -221,6 +221,7 @@ def make_program(
     optax.sgd(settings.inner_learning_rate, settings.momentum or None),
     settings.inner_steps,
     per_step_batches=settings.batch_size is not None,
+    warm_start="all",  # The momentum goes on.
   )
   head = METHODS[method].head
   if head is None:

@@ -1,5 +1,7 @@
 """The inner solver: what a run is, what it stores, and what it refuses."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -38,19 +40,17 @@ def test_losses_are_those_before_each_step(x64):
   np.testing.assert_allclose(solution.info.losses, expected, rtol=1e-10)
 
 
-def test_a_run_is_a_solve_without_a_report_also_of_several_tasks():
+def test_a_run_is_a_solve_from_any_start_also_of_several_tasks():
   """And it ends where it began if it was not finite."""
   one = jaxbo.inner_solver(lambda x, y, scale: (scale * y - x) ** 2, optax.sgd(0.1, 0.9), 3)
   for inner, batch in ((one, jnp.float32(2.0)), (jaxbo.over_tasks(one, 2), jnp.array([2.0, 3.0]))):
     first = inner.init(jnp.float32(1.0), 0.0, batch)
     run = jax.jit(lambda batch, inner=inner, start=first.start: inner.run(0.5, start, batch))
     solution = inner.solve(jnp.float32(0.5), first, batch)
-    (params, opt_state), finite = run(batch)
-    chex.assert_trees_all_close((params, opt_state), (solution.params, solution.opt_state))
-    assert np.all(finite)
-    start, finite = run(batch * jnp.nan)
-    chex.assert_trees_all_equal(start, first.start)
-    assert not np.any(finite)
+    chex.assert_trees_all_close(run(batch), solution)
+    bad = run(batch * jnp.nan)
+    chex.assert_trees_all_equal((bad.params, bad.opt_state), first.start)
+    assert not np.any(bad.info.finite)
 
 
 def test_warm_start_goes_on_and_cold_start_begins_again():
@@ -68,14 +68,58 @@ def test_warm_start_goes_on_and_cold_start_begins_again():
   chex.assert_trees_all_equal(first, second)
 
 
-def test_warm_start_carries_the_optimizer_state():
+def test_what_a_warm_start_carries():
+  """Parameters alone, or the optimizer's state too; a single loop is one run by default."""
   loss = lambda x, y, batch: jnp.sum((y - x) ** 2)
-  long = jaxbo.inner_solver(loss, optax.adam(0.1), 10)
-  short = jaxbo.inner_solver(loss, optax.adam(0.1), 5)
+  solver = functools.partial(jaxbo.inner_solver, loss, optax.adam(0.1))
   x, y0 = jnp.float32(1.0), jnp.zeros(3)
-  half = short.solve(x, short.init(y0), None)
-  whole = long.solve(x, long.init(y0), None)
-  chex.assert_trees_all_close(short.solve(x, half, None).params, whole.params, rtol=1e-6)
+  whole = solver(10).solve(x, solver(10).init(y0), None)
+
+  def halves(num_steps, second, **options):
+    short = solver(num_steps, **options)
+    solution = short.init(y0)
+    for _ in range(10 // num_steps):
+      solution = short.solve(x, second(solution, short), None)
+    return solution.params
+
+  as_it_is = lambda solution, short: solution
+  anew = lambda solution, short: short.init(solution.params)
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-6)
+  close(halves(5, as_it_is, warm_start="all"), whole.params)
+  close(halves(1, as_it_is), whole.params)
+  restarted = halves(5, anew)
+  close(halves(5, as_it_is), restarted)
+  close(halves(5, as_it_is, warm_start="params"), restarted)
+  assert np.all(np.abs(restarted - whole.params) > 1e-3)
+  close(halves(1, as_it_is, warm_start="params"), halves(1, anew))
+
+
+def test_a_schedule_begins_anew_with_each_solve():
+  """With a decay over the steps of a run, later inner problems are solved too."""
+  track = lambda x, y, batch: 0.5 * jnp.sum((y - x) ** 2)
+  optimizer = optax.sgd(optax.cosine_decay_schedule(0.5, 20))
+  inner = jaxbo.inner_solver(track, optimizer, 20)
+  outer_loss = lambda x, y, batch: 0.5 * jnp.sum((y - 3.0) ** 2)
+  for method in (jaxbo.itd, jaxbo.aid):
+    init, step = jaxbo.bilevel_loop(outer_loss, inner, method(0.2, inner))
+    run = lambda state, step=step: jax.lax.scan(
+      lambda s, _: (step(s, None, None)[0], None), state, length=50
+    )
+    state, _ = jax.jit(run)(init(jnp.float32(0.0), jnp.float32(1.0)))
+    np.testing.assert_allclose([state.x, state.solution.params], 3.0, rtol=1e-3)
+
+
+def test_the_memory_of_lbfgs_is_of_one_outer_point(x64):
+  rng = np.random.default_rng(0)
+  A, b = rng.normal(size=(30, 6)), rng.normal(size=30)
+  ridge = lambda x, y, batch: jnp.mean((A @ y - b) ** 2) + jnp.exp(x) * jnp.sum(y**2)
+  inner = jaxbo.inner_solver(ridge, optax.lbfgs(), 20)
+  solve = jax.jit(lambda x, y: inner.solve(x, y, None))
+  y = inner.init(jnp.zeros(6))
+  for x in np.linspace(-4.0, 2.0, 20):
+    y = solve(x, y)
+    exact = np.linalg.solve(A.T @ A / 30 + np.exp(x) * np.eye(6), A.T @ b / 30)
+    np.testing.assert_allclose(y.params, exact, rtol=1e-5)
 
 
 def test_per_step_batches_are_seen_in_order(x64):
@@ -209,7 +253,22 @@ def test_init_copies_and_strips_weak_types():
     ({"remat": 0}, ValueError, "remat must be at least 1, got 0"),
     ({"inner_loss": lambda y, batch: 0.0}, TypeError, r"inner_loss\(x, y, batch\)"),
     ({"optimizer": 0.1}, TypeError, "optimizer must be an optax transformation, .* got 0.1"),
-    ({"optimizer": optax.sgd}, TypeError, "optimizer must be an optax transformation"),
+    ({"optimizer": optax.sgd}, TypeError, r"say optax\.sgd\(0\.1\), or a function of x, got <func"),
+    ({"optimizer": lambda: optax.sgd(0.1)}, TypeError, r"function optimizer\(x\)"),
+    ({"warm_start": True}, ValueError, "one of 'params', 'all', False, got True"),
+    ({"warm_start": "state"}, ValueError, "one of 'params', 'all', False, got 'state'"),
+    ({"start": lambda x: x, "warm_start": "all"}, ValueError, "not be given with start, got 'all'"),
+    ({"start": lambda: 0}, TypeError, r"start must be a function start\(x\)"),
+    ({"start": lambda x: x, "through": lambda x, b: x}, ValueError, "through must be None"),
+    (
+      {
+        "optimizer": lambda x: optax.sgd(x),
+        "through": lambda x, b: x,
+        "inner_loss": lambda z, y, b: 0.0,
+      },
+      ValueError,
+      "through must be None with an optimizer",
+    ),
     (
       {"inner_loss": 3},
       TypeError,

@@ -23,7 +23,7 @@ HEADS = {
 
 def loop(make_head):
   loss = lambda x, y, batch: jnp.sum(batch * (y - jnp.tanh(x)) ** 2)
-  solver = jaxbo.inner_solver(loss, optax.sgd(0.2, momentum=0.5), 3)
+  solver = jaxbo.inner_solver(loss, optax.sgd(0.2, momentum=0.5), 3, warm_start="all")
   outer = optax.chain(make_head(solver), optax.adam(0.1))
   init, step = jaxbo.bilevel_loop(
     lambda x, y, batch: jnp.sum((y - batch) ** 2) + 0.1 * x**2, solver, outer

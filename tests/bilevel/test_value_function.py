@@ -67,9 +67,9 @@ def numpy_primal_dual(
   points, *, rate=decaying, regularizer=0.0, extrapolation=lambda t: 0.0, project=False
 ):
   slack, bound = 0.3, 0.9
-  y_hat, trace, dual, previous = points[0][1], np.zeros(Q), 0.0, None
+  y_hat, dual, previous = points[0][1], 0.0, None
   for t, ((x, y), batch) in enumerate(zip(points, BATCHES, strict=True)):
-    y_hat, trace = numpy_run(x, y_hat, trace, batch, regularizer, project)
+    y_hat, _ = numpy_run(x, y_hat, np.zeros(Q), batch, regularizer, project)
     value, slope_x, slope_y = numpy_excess(x, y, y_hat, batch, regularizer)
     constraint = value - slack
     previous = constraint if previous is None else previous
@@ -104,9 +104,9 @@ def numpy_dynamic_barrier(points, *, phi, eps):
 
 
 def numpy_penalty(points, *, normalize):
-  y_hat, trace = points[0][1], np.zeros(Q)
+  y_hat = points[0][1]
   for t, ((x, y), batch) in enumerate(zip(points, BATCHES, strict=True)):
-    y_hat, trace = numpy_run(x, y_hat, trace, batch)
+    y_hat, _ = numpy_run(x, y_hat, np.zeros(Q), batch)
     value, slope_x, slope_y = numpy_excess(x, y, y_hat, batch)
     df_dx, df_dy = PROBLEM.outer_grads(x, y)
     gamma = 0.5 + t
