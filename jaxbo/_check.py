@@ -5,25 +5,31 @@ import itertools
 import math
 import operator
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, SupportsIndex, TypeVar
 
 import jax
 import jax.core
 import jax.numpy as jnp
+from jax.extend.core import Jaxpr
 from jax.interpreters import partial_eval
 
+from jaxbo._types import PyTree
 
-def positive_int(name: str, value: Any) -> int:
+T = TypeVar("T")
+Number = TypeVar("Number", bound=jax.typing.ArrayLike)
+
+
+def positive_int(name: str, value: SupportsIndex) -> int:
   """Returns ``value`` as an int; raises unless it is a Python integer of at least 1."""
   return _int(name, value, 1, "positive")
 
 
-def non_negative_int(name: str, value: Any) -> int:
+def non_negative_int(name: str, value: SupportsIndex) -> int:
   """Returns ``value`` as an int; raises unless it is a Python integer of at least 0."""
   return _int(name, value, 0, "non-negative")
 
 
-def _int(name: str, value: Any, smallest: int, kind: str) -> int:
+def _int(name: str, value: SupportsIndex, smallest: int, kind: str) -> int:
   try:
     if isinstance(value, bool):
       raise TypeError
@@ -35,35 +41,37 @@ def _int(name: str, value: Any, smallest: int, kind: str) -> int:
   return number
 
 
-def positive(name: str, value: Any) -> Any:
+def positive(name: str, value: Number) -> Number:
   """Returns ``value``; raises unless it is traced or a finite number above 0."""
   if not 0 < _number(name, value, 1.0) < float("inf"):
     raise ValueError(f"{name} must be positive and finite, got {value}")
   return value
 
 
-def non_negative(name: str, value: Any) -> Any:
+def non_negative(name: str, value: Number) -> Number:
   """Returns ``value``; raises unless it is traced or a finite number of at least 0."""
   if not 0 <= _number(name, value, 0.0) < float("inf"):
     raise ValueError(f"{name} must be non-negative and finite, got {value}")
   return value
 
 
-def finite(name: str, value: Any) -> Any:
+def finite(name: str, value: Number) -> Number:
   """Returns ``value``; raises unless it is traced or a finite number."""
   if not math.isfinite(_number(name, value, 0.0)):
     raise ValueError(f"{name} must be finite, got {value}")
   return value
 
 
-def not_nan(name: str, value: Any) -> Any:
+def not_nan(name: str, value: Number) -> Number:
   """Returns ``value``; raises unless it is traced or a number other than NaN."""
   if math.isnan(_number(name, value, 0.0)):
     raise ValueError(f"{name} must be a number or an infinity, got {value}")
   return value
 
 
-def within(name: str, value: Any, low: Any, high: Any, *, ends: str = "[]") -> Any:
+def within(
+  name: str, value: Number, low: int | float, high: int | float, *, ends: str = "[]"
+) -> Number:
   """Returns ``value``; raises unless it is traced or a number in the interval.
 
   ``ends`` says which ends belong to the interval: ``"(]"`` excludes ``low`` and includes ``high``.
@@ -87,18 +95,18 @@ def _number(name: str, value: Any, if_traced: float) -> float:
     raise TypeError(f"{name} must be a number, got {value!r}") from None
 
 
-def transformation(name: str, value: Any) -> None:
+def transformation(name: str, value: object) -> None:
   """Raises ``TypeError`` unless ``value`` is a gradient transformation."""
   if not (callable(getattr(value, "init", None)) and callable(getattr(value, "update", None))):
     raise TypeError(f"{name} must be an optax transformation, say optax.sgd(0.1), got {value!r}")
 
 
-def is_known(value: Any) -> bool:
+def is_known(value: object) -> bool:
   """Whether the numbers in ``value`` are known, which they are not under a trace."""
   return not isinstance(value, jax.core.Tracer)
 
 
-def one_of(name: str, value: Any, allowed: Iterable[str]) -> Any:
+def one_of(name: str, value: T, allowed: Iterable[str]) -> T:
   """Returns ``value``; raises ``ValueError`` if it is not among ``allowed``."""
   if value not in (allowed := tuple(allowed)):
     raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
@@ -115,7 +123,7 @@ def manual_axis(name: str, value: str) -> None:
     )
 
 
-def takes_arguments(name: str, function: Callable[..., Any], *arguments: str) -> None:
+def takes_arguments(name: str, function: Callable[..., object], *arguments: str) -> None:
   """Raises ``TypeError`` unless ``function`` takes ``arguments`` as positional arguments."""
   expected = f"{name} must be a function {name}({', '.join(arguments)})"
   if not callable(function):
@@ -130,7 +138,7 @@ def takes_arguments(name: str, function: Callable[..., Any], *arguments: str) ->
     raise TypeError(f"{expected}, got one with the signature {signature}") from None
 
 
-def scalar_loss(name: str, value: Any) -> None:
+def scalar_loss(name: str, value: jax.typing.ArrayLike | tuple[PyTree, ...]) -> None:
   """Raises unless ``value``, the output of a loss, is one floating-point number."""
   if isinstance(value, tuple):
     raise TypeError(f"{name} must return a scalar, got a tuple; for (loss, aux) set has_aux=True")
@@ -141,7 +149,7 @@ def scalar_loss(name: str, value: Any) -> None:
     raise TypeError(f"{name} must return a real float, got dtype {jnp.result_type(value)}")
 
 
-def uses(name: str, loss: Callable[[Any], Any], argument: Any) -> None:
+def uses(name: str, loss: Callable[[PyTree], jax.Array], argument: PyTree) -> None:
   """Raises ``ValueError`` if no leaf of ``argument`` reaches ``loss(argument)``."""
   jaxpr = jax.make_jaxpr(loss)(argument).jaxpr
   _, used = partial_eval.dce_jaxpr(jaxpr, True)  # Looks into jitted functions and loops too.
@@ -149,13 +157,13 @@ def uses(name: str, loss: Callable[[Any], Any], argument: Any) -> None:
     raise ValueError(f"loss must use {name}, which has no influence on it")
 
 
-def reads(function: Callable[[Any], Any], argument: Any) -> bool:
+def reads(function: Callable[[PyTree], PyTree], argument: PyTree) -> bool:
   """Whether ``function`` computes anything from a leaf of ``argument``, by its trace."""
   jaxpr = jax.make_jaxpr(function)(argument).jaxpr
   return _computes_from(jaxpr, jaxpr.invars)
 
 
-def _computes_from(jaxpr: Any, variables: Any) -> bool:
+def _computes_from(jaxpr: Jaxpr, variables: Iterable[object]) -> bool:
   given = set(map(id, variables))
   for eqn in jaxpr.eqns:
     taken = [id(variable) in given for variable in eqn.invars]
@@ -169,7 +177,7 @@ def _computes_from(jaxpr: Any, variables: Any) -> bool:
   return False
 
 
-def floating(name: str, tree: Any) -> None:
+def floating(name: str, tree: PyTree) -> None:
   """Raises ``TypeError`` if a leaf of ``tree`` is not a floating-point array."""
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
     dtype = jnp.result_type(leaf)
@@ -179,7 +187,7 @@ def floating(name: str, tree: Any) -> None:
       )
 
 
-def same_structure(name: str, tree: Any, like_name: str, like: Any) -> None:
+def same_structure(name: str, tree: PyTree, like_name: str, like: PyTree) -> None:
   """Raises ``ValueError`` unless both trees have the same structure and leaf shapes."""
   leaves, structure = jax.tree.flatten(tree)
   like_leaves, like_structure = jax.tree.flatten(like)

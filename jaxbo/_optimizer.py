@@ -28,7 +28,7 @@ def optimizer(
   return make(learning_rate)
 
 
-def _is_rate(value: Any) -> bool:
+def _is_rate(value: object) -> bool:
   """Whether ``value`` is one number, or gives one at a count."""
   if callable(value):
     try:

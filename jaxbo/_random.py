@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxbo._types import Key
 
-def key_impl(name: str, key: Any) -> Any:
+
+def key_impl(name: str, key: object) -> Any:
   """Returns the generator of ``key``, ``None`` for the default one; ``TypeError`` if not a key.
 
   A key is an int (it may be traced), a raw key array (JAX or NumPy), or a typed key.
@@ -25,7 +27,7 @@ def key_impl(name: str, key: Any) -> Any:
   raise TypeError(f"{name} must be an int, a raw key array or a typed key (one key), got {key!r}")
 
 
-def key_data(key: Any) -> jax.Array:
+def key_data(key: Key) -> jax.Array:
   """The raw data, in a new buffer, of a key that :func:`key_impl` accepts."""
   if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
     key = jax.random.key_data(key)
@@ -34,7 +36,7 @@ def key_data(key: Any) -> jax.Array:
   return jnp.array(key, copy=True)
 
 
-def default_key_data(key: Any) -> jax.Array:
+def default_key_data(key: Key) -> jax.Array:
   """:func:`key_data` of ``key``; raises ``ValueError`` if its generator is not the default."""
   impl, default = key_impl("key", key), jax.random.key_impl(jax.random.key(0))
   if impl not in (None, default):

@@ -1,7 +1,6 @@
 """Numbers that may be schedules, and the counts that schedules take."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +9,11 @@ import optax
 from jaxbo import _check
 
 
-def check(name: str, value: Any, check_number: Callable[[str, Any], Any]) -> None:
+def check(
+  name: str,
+  value: optax.ScalarOrSchedule,
+  check_number: Callable[[str, float | jax.Array], object],
+) -> None:
   """Raises unless ``value`` is a schedule or a number that passes ``check_number``."""
   if callable(value):
     _check.takes_arguments(name, value, "count")
@@ -18,7 +21,9 @@ def check(name: str, value: Any, check_number: Callable[[str, Any], Any]) -> Non
     check_number(name, value)
 
 
-def value_at(value: Any, count: jax.Array, dtype: Any) -> jax.Array:
+def value_at(
+  value: optax.ScalarOrSchedule, count: jax.Array, dtype: jax.typing.DTypeLike
+) -> jax.Array:
   """A number, or a schedule at ``count``, as an array of ``dtype``."""
   return jnp.asarray(value(count) if callable(value) else value, dtype)
 

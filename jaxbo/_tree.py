@@ -2,12 +2,14 @@
 
 import functools
 import operator
-from typing import Any, TypeAlias
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 
-PyTree: TypeAlias = Any
+from jaxbo._types import PyTree
+
+T = TypeVar("T")
 
 
 def vdot(a: PyTree, b: PyTree) -> jax.Array:
@@ -36,7 +38,7 @@ def at_least_float32(tree: PyTree) -> PyTree:
   return jax.tree.map(_at_least_float32, tree)
 
 
-def at_least_int32(ints: Any) -> jax.Array:
+def at_least_int32(ints: jax.typing.ArrayLike) -> jax.Array:
   """Casts narrower integers to int32, so that they compare with numbers that they cannot hold."""
   return jnp.asarray(ints).astype(jnp.result_type(ints, jnp.int32))
 
@@ -61,31 +63,31 @@ def copy(tree: PyTree) -> PyTree:
   return jax.tree.map(lambda x: jnp.array(x, dtype=jnp.result_type(x), copy=True), tree)
 
 
-def add_scaled(a: PyTree, scale: Any, b: PyTree) -> PyTree:
+def add_scaled(a: PyTree, scale: jax.typing.ArrayLike, b: PyTree) -> PyTree:
   """Returns ``a + scale * b`` in the dtypes of ``a``."""
   return jax.tree.map(lambda x, y: x + jnp.asarray(scale, x.dtype) * y, a, b)
 
 
-def scaled(scale: Any, tree: PyTree) -> PyTree:
+def scaled(scale: jax.typing.ArrayLike, tree: PyTree) -> PyTree:
   """Returns ``scale * tree`` in the dtypes of ``tree``."""
   return jax.tree.map(lambda leaf: jnp.asarray(scale, leaf.dtype) * leaf, tree)
 
 
-def where(condition: jax.Array, a: Any, b: Any) -> Any:
+def where(condition: jax.Array, a: T, b: T) -> T:
   """Selects all of ``a`` or all of ``b`` by one boolean."""
   return jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)
 
 
-def cast_like(tree: PyTree, target: PyTree) -> PyTree:
+def cast_like(tree: T, target: PyTree) -> T:
   """Casts every leaf to the dtype of the corresponding leaf of ``target``."""
   return jax.tree.map(lambda x, t: x.astype(t.dtype), tree, target)
 
 
-def _at_least_float32(x: Any) -> jax.Array:
+def _at_least_float32(x: jax.typing.ArrayLike) -> jax.Array:
   x = jnp.asarray(x)
   return x.astype(_at_least_float32_dtype(x))
 
 
-def _at_least_float32_dtype(x: Any):
+def _at_least_float32_dtype(x: jax.typing.ArrayLike | jax.ShapeDtypeStruct) -> jnp.dtype:
   dtype = jnp.result_type(x)
   return jnp.promote_types(dtype, jnp.float32) if jnp.issubdtype(dtype, jnp.floating) else dtype

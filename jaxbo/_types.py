@@ -1,9 +1,18 @@
-"""The types of what users hand in: losses and linear solvers."""
+"""The types of what users hand in: pytrees, keys, losses and linear solvers."""
 
 from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import jax
+
+PyTree: TypeAlias = Any
+"""Any pytree. A function of the user may ask for a narrower type, so it cannot be a union."""
+
+Data: TypeAlias = Any
+"""What a loss reads besides parameters: a pytree of arrays, or ``None``."""
+
+Key: TypeAlias = jax.typing.ArrayLike
+"""An int, a raw key array (JAX or NumPy), or a typed key."""
 
 
 @runtime_checkable
@@ -13,7 +22,7 @@ class Loss(Protocol):
   Parameters and batches are pytrees; jaxbo passes them by position.
   """
 
-  def __call__(self, x: Any, y: Any, batch: Any, /) -> jax.Array | tuple[jax.Array, Any]:
+  def __call__(self, x: PyTree, y: PyTree, batch: Data, /) -> jax.Array | tuple[jax.Array, PyTree]:
     """The loss."""
     ...
 
@@ -22,7 +31,7 @@ class Loss(Protocol):
 class BatchLoss(Protocol):
   """``loss_fn(params, batch) -> losses``, ``[batch]``, or ``(losses, aux)`` with ``has_aux``."""
 
-  def __call__(self, params: Any, batch: Any, /) -> jax.Array | tuple[jax.Array, Any]:
+  def __call__(self, params: PyTree, batch: Data, /) -> jax.Array | tuple[jax.Array, PyTree]:
     """The losses of a batch."""
     ...
 
@@ -34,6 +43,8 @@ class SolveLinear(Protocol):
   ``info`` is a :class:`jaxbo.bilevel.LinearInfo`, or anything else, which is ignored.
   """
 
-  def __call__(self, matvec: Callable[[Any], Any], b: Any, x0: Any, /) -> tuple[Any, Any]:
+  def __call__(
+    self, matvec: Callable[[PyTree], PyTree], b: PyTree, x0: PyTree, /
+  ) -> tuple[PyTree, Any]:
     """The solution and what the solver reports."""
     ...

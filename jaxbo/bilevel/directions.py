@@ -16,7 +16,6 @@ family          relative error, squared cost of a direction
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,21 +23,22 @@ import numpy as np
 import optax
 
 from jaxbo import _tree
+from jaxbo._types import PyTree
 
-Draw = Callable[[jax.Array], Any]
+Draw = Callable[[jax.Array], PyTree]
 """``draw(sample) -> u``, a pytree: the same sample always gives the same direction."""
 
-Family = Callable[[jax.Array, Any, int], Draw]
+Family = Callable[[jax.Array, PyTree, int], Draw]
 """``family(key, like, num_samples) -> draw``: directions are shaped like the pytree ``like``."""
 
 
-def gaussian(key: jax.Array, like: Any, num_samples: int) -> Draw:
+def gaussian(key: jax.Array, like: PyTree, num_samples: int) -> Draw:
   """Independent standard normal entries."""
   del num_samples
   return lambda sample: optax.tree.random_like(jax.random.fold_in(key, sample), like)
 
 
-def sphere(key: jax.Array, like: Any, num_samples: int) -> Draw:
+def sphere(key: jax.Array, like: PyTree, num_samples: int) -> Draw:
   """Uniform on the sphere of radius sqrt(p), over all leaves together."""
   draw, radius = gaussian(key, like, num_samples), math.sqrt(_size(like))
 
@@ -49,13 +49,13 @@ def sphere(key: jax.Array, like: Any, num_samples: int) -> Draw:
   return draw_scaled
 
 
-def rademacher(key: jax.Array, like: Any, num_samples: int) -> Draw:
+def rademacher(key: jax.Array, like: PyTree, num_samples: int) -> Draw:
   """Independent random signs, one random bit each."""
   del num_samples
   return lambda sample: _signs(jax.random.fold_in(key, sample), like)
 
 
-def orthogonal(key: jax.Array, like: Any, num_samples: int) -> Draw:
+def orthogonal(key: jax.Array, like: PyTree, num_samples: int) -> Draw:
   r"""Orthogonal directions of norm sqrt(p): rows of a cosine transform with random signs.
 
   .. math::
@@ -95,7 +95,7 @@ def orthogonal(key: jax.Array, like: Any, num_samples: int) -> Draw:
   return draw
 
 
-def official(key: jax.Array, like: Any, num_samples: int) -> Draw:
+def official(key: jax.Array, like: PyTree, num_samples: int) -> Draw:
   r"""The draw of the authors' code: each leaf over its own norm, which shrinks the response.
 
   The mean of :math:`u u^\top` is :math:`I / p_i` on leaf :math:`i`, which has :math:`p_i` entries.
@@ -110,15 +110,15 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def _size(tree: Any) -> int:
+def _size(tree: PyTree) -> int:
   return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
-def _scale(scale: jax.Array, tree: Any) -> Any:
+def _scale(scale: jax.Array, tree: PyTree) -> PyTree:
   return jax.tree.map(lambda u: u * scale.astype(u.dtype), tree)
 
 
-def _signs(key: jax.Array, like: Any) -> Any:
+def _signs(key: jax.Array, like: PyTree) -> PyTree:
   """Random signs shaped like ``like``, one random bit for each entry."""
 
   def signs(key, shape, dtype):
@@ -130,7 +130,9 @@ def _signs(key: jax.Array, like: Any) -> Any:
   return optax.tree.random_like(key, like, signs)
 
 
-def _cosines(row: jax.Array, begin: int, size: int, p: int, dtype: Any) -> jax.Array:
+def _cosines(
+  row: jax.Array, begin: int, size: int, p: int, dtype: jax.typing.DTypeLike
+) -> jax.Array:
   """Entries ``begin`` to ``begin + size`` of row ``row`` of the transform, ``[size]``.
 
   The angle of entry ``begin + width * i + j`` is the sum of one for ``i`` and one for ``j``.

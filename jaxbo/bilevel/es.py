@@ -8,6 +8,7 @@ import optax
 
 from jaxbo import _check, _random, _schedule, _tree
 from jaxbo._optimizer import LearningRate, optimizer
+from jaxbo._types import Key
 from jaxbo.bilevel.directions import FAMILIES
 from jaxbo.bilevel.inner import InnerSolver
 from jaxbo.bilevel.perturbation import Run, Sampling, estimate, start_for, where_finite
@@ -57,7 +58,7 @@ def add_es_response(
   response_scale: float | jax.Array = 1.0,
   mesh: jax.sharding.Mesh | None = None,
   axis_name: str | None = None,
-  key: jax.typing.ArrayLike = 0,
+  key: Key = 0,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Adds the response, with its Jacobian estimated from perturbed inner runs (ESJ, PZOBO).
 
@@ -273,7 +274,7 @@ def esj(
   response_scale: float | jax.Array = 1.0,
   mesh: jax.sharding.Mesh | None = None,
   axis_name: str | None = None,
-  key: jax.typing.ArrayLike = 0,
+  key: Key = 0,
 ) -> optax.GradientTransformationExtraArgs:
   r"""ESJ (PZOBO): gradient descent along :func:`add_es_response`.
 

@@ -1,6 +1,6 @@
 """AID: the response from the implicit function theorem."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ import optax
 
 from jaxbo import _check, _tree
 from jaxbo._optimizer import LearningRate, optimizer
-from jaxbo._types import SolveLinear
+from jaxbo._types import Data, SolveLinear
 from jaxbo.bilevel import linear_solvers
 from jaxbo.bilevel.inner import InnerSolver, check_per_step
 from jaxbo.bilevel.response import MISSING, check_solver, response_transformation, zero_norm
@@ -136,7 +136,7 @@ def add_implicit_response(
     return ImplicitResponseState(linear_solution, info)
 
   def respond(
-    params, solution, inner_grad, batch, state, *, linear_batch: Any = MISSING, **extra_args
+    params, solution, inner_grad, batch, state, *, linear_batch: Data = MISSING, **extra_args
   ):
     del extra_args
     if linear_batch is MISSING:

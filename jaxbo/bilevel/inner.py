@@ -3,14 +3,14 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from jaxbo import _check, _tree
-from jaxbo._types import Loss
+from jaxbo._types import Data, Loss, PyTree
 
 Start: TypeAlias = tuple[optax.Params, optax.OptState]
 """Where a run begins or ends: the inner parameters and the state of their optimizer."""
@@ -28,7 +28,7 @@ class InnerInfo(NamedTuple):
 
   losses: jax.Array
   finite: jax.Array
-  aux: Any = None
+  aux: PyTree = None
 
 
 class InnerSolution(NamedTuple):
@@ -48,14 +48,15 @@ class InnerSolution(NamedTuple):
   info: InnerInfo
 
 
+@runtime_checkable
 class Path(Protocol):
   """The type of ``InnerSolver.path``."""
 
   def __call__(
     self,
-    x: optax.Params,
+    x: PyTree,
     start: Start,
-    batch: Any,
+    batch: Data,
     /,
     *,
     last: int | None = None,
@@ -73,7 +74,7 @@ class FeatureProblem(NamedTuple):
     path: maps ``(z, start, batch)`` to the inner parameters after the last step.
   """
 
-  features: Callable[[optax.Params, Any], Any]
+  features: Callable[[PyTree, Data], PyTree]
   path: Path
 
 
@@ -100,10 +101,10 @@ class InnerSolver(NamedTuple):
   """
 
   init: Callable[..., InnerSolution]
-  solve: Callable[[optax.Params, InnerSolution, Any], InnerSolution]
-  run: Callable[[optax.Params, Start, Any], tuple[Start, jax.Array]]
+  solve: Callable[[optax.Params, InnerSolution, Data], InnerSolution]
+  run: Callable[[optax.Params, Start, Data], tuple[Start, jax.Array]]
   path: Path
-  loss: Callable[[optax.Params, optax.Params, Any], jax.Array]
+  loss: Callable[[optax.Params, optax.Params, Data], jax.Array]
   num_steps: int
   per_step_batches: bool
   through: FeatureProblem | None
@@ -120,7 +121,7 @@ def inner_solver(
   has_aux: bool = False,
   warm_start: bool = True,
   remat: bool | int = False,
-  through: Callable[[optax.Params, Any], Any] | None = None,
+  through: Callable[[PyTree, Data], PyTree] | None = None,
 ) -> InnerSolver:
   r"""Builds a solver of the inner problem from a loss and any optax optimizer.
 
@@ -182,7 +183,7 @@ def inner_solver(
   optimizer = optax.with_extra_args_support(optimizer)
 
   def loss_and_aux(z, y, batch):
-    value: Any = inner_loss(z, y, batch)
+    value: PyTree = inner_loss(z, y, batch)
     aux = None
     if has_aux:
       if not isinstance(value, tuple) or len(value) != 2:
@@ -296,7 +297,7 @@ def _final_carry(body, carry, slices, length: int, *, remat: bool | int):
   return carry
 
 
-def check_per_step(batch: Any, num_steps: int) -> None:
+def check_per_step(batch: Data, num_steps: int) -> None:
   """Raises ``ValueError`` unless every leaf of ``batch`` has the leading axis ``num_steps``."""
   leaves = jax.tree.leaves(batch)
   if not leaves:
@@ -310,5 +311,5 @@ def check_per_step(batch: Any, num_steps: int) -> None:
       )
 
 
-def _loss_dtype(params: optax.Params):
+def _loss_dtype(params: optax.Params) -> jnp.dtype:
   return jnp.result_type(jnp.float32, *jax.tree.leaves(params))

@@ -7,15 +7,16 @@ that grows or is not finite), return a good iterate, and report the breakdown.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from jaxbo import _check, _tree
+from jaxbo._types import PyTree, SolveLinear
 
-MatVec = Callable[[optax.Params], optax.Params]
+MatVec = Callable[[PyTree], PyTree]
 
 
 class LinearInfo(NamedTuple):
@@ -44,7 +45,7 @@ class LinearSolver(NamedTuple):
       last solution, which is the next ``x0``.
   """
 
-  solve: Callable[[MatVec, optax.Params, optax.Params], tuple[optax.Params, Any]]
+  solve: SolveLinear
   warm_start: bool = False
 
   def __call__(self, matvec, b, x0):
@@ -56,7 +57,9 @@ class _Iterate(NamedTuple):
   x: optax.Params
   residual: optax.Params
   direction: optax.Params  # Conjugate gradient only; () elsewhere.
-  best: Any  # Conjugate gradient only: the x of the smallest residual, and this residual squared.
+  best: (
+    PyTree  # Conjugate gradient only: the x of the smallest residual, and this residual squared.
+  )
   residual_sq: jax.Array
   max_curvature: jax.Array
   num_steps: jax.Array

@@ -1,14 +1,14 @@
 """The loop of a bilevel method as a jittable pair ``(init, step)``."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from jaxbo import _check, _tree
-from jaxbo._types import Loss
+from jaxbo._types import Data, Loss, PyTree
 from jaxbo.bilevel.inner import InnerSolution, InnerSolver
 from jaxbo.bilevel.parameters import Bilevel
 
@@ -43,7 +43,7 @@ class BilevelInfo(NamedTuple):
   hypergradient_norm: jax.Array
   inner_losses: jax.Array
   linear_residual: jax.Array
-  aux: Any = None
+  aux: PyTree = None
 
 
 def bilevel_loop(
@@ -135,7 +135,7 @@ def outer_gradients(
   *,
   has_aux: bool = False,
   moves_both: bool = False,
-) -> Callable[..., tuple[optax.Updates, optax.OptState, jax.Array, Any]]:
+) -> Callable[..., tuple[optax.Updates, optax.OptState, jax.Array, PyTree]]:
   """``differentiate(x, y, state, val, **extra_args) -> (updates, state, loss, aux)``.
 
   ``differentiate`` passes the gradients of the outer loss in both levels to ``outer``, which begins
@@ -165,11 +165,14 @@ def outer_gradients(
   return differentiate
 
 
-def checked_outer_loss(outer_loss: Loss, has_aux: bool) -> Callable[..., Any]:
+def checked_outer_loss(
+  outer_loss: Loss, has_aux: bool
+) -> Callable[[PyTree, PyTree, Data], tuple[jax.Array, PyTree]]:
   """Wraps the outer loss to check its output and return ``(loss, aux)``; aux may be ``None``."""
   _check.takes_arguments("outer_loss", outer_loss, "x", "y", "batch")
 
   def loss_and_aux(x, y, batch):
+    value: PyTree
     value, aux = outer_loss(x, y, batch), None
     if has_aux:
       if not isinstance(value, tuple) or len(value) != 2:

@@ -1,12 +1,12 @@
 """A meta-batch: several tasks, each with an inner problem, that share the outer parameters."""
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxbo import _check
+from jaxbo._types import PyTree
 from jaxbo.bilevel.inner import FeatureProblem, InnerSolution, InnerSolver
 
 
@@ -61,7 +61,7 @@ def over_tasks(inner: InnerSolver, num_tasks: int, *, average_start: bool = Fals
         )
     return batch
 
-  def repeat(tree: Any) -> Any:
+  def repeat(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf: jnp.repeat(leaf[None], num_tasks, axis=0), tree)
 
   def shapes_of_one(batch):

@@ -1,11 +1,12 @@
 """The parameters of both levels side by side."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxbo import _check
+from jaxbo._types import PyTree
 
 
 class Bilevel(NamedTuple):
@@ -20,11 +21,11 @@ class Bilevel(NamedTuple):
     inner: the part for the inner parameters :math:`y`, any pytree.
   """
 
-  outer: Any
-  inner: Any
+  outer: PyTree
+  inner: PyTree
 
 
-def check_params(name: str, params: Any) -> Bilevel:
+def check_params(name: str, params: object) -> Bilevel:
   """Returns ``params``; raises unless ``params`` are :class:`~jaxbo.Bilevel` floats."""
   if params is None:
     raise ValueError(f"{name}: update must be given params, jaxbo.Bilevel(outer=x, inner=y)")
@@ -36,6 +37,6 @@ def check_params(name: str, params: Any) -> Bilevel:
   return params
 
 
-def scalar_dtype(tree: Any):
+def scalar_dtype(tree: PyTree) -> jnp.dtype:
   """The dtype of losses and multipliers: float32, or wider if a leaf is wider."""
   return jnp.result_type(jnp.float32, *jax.tree.leaves(tree))

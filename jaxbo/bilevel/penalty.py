@@ -1,7 +1,7 @@
 """V-PBGD and F2SA: a penalty on the excess over the lower value."""
 
 from collections.abc import Hashable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ import optax
 
 from jaxbo import _check, _schedule, _tree
 from jaxbo._optimizer import LearningRate, optimizer
-from jaxbo._types import Loss
+from jaxbo._types import Loss, PyTree
 from jaxbo.bilevel.parameters import Bilevel
 from jaxbo.bilevel.projection import Projection, descend, project
 from jaxbo.bilevel.value_function import Penalty, Updated, lower_value, penalize_excess
@@ -156,7 +156,7 @@ def add_value_function_penalty(
     return head
 
   def update(updates, state, params=None, **extra_args):
-    new: Any
+    new: PyTree
     direction, new = head.update(updates, state, params, **extra_args)
     return _tree.scaled(1 / jnp.maximum(new.info.dual, 1), direction), new
 

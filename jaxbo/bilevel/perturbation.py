@@ -8,8 +8,7 @@ with differences :math:`\delta_j` of the run along directions :math:`u_j`.
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +17,9 @@ import optax
 from jax.sharding import PartitionSpec
 
 from jaxbo import _tree
+from jaxbo._types import Data, PyTree
 from jaxbo.bilevel.directions import Draw, Family
-from jaxbo.bilevel.inner import InnerSolver
+from jaxbo.bilevel.inner import InnerSolver, Path, Start
 
 
 class Run(NamedTuple):
@@ -35,11 +35,11 @@ class Run(NamedTuple):
       out the other tasks. ``None`` if there is one task.
   """
 
-  x: Any
-  start: Any
-  batch: Any
-  y: Any
-  b: Any
+  x: PyTree
+  start: Start
+  batch: Data
+  y: PyTree
+  b: PyTree
   counts: jax.Array | None = None
 
 
@@ -49,7 +49,7 @@ class Sampling(NamedTuple):
   family: Family
   difference: str
   num_samples: int
-  smoothing: Any
+  smoothing: float | jax.Array
   chunk: int
   redraw: bool
   mesh: jax.sharding.Mesh | None
@@ -61,7 +61,7 @@ def where_finite(finite: jax.Array, leaf: jax.Array) -> jax.Array:
   return jnp.where(jnp.reshape(finite, finite.shape + (1,) * (leaf.ndim - finite.ndim)), leaf, 0)
 
 
-def start_for(inner: InnerSolver, start: Any, x: Any, batch: Any) -> Any:
+def start_for(inner: InnerSolver, start: Start, x: PyTree, batch: Data) -> Start:
   """``start`` in float32 at least, except optimizer states that are narrower by design."""
   params, opt_state = start
   if not _tree.has_low_precision(params):
@@ -72,9 +72,7 @@ def start_for(inner: InnerSolver, start: Any, x: Any, batch: Any) -> Any:
   return params, _tree.cast_like(opt_state, types.opt_state)
 
 
-def estimate(
-  sampling: Sampling, path: Callable[..., Any], run: Run, key: jax.Array
-) -> tuple[Any, jax.Array]:
+def estimate(sampling: Sampling, path: Path, run: Run, key: jax.Array) -> tuple[PyTree, jax.Array]:
   """Estimates the response, shaped like ``run.x``, and counts the finite samples.
 
   ``path(x, start, batch)`` computes the run; ``key`` is a typed key.
@@ -101,7 +99,7 @@ def estimate(
   return jax.tree.map(lambda leaf: leaf / count.astype(leaf.dtype), total), num_finite
 
 
-def _product(sampling: Sampling, path: Callable[..., Any], run: Run, direction: Any) -> jax.Array:
+def _product(sampling: Sampling, path: Path, run: Run, direction: PyTree) -> jax.Array:
   """``<delta, b>`` along one direction."""
   end = lambda x: path(x, run.start, run.batch)
   moved = lambda scale: end(_tree.add_scaled(run.x, scale, direction))
@@ -118,13 +116,15 @@ def _product(sampling: Sampling, path: Callable[..., Any], run: Run, direction: 
   return _tree.vdot(change, run.b) / length
 
 
-def _products(sampling, path, run: Run, draw: Draw, samples: jax.Array) -> jax.Array:
+def _products(
+  sampling: Sampling, path: Path, run: Run, draw: Draw, samples: jax.Array
+) -> jax.Array:
   """``<delta_j, b>`` for the given samples, ``chunk`` at a time."""
   product = lambda sample: _product(sampling, path, run, draw(sample))
   return jax.lax.map(product, samples, batch_size=min(sampling.chunk, len(samples)))
 
 
-def _all_products(sampling: Sampling, path, run: Run, key: jax.Array) -> jax.Array:
+def _all_products(sampling: Sampling, path: Path, run: Run, key: jax.Array) -> jax.Array:
   """``<delta_j, b>`` for all samples, ``[num_samples]``; devices share the work over an axis."""
   num_samples, axis_name = sampling.num_samples, sampling.axis_name
   if axis_name is None:
@@ -159,7 +159,7 @@ def _all_products(sampling: Sampling, path, run: Run, key: jax.Array) -> jax.Arr
   return sharded(*arguments)
 
 
-def _weighted_sum(sampling: Sampling, draw: Draw, weights: jax.Array, like: Any) -> Any:
+def _weighted_sum(sampling: Sampling, draw: Draw, weights: jax.Array, like: PyTree) -> PyTree:
   """``sum_j weights_j u_j``; draws the directions again, ``chunk`` at a time."""
   samples = _chunks(sampling)
   weights = jnp.pad(weights, (0, samples.size - len(weights))).reshape(samples.shape)
@@ -177,7 +177,7 @@ def _chunks(sampling: Sampling) -> np.ndarray:
   return np.arange(-(-sampling.num_samples // size) * size, dtype=np.int32).reshape(-1, size)
 
 
-def _combine(weights: jax.Array, directions: Any) -> Any:
+def _combine(weights: jax.Array, directions: PyTree) -> PyTree:
   return jax.tree.map(
     lambda u: jnp.einsum("j,j...", weights.astype(u.dtype), u, precision="highest"), directions
   )

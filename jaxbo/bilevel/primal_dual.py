@@ -1,6 +1,6 @@
 """PDBO: a primal-dual method on the value-function form of a bilevel problem."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ class PrimalDualInfo(NamedTuple):
   dual: jax.Array
   dual_at_bound: jax.Array
   kkt_residual: jax.Array
-  gap: Any
+  gap: jax.Array | None
   finite: jax.Array
 
 

@@ -1,7 +1,6 @@
 """Projections on convex sets, for the end of a chain."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +8,10 @@ import optax
 
 from jaxbo import _check, _tree
 from jaxbo._optimizer import LearningRate, optimizer
+from jaxbo._types import PyTree
 from jaxbo.bilevel.parameters import Bilevel, check_params
 
-Projection = Callable[[optax.Params], optax.Params]
+Projection = Callable[[PyTree], PyTree]
 
 
 def project(
@@ -151,7 +151,7 @@ def descend(
   return [tail, project(project_outer, project_inner)]
 
 
-def project_tree(name: str, projection: Projection | None, tree: Any) -> Any:
+def project_tree(name: str, projection: Projection | None, tree: PyTree) -> PyTree:
   """The projection of ``tree``, checked, in the dtypes of ``tree``; ``tree`` without one."""
   if projection is None:
     return tree

@@ -1,6 +1,6 @@
 """Proximal-PDBO: proximal terms around a moving center."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ import optax
 
 from jaxbo import _check, _schedule, _tree
 from jaxbo._optimizer import LearningRate
-from jaxbo._types import Loss
+from jaxbo._types import Data, Loss, PyTree
 from jaxbo.bilevel.parameters import Bilevel, check_params, scalar_dtype
 from jaxbo.bilevel.primal_dual import add_primal_dual_penalty
 from jaxbo.bilevel.projection import Projection, descend
@@ -109,7 +109,7 @@ def add_proximal_terms(
     info = ProximalInfo(jnp.zeros((), scalar_dtype(params)))
     return ProximalState(head.init(params), _tree.copy(params), jnp.int32(0), info)
 
-  def update(updates, state, params=None, *, batch: Any = MISSING, **extra_args):
+  def update(updates, state, params: PyTree = None, *, batch: Data = MISSING, **extra_args):
     grads = check_update("add_proximal_terms", updates, params, batch)
     dtype = state.info.centre_distance.dtype
     move = (state.proximal_count % period == 0) & _tree.all_finite(params)

@@ -12,20 +12,21 @@ import jax.numpy as jnp
 import optax
 
 from jaxbo import _check, _tree
+from jaxbo._types import Data, PyTree
 from jaxbo.bilevel.inner import InnerSolution, InnerSolver
 
 MISSING: Any = object()
 """Marks a missing argument where ``None`` is a valid value (``batch=None``)."""
 
 
-def check_solver(inner: Any) -> None:
+def check_solver(inner: object) -> None:
   """Raises ``TypeError`` unless ``inner`` is an inner solver."""
   if not isinstance(inner, InnerSolver):
     raise TypeError(f"inner must be an InnerSolver, made by jaxbo.inner_solver, got {inner!r}")
 
 
 def check_update(
-  name: str, grads: Any, x: Any, solution: Any = None, batch: Any = None
+  name: str, grads: PyTree, x: PyTree, solution: Any = None, batch: Data = None
 ) -> tuple[optax.Params, optax.Params]:
   """Returns ``(outer_grad, inner_grad)`` after checking the arguments of an ``update``."""
   if x is None:
@@ -51,7 +52,9 @@ def check_update(
 
 
 def response_transformation(
-  name: str, init: Callable[..., Any], respond: Callable[..., Any]
+  name: str,
+  init: Callable[..., PyTree],
+  respond: Callable[..., tuple[optax.Updates, Callable[..., PyTree]]],
 ) -> optax.GradientTransformationExtraArgs:
   """Builds a response: checks its inputs, guards and measures what it adds to df/dx.
 
@@ -63,7 +66,7 @@ def response_transformation(
   """
 
   def update(
-    updates, state, params=None, *, solution: Any = MISSING, batch: Any = MISSING, **extra_args
+    updates, state, params=None, *, solution: Any = MISSING, batch: Data = MISSING, **extra_args
   ):
     outer_grad, inner_grad = check_update(name, updates, params, solution, batch)
     response, new_state = respond(params, solution, inner_grad, batch, state, **extra_args)

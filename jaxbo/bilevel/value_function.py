@@ -10,17 +10,17 @@ through :math:`\hat y`.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from jaxbo import _check, _tree
-from jaxbo._types import Loss
+from jaxbo._types import Data, Loss, PyTree
 from jaxbo.bilevel.inner import Start, inner_solver
 from jaxbo.bilevel.parameters import Bilevel, check_params, scalar_dtype
-from jaxbo.bilevel.projection import project_tree
+from jaxbo.bilevel.projection import Projection, project_tree
 from jaxbo.bilevel.response import MISSING
 
 
@@ -61,10 +61,10 @@ class LowerValue(NamedTuple):
     loss: the inner loss, with checks of its output.
   """
 
-  init: Callable[[Any], Start]
-  solve: Callable[[optax.Params, Start, Any], tuple[Start, jax.Array]]
-  excess: Callable[[Any, optax.Params, Any, ConstraintTerm | None], Excess]
-  loss: Callable[[optax.Params, optax.Params, Any], jax.Array]
+  init: Callable[[optax.Params], Start]
+  solve: Callable[[optax.Params, Start, Data], tuple[Start, jax.Array]]
+  excess: Callable[[Bilevel, optax.Params, Data, ConstraintTerm | None], Excess]
+  loss: Callable[[optax.Params, optax.Params, Data], jax.Array]
 
 
 def lower_value(
@@ -72,8 +72,8 @@ def lower_value(
   optimizer: optax.GradientTransformation,
   num_steps: int,
   *,
-  regularizer: Any = 0.0,
-  project_inner: Callable[[optax.Params], optax.Params] | None = None,
+  regularizer: float | jax.Array = 0.0,
+  project_inner: Projection | None = None,
 ) -> LowerValue:
   r"""The problem :math:`\min_{y \in Y} g(x, y) + \frac a2 \|y\|^2`, solved by a few steps.
 
@@ -126,10 +126,10 @@ def lower_value(
   return LowerValue(init, solver.run, excess, loss)
 
 
-def _project_all(project: Callable[[optax.Params], optax.Params]) -> optax.GradientTransformation:
+def _project_all(project: Projection) -> optax.GradientTransformation:
   """Projects ``params + updates``, as the last link of the inner optimizer."""
 
-  def update(updates, state, params: Any = None):
+  def update(updates, state, params: PyTree = None):
     target = project(optax.apply_updates(params, updates))
     return optax.tree.sub(target, params), state
 
@@ -139,10 +139,10 @@ def _project_all(project: Callable[[optax.Params], optax.Params]) -> optax.Gradi
 def penalize_excess(
   name: str,
   lower: LowerValue,
-  init: Callable[[Any, Callable[[], jax.Array]], Any],
-  rule: Callable[[Excess, Bilevel, Any], "Penalty"],
+  init: Callable[[Bilevel, Callable[[], jax.Array]], PyTree],
+  rule: Callable[[Excess, Bilevel, PyTree], "Penalty"],
   *,
-  start: Callable[[Any, Any], Start],
+  start: Callable[[Bilevel, PyTree], Start],
 ) -> optax.GradientTransformationExtraArgs:
   """Builds a value-function method, which adds a multiplier times the gradient of the excess.
 
@@ -166,9 +166,9 @@ def penalize_excess(
     state,
     params=None,
     *,
-    batch: Any = MISSING,
-    value_batch: Any = MISSING,
-    constraint_term: Any = None,
+    batch: Data = MISSING,
+    value_batch: Data = MISSING,
+    constraint_term: ConstraintTerm | None = None,
     **extra_args,
   ):
     del extra_args
@@ -192,7 +192,7 @@ class Updated(NamedTuple):
   """What an update computed, from which ``new_state`` makes the next state."""
 
   params: Bilevel  # in float32 at least
-  batch: Any
+  batch: Data
   value: Start  # the lower-value iterate and the state of its optimizer
   direction: Bilevel
   finite: jax.Array
@@ -203,10 +203,10 @@ class Penalty(NamedTuple):
 
   dual: jax.Array  # the multiplier
   numbers: tuple[jax.Array, ...]  # numbers that must be finite too
-  new_state: Callable[[Updated], Any]
+  new_state: Callable[[Updated], PyTree]
 
 
-def check_update(name: str, grads: Any, params: Any, batch: Any) -> Bilevel:
+def check_update(name: str, grads: PyTree, params: PyTree, batch: Data) -> Bilevel:
   """Returns ``grads`` after checking the arguments of an ``update``."""
   check_params(name, params)
   if batch is MISSING:
