@@ -1,7 +1,7 @@
 """A batch of losses as weightings see it, and its reductions on any number of devices."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,20 +21,20 @@ class Over(NamedTuple):
 
   axes: tuple[str, ...] = ()
 
-  def sum(self, x: Any, axis: int | None = None) -> jax.Array:
+  def sum(self, x: jax.typing.ArrayLike, axis: int | None = None) -> jax.Array:
     """The sum over the batch, in the dtype of ``x``."""
     total = jnp.sum(x, axis=axis, dtype=jnp.result_type(x))
     return jax.lax.psum(total, self.axes) if self.axes else total
 
-  def max(self, x: Any) -> jax.Array:
+  def max(self, x: jax.typing.ArrayLike) -> jax.Array:
     """The maximum over the batch."""
     return jax.lax.pmax(jnp.max(x), self.axes) if self.axes else jnp.max(x)
 
-  def min(self, x: Any) -> jax.Array:
+  def min(self, x: jax.typing.ArrayLike) -> jax.Array:
     """The minimum over the batch."""
     return jax.lax.pmin(jnp.min(x), self.axes) if self.axes else jnp.min(x)
 
-  def number_of(self, x: Any) -> jax.Array:
+  def number_of(self, x: jax.typing.ArrayLike) -> jax.Array:
     """How many entries of ``x`` are true, int32."""
     return self.sum(jnp.asarray(x, jnp.int32))
 
@@ -105,8 +105,12 @@ class Batch(NamedTuple):
 
 
 def check_arguments(
-  losses: Any, mask: Any, prior: Any, groups: Any, num_groups: int
-) -> dict[str, Any]:
+  losses: jax.typing.ArrayLike,
+  mask: jax.typing.ArrayLike | None,
+  prior: jax.typing.ArrayLike | None,
+  groups: jax.typing.ArrayLike | None,
+  num_groups: int,
+) -> dict[str, jax.Array | None]:
   """Checks the arguments of a weighting; returns those of :func:`make_batch` as arrays."""
   losses = check_losses("losses", losses)
   if mask is not None:
@@ -158,7 +162,7 @@ def at_least_tiny(x: jax.Array) -> jax.Array:
   return jnp.maximum(x, jnp.finfo(x.dtype).tiny)
 
 
-def check_losses(name: str, losses: Any) -> jax.Array:
+def check_losses(name: str, losses: jax.typing.ArrayLike) -> jax.Array:
   """Returns ``losses`` in at least float32; raises unless they are a vector of real floats."""
   losses = jnp.asarray(losses)  # A list will do.
   if losses.ndim != 1:
@@ -173,7 +177,7 @@ def check_losses(name: str, losses: Any) -> jax.Array:
   return _tree.at_least_float32(losses)
 
 
-def check_length(name: str, value: Any, losses: jax.Array) -> None:
+def check_length(name: str, value: jax.typing.ArrayLike, losses: jax.Array) -> None:
   """Raises ``ValueError`` unless ``value`` has the shape of ``losses``."""
   if jnp.shape(value) != losses.shape:
     raise ValueError(
@@ -181,7 +185,9 @@ def check_length(name: str, value: Any, losses: jax.Array) -> None:
     )
 
 
-def _check_groups(groups: Any, num_groups: int, losses: jax.Array) -> jax.Array | None:
+def _check_groups(
+  groups: jax.typing.ArrayLike | None, num_groups: int, losses: jax.Array
+) -> jax.Array | None:
   """Checks group ids; ``num_groups=0`` is for weightings that only pass the ids on."""
   if groups is None:
     if num_groups:

@@ -1,12 +1,13 @@
 """A moving average of the normalizer, which makes small batches robust too."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from jaxbo import _check, _schedule
+from jaxbo._types import PyTree
 from jaxbo.dro.weighting import (
   Response,
   Weighting,
@@ -27,12 +28,10 @@ class CompositionalState(NamedTuple):
 
   running_value: jax.Array
   compositional_count: jax.Array
-  compositional_inner: Any
+  compositional_inner: PyTree
 
 
-def compositional(
-  weighting: Weighting, rate: float | jax.Array | Callable[[Any], Any]
-) -> Weighting:
+def compositional(weighting: Weighting, rate: optax.ScalarOrSchedule) -> Weighting:
   r"""Divides exponential weights by a moving average of their normalizer over batches.
 
   .. math::

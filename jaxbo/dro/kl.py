@@ -1,10 +1,8 @@
 """Exponential weights: the KL-regularized and KL-ball robust losses, and the tilted loss."""
 
-from collections.abc import Callable
-from typing import Any
-
 import jax
 import jax.numpy as jnp
+import optax
 
 from jaxbo import _check, _schedule
 from jaxbo.dro import temperature as temperatures
@@ -91,7 +89,7 @@ def kl(temperature: Temperature) -> Weighting:
   )
 
 
-def tilted(tilt: float | jax.Array | Callable[[Any], Any]) -> Weighting:
+def tilted(tilt: optax.ScalarOrSchedule) -> Weighting:
   r"""The tilted loss, which leans toward the maximum or the minimum (TERM).
 
   .. math::

@@ -1,12 +1,13 @@
 """Weights from shaped scores: normalize the losses, shape them, then weight the examples."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxbo import _check
+from jaxbo._types import PyTree
 from jaxbo.dro.batch import Batch
 from jaxbo.dro.kl import kl
 from jaxbo.dro.ranking import threshold
@@ -29,8 +30,8 @@ class Normalizer(NamedTuple):
     normalize: ``normalize(batch, state) -> (scores, state)``.
   """
 
-  init: Callable[..., Any]
-  normalize: Callable[..., Any]
+  init: Callable[..., PyTree]
+  normalize: Callable[[Batch, PyTree], tuple[jax.Array, PyTree]]
 
 
 class RunningRangeState(NamedTuple):

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ import optax
 from jax.sharding import AxisType, PartitionSpec
 
 from jaxbo import _tree
+from jaxbo._types import Data, PyTree
 from jaxbo.dro.batch import Over
 
 
@@ -33,7 +34,7 @@ class Microbatches(NamedTuple):
     """The number of microbatches."""
     return self.num_examples // self.size
 
-  def split(self, leaf: Any) -> jax.Array:
+  def split(self, leaf: jax.typing.ArrayLike) -> jax.Array:
     """Reshapes ``[num_examples, ...]`` to ``[size, num_steps, ...]``."""
     leaf = jnp.asarray(leaf)
     shape = (self.size, self.num_steps, *leaf.shape[1:])
@@ -45,7 +46,7 @@ class Microbatches(NamedTuple):
     shape = (self.num_examples, *leaf.shape[2:])
     return _reshape(leaf, shape, lambda spec: (spec[0], *spec[2:]))
 
-  def each(self, batch: Any) -> Callable[[Any], Any]:
+  def each(self, batch: Data) -> Callable[[jax.Array], PyTree]:
     """Returns a function from ``j`` to microbatch ``j``."""
     cut = jax.tree.map(lambda leaf: self.split(leaf) if self.holds(leaf) else leaf, batch)
 
@@ -57,7 +58,7 @@ class Microbatches(NamedTuple):
 
     return lambda j: jax.tree.map(lambda leaf, of_cut: take_leaf(leaf, of_cut, j), batch, cut)
 
-  def holds(self, leaf: Any) -> bool:
+  def holds(self, leaf: jax.typing.ArrayLike) -> bool:
     """Whether ``leaf`` has a row for each example."""
     return jnp.ndim(leaf) > 0 and jnp.shape(leaf)[0] == self.num_examples
 
@@ -75,7 +76,7 @@ def make_microbatches(num_examples: int, size: int) -> Microbatches:
 def weighted_gradient(
   loss_fn: Callable[..., jax.Array],
   params: optax.Params,
-  take: Callable[[Any], Any],
+  take: Callable[[jax.Array], PyTree],
   weights: jax.Array,
   microbatches: Microbatches,
 ) -> optax.Updates:
@@ -99,8 +100,8 @@ def weighted_gradient(
 
 
 def take_repaired(
-  microbatches: Microbatches, batch: Any, keep: jax.Array, over: Over
-) -> Callable[[Any], Any]:
+  microbatches: Microbatches, batch: Data, keep: jax.Array, over: Over
+) -> Callable[[jax.Array], PyTree]:
   """Returns a function from ``j`` to microbatch ``j`` with bad rows replaced.
 
   The first row that is kept, on any device, replaces every row that is not. Keys stay as they are.
@@ -130,7 +131,7 @@ def take_repaired(
   return take
 
 
-def _is_key(leaf: Any) -> bool:
+def _is_key(leaf: jax.typing.ArrayLike) -> bool:
   return jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key)
 
 
@@ -142,7 +143,9 @@ def num_shards(x: jax.Array) -> int:
   return math.prod(sharding.mesh.shape[name] for name in names)
 
 
-def _reshape(leaf: jax.Array, shape: tuple[int, ...], spec: Callable[..., Any]) -> jax.Array:
+def _reshape(
+  leaf: jax.Array, shape: tuple[int, ...], spec: Callable[[tuple[object, ...]], tuple[object, ...]]
+) -> jax.Array:
   """Reshapes ``leaf``; an explicit mesh also needs the sharding of the result."""
   sharding = jax.typeof(leaf).sharding
   if AxisType.Explicit not in sharding.mesh.axis_types:

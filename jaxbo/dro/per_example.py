@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ import optax
 from jax.tree_util import Partial
 
 from jaxbo import _check
-from jaxbo._types import BatchLoss
+from jaxbo._types import BatchLoss, Data, PyTree
 from jaxbo.dro import microbatch
 from jaxbo.dro.batch import Over, check_losses
 
@@ -33,9 +33,9 @@ class PerExampleGrads(NamedTuple):
   """
 
   losses: jax.Array
-  pullback: Callable[..., Any]
-  aux: Any = None
-  pullback_without: Callable[..., Any] | None = None
+  pullback: Callable[[jax.Array], optax.Updates]
+  aux: PyTree = None
+  pullback_without: Callable[[jax.Array, jax.Array, Over], optax.Updates] | None = None
 
 
 def per_example_grad(
@@ -142,7 +142,7 @@ def per_example_grad(
     gradient = microbatch.weighted_gradient(losses_alone, params, take, weights, cut)
     return only_if(over.number_of(keep) > 0, gradient)
 
-  def gradients(params: optax.Params, batch: Any) -> PerExampleGrads:
+  def gradients(params: optax.Params, batch: Data) -> PerExampleGrads:
     _check.floating("params", params)
     if microbatch_size is None:
       return whole(params, batch)
@@ -160,7 +160,9 @@ def weighted(grads: PerExampleGrads, weights: jax.Array, over: Over) -> optax.Up
   return grads.pullback_without(weights, keep, over)
 
 
-def masked_and_bad(losses: jax.Array, mask: Any, over: Over) -> jax.Array | int:
+def masked_and_bad(
+  losses: jax.Array, mask: jax.typing.ArrayLike | None, over: Over
+) -> jax.Array | int:
   """How many masked losses are not finite: without ``repair`` they spoil the batch all the same."""
   if mask is None:
     return 0
@@ -176,7 +178,7 @@ def _pull(vjp, weights):
   return vjp(weights)[0]
 
 
-def _split_aux(value: Any) -> tuple[Any, Any]:
+def _split_aux(value: PyTree) -> tuple[jax.Array, PyTree]:
   if not isinstance(value, tuple) or len(value) != 2:
     raise TypeError(f"loss_fn must return (losses, aux) with has_aux=True, got {value!r}")
   return value

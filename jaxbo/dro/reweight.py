@@ -1,12 +1,13 @@
 """The transformation: per-example gradients in, the gradient of the weighted loss out."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from jaxbo import _check, _tree
+from jaxbo._types import PyTree
 from jaxbo.dro import per_example
 from jaxbo.dro.batch import AxisName, Over, check_length, check_losses, is_checked, over
 from jaxbo.dro.diagnostics import WeightInfo, zero_info
@@ -22,7 +23,7 @@ class ReweightState(NamedTuple):
     info: the :class:`WeightInfo` of the last update.
   """
 
-  weighting_state: Any
+  weighting_state: PyTree
   info: WeightInfo
 
 
@@ -120,11 +121,11 @@ def reweight(
     state,
     params=None,
     *,
-    losses: Any = None,
-    scores: Any = None,
-    mask: Any = None,
-    prior: Any = None,
-    groups: Any = None,
+    losses: jax.typing.ArrayLike | None = None,
+    scores: jax.typing.ArrayLike | None = None,
+    mask: jax.typing.ArrayLike | None = None,
+    prior: jax.typing.ArrayLike | None = None,
+    groups: jax.typing.ArrayLike | None = None,
     **extra_args,
   ):
     del params, extra_args
@@ -187,7 +188,7 @@ def add_over_devices(gradient: optax.Updates, reductions: Over) -> optax.Updates
   return jax.lax.psum(gradient, axes) if axes else gradient
 
 
-def _find_losses(grads: Any, losses: Any) -> jax.Array:
+def _find_losses(grads: PyTree, losses: jax.typing.ArrayLike | None) -> jax.Array:
   if isinstance(grads, PerExampleGrads):
     if losses is not None:
       raise ValueError("losses= is for stored per-example gradients; PerExampleGrads has its own")

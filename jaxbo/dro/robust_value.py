@@ -1,12 +1,12 @@
 """Robust values as losses to differentiate."""
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
+from jaxbo._types import PyTree
 from jaxbo.dro.batch import AxisName
 from jaxbo.dro.weighting import Weighting, check_weighting
 
@@ -15,10 +15,10 @@ def robust_value(
   losses: jax.typing.ArrayLike,
   weighting: Weighting,
   *,
-  mask: Any = None,
-  prior: Any = None,
-  groups: Any = None,
-  state: Any = None,
+  mask: jax.typing.ArrayLike | None = None,
+  prior: jax.typing.ArrayLike | None = None,
+  groups: jax.typing.ArrayLike | None = None,
+  state: PyTree = None,
   axis_name: AxisName = None,
 ) -> jax.Array:
   r"""The objective that a weighting maximizes, as a differentiable function of the losses.
@@ -94,5 +94,5 @@ def robust_value(
   return value(losses, arguments, parameters)
 
 
-def _instantiate(primal: jax.Array, tangent: Any) -> jax.Array:
+def _instantiate(primal: jax.Array, tangent: jax.Array | SymbolicZero) -> jax.Array:
   return jnp.zeros_like(primal) if isinstance(tangent, SymbolicZero) else tangent

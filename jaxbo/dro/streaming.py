@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxbo import _check, _tree
-from jaxbo._types import BatchLoss
+from jaxbo._types import BatchLoss, Data, PyTree
 from jaxbo.dro.batch import AxisName, bounded, over
 from jaxbo.dro.microbatch import make_microbatches
 from jaxbo.dro.per_example import masked_and_bad, only_if, per_example_grad, weighted
@@ -24,7 +24,7 @@ def streaming_grad(
   microbatch_size: int,
   axis_name: AxisName = None,
   repair: bool = False,
-) -> Callable[..., Any]:
+) -> Callable[..., tuple[optax.Updates, PyTree]]:
   r"""The exact reweighted gradient of a large batch, accumulated over microbatches.
 
   The weights are those of the whole batch, up to rounding. Averaging the reweighted gradients of
@@ -132,12 +132,12 @@ def streaming_grad(
 
   def gradient(
     params: optax.Params,
-    batch: Any,
+    batch: Data,
     state: ReweightState | None = None,
     *,
-    mask: Any = None,
-    prior: Any = None,
-    groups: Any = None,
+    mask: jax.typing.ArrayLike | None = None,
+    prior: jax.typing.ArrayLike | None = None,
+    groups: jax.typing.ArrayLike | None = None,
   ):
     before = tx.init(params) if state is None else state
     compute = two_passes if log_ratio is None else functools.partial(one_pass, log_ratio)

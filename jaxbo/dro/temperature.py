@@ -5,6 +5,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from jaxbo import _check, _schedule
 from jaxbo.dro.batch import Batch, at_least_tiny
@@ -21,7 +22,7 @@ class TargetEss(NamedTuple):
   fraction: float | jax.Array
 
 
-Temperature: TypeAlias = float | jax.Array | Callable[[Any], Any] | TargetEss
+Temperature: TypeAlias = optax.ScalarOrSchedule | TargetEss
 
 
 class TemperatureState(NamedTuple):
@@ -69,7 +70,7 @@ def target_ess(fraction: float | jax.Array) -> TargetEss:
   return TargetEss(_check.within("fraction", fraction, 0, 1, ends="(]"))
 
 
-def check_temperature(name: str, value: Any) -> None:
+def check_temperature(name: str, value: Temperature) -> None:
   """Raises unless ``value`` is a positive number, a schedule or a target."""
   if not isinstance(value, TargetEss):
     _schedule.check(name, value, _check.positive)
@@ -86,13 +87,16 @@ def advance(state: TemperatureState) -> TemperatureState:
   return TemperatureState(_schedule.after(state.temperature_count))
 
 
-def scheduled(value: Any, state: TemperatureState, dtype: Any) -> jax.Array:
+def scheduled(value: Any, state: TemperatureState, dtype: jax.typing.DTypeLike) -> jax.Array:
   """Returns the number ``value``, or the value of the schedule at this batch."""
   return _schedule.value_at(value, state.temperature_count, dtype)
 
 
 def find_temperature(
-  temperature: Temperature, batch: Batch, state: TemperatureState, weights_at: Callable[..., Any]
+  temperature: Temperature,
+  batch: Batch,
+  state: TemperatureState,
+  weights_at: Callable[[jax.Array], jax.Array],
 ) -> jax.Array:
   """Returns the temperature of this batch, at least the smallest normal number.
 

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxbo import _tree
+from jaxbo._types import PyTree
 from jaxbo.dro.batch import AxisName, Batch, check_arguments, make_batch
-from jaxbo.dro.diagnostics import diagnose
+from jaxbo.dro.diagnostics import WeightInfo, diagnose
 
 
 class Weighting(NamedTuple):
@@ -36,8 +37,8 @@ class Weighting(NamedTuple):
       it from each loss alone.
   """
 
-  init: Callable[..., Any]
-  weigh: Callable[..., Any]
+  init: Callable[..., PyTree]
+  weigh: Callable[..., tuple[jax.Array, PyTree, WeightInfo]]
   log_ratio: Callable[..., jax.Array] | None = None
 
 
@@ -52,7 +53,7 @@ class Response(NamedTuple):
   """
 
   weights: jax.Array
-  state: Any = ()
+  state: PyTree = ()
   objective: jax.Array | None = None
   temperature: jax.Array | None = None
 
@@ -64,8 +65,8 @@ def no_state(dtype: jax.typing.DTypeLike = jnp.float32) -> tuple[()]:
 
 
 def make_weighting(
-  respond: Callable[[Batch, Any], Response],
-  init: Callable[..., Any] = no_state,
+  respond: Callable[[Batch, PyTree], Response],
+  init: Callable[..., PyTree] = no_state,
   *,
   log_ratio: Callable[..., jax.Array] | None = None,
   num_groups: int = 0,
@@ -74,7 +75,7 @@ def make_weighting(
 
   # Compiled even if the caller is not: an eager loop would compile again at every call.
   @functools.partial(jax.jit, static_argnames="axis_name")
-  def weigh_good(arguments: dict[str, Any], state: Any, axis_name: tuple[str, ...]):
+  def weigh_good(arguments: dict[str, Any], state: PyTree, axis_name: tuple[str, ...]):
     batch = make_batch(**arguments, num_groups=num_groups, axis_name=axis_name)
     weights, new_state, objective, temperature = respond(batch, state)
     weights = jnp.where(batch.valid, weights, 0)
@@ -86,12 +87,12 @@ def make_weighting(
     return weights, new_state, diagnose(batch, weights, objective, temperature)
 
   def weigh(
-    losses: Any,
-    state: Any,
+    losses: jax.typing.ArrayLike,
+    state: PyTree,
     *,
-    mask: Any = None,
-    prior: Any = None,
-    groups: Any = None,
+    mask: jax.typing.ArrayLike | None = None,
+    prior: jax.typing.ArrayLike | None = None,
+    groups: jax.typing.ArrayLike | None = None,
     axis_name: AxisName = None,
     stop_gradient: bool = True,
   ):
@@ -104,17 +105,19 @@ def make_weighting(
   return Weighting(init, weigh, log_ratio)
 
 
-def weigh_within(inner: Weighting, scores: jax.Array, batch: Batch, state: Any, **changes: Any):
+def weigh_within(
+  inner: Weighting, scores: jax.Array, batch: Batch, state: PyTree, **changes: jax.Array
+) -> tuple[jax.Array, PyTree, WeightInfo]:
   """Calls ``inner`` on ``scores`` from the rule of another weighting."""
   arguments = {"mask": batch.valid, "prior": batch.reference, "groups": batch.groups} | changes
   return inner.weigh(scores, state, axis_name=batch.over.axes, stop_gradient=False, **arguments)
 
 
-def check_weighting(name: str, value: Any) -> None:
+def check_weighting(name: str, value: object) -> None:
   """Raises ``TypeError`` unless ``value`` is a weighting."""
   if not isinstance(value, Weighting):
     raise TypeError(f"{name} must be a jaxbo.dro.Weighting, say jaxbo.dro.kl(1.0), got {value!r}")
 
 
-def _like(new: Any, old: jax.Array) -> jax.Array:
+def _like(new: jax.typing.ArrayLike, old: jax.Array) -> jax.Array:
   return jnp.asarray(new).astype(old.dtype)
