@@ -1,7 +1,7 @@
 """Auto-PGD: gradient ascent with momentum and without step sizes to tune."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -181,7 +181,7 @@ def intervals(num_steps: int) -> np.ndarray:
   return lengths
 
 
-def _start(delta: jax.Array, seen: Any, epsilon: Any) -> _Climb:
+def _start(delta: jax.Array, seen: tuple[jax.Array, ...], epsilon: float | jax.Array) -> _Climb:
   ascent, value, wrong, bad = seen
   value = jnp.where(bad, -jnp.inf, value)
   found = jnp.where(wrong & ~bad, value, -jnp.inf)
@@ -205,7 +205,7 @@ def _start(delta: jax.Array, seen: Any, epsilon: Any) -> _Climb:
   )
 
 
-def _visit(carry: _Climb, delta: jax.Array, seen: Any) -> _Climb:
+def _visit(carry: _Climb, delta: jax.Array, seen: tuple[jax.Array, ...]) -> _Climb:
   """Moves to ``delta`` if its numbers are finite, and updates the best points."""
   ascent, value, wrong, bad = seen
   each = lambda values: along(values, delta)

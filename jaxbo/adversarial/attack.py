@@ -2,19 +2,22 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxbo import _check, _random, _tree
+from jaxbo._types import Data, Key, PyTree
 from jaxbo.adversarial.losses import (
   cross_entropy_loss,
   kl_divergence,
   label_logits,
   margin_loss,
 )
+
+T = TypeVar("T")
 
 Objective = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
@@ -59,7 +62,7 @@ class Attack(NamedTuple):
 
   run: Callable[..., tuple[jax.Array, AttackInfo]]
 
-  def __call__(self, params: Any, batch: Any, key: Any = None) -> jax.Array:
+  def __call__(self, params: PyTree, batch: Data, key: Key | None = None) -> jax.Array:
     """The perturbed images alone."""
     return self.run(params, batch, key)[0]
 
@@ -113,7 +116,7 @@ def make_attack(
   return Attack(run)
 
 
-def check_batch(batch: Any, low: float, high: float) -> tuple[jax.Array, jax.Array]:
+def check_batch(batch: Data, low: float, high: float) -> tuple[jax.Array, jax.Array]:
   """Returns images and labels; raises unless an attack can take them."""
   if not isinstance(batch, tuple | list) or len(batch) != 2:
     raise TypeError(f"batch must be a pair (images, labels), got {type(batch).__name__}")
@@ -140,7 +143,9 @@ def check_batch(batch: Any, low: float, high: float) -> tuple[jax.Array, jax.Arr
   return jnp.asarray(images), jnp.asarray(labels)
 
 
-def check_logits(logits: Any, images: jax.Array, min_classes: int = 2) -> int:
+def check_logits(
+  logits: jax.typing.ArrayLike | jax.ShapeDtypeStruct, images: jax.Array, min_classes: int = 2
+) -> int:
   """Returns the number of classes; raises unless logits are ``[batch, num_classes]``."""
   shape = getattr(logits, "shape", None)
   if shape is None or len(shape) != 2 or shape[0] != images.shape[0]:
@@ -154,7 +159,7 @@ def check_logits(logits: Any, images: jax.Array, min_classes: int = 2) -> int:
   return shape[1]
 
 
-def check_labels(labels: Any, num_classes: int) -> None:
+def check_labels(labels: jax.typing.ArrayLike, num_classes: int) -> None:
   """Raises ``ValueError`` if a known label is not a class."""
   if _check.is_known(labels) and np.size(labels):
     values = np.asarray(labels)  # The methods of a jax.Array would be traced under jit.
@@ -244,7 +249,7 @@ def best(found: Found) -> Found:
   return chosen._replace(info=chosen.info._replace(not_finite=not_finite))
 
 
-def vary_alike(tree: Any, *others: Any) -> Any:
+def vary_alike(tree: T, *others: PyTree) -> T:
   """Marks ``tree`` as varying over every ``shard_map`` axis over which one of ``others`` varies.
 
   Inside ``shard_map``, the carry of a loop must not change its type.

@@ -12,13 +12,14 @@ The minimizer is a smooth function of the parameters. With :math:`D = \operatorn
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from jaxbo import _check
+from jaxbo._types import PyTree, SolveLinear
 from jaxbo.adversarial.attack import vary_alike
 from jaxbo.adversarial.box import Box, along
 
@@ -150,8 +151,8 @@ def solve_full(
   labels: jax.Array,
   v: jax.Array,
   diagonal: jax.Array,
-  solver: Callable[..., Any],
-) -> tuple[jax.Array, Any]:
+  solver: SolveLinear,
+) -> tuple[jax.Array, PyTree]:
   r"""Solves :math:`(\nabla^2_{\delta\delta} \ell' + \operatorname{diag}(\text{diagonal}))\, q = v`.
 
   Each example has its own system. The square root of the diagonal, which spans orders of magnitude

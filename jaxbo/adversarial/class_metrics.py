@@ -1,14 +1,14 @@
 """Accuracy by class, and over the classes with the lowest accuracy."""
 
 import math
-from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from jaxbo import _check
 
 
-def class_accuracy(correct: Any, labels: Any, num_classes: int) -> np.ndarray:
+def class_accuracy(correct: ArrayLike, labels: ArrayLike, num_classes: int) -> np.ndarray:
   """Accuracy of each class.
 
   Args:
@@ -46,7 +46,9 @@ def class_accuracy(correct: Any, labels: Any, num_classes: int) -> np.ndarray:
   return np.where(total > 0, right / np.maximum(total, 1), np.nan)
 
 
-def tail_accuracy(correct: Any, labels: Any, num_classes: int, fraction: float = 0.3) -> float:
+def tail_accuracy(
+  correct: ArrayLike, labels: ArrayLike, num_classes: int, fraction: float = 0.3
+) -> float:
   r"""RA-Tail: the mean accuracy of the classes with the lowest accuracy.
 
   The mean is over the :math:`\lceil k C \rceil` classes, of :math:`C`, with the lowest accuracy on

@@ -1,7 +1,6 @@
 """DONE: instance-reweighted adversarial training, and the implicit gradients that it uses."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +8,7 @@ import optax
 
 from jaxbo import _check, _tree
 from jaxbo._optimizer import LearningRate
+from jaxbo._types import Data, Key
 from jaxbo.adversarial import barrier as lower_level
 from jaxbo.adversarial.attack import check_batch, typed_key
 from jaxbo.adversarial.box import check_range, pixel_box
@@ -187,7 +187,7 @@ def done_grad(
 
   lazy = per_example_grad(corrected, microbatch_size=microbatch_size, repair=repair)
 
-  def gradients(params: optax.Params, batch: Any, key: Any = None) -> PerExampleGrads:
+  def gradients(params: optax.Params, batch: Data, key: Key | None = None) -> PerExampleGrads:
     images, labels = check_batch(batch, low, high)
     q, info = attack(params, images, labels, None if key is None else typed_key(key))
     return lazy(params, (info.perturbed, labels, q))._replace(aux=info)
@@ -199,7 +199,7 @@ def done(
   learning_rate: LearningRate,
   temperature: Temperature = 1.0,
   *,
-  rate: float | jax.Array | Callable[[Any], Any] = 0.1,
+  rate: optax.ScalarOrSchedule = 0.1,
   axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""DONE: :func:`~jaxbo.dro.kl` weights by a moving average of their normalizer, then SGD.

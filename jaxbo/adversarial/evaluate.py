@@ -12,6 +12,7 @@ import numpy as np
 from jax.extend import core
 
 from jaxbo import _check, _tree
+from jaxbo._types import Key, PyTree
 from jaxbo.adversarial import class_metrics
 from jaxbo.adversarial.apgd import apgd
 from jaxbo.adversarial.attack import Attack, check_batch, check_labels, is_wrong, typed_key
@@ -118,9 +119,9 @@ def standard_attacks(
 
 def evaluate_robustness(
   model: Callable[..., jax.Array],
-  params: Any,
-  batch: tuple[Any, Any],
-  key: Any,
+  params: PyTree,
+  batch: tuple[jax.typing.ArrayLike, jax.typing.ArrayLike],
+  key: Key,
   attacks: Mapping[str, Attack],
   *,
   batch_size: int = 256,
@@ -210,7 +211,7 @@ def evaluate_robustness(
   return RobustnessReport(labels, clean, rows, bad, tuple(reasons), num_classes)
 
 
-def _check_attacks(attacks: Any) -> None:
+def _check_attacks(attacks: object) -> None:
   is_attack = lambda value: callable(getattr(value, "run", None))
   if not (isinstance(attacks, Mapping) and all(map(is_attack, attacks.values()))):
     raise TypeError(f"attacks must be a dict of attacks by name, got {attacks!r}")

@@ -1,13 +1,13 @@
 """Fast-BAT: one linearized attack step, differentiated for pixels off the walls of their box."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from jaxbo import _check, _tree
+from jaxbo._types import Data, Key
 from jaxbo.adversarial.attack import check_batch, typed_key
 from jaxbo.adversarial.barrier import solve_active_set
 from jaxbo.adversarial.box import along, check_range, pixel_box
@@ -122,7 +122,7 @@ def fast_bat_grad(
 
   lazy = per_example_grad(corrected, microbatch_size=microbatch_size, repair=repair)
 
-  def gradients(params: optax.Params, batch: Any, key: Any) -> PerExampleGrads:
+  def gradients(params: optax.Params, batch: Data, key: Key) -> PerExampleGrads:
     images, labels = check_batch(batch, low, high)
     linearised, q, info = attack(params, images, labels, typed_key(key))
     return lazy(params, (info.perturbed, linearised, labels, q))._replace(aux=info)

@@ -1,14 +1,15 @@
 """The implicit term of gradients through an attack, built into the losses to differentiate."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxbo import _check
+from jaxbo._types import PyTree
 
-PerturbedLoss = Callable[[Any, jax.Array, jax.Array], jax.Array]
+PerturbedLoss = Callable[[PyTree, jax.Array, jax.Array], jax.Array]
 
 
 class DoneInfo(NamedTuple):
@@ -51,7 +52,7 @@ def corrected_losses(loss_fn, attack_loss, params, perturbed, attacked, labels, 
   return losses - (slope - jax.lax.stop_gradient(slope)).astype(losses.dtype)
 
 
-def checked(name: str, losses: Any, labels: jax.Array) -> jax.Array:
+def checked(name: str, losses: jax.Array, labels: jax.Array) -> jax.Array:
   """Returns ``losses``, the result of ``name``; raises unless they are one float for each image."""
   shape = getattr(losses, "shape", type(losses).__name__)
   if shape != labels.shape:

@@ -1,14 +1,13 @@
 """Per-example losses of adversarial training, computed from logits."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from jaxbo import _check, _tree
 
 
-def cross_entropy_loss(logits: Any, labels: Any) -> jax.Array:
+def cross_entropy_loss(logits: ArrayLike, labels: ArrayLike) -> jax.Array:
   r"""The cross entropy :math:`\log \sum_j e^{z_j} - z_y` of each example.
 
   Args:
@@ -28,7 +27,7 @@ def cross_entropy_loss(logits: Any, labels: Any) -> jax.Array:
   return jax.nn.logsumexp(logits, axis=-1) - label_logits(logits, labels)
 
 
-def margin_loss(logits: Any, labels: Any) -> jax.Array:
+def margin_loss(logits: ArrayLike, labels: ArrayLike) -> jax.Array:
   r"""The margin :math:`\max_{j \ne y} z_j - z_y`, positive if misclassified (Carlini and Wagner).
 
   Args:
@@ -51,7 +50,7 @@ def margin_loss(logits: Any, labels: Any) -> jax.Array:
   return jnp.max(other_logits(logits, labels), axis=-1) - label_logits(logits, labels)
 
 
-def probabilistic_margin(logits: Any, labels: Any) -> jax.Array:
+def probabilistic_margin(logits: ArrayLike, labels: ArrayLike) -> jax.Array:
   r"""The margin of probabilities :math:`\max_{j \ne y} p_j - p_y`, from -1 to 1.
 
   Args:
@@ -75,12 +74,12 @@ def probabilistic_margin(logits: Any, labels: Any) -> jax.Array:
 
 
 def trades_loss(
-  clean_logits: Any,
-  adversarial_logits: Any,
-  labels: Any,
+  clean_logits: ArrayLike,
+  adversarial_logits: ArrayLike,
+  labels: ArrayLike,
   beta: float | jax.Array = 6.0,
   *,
-  weights: Any = None,
+  weights: ArrayLike | None = None,
 ) -> jax.Array:
   r"""TRADES: cross entropy on clean images, plus how far an attack moves the predictions.
 
@@ -124,7 +123,10 @@ def trades_loss(
 
 
 def mart_loss(
-  clean_logits: Any, adversarial_logits: Any, labels: Any, beta: float | jax.Array = 5.0
+  clean_logits: ArrayLike,
+  adversarial_logits: ArrayLike,
+  labels: ArrayLike,
+  beta: float | jax.Array = 5.0,
 ) -> jax.Array:
   r"""MART: a boosted cross entropy, plus a divergence weighted toward misclassified examples.
 
@@ -171,7 +173,7 @@ def mart_loss(
   return boosted + beta * kl_divergence(clean, logits) * missing
 
 
-def kl_divergence(logits: Any, other: Any) -> jax.Array:
+def kl_divergence(logits: ArrayLike, other: ArrayLike) -> jax.Array:
   """Returns the relative entropy of the predictions of ``logits`` to ``other``'s, ``[batch]``."""
   log_p = jax.nn.log_softmax(_tree.at_least_float32(logits))
   log_q = jax.nn.log_softmax(_tree.at_least_float32(other))
@@ -195,7 +197,7 @@ def _is_label(logits: jax.Array, labels: jax.Array) -> jax.Array:
   return labels.astype(jnp.int32)[:, None] == classes[None]
 
 
-def _checked(logits: Any, labels: Any) -> tuple[jax.Array, jax.Array]:
+def _checked(logits: ArrayLike, labels: ArrayLike) -> tuple[jax.Array, jax.Array]:
   if jnp.ndim(logits) != 2 or jnp.shape(labels) != jnp.shape(logits)[:1]:
     raise ValueError(
       "logits must be [batch, num_classes] and labels [batch], got shapes "
@@ -206,7 +208,7 @@ def _checked(logits: Any, labels: Any) -> tuple[jax.Array, jax.Array]:
   return _tree.at_least_float32(logits), jnp.asarray(labels)
 
 
-def _check_pair(clean_logits: Any, adversarial_logits: Any) -> None:
+def _check_pair(clean_logits: ArrayLike, adversarial_logits: ArrayLike) -> None:
   if jnp.shape(clean_logits) != jnp.shape(adversarial_logits):
     raise ValueError(
       "adversarial_logits must have the shape of clean_logits, "

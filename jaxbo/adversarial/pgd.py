@@ -1,7 +1,6 @@
 """Projected gradient ascent on the images: PGD, FGSM, and FAT's early-stopped PGD."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -230,7 +229,9 @@ def judge(
   return Found(perturbed, values, attacks.is_wrong(logits, labels), info)
 
 
-def _ascent(direction: str, ball: Ball, step_size: Any) -> optax.GradientTransformation:
+def _ascent(
+  direction: str, ball: Ball, step_size: float | jax.Array
+) -> optax.GradientTransformation:
   """Returns the optimizer of the perturbation, which descends on minus the objective."""
   _check.one_of("direction", direction, ("steepest", "gradient", "adam"))
   if direction == "adam":

@@ -1,10 +1,10 @@
 """Weights for adversarial training: GAIRAT and MAIL weight examples, WAT weights classes."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from jaxbo import _check, _schedule
 from jaxbo.dro import temperature as temperatures
@@ -25,7 +25,7 @@ class WatState(NamedTuple):
 
 def gairat(
   num_steps: int,
-  shift: float | jax.Array | Callable[[Any], Any] = -1.0,
+  shift: optax.ScalarOrSchedule = -1.0,
   *,
   shape: str = "tanh",
 ) -> Weighting:
@@ -81,9 +81,7 @@ def gairat(
   return make_weighting(respond, temperatures.init_temperature)
 
 
-def mail(
-  slope: float | jax.Array | Callable[[Any], Any] = 10.0, bias: float | jax.Array = -0.5
-) -> Weighting:
+def mail(slope: optax.ScalarOrSchedule = 10.0, bias: float | jax.Array = -0.5) -> Weighting:
   r"""MAIL's weights: larger for examples with a large probabilistic margin under attack.
 
   .. math:: w_i \propto \sigma\big(s\, (\mathrm{PM}_i + b)\big), \qquad
