@@ -42,7 +42,7 @@ class AdversarialData(NamedTuple):
 
 
 def read(
-  name: str, data_dir: str | os.PathLike | None, num_validation: int, num_test: int
+  name: str, data_dir: str | os.PathLike[str] | None, num_validation: int, num_test: int
 ) -> AdversarialData:
   """Reads one of ``DATASETS``; so many images of each class of its splits are to judge by.
 

@@ -92,7 +92,7 @@ def corrupt(
 Read = tuple[Examples, Examples | None]  # All examples, and the official test set if there is one.
 
 
-def read(dataset: str, data_dir: str | os.PathLike | None = None) -> Read:
+def read(dataset: str, data_dir: str | os.PathLike[str] | None = None) -> Read:
   """Reads a data set."""
   if dataset == "digits":
     return data.digits(), None

@@ -32,7 +32,7 @@ def digits() -> Examples:
   return Examples((images / 16).astype(np.float32), labels.astype(np.int32))
 
 
-def tfds_images(name: str, split: str, data_dir: str | os.PathLike | None = None) -> Examples:
+def tfds_images(name: str, split: str, data_dir: str | os.PathLike[str] | None = None) -> Examples:
   """The images of a split, such as ``"train"`` or ``"test[:100]"``."""
   chunks = in_chunks(tfds_source(name, split, data_dir))
   images, labels = map(np.concatenate, zip(*chunks, strict=True))
@@ -50,7 +50,7 @@ def in_chunks(source: Any) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 def tfds_source(
   name: str,
   split: str,
-  data_dir: str | os.PathLike | None = None,
+  data_dir: str | os.PathLike[str] | None = None,
   preparation: str | None = None,
 ) -> Any:
   """A sequence of dictionaries; ``__getitems__(range(a, b))`` reads many at once.
@@ -83,7 +83,7 @@ def tfds_source(
 
 
 def newsgroups(
-  data_dir: str | os.PathLike | None = None, *, num_words: int = 1000
+  data_dir: str | os.PathLike[str] | None = None, *, num_words: int = 1000
 ) -> tuple[Examples, int]:
   """20 Newsgroups as TF-IDF rows of Euclidean norm 1: ``(examples, num_train)``.
 

@@ -1,7 +1,7 @@
 """Several devices and processes: where arrays lie, and how processes refuse together."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import NamedTuple
 
 import jax
@@ -36,7 +36,7 @@ def put(devices: Devices, array: np.ndarray, rows: np.ndarray) -> jax.Array:
 
 
 @contextlib.contextmanager
-def together() -> Iterator[None]:
+def together() -> Generator[None, None, None]:
   """What one process refuses inside, all refuse: none goes on and waits for one that has left."""
   refusal = None
   try:

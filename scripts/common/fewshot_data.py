@@ -29,7 +29,7 @@ class FewShotData(NamedTuple):
 
 
 def omniglot(
-  data_dir: str | os.PathLike | None = None, *, size: int = 28, percent: int = 100
+  data_dir: str | os.PathLike[str] | None = None, *, size: int = 28, percent: int = 100
 ) -> FewShotData:
   """Omniglot: 1,623 characters of 50 alphabets, drawn once by each of 20 people.
 
@@ -57,7 +57,7 @@ def omniglot(
   return FewShotData(*(_by_class(images, labels, part, 20) for part in parts))
 
 
-def caltech101_fewshot(data_dir: str | os.PathLike | None = None) -> FewShotData:
+def caltech101_fewshot(data_dir: str | os.PathLike[str] | None = None) -> FewShotData:
   """Caltech-101 for few-shot learning: 64, 16 and 20 classes of 30 natural images, 84 x 84 x 3.
 
   Stands in for miniImageNet, whose images may not be passed on. Pixels depend a little on who

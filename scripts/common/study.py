@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -257,7 +257,7 @@ def _stop(*_: Any) -> None:
 
 
 @contextlib.contextmanager
-def _left_out(terminal: Console) -> Iterator[None]:
+def _left_out(terminal: Console) -> Generator[None, None, None]:
   """Goes on without what needs a checkpoint that was deleted."""
   try:
     yield

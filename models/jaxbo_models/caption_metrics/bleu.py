@@ -1,7 +1,7 @@
 """BLEU of a corpus."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 
@@ -57,7 +57,7 @@ def bleu(candidates: Sequence[Tokens], references: References, *, max_order: int
     reference_length += min((abs(len(r) - len(candidate)), len(r)) for r in of_image)[1]
     for k in range(max_order):
       found = ngrams(candidate, k + 1)
-      most: Counter = Counter()
+      most: Counter[tuple[Hashable, ...]] = Counter()
       for reference in of_image:
         most |= ngrams(reference, k + 1)
       matches[k] += (found & most).total()
