@@ -20,9 +20,10 @@ papers. The module of each family has the parts of its methods.
 **The inner problem**: :func:`inner_solver`, and :func:`over_tasks` for a meta-batch.
 
 **Responses**: :func:`add_unrolled_response`, :func:`add_implicit_response` with
-:func:`conjugate_gradient`, :func:`neumann` or :func:`fixed_point`, :func:`add_es_response`,
-:func:`drop_response`; whole methods :func:`itd`, :func:`aid`, :func:`stocbio`, :func:`esj`; the
-loop :func:`bilevel_loop`. The records are in :mod:`jaxbo.bilevel`.
+:func:`conjugate_gradient`, :func:`gmres`, :func:`neumann` or :func:`fixed_point`,
+:func:`add_es_response`, :func:`drop_response`; whole methods :func:`itd`, :func:`aid`,
+:func:`stocbio`, :func:`esj`; the loop :func:`bilevel_loop`. The records are in
+:mod:`jaxbo.bilevel`.
 
 **Value functions**, for inner problems with many minima, on :class:`Bilevel` parameters:
 :func:`add_primal_dual_penalty` (:func:`pdbo`, :func:`proximal_pdbo` with
@@ -52,6 +53,7 @@ from jaxbo import adversarial, bilevel, dro, meta, online, tasks
 from jaxbo.adversarial.done import done
 from jaxbo.bilevel.dynamic_barrier import add_dynamic_barrier, bome
 from jaxbo.bilevel.es import add_es_response, esj
+from jaxbo.bilevel.gmres import gmres
 from jaxbo.bilevel.implicit import add_implicit_response, aid, stocbio
 from jaxbo.bilevel.inner import inner_solver
 from jaxbo.bilevel.lagrangian import scale_by_lagrangian_smoothness
@@ -107,6 +109,7 @@ __all__ = [
   "f2sa",
   "fixed_point",
   "gate_by_detection",
+  "gmres",
   "group_dro",
   "inner_solver",
   "ir_dro",

@@ -1,7 +1,6 @@
 """Checks of user arguments; every message names the argument, the value and the allowed range."""
 
 import inspect
-import itertools
 import math
 import operator
 from collections.abc import Callable, Iterable
@@ -10,7 +9,6 @@ from typing import Any, SupportsIndex, TypeVar
 import jax
 import jax.core
 import jax.numpy as jnp
-from jax.extend.core import Jaxpr
 from jax.interpreters import partial_eval
 
 from jaxbo._types import PyTree
@@ -166,26 +164,6 @@ def uses(name: str, loss: Callable[[PyTree], jax.Array], argument: PyTree) -> No
   """Raises ``ValueError`` if no leaf of ``argument`` reaches ``loss(argument)``."""
   if not depends(loss, argument):
     raise ValueError(f"loss must use {name}, which has no influence on it")
-
-
-def reads(function: Callable[[PyTree], PyTree], argument: PyTree) -> bool:
-  """Whether ``function`` computes anything from a leaf of ``argument``, by its trace."""
-  jaxpr = jax.make_jaxpr(function)(argument).jaxpr
-  return _computes_from(jaxpr, jaxpr.invars)
-
-
-def _computes_from(jaxpr: Jaxpr, variables: Iterable[object]) -> bool:
-  given = set(map(id, variables))
-  for eqn in jaxpr.eqns:
-    taken = [id(variable) in given for variable in eqn.invars]
-    called = [getattr(value, "jaxpr", value) for value in eqn.params.values()]
-    called = [value for value in called if hasattr(value, "eqns")]
-    is_call = len(called) == 1 and len(called[0].invars) == len(taken)
-    if is_call:  # It reads what the called program computes from.
-      taken = [_computes_from(called[0], itertools.compress(called[0].invars, taken))]
-    if any(taken):
-      return True
-  return False
 
 
 def floating(name: str, tree: PyTree) -> None:

@@ -97,7 +97,8 @@ def test_state_fields_have_names_of_their_own():
   """Law 8: optax.tree.get finds a field by its name, whatever is chained."""
   owners = {}
   for name, member in catalogue.PUBLIC.items():
-    chained = name.endswith("State") and ".tasks." not in name  # A stream is not chained.
+    # Streams and learners are not chained.
+    chained = name.endswith("State") and not re.search(r"\.tasks\.|OnlineMetaState", name)
     for field in member._fields if chained else ():
       if field != "info":
         assert field not in owners, f"{field} is in {name} and in {owners[field]}"

@@ -19,7 +19,8 @@ from jaxbo.adversarial.implicit import (
   corrected_losses,
   image_gradient,
 )
-from jaxbo.bilevel.linear_solvers import LinearSolver, conjugate_gradient
+from jaxbo.bilevel.linear_solvers import conjugate_gradient
+from jaxbo.bilevel.linear_system import LinearSolver
 from jaxbo.dro.aliases import descent
 from jaxbo.dro.batch import AxisName
 from jaxbo.dro.compositional import compositional

@@ -3,7 +3,7 @@
 from jaxbo.bilevel.dynamic_barrier import DynamicBarrierInfo, DynamicBarrierState
 from jaxbo.bilevel.es import EsInfo, EsResponseState
 from jaxbo.bilevel.implicit import ImplicitInfo, ImplicitResponseState
-from jaxbo.bilevel.linear_solvers import LinearInfo, LinearSolver
+from jaxbo.bilevel.linear_system import LinearInfo, LinearSolver
 from jaxbo.bilevel.loop import BilevelInfo, BilevelState
 from jaxbo.bilevel.penalty import ValuePenaltyInfo, ValuePenaltyState
 from jaxbo.bilevel.primal_dual import PrimalDualInfo, PrimalDualState

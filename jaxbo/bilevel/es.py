@@ -11,7 +11,13 @@ from jaxbo._optimizer import LearningRate, optimizer
 from jaxbo._types import Key
 from jaxbo.bilevel.directions import FAMILIES
 from jaxbo.bilevel.perturbation import Run, Sampling, estimate, start_for, where_finite
-from jaxbo.bilevel.response import check_solver, response_transformation, zero_norm
+from jaxbo.bilevel.response import (
+  check_differentiable,
+  check_run,
+  check_solver,
+  response_transformation,
+  zero_norm,
+)
 from jaxbo.bilevel.solution import InnerSolver
 
 
@@ -144,7 +150,8 @@ def add_es_response(
       ``response_scale <= 0``; if ``directions`` or ``difference`` is unknown; if ``num_samples``
       exceeds the number of perturbed parameters for orthogonal directions, or is not a multiple of
       the size of the axis; if ``axis_name`` is not such an axis, or comes with ``redraw=False``;
-      if ``per_task`` is set for a solver without tasks.
+      if ``per_task`` is set for a solver without tasks; if the inner run does not depend on ``x``;
+      if ``difference="exact"`` meets L-BFGS or a line search in the inner optimizer.
     TypeError: if ``key`` is not a key, ``inner`` is not an inner solver, or ``mesh`` is not a mesh.
 
   Example:
@@ -219,6 +226,9 @@ def add_es_response(
     if axis_name is not None and mesh is None:
       _check.manual_axis("axis_name", axis_name)
     x, y, b = _tree.at_least_float32((params, solution.params, inner_grad))
+    if difference == "exact":
+      check_differentiable("add_es_response with difference='exact'", solution.opt_state)
+    check_run("add_es_response", inner, x, solution._replace(params=y), batch)
     start = start_for(inner, solution.start, x, batch)
     path, pull_back = inner.path, lambda response: response
     low_precision = _tree.has_low_precision((params, solution.params))

@@ -10,8 +10,16 @@ from jaxbo import _check, _tree
 from jaxbo._optimizer import LearningRate, optimizer
 from jaxbo._types import Data, SolveLinear
 from jaxbo.bilevel import linear_solvers
+from jaxbo.bilevel.condition import Residual, condition_for
 from jaxbo.bilevel.inner import check_per_step
-from jaxbo.bilevel.response import MISSING, check_solver, response_transformation, zero_norm
+from jaxbo.bilevel.linear_system import LinearInfo, measure, relative
+from jaxbo.bilevel.response import (
+  MISSING,
+  check_depends_on_x,
+  check_solver,
+  response_transformation,
+  zero_norm,
+)
 from jaxbo.bilevel.solution import InnerSolver
 
 
@@ -26,6 +34,10 @@ class ImplicitInfo(NamedTuple):
     linear_steps: number of steps of the linear solver, int32; -1 if the solver does not report it.
     linear_breakdown: whether the linear solver broke down: zero or negative curvature, a residual
       that grew, or numbers that are not finite.
+    stationarity: the norm of the condition (of the inner gradient, for ``"gradient"``) at the
+      solution, relative to that at the start of the run. It is not small where the inner run does
+      not reach what the response assumes. 1 for a solver of one step, which does not try to, for a
+      solution without a ``start``, and if it is not finite.
   """
 
   hypergradient_norm: jax.Array
@@ -34,6 +46,7 @@ class ImplicitInfo(NamedTuple):
   linear_residual: jax.Array
   linear_steps: jax.Array
   linear_breakdown: jax.Array
+  stationarity: jax.Array
 
 
 class ImplicitResponseState(NamedTuple):
@@ -53,6 +66,7 @@ def add_implicit_response(
   inner: InnerSolver,
   linear_solver: SolveLinear,
   *,
+  condition: str | Residual | None = None,
   inner_params: optax.Params | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Adds the response of the inner minimum, by the implicit function theorem (AID).
@@ -65,6 +79,17 @@ def add_implicit_response(
   warm-start the inner solver. The inner loss must be twice differentiable, and locally strongly
   convex in ``y`` unless the linear solver is damped.
 
+  That is for an inner optimizer that descends and does nothing else. In general the solution meets
+  a condition :math:`F(x, y) = 0`, and
+
+  .. math::
+    h = \nabla_x f - (\partial_x F)^\top \lambda, \qquad (\partial_y F)^\top \lambda = \nabla_y f .
+
+  ``condition="gradient"`` is :math:`F = \nabla_y g`. ``condition="fixed_point"`` is :math:`F = y -
+  T(x, y)` with :math:`T` one step of the solver's own optimizer from a fresh state, so projections,
+  proximal steps and weight decay in the optimizer are differentiated as what they are. Leaves of
+  ``y`` that the optimizer never moves are constants in both.
+
   Products with the Hessian are forward-over-reverse; all iterations share one linearization of
   :math:`\nabla_y g`. Cost: one linearization, the products of the linear solver (about two
   gradients each), and one mixed product. Memory: two gradients of ``g``, independent of the number
@@ -76,6 +101,13 @@ def add_implicit_response(
       :func:`jaxbo.fixed_point`, or any callable ``(matvec, b, x0) -> (x, info)``, such as
       ``jax.scipy.sparse.linalg.cg``. A solver that does not return a
       :class:`~jaxbo.bilevel.LinearInfo` costs one more product, for the residual.
+    condition: ``"gradient"``, ``"fixed_point"``, or a function ``F(x, y, batch)``, shaped like
+      ``y``, of your own optimality conditions (KKT, a root). ``None`` chooses: ``"fixed_point"`` if
+      the optimizer has :func:`jaxbo.bilevel.project_params`, or if its updates read the parameters
+      or ``x`` and its state has nothing but counters and momentum (SGD with weight decay or a
+      proximal step); else ``"gradient"``. Adam and L-BFGS with weight decay or a proximal step are
+      not recognized: look at ``info.stationarity``. The fixed point needs a first step that is not
+      zero, so no warm-up from zero.
     inner_params: the inner parameters, as arrays or ``jax.ShapeDtypeStruct``. Required by a linear
       solver with ``warm_start``, because the state keeps its solution; unused otherwise.
 
@@ -86,7 +118,8 @@ def add_implicit_response(
     axis, to use that batch instead: an independent batch removes a bias of stochastic methods.
 
   Raises:
-    ValueError: if the linear solver warm-starts and ``inner_params`` is missing.
+    ValueError: if the linear solver warm-starts and ``inner_params`` is missing; if ``condition``
+      is neither value nor a function; if the condition does not depend on ``x``.
     TypeError: if ``linear_solver`` does not take ``(matvec, b, x0)``; if the dtypes of
       ``inner_params`` are not those of the solution (float32 at least).
 
@@ -109,6 +142,10 @@ def add_implicit_response(
     Hypergradient Computation <https://arxiv.org/abs/2006.16218>`_, 2020.
   """
   check_solver(inner)
+  if callable(condition):
+    _check.takes_arguments("condition", condition, "x", "y", "batch")
+  elif condition is not None:
+    _check.one_of("condition", condition, ("gradient", "fixed_point"))
   _check.takes_arguments("linear_solver", linear_solver, "matvec", "b", "x0")
   for make in (linear_solvers.conjugate_gradient, linear_solvers.fixed_point):
     if linear_solver is make:
@@ -133,6 +170,7 @@ def add_implicit_response(
       linear_residual=zero_norm(params),
       linear_steps=jnp.int32(0),
       linear_breakdown=jnp.bool_(False),
+      stationarity=zero_norm(params),
     )
     return ImplicitResponseState(linear_solution, info)
 
@@ -159,21 +197,30 @@ def add_implicit_response(
           f"{', '.join(kept)} against {', '.join(needed)}"
         )
 
-    def grad_y(x, y):
-      return jax.grad(inner.loss, argnums=1)(x, y, linear_batch)
-
-    _, matvec = jax.linearize(lambda y: grad_y(x, y), y)
+    at = condition_for(inner, condition, x, solution._replace(params=y), linear_batch)
+    check_depends_on_x(lambda x: at.residual(x, y), x)
+    b, solve = at.of_moving(b), linear_solver
+    if at.symmetric:
+      reached, matvec = jax.linearize(lambda y: at.residual(x, y), y)
+    else:
+      reached, pull = jax.vjp(lambda y: at.residual(x, y), y)
+      matvec = lambda v: pull(v)[0]
+      solve = getattr(linear_solver, "general", None) or linear_solver
     x0 = state.linear_solution if warm_start else optax.tree.zeros_like(b)
-    result = linear_solver(matvec, b, x0)
+    result = solve(matvec, b, x0)
     if not isinstance(result, tuple) or len(result) != 2:
       raise TypeError(f"linear_solver must return (x, info), got {result!r}")
     linear_solution, linear_info = result
     finite = _tree.all_finite(linear_solution)
     linear_solution = _tree.where(finite, linear_solution, x0)
-    if not isinstance(linear_info, linear_solvers.LinearInfo):
-      linear_info = linear_solvers.measure(matvec, b, linear_solution, finite)
+    if not isinstance(linear_info, LinearInfo):
+      linear_info = measure(matvec, b, linear_solution, finite)
 
-    _, pull_back = jax.vjp(lambda x: grad_y(x, y), x)
+    _, pull_back = jax.vjp(lambda x: at.residual(x, y), x)
+    stationarity = jnp.float32(1)
+    if inner.num_steps > 1 and solution.start is not None:
+      at_start = at.distance(x, _tree.cast_like(solution.start[0], y))
+      stationarity = relative(_tree.norm(at.of_moving(reached)), at_start)
 
     def new_state(hypergradient_norm, response_norm, finite):
       info = ImplicitInfo(
@@ -183,6 +230,7 @@ def add_implicit_response(
         linear_residual=linear_info.residual.astype(hypergradient_norm.dtype),
         linear_steps=linear_info.num_steps,
         linear_breakdown=linear_info.breakdown,
+        stationarity=stationarity.astype(hypergradient_norm.dtype),
       )
       return ImplicitResponseState(linear_solution if warm_start else (), info)
 

@@ -235,8 +235,8 @@ def inner_solver(
   def one_step_loss(x, y, batch):
     return loss_and_aux(x if through is None else through(x, batch), y, batch)[0]
 
-  def descend(x, y, grads, batch):
-    value_fn = lambda y: one_step_loss(x, y, batch)
+  def descend(x, y, grads, batch, *, with_loss=True):
+    value_fn = lambda y: one_step_loss(x, y, batch) if with_loss else jnp.zeros((), _loss_dtype(y))
     given = {"value": value_fn(y), "grad": grads, "value_fn": value_fn}
     return optimizer_for(x).update(grads, fresh(x, y), y, **given)[0]
 
@@ -249,6 +249,7 @@ def inner_solver(
     descend=descend,
     num_steps=num_steps,
     per_step_batches=per_step_batches,
+    start=start,
     through=None if through is None else FeatureProblem(features, path_from_features),
   )
 

@@ -1,12 +1,11 @@
 r"""Linear solvers for :func:`jaxbo.add_implicit_response`: CG, Neumann series, fixed point.
 
 A linear solver is any callable ``(matvec, b, x0) -> (x, info)`` on pytrees that solves
-:math:`A x = b` for symmetric :math:`A`. So ``jax.scipy.sparse.linalg.cg`` needs no wrapper. The
-solvers here stop before a step that would ruin the solution (zero or negative curvature, a residual
-that grows or is not finite), return a good iterate, and report the breakdown.
+:math:`A x = b`. So ``jax.scipy.sparse.linalg.cg`` needs no wrapper. The solvers here stop before a
+step that would ruin the solution (zero or negative curvature, a residual that grows or is not
+finite), return a good iterate, and report the breakdown.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -14,43 +13,9 @@ import jax.numpy as jnp
 import optax
 
 from jaxbo import _check, _tree
-from jaxbo._types import PyTree, SolveLinear
-
-MatVec = Callable[[PyTree], PyTree]
-
-
-class LinearInfo(NamedTuple):
-  r"""How a linear solve ended.
-
-  Attributes:
-    residual: :math:`\|b - A x\| / \|b\|` of the system that was solved (damping included); 1 if
-      this ratio is not finite.
-    num_steps: how many products with :math:`A` improved the solution, int32; -1 if unknown.
-    breakdown: whether the solver met zero or negative curvature, a residual that grew, or a number
-      that is not finite. The solution is then the last good iterate (for conjugate gradient, the
-      iterate with the smallest residual).
-  """
-
-  residual: jax.Array
-  num_steps: jax.Array
-  breakdown: jax.Array
-
-
-class LinearSolver(NamedTuple):
-  """A linear solver, and whether it starts from the last solution.
-
-  Attributes:
-    solve: ``(matvec, b, x0) -> (x, info)``.
-    warm_start: whether the solver starts from ``x0``. If so, the state of the response keeps the
-      last solution, which is the next ``x0``.
-  """
-
-  solve: SolveLinear
-  warm_start: bool = False
-
-  def __call__(self, matvec, b, x0):
-    """Returns ``solve(matvec, b, x0)``."""
-    return self.solve(matvec, b, x0)
+from jaxbo._types import PyTree
+from jaxbo.bilevel.gmres import gmres
+from jaxbo.bilevel.linear_system import LinearInfo, LinearSolver, relative
 
 
 class _Iterate(NamedTuple):
@@ -85,6 +50,9 @@ def conjugate_gradient(
   An undamped system has no solution if :math:`A` is singular and :math:`b` is outside its range.
   The result is then finite but *not* a least-squares solution: use ``damping`` (start with 1e-3)
   or :func:`fixed_point`.
+
+  It needs a symmetric matrix. For a system that is not symmetric,
+  :func:`jaxbo.add_implicit_response` uses :func:`jaxbo.gmres` with the same arguments instead.
 
   Cost: ``num_steps`` products with :math:`A`, one more with a warm start. Memory: five vectors.
 
@@ -150,9 +118,10 @@ def conjugate_gradient(
     # If no solution exists, x diverges along flat directions long before a curvature is zero.
     failed = last.breakdown | ~(last.residual_sq <= 10**2 * first.residual_sq)
     x, residual_sq = _tree.where(failed, last.best, (last.x, last.residual_sq))
-    return x, LinearInfo(_relative(residual_sq, b), info.num_steps, failed)
+    return x, LinearInfo(relative(jnp.sqrt(residual_sq), _tree.norm(b)), info.num_steps, failed)
 
-  return LinearSolver(solve, warm_start)
+  general = gmres(num_steps, tolerance, damping, warm_start=warm_start)
+  return LinearSolver(solve, warm_start, general)
 
 
 def fixed_point(
@@ -246,14 +215,6 @@ def neumann(num_steps: int, learning_rate: float | jax.Array) -> LinearSolver:
   return LinearSolver(solve)
 
 
-def measure(matvec: MatVec, b: optax.Params, x: optax.Params, finite: jax.Array) -> LinearInfo:
-  """The info of a solver that does not return a :class:`LinearInfo`; costs one product."""
-  residual = _tree.add_scaled(b, -1.0, matvec(x))
-  residual_sq = _tree.vdot(residual, residual)
-  good = finite & jnp.isfinite(residual_sq)
-  return LinearInfo(_relative(residual_sq, b), jnp.int32(-1), ~good)
-
-
 def _richardson(matvec, learning_rate):
   def step(state):
     x = _tree.add_scaled(state.x, learning_rate, state.residual)
@@ -306,10 +267,6 @@ def _iterate(step, first: _Iterate, b, num_steps: int, tolerance) -> tuple[_Iter
     )
 
   last = jax.lax.while_loop(goes_on, body, first)
-  return last, LinearInfo(_relative(last.residual_sq, b), last.num_steps, last.breakdown)
-
-
-def _relative(residual_sq: jax.Array, b: optax.Params) -> jax.Array:
-  b_sq = _tree.vdot(b, b)
-  relative = jnp.sqrt(residual_sq / jnp.where(b_sq > 0, b_sq, 1))
-  return jnp.where(jnp.isfinite(relative), relative, 1)
+  return last, LinearInfo(
+    relative(jnp.sqrt(last.residual_sq), jnp.sqrt(b_sq)), last.num_steps, last.breakdown
+  )

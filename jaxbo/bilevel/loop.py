@@ -10,7 +10,8 @@ import optax
 from jaxbo import _check, _tree
 from jaxbo._types import Data, Loss, PyTree
 from jaxbo.bilevel.parameters import Bilevel
-from jaxbo.bilevel.solution import InnerSolution, InnerSolver
+from jaxbo.bilevel.response import response_info, update_with_grad
+from jaxbo.bilevel.solution import InnerInfo, InnerSolution, InnerSolver
 
 
 class BilevelState(NamedTuple):
@@ -34,15 +35,23 @@ class BilevelInfo(NamedTuple):
     outer_loss: the outer loss before the update of ``x``.
     hypergradient_norm: norm of the hypergradient; NaN if ``outer`` does not report one.
     inner_losses: the inner loss before each inner step, ``[num_steps]``.
+    inner_finite: whether the inner run was finite; if not, it returned to its start.
+    response_finite: whether the response was finite (of samples: whether one was); if not, it was
+      left out. True if ``outer`` does not report it.
     linear_residual: relative residual of the linear system of :func:`jaxbo.add_implicit_response`;
       NaN for other responses.
+    stationarity: how far the inner solution is from what :func:`jaxbo.add_implicit_response`
+      assumes, see :class:`ImplicitInfo`; NaN for other responses.
     aux: the auxiliary output of the outer loss; ``None`` without ``has_aux``.
   """
 
   outer_loss: jax.Array
   hypergradient_norm: jax.Array
   inner_losses: jax.Array
+  inner_finite: jax.Array
+  response_finite: jax.Array
   linear_residual: jax.Array
+  stationarity: jax.Array
   aux: PyTree = None
 
 
@@ -71,7 +80,9 @@ def bilevel_loop(
     ``init(x, y0, train)``. ``step(state, train, val, **extra_args) -> (BilevelState,
     BilevelInfo)``: wrap it in ``jax.jit`` or scan over it. The inner loss sees the batch ``train``
     and the outer loss sees ``val``. Extra arguments, such as ``linear_batch=``, go to the
-    ``update`` of ``outer``.
+    ``update`` of ``outer``. It also gets ``value=``, the outer loss, and for line searches
+    ``value_fn=``, the outer loss at the end of the inner run from the same start, and ``grad=``,
+    the hypergradient; so ``optax.lbfgs`` may follow a response.
 
   Raises:
     TypeError: if ``outer_loss`` does not take ``(x, y, batch)``, or a parameter is not a float.
@@ -89,6 +100,7 @@ def bilevel_loop(
     1.0
   """
   respond = outer_step(outer_loss, outer, has_aux=has_aux)
+  loss_and_aux = checked_outer_loss(outer_loss, has_aux)
 
   def init(x, y0, train=None):
     _check.floating("x", x)
@@ -97,6 +109,14 @@ def bilevel_loop(
 
   def step(state, train, val, **extra_args):
     solution = inner.solve(state.x, state.solution, train)
+    start: PyTree = solution.start
+
+    def value_fn(x, batch=None, solution=None, linear_batch=None):
+      """Line searches of optax pass on the extra arguments that it names."""
+      del batch, solution, linear_batch
+      return loss_and_aux(x, inner.path(x, start, train), val)[0]
+
+    extra_args.setdefault("value_fn", value_fn)
     return respond(state._replace(solution=solution), train, val, **extra_args)
 
   return init, step
@@ -117,16 +137,26 @@ def outer_step(
     x, solution, outer_state = state
     given = {"solution": solution, "batch": train, **extra_args}
     updates, outer_state, loss, aux = differentiate(x, solution.params, outer_state, val, **given)
-    info = BilevelInfo(
-      outer_loss=loss,
-      hypergradient_norm=optax.tree.get(outer_state, "hypergradient_norm", jnp.float32(jnp.nan)),
-      inner_losses=solution.info.losses,
-      linear_residual=optax.tree.get(outer_state, "linear_residual", jnp.float32(jnp.nan)),
-      aux=aux,
-    )
+    info = report(loss, aux, solution.info, response_info(outer_state))
     return BilevelState(optax.apply_updates(x, updates), solution, outer_state), info
 
   return respond
+
+
+def report(loss: jax.Array, aux: PyTree, run: InnerInfo, response: PyTree) -> BilevelInfo:
+  """The report of a step, with what the info of a response has; ``None`` has nothing."""
+  unknown = jnp.float32(jnp.nan)
+  num_finite = getattr(response, "num_finite", jnp.int32(1))
+  return BilevelInfo(
+    outer_loss=loss,
+    hypergradient_norm=getattr(response, "hypergradient_norm", unknown),
+    inner_losses=run.losses,
+    inner_finite=run.finite,
+    response_finite=getattr(response, "finite", num_finite > 0),
+    linear_residual=getattr(response, "linear_residual", unknown),
+    stationarity=getattr(response, "stationarity", unknown),
+    aux=aux,
+  )
 
 
 def outer_gradients(
@@ -152,10 +182,10 @@ def outer_gradients(
     if moves_both:
       name, params, grads = "Bilevel(x, y)", Bilevel(x, y), Bilevel(*grads)
     try:
-      updates, new_state = tx.update(grads, state, params, **extra_args)
+      updates, new_state = update_with_grad(tx, grads, state, params, extra_args)
       _check.same_structure("what outer returns", updates, name, params)
     except (TypeError, ValueError) as error:
-      if not moves_both and optax.tree.get(state, "hypergradient_norm") is None:
+      if not moves_both and response_info(state) is None:
         error.add_note(
           "outer must begin with a response, such as jaxbo.add_implicit_response(inner)"
         )

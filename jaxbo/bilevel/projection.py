@@ -1,6 +1,7 @@
 """Projections on convex sets, for the end of a chain."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -73,6 +74,10 @@ def project(
   return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
+class ProjectParamsState(NamedTuple):
+  """State of :func:`~jaxbo.bilevel.project_params`: empty, but known as that of a projection."""
+
+
 def project_params(projection: Projection) -> optax.GradientTransformationExtraArgs:
   r"""Makes the step of one level end in a convex set: :func:`~jaxbo.project` for plain parameters.
 
@@ -110,7 +115,7 @@ def project_params(projection: Projection) -> optax.GradientTransformationExtraA
     _check.same_structure("updates", updates, "params", params)
     return _end_inside("projection", projection, updates, params), state
 
-  return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+  return optax.GradientTransformationExtraArgs(lambda params: ProjectParamsState(), update)
 
 
 def _end_inside(name, projection, updates, params):

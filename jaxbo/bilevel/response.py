@@ -5,6 +5,7 @@ returns the hypergradient :math:`\nabla_x f + (\partial y / \partial x)^\top \na
 """
 
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +14,7 @@ import optax
 
 from jaxbo import _check, _tree
 from jaxbo._types import Data, PyTree
+from jaxbo.bilevel.inner import check_per_step
 from jaxbo.bilevel.solution import InnerSolution, InnerSolver
 
 MISSING: Any = object()
@@ -68,13 +70,93 @@ def response_transformation(
   def update(
     updates, state, params=None, *, solution: Any = MISSING, batch: Data = MISSING, **extra_args
   ):
+    results = _RESULTS.get()
+    if results and "grad" in extra_args:
+      return results[0]
     outer_grad, inner_grad = check_update(name, updates, params, solution, batch)
     response, new_state = respond(params, solution, inner_grad, batch, state, **extra_args)
     response, finite = guard(response)
     hypergradient = add(outer_grad, response)
-    return hypergradient, new_state(_tree.norm(hypergradient), _tree.norm(response), finite)
+    state = new_state(_tree.norm(hypergradient), _tree.norm(response), finite)
+    if results is not None:
+      results.append((hypergradient, state))
+    return hypergradient, state
 
   return optax.GradientTransformationExtraArgs(init, update)
+
+
+def check_depends_on_x(function: Callable[[PyTree], PyTree], x: PyTree) -> None:
+  """Raises ``ValueError`` if ``x`` does not reach ``function(x)``: its response is always zero."""
+  if not _check.depends(function, x):
+    raise ValueError(
+      "inner_loss must use its argument x, which has no influence on the inner solution (does the "
+      "loss close over x instead? without a response, use jaxbo.drop_response())"
+    )
+
+
+def check_run(
+  name: str, inner: InnerSolver, x: PyTree, solution: InnerSolution, batch: Data
+) -> None:
+  """Raises ``ValueError`` unless a response can run the inner problem again and learn from it."""
+  if solution.start is None:
+    raise ValueError(
+      f"hyper_at must be 'after' for a response that runs the inner problem again ({name}), and "
+      "solution.start must say where the run began"
+    )
+  if inner.start is None:
+    if inner.per_step_batches:
+      check_per_step(batch, inner.num_steps)
+      batch = jax.tree.map(lambda leaf: leaf[0], batch)
+    y, gradient = solution.params, jax.grad(inner.loss, argnums=1)
+    check_depends_on_x(lambda x: inner.descend(x, y, gradient(x, y, batch), batch), x)
+
+
+_RESULTS: ContextVar[list[tuple[PyTree, PyTree]] | None] = ContextVar("results", default=None)
+
+
+def update_with_grad(
+  tx: optax.GradientTransformationExtraArgs,
+  grads: PyTree,
+  state: optax.OptState,
+  params: optax.Params,
+  extra_args: dict[str, PyTree],
+) -> tuple[optax.Updates, optax.OptState]:
+  """``tx.update``, where a line search behind a response gets the hypergradient as ``grad=``.
+
+  A chain hands the same extra arguments to all of its parts, and only the response knows the
+  hypergradient. So a first attempt stops at the line search, and the second one goes on from there.
+  """
+  results = []
+  token = _RESULTS.set(results)
+  try:
+    return tx.update(grads, state, params, **extra_args)
+  except TypeError as error:
+    if "'grad'" not in str(error) or len(results) != 1:
+      raise
+    return tx.update(grads, state, params, grad=results[0][0], **extra_args)
+  finally:
+    _RESULTS.reset(token)
+
+
+def check_differentiable(name: str, opt_state: optax.OptState) -> None:
+  """Raises ``ValueError`` for an inner optimizer whose run has no useful derivative."""
+  kinds = (
+    optax.ScaleByLBFGSState,
+    optax.ScaleByZoomLinesearchState,
+    optax.ScaleByBacktrackingLinesearchState,
+  )
+  is_kind = lambda node: isinstance(node, kinds)
+  if any(map(is_kind, jax.tree.leaves(opt_state, is_leaf=is_kind))):
+    raise ValueError(
+      f"{name}: inner must not use L-BFGS or a line search, whose steps have no useful derivative; "
+      "use jaxbo.add_implicit_response, or jaxbo.add_es_response with difference='central'"
+    )
+
+
+def response_info(state: optax.OptState, field: str = "hypergradient_norm") -> PyTree:
+  """The info of the first response in the state of a chain, known by ``field``; or ``None``."""
+  is_info = lambda node: hasattr(node, field)
+  return next(filter(is_info, jax.tree.leaves(state, is_leaf=is_info)), None)
 
 
 def guard(response: optax.Params) -> tuple[optax.Params, jax.Array]:

@@ -34,13 +34,14 @@ class InnerSolution(NamedTuple):
     params: the inner parameters after the last step, :math:`y^N`.
     opt_state: the state of the inner optimizer after the last step.
     start: ``(params, opt_state)`` before the first step. Responses run the inner problem again
-      from here, so that runs differ in ``x`` alone.
+      from here, so that runs differ in ``x`` alone. ``None`` where no run led to ``params``;
+      implicit responses do not need it.
     info: the :class:`~jaxbo.bilevel.InnerInfo` of the run.
   """
 
   params: optax.Params
   opt_state: optax.OptState
-  start: Start
+  start: Start | None
   info: InnerInfo
 
 
@@ -88,10 +89,12 @@ class InnerSolver(NamedTuple):
       the final inner parameters. Responses differentiate this map. With ``last=k`` the gradient
       flows through the last ``k`` steps only.
     loss: ``loss(x, y, batch) -> scalar``, the inner loss on the batch of *one* step.
-    descend: ``descend(x, y, grads, batch) -> updates``, what the optimizer makes of gradients in
-      one step from a fresh state, on the batch of *one* step.
+    descend: ``descend(x, y, grads, batch, *, with_loss=True) -> updates``, what the optimizer makes
+      of gradients in one step from a fresh state, on the batch of *one* step. Optimizers that need
+      the loss see zero instead without ``with_loss``.
     num_steps: the number of steps of a run.
     per_step_batches: whether ``batch`` has a leading axis ``num_steps``.
+    start: the function ``start=`` of the solver, else ``None``.
     through: the :class:`~jaxbo.bilevel.FeatureProblem` of a solver built with ``through=``, else
       ``None``.
     task: the solver of one task, if :func:`jaxbo.over_tasks` made this solver; else ``None``.
@@ -103,9 +106,10 @@ class InnerSolver(NamedTuple):
   run: Callable[[optax.Params, Start, Data], InnerSolution]
   path: Path
   loss: Callable[[optax.Params, optax.Params, Data], jax.Array]
-  descend: Callable[[optax.Params, optax.Params, optax.Updates, Data], optax.Updates]
+  descend: Callable[..., optax.Updates]
   num_steps: int
   per_step_batches: bool
+  start: Callable[[PyTree], PyTree] | None
   through: FeatureProblem | None
   task: "InnerSolver | None" = None
   num_tasks: int | None = None

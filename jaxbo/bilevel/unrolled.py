@@ -8,7 +8,13 @@ import optax
 
 from jaxbo import _check, _tree
 from jaxbo._optimizer import LearningRate, optimizer
-from jaxbo.bilevel.response import check_solver, response_transformation, zero_norm
+from jaxbo.bilevel.response import (
+  check_differentiable,
+  check_run,
+  check_solver,
+  response_transformation,
+  zero_norm,
+)
 from jaxbo.bilevel.solution import InnerSolver
 
 
@@ -56,7 +62,8 @@ def add_unrolled_response(
     given ``solution=`` and ``batch=``, the batch that ``inner.solve`` saw.
 
   Raises:
-    ValueError: if ``num_steps`` is outside its range.
+    ValueError: if ``num_steps`` is outside its range; if the inner run does not depend on ``x``, or
+      uses L-BFGS or a line search.
 
   Example:
     >>> import jax, jax.numpy as jnp, jaxbo, optax
@@ -88,6 +95,8 @@ def add_unrolled_response(
 
   def respond(x, solution, inner_grad, batch, state, **extra_args):
     del state, extra_args
+    check_differentiable("add_unrolled_response", solution.opt_state)
+    check_run("add_unrolled_response", inner, x, solution, batch)
     y, pull_back = jax.vjp(lambda x: inner.path(x, solution.start, batch, last=num_steps), x)
     response = pull_back(_tree.cast_like(inner_grad, y))[0]
     return response, lambda *measured: UnrolledResponseState(UnrolledInfo(*measured))

@@ -68,7 +68,12 @@ def from_meta_model(
   inner: InnerSolver, start: Callable[[optax.Params], optax.Params]
 ) -> Callable[[optax.Params, Any], InnerSolution]:
   """Returns ``solve(x, data)``, the adaptation to ``data`` from the meta-model."""
-  return lambda x, data: inner.run(x, inner.init(start(x), x, data).start, data)
+
+  def solve(x, data):
+    first = inner.init(start(x), x, data)
+    return inner.run(x, (first.params, first.opt_state), data)
+
+  return solve
 
 
 def play(
@@ -102,7 +107,8 @@ def play(
   def adapt(state, data, new_task):
     # New and continuing tasks share one program.
     meta, task = state.meta_params, state.task
-    fresh = inner.init(start(meta), meta, data).start
+    first = inner.init(start(meta), meta, data)
+    fresh = (first.params, first.opt_state)
     goes_on = (task.y, task.opt_state)
     x, begins = _tree.where(new_task, (meta, fresh), (task.x, goes_on))
     solution = inner.run(x, begins, data)

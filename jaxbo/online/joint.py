@@ -8,8 +8,9 @@ import optax
 
 from jaxbo import _check, _tree
 from jaxbo._types import Loss
-from jaxbo.bilevel.loop import BilevelInfo, BilevelState, outer_gradients
+from jaxbo.bilevel.loop import BilevelInfo, BilevelState, outer_gradients, report
 from jaxbo.bilevel.parameters import Bilevel
+from jaxbo.bilevel.response import response_info
 from jaxbo.bilevel.solution import InnerInfo, InnerSolution
 
 
@@ -38,14 +39,8 @@ def joint(
     given = {"batch": train, "outer_batch": val, **extra_args}
     updates, outer_state, loss, aux = differentiate(*params, state.outer_state, val, **given)
     new: Any = optax.apply_updates(params, updates)
-    unknown = jnp.float32(jnp.nan)
-    info = BilevelInfo(
-      outer_loss=loss,
-      hypergradient_norm=unknown,
-      inner_losses=state.solution.info.losses,
-      linear_residual=unknown,
-      aux=aux,
-    )
-    return BilevelState(new.outer, state.solution._replace(params=new.inner), outer_state), info
+    solution = state.solution._replace(params=new.inner)
+    info = report(loss, aux, solution.info, response_info(outer_state, "finite"))
+    return BilevelState(new.outer, solution, outer_state), info
 
   return init, step

@@ -229,18 +229,10 @@ def _one_after_the_other(outer_loss, inner, outer, hyper_at, replay, has_aux):
     if hyper_at == "after":
       solved = before._replace(solution=solve())
       return respond(solved, batch.train, batch.val, **extra_args)
-    from_start = lambda start: respond(
-      before._replace(solution=before.solution._replace(start=start)),
-      batch.train,
-      batch.val,
-      **extra_args,
-    )
-    if _check.reads(lambda start: from_start(start)[0].x, before.solution.start):
-      raise ValueError(
-        "hyper_at must be 'after' for a response that runs the inner problem again, got 'before'"
-      )
-    after, info = from_start(before.solution.start)
+    at = before._replace(solution=before.solution._replace(start=None))  # No run has ended there.
+    after, info = respond(at, batch.train, batch.val, **extra_args)
     solution = solve()
-    return after._replace(solution=solution), info._replace(inner_losses=solution.info.losses)
+    run = {"inner_losses": solution.info.losses, "inner_finite": solution.info.finite}
+    return after._replace(solution=solution), info._replace(**run)
 
   return init, play

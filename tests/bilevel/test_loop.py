@@ -161,6 +161,26 @@ def test_step_is_the_loop_of_the_contract():
   assert info.aux is None
 
 
+def test_the_report_tells_of_a_response_that_was_left_out():
+  """Weights of zero: the gradient of Adam's square root is infinite at the inner gradient 0."""
+  a = np.random.default_rng(0).normal(size=(10, 3))
+  inner_loss = lambda x, y, batch: jnp.sum(x * (a @ y - batch) ** 2)
+  outer_loss = lambda x, y, batch: jnp.mean((a @ y - batch) ** 2)
+  for optimizer, finite in ((optax.adam(0.1), False), (optax.sgd(0.1), True)):
+    for head, expected in (
+      (jaxbo.add_unrolled_response, finite),
+      (jaxbo.add_es_response, True),
+      (lambda _: jaxbo.drop_response(), True),
+    ):
+      inner = jaxbo.inner_solver(inner_loss, optimizer, 1)
+      init, step = jaxbo.bilevel_loop(outer_loss, inner, optax.chain(head(inner), optax.sgd(0.1)))
+      _, info = step(init(jnp.zeros(10), jnp.zeros(3)), jnp.ones(10), jnp.ones(10))
+      assert info.response_finite == expected
+      assert info.inner_finite
+      _, info = step(init(jnp.ones(10), jnp.zeros(3)), jnp.full(10, jnp.nan), jnp.ones(10))
+      assert not info.inner_finite
+
+
 def test_what_does_not_apply_is_reported_as_nan():
   solver, outer_loss = small()
   init, step = jaxbo.bilevel_loop(outer_loss, solver, jaxbo.itd(0.1, solver))
@@ -269,3 +289,25 @@ def test_the_outer_update_is_given_the_loss():
   for _ in range(3):
     state, _ = step(state, None, None)
   assert optax.tree.get(state, "scale") == 0.25
+
+
+TAILS = {
+  "plateau": (optax.chain(optax.sgd(0.02), optax.contrib.reduce_on_plateau()), 60),
+  "polyak": (optax.polyak_sgd(), 60),
+  "lbfgs": (optax.lbfgs(), 6),
+  "backtracking": (optax.chain(optax.sgd(1.0), optax.scale_by_backtracking_linesearch(20)), 20),
+}
+
+
+@pytest.mark.parametrize(("name", "head"), [*((name, "itd") for name in TAILS), ("lbfgs", "aid")])
+def test_optimizers_that_need_the_loss_follow_a_response(name, head):
+  """A line search evaluates the outer loss at the end of the inner run; y* = x ** 2 here."""
+  tail, num_steps = TAILS[name]
+  inner = jaxbo.inner_solver(lambda x, y, batch: jnp.sum((y - x**2) ** 2), optax.sgd(0.25), 40)
+  outer_loss = lambda x, y, batch: jnp.sum((y - batch) ** 2)
+  init, step = jaxbo.bilevel_loop(outer_loss, inner, getattr(jaxbo, head)(tail, inner))
+  run = lambda state: jax.lax.scan(
+    lambda s, _: (step(s, None, jnp.array([4.0, 1.0]))[0], None), state, length=num_steps
+  )[0]
+  state = jax.jit(run)(init(jnp.array([1.5, 0.8]), jnp.zeros(2)))
+  np.testing.assert_allclose(state.x, [2.0, 1.0], rtol=1e-2)

@@ -116,7 +116,7 @@ def test_without_a_finite_base_run_no_sample_counts(difference):
 def test_a_hessian_that_is_not_finite_leaves_df_dx():
   """The second derivative of |y|^1.5 at 0 is infinite; the loss and its gradient are not."""
   solver = jaxbo.inner_solver(
-    lambda x, y, batch: jnp.sum(jnp.abs(y) ** 1.5) + 0 * x, optax.sgd(0.1), 1
+    lambda x, y, batch: jnp.sum(jnp.abs(y) ** 1.5 + 0 * x * y), optax.sgd(0.1), 1
   )
   x = jnp.float32(1.0)
   solution = solver.solve(x, solver.init(jnp.zeros(2)), None)

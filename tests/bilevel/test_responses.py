@@ -444,3 +444,54 @@ def test_inner_params_of_another_precision_are_refused(x64):
     message = r"inner_params must have the dtypes .* got float32 against float64"
     with pytest.raises(TypeError, match=message):
       head.update((x, x), head.init(x), x, solution=solution, batch=None)
+
+
+RESPONSES = {
+  "itd": jaxbo.add_unrolled_response,
+  "aid": lambda inner: jaxbo.add_implicit_response(inner, jaxbo.conjugate_gradient(3)),
+  "es": lambda inner: jaxbo.add_es_response(inner, 3),
+  "es exact": lambda inner: jaxbo.add_es_response(inner, 3, difference="exact"),
+}
+
+
+def respond(inner, make_response, x, batch=None):
+  tx = make_response(inner)
+  y = inner.solve(x, inner.init(jnp.zeros(3)), batch)
+  grads = (jnp.zeros_like(x), jnp.array([1.0, -2.0, 0.5]))
+  return tx.update(grads, tx.init(x), x, solution=y, batch=batch)
+
+
+@pytest.mark.parametrize("tasks", [False, True], ids=["one task", "tasks"])
+@pytest.mark.parametrize("name", RESPONSES)
+def test_an_inner_loss_that_ignores_x_is_refused(name, tasks):
+  """It may close over ``x``, or add what depends on ``x`` to a loss that does not."""
+  x = jnp.ones(3)
+  for loss in (
+    lambda _, y, batch: jnp.sum((y - 3 * x) ** 2),
+    lambda x, y, batch: jnp.sum(y**2) + jnp.sum(x**2),
+  ):
+    inner = jaxbo.inner_solver(loss, optax.sgd(0.25), 2)
+    if tasks:
+      inner = jaxbo.over_tasks(inner, 3)
+    tx = RESPONSES[name](inner)
+    y = inner.init(jnp.zeros(3), x, jnp.zeros(3))
+    with pytest.raises(ValueError, match="inner_loss must use its argument x"):
+      tx.update((x, y.params), tx.init(x), x, solution=y, batch=jnp.zeros(3))
+
+
+@pytest.mark.parametrize("optimizer", [optax.lbfgs(), optax.lbfgs(0.7, linesearch=None)])
+def test_what_lbfgs_can_be_used_with(optimizer, x64):
+  """Its run has no useful derivative: a clear error, or the right number."""
+  A = np.diag([1.0, 3.0, 10.0])
+  loss = lambda x, y, batch: 0.5 * y @ A @ y - x @ y
+  inner = jaxbo.inner_solver(loss, optimizer, 40)
+  expected = np.linalg.solve(A, [1.0, -2.0, 0.5])
+  h, _ = respond(inner, RESPONSES["aid"], jnp.ones(3))
+  np.testing.assert_allclose(h, expected, rtol=1e-8)
+  central = lambda inner: jaxbo.add_es_response(
+    inner, 3, 1e-3, directions="orthogonal", difference="central"
+  )
+  np.testing.assert_allclose(respond(inner, central, jnp.ones(3))[0], expected, rtol=1e-4)
+  for name in ("itd", "es exact"):
+    with pytest.raises(ValueError, match="inner must not use L-BFGS or a line search"):
+      respond(inner, RESPONSES[name], jnp.ones(3))
