@@ -3,11 +3,6 @@
 import contextlib
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
@@ -24,13 +19,13 @@ from scripts.captioning.config import Config
 from scripts.captioning.scenes import ShapesCaptions
 from scripts.common import folder
 from scripts.common.checkpoints import Checkpoints
+from tests.scripts.common.killed import stopped_after
 
 pytestmark = pytest.mark.slow  # All together, not each.
 
 TINY = {"hidden_dim": 8, "embed_dim": 8, "attention_dim": 8, "batch_size": 8, "test_examples": 40}
 SMALL = TINY | {"steps": 4, "canonical_steps": 1, "eval_every": 3, "checkpoint_every": 2}
 SMALL |= {"orders": ("either",)}
-from tests.scripts.common.killed import environment
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -101,14 +96,10 @@ def test_a_run_leaves_metrics_results_and_pictures(whole):
       assert picture.width > 300
 
 
-def test_a_killed_run_goes_on_bit_for_bit(whole, tmp_path):
-  config = Config(output_dir=tmp_path / "run", **SMALL)
-  command = [sys.executable, "-m", "scripts.captioning", "--output-dir", str(config.output_dir)]
-  process = subprocess.Popen([*command, *config.flags().split()], env=environment())
-  while process.poll() is None and not metrics(config.output_dir):  # After a checkpoint.
-    time.sleep(0.01)
-  os.kill(process.pid, signal.SIGKILL)
-  assert process.wait() == -signal.SIGKILL
+def test_a_stopped_run_goes_on_bit_for_bit(whole, tmp_path):
+  config = Config(output_dir=tmp_path, **SMALL)
+  with stopped_after(1):
+    script.run(config)
   assert script.run(config.but(resume=True)) == 0
   assert metrics(config.output_dir) == metrics(whole[0])
   assert results(config.output_dir) == results(whole[0])

@@ -1,11 +1,13 @@
 """An experiment whose process is killed: ``python -m tests.scripts.common.killed 9 ROOM FLAGS``."""
 
+import contextlib
 import os
 import runpy
 import signal
 import sys
 
 import jax
+import pytest
 
 from scripts.common.folder import RunFolder
 
@@ -20,18 +22,34 @@ def environment():
   }
 
 
-def kill_after(number):
-  """From now on this process ends when its run has so many lines."""
+class StoppedError(Exception):
+  """Ends a run as a kill does: it prints and draws nothing more."""
+
+
+def stop():
+  """Raises it."""
+  raise StoppedError
+
+
+@contextlib.contextmanager
+def stopped_after(number, stop=stop):
+  """The run within ends when it has so many lines, before it saves what they are of.
+
+  That a kill does no more harm is shown in test_study.py.
+  """
   add_lines = RunFolder.add_lines
 
-  def add_and_end(self, lines):
+  def add_and_stop(self, lines):
     add_lines(self, lines)
     if len(self.lines) >= number:
-      os.kill(os.getpid(), signal.SIGKILL)
+      stop()
 
-  RunFolder.add_lines = add_and_end
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(RunFolder, "add_lines", add_and_stop)
+    with pytest.raises(StoppedError):
+      yield
 
 
 if __name__ == "__main__":
-  kill_after(int(sys.argv.pop(1)))
-  runpy.run_module(f"scripts.{sys.argv.pop(1)}", run_name="__main__")
+  with stopped_after(int(sys.argv.pop(1)), lambda: os.kill(os.getpid(), signal.SIGKILL)):
+    runpy.run_module(f"scripts.{sys.argv.pop(1)}", run_name="__main__")
