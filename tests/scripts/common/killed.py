@@ -10,6 +10,7 @@ import jax
 import pytest
 
 from scripts.common.folder import RunFolder
+from scripts.common.study import Run
 
 
 def environment():
@@ -29,6 +30,21 @@ class StoppedError(Exception):
 def stop():
   """Raises it."""
   raise StoppedError
+
+
+@contextlib.contextmanager
+def programs_kept():
+  """Runs within share what cells of a run share, programs above all: they are compiled once."""
+  kept = {}
+
+  def shared(self, name, make):
+    if name not in kept:
+      kept[name] = make()
+    return kept[name]
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(Run, "shared", shared)
+    yield
 
 
 @contextlib.contextmanager
