@@ -23,7 +23,7 @@ from scripts.adversarial_training.train import State, make_program
 from scripts.common.study import Results
 from tests.scripts.adversarial_training import small
 from tests.scripts.adversarial_training.small import DATA, NAMES
-from tests.scripts.common.killed import stopped_after
+from tests.scripts.common.killed import programs_kept, stopped_after
 
 pytestmark = pytest.mark.slow  # All together, not each.
 
@@ -304,6 +304,7 @@ def test_a_run_prints_tables_and_draws(tmp_path, capsys, monkeypatch):
     assert of_run["tail"] == pytest.approx(np.mean(classes[:2]))  # 30 % of four
 
 
+@programs_kept()
 def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
   whole, broken = tmp_path / "whole", tmp_path / "broken"
   seen = small.patch(monkeypatch.setattr)

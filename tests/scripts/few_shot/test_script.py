@@ -20,7 +20,7 @@ from scripts.few_shot import __main__ as script
 from scripts.few_shot import problem as few_shot
 from scripts.few_shot import setting as few_shot_setting
 from scripts.few_shot.__main__ import Config, FewShot, FewShotStudy
-from tests.scripts.common.killed import stopped_after
+from tests.scripts.common.killed import programs_kept, stopped_after
 
 pytestmark = pytest.mark.slow  # All together, not each.
 
@@ -339,6 +339,7 @@ def test_a_single_run_is_given_its_seed():
   assert tyro.cli(Config, args=["--seed", "7"]).first_seed == 7
 
 
+@programs_kept()
 def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
   images = np.random.default_rng(0).integers(256, size=(12, 4, 16, 16, 1), dtype=np.uint8)
   part = fewshot_data.ImageClasses(images, np.full(12, 4, np.int32), np.arange(12))

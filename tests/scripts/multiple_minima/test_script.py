@@ -24,7 +24,7 @@ from scripts.multiple_minima import loops, methods, toys, training, tune
 from scripts.multiple_minima.__main__ import Config, MultipleMinima
 from scripts.multiple_minima.training import Parts, Training, make_problem
 from tests.bilevel import value_problems as vp
-from tests.scripts.common.killed import stopped_after
+from tests.scripts.common.killed import programs_kept, stopped_after
 from tests.scripts.multiple_minima import small
 
 pytestmark = pytest.mark.slow  # All together, not each.
@@ -82,6 +82,7 @@ def test_a_run_prints_its_tables_and_writes_its_files(whole):
       assert picture.height > 1000
 
 
+@programs_kept()
 def test_a_stopped_run_goes_on_bit_for_bit(whole, tmp_path, monkeypatch):
   """From the costs of the whole run: the points of a curve depend on the clock."""
   for name in ("config.json", "notes.json"):

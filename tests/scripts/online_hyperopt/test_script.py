@@ -25,7 +25,7 @@ from scripts.online_hyperopt import plots as online_plots
 from scripts.online_hyperopt import problems, runs, streams, tuning
 from scripts.online_hyperopt.config import Config
 from scripts.online_hyperopt.methods import METHODS, Rates, Setting, Variant
-from tests.scripts.common.killed import stopped_after
+from tests.scripts.common.killed import programs_kept, stopped_after
 
 pytestmark = pytest.mark.slow  # All together, not each.
 
@@ -472,6 +472,7 @@ def test_hyper_representation_moves_its_backbone(tmp_path):
   assert (rows["breakdown_share"].notna() == damped).all()
 
 
+@programs_kept()
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(tmp_path):
   mine = config(tmp_path / "stopped", streams=("gradual", "zigzag"), methods=("sobow",), seeds=1)
   assert script.run(mine.but(output_dir=tmp_path / "whole")) == 0
