@@ -33,11 +33,16 @@ def stop():
 
 
 @contextlib.contextmanager
-def programs_kept():
-  """Runs within share what cells of a run share, programs above all: they are compiled once."""
-  kept = {}
+def programs_kept(kept=None, without=()):
+  """Runs within share what the cells of a run do, programs above all: they are compiled once.
+
+  They find it in ``kept``, and leave it there; but not what is named in ``without``.
+  """
+  kept, of_run = {} if kept is None else kept, Run.shared
 
   def shared(self, name, make):
+    if name in without:
+      return of_run(self, name, make)
     if name not in kept:
       kept[name] = make()
     return kept[name]

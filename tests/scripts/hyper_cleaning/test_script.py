@@ -56,7 +56,8 @@ def test_rows_are_of_the_last_evaluation_on_the_test_set(small):
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_bit_for_bit(small, tmp_path):
+def test_a_killed_run_goes_on_bit_for_bit(small, tmp_path, monkeypatch):
+  monkeypatch.setattr(HyperCleaning, "draw", lambda *_: None)  # It takes seconds.
   command = [sys.executable, "-m", "tests.scripts.common.killed", "9", "hyper_cleaning"]
   command += ["--outer-steps", "6", "--methods", "everything", "oracle", "--seeds", "1"]
   command += ["--output-dir", str(tmp_path)]

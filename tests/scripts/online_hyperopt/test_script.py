@@ -458,7 +458,8 @@ def test_what_cannot_be_run_ends_with_2_and_no_file(tmp_path, capsys, wrong, mes
   assert not list(tmp_path.iterdir())
 
 
-def test_hyper_representation_moves_its_backbone(tmp_path):
+def test_hyper_representation_moves_its_backbone(tmp_path, monkeypatch):
+  monkeypatch.setattr(script.OnlineHyperopt, "draw", lambda *_: None)  # It takes seconds.
   given = {
     "problem": "representation", "streams": ("dynamic",), "methods": ("ogd", "sogd", "oagd"),
     "width": 4, "inner_learning_rate": 0.1, "outer_learning_rate": 0.01,
@@ -473,7 +474,8 @@ def test_hyper_representation_moves_its_backbone(tmp_path):
 
 
 @programs_kept()
-def test_a_run_that_was_stopped_goes_on_bit_for_bit(tmp_path):
+def test_a_run_that_was_stopped_goes_on_bit_for_bit(tmp_path, monkeypatch):
+  monkeypatch.setattr(script.OnlineHyperopt, "draw", lambda *_: None)  # It takes seconds.
   mine = config(tmp_path / "stopped", streams=("gradual", "zigzag"), methods=("sobow",), seeds=1)
   assert script.run(mine.but(output_dir=tmp_path / "whole")) == 0
   with stopped_after(34):

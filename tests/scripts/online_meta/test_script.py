@@ -28,7 +28,7 @@ from scripts.online_meta.config import Config
 from scripts.online_meta.methods import METHODS, Rates
 from scripts.online_meta.report import Trace
 from scripts.online_meta.runs import Streams
-from tests.scripts.common.killed import stopped_after
+from tests.scripts.common.killed import programs_kept, stopped_after
 
 pytestmark = pytest.mark.slow  # All together, not each.
 
@@ -362,19 +362,22 @@ def test_the_rates_file_has_all_that_the_default_run_needs():
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-  """The settings of a small run, of LEEDS at first, which finds its thresholds; and its output."""
+  """A small run, of LEEDS at first, which finds its thresholds: settings, output, and programs."""
   mine = config(tmp_path_factory.mktemp("whole"), sweep=True, seeds_at_once=2)
   write_rates(mine)
-  printed = io.StringIO()
+  printed, programs = io.StringIO(), {}
   # The check of keys takes the batched switch of the stream for reuse.
-  with jax.debug_key_reuse(False), contextlib.redirect_stdout(printed):
+  with jax.debug_key_reuse(False), contextlib.redirect_stdout(printed), kept_in(programs):
     assert script.run(mine.but(methods=("leeds",))) == 0
     assert script.run(mine.but(resume=True)) == 0
-  return mine, printed.getvalue()
+  return mine, printed.getvalue(), programs
+
+
+kept_in = functools.partial(programs_kept, without={("trained", "maml")})
 
 
 def test_a_run_writes_traces_tables_and_pictures_and_goes_on(whole, capsys):
-  mine, output = whole
+  mine, output, _ = whole
   assert output.count("│     2 │") == 3 + 4  # Of LEEDS and its detectors; then of both methods.
   for word in ("glyphs, p = 0.7: 12 rounds, 3-way 2-shot", "LEEDS", "negatives", "Detection"):
     assert word in output
@@ -429,11 +432,11 @@ def test_seeds_side_by_side_are_as_one_after_the_other(tmp_path):
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(whole, tmp_path, monkeypatch):
   mine = whole[0].but(output_dir=tmp_path)
   monkeypatch.setattr(script, "plots", mock.Mock())  # They take seconds.
-  with jax.debug_key_reuse(False), stopped_after(3):
+  with jax.debug_key_reuse(False), kept_in(whole[2]), stopped_after(3):
     script.run(mine)
   lines, rows, _ = folder.read(tmp_path)
   assert (len(lines), len(rows)) == (3, 0)  # LEEDS has its lines, but was not saved.
-  with jax.debug_key_reuse(False):
+  with jax.debug_key_reuse(False), kept_in(whole[2]):
     assert script.run(mine.but(resume=True)) == 0
   expected, found = (folder.read(path) for path in (whole[0].output_dir, tmp_path))
   for a, b in zip(expected[:2], found[:2], strict=True):
