@@ -23,7 +23,7 @@ from scripts.adversarial_training.train import State, make_program
 from scripts.common.study import Results
 from tests.scripts.adversarial_training import small
 from tests.scripts.adversarial_training.small import DATA, NAMES
-from tests.scripts.common.killed import programs_kept, stopped_after
+from tests.scripts.common.stopped import programs_kept, stopped_after
 
 pytestmark = pytest.mark.slow  # All together, not each.
 

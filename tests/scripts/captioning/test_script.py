@@ -19,7 +19,7 @@ from scripts.captioning.config import Config
 from scripts.captioning.scenes import ShapesCaptions
 from scripts.common import folder
 from scripts.common.checkpoints import Checkpoints
-from tests.scripts.common.killed import stopped_after
+from tests.scripts.common.stopped import stopped_after
 
 pytestmark = pytest.mark.slow  # All together, not each.
 

@@ -24,7 +24,7 @@ from scripts.common.checkpoints import Checkpoints
 from scripts.common.folder import RunFolder
 from scripts.common.study import Run
 from scripts.common.task import Cell
-from tests.scripts.common.killed import environment, programs_kept
+from tests.scripts.common.stopped import environment, programs_kept
 from tests.scripts.common.toy_study import METHODS, Config, Sum, Toy
 
 ROOT = Path(__file__).parents[3]

@@ -10,7 +10,7 @@ from scripts.common.checkpoints import latest_step
 from scripts.continual_lm.__main__ import ContinualLM
 from scripts.continual_lm.config import Config
 from scripts.continual_lm.documents import DATASETS, Corpus
-from tests.scripts.common.killed import programs_kept, stopped_after
+from tests.scripts.common.stopped import programs_kept, stopped_after
 
 WORDS, DIGITS = "the quick brown fox jumps over the lazy dog " * 20, "31415926535897932384 " * 10
 SMALL = {

@@ -37,7 +37,7 @@ from scripts.continual_lm.__main__ import ContinualLM, Training
 from scripts.continual_lm.config import Config
 from scripts.continual_lm.documents import DATASETS
 from scripts.continual_lm.methods import METHODS, START, Rates
-from tests.scripts.common.killed import environment
+from tests.scripts.common.stopped import environment
 from tests.scripts.continual_lm import small_lm
 from tests.scripts.continual_lm.small_lm import SMALL
 

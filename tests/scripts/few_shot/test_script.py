@@ -20,7 +20,7 @@ from scripts.few_shot import __main__ as script
 from scripts.few_shot import problem as few_shot
 from scripts.few_shot import setting as few_shot_setting
 from scripts.few_shot.__main__ import Config, FewShot, FewShotStudy
-from tests.scripts.common.killed import programs_kept, stopped_after
+from tests.scripts.common.stopped import programs_kept, stopped_after
 
 pytestmark = pytest.mark.slow  # All together, not each.
 

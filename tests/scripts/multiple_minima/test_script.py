@@ -24,7 +24,7 @@ from scripts.multiple_minima import loops, methods, toys, training, tune
 from scripts.multiple_minima.__main__ import Config, MultipleMinima
 from scripts.multiple_minima.training import Parts, Training, make_problem
 from tests.bilevel import value_problems as vp
-from tests.scripts.common.killed import programs_kept, stopped_after
+from tests.scripts.common.stopped import programs_kept, stopped_after
 from tests.scripts.multiple_minima import small
 
 pytestmark = pytest.mark.slow  # All together, not each.

@@ -25,7 +25,7 @@ from scripts.online_hyperopt import plots as online_plots
 from scripts.online_hyperopt import problems, runs, streams, tuning
 from scripts.online_hyperopt.config import Config
 from scripts.online_hyperopt.methods import METHODS, Rates, Setting, Variant
-from tests.scripts.common.killed import programs_kept, stopped_after
+from tests.scripts.common.stopped import programs_kept, stopped_after
 
 pytestmark = pytest.mark.slow  # All together, not each.
 

@@ -28,7 +28,7 @@ from scripts.online_meta.config import Config
 from scripts.online_meta.methods import METHODS, Rates
 from scripts.online_meta.report import Trace
 from scripts.online_meta.runs import Streams
-from tests.scripts.common.killed import programs_kept, stopped_after
+from tests.scripts.common.stopped import programs_kept, stopped_after
 
 pytestmark = pytest.mark.slow  # All together, not each.
 

@@ -1,10 +1,7 @@
-"""An experiment whose process is killed: ``python -m tests.scripts.common.killed 9 ROOM FLAGS``."""
+"""Runs that are stopped and go on, without much to compile."""
 
 import contextlib
 import os
-import runpy
-import signal
-import sys
 
 import jax
 import pytest
@@ -25,11 +22,6 @@ def environment():
 
 class StoppedError(Exception):
   """Ends a run as a kill does: it prints and draws nothing more."""
-
-
-def stop():
-  """Raises it."""
-  raise StoppedError
 
 
 @contextlib.contextmanager
@@ -53,7 +45,7 @@ def programs_kept(kept=None, without=()):
 
 
 @contextlib.contextmanager
-def stopped_after(number, stop=stop):
+def stopped_after(number):
   """The run within ends when it has so many lines, before it saves what they are of.
 
   That a kill does no more harm is shown in test_study.py.
@@ -63,14 +55,9 @@ def stopped_after(number, stop=stop):
   def add_and_stop(self, lines):
     add_lines(self, lines)
     if len(self.lines) >= number:
-      stop()
+      raise StoppedError
 
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(RunFolder, "add_lines", add_and_stop)
     with pytest.raises(StoppedError):
       yield
-
-
-if __name__ == "__main__":
-  with stopped_after(int(sys.argv.pop(1)), lambda: os.kill(os.getpid(), signal.SIGKILL)):
-    runpy.run_module(f"scripts.{sys.argv.pop(1)}", run_name="__main__")
