@@ -41,7 +41,7 @@ from scripts.captioning.model import (
   make_optimizer,
 )
 from scripts.captioning.scenes import ShapesCaptions
-from scripts.captioning.shapes import exact_match, held_out, stream
+from scripts.captioning.shapes import draw, exact_match, held_out, stream
 from scripts.common import cleaning
 from scripts.common.study import Results, Run, Study
 from scripts.common.table import Column, Table, spread
@@ -132,13 +132,13 @@ class Cleaning(Judged):
     losses = captioner.caption_losses(model)
     y = jax.tree.map(jnp.copy, trained.params)  # It is given to all responses.
 
-    def draw(data, number, num, part):
-      scenes = jax.jit(lambda key: data.sample(key, num, part))(stream(seed, number))
+    def drawn(data, number, num, part):
+      scenes = draw(data, stream(seed, number), num, part)
       return scenes, as_batch(scenes.images, scenes.tokens)
 
-    scenes, train = draw(SWAPPED, _WEIGHTED, settings.num_train, "train")
-    _, val = draw(CLEAN, _CLEAN, settings.num_val, "train")
-    _, self._test = draw(CLEAN, _TEST, NUM_TEST, "test")
+    scenes, train = drawn(SWAPPED, _WEIGHTED, settings.num_train, "train")
+    _, val = drawn(CLEAN, _CLEAN, settings.num_val, "train")
+    _, self._test = drawn(CLEAN, _TEST, NUM_TEST, "test")
     self._swapped = np.asarray(scenes.swapped)
     self._losses = run.shared("losses", lambda: jax.jit(losses))
     self._loss_auc = float(roc_auc_score(self._swapped, self._losses(y, train)))

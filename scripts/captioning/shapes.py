@@ -111,11 +111,17 @@ def stream(seed: int, number: int) -> jax.Array:
   return jax.random.fold_in(jax.random.key(seed), number)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 2, 3))
+def draw(data: ShapesCaptions, key: jax.Array, num: int, part: str) -> CaptionedShapes:
+  """What ``data.sample`` draws; compiled once for all keys."""
+  return data.sample(key, num, part)
+
+
 @functools.lru_cache(maxsize=8)
 def held_out(data: ShapesCaptions, part: str, num: int) -> CaptionedShapes:
   """The scenes that all captioners are judged by, as NumPy arrays."""
-  draw = jax.jit(lambda key: data.sample(key, num, part))
-  return jax.tree.map(np.asarray, draw(stream(0, _VALIDATION if part == "validation" else _TEST)))
+  key = stream(0, _VALIDATION if part == "validation" else _TEST)
+  return jax.tree.map(np.asarray, draw(data, key, num, part))
 
 
 def attention_mass(ask: Asked, params: Any, batch: CaptionedShapes) -> list[float]:

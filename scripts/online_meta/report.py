@@ -3,6 +3,7 @@
 import math
 from typing import Any, NamedTuple, Self
 
+import jax
 import numpy as np
 
 import jaxbo
@@ -36,6 +37,7 @@ class Trace(NamedTuple):
     return type(self)(*(leaf[i] for leaf in self))
 
 
+@jax.jit
 def qualities(trace: Trace) -> dict[str, jaxbo.meta.DetectionQuality]:
   """How well both detectors did, on the trace of one seed."""
   out = trace.task_switch & (trace.domain != 0)

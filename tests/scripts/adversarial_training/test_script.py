@@ -2,9 +2,6 @@
 
 import functools
 import json
-import signal
-import subprocess
-import sys
 
 import chex
 import jax
@@ -26,7 +23,7 @@ from scripts.adversarial_training.train import State, make_program
 from scripts.common.study import Results
 from tests.scripts.adversarial_training import small
 from tests.scripts.adversarial_training.small import DATA, NAMES
-from tests.scripts.common.killed import environment
+from tests.scripts.common.stopped import programs_kept, stopped_after
 
 pytestmark = pytest.mark.slow  # All together, not each.
 
@@ -307,13 +304,13 @@ def test_a_run_prints_tables_and_draws(tmp_path, capsys, monkeypatch):
     assert of_run["tail"] == pytest.approx(np.mean(classes[:2]))  # 30 % of four
 
 
-def test_a_killed_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
+@programs_kept()
+def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
   whole, broken = tmp_path / "whole", tmp_path / "broken"
-  command = [sys.executable, "-m", small.__name__, str(broken)]
-  killed = subprocess.run(command, check=False, env=environment())
-  assert killed.returncode == -signal.SIGKILL
-  assert len((broken / "metrics.jsonl").read_text().splitlines()) == 4
   seen = small.patch(monkeypatch.setattr)
+  with stopped_after(4):  # The last line.
+    script.run(small.config(broken))
+  assert len((broken / "metrics.jsonl").read_text().splitlines()) == 4
   assert script.run(small.config(whole)) == 0
   assert script.run(small.config(broken).but(resume=True)) == 0
   assert all(part is DATA.test for part in seen)

@@ -3,11 +3,6 @@
 import contextlib
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
@@ -24,13 +19,13 @@ from scripts.captioning.config import Config
 from scripts.captioning.scenes import ShapesCaptions
 from scripts.common import folder
 from scripts.common.checkpoints import Checkpoints
+from tests.scripts.common.stopped import stopped_after
 
 pytestmark = pytest.mark.slow  # All together, not each.
 
 TINY = {"hidden_dim": 8, "embed_dim": 8, "attention_dim": 8, "batch_size": 8, "test_examples": 40}
 SMALL = TINY | {"steps": 4, "canonical_steps": 1, "eval_every": 3, "checkpoint_every": 2}
 SMALL |= {"orders": ("either",)}
-from tests.scripts.common.killed import environment
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -65,10 +60,13 @@ def results(path):
 
 @pytest.fixture(scope="module")
 def whole(drawn, tmp_path_factory):
-  """A run from its beginning to its end, and what was drawn for it."""
-  path = tmp_path_factory.mktemp("whole")
-  assert script.run(Config(output_dir=path, **SMALL)) == 0
-  return path, set(drawn)
+  """A run from its beginning to its end, what was drawn for it, and its captioners, compiled."""
+  config = Config(output_dir=tmp_path_factory.mktemp("whole"), **SMALL)
+  captioners = script.Captioning().prepare(config)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(script.Captioning, "prepare", lambda *_: captioners)
+    assert script.run(config) == 0
+  return config.output_dir, set(drawn), captioners
 
 
 def test_a_run_is_trained_validated_and_tested_on_different_scenes(whole):
@@ -77,7 +75,7 @@ def test_a_run_is_trained_validated_and_tested_on_different_scenes(whole):
 
 
 def test_a_captioner_says_only_words(whole):
-  captioner = script.Captioning().prepare(Config(**SMALL))["either", "sequential"]
+  captioner = whole[2]["either", "sequential"]
   key = {"order": "either", "model": "sequential", "seed": 0}
   at = folder.checkpoints(whole[0], key)
   with contextlib.closing(Checkpoints(at)) as checkpoints:
@@ -89,7 +87,7 @@ def test_a_captioner_says_only_words(whole):
 
 
 def test_a_run_leaves_metrics_results_and_pictures(whole):
-  path, _ = whole
+  path = whole[0]
   assert [(line["step"], line["order"]) for line in metrics(path)] == [(3, "either"), (4, "either")]
   [row] = results(path)
   assert row["model"] == "sequential"
@@ -101,14 +99,12 @@ def test_a_run_leaves_metrics_results_and_pictures(whole):
       assert picture.width > 300
 
 
-def test_a_killed_run_goes_on_bit_for_bit(whole, tmp_path):
-  config = Config(output_dir=tmp_path / "run", **SMALL)
-  command = [sys.executable, "-m", "scripts.captioning", "--output-dir", str(config.output_dir)]
-  process = subprocess.Popen([*command, *config.flags().split()], env=environment())
-  while process.poll() is None and not metrics(config.output_dir):  # After a checkpoint.
-    time.sleep(0.01)
-  os.kill(process.pid, signal.SIGKILL)
-  assert process.wait() == -signal.SIGKILL
+def test_a_stopped_run_goes_on_bit_for_bit(whole, tmp_path, monkeypatch):
+  monkeypatch.setattr(script.Captioning, "prepare", lambda *_: whole[2])
+  monkeypatch.setattr(script.Captioning, "draw", lambda *_: None)  # It takes seconds.
+  config = Config(output_dir=tmp_path, **SMALL)
+  with stopped_after(1):
+    script.run(config)
   assert script.run(config.but(resume=True)) == 0
   assert metrics(config.output_dir) == metrics(whole[0])
   assert results(config.output_dir) == results(whole[0])

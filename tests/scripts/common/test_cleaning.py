@@ -69,9 +69,9 @@ def test_losses_equal_numpy_in_float64(settings):
   rng = np.random.default_rng(0)
   images, labels = rng.uniform(size=(4, 3)), np.array([1, 0, 9, 9])
   x, indices = rng.normal(size=6), np.array([5, 0, 5, 2])
-  y = cleaning.init_params(settings, 3, jax.random.key(0))
+  y = jax.eval_shape(lambda key: cleaning.init_params(settings, 3, key), jax.random.key(0))
   y = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape)), y)
-  inner_loss, outer_loss = cleaning.make_losses(settings)
+  inner_loss, outer_loss = map(jax.jit, cleaning.make_losses(settings))
 
   plain = jax.tree.map(np.asarray, y)
   if settings.hidden:
@@ -142,11 +142,10 @@ def test_the_oracle_is_training_on_the_clean_subset():
 
 
 @pytest.mark.parametrize("method", ["itd", "aid", "stocbio", "esj"])
-@pytest.mark.parametrize("settings", [SMALL, PERCEPTRON], ids=["softmax", "perceptron"])
-def test_learnt_weights_move_where_the_inner_run_saw_an_example(method, settings):
-  state, losses = run(method, small_data(), settings, steps=1)
+def test_weights_of_a_perceptron_move_where_the_inner_run_saw_an_example(method):
+  state, losses = run(method, small_data(), PERCEPTRON, steps=1)
   moved = np.asarray(state.x) != 0
-  if settings.batch_size is None or method == "esj":  # ESJ moves along random directions.
+  if method == "esj":  # It moves along random directions.
     assert moved.mean() > 0.9
   else:
     key = jax.random.split(jax.random.key(0), 1)[0]
@@ -211,7 +210,9 @@ def test_the_first_hypergradient_is_that_of_the_settings(method):
     smoothing=0.5,
   )
   data = small_data()
-  state, _ = run(method, data, settings, steps=1, seed=7)
+  state, losses = run(method, data, settings, steps=1, seed=7)
+  assert np.isfinite(losses).all()
+  assert np.mean(np.asarray(state.x) != 0) > 0.9
 
   inner_loss, outer_loss = cleaning.make_losses(settings)
   inner = jaxbo.inner_solver(inner_loss, optax.sgd(0.3, 0.5), 4)

@@ -24,10 +24,17 @@ from scripts.common.checkpoints import Checkpoints
 from scripts.common.folder import RunFolder
 from scripts.common.study import Run
 from scripts.common.task import Cell
-from tests.scripts.common.killed import environment
+from tests.scripts.common.stopped import environment, programs_kept
 from tests.scripts.common.toy_study import METHODS, Config, Sum, Toy
 
 ROOT = Path(__file__).parents[3]
+SHARED = Run.shared
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs():
+  with programs_kept():
+    yield
 
 
 def play(path, **options):
@@ -72,6 +79,7 @@ def test_a_run_has_a_line_for_each_evaluation_and_a_row_for_each_cell(tmp_path, 
 def test_cells_of_one_program_are_compiled_once(tmp_path, monkeypatch):
   compiled = []
   lower = jax.stages.Lowered.compile
+  monkeypatch.setattr(Run, "shared", SHARED)
   monkeypatch.setattr(jax.stages.Lowered, "compile", lambda *a: compiled.append(0) or lower(*a))
   assert play(tmp_path, seeds=3) == 0
   assert len(compiled) == 3  # The start and two methods.

@@ -44,15 +44,17 @@ class Sum(Compiled):
   """A method on one seed, from the sum that a cell before it ended with."""
 
   def __init__(self, run: Run[Config], method: str, seed: int, start: Any = None):
-    factor = METHODS.get(method, 0.0) * run.config.scale
+    factor = METHODS.get(method, 0.0)
 
-    def step(state, t, key):
-      number = factor * jax.random.normal(jax.random.fold_in(jax.random.wrap_key_data(key), t))
+    def step(state, t, key, scale):
+      draw = jax.random.normal(jax.random.fold_in(jax.random.wrap_key_data(key), t))
+      number = factor * scale * draw
       return {"sum": state["sum"] + number}, number
 
     program = run.shared(method, lambda: Program(step))
     state = {"sum": jnp.float32(0) if start is None else jnp.copy(start["sum"])}
-    super().__init__(program, state, jax.random.key_data(jax.random.key(seed)))
+    key = jax.random.key_data(jax.random.key(seed))
+    super().__init__(program, state, key, jnp.float32(run.config.scale))
 
   def evaluate(self, state: Any, told: list[Any]) -> Row:
     """The sum so far; no number is finite at step 4."""

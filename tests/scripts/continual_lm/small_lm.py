@@ -3,15 +3,14 @@
 Nothing may be computed when this is imported: processes have not met yet.
 """
 
-import time
-
 import jax
 
-from scripts.common import study
-from scripts.continual_lm import __main__ as script
-from scripts.continual_lm.__main__ import ContinualLM, Training
+from scripts.common import folder, study
+from scripts.common.checkpoints import latest_step
+from scripts.continual_lm.__main__ import ContinualLM
 from scripts.continual_lm.config import Config
 from scripts.continual_lm.documents import DATASETS, Corpus
+from tests.scripts.common.stopped import programs_kept, stopped_after
 
 WORDS, DIGITS = "the quick brown fox jumps over the lazy dog " * 20, "31415926535897932384 " * 10
 SMALL = {
@@ -26,35 +25,33 @@ def corpus(data_dir=None):
   return Corpus(("words", "digits"), *([[WORDS[i:]], [DIGITS[i:]]] for i in range(3)))
 
 
-class Stuck(Training):
-  """Waits in the last step of a method until it is killed."""
+class Cheap(ContinualLM):
+  """Pictures take seconds, and so do programs; and processes can meet only once."""
 
-  def step(self, state, t):
-    if t == 3 and self.method != script.START:
-      time.sleep(600)
-    return super().step(state, t)
-
-
-class WithoutPictures(ContinualLM):
-  """Pictures take seconds, and processes can meet only once."""
+  given = None
 
   def connect(self, config):
     if not jax.distributed.is_initialized():
       super().connect(config)
 
+  def prepare(self, config):
+    Cheap.given = self.given or super().prepare(config)
+    return self.given
+
   def draw(self, run):
     print("The pictures.")
 
 
+@programs_kept()
 def runs(config):
-  """A run that gets stuck; or two that are refused, a whole one, and the rest of the stuck one."""
-  if not config.resume:
-    script.Training = Stuck
-    return study.run(WithoutPictures(), config)
+  """A run that is stopped, two that are refused, a whole one, and the rest of the first one."""
+  with stopped_after(3):  # The last line.
+    study.run(Cheap(), config)
+  key = {"corruption": 0.2, "method": "ir_dro_compositional", "seed": 0}
+  assert latest_step(folder.checkpoints(config.output_dir, key)) == 2
   place = config.output_dir.with_name
-  begin = lambda name: {"output_dir": place(name), "resume": False}
-  options = {"output_dir": place("nothing")}, begin("in_use"), begin("whole"), {}
-  statuses = [study.run(WithoutPictures(), config.but(**of_run)) for of_run in options]
+  run = lambda name, resume: study.run(Cheap(), config.but(output_dir=place(name), resume=resume))
+  statuses = [run("nothing", True), run("in_use", False), run("whole", False), run("stopped", True)]
   print(statuses)
   return statuses[-1]
 

@@ -7,11 +7,9 @@ import io
 import itertools
 import json
 import shutil
-import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import chex
@@ -27,7 +25,6 @@ from PIL import Image
 
 import jaxbo
 from scripts.common import folder, study
-from scripts.common.checkpoints import latest_step
 from scripts.common.devices import Devices
 from scripts.common.folder import RunFolder
 from scripts.common.study import Results, Run
@@ -40,7 +37,7 @@ from scripts.continual_lm.__main__ import ContinualLM, Training
 from scripts.continual_lm.config import Config
 from scripts.continual_lm.documents import DATASETS
 from scripts.continual_lm.methods import METHODS, START, Rates
-from tests.scripts.common.killed import environment
+from tests.scripts.common.stopped import environment
 from tests.scripts.continual_lm import small_lm
 from tests.scripts.continual_lm.small_lm import SMALL
 
@@ -466,19 +463,22 @@ def test_what_the_data_or_the_model_cannot_do_is_refused(tmp_path, capsys, small
   assert message in capsys.readouterr().err
 
 
-def start_two(output_dir, *more):
-  """A method with a state, by two processes of one device each."""
+def run_two(output_dir):
+  """What two processes of one device each say about a method with a state."""
   with socket.socket() as listener:
     listener.bind(("localhost", 0))
     address = f"localhost:{listener.getsockname()[1]}"
   options = SMALL | {"methods": ("ir_dro_compositional",), "corruptions": (0.2,)}
-  flags = [*Config(**options).flags().split(), "--output-dir", str(output_dir), *more]
+  flags = [*Config(**options).flags().split(), "--output-dir", str(output_dir)]
   flags += ["--coordinator-address", address, "--num-processes", "2", "--process-id"]
   command = [sys.executable, "-m", "tests.scripts.continual_lm.small_lm", *flags]
   its = environment()
   its["XLA_FLAGS"] = its["XLA_FLAGS"].replace("device_count=8", "device_count=1")
   pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-  return [subprocess.Popen([*command, str(i)], env=its, **pipes) for i in range(2)]
+  processes = [subprocess.Popen([*command, str(i)], env=its, **pipes) for i in range(2)]
+  outputs = [process.communicate(timeout=300)[0] for process in processes]
+  assert [process.returncode for process in processes] == [0, 0], outputs
+  return outputs
 
 
 def tables_of(path):
@@ -488,26 +488,14 @@ def tables_of(path):
   return [pd.DataFrame(table).drop(columns=times, errors="ignore") for table in lines_and_rows]
 
 
-def test_two_processes_do_what_one_does_and_go_on_bit_for_bit_where_they_were_killed(
+def test_two_processes_do_what_one_does_and_go_on_bit_for_bit_where_they_were_stopped(
   tmp_path, whole
 ):
   """Before they go on, both refuse a run, and process 0 alone refuses another one."""
-  killed = tmp_path / "killed"
-  processes = start_two(killed)
-  key = {"corruption": 0.2, "method": "ir_dro_compositional", "seed": 0}
-  while latest_step(folder.checkpoints(killed, key)) < 2 and processes[0].poll() is None:
-    time.sleep(0.05)
-  for process in processes:
-    process.kill()
-  outputs = [process.communicate(timeout=300)[0] for process in processes]
-  assert [process.returncode for process in processes] == [-signal.SIGKILL] * 2, outputs
-  assert len(folder.read(killed)[0]) == 2  # It was stopped before the end.
   (tmp_path / "in_use").mkdir()
   with (tmp_path / "in_use" / "lock").open("w") as lock:
     fcntl.flock(lock, fcntl.LOCK_EX)
-    processes = start_two(killed, "--resume")
-    outputs = [process.communicate(timeout=300)[0] for process in processes]
-  assert [process.returncode for process in processes] == [0, 0], outputs
+    outputs = run_two(tmp_path / "stopped")
   for said, by in (
     ("[2, 2, 0, 0]", [True, True]),
     ("resume needs an earlier run in output_dir", [True, True]),
@@ -518,7 +506,7 @@ def test_two_processes_do_what_one_does_and_go_on_bit_for_bit_where_they_were_ki
   ):
     assert [said in output for output in outputs] == by, said
   for mine, theirs, of_one, names in zip(
-    tables_of(killed),
+    tables_of(tmp_path / "stopped"),
     tables_of(tmp_path / "whole"),
     tables_of(whole[0]["output_dir"]),
     (["train_loss", "validation_loss", "ess", "weight_clean"], ["loss"]),

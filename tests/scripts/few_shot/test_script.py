@@ -2,10 +2,6 @@
 
 import dataclasses
 import functools
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import chex
@@ -15,6 +11,7 @@ import numpy as np
 import optax
 import pandas as pd
 import pytest
+import tyro
 from PIL import Image
 
 from scripts.common import fewshot_data, folder, study
@@ -23,11 +20,14 @@ from scripts.few_shot import __main__ as script
 from scripts.few_shot import problem as few_shot
 from scripts.few_shot import setting as few_shot_setting
 from scripts.few_shot.__main__ import Config, FewShot, FewShotStudy
-from tests.scripts.common.killed import environment
-from tests.scripts.few_shot import small_few_shot
-from tests.scripts.few_shot.small_few_shot import SMALL
+from tests.scripts.common.stopped import programs_kept, stopped_after
 
 pytestmark = pytest.mark.slow  # All together, not each.
+
+SMALL = {
+  "width": 2, "num_ways": 2, "num_shots": 1, "num_queries": 1, "num_tasks": 2, "inner_steps": 2,
+  "num_samples": 2, "eval_episodes": 20, "eval_every": 2, "checkpoint_every": 2, "steps": 4,
+}  # fmt: skip
 
 SETTINGS = few_shot_setting.Settings(
   num_ways=2, num_shots=2, num_queries=1, num_rotations=1, num_tasks=2, inner_steps=3,
@@ -42,7 +42,7 @@ def features(x, images):
 
 
 BACKBONE = few_shot.Backbone(
-  lambda key, images: {"w": jax.random.normal(key, (8, 3))}, features, features
+  lambda key, images: {"w": jax.random.normal(key, (images[0].size, 3))}, features, features
 )
 
 
@@ -51,7 +51,7 @@ def episodes():
   classes = fewshot_data.ImageClasses(
     jax.random.uniform(jax.random.key(5), (6, 4, 4, 2, 1)), jnp.full(6, 4), jnp.arange(6)
   )
-  return few_shot_setting.sampler(SETTINGS, 1, 2)(jax.random.key(1), classes)
+  return jax.jit(few_shot_setting.sampler(SETTINGS, 1, 2))(jax.random.key(1), classes)
 
 
 @functools.cache
@@ -67,9 +67,11 @@ def hypergradient(name, settings=SETTINGS, seed=0):
   return jax.tree.map(lambda a, b: a - b, x(state), x(after)), state, loss, method
 
 
-def mean_over_tasks(of_task, x):
-  losses = [of_task(x, jax.tree.map(lambda leaf, t=t: leaf[t], episodes())) for t in range(2)]
-  return sum(losses) / 2
+@functools.cache
+def mean_over_tasks(of_task):
+  """The loss of ``x`` and its gradient."""
+  tasks = [jax.tree.map(lambda leaf, t=t: leaf[t], episodes()) for t in range(2)]
+  return jax.jit(jax.value_and_grad(lambda x: sum(of_task(x, task) for task in tasks) / 2))
 
 
 def softmax_loss(w, b, z, labels):
@@ -100,14 +102,14 @@ def anil_loss(x, episode, stop=False):
 def test_anil_steps_along_the_gradient_of_the_composed_loss(name):
   """ESJ has as many orthogonal directions as features, which makes it exact."""
   result, state, loss, _ = hypergradient(name)
-  of_task = lambda x, episode: anil_loss(x, episode, stop=name == "first_order")
-  value, expected = jax.value_and_grad(lambda x: mean_over_tasks(of_task, x))(state.x)
+  of_task = functools.partial(anil_loss, stop=True) if name == "first_order" else anil_loss
+  value, expected = mean_over_tasks(of_task)(state.x)
   np.testing.assert_allclose(loss, value, rtol=1e-5)
   tolerance = 1e-2 if name == "esj_through" else 1e-4
   error = np.linalg.norm(result["w"] - expected["w"]) / np.linalg.norm(expected["w"])
   assert error < tolerance
   if name == "first_order":  # The response is no small part.
-    exact = jax.grad(lambda x: mean_over_tasks(anil_loss, x))(state.x)
+    _, exact = mean_over_tasks(anil_loss)(state.x)
     assert np.linalg.norm(exact["w"] - expected["w"]) > 0.05 * np.linalg.norm(exact["w"])
 
 
@@ -122,7 +124,7 @@ def test_esj_on_parameters_is_the_response_of_perturbed_parameters():
   """Many directions on 24 parameters: within four standard errors of the exact one."""
   settings = dataclasses.replace(SETTINGS, num_samples_plain=4000)
   result, state, *_ = hypergradient("esj", settings)
-  exact = jax.grad(lambda x: mean_over_tasks(anil_loss, x))(state.x)["w"]
+  exact = mean_over_tasks(anil_loss)(state.x)[1]["w"]
   first_order, *_ = hypergradient("first_order")
   response = np.linalg.norm(exact - first_order["w"])
   assert np.linalg.norm(result["w"] - exact) < 2 * response * np.sqrt(25 / 4000)
@@ -155,7 +157,7 @@ def test_maml_steps_along_the_gradient_through_all_parameters():
       theta = jax.tree.map(lambda p, g: p - 0.1 * g, theta, grads)
     return loss(theta, episode.query_images, episode.query_labels)
 
-  expected = jax.grad(lambda x: mean_over_tasks(of_task, x))(state.x)
+  _, expected = mean_over_tasks(of_task)(state.x)
   chex.assert_trees_all_close(result, expected, rtol=1e-4, atol=1e-6)
 
 
@@ -333,22 +335,25 @@ def test_what_cannot_run_is_refused_before_anything_is_trained(
   assert not (tmp_path / "out").exists()
 
 
-def test_a_killed_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
-  monkeypatch.setattr(script, "read", small_few_shot.read)
+def test_a_single_run_is_given_its_seed():
+  assert tyro.cli(Config, args=["--seed", "7"]).first_seed == 7
+
+
+@programs_kept()
+def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
+  images = np.random.default_rng(0).integers(256, size=(12, 4, 16, 16, 1), dtype=np.uint8)
+  part = fewshot_data.ImageClasses(images, np.full(12, 4, np.int32), np.arange(12))
+  monkeypatch.setattr(script, "read", lambda config: fewshot_data.FewShotData(*[part] * 3))
+  monkeypatch.setattr(script, "make_backbone", lambda config, images: BACKBONE)
   monkeypatch.setattr(FewShotStudy, "draw", lambda *_: None)  # It takes seconds.
   options = SMALL | {"methods": ("esj_through",), "first_seed": 1}
   whole, stopped = tmp_path / "whole", tmp_path / "stopped"
   assert study.run(FewShotStudy(), Config(output_dir=whole, **options)) == 0
-  flags = Config(**options).flags().replace("--first-seed", "--seed").split()
-  program = [sys.executable, "-m", "tests.scripts.few_shot.small_few_shot"]
-  command = [*program, *flags, "--output-dir", str(stopped)]
-  process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL)
+  with stopped_after(2):  # The checkpoint is of step 2, the line of step 4.
+    study.run(FewShotStudy(), Config(output_dir=stopped, **options))
   cell = folder.checkpoints(stopped, {"method": "esj_through", "seed": 1})
-  while process.poll() is None and latest_step(cell) < 2:
-    time.sleep(0.01)
-  process.kill()
-  assert process.wait() == -signal.SIGKILL
-  assert [line["step"] for line in folder.read(stopped)[0]] == [2]
+  assert latest_step(cell) == 2
+  assert [line["step"] for line in folder.read(stopped)[0]] == [2, 4]
   assert study.run(FewShotStudy(), Config(output_dir=stopped, resume=True, **options)) == 0
   timed = {"columns": ["seconds", "seconds_per_step", "temporary_bytes"], "errors": "ignore"}
   for resumed, at_once in zip(folder.read(stopped)[:2], folder.read(whole)[:2], strict=True):

@@ -3,7 +3,6 @@
 import itertools
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,9 +17,9 @@ from PIL import Image
 from scripts.common import cleaning, data, folder, plots, study
 from scripts.hyper_cleaning.__main__ import LABELS, Config, HyperCleaning, gain_share
 from scripts.hyper_cleaning.plots import draw
+from tests.scripts.common.stopped import programs_kept, stopped_after
 
 ROOT = Path(__file__).parents[3]
-from tests.scripts.common.killed import environment
 
 
 def config(path, **more):
@@ -30,15 +29,17 @@ def config(path, **more):
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-  """The folder of a small run."""
-  path = tmp_path_factory.mktemp("small")
-  assert study.run(HyperCleaning(), config(path)) == 0
-  return path
+  """The folder of a small run, and its programs."""
+  path, programs = tmp_path_factory.mktemp("small"), {}
+  with programs_kept(programs):
+    assert study.run(HyperCleaning(), config(path)) == 0
+  return path, programs
 
 
 @pytest.mark.slow
 def test_rows_are_of_the_last_evaluation_on_the_test_set(small):
-  lines, rows, _ = folder.read(small)
+  path, _ = small
+  lines, rows, _ = folder.read(path)
   assert len(lines) == 2 * 3 * 6
   wanted = {"method", "seed", "evaluation", "seconds", "outer_loss", "accuracy"}
   assert all(line.keys() == wanted for line in lines)
@@ -51,21 +52,21 @@ def test_rows_are_of_the_last_evaluation_on_the_test_set(small):
     assert row["outer_steps"] == 6
     assert np.isnan(row["auc"]) == (row["method"] != "itd")
     assert row["temporary_bytes"] > 0
-  with Image.open(small / "hyper_cleaning.png") as picture:
+  with Image.open(path / "hyper_cleaning.png") as picture:
     assert picture.width > 1000
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_bit_for_bit(small, tmp_path):
-  command = [sys.executable, "-m", "tests.scripts.common.killed", "9", "hyper_cleaning"]
-  command += ["--outer-steps", "6", "--methods", "everything", "oracle", "--seeds", "1"]
-  command += ["--output-dir", str(tmp_path)]
-  killed = subprocess.run(command, check=False, cwd=ROOT, env=environment())
-  assert killed.returncode == -signal.SIGKILL
-  lines, rows, _ = folder.read(tmp_path)
-  assert (len(lines), len(rows)) == (9, 1)  # It was at the second method.
-  assert study.run(HyperCleaning(), config(tmp_path, resume=True)) == 0
-  whole, resumed = (folder.read(path)[:2] for path in (small, tmp_path))
+def test_a_stopped_run_goes_on_bit_for_bit(small, tmp_path, monkeypatch):
+  monkeypatch.setattr(HyperCleaning, "draw", lambda *_: None)  # It takes seconds.
+  path, programs = small
+  with programs_kept(programs):
+    with stopped_after(9):
+      study.run(HyperCleaning(), config(tmp_path).but(methods=("everything", "oracle"), seeds=1))
+    lines, rows, _ = folder.read(tmp_path)
+    assert (len(lines), len(rows)) == (9, 1)  # It was at the second method.
+    assert study.run(HyperCleaning(), config(tmp_path, resume=True)) == 0
+  whole, resumed = (folder.read(of_run)[:2] for of_run in (path, tmp_path))
   for entry in itertools.chain(*whole, *resumed):
     for name in ("seconds", "seconds_per_step", "compile_seconds"):
       entry.pop(name, None)
@@ -82,8 +83,8 @@ def test_scores_and_accuracy_are_those_of_the_loop_written_out(small):
     key = jax.random.fold_in(jax.random.key(1), i)
     state, losses = one_step(state, key, train, split.val)
   accuracy = lambda part: float(cleaning.accuracy(settings, state.solution.params, part))
-  [row] = [r for r in folder.read(small)[1] if (r["method"], r["seed"]) == ("itd", 1)]
-  line = json.loads((small / "metrics.jsonl").read_text().splitlines()[-1])
+  [row] = [r for r in folder.read(small[0])[1] if (r["method"], r["seed"]) == ("itd", 1)]
+  line = json.loads((small[0] / "metrics.jsonl").read_text().splitlines()[-1])
   assert row["test_accuracy"] == pytest.approx(accuracy(split.test), abs=0.005)
   assert accuracy(split.test) != pytest.approx(accuracy(split.val), abs=0.005)
   assert line["outer_loss"] == pytest.approx(float(losses[-1]), rel=1e-4)

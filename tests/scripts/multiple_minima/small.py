@@ -1,19 +1,15 @@
-"""Small problems, and times that are not measured; as a program, a run that is killed."""
+"""Small problems, and times that are not measured."""
 
 import dataclasses
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import jax.numpy as jnp
 
-from scripts.common import study
 from scripts.multiple_minima import __main__ as script
 from scripts.multiple_minima import methods, toys, training
-from tests.scripts.common.killed import kill_after
 
 SETTINGS = dataclasses.replace(methods.DATASETS["digits"], num_train=40, num_val=20, hidden=(8,))
-BUDGET, LINES = 40, 40
+BUDGET = 40
 
 
 def config(folder, **more):
@@ -38,9 +34,3 @@ def patch(setattr, setitem):
     return {name: SimpleNamespace(seconds=seconds(call)) for name, call in programs.items()}
 
   setattr(script.measure, "time_together", time_together)
-
-
-if __name__ == "__main__":
-  patch(setattr, dict.__setitem__)
-  kill_after(LINES)
-  study.run(script.MultipleMinima(), config(Path(sys.argv[1]), toys=(), resume=True))

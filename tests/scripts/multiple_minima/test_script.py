@@ -6,9 +6,6 @@ import io
 import json
 import math
 import shutil
-import signal
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import chex
@@ -27,7 +24,7 @@ from scripts.multiple_minima import loops, methods, toys, training, tune
 from scripts.multiple_minima.__main__ import Config, MultipleMinima
 from scripts.multiple_minima.training import Parts, Training, make_problem
 from tests.bilevel import value_problems as vp
-from tests.scripts.common.killed import environment
+from tests.scripts.common.stopped import programs_kept, stopped_after
 from tests.scripts.multiple_minima import small
 
 pytestmark = pytest.mark.slow  # All together, not each.
@@ -37,12 +34,13 @@ SMALL, BUDGET = small.SETTINGS, small.BUDGET
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-  """The folder of a small run, and what it printed."""
-  path, printed = tmp_path_factory.mktemp("whole"), io.StringIO()
+  """The folder of a small run, what it printed, and its programs."""
+  path, printed, programs = tmp_path_factory.mktemp("whole"), io.StringIO(), {}
   with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
     small.patch(patch.setattr, patch.setitem)
-    assert study.run(MultipleMinima(), small.config(path)) == 0
-  return path, printed.getvalue()
+    with programs_kept(programs):
+      assert study.run(MultipleMinima(), small.config(path)) == 0
+  return path, printed.getvalue(), programs
 
 
 def read(path):
@@ -53,7 +51,7 @@ def read(path):
 
 
 def test_a_run_prints_its_tables_and_writes_its_files(whole):
-  path, output = whole
+  path, output, _ = whole
   for word in ("T1 distance", "T1 gap", "PDBO", "validation only", "50% of labels", "retrained"):
     assert word in output
   assert "T2" not in output
@@ -85,17 +83,18 @@ def test_a_run_prints_its_tables_and_writes_its_files(whole):
       assert picture.height > 1000
 
 
-def test_a_killed_run_goes_on_bit_for_bit(whole, tmp_path, monkeypatch):
+def test_a_stopped_run_goes_on_bit_for_bit(whole, tmp_path, monkeypatch):
   """From the costs of the whole run: the points of a curve depend on the clock."""
   for name in ("config.json", "notes.json"):
     shutil.copy(whole[0] / name, tmp_path)
-  command = [sys.executable, "-m", small.__name__, str(tmp_path)]
-  killed = subprocess.run(command, check=False, env=environment())
-  assert killed.returncode == -signal.SIGKILL
-  assert [len(entries) for entries in read(tmp_path)] == [small.LINES, 1]  # In the second cell.
   small.patch(monkeypatch.setattr, monkeypatch.setitem)
   config = small.config(tmp_path, toys=(), resume=True)
-  assert study.run(MultipleMinima(), config) == 0
+  monkeypatch.setattr(MultipleMinima, "draw", lambda *_: None)  # It takes seconds.
+  with programs_kept(whole[2]):
+    with stopped_after(40):
+      study.run(MultipleMinima(), config)
+    assert [len(entries) for entries in read(tmp_path)] == [40, 1]  # In the second cell.
+    assert study.run(MultipleMinima(), config) == 0
   assert read(tmp_path) == read(whole[0])
 
 

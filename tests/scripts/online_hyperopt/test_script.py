@@ -2,9 +2,6 @@
 
 import json
 import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -28,7 +25,7 @@ from scripts.online_hyperopt import plots as online_plots
 from scripts.online_hyperopt import problems, runs, streams, tuning
 from scripts.online_hyperopt.config import Config
 from scripts.online_hyperopt.methods import METHODS, Rates, Setting, Variant
-from tests.scripts.common.killed import environment
+from tests.scripts.common.stopped import programs_kept, stopped_after
 
 pytestmark = pytest.mark.slow  # All together, not each.
 
@@ -461,7 +458,8 @@ def test_what_cannot_be_run_ends_with_2_and_no_file(tmp_path, capsys, wrong, mes
   assert not list(tmp_path.iterdir())
 
 
-def test_hyper_representation_moves_its_backbone(tmp_path):
+def test_hyper_representation_moves_its_backbone(tmp_path, monkeypatch):
+  monkeypatch.setattr(script.OnlineHyperopt, "draw", lambda *_: None)  # It takes seconds.
   given = {
     "problem": "representation", "streams": ("dynamic",), "methods": ("ogd", "sogd", "oagd"),
     "width": 4, "inner_learning_rate": 0.1, "outer_learning_rate": 0.01,
@@ -475,26 +473,19 @@ def test_hyper_representation_moves_its_backbone(tmp_path):
   assert (rows["breakdown_share"].notna() == damped).all()
 
 
-def test_a_run_that_was_killed_goes_on_bit_for_bit(tmp_path):
-  mine = config(tmp_path / "killed", streams=("gradual", "zigzag"), methods=("sobow",), seeds=1)
+@programs_kept()
+def test_a_run_that_was_stopped_goes_on_bit_for_bit(tmp_path, monkeypatch):
+  monkeypatch.setattr(script.OnlineHyperopt, "draw", lambda *_: None)  # It takes seconds.
+  mine = config(tmp_path / "stopped", streams=("gradual", "zigzag"), methods=("sobow",), seeds=1)
   assert script.run(mine.but(output_dir=tmp_path / "whole")) == 0
-  code = f"""
-import tests.conftest  # Its programs are compiled already.
-from scripts.online_hyperopt import __main__ as script
-from scripts.online_hyperopt import config as settings
-from tests.scripts.common.killed import kill_after
-settings.DATASETS["digits"] = (20, 8)
-kill_after(34)
-script.run(settings.Config(**{mine.model_dump(mode="json")}))
-"""
-  process = subprocess.run([sys.executable, "-c", code], check=False, env=environment())
-  assert process.returncode == -signal.SIGKILL
+  with stopped_after(34):
+    script.run(mine)
   assert [len(table) for table in folder.read(mine.output_dir)[:2]] == [34, 1]
   second = {"stream": "zigzag", "method": "sobow", "window": 2}
   assert latest_step(folder.checkpoints(mine.output_dir, second)) in (5, 10)
   assert script.run(mine.but(resume=True)) == 0
-  killed, whole = (folder.read(tmp_path / name) for name in ("killed", "whole"))
-  for a, b in zip(killed[:2], whole[:2], strict=True):
+  stopped, whole = (folder.read(tmp_path / name) for name in ("stopped", "whole"))
+  for a, b in zip(stopped[:2], whole[:2], strict=True):
     a, b = (pd.DataFrame(table).filter(regex="^(?!seconds)") for table in (a, b))
     pd.testing.assert_frame_equal(a, b, check_exact=True)
 

@@ -5,11 +5,9 @@ import functools
 import io
 import json
 import math
-import signal
-import subprocess
-import sys
 import types
 from pathlib import Path
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +28,7 @@ from scripts.online_meta.config import Config
 from scripts.online_meta.methods import METHODS, Rates
 from scripts.online_meta.report import Trace
 from scripts.online_meta.runs import Streams
-from tests.scripts.common.killed import environment
+from tests.scripts.common.stopped import programs_kept, stopped_after
 
 pytestmark = pytest.mark.slow  # All together, not each.
 
@@ -50,14 +48,10 @@ def config(path, **options):
 @pytest.fixture(scope="module", autouse=True)
 def _small():
   with pytest.MonkeyPatch.context() as patch:
-    small_sizes(patch.setattr)
+    patch.setattr(pretraining, "EPOCH_STEPS", 2)
+    patch.setattr(pretraining, "EVAL_TASKS", 3)
+    patch.setitem(meta_data.READERS, "glyphs", lambda _, *sizes: glyphs(*sizes))
     yield
-
-
-def small_sizes(put):
-  put(pretraining, "EPOCH_STEPS", 2)
-  put(pretraining, "EVAL_TASKS", 3)
-  put(meta_data, "READERS", meta_data.READERS | {"glyphs": lambda _, *sizes: glyphs(*sizes)})
 
 
 @functools.cache
@@ -135,11 +129,11 @@ def test_no_image_is_in_a_validation_stream_and_in_a_reported_one(monkeypatch):
 def test_conv4_adapts_all_or_the_head():
   key, batch = jax.random.key(0), (jnp.ones((4, 16, 16, 1), jnp.uint8), jnp.arange(4) % 2)
   both, head = (meta_model.conv4(2, 16, 2, adapt) for adapt in ("all", "head"))
-  x = both.init(key)
-  shift = lambda tree: jax.tree.map(lambda leaf: leaf + 0.1, tree)
+  x = jax.tree.map(np.asarray, jax.jit(both.init)(key))
+  shift = lambda tree: jax.tree.map(lambda leaf: leaf + np.float32(0.1), tree)
   whole, of_head = jax.jit(both.loss), jax.jit(head.loss)
-  moved = shift(both.start(x))
-  zeros = optax.tree.zeros_like(x)
+  zeros = jax.tree.map(np.zeros_like, x)
+  moved = shift(jax.tree.map(np.asarray, both.start(x)))
   expected = whole(optax.tree.add(x, moved), zeros, batch)
   np.testing.assert_allclose(whole(x, moved, batch)[1], expected[1], rtol=1e-5)
   only_head = x._replace(head=shift(x.head))
@@ -368,19 +362,22 @@ def test_the_rates_file_has_all_that_the_default_run_needs():
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-  """The settings of a small run, of LEEDS at first, which finds its thresholds; and its output."""
+  """A small run, of LEEDS at first, which finds its thresholds: settings, output, and programs."""
   mine = config(tmp_path_factory.mktemp("whole"), sweep=True, seeds_at_once=2)
   write_rates(mine)
-  printed = io.StringIO()
+  printed, programs = io.StringIO(), {}
   # The check of keys takes the batched switch of the stream for reuse.
-  with jax.debug_key_reuse(False), contextlib.redirect_stdout(printed):
+  with jax.debug_key_reuse(False), contextlib.redirect_stdout(printed), kept_in(programs):
     assert script.run(mine.but(methods=("leeds",))) == 0
     assert script.run(mine.but(resume=True)) == 0
-  return mine, printed.getvalue()
+  return mine, printed.getvalue(), programs
+
+
+kept_in = functools.partial(programs_kept, without={("trained", "maml")})
 
 
 def test_a_run_writes_traces_tables_and_pictures_and_goes_on(whole, capsys):
-  mine, output = whole
+  mine, output, _ = whole
   assert output.count("│     2 │") == 3 + 4  # Of LEEDS and its detectors; then of both methods.
   for word in ("glyphs, p = 0.7: 12 rounds, 3-way 2-shot", "LEEDS", "negatives", "Detection"):
     assert word in output
@@ -432,23 +429,14 @@ def test_seeds_side_by_side_are_as_one_after_the_other(tmp_path):
   assert np.any(both.loss[0] != both.loss[1])
 
 
-def test_a_run_that_was_killed_goes_on_bit_for_bit(whole, tmp_path):
+def test_a_run_that_was_stopped_goes_on_bit_for_bit(whole, tmp_path, monkeypatch):
   mine = whole[0].but(output_dir=tmp_path)
-  code = f"""
-import jax, tests.conftest  # Its programs are compiled already.
-jax.config.update("jax_debug_key_reuse", False)
-from scripts.online_meta import __main__ as script
-from tests.scripts.common.killed import kill_after
-from tests.scripts.online_meta import test_script as small
-small.small_sizes(setattr)
-kill_after(5)
-script.run(small.Config(**{mine.model_dump(mode="json")}))
-"""
-  process = subprocess.run([sys.executable, "-c", code], check=False, env=environment())
-  assert process.returncode == -signal.SIGKILL
+  monkeypatch.setattr(script, "plots", mock.Mock())  # They take seconds.
+  with jax.debug_key_reuse(False), kept_in(whole[2]), stopped_after(3):
+    script.run(mine)
   lines, rows, _ = folder.read(tmp_path)
-  assert (len(lines), len(rows)) == (5, 2)  # LEEDS has its rows, MAML has not.
-  with jax.debug_key_reuse(False):
+  assert (len(lines), len(rows)) == (3, 0)  # LEEDS has its lines, but was not saved.
+  with jax.debug_key_reuse(False), kept_in(whole[2]):
     assert script.run(mine.but(resume=True)) == 0
   expected, found = (folder.read(path) for path in (whole[0].output_dir, tmp_path))
   for a, b in zip(expected[:2], found[:2], strict=True):
