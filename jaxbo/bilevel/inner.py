@@ -166,6 +166,12 @@ def inner_solver(
     return scan(body, carry, jax.tree.map(lambda leaf: leaf[begin:end], slices), end - begin)
 
   def path_from_features(z, begin_at, batch, *, last=None):
+    y, opt_state = begin_at
+    found, wanted = map(jax.tree.structure, (opt_state, jax.eval_shape(fresh, z, y)))
+    if found != wanted:
+      raise ValueError(
+        f"solution must come from this inner solver, got another optimizer's state, {found}"
+      )
     if last is not None and _check.positive_int("last", last) > num_steps:
       raise ValueError(f"last must be at most num_steps={num_steps}, got {last}")
     scan = functools.partial(_final_carry, remat=remat)
