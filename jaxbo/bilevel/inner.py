@@ -9,7 +9,7 @@ import optax
 
 from jaxbo import _check, _tree
 from jaxbo._types import Data, Loss, PyTree
-from jaxbo.bilevel.remat import final_carry
+from jaxbo.bilevel.scan import final_carry, scan_until
 from jaxbo.bilevel.solution import FeatureProblem, InnerInfo, InnerSolution, InnerSolver
 
 
@@ -18,6 +18,7 @@ def inner_solver(
   optimizer: optax.GradientTransformation | Callable[[PyTree], optax.GradientTransformation],
   num_steps: int,
   *,
+  tolerance: float | jax.Array | None = None,
   per_step_batches: bool = False,
   has_aux: bool = False,
   keep: Callable[[PyTree, PyTree], PyTree] | None = None,
@@ -42,6 +43,8 @@ def inner_solver(
       differentiable: for Adam set ``eps_root > 0``, because the derivative of its square root is
       infinite at a gradient of exactly zero.
     num_steps: the number :math:`N \ge 1` of steps.
+    tolerance: stop before, once :math:`\|y^{n+1} - y^n\| \le \text{tolerance}\, \|y^{n+1}\|`. The
+      losses after that are the last one. Such a run has no reverse mode: ITD refuses it.
     per_step_batches: ``False``: every step sees the whole ``batch``. ``True``: every leaf of
       ``batch`` has a leading axis ``num_steps`` and step ``n`` sees slice ``n``. All runs of one
       update (base, perturbed, unrolled) see the same slices.
@@ -91,6 +94,9 @@ def inner_solver(
     (20,)
   """
   num_steps = _check.positive_int("num_steps", num_steps)
+  early = None
+  if tolerance is not None:
+    early = functools.partial(scan_until, tolerance=_check.non_negative("tolerance", tolerance))
   if not isinstance(remat, bool):
     remat = _check.positive_int("remat", remat)
   _check.takes_arguments("inner_loss", inner_loss, "x" if through is None else "z", "y", "batch")
@@ -189,6 +195,8 @@ def inner_solver(
     if last is not None and _check.positive_int("last", last) > num_steps:
       raise ValueError(f"last must be at most num_steps={num_steps}, got {last}")
     scan = functools.partial(final_carry, remat=remat)
+    if early is not None:
+      scan = lambda *args: early(*args)[0]
     begin = 0 if last is None else num_steps - last
     carry = begin_at
     if begin:
@@ -204,7 +212,7 @@ def inner_solver(
     return jax.vmap(through, in_axes=(None, 0))(x, batch)
 
   def run_steps(x, begin_at, batch):
-    end, told = steps(features(x, batch), begin_at, batch, jax.lax.scan)
+    end, told = steps(features(x, batch), begin_at, batch, early or jax.lax.scan)
     finite = _tree.all_finite(end)
     return _tree.where(finite, end, begin_at), finite, told
 
@@ -269,6 +277,7 @@ def inner_solver(
     descend=descend,
     num_steps=num_steps,
     per_step_batches=per_step_batches,
+    stops_early=tolerance is not None,
     start=start,
     through=None if through is None else FeatureProblem(features, path_from_features),
   )
