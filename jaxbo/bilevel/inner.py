@@ -194,9 +194,7 @@ def inner_solver(
       )
     if last is not None and _check.positive_int("last", last) > num_steps:
       raise ValueError(f"last must be at most num_steps={num_steps}, got {last}")
-    scan = functools.partial(final_carry, remat=remat)
-    if early is not None:
-      scan = lambda *args: early(*args)[0]
+    scan = functools.partial(final_carry, remat=remat, scan=early or jax.lax.scan)
     begin = 0 if last is None else num_steps - last
     carry = begin_at
     if begin:

@@ -14,12 +14,18 @@ from jaxbo._types import PyTree
 
 
 def final_carry(
-  body: Callable[..., Any], carry: PyTree, slices: PyTree, length: int, *, remat: bool | int
+  body: Callable[..., Any],
+  carry: PyTree,
+  slices: PyTree,
+  length: int,
+  *,
+  remat: bool | int,
+  scan: Callable[..., Any] = jax.lax.scan,
 ) -> PyTree:
-  """``lax.scan`` without outputs; with ``remat``, it stores only the start of each segment."""
+  """A scan without outputs; with ``remat``, it stores only the start of each segment."""
 
   def steps(length, carry, slices):
-    return jax.lax.scan(lambda c, s: (body(c, s)[0], None), carry, slices, length=length)[0]
+    return scan(lambda c, s: (body(c, s)[0], None), carry, slices, length)[0]
 
   def segments(count, length, carry, slices):
     segment = jax.checkpoint(functools.partial(steps, length), prevent_cse=False)
