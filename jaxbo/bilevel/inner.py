@@ -75,7 +75,8 @@ def inner_solver(
   Raises:
     ValueError: if ``num_steps`` or ``remat`` is below 1; if the leading axis of a per-step batch is
       not ``num_steps``; if the loss is not a scalar; if ``warm_start`` is not one of the values
-      above, or is given with ``start``; if ``keep`` is given without ``has_aux``; if ``through`` is
+      above, or is given with ``start``; if ``keep`` is given without ``has_aux``, or ``remat`` with
+      ``tolerance``; if ``through`` is
       given with a ``start`` or an optimizer that depends on ``x``.
     TypeError: if ``inner_loss``, ``through`` or ``start`` does not take its arguments; if
       ``optimizer`` is neither an optimizer nor a function that returns one; if a parameter is not a
@@ -96,6 +97,8 @@ def inner_solver(
   num_steps = _check.positive_int("num_steps", num_steps)
   early = None
   if tolerance is not None:
+    if remat:
+      raise ValueError("remat must be False with tolerance: such a run has no reverse mode")
     early = functools.partial(scan_until, tolerance=_check.non_negative("tolerance", tolerance))
   if not isinstance(remat, bool):
     remat = _check.positive_int("remat", remat)

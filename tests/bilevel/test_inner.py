@@ -256,6 +256,7 @@ def test_init_copies_and_strips_weak_types():
     ({"optimizer": 0.1}, TypeError, "optimizer must be an optax transformation, .* got 0.1"),
     ({"optimizer": optax.sgd}, TypeError, r"say optax\.sgd\(0\.1\), or a function of x, got <func"),
     ({"optimizer": lambda: optax.sgd(0.1)}, TypeError, r"function optimizer\(x\)"),
+    ({"tolerance": 0.1, "remat": True}, ValueError, "remat must be False with tolerance"),
     ({"tolerance": -1.0}, ValueError, "tolerance must be non-negative"),
     ({"warm_start": True}, ValueError, "one of 'params', 'all', False, got True"),
     ({"warm_start": "state"}, ValueError, "one of 'params', 'all', False, got 'state'"),
