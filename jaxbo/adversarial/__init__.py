@@ -2,6 +2,7 @@
 
 from jaxbo.adversarial.apgd import apgd
 from jaxbo.adversarial.attack import Attack, AttackInfo
+from jaxbo.adversarial.box import Box, normalized
 from jaxbo.adversarial.class_metrics import class_accuracy, tail_accuracy
 from jaxbo.adversarial.done import done_grad
 from jaxbo.adversarial.evaluate import RobustnessReport, evaluate_robustness, standard_attacks
@@ -21,6 +22,7 @@ from jaxbo.adversarial.weightings import WatState, gairat, mail, wat
 __all__ = [
   "Attack",
   "AttackInfo",
+  "Box",
   "DoneInfo",
   "RobustnessReport",
   "WatState",
@@ -35,6 +37,7 @@ __all__ = [
   "mail",
   "margin_loss",
   "mart_loss",
+  "normalized",
   "pgd",
   "probabilistic_margin",
   "square",

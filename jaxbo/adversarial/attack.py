@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxbo import _check, _random, _tree
 from jaxbo._types import Data, Key, PyTree
+from jaxbo.adversarial.box import Box
 from jaxbo.adversarial.losses import (
   cross_entropy_loss,
   kl_divergence,
@@ -32,15 +33,24 @@ class AttackInfo(NamedTuple):
       :func:`jaxbo.adversarial.gairat`.
     not_finite: whether the attack found an objective or a gradient that is not finite. It did not
       move the example there.
+    clipped: whether the clean image was outside of the box, so that the attack began at another
+      image: the clean one clipped to ``[low, high]``. Anything but zero says that ``low`` and
+      ``high`` are not those of these images.
   """
 
   num_correct: jax.Array
   not_finite: jax.Array
+  clipped: jax.Array
 
   @property
   def num_not_finite(self) -> jax.Array:
     """The number of examples with an objective or gradient that was not finite, int32."""
     return jnp.sum(self.not_finite, dtype=jnp.int32)
+
+  @property
+  def num_clipped(self) -> jax.Array:
+    """The number of clean images that were outside of the box, int32."""
+    return jnp.sum(self.clipped, dtype=jnp.int32)
 
 
 class Attack(NamedTuple):
@@ -52,12 +62,13 @@ class Attack(NamedTuple):
 
   Attributes:
     run: ``run(params, (images, labels), key) -> (perturbed, AttackInfo)``. ``images`` are floats
-      ``[batch, ...]`` from ``low`` to ``high``; ``labels`` are integers ``[batch]``; ``key`` is an
-      int, a raw key array or a typed key (``None`` for attacks that are not random). Perturbed
-      images are at least float32, because narrower floats could leave the ball. Images out of
-      range and labels that are not classes raise ``ValueError``. Under ``jit``, where values are
-      not known, the attack clips images to the range; it leaves an example whose label is not a
-      class at its start and marks it as not finite.
+      ``[batch, ...]`` within ``low`` and ``high`` of the attack's :class:`Box`; ``labels`` are
+      integers ``[batch]``; ``key`` is an int, a raw key array or a typed key (``None`` for attacks
+      that are not random). Perturbed images are at least float32, because narrower floats could
+      leave the ball. Images out of range and labels that are not classes raise ``ValueError``.
+      Under ``jit``, where values are not known, the attack clips images to the range and marks
+      those as clipped; it leaves an example whose label is not a class at its start and marks it as
+      not finite.
   """
 
   run: Callable[..., tuple[jax.Array, AttackInfo]]
@@ -74,20 +85,21 @@ class Found(NamedTuple):
     perturbed: the perturbed images, ``[batch, ...]``.
     values: their objective, ``[batch]``.
     wrong: whether they are misclassified, ``[batch]``.
-    info: an :class:`AttackInfo`.
+    num_correct: as in :class:`AttackInfo`.
+    not_finite: as in :class:`AttackInfo`.
   """
 
   perturbed: jax.Array
   values: jax.Array
   wrong: jax.Array
-  info: AttackInfo
+  num_correct: jax.Array
+  not_finite: jax.Array
 
 
 def make_attack(
   model: Callable[..., jax.Array],
   find: Callable[..., Found],
-  low: float,
-  high: float,
+  box: Box,
   *,
   needs_key: bool = True,
   min_classes: int = 2,
@@ -101,13 +113,14 @@ def make_attack(
 
   @jax.jit
   def compiled(params, images, labels, key):
+    clipped = box.outside(images)
     params, images = jax.lax.stop_gradient((params, _tree.at_least_float32(images)))
     forward = lambda x: _tree.at_least_float32(model(params, x))
-    found = find(forward, jnp.clip(images, low, high), labels, key)
-    return found.perturbed, found.info
+    found = find(forward, box.clip(images), labels, key)
+    return found.perturbed, AttackInfo(found.num_correct, found.not_finite, clipped)
 
   def run(params, batch, key=None):
-    images, labels = check_batch(batch, low, high)
+    images, labels = check_batch(batch, box)
     num_classes = check_logits(jax.eval_shape(of_model, params, images), images, min_classes)
     check_labels(labels, num_classes)
     labels = _tree.at_least_int32(labels)
@@ -116,8 +129,8 @@ def make_attack(
   return Attack(run)
 
 
-def check_batch(batch: Data, low: float, high: float) -> tuple[jax.Array, jax.Array]:
-  """Returns images and labels; raises unless an attack can take them."""
+def check_batch(batch: Data, box: Box | None = None) -> tuple[jax.Array, jax.Array]:
+  """Returns images and labels; raises unless an attack can take them, in its box if given."""
   if not isinstance(batch, tuple | list) or len(batch) != 2:
     raise TypeError(f"batch must be a pair (images, labels), got {type(batch).__name__}")
   images, labels = batch
@@ -131,16 +144,27 @@ def check_batch(batch: Data, low: float, high: float) -> tuple[jax.Array, jax.Ar
       f"labels must be [batch], one for each of {jnp.shape(images)[0]} images, got shape "
       f"{jnp.shape(labels)}"
     )
-  if _check.is_known(images) and np.size(images):
+  images, labels = jnp.asarray(images), jnp.asarray(labels)
+  if box is not None:
+    check_pixels(images, box)
+  return images, labels
+
+
+def check_pixels(images: jax.Array, box: Box) -> None:
+  """Raises ``ValueError`` if a known image is outside of the box."""
+  if not all(map(_check.is_known, (images, box.low, box.high))):
+    return
+  with jax.ensure_compile_time_eval():  # Under jit too, of what is known there.
+    outside = np.any(box.outside(images))
+  if outside:
     values = np.asarray(images)
     # Unlike nanmin, this does not warn if all values are NaN.
     smallest, largest = (float(f.reduce(values, axis=None)) for f in (np.fmin, np.fmax))
-    if smallest < low or largest > high:
-      raise ValueError(
-        f"images must be from low={low} to high={high}, got values from {smallest:.6g} to "
-        f"{largest:.6g}; normalise inside the model, not before the attack"
-      )
-  return jnp.asarray(images), jnp.asarray(labels)
+    raise ValueError(
+      f"images must be from low={box.low} to high={box.high}, got values from {smallest:.6g} to "
+      f"{largest:.6g}; give their range, jaxbo.adversarial.Box(epsilon, low, high), or normalise "
+      "inside the model, by jaxbo.adversarial.normalized"
+    )
 
 
 def check_logits(
@@ -245,8 +269,7 @@ def best(found: Found) -> Found:
   index = jnp.argmax(jnp.where(eligible, found.values, -jnp.inf), axis=0)
   take = jax.vmap(lambda runs, i: jax.tree.map(lambda leaf: leaf[i], runs), in_axes=(1, 0))
   chosen = take(found, index)
-  not_finite = jnp.any(found.info.not_finite, axis=0)
-  return chosen._replace(info=chosen.info._replace(not_finite=not_finite))
+  return chosen._replace(not_finite=jnp.any(found.not_finite, axis=0))
 
 
 def vary_alike(tree: T, *others: PyTree) -> T:

@@ -1,10 +1,9 @@
 """How robust a model is: the worst case over attacks, by class, and reasons to doubt it."""
 
 import functools
-import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +15,7 @@ from jaxbo._types import Key, PyTree
 from jaxbo.adversarial import class_metrics
 from jaxbo.adversarial.apgd import apgd
 from jaxbo.adversarial.attack import Attack, check_batch, check_labels, is_wrong, typed_key
+from jaxbo.adversarial.box import Box, check_box
 from jaxbo.adversarial.losses import cross_entropy_loss
 from jaxbo.adversarial.pgd import pgd
 from jaxbo.adversarial.square import square
@@ -34,6 +34,9 @@ class RobustnessReport(NamedTuple):
       under the attack, ``[num_images]`` booleans.
     num_not_finite: for each attack by name, how many images had an objective or gradient that was
       not finite.
+    num_clipped: for each attack by name, how many clean images were outside of its box, so that it
+      attacked others. Attacks of this module raise ``ValueError`` instead, unless a ``jit`` of
+      yours around their ``run`` hides the values from them.
     warnings: reasons to doubt the accuracies; see :func:`evaluate_robustness`.
     num_classes: the number of classes.
   """
@@ -42,6 +45,7 @@ class RobustnessReport(NamedTuple):
   clean: np.ndarray
   correct: dict[str, np.ndarray]
   num_not_finite: dict[str, int]
+  num_clipped: dict[str, int]
   warnings: tuple[str, ...]
   num_classes: int
 
@@ -66,10 +70,8 @@ class RobustnessReport(NamedTuple):
 
 def standard_attacks(
   model: Callable[..., jax.Array],
+  box: Box,
   *,
-  epsilon: float,
-  low: float = 0.0,
-  high: float = 1.0,
   num_steps: int = 100,
   num_queries: int = 5000,
   num_classes: int | None = None,
@@ -79,9 +81,7 @@ def standard_attacks(
   Args:
     model: ``model(params, images) -> logits``, ``[batch, num_classes]``; the logits of an example
       must not depend on other examples.
-    epsilon: the largest change of a pixel, at least 0, in units of the images.
-    low: the smallest value of a pixel.
-    high: the largest value of a pixel.
+    box: the :class:`Box` of the images, say ``Box(8 / 255)`` for pixels from 0 to 1.
     num_steps: the number of steps of the longer attacks, at least 1.
     num_queries: the number of queries of :func:`square`, which needs images with four axes; 0
       leaves this attack out.
@@ -97,23 +97,23 @@ def standard_attacks(
     >>> import jaxbo
     >>> def model(params, images):
     ...   return images @ params
-    >>> attacks = jaxbo.adversarial.standard_attacks(model, epsilon=8 / 255)
+    >>> attacks = jaxbo.adversarial.standard_attacks(model, jaxbo.adversarial.Box(8 / 255))
     >>> list(attacks)
     ['pgd_20', 'pgd_100', 'apgd_ce', 'apgd_t', 'square']
   """
-  size = jnp.maximum(_check.non_negative("epsilon", epsilon) / 4, jnp.finfo(jnp.float32).tiny)
-  inside: dict[str, Any] = {"epsilon": epsilon, "low": low, "high": high}
+  epsilon = jnp.asarray(check_box(box).epsilon)
+  size = jnp.maximum(epsilon / 4, jnp.finfo(jnp.float32).tiny)
   objective = "targeted_dlr" if num_classes is None or num_classes > 3 else "margin"
-  few = pgd(model, step_size=size, num_steps=20, **inside)
-  many = pgd(model, step_size=size, num_steps=num_steps, **inside)
+  few = pgd(model, box, step_size=size, num_steps=20)
+  many = pgd(model, box, step_size=size, num_steps=num_steps)
   found = {
     "pgd_20": few,
     f"pgd_{num_steps}": many,
-    "apgd_ce": apgd(model, num_steps=num_steps, **inside),
-    "apgd_t": apgd(model, num_steps=num_steps, objective=objective, **inside),
+    "apgd_ce": apgd(model, box, num_steps=num_steps),
+    "apgd_t": apgd(model, box, num_steps=num_steps, objective=objective),
   }
   if num_queries:
-    found["square"] = square(model, num_queries=num_queries, **inside)
+    found["square"] = square(model, box, num_queries=num_queries)
   return found
 
 
@@ -138,7 +138,9 @@ def evaluate_robustness(
   * gradients of the cross entropy are exactly zero for more than a tenth of the images;
   * the attack named ``square``, which uses no gradients, breaks images that withstood all others;
   * the model runs a loop of unknown length (``while``), as optimization at inference does: gradient
-    attacks may not see through the loop.
+    attacks may not see through the loop;
+  * an attack had to clip clean images to its box: their pixels are not from its ``low`` to its
+    ``high``.
 
   Cost: the attacks and one forward pass after each; two forward passes and one backward pass for
   the checks.
@@ -165,7 +167,8 @@ def evaluate_robustness(
     >>> import jax.numpy as jnp, jaxbo
     >>> def model(params, images):
     ...   return jnp.concatenate([images, -images], axis=1) * params
-    >>> pgd = jaxbo.adversarial.pgd(model, epsilon=0.3, step_size=0.2, num_steps=4, low=-1.0)
+    >>> pgd = jaxbo.adversarial.pgd(
+    ...   model, jaxbo.adversarial.Box(0.3, low=-1.0), step_size=0.2, num_steps=4)
     >>> attacks = {"pgd": pgd}
     >>> batch = jnp.array([[0.5], [0.1], [-0.2]]), jnp.array([0, 0, 0])
     >>> report = jaxbo.adversarial.evaluate_robustness(model, jnp.float32(2.0), batch, 0, attacks)
@@ -179,11 +182,11 @@ def evaluate_robustness(
   _check.takes_arguments("model", model, "params", "images")
   batch_size = _check.positive_int("batch_size", batch_size)
   _check_attacks(attacks)
-  images, labels = map(np.asarray, check_batch(batch, -math.inf, math.inf))
+  images, labels = map(np.asarray, check_batch(batch))
   batch_size = min(batch_size, len(labels))
   key = typed_key(key)
   correct = {name: [] for name in ["clean", *attacks]}
-  bad = dict.fromkeys(attacks, 0)
+  bad, clipped = dict.fromkeys(attacks, 0), dict.fromkeys(attacks, 0)
   seen = []
   num_classes = 0
   for index, part, count in _cut(images, labels, batch_size):
@@ -199,16 +202,18 @@ def evaluate_robustness(
       withstood = ~np.asarray(_falls(model, params, perturbed, part[1]))[:count]
       correct[name].append(clean & withstood)
       bad[name] += int(np.sum(np.asarray(info.not_finite)[:count]))
+      clipped[name] += int(np.sum(np.asarray(info.clipped)[:count]))
   rows = {name: np.concatenate(parts) for name, parts in correct.items()}
   clean = rows.pop("clean")
   logits, again, zero = (np.concatenate(column) for column in zip(*seen, strict=True))
   reasons = [
     *_doubts_about_model(model, params, images[:1], logits, again, zero),
     *_doubts_about_gradients(rows),
+    *_doubts_about_boxes(clipped),
   ]
   for reason in reasons:
     warnings.warn(f"evaluate_robustness: {reason}", stacklevel=2)
-  return RobustnessReport(labels, clean, rows, bad, tuple(reasons), num_classes)
+  return RobustnessReport(labels, clean, rows, bad, clipped, tuple(reasons), num_classes)
 
 
 def _check_attacks(attacks: object) -> None:
@@ -270,6 +275,15 @@ def _doubts_about_gradients(correct: dict[str, np.ndarray]) -> Iterator[str]:
       yield (
         f"square, which uses no gradients, breaks {broken} images that withstood all other "
         "attacks; gradients may be masked"
+      )
+
+
+def _doubts_about_boxes(clipped: dict[str, int]) -> Iterator[str]:
+  for name, count in clipped.items():
+    if count:
+      yield (
+        f"{name} clipped {count} clean images to its box, and so attacked other images; give it "
+        "their range, jaxbo.adversarial.Box(epsilon, low, high)"
       )
 
 

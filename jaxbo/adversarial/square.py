@@ -4,11 +4,12 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from jaxbo import _check
 from jaxbo.adversarial import attack as attacks
-from jaxbo.adversarial.attack import Attack, AttackInfo, Found, Objective, make_attack
-from jaxbo.adversarial.box import along, make_ball
+from jaxbo.adversarial.attack import Attack, Found, Objective, make_attack
+from jaxbo.adversarial.box import Box, along, as_image, check_box, make_ball
 
 # After each of these shares of the queries, the area of the square is halved.
 _HALVINGS = (0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8)
@@ -16,12 +17,10 @@ _HALVINGS = (0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8)
 
 def square(
   model: Callable[..., jax.Array],
+  box: Box,
   *,
-  epsilon: float | jax.Array,
   num_queries: int = 5000,
   area: float = 0.8,
-  low: float = 0.0,
-  high: float = 1.0,
   objective: str | Objective = "margin",
 ) -> Attack:
   r"""The Square attack: random search in the ``linf`` ball, without gradients.
@@ -38,11 +37,10 @@ def square(
     model: ``model(params, images) -> logits``, ``[batch, num_classes]``, for images
       ``[batch, height, width, channels]``; the logits of an example must not depend on other
       examples.
-    epsilon: the largest change of a pixel, at least 0, in units of the images.
+    box: the :class:`Box` of the images, say ``Box(8 / 255)`` for pixels from 0 to 1; its
+      norm must be ``"linf"``.
     num_queries: the number of squares to try, at least 1.
     area: the share of the image that the first square covers, in (0, 1].
-    low: the smallest value of a pixel.
-    high: the largest value of a pixel.
     objective: what to maximize: ``"margin"``, ``"cross_entropy"``, ``"kl"``, ``"dlr"``, or a
       function ``(logits, labels, clean_logits) -> [batch]``.
 
@@ -57,7 +55,7 @@ def square(
     >>> def model(params, images):
     ...   mean = jnp.mean(images, axis=(1, 2, 3))
     ...   return params * jnp.stack([mean - 0.5, 0.5 - mean], axis=1)
-    >>> attack = jaxbo.adversarial.square(model, epsilon=0.1, num_queries=50)
+    >>> attack = jaxbo.adversarial.square(model, jaxbo.adversarial.Box(0.1), num_queries=50)
     >>> images = jnp.full((1, 4, 4, 1), 0.52)
     >>> perturbed = attack(jnp.float32(1.0), (images, jnp.array([0])), key=0)
     >>> print(perturbed.mean() < 0.5)                          # misclassified
@@ -67,7 +65,7 @@ def square(
     Andriushchenko et al., `Square Attack: a Query-efficient Black-box Adversarial Attack via Random
     Search <https://arxiv.org/abs/1912.00049>`_, 2020.
   """
-  ball = make_ball("linf", epsilon, low, high)
+  ball = make_ball(check_box(box, norms=("linf",)))
   num_queries = _check.positive_int("num_queries", num_queries)
   _check.within("area", area, 0, 1, ends="(]")
   value_of, min_classes = attacks.find_objective(objective)
@@ -76,6 +74,7 @@ def square(
     if images.ndim != 4:
       raise ValueError(f"images must be [batch, height, width, channels], got {images.shape}")
     clean = forward(images)
+    epsilon = as_image("epsilon", box.epsilon, images)
     first, rest = jax.random.split(key)
     batch, _, width, channels = images.shape
     stripes = jax.random.rademacher(first, (batch, 1, width, channels), images.dtype)
@@ -103,10 +102,10 @@ def square(
     # A point whose objective is not finite does not count as a success.
     carry = (delta, value, wrong & ~bad, jnp.zeros(batch, jnp.int32) + ~wrong, bad)
     carry = attacks.vary_alike(carry, carry, images, clean)
-    delta, value, wrong, *counts = jax.lax.fori_loop(0, num_queries, query, carry)
-    return Found(jnp.clip(images + delta, low, high), value, wrong, AttackInfo(*counts))
+    delta, *found = jax.lax.fori_loop(0, num_queries, query, carry)
+    return Found(box.clip(images + delta), *found)
 
-  return make_attack(model, find, low, high, min_classes=min_classes)
+  return make_attack(model, find, box, min_classes=min_classes)
 
 
 def _shrunk(i: jax.Array | int, num_queries: int) -> jax.Array:
@@ -114,7 +113,7 @@ def _shrunk(i: jax.Array | int, num_queries: int) -> jax.Array:
   return 0.5 ** jnp.sum(i > num_queries * jnp.array(_HALVINGS))
 
 
-def _paint(key: jax.Array, delta: jax.Array, share: jax.Array, epsilon: float | jax.Array):
+def _paint(key: jax.Array, delta: jax.Array, share: jax.Array, epsilon: ArrayLike):
   """Sets a random square of each example to ``epsilon`` or ``-epsilon``, one sign per channel."""
   batch, height, width, channels = delta.shape
   at_row, at_column, of_sign = jax.random.split(key, 3)

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 import jaxbo
-from jaxbo.adversarial import evaluate
+from jaxbo.adversarial import Box, evaluate
 from tests.adversarial import problem
 from tests.adversarial.problem import EPSILON, model
 
 pytestmark = pytest.mark.slow
 
 PARAMS, (IMAGES, LABELS) = problem.params(), problem.batch()
-CHEAP = {"epsilon": EPSILON, "num_steps": 5, "num_queries": 8}
+CHEAP = {"box": Box(EPSILON), "num_steps": 5, "num_queries": 8}
 
 
 @functools.cache
@@ -116,10 +116,8 @@ def test_square_that_breaks_what_withstood_the_others_is_warned_of():
   """A staircase has no slope, so that gradients find nothing."""
   stairs = lambda p, x: model(p, jnp.round(8 * x) / 8)
   attacks = {
-    "pgd": jaxbo.adversarial.pgd(
-      stairs, epsilon=0.3, step_size=0.1, num_steps=3, random_start=False
-    ),
-    "square": jaxbo.adversarial.square(stairs, epsilon=0.3, num_queries=100),
+    "pgd": jaxbo.adversarial.pgd(stairs, Box(0.3), step_size=0.1, num_steps=3, random_start=False),
+    "square": jaxbo.adversarial.square(stairs, Box(0.3), num_queries=100),
   }
   assert "square, which uses no gradients, breaks" in doubts(stairs, attacks)
 
@@ -128,7 +126,7 @@ def test_attacks_that_meet_nan_are_counted_once_for_an_image():
   """Also where the last batch is filled up with the last image."""
   batch = IMAGES[:4], jnp.zeros(4, jnp.int32)  # Of logits that are NaN argmax takes the first.
   broken = lambda p, x: jnp.where(x[:, 0, 0] < -1, 0.0, model(p, x) * jnp.nan)
-  attack = jaxbo.adversarial.pgd(broken, epsilon=0.1, step_size=0.1, num_steps=1)
+  attack = jaxbo.adversarial.pgd(broken, Box(0.1), step_size=0.1, num_steps=1)
   with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     ours = jaxbo.adversarial.evaluate_robustness(
@@ -139,28 +137,28 @@ def test_attacks_that_meet_nan_are_counted_once_for_an_image():
 
 
 def test_standard_attacks_adapt_to_the_task():
-  few = jaxbo.adversarial.standard_attacks(model, epsilon=0.1, num_queries=0, num_classes=3)
+  few = jaxbo.adversarial.standard_attacks(model, Box(0.1), num_queries=0, num_classes=3)
   assert list(few) == ["pgd_20", "pgd_100", "apgd_ce", "apgd_t"]
   three = lambda p, x: model(p, x)[:, :3]
   attack = jaxbo.adversarial.standard_attacks(three, **CHEAP, num_classes=3)["apgd_t"]
   assert np.isfinite(attack(PARAMS, (IMAGES, LABELS % 3), 0)).all()
-  nothing = jaxbo.adversarial.standard_attacks(model, epsilon=0.0, num_steps=2)["pgd_2"]
+  nothing = jaxbo.adversarial.standard_attacks(model, Box(0.0), num_steps=2)["pgd_2"]
   np.testing.assert_array_equal(nothing(PARAMS, (IMAGES, LABELS), 0), IMAGES)
 
 
 def test_standard_attacks_are_those_of_the_protocol(as_users_run, monkeypatch):
   asked = []
   for name in ("pgd", "apgd", "square"):
-    make = lambda model, *, name=name, **options: asked.append((name, options))
+    make = lambda model, box, *, name=name, **options: asked.append((name, box, options))
     monkeypatch.setattr(evaluate, name, make)
-  inside = {"epsilon": 0.25, "low": -1.0, "high": 2.0}
-  jaxbo.adversarial.standard_attacks(model, num_steps=50, num_queries=70, **inside)
+  box = Box(0.25, -1.0, 2.0)
+  jaxbo.adversarial.standard_attacks(model, box, num_steps=50, num_queries=70)
   assert asked == [
-    ("pgd", inside | {"step_size": 0.0625, "num_steps": 20}),
-    ("pgd", inside | {"step_size": 0.0625, "num_steps": 50}),
-    ("apgd", inside | {"num_steps": 50}),
-    ("apgd", inside | {"num_steps": 50, "objective": "targeted_dlr"}),
-    ("square", inside | {"num_queries": 70}),
+    ("pgd", box, {"step_size": 0.0625, "num_steps": 20}),
+    ("pgd", box, {"step_size": 0.0625, "num_steps": 50}),
+    ("apgd", box, {"num_steps": 50}),
+    ("apgd", box, {"num_steps": 50, "objective": "targeted_dlr"}),
+    ("square", box, {"num_queries": 70}),
   ]
 
 

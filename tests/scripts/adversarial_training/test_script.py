@@ -32,6 +32,7 @@ pytestmark = pytest.mark.slow  # All together, not each.
 
 RNG = np.random.default_rng(0)
 EPSILON, NUM_STEPS = 0.1, 3
+BOX = jaxbo.adversarial.Box(EPSILON)
 
 
 def model(params, images):
@@ -74,9 +75,7 @@ def close(a, b):
 
 
 def attacked(**options):
-  attack = jaxbo.adversarial.pgd(
-    model, epsilon=EPSILON, step_size=EPSILON / 4, num_steps=NUM_STEPS, **options
-  )
+  attack = jaxbo.adversarial.pgd(model, BOX, step_size=EPSILON / 4, num_steps=NUM_STEPS, **options)
   return attack.run(PARAMS, BATCH, jax.random.clone(KEY))
 
 
@@ -139,11 +138,12 @@ def test_done_and_fast_bat_have_the_implicit_term_of_the_library(gradients):
   margin = lambda p, x, y: -jaxbo.adversarial.margin_loss(model(p, x), y)
   rates = SETTING.rates
   done = functools.partial(
-    jaxbo.adversarial.done_grad, loss, margin, epsilon=EPSILON, barrier=rates.barrier,
+    jaxbo.adversarial.done_grad, loss, margin, BOX, barrier=rates.barrier,
     num_steps=NUM_STEPS, curvature=rates.curvature,
   )  # fmt: skip
-  of_attack = {"epsilon": EPSILON, "step_size": rates.fast_bat_step_size}
-  fast_bat = jaxbo.adversarial.fast_bat_grad(loss, lambda *a: -loss(*a), **of_attack)
+  step_size = rates.fast_bat_step_size
+  negative = lambda *arguments: -loss(*arguments)
+  fast_bat = jaxbo.adversarial.fast_bat_grad(loss, negative, BOX, step_size=step_size)
   by = {
     "done": (done(step_size=0.5), jaxbo.dro.kl(rates.temperature)),
     "done_adam": (
@@ -269,11 +269,13 @@ def test_the_loss_of_the_tail_is_the_mean_of_the_highest_tenth():
 def test_the_attacks_of_the_report_are_those_that_are_asked_for(monkeypatch):
   asked = []
   for name in ("pgd", "apgd"):
-    monkeypatch.setattr(jaxbo.adversarial, name, lambda model, **options: asked.append(options))
+    make = lambda model, box, **options: asked.append({"box": box} | options)
+    monkeypatch.setattr(jaxbo.adversarial, name, make)
   Evaluator(model, Config(epsilon=0.2, test_steps=7, worst_steps=5, num_targets=2))
   pgd, apgd, targeted = asked
-  assert pgd == {"epsilon": 0.2, "step_size": 0.05, "num_steps": 7}
-  assert apgd == {"epsilon": 0.2, "num_steps": 5}
+  box = jaxbo.adversarial.Box(0.2)
+  assert pgd == {"box": box, "step_size": 0.05, "num_steps": 7}
+  assert apgd == {"box": box, "num_steps": 5}
   assert targeted == apgd | {"objective": "targeted_dlr", "num_targets": 2}
 
 
