@@ -113,11 +113,12 @@ def test_gradients_through_the_attack_take_the_range_of_each_channel():
 
 
 def test_rounding_is_not_outside():
-  """That of the images: in bfloat16 a dark pixel is at -2.125, below its -2.118."""
-  narrow = jnp.asarray(IMAGES, jnp.bfloat16)
-  assert np.any(np.asarray(narrow, np.float32) < (0 - MEAN) / STD)
-  assert not OF_IMAGES.outside(narrow).any()
-  assert not OF_IMAGES.outside(jnp.asarray(IMAGES)).any()
+  """A product and a difference in float32 end elsewhere; in bfloat16 -2.118 is -2.125."""
+  scale, shift = np.float32(1 / STD), np.float32(MEAN / STD)
+  rounded = PIXELS * scale - shift
+  assert np.any(rounded > np.float32((1 - MEAN) / STD))
+  for images in (rounded, IMAGES, jnp.asarray(IMAGES, jnp.bfloat16)):
+    assert not OF_IMAGES.outside(jnp.asarray(images)).any()
   assert OF_IMAGES.outside(jnp.asarray(IMAGES - 1e-3 * (PIXELS == 0))).any()
   assert Box(0.1).outside(jnp.array([[1.0001, 0.5], [0.5, -1e-4], [jnp.nan, 1.0]])).tolist() == [
     True,
