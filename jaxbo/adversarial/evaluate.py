@@ -8,20 +8,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend import core
 
-from jaxbo import _check, _tree
+from jaxbo import _check
 from jaxbo._types import Key, PyTree
-from jaxbo.adversarial import class_metrics
+from jaxbo.adversarial import class_metrics, doubts
 from jaxbo.adversarial.apgd import apgd
 from jaxbo.adversarial.attack import Attack, check_batch, check_labels, is_wrong, typed_key
 from jaxbo.adversarial.box import Box, check_box
-from jaxbo.adversarial.losses import cross_entropy_loss
 from jaxbo.adversarial.pgd import pgd
 from jaxbo.adversarial.square import square
-
-# How far probabilities may be from summing to 1, given the rounding of bfloat16.
-_ROUNDING = 1e-2
 
 
 class RobustnessReport(NamedTuple):
@@ -135,6 +130,8 @@ def evaluate_robustness(
 
   * the model returns probabilities instead of logits: objectives saturate;
   * two calls on the same images differ: the model is random;
+  * the logits of an image change at another place among other images: the model has batch
+    normalization or dropout in training mode, and accuracies depend on ``batch_size``;
   * gradients of the cross entropy are exactly zero for more than a tenth of the images;
   * the attack named ``square``, which uses no gradients, breaks images that withstood all others;
   * the model runs a loop of unknown length (``while``), as optimization at inference does: gradient
@@ -143,7 +140,7 @@ def evaluate_robustness(
     ``high``.
 
   Cost: the attacks and one forward pass after each; two forward passes and one backward pass for
-  the checks.
+  the checks, and as much for one more batch.
 
   Args:
     model: ``model(params, images) -> logits``, ``[batch, num_classes]``; the logits of an example
@@ -190,11 +187,11 @@ def evaluate_robustness(
   seen = []
   num_classes = 0
   for index, part, count in _cut(images, labels, batch_size):
-    logits, again, zero_gradient = _look(model, params, *part)
-    num_classes = logits.shape[1]
+    looked = doubts.look(model, params, *part)
+    num_classes = looked.logits.shape[1]
     check_labels(labels, num_classes)
-    seen.append([np.asarray(x)[:count] for x in (logits, again, zero_gradient)])
-    clean = ~np.asarray(_wrong(logits, part[1]))[:count]
+    seen.append([x[:count] for x in looked])
+    clean = ~np.asarray(_wrong(looked.logits, part[1]))[:count]
     correct["clean"].append(clean)
     for number, (name, attack) in enumerate(attacks.items()):
       own_key = jax.random.fold_in(jax.random.fold_in(jax.random.clone(key), index), number)
@@ -205,11 +202,12 @@ def evaluate_robustness(
       clipped[name] += int(np.sum(np.asarray(info.clipped)[:count]))
   rows = {name: np.concatenate(parts) for name, parts in correct.items()}
   clean = rows.pop("clean")
-  logits, again, zero = (np.concatenate(column) for column in zip(*seen, strict=True))
+  first = images[:batch_size], labels[:batch_size]
+  of_all = doubts.Seen(*(np.concatenate(column) for column in zip(*seen, strict=True)))
   reasons = [
-    *_doubts_about_model(model, params, images[:1], logits, again, zero),
-    *_doubts_about_gradients(rows),
-    *_doubts_about_boxes(clipped),
+    *doubts.about_model(model, params, first, of_all),
+    *doubts.about_gradients(rows),
+    *doubts.about_boxes(clipped),
   ]
   for reason in reasons:
     warnings.warn(f"evaluate_robustness: {reason}", stacklevel=2)
@@ -225,75 +223,12 @@ def _check_attacks(attacks: object) -> None:
     raise ValueError(f"attacks must have other names than 'clean' and 'worst_case', got {taken}")
 
 
-@functools.partial(jax.jit, static_argnums=0)  # Compiled once for each model.
-def _look(model, params, images, labels):
-  def total(images):
-    logits = _tree.at_least_float32(model(params, images))
-    loss = cross_entropy_loss(logits, labels)
-    return jnp.sum(loss), logits
-
-  images = _tree.at_least_float32(images)
-  slope, logits = jax.grad(total, has_aux=True)(images)
-  # The barrier keeps the compiler from merging the two calls.
-  again = _tree.at_least_float32(model(params, jax.lax.optimization_barrier(images)))
-  return logits, again, jnp.all(slope == 0, axis=tuple(range(1, slope.ndim)))
-
-
 @functools.partial(jax.jit, static_argnums=0)
 def _falls(model, params, images, labels):
   return is_wrong(model(params, images), labels)
 
 
 _wrong = jax.jit(is_wrong)
-
-
-def _doubts_about_model(model, params, image, logits, again, zero) -> Iterator[str]:
-  if np.min(logits) >= 0 and np.all(np.abs(np.sum(logits, axis=1) - 1) < _ROUNDING):
-    yield "the model gives probabilities; it must give logits, before the softmax"
-  # A different order of summation is not randomness.
-  scale = np.max(np.abs(logits), axis=1, keepdims=True)
-  if np.any(np.abs(logits - again) > 1e-3 * scale):
-    yield "the model is random: two calls on the same images differ; attacks must average over it"
-  if np.mean(zero) > 0.1:
-    yield (
-      f"gradients of the cross entropy are exactly zero for {np.mean(zero):.0%} of the images; "
-      "attacks that follow them find nothing there"
-    )
-  if _has_while(jax.make_jaxpr(model)(params, image).jaxpr):
-    yield (
-      "the model runs a loop of unknown length, as optimization at inference does; attacks by "
-      "gradients may not see through it"
-    )
-
-
-def _doubts_about_gradients(correct: dict[str, np.ndarray]) -> Iterator[str]:
-  others = [row for name, row in correct.items() if name != "square"]
-  if "square" in correct and others:
-    left = functools.reduce(np.logical_and, others)
-    broken = int(np.sum(left & ~correct["square"]))
-    if broken:
-      yield (
-        f"square, which uses no gradients, breaks {broken} images that withstood all other "
-        "attacks; gradients may be masked"
-      )
-
-
-def _doubts_about_boxes(clipped: dict[str, int]) -> Iterator[str]:
-  for name, count in clipped.items():
-    if count:
-      yield (
-        f"{name} clipped {count} clean images to its box, and so attacked other images; give it "
-        "their range, jaxbo.adversarial.Box(epsilon, low, high)"
-      )
-
-
-def _has_while(jaxpr: core.Jaxpr) -> bool:
-  for equation in jaxpr.eqns:
-    if equation.primitive.name == "while":
-      return True
-    if any(map(_has_while, core.jaxprs_in_params(equation.params))):
-      return True
-  return False
 
 
 def _cut(images, labels, batch_size) -> Iterator[tuple[int, tuple[np.ndarray, np.ndarray], int]]:

@@ -73,12 +73,12 @@ def test_the_tail_is_the_worst_third_of_classes():
   assert np.isnan(jaxbo.adversarial.tail_accuracy([], [], 3))
 
 
-def doubts(other, attacks=None, params=PARAMS):
+def doubts(other, attacks=None, params=PARAMS, batch_size=8):
   attacks = {} if attacks is None else attacks
   with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     ours = jaxbo.adversarial.evaluate_robustness(
-      other, params, (IMAGES, LABELS), 0, attacks, batch_size=8
+      other, params, (IMAGES, LABELS), 0, attacks, batch_size=batch_size
     )
   assert [str(w.message) for w in caught] == [f"evaluate_robustness: {r}" for r in ours.warnings]
   assert all(w.category is UserWarning for w in caught)
@@ -112,6 +112,25 @@ def test_what_masks_gradients_is_warned_of():
   assert doubts(looped) == ""
 
 
+@pytest.mark.parametrize("batch_size", [8, 3, 2, 1])
+def test_logits_that_depend_on_the_other_images_are_warned_of(batch_size):
+  """Batch normalization in training mode, and dropout by one key for the batch."""
+
+  def normalised(params, images):
+    x = images.reshape(len(images), 16)
+    mean, std = jnp.mean(x, axis=0, keepdims=True), jnp.std(x, axis=0, keepdims=True)
+    return model(params, ((x - mean) / (std + 1e-3)).reshape(images.shape))
+
+  def dropped(params, images):
+    kept = jax.random.bernoulli(jax.random.key(0), 0.9, images.shape)
+    return model(params, jnp.where(kept, images, 0))
+
+  reason = "the logits of an image depend on the other images of its batch, or on its place"
+  assert reason in doubts(normalised, batch_size=batch_size)
+  assert reason in doubts(dropped, batch_size=batch_size)
+  assert doubts(model, batch_size=batch_size) == ""
+
+
 def test_square_that_breaks_what_withstood_the_others_is_warned_of():
   """A staircase has no slope, so that gradients find nothing."""
   stairs = lambda p, x: model(p, jnp.round(8 * x) / 8)
@@ -120,6 +139,20 @@ def test_square_that_breaks_what_withstood_the_others_is_warned_of():
     "square": jaxbo.adversarial.square(stairs, Box(0.3), num_queries=100),
   }
   assert "square, which uses no gradients, breaks" in doubts(stairs, attacks)
+
+
+def test_images_that_an_attack_clips_under_a_jit_are_reported():
+  attack = jaxbo.adversarial.pgd(model, Box(0.1), step_size=0.1, num_steps=1)
+  hidden = jaxbo.adversarial.Attack(jax.jit(attack.run))
+  batch = jnp.where(jnp.arange(8)[:, None, None, None] > 4, 2 * IMAGES + 0.1, IMAGES), LABELS
+  with pytest.warns(UserWarning, match=r"pgd clipped 3 clean images to its box.*Box\(epsilon, low"):
+    ours = jaxbo.adversarial.evaluate_robustness(
+      model, PARAMS, batch, 0, {"pgd": hidden}, batch_size=3
+    )
+  assert ours.num_clipped == {"pgd": 3}
+  with pytest.raises(ValueError, match="images must be from low"):
+    jaxbo.adversarial.evaluate_robustness(model, PARAMS, batch, 0, {"pgd": attack})
+  assert report().num_clipped == dict.fromkeys(report().correct, 0)
 
 
 def test_attacks_that_meet_nan_are_counted_once_for_an_image():
