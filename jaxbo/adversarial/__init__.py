@@ -6,6 +6,7 @@ from jaxbo.adversarial.box import Box, normalized
 from jaxbo.adversarial.class_metrics import class_accuracy, tail_accuracy
 from jaxbo.adversarial.done import done_grad
 from jaxbo.adversarial.evaluate import RobustnessReport, evaluate_robustness, standard_attacks
+from jaxbo.adversarial.fab import fab
 from jaxbo.adversarial.fast_bat import fast_bat_grad
 from jaxbo.adversarial.implicit import DoneInfo
 from jaxbo.adversarial.losses import (
@@ -31,6 +32,7 @@ __all__ = [
   "cross_entropy_loss",
   "done_grad",
   "evaluate_robustness",
+  "fab",
   "fast_bat_grad",
   "fgsm",
   "gairat",

@@ -11,7 +11,7 @@ from jaxbo import _check
 from jaxbo.adversarial import attack as attacks
 from jaxbo.adversarial.attack import Attack, Found, Objective, make_attack
 from jaxbo.adversarial.box import Box, along, as_image, check_box, make_ball
-from jaxbo.adversarial.losses import label_logits
+from jaxbo.adversarial.losses import margin_loss
 
 _MOMENTUM = 0.75
 _SUCCESS = 0.75  # Steps are halved if at most this share of them climbed.
@@ -139,10 +139,7 @@ def apgd(
     clean = forward(images)
     if value_of is not None:
       return find_for(forward, images, labels, clean, value_of, key)
-    # The label's own class comes last, so it is never a target.
-    is_label = labels[:, None] == jnp.arange(clean.shape[1], dtype=labels.dtype)[None]
-    ranked = jax.lax.top_k(jnp.where(is_label, -jnp.inf, clean), clean.shape[1])[1]
-    count = min(num_targets, clean.shape[1] - 1)
+    targets = attacks.likeliest_others(clean, labels, num_targets)
 
     def towards(target_and_key):
       target, key = target_and_key
@@ -152,12 +149,10 @@ def apgd(
 
       found = find_for(forward, images, labels, clean, toward_target, key)
       # Margins are comparable between targets; objectives are not.
-      logits = forward(found.perturbed)
-      margins = jnp.max(jnp.where(is_label, -jnp.inf, logits), axis=-1)
-      return found._replace(values=margins - label_logits(logits, labels))
+      return found._replace(values=margin_loss(forward(found.perturbed), labels))
 
-    targets = jnp.swapaxes(ranked[:, :count], 0, 1)
-    return attacks.best(jax.lax.map(towards, (targets, jax.random.split(key, count))))
+    keys = jax.random.split(key, len(targets))
+    return attacks.best(jax.lax.map(towards, (targets, keys)))
 
   return make_attack(model, find, box, min_classes=min_classes)
 

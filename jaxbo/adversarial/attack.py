@@ -16,6 +16,7 @@ from jaxbo.adversarial.losses import (
   kl_divergence,
   label_logits,
   margin_loss,
+  other_logits,
 )
 
 T = TypeVar("T")
@@ -218,6 +219,15 @@ def targeted_dlr(logits: jax.Array, labels: jax.Array, target: jax.Array) -> jax
   top = jax.lax.top_k(logits, 4)[0]
   margin = label_logits(logits, target) - label_logits(logits, labels)
   return margin / (top[:, 0] - 0.5 * (top[:, 2] + top[:, 3]) + 1e-12)
+
+
+def likeliest_others(clean: jax.Array, labels: jax.Array, count: int) -> jax.Array:
+  """Returns the classes other than the label with the largest clean logits, ``[targets, batch]``.
+
+  There are ``count`` of them, or all others if there are fewer.
+  """
+  ranked = jax.lax.top_k(other_logits(clean, labels), clean.shape[1])[1]  # The label comes last.
+  return jnp.swapaxes(ranked[:, : min(count, clean.shape[1] - 1)], 0, 1)
 
 
 def values_of(

@@ -188,6 +188,7 @@ def attack_brittle(images, labels, broken):
     "adam": pgd(direction="adam"),
     "apgd": jaxbo.adversarial.apgd(model, Box(EPSILON), num_steps=6),
     "square": jaxbo.adversarial.square(model, Box(EPSILON), num_queries=6),
+    "fab": jaxbo.adversarial.fab(model, Box(3 * EPSILON), num_steps=6),
   }
   return {name: attack.run(PARAMS, (images, labels), 0) for name, attack in attacks.items()}
 
@@ -283,6 +284,7 @@ def test_eight_devices_attack_as_one():
       model, Box(EPSILON), num_steps=3, objective="targeted_dlr", num_targets=2
     ),
     jaxbo.adversarial.square(model, Box(EPSILON), num_queries=3),
+    jaxbo.adversarial.fab(model, Box(3 * EPSILON), num_steps=3, num_targets=2),
   ]
   step = lambda images, labels: [a.run(PARAMS, (images, labels), 0) for a in attacks]
   sharded = jax.shard_map(step, mesh=mesh, in_specs=rows, out_specs=rows)

@@ -48,6 +48,8 @@ def make_attacks(epsilon, num_steps=6):
     ),
     "apgd_t": jaxbo.adversarial.apgd(guarded, objective="targeted_dlr", num_targets=2, **options),
     "square": jaxbo.adversarial.square(guarded, Box(epsilon), num_queries=30),
+    "fab": jaxbo.adversarial.fab(guarded, num_targets=2, **options),
+    "fab_l2": jaxbo.adversarial.fab(guarded, in_l2, num_steps=num_steps, num_targets=2),
   }
 
 
@@ -95,6 +97,10 @@ def test_attacks_raise_the_loss():
     if name == "pgd_noise":  # raises the divergence from clean predictions
       moved = kl_divergence(model(PARAMS, IMAGES), model(PARAMS, perturbed))
       assert np.all(moved > 1e-3)
+    elif name.startswith("fab"):  # moves what it fools
+      moved = np.any(perturbed != IMAGES, axis=(1, 2, 3))
+      assert np.all(np.argmax(model(PARAMS, perturbed), axis=1)[moved] != LABELS[moved])
+      assert moved.any() == (name == "fab")
     else:
       assert np.mean(attacked) > np.mean(clean) + 0.02, name
 
@@ -103,7 +109,7 @@ def test_the_key_decides_what_is_drawn():
   again = jax.device_get(run_all(EPSILON, IMAGES, LABELS, jax.random.key(0)))
   for name, (perturbed, _) in results().items():
     np.testing.assert_array_equal(again[name][0], perturbed)
-    draws = name != "fgsm_l2"
+    draws = name not in ("fgsm_l2", "fab", "fab_l2")
     assert np.any(results(1)[name][0] != perturbed) == draws, name
   attack = jaxbo.adversarial.pgd(model, **TINY)
   keys = (7, jax.random.key(7), jax.random.PRNGKey(7))
