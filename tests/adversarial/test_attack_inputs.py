@@ -284,6 +284,7 @@ def test_eight_devices_attack_as_one():
       model, Box(EPSILON), num_steps=3, objective="targeted_dlr", num_targets=2
     ),
     jaxbo.adversarial.square(model, Box(EPSILON), num_queries=3),
+    jaxbo.adversarial.square(model, Box(EPSILON, norm="l2"), num_queries=3),
     jaxbo.adversarial.fab(model, Box(3 * EPSILON), num_steps=3, num_targets=2),
   ]
   step = lambda images, labels: [a.run(PARAMS, (images, labels), 0) for a in attacks]
