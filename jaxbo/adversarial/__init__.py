@@ -2,10 +2,11 @@
 
 from jaxbo.adversarial.apgd import apgd
 from jaxbo.adversarial.attack import Attack, AttackInfo
+from jaxbo.adversarial.autoattack import autoattack, standard_attacks
 from jaxbo.adversarial.box import Box, normalized
 from jaxbo.adversarial.class_metrics import class_accuracy, tail_accuracy
 from jaxbo.adversarial.done import done_grad
-from jaxbo.adversarial.evaluate import RobustnessReport, evaluate_robustness, standard_attacks
+from jaxbo.adversarial.evaluate import RobustnessReport, evaluate_robustness
 from jaxbo.adversarial.fab import fab
 from jaxbo.adversarial.fast_bat import fast_bat_grad
 from jaxbo.adversarial.implicit import DoneInfo
@@ -28,6 +29,7 @@ __all__ = [
   "RobustnessReport",
   "WatState",
   "apgd",
+  "autoattack",
   "class_accuracy",
   "cross_entropy_loss",
   "done_grad",

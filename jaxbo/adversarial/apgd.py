@@ -9,9 +9,11 @@ import numpy as np
 
 from jaxbo import _check
 from jaxbo.adversarial import attack as attacks
-from jaxbo.adversarial.attack import Attack, Found, Objective, make_attack
+from jaxbo.adversarial import objectives
+from jaxbo.adversarial.attack import Attack, Found, make_attack
 from jaxbo.adversarial.box import Box, along, as_image, check_box, make_ball
 from jaxbo.adversarial.losses import margin_loss
+from jaxbo.adversarial.objectives import Objective
 
 _MOMENTUM = 0.75
 _SUCCESS = 0.75  # Steps are halved if at most this share of them climbed.
@@ -102,7 +104,7 @@ def apgd(
   num_targets = _check.positive_int("num_targets", num_targets)
   restarts = _check.positive_int("restarts", restarts)
   targeted = objective == "targeted_dlr"
-  value_of, min_classes = (None, 4) if targeted else attacks.find_objective(objective)
+  value_of, min_classes = (None, 4) if targeted else objectives.find_objective(objective)
   lengths = jnp.asarray(intervals(num_steps), jnp.int32)
 
   def climb(forward, images, labels, clean, value_of, key):
@@ -139,20 +141,21 @@ def apgd(
     clean = forward(images)
     if value_of is not None:
       return find_for(forward, images, labels, clean, value_of, key)
-    targets = attacks.likeliest_others(clean, labels, num_targets)
+    targets = objectives.likeliest_others(clean, labels, num_targets)
 
-    def towards(target_and_key):
-      target, key = target_and_key
-
+    def towards(target, key):
       def toward_target(logits, labels, clean_logits):
-        return attacks.targeted_dlr(logits, labels, target)
+        return objectives.targeted_dlr(logits, labels, target)
 
       found = find_for(forward, images, labels, clean, toward_target, key)
       # Margins are comparable between targets; objectives are not.
       return found._replace(values=margin_loss(forward(found.perturbed), labels))
 
     keys = jax.random.split(key, len(targets))
-    return attacks.best(jax.lax.map(towards, (targets, keys)))
+    # As numbers: jax_debug_key_reuse takes what vmap does with keys of a loop for their use.
+    impl, bits = jax.random.key_impl(keys), jax.random.key_data(keys)
+    wrapped = lambda pair: towards(pair[0], jax.random.wrap_key_data(pair[1], impl=impl))
+    return attacks.best(jax.lax.map(wrapped, (targets, bits)))
 
   return make_attack(model, find, box, min_classes=min_classes)
 

@@ -12,11 +12,14 @@ import numpy as np
 from jaxbo import _check
 from jaxbo._types import Key, PyTree
 from jaxbo.adversarial import class_metrics, doubts
-from jaxbo.adversarial.apgd import apgd
-from jaxbo.adversarial.attack import Attack, check_batch, check_labels, is_wrong, typed_key
-from jaxbo.adversarial.box import Box, check_box
-from jaxbo.adversarial.pgd import pgd
-from jaxbo.adversarial.square import square
+from jaxbo.adversarial.attack import (
+  Attack,
+  check_batch,
+  check_labels,
+  check_pixels,
+  is_wrong,
+  typed_key,
+)
 
 
 class RobustnessReport(NamedTuple):
@@ -26,7 +29,8 @@ class RobustnessReport(NamedTuple):
     labels: ``[num_images]`` integers.
     clean: whether each image is classified correctly, ``[num_images]`` booleans.
     correct: for each attack by name, whether each image is classified correctly both clean and
-      under the attack, ``[num_images]`` booleans.
+      under the attack, and with ``drop_broken`` under all attacks before it, ``[num_images]``
+      booleans.
     num_not_finite: for each attack by name, how many images had an objective or gradient that was
       not finite.
     num_clipped: for each attack by name, how many clean images were outside of its box, so that it
@@ -63,55 +67,6 @@ class RobustnessReport(NamedTuple):
     return class_metrics.tail_accuracy(self.worst_case, self.labels, self.num_classes, fraction)
 
 
-def standard_attacks(
-  model: Callable[..., jax.Array],
-  box: Box,
-  *,
-  num_steps: int = 100,
-  num_queries: int = 5000,
-  num_classes: int | None = None,
-) -> dict[str, Attack]:
-  """The attacks of :func:`evaluate_robustness`, in the ``linf`` ball.
-
-  Args:
-    model: ``model(params, images) -> logits``, ``[batch, num_classes]``; the logits of an example
-      must not depend on other examples.
-    box: the :class:`Box` of the images, say ``Box(8 / 255)`` for pixels from 0 to 1.
-    num_steps: the number of steps of the longer attacks, at least 1.
-    num_queries: the number of queries of :func:`square`, which needs images with four axes; 0
-      leaves this attack out.
-    num_classes: the number of classes; ``None`` for at least four. With fewer than four, the attack
-      ``"apgd_t"`` uses the margin, because targeted DLR needs four.
-
-  Returns:
-    ``{"pgd_20": ..., "pgd_100": ..., "apgd_ce": ..., "apgd_t": ..., "square": ...}``: PGD with 20
-    steps and with ``num_steps`` steps of ``epsilon / 4`` (the name of the second attack contains
-    ``num_steps``), :func:`apgd` on the cross entropy and on targeted DLR, and :func:`square`.
-
-  Example:
-    >>> import jaxbo
-    >>> def model(params, images):
-    ...   return images @ params
-    >>> attacks = jaxbo.adversarial.standard_attacks(model, jaxbo.adversarial.Box(8 / 255))
-    >>> list(attacks)
-    ['pgd_20', 'pgd_100', 'apgd_ce', 'apgd_t', 'square']
-  """
-  epsilon = jnp.asarray(check_box(box).epsilon)
-  size = jnp.maximum(epsilon / 4, jnp.finfo(jnp.float32).tiny)
-  objective = "targeted_dlr" if num_classes is None or num_classes > 3 else "margin"
-  few = pgd(model, box, step_size=size, num_steps=20)
-  many = pgd(model, box, step_size=size, num_steps=num_steps)
-  found = {
-    "pgd_20": few,
-    f"pgd_{num_steps}": many,
-    "apgd_ce": apgd(model, box, num_steps=num_steps),
-    "apgd_t": apgd(model, box, num_steps=num_steps, objective=objective),
-  }
-  if num_queries:
-    found["square"] = square(model, box, num_queries=num_queries)
-  return found
-
-
 def evaluate_robustness(
   model: Callable[..., jax.Array],
   params: PyTree,
@@ -120,10 +75,21 @@ def evaluate_robustness(
   attacks: Mapping[str, Attack],
   *,
   batch_size: int = 256,
+  drop_broken: bool = False,
 ) -> RobustnessReport:
   """Measures accuracy on clean images, under every attack, and under the worst for each image.
 
-  Every attack runs on every image, so the report also has the accuracy under each attack alone.
+  Every attack runs on every image, so the report also has the accuracy under each attack alone. Or
+  an attack runs only on the images that withstood all attacks before it, ``drop_broken=True``. That
+  is much faster, and shows the accuracy under each attack and those before it; the worst case is
+  the same. Batches are filled up with images of which nothing is asked, so that no attack is
+  compiled for what happens to be left.
+
+  *Keys.* With ``drop_broken``, every image has a key of its own, ``fold_in(fold_in(key, i), j)``
+  for attack ``i`` and image ``j``. An image meets the same random numbers whatever else is left, so
+  the worst case is, image by image and up to rounding, that of all attacks on all images with these
+  keys, for any ``batch_size``. Without it, one key draws for a whole batch, so attacks that draw
+  begin elsewhere than with ``drop_broken``; both are fair draws.
 
   *Checks.* A model that hides its gradients looks robust but is not. The function issues a
   ``UserWarning``, and adds it to ``report.warnings``, if
@@ -149,8 +115,10 @@ def evaluate_robustness(
     batch: all ``(images, labels)``, as host or device arrays: floats ``[num_images, ...]`` and
       integers ``[num_images]``.
     key: an int, a raw key array or a typed key.
-    attacks: a dict of attacks by name, such as :func:`standard_attacks`.
+    attacks: a dict of attacks by name, in their order, such as :func:`autoattack` or
+      :func:`standard_attacks`.
     batch_size: how many images to attack at once, at least 1; the last batch is padded.
+    drop_broken: whether attacks leave out images that are already misclassified.
 
   Returns:
     A :class:`RobustnessReport`.
@@ -182,36 +150,48 @@ def evaluate_robustness(
   images, labels = map(np.asarray, check_batch(batch))
   batch_size = min(batch_size, len(labels))
   key = typed_key(key)
-  correct = {name: [] for name in ["clean", *attacks]}
-  bad, clipped = dict.fromkeys(attacks, 0), dict.fromkeys(attacks, 0)
-  seen = []
-  num_classes = 0
-  for index, part, count in _cut(images, labels, batch_size):
-    looked = doubts.look(model, params, *part)
+  seen, num_classes = [], 0
+  for _, rows, count in _cut(np.arange(len(labels)), batch_size):
+    for attack in attacks.values():
+      if attack.box is not None:
+        check_pixels(jnp.asarray(images[rows]), attack.box)
+    looked = doubts.look(model, params, images[rows], labels[rows])
     num_classes = looked.logits.shape[1]
     check_labels(labels, num_classes)
     seen.append([x[:count] for x in looked])
-    clean = ~np.asarray(_wrong(looked.logits, part[1]))[:count]
-    correct["clean"].append(clean)
-    for number, (name, attack) in enumerate(attacks.items()):
-      own_key = jax.random.fold_in(jax.random.fold_in(jax.random.clone(key), index), number)
-      perturbed, info = attack.run(params, part, own_key)
-      withstood = ~np.asarray(_falls(model, params, perturbed, part[1]))[:count]
-      correct[name].append(clean & withstood)
+  of_all = doubts.Seen(*(np.concatenate(column) for column in zip(*seen, strict=True)))
+  clean = ~np.asarray(_wrong(of_all.logits, labels))
+
+  correct: dict[str, np.ndarray] = {}
+  bad, clipped = dict.fromkeys(attacks, 0), dict.fromkeys(attacks, 0)
+  left = clean
+  for number, (name, attack) in enumerate(attacks.items()):
+    correct[name] = np.zeros(len(labels), bool)
+    chosen = np.flatnonzero(left) if drop_broken else np.arange(len(labels))
+    for index, rows, count in _cut(chosen, batch_size):
+      own, part = jax.random.clone(key), (images[rows], labels[rows])
+      if drop_broken:
+        keys = _keys(jax.random.fold_in(own, number), rows)
+        perturbed, info = _attack_each(attack.run, params, *part, keys)
+      else:
+        own = jax.random.fold_in(jax.random.fold_in(own, index), number)
+        perturbed, info = attack.run(params, part, own)
+      fell = np.asarray(_falls(model, params, perturbed, part[1]))
+      of_part = rows[:count]
+      correct[name][of_part] = clean[of_part] & ~fell[:count]
       bad[name] += int(np.sum(np.asarray(info.not_finite)[:count]))
       clipped[name] += int(np.sum(np.asarray(info.clipped)[:count]))
-  rows = {name: np.concatenate(parts) for name, parts in correct.items()}
-  clean = rows.pop("clean")
+    left = left & correct[name]
+
   first = images[:batch_size], labels[:batch_size]
-  of_all = doubts.Seen(*(np.concatenate(column) for column in zip(*seen, strict=True)))
   reasons = [
     *doubts.about_model(model, params, first, of_all),
-    *doubts.about_gradients(rows),
+    *doubts.about_gradients(correct),
     *doubts.about_boxes(clipped),
   ]
   for reason in reasons:
     warnings.warn(f"evaluate_robustness: {reason}", stacklevel=2)
-  return RobustnessReport(labels, clean, rows, bad, clipped, tuple(reasons), num_classes)
+  return RobustnessReport(labels, clean, correct, bad, clipped, tuple(reasons), num_classes)
 
 
 def _check_attacks(attacks: object) -> None:
@@ -231,10 +211,21 @@ def _falls(model, params, images, labels):
 _wrong = jax.jit(is_wrong)
 
 
-def _cut(images, labels, batch_size) -> Iterator[tuple[int, tuple[np.ndarray, np.ndarray], int]]:
-  """Yields ``(index, (images, labels), count)`` for batches of equal size; pads the last one."""
-  for index, first in enumerate(range(0, len(labels), batch_size)):
-    rows = np.arange(first, first + batch_size)
-    count = int(np.sum(rows < len(labels)))
-    rows = np.minimum(rows, len(labels) - 1)
-    yield index, (images[rows], labels[rows]), count
+@functools.partial(jax.jit, static_argnums=0)
+def _attack_each(run, params, images, labels, keys):
+  """Attacks every image of a batch with a key of its own."""
+
+  def attack_one(image, label, key):
+    return jax.tree.map(lambda x: x[0], run(params, (image[None], label[None]), key))
+
+  return jax.vmap(attack_one)(images, labels, keys)
+
+
+_keys = jax.jit(jax.vmap(jax.random.fold_in, in_axes=(None, 0)))
+
+
+def _cut(chosen: np.ndarray, batch_size: int) -> Iterator[tuple[int, np.ndarray, int]]:
+  """Yields ``(index, rows, count)`` for batches of equal size; pads the last one by repetition."""
+  for index, first in enumerate(range(0, len(chosen), batch_size)):
+    places = np.arange(first, first + batch_size)
+    yield index, chosen[np.minimum(places, len(chosen) - 1)], int(np.sum(places < len(chosen)))

@@ -9,6 +9,7 @@ from jax.typing import ArrayLike
 
 from jaxbo import _check
 from jaxbo.adversarial import attack as attacks
+from jaxbo.adversarial import objectives
 from jaxbo.adversarial.attack import Attack, Found, make_attack
 from jaxbo.adversarial.box import Box, along, as_image, check_box, norms
 from jaxbo.adversarial.losses import label_logits
@@ -120,7 +121,7 @@ def fab(
       moved = box.clip(images + moved) - images
 
       logits = forward(images + moved)
-      lost = bad | ~jnp.isfinite(attacks.values_of(lead, logits, labels, clean))
+      lost = bad | ~jnp.isfinite(objectives.values_of(lead, logits, labels, clean))
       fools = attacks.is_wrong(logits, labels) & ~lost
       better = fools & (size(moved) < carry.distance)
       onward = jnp.where(each(fools), backward * moved, moved)
@@ -148,7 +149,7 @@ def fab(
   def find(forward, images, labels, key):
     del key
     clean = forward(images)
-    targets = attacks.likeliest_others(clean, labels, num_targets)
+    targets = objectives.likeliest_others(clean, labels, num_targets)
     towards = lambda target: search(forward, images, labels, clean, target)
     return attacks.best(jax.lax.map(towards, targets))
 

@@ -9,7 +9,8 @@ from jax.typing import ArrayLike
 
 from jaxbo import _check
 from jaxbo.adversarial import attack as attacks
-from jaxbo.adversarial.attack import Attack, Found, Objective, make_attack
+from jaxbo.adversarial import objectives
+from jaxbo.adversarial.attack import Attack, Found, make_attack
 from jaxbo.adversarial.box import (
   Ball,
   Box,
@@ -19,6 +20,7 @@ from jaxbo.adversarial.box import (
   check_each,
   make_ball,
 )
+from jaxbo.adversarial.objectives import Objective
 
 
 def pgd(
@@ -92,7 +94,7 @@ def pgd(
   check_each(_check.positive, "step_size", step_size)
   num_steps = _check.positive_int("num_steps", num_steps)
   restarts = _check.positive_int("restarts", restarts)
-  value_of, min_classes = attacks.find_objective(objective)
+  value_of, min_classes = objectives.find_objective(objective)
   start = find_start(ball, random_start)
   if random_start is False:
     if objective == "kl":
@@ -136,7 +138,7 @@ def pgd(
     def run(key):
       found = climb(forward, images, labels, clean, key)
       logits = forward(found.perturbed)  # Which of the last points is the best?
-      values = attacks.values_of(value_of, logits, labels, clean)
+      values = objectives.values_of(value_of, logits, labels, clean)
       return found._replace(values=values, wrong=attacks.is_wrong(logits, labels))
 
     return attacks.best(jax.vmap(run)(jax.random.split(key, restarts)))

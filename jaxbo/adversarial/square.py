@@ -10,8 +10,10 @@ import numpy as np
 
 from jaxbo import _check
 from jaxbo.adversarial import attack as attacks
-from jaxbo.adversarial.attack import Attack, Found, Objective, make_attack
+from jaxbo.adversarial import objectives
+from jaxbo.adversarial.attack import Attack, Found, make_attack
 from jaxbo.adversarial.box import Box, along, as_image, check_box, make_ball, norms, unit
+from jaxbo.adversarial.objectives import Objective
 
 # After each of these shares of the queries, the area of the square is halved.
 _HALVINGS = (0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8)
@@ -81,7 +83,7 @@ def square(
   start, change = (_hills, _move_hill) if box.norm == "l2" else (_stripes, _paint)
   num_queries = _check.positive_int("num_queries", num_queries)
   _check.within("area", area, 0, 1, ends="(]")
-  value_of, min_classes = attacks.find_objective(objective)
+  value_of, min_classes = objectives.find_objective(objective)
 
   def find(forward, images, labels, key):
     if images.ndim != 4:
@@ -92,7 +94,7 @@ def square(
 
     def look(delta):
       logits = forward(images + delta)
-      values = attacks.values_of(value_of, logits, labels, clean)
+      values = objectives.values_of(value_of, logits, labels, clean)
       wrong = attacks.is_wrong(logits, labels)
       return values, wrong, ~jnp.isfinite(values)
 

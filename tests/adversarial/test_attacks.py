@@ -12,9 +12,10 @@ from hypothesis.extra import numpy as hnp
 
 import jaxbo
 from jaxbo.adversarial import Box
-from jaxbo.adversarial.attack import Found, best, difference_of_logits_ratio, targeted_dlr
+from jaxbo.adversarial.attack import Found, best
 from jaxbo.adversarial.box import make_ball
 from jaxbo.adversarial.losses import kl_divergence
+from jaxbo.adversarial.objectives import difference_of_logits_ratio, targeted_dlr
 from jaxbo.adversarial.square import _paint, _shrunk
 from tests.adversarial import problem
 from tests.adversarial.problem import EPSILON, look, model

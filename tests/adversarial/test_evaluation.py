@@ -1,6 +1,7 @@
 """The report is the worst case of its attacks, and doubts what masked gradients make of it."""
 
 import functools
+import importlib
 import warnings
 
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 import jaxbo
-from jaxbo.adversarial import Box, evaluate
+from jaxbo.adversarial import Box
 from tests.adversarial import problem
 from tests.adversarial.problem import EPSILON, model
 
@@ -31,7 +32,7 @@ def report(batch_size=3):
 
 def test_the_worst_case_is_that_of_every_image():
   ours = report()
-  assert list(ours.correct) == ["pgd_20", "pgd_5", "apgd_ce", "apgd_t", "square"]
+  assert list(ours.correct) == ["pgd_20", "pgd", "apgd_ce", "apgd_t", "square"]
   predicted = np.argmax(model(PARAMS, IMAGES), axis=1)
   np.testing.assert_array_equal(ours.clean, predicted == np.asarray(LABELS))
   rows = np.stack([ours.clean, *ours.correct.values()])
@@ -171,11 +172,11 @@ def test_attacks_that_meet_nan_are_counted_once_for_an_image():
 
 def test_standard_attacks_adapt_to_the_task():
   few = jaxbo.adversarial.standard_attacks(model, Box(0.1), num_queries=0, num_classes=3)
-  assert list(few) == ["pgd_20", "pgd_100", "apgd_ce", "apgd_t"]
+  assert list(few) == ["pgd_20", "pgd", "apgd_ce", "apgd_t"]
   three = lambda p, x: model(p, x)[:, :3]
   attack = jaxbo.adversarial.standard_attacks(three, **CHEAP, num_classes=3)["apgd_t"]
   assert np.isfinite(attack(PARAMS, (IMAGES, LABELS % 3), 0)).all()
-  nothing = jaxbo.adversarial.standard_attacks(model, Box(0.0), num_steps=2)["pgd_2"]
+  nothing = jaxbo.adversarial.standard_attacks(model, Box(0.0), num_steps=2)["pgd"]
   np.testing.assert_array_equal(nothing(PARAMS, (IMAGES, LABELS), 0), IMAGES)
 
 
@@ -183,7 +184,7 @@ def test_standard_attacks_are_those_of_the_protocol(as_users_run, monkeypatch):
   asked = []
   for name in ("pgd", "apgd", "square"):
     make = lambda model, box, *, name=name, **options: asked.append((name, box, options))
-    monkeypatch.setattr(evaluate, name, make)
+    monkeypatch.setattr(importlib.import_module("jaxbo.adversarial.autoattack"), name, make)
   box = Box(0.25, -1.0, 2.0)
   jaxbo.adversarial.standard_attacks(model, box, num_steps=50, num_queries=70)
   assert asked == [
@@ -193,6 +194,11 @@ def test_standard_attacks_are_those_of_the_protocol(as_users_run, monkeypatch):
     ("apgd", box, {"num_steps": 50, "objective": "targeted_dlr"}),
     ("square", box, {"num_queries": 70}),
   ]
+
+
+def test_standard_attacks_have_a_name_each_whatever_the_number_of_steps():
+  attacks = jaxbo.adversarial.standard_attacks(model, Box(0.1), num_steps=20)
+  assert list(attacks) == ["pgd_20", "pgd", "apgd_ce", "apgd_t", "square"]
 
 
 def test_errors_name_the_argument(as_users_run):
@@ -206,8 +212,8 @@ def test_errors_name_the_argument(as_users_run):
     of_batch((IMAGES, LABELS.at[0].set(0).at[1].set(9)), 0, {})
   for name in ("clean", "worst_case"):
     with pytest.raises(ValueError, match=f"attacks must have other names than .*, got .'{name}'."):
-      of_batch((IMAGES, LABELS), 0, {name: attacks["pgd_5"]})
-  for wrong in (attacks["pgd_5"], [attacks["pgd_5"]], {"pgd": model}):
+      of_batch((IMAGES, LABELS), 0, {name: attacks["pgd"]})
+  for wrong in (attacks["pgd"], [attacks["pgd"]], {"pgd": model}):
     with pytest.raises(TypeError, match="attacks must be a dict of attacks by name, got"):
       of_batch((IMAGES, LABELS), 0, wrong)
   with pytest.raises(TypeError, match="labels must be integers, got dtype float64"):
