@@ -32,8 +32,8 @@ def autoattack(
   AutoAttack's code shrinks them as if there were 10,000, whatever the budget.
 
   Cost, in forward and backward passes for each image that is left: about ``num_steps`` for
-  ``apgd_ce``, ``num_targets * num_steps`` for ``apgd_t``, half as much again for ``fab_t``, and
-  ``num_queries`` forward passes for ``square``.
+  ``apgd_ce``, ``num_targets * num_steps`` for ``apgd_t``, one and a half times as many for
+  ``fab_t``, and ``num_queries`` forward passes for ``square``.
 
   Args:
     model: ``model(params, images) -> logits``, ``[batch, num_classes]``; the logits of an example
