@@ -199,11 +199,18 @@ def test_eight_devices_do_what_one_does():
   chex.assert_trees_all_close(of_one, of_eight, rtol=1e-4, atol=1e-6)
   first, second = of_one[1]
   assert 0 < first.ess < 1
+  assert first.clipped == 0
   assert second.loss < first.loss
   _, [easy] = train(1, 1, epsilon_rise=1.0)  # A quarter of epsilon at most.
   assert easy.loss < first.loss - 0.05
   _, [moved] = train(1, 1, dataset="cifar10")  # Images in colour are moved and mirrored.
   assert moved.loss != first.loss
+
+
+def test_images_outside_of_the_range_are_told(monkeypatch):
+  monkeypatch.setattr(adv_data, "as_floats", lambda images: images.astype(jnp.float32))  # To 255.
+  _, [told] = train(1, 1)
+  assert told.clipped == 1
 
 
 def test_steps_know_how_far_training_is_and_have_keys_of_their_own():
@@ -295,6 +302,7 @@ def test_a_run_prints_tables_and_draws(tmp_path, capsys, monkeypatch):
     assert words in table
   lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
   assert [(line["method"], line["epoch"]) for line in lines] == [("at", 1), ("done", 1)]
+  assert all(line["clipped"] == 0 for line in lines)
   pictures = [tmp_path / name for name in (plots.PER_CLASS, plots.WEIGHTS, plots.EXAMPLES)]
   for path in pictures:
     with Image.open(path) as picture:
