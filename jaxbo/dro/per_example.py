@@ -42,6 +42,7 @@ def per_example_grad(
   loss_fn: BatchLoss,
   *,
   has_aux: bool = False,
+  batch_axes: PyTree = 0,
   microbatch_size: int | None = None,
   repair: bool = False,
 ) -> Callable[..., PerExampleGrads]:
@@ -57,10 +58,14 @@ def per_example_grad(
       ``repair``, the loss of an example must not depend on other examples.
     has_aux: whether ``loss_fn`` returns ``(losses, aux)``; with ``microbatch_size``, every leaf of
       ``aux`` must be ``[batch, ...]``.
+    batch_axes: which axis of each leaf of the batch counts the examples: an integer, ``None`` for
+      leaves that all examples share (a key, a scalar, a table, frozen parameters), or a tree of
+      these that is a prefix of the batch, as ``in_axes`` of ``jax.vmap``. The default 0 says that
+      every leaf is ``[batch, ...]``. Only ``microbatch_size`` and ``repair`` cut the batch; a
+      shared leaf goes whole to every part.
     microbatch_size: how many examples go through the model at once; ``None`` for all. It must
       divide the batch. Activation memory falls to that of one microbatch. The losses are computed
-      again for the backward pass, so the cost rises to 4/3. Leaves of the batch whose leading axis
-      is not the batch (a key, a scalar) go whole to every microbatch.
+      again for the backward pass, so the cost rises to 4/3.
     repair: what to do with a batch that contains a loss that is not finite (``info.num_excluded``
       counts such losses). ``False`` gives the whole batch a zero gradient. ``True`` replaces the
       bad rows by a good one with weight zero. With ``microbatch_size`` this adds no pass. Without
@@ -74,8 +79,9 @@ def per_example_grad(
   Raises:
     TypeError: if ``loss_fn`` does not take ``(params, batch)``, or if parameters or losses are not
       floats.
-    ValueError: if losses are not one-dimensional, or ``microbatch_size`` is not positive or does
-      not divide the batch.
+    ValueError: if losses are not one-dimensional; if ``microbatch_size`` is not positive or does
+      not divide the batch; if ``batch_axes`` is not a prefix of the batch, or a leaf does not have
+      one row for each loss along its axis.
 
   Example:
     >>> import jax.numpy as jnp, jaxbo
@@ -105,6 +111,8 @@ def per_example_grad(
 
   def whole(params, batch):
     losses, vjp, aux = jax.vjp(lambda params: losses_and_aux(params, batch), params, has_aux=True)
+    if repair or batch_axes != 0:  # said, so it must be right, even if this batch is not cut
+      microbatch.split_batch(batch, batch_axes, losses.size)
     pullback = Partial(_pull, vjp)
     without = Partial(pull_without, pullback, params, batch) if repair else None
     return PerExampleGrads(losses, pullback, aux, without)
@@ -126,8 +134,9 @@ def per_example_grad(
   def in_microbatches(size, params, batch):
     shape = jax.eval_shape(losses_alone, params, batch).shape
     cut = microbatch.make_microbatches(shape[0], size)
-    take = cut.each(batch)
-    step = lambda carry, j: (carry, losses_and_aux(params, take(j)))
+    rows, join = microbatch.split_batch(batch, batch_axes, cut.num_examples)
+    take = cut.each(rows)
+    step = lambda carry, j: (carry, losses_and_aux(params, join(take(j))))
     _, stacked = jax.lax.scan(step, (), jnp.arange(cut.num_steps))
     losses, aux = jax.tree.map(cut.merge, stacked)
     pullback = Partial(functools.partial(pull, cut), params, batch)
@@ -135,12 +144,17 @@ def per_example_grad(
     return PerExampleGrads(losses, pullback, aux, without)
 
   def pull(cut, params, batch, weights):
-    return microbatch.weighted_gradient(losses_alone, params, cut.each(batch), weights, cut)
+    rows, join = microbatch.split_batch(batch, batch_axes, cut.num_examples)
+    return summed(cut, params, cut.each(rows), join, weights)
 
   def repaired(cut, params, batch, weights, keep, over):
-    take = microbatch.take_repaired(cut, batch, keep, over)
-    gradient = microbatch.weighted_gradient(losses_alone, params, take, weights, cut)
-    return only_if(over.number_of(keep) > 0, gradient)
+    rows, join = microbatch.split_batch(batch, batch_axes, cut.num_examples)
+    take = microbatch.take_repaired(cut, rows, keep, over)
+    return only_if(over.number_of(keep) > 0, summed(cut, params, take, join, weights))
+
+  def summed(cut, params, take, join, weights):
+    at = lambda j: join(take(j))
+    return microbatch.weighted_gradient(losses_alone, params, at, weights, cut)
 
   def gradients(params: optax.Params, batch: Data) -> PerExampleGrads:
     _check.floating("params", params)

@@ -128,8 +128,8 @@ def reweight(
     groups: jax.typing.ArrayLike | None = None,
     **extra_args,
   ):
-    del params, extra_args
-    losses = _find_losses(updates, losses)
+    del extra_args
+    losses = _find_losses(updates, losses, params)
     if scores is None:
       scores = losses
     else:
@@ -188,7 +188,9 @@ def add_over_devices(gradient: optax.Updates, reductions: Over) -> optax.Updates
   return jax.lax.psum(gradient, axes) if axes else gradient
 
 
-def _find_losses(grads: PyTree, losses: jax.typing.ArrayLike | None) -> jax.Array:
+def _find_losses(
+  grads: PyTree, losses: jax.typing.ArrayLike | None, params: optax.Params | None
+) -> jax.Array:
   if isinstance(grads, PerExampleGrads):
     if losses is not None:
       raise ValueError("losses= is for stored per-example gradients; PerExampleGrads has its own")
@@ -206,4 +208,7 @@ def _find_losses(grads: PyTree, losses: jax.typing.ArrayLike | None) -> jax.Arra
         f"grads{jax.tree_util.keystr(path)} must be [{losses.size}, *param_shape], one gradient "
         f"for each loss, got {jnp.shape(leaf)}"
       )
+  if params is not None:  # A gradient of the whole batch may have as many rows as the batch.
+    one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), grads)
+    _check.same_structure("grads of one example", one, "params", params)
   return losses

@@ -11,7 +11,7 @@ import optax
 from jaxbo import _check, _tree
 from jaxbo._types import BatchLoss, Data, PyTree
 from jaxbo.dro.batch import AxisName, bounded, over
-from jaxbo.dro.microbatch import make_microbatches
+from jaxbo.dro.microbatch import make_microbatches, split_batch
 from jaxbo.dro.per_example import masked_and_bad, only_if, per_example_grad, weighted
 from jaxbo.dro.reweight import ReweightState, add_over_devices, reweight
 from jaxbo.dro.weighting import Weighting, check_weighting
@@ -22,6 +22,7 @@ def streaming_grad(
   weighting: Weighting,
   *,
   microbatch_size: int,
+  batch_axes: PyTree = 0,
   axis_name: AxisName = None,
   repair: bool = False,
 ) -> Callable[..., tuple[optax.Updates, PyTree]]:
@@ -46,6 +47,9 @@ def streaming_grad(
       loss of an example must not depend on other examples.
     weighting: a :class:`~jaxbo.dro.Weighting`, such as :func:`~jaxbo.dro.kl`.
     microbatch_size: how many examples go through the model at once; it must divide the batch.
+    batch_axes: which axis of each leaf of the batch counts the examples: an integer, ``None`` for
+      leaves that all examples share (a key, a scalar, a table), or a tree of these that is a prefix
+      of the batch, as ``in_axes`` of ``jax.vmap``.
     axis_name: the axis, or axes, of the enclosing ``shard_map`` over which the batch is divided.
     repair: what to do if a loss is not finite. ``False`` gives the whole batch a zero gradient;
       ``True`` leaves out the bad examples. In the one-pass case, ``True`` costs about two more
@@ -59,7 +63,9 @@ def streaming_grad(
     the ``info``.
 
   Raises:
-    ValueError: if ``microbatch_size`` is not positive, or does not divide the batch.
+    ValueError: if ``microbatch_size`` is not positive, or does not divide the batch; if
+      ``batch_axes`` is not a prefix of the batch, or a leaf does not have one row for each loss
+      along its axis.
     TypeError: if ``loss_fn`` does not take ``(params, batch)``, if ``weighting`` is not a
       :class:`~jaxbo.dro.Weighting`, or if parameters or losses are not floats.
 
@@ -76,8 +82,9 @@ def streaming_grad(
   check_weighting("weighting", weighting)
   microbatch_size = _check.positive_int("microbatch_size", microbatch_size)
   log_ratio = weighting.log_ratio
-  of_microbatch = per_example_grad(loss_fn, repair=repair)
-  in_two_passes = per_example_grad(loss_fn, microbatch_size=microbatch_size, repair=repair)
+  options = {"repair": repair, "batch_axes": batch_axes}
+  of_microbatch = per_example_grad(loss_fn, **options)
+  in_two_passes = per_example_grad(loss_fn, microbatch_size=microbatch_size, **options)
   tx: Any = reweight(weighting, axis_name=axis_name)
 
   def two_passes(params, batch, state, **of_examples):
@@ -86,11 +93,12 @@ def streaming_grad(
   def one_pass(log_ratio, params, batch, state, **of_examples):
     num_examples = jax.eval_shape(of_microbatch, params, batch).losses.shape[0]
     cut = make_microbatches(num_examples, microbatch_size)
-    take, take_of_examples = cut.each(batch), cut.each(of_examples)
+    rows, join = split_batch(batch, batch_axes, num_examples)
+    take, take_of_examples = cut.each(rows), cut.each(of_examples)
 
     def add(carry, j):
       highest, gradient, total = carry
-      grads = of_microbatch(params, take(j))
+      grads = of_microbatch(params, join(take(j)))
       mask, prior = (take_of_examples(j)[name] for name in ("mask", "prior"))
       losses = _tree.at_least_float32(jax.lax.stop_gradient(grads.losses))
       reductions = over(axis_name, losses)

@@ -164,8 +164,9 @@ def test_replaced_rows_keep_integers_booleans_and_keys():
     "flag": jnp.array([True, True, False, True]),
     "label": jnp.array([2, 0, 1, 1]),  # The first one gives NaN.
   }
+  axes = {"keys": 0, "key": None, "flag": 0, "label": 0}
   for size in (None, 2):
-    grads = jaxbo.per_example_grad(loss_fn, microbatch_size=size, repair=True)
+    grads = jaxbo.per_example_grad(loss_fn, batch_axes=axes, microbatch_size=size, repair=True)
     step = jax.jit(
       lambda batch, grads=grads: update(jaxbo.dro.uniform(), grads(jnp.ones(()), batch))
     )
@@ -295,6 +296,12 @@ class TestErrors:
       (stored, {}, ValueError, "must be given PerExampleGrads, from jaxbo.per_example_grad"),
       (stored, {"losses": jnp.ones(5)}, ValueError, r"grads\['b'\] must be \[5, \*param_shape\]"),
       (PARAMS, {"losses": jnp.ones(3)}, ValueError, r"grads\['b'\] must be .*, got \(\)"),
+      (
+        {"w": jnp.ones((3, 3)), "b": jnp.ones((3, 3))},
+        {"losses": jnp.ones(3)},
+        ValueError,
+        "grads of one example must have the structure and shapes of params",
+      ),
       (lazy, {"losses": jnp.ones(24)}, ValueError, "PerExampleGrads has its own"),
       (
         lazy,
