@@ -190,7 +190,7 @@ def done_grad(
   def gradients(params: optax.Params, batch: Data, key: Key | None = None) -> PerExampleGrads:
     images, labels = check_batch(batch, low, high)
     q, info = attack(params, images, labels, None if key is None else typed_key(key))
-    return lazy(params, (info.perturbed, labels, q))._replace(aux=info)
+    return lazy(params, (info.perturbed, labels, q)).replace(aux=info)
 
   return gradients
 

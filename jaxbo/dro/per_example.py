@@ -1,13 +1,13 @@
 """Per-example gradients that stay lazy until their weights are known."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.tree_util import Partial
 
 from jaxbo import _check
 from jaxbo._types import BatchLoss, Data, PyTree
@@ -15,11 +15,14 @@ from jaxbo.dro import microbatch
 from jaxbo.dro.batch import Over, check_losses
 
 
-class PerExampleGrads(NamedTuple):
-  """The losses of a batch and the pullback to the parameters; a pytree.
+@jax.tree_util.register_pytree_node_class
+@dataclasses.dataclass(frozen=True)
+class PerExampleGrads:
+  """The losses of a batch and the pullback to the parameters: gradients that are not yet there.
 
-  Make it and use it in the same traced function: do not carry it through ``scan`` or return it from
-  a branch.
+  Make it and give it to :func:`~jaxbo.reweight` in the same function, inside one ``jax.jit``.
+  Whatever treats it as a tree of gradients raises ``TypeError``: a transformation in front of
+  ``reweight``, a wrapper around it, or a ``jit``, ``scan`` or branch that it would enter or leave.
 
   Attributes:
     losses: ``[batch]``.
@@ -30,12 +33,34 @@ class PerExampleGrads(NamedTuple):
       ``keep`` is true. Otherwise it replaces the rows of the batch that are not kept, because a
       weight of zero does not silence a loss that is not finite (``0 * nan``). ``None`` if rows
       cannot be replaced.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, jaxbo, optax
+    >>> grads = jaxbo.per_example_grad(lambda params, x: params * x)(1.0, jnp.ones(2))
+    >>> optax.scale(2.0).update(grads, optax.EmptyState())
+    Traceback (most recent call last):
+    TypeError: PerExampleGrads are not gradients yet: put jaxbo.reweight first in the chain, ...
   """
 
   losses: jax.Array
   pullback: Callable[[jax.Array], optax.Updates]
   aux: PyTree = None
   pullback_without: Callable[[jax.Array, jax.Array, Over], optax.Updates] | None = None
+
+  def replace(self, **changes: Any) -> "PerExampleGrads":
+    """A copy with other fields."""
+    return dataclasses.replace(self, **changes)
+
+  def _refuse(self, *_: object) -> NoReturn:
+    raise TypeError(
+      "PerExampleGrads are not gradients yet: put jaxbo.reweight first in the chain, and clipping, "
+      "scaling, optimizers and wrappers (optax.MultiSteps, apply_if_finite, masked, partition, "
+      "nnx.Optimizer) after it; and call update in the function that makes them, under the same jit"
+    )
+
+  # The first is asked by everything that sees a tree, the others where all parameters are one leaf.
+  tree_flatten = tree_unflatten = __jax_array__ = _refuse
+  __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = _refuse
 
 
 def per_example_grad(
@@ -113,8 +138,8 @@ def per_example_grad(
     losses, vjp, aux = jax.vjp(lambda params: losses_and_aux(params, batch), params, has_aux=True)
     if repair or batch_axes != 0:  # said, so it must be right, even if this batch is not cut
       microbatch.split_batch(batch, batch_axes, losses.size)
-    pullback = Partial(_pull, vjp)
-    without = Partial(pull_without, pullback, params, batch) if repair else None
+    pullback = lambda weights: vjp(weights)[0]
+    without = functools.partial(pull_without, pullback, params, batch) if repair else None
     return PerExampleGrads(losses, pullback, aux, without)
 
   def pull_without(pullback, params, batch, weights, keep, over: Over):
@@ -139,13 +164,9 @@ def per_example_grad(
     step = lambda carry, j: (carry, losses_and_aux(params, join(take(j))))
     _, stacked = jax.lax.scan(step, (), jnp.arange(cut.num_steps))
     losses, aux = jax.tree.map(cut.merge, stacked)
-    pullback = Partial(functools.partial(pull, cut), params, batch)
-    without = Partial(functools.partial(repaired, cut), params, batch) if repair else None
+    pullback = functools.partial(summed, cut, params, take, join)
+    without = functools.partial(repaired, cut, params, batch) if repair else None
     return PerExampleGrads(losses, pullback, aux, without)
-
-  def pull(cut, params, batch, weights):
-    rows, join = microbatch.split_batch(batch, batch_axes, cut.num_examples)
-    return summed(cut, params, cut.each(rows), join, weights)
 
   def repaired(cut, params, batch, weights, keep, over):
     rows, join = microbatch.split_batch(batch, batch_axes, cut.num_examples)
@@ -186,10 +207,6 @@ def masked_and_bad(
 def only_if(good: jax.Array, gradient: optax.Updates) -> optax.Updates:
   """Returns ``gradient`` if ``good``, and zeros otherwise."""
   return jax.tree.map(lambda leaf: jnp.where(good, leaf, 0), gradient)
-
-
-def _pull(vjp, weights):
-  return vjp(weights)[0]
 
 
 def _split_aux(value: PyTree) -> tuple[jax.Array, PyTree]:

@@ -91,7 +91,7 @@ def streaming_grad(
     return tx.update(in_two_passes(params, batch), state, params, **of_examples)
 
   def one_pass(log_ratio, params, batch, state, **of_examples):
-    num_examples = jax.eval_shape(of_microbatch, params, batch).losses.shape[0]
+    num_examples = jax.eval_shape(lambda: of_microbatch(params, batch).losses).size
     cut = make_microbatches(num_examples, microbatch_size)
     rows, join = split_batch(batch, batch_axes, num_examples)
     take, take_of_examples = cut.each(rows), cut.each(of_examples)
