@@ -38,6 +38,12 @@ class Over(NamedTuple):
     """How many entries of ``x`` are true, int32."""
     return self.sum(jnp.asarray(x, jnp.int32))
 
+  def everywhere(self, x: jax.Array) -> jax.Array:
+    """Whether ``x`` is true on all devices, also where parameters alone are divided."""
+    varying = sorted(jax.typeof(x).manual_axis_type.varying)
+    axes = (*varying, *(name for name in self.axes if not is_checked(name)))
+    return jax.lax.psum(jnp.asarray(~x, jnp.int32), axes) == 0 if axes else x
+
   def first(self, x: jax.Array) -> jax.Array:
     """Keeps the first true entry of the booleans ``x``, ``[batch]``, and clears the others."""
     index = jnp.arange(x.size, dtype=jnp.int32)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxbo import _check
+from jaxbo import _check, _tree
 from jaxbo._types import BatchLoss, Data, PyTree
 from jaxbo.dro import microbatch
 from jaxbo.dro.batch import Over, check_losses
@@ -51,6 +51,15 @@ class PerExampleGrads:
     """A copy with other fields."""
     return dataclasses.replace(self, **changes)
 
+  def aux_or(self, previous: PyTree) -> PyTree:
+    """Returns ``aux`` if all floats in it are finite, and ``previous`` otherwise.
+
+    These are the batch statistics to carry on: one image that is not finite makes those of its
+    batch NaN, and with them every later prediction.
+    """
+    _check.same_structure("previous", previous, "aux", self.aux)
+    return _tree.where(_tree.all_finite(self.aux), self.aux, previous)
+
   def _refuse(self, *_: object) -> NoReturn:
     raise TypeError(
       "PerExampleGrads are not gradients yet: put jaxbo.reweight first in the chain, and clipping, "
@@ -82,7 +91,7 @@ def per_example_grad(
       backward pass rounds the weights to the dtype of the losses. With ``microbatch_size`` or
       ``repair``, the loss of an example must not depend on other examples.
     has_aux: whether ``loss_fn`` returns ``(losses, aux)``; with ``microbatch_size``, every leaf of
-      ``aux`` must be ``[batch, ...]``.
+      ``aux`` must be ``[batch, ...]``. Carry batch statistics on by ``grads.aux_or(previous)``.
     batch_axes: which axis of each leaf of the batch counts the examples: an integer, ``None`` for
       leaves that all examples share (a key, a scalar, a table, frozen parameters), or a tree of
       these that is a prefix of the batch, as ``in_axes`` of ``jax.vmap``. The default 0 says that
@@ -96,7 +105,9 @@ def per_example_grad(
       bad rows by a good one with weight zero. With ``microbatch_size`` this adds no pass. Without
       it, a bad batch is run again example by example, about two more passes; ``loss_fn`` must then
       accept a batch of one, the model is compiled twice, and :func:`reweight` cannot be
-      differentiated in reverse mode.
+      differentiated in reverse mode. A finite loss with a gradient that is not finite cannot be
+      told from the losses: it gives the whole batch a zero gradient either way, and
+      ``info.gradient_finite`` is false.
 
   Returns:
     A function ``(params, batch) -> PerExampleGrads``.
@@ -106,7 +117,8 @@ def per_example_grad(
       floats.
     ValueError: if losses are not one-dimensional; if ``microbatch_size`` is not positive or does
       not divide the batch; if ``batch_axes`` is not a prefix of the batch, or a leaf does not have
-      one row for each loss along its axis.
+      one row for each loss along its axis; with ``microbatch_size``, if a leaf of ``aux`` is not
+      ``[batch, ...]``.
 
   Example:
     >>> import jax.numpy as jnp, jaxbo
@@ -157,12 +169,13 @@ def per_example_grad(
     return jax.lax.while_loop(lambda carry: carry[0], again, (bad, gradient))[1]
 
   def in_microbatches(size, params, batch):
-    shape = jax.eval_shape(losses_alone, params, batch).shape
-    cut = microbatch.make_microbatches(shape[0], size)
+    whole_losses, whole_aux = jax.eval_shape(losses_and_aux, params, batch)
+    cut = microbatch.make_microbatches(whole_losses.size, size)
     rows, join = microbatch.split_batch(batch, batch_axes, cut.num_examples)
     take = cut.each(rows)
     step = lambda carry, j: (carry, losses_and_aux(params, join(take(j))))
     _, stacked = jax.lax.scan(step, (), jnp.arange(cut.num_steps))
+    _check_aux(whole_aux, stacked[1], cut)
     losses, aux = jax.tree.map(cut.merge, stacked)
     pullback = functools.partial(summed, cut, params, take, join)
     without = functools.partial(repaired, cut, params, batch) if repair else None
@@ -204,9 +217,28 @@ def masked_and_bad(
   return over.number_of(~jnp.isfinite(losses) & ~jnp.asarray(mask, bool))
 
 
+def guarded(gradient: optax.Updates, over: Over) -> tuple[optax.Updates, jax.Array]:
+  """Returns ``gradient``, or zeros if it is not finite on every device, and whether it is."""
+  finite = over.everywhere(_tree.all_finite(gradient))
+  return only_if(finite, gradient), finite
+
+
 def only_if(good: jax.Array, gradient: optax.Updates) -> optax.Updates:
   """Returns ``gradient`` if ``good``, and zeros otherwise."""
   return jax.tree.map(lambda leaf: jnp.where(good, leaf, 0), gradient)
+
+
+def _check_aux(whole: PyTree, stacked: PyTree, cut: microbatch.Microbatches) -> None:
+  """Raises ``ValueError`` if a leaf does not have a row for each example, in the parts too."""
+  leaves = zip(jax.tree_util.tree_leaves_with_path(whole), jax.tree.leaves(stacked), strict=True)
+  for (path, leaf), parts in leaves:
+    of_rows = leaf.shape[:1] == (cut.num_examples,)
+    if not of_rows or parts.shape != (cut.num_steps, cut.size, *leaf.shape[1:]):
+      raise ValueError(
+        f"aux{jax.tree_util.keystr(path)} must be [batch, ...] with microbatch_size, one row for "
+        f"each of {cut.num_examples} examples, got shape {leaf.shape}: statistics of a batch are "
+        "not those of its parts; return them by example, or leave microbatch_size out"
+      )
 
 
 def _split_aux(value: PyTree) -> tuple[jax.Array, PyTree]:

@@ -12,7 +12,7 @@ from jaxbo import _check, _tree
 from jaxbo._types import BatchLoss, Data, PyTree
 from jaxbo.dro.batch import AxisName, bounded, over
 from jaxbo.dro.microbatch import make_microbatches, split_batch
-from jaxbo.dro.per_example import masked_and_bad, only_if, per_example_grad, weighted
+from jaxbo.dro.per_example import guarded, masked_and_bad, only_if, per_example_grad, weighted
 from jaxbo.dro.reweight import ReweightState, add_over_devices, reweight
 from jaxbo.dro.weighting import Weighting, check_weighting
 
@@ -135,8 +135,9 @@ def streaming_grad(
       info = info._replace(num_excluded=info.num_excluded + bad)
     factor = info.weight_sum / jnp.where(total > 0, total, 1)
     gradient = _tree.scaled(factor, gradient)
-    state = ReweightState(weighting_state, _tree.cast_like(info, state.info))
-    return _tree.cast_like(gradient, params), state
+    gradient, finite = guarded(_tree.cast_like(gradient, params), reductions)
+    info = info._replace(gradient_finite=finite)
+    return gradient, ReweightState(weighting_state, _tree.cast_like(info, state.info))
 
   def gradient(
     params: optax.Params,
