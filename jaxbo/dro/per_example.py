@@ -33,6 +33,8 @@ class PerExampleGrads:
       ``keep`` is true. Otherwise it replaces the rows of the batch that are not kept, because a
       weight of zero does not silence a loss that is not finite (``0 * nan``). ``None`` if rows
       cannot be replaced.
+    mask: which examples count, booleans ``[batch]``, by ``loss_fn.example_mask(batch)``; ``None``
+      for all.
 
   Example:
     >>> import jax, jax.numpy as jnp, jaxbo, optax
@@ -46,6 +48,7 @@ class PerExampleGrads:
   pullback: Callable[[jax.Array], optax.Updates]
   aux: PyTree = None
   pullback_without: Callable[[jax.Array, jax.Array, Over], optax.Updates] | None = None
+  mask: jax.Array | None = None
 
   def replace(self, **changes: Any) -> "PerExampleGrads":
     """A copy with other fields."""
@@ -89,7 +92,9 @@ def per_example_grad(
   Args:
     loss_fn: ``loss_fn(params, batch) -> losses``, real floats ``[batch]``. Prefer float32: the
       backward pass rounds the weights to the dtype of the losses. With ``microbatch_size`` or
-      ``repair``, the loss of an example must not depend on other examples.
+      ``repair``, the loss of an example must not depend on other examples. If it has a function
+      ``loss_fn.example_mask(batch)``, booleans ``[batch]``, the others do not count: a sequence
+      without a target has no loss.
     has_aux: whether ``loss_fn`` returns ``(losses, aux)``; with ``microbatch_size``, every leaf of
       ``aux`` must be ``[batch, ...]``. Carry batch statistics on by ``grads.aux_or(previous)``.
     batch_axes: which axis of each leaf of the batch counts the examples: an integer, ``None`` for
@@ -175,7 +180,7 @@ def per_example_grad(
     take = cut.each(rows)
     step = lambda carry, j: (carry, losses_and_aux(params, join(take(j))))
     _, stacked = jax.lax.scan(step, (), jnp.arange(cut.num_steps))
-    _check_aux(whole_aux, stacked[1], cut)
+    check_aux(whole_aux, stacked[1], cut)
     losses, aux = jax.tree.map(cut.merge, stacked)
     pullback = functools.partial(summed, cut, params, take, join)
     without = functools.partial(repaired, cut, params, batch) if repair else None
@@ -193,10 +198,18 @@ def per_example_grad(
   def gradients(params: optax.Params, batch: Data) -> PerExampleGrads:
     _check.floating("params", params)
     if microbatch_size is None:
-      return whole(params, batch)
-    return in_microbatches(microbatch_size, params, batch)
+      grads = whole(params, batch)
+    else:
+      grads = in_microbatches(microbatch_size, params, batch)
+    return grads.replace(mask=example_mask(loss_fn, batch))
 
   return gradients
+
+
+def example_mask(loss_fn: BatchLoss, batch: Data) -> jax.Array | None:
+  """Which examples of the batch have a loss at all, if ``loss_fn`` says so."""
+  of_batch = getattr(loss_fn, "example_mask", None)
+  return None if of_batch is None else of_batch(batch)
 
 
 def weighted(grads: PerExampleGrads, weights: jax.Array, over: Over) -> optax.Updates:
@@ -228,7 +241,7 @@ def only_if(good: jax.Array, gradient: optax.Updates) -> optax.Updates:
   return jax.tree.map(lambda leaf: jnp.where(good, leaf, 0), gradient)
 
 
-def _check_aux(whole: PyTree, stacked: PyTree, cut: microbatch.Microbatches) -> None:
+def check_aux(whole: PyTree, stacked: PyTree, cut: microbatch.Microbatches) -> None:
   """Raises ``ValueError`` if a leaf does not have a row for each example, in the parts too."""
   leaves = zip(jax.tree_util.tree_leaves_with_path(whole), jax.tree.leaves(stacked), strict=True)
   for (path, leaf), parts in leaves:

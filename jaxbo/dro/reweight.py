@@ -10,7 +10,7 @@ import optax
 from jaxbo import _check, _tree
 from jaxbo._types import PyTree
 from jaxbo.dro import per_example
-from jaxbo.dro.batch import AxisName, Over, check_length, check_losses, is_checked, over
+from jaxbo.dro.batch import AxisName, Over, both, check_losses, is_checked, over, scores_of
 from jaxbo.dro.diagnostics import WeightInfo, zero_info
 from jaxbo.dro.per_example import PerExampleGrads
 from jaxbo.dro.weighting import Weighting, check_weighting
@@ -132,12 +132,9 @@ def reweight(
   ):
     del extra_args
     losses = _find_losses(updates, losses, params)
-    if scores is None:
-      scores = losses
-    else:
-      scores = check_losses("scores", scores)
-      check_length("scores", scores, losses)
-      scores = jnp.where(jnp.isfinite(losses), scores, jnp.nan)  # so that it is excluded
+    scores = scores_of(scores, losses)
+    if isinstance(updates, PerExampleGrads):
+      mask = both(mask, updates.mask, losses)
     weights, weighting_state, info = weighting.weigh(
       scores, state.weighting_state, mask=mask, prior=prior, groups=groups, axis_name=axis_name
     )
