@@ -68,7 +68,7 @@ def is_checked(name: str) -> bool:
     index = jax.lax.axis_index(name)
   except NameError:
     raise ValueError(
-      f"axis_name must be an axis of the shard_map around, got {name!r}, which is none; under jit "
+      f"axis_name must be an axis of the shard_map around, got {name!r}, which is not; under jit "
       "with a sharded batch leave it out"
     ) from None
   return name in jax.typeof(index).manual_axis_type.varying
