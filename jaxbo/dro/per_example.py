@@ -29,9 +29,9 @@ class PerExampleGrads:
     pullback: ``pullback(weights)`` runs one backward pass and returns the gradient of
       ``sum(weights * losses)`` for constant weights.
     aux: what the loss returned besides the losses; ``None`` without ``has_aux``.
-    pullback_without: ``pullback_without(weights, keep, over)`` returns the same gradient if all of
-      ``keep`` is true. Otherwise it replaces the rows of the batch that are not kept, because a
-      weight of zero does not silence a loss that is not finite (``0 * nan``). ``None`` if rows
+    pullback_without: ``pullback_without(weights, keep, over)`` returns the same gradient, if it is
+      finite. Otherwise it replaces the rows of the batch that are not kept, because a weight of
+      zero does not silence a loss or a slope that is not finite (``0 * nan``). ``None`` if rows
       cannot be replaced.
     mask: which examples count, booleans ``[batch]``, by ``loss_fn.example_mask(batch)``; ``None``
       for all.
@@ -107,12 +107,12 @@ def per_example_grad(
       again for the backward pass, so the cost rises to 4/3.
     repair: what to do with a batch that contains a loss that is not finite (``info.num_excluded``
       counts such losses). ``False`` gives the whole batch a zero gradient. ``True`` replaces the
-      bad rows by a good one with weight zero. With ``microbatch_size`` this adds no pass. Without
-      it, a bad batch is run again example by example, about two more passes; ``loss_fn`` must then
-      accept a batch of one, the model is compiled twice, and :func:`reweight` cannot be
-      differentiated in reverse mode. A finite loss with a gradient that is not finite cannot be
-      told from the losses: it gives the whole batch a zero gradient either way, and
-      ``info.gradient_finite`` is false.
+      bad rows, and those of weight zero, by a good one. With ``microbatch_size`` this adds no pass.
+      Without it, a bad batch is run again example by example, about two more passes; ``loss_fn``
+      must then accept a batch of one, the model is compiled twice, and :func:`reweight` cannot be
+      differentiated in reverse mode. An example that counts and whose loss is finite, but not its
+      gradient, gives the whole batch a zero gradient either way, and ``info.gradient_finite`` is
+      false.
 
   Returns:
     A function ``(params, batch) -> PerExampleGrads``.
@@ -160,13 +160,16 @@ def per_example_grad(
     return PerExampleGrads(losses, pullback, aux, without)
 
   def pull_without(pullback, params, batch, weights, keep, over: Over):
-    """Runs ``pullback(weights)``, then again example by example if a row is not kept.
+    """Runs ``pullback(weights)``, then again example by example if that is not finite.
+
+    A weight of zero times what is not finite is NaN, so a finite gradient has nothing of bad rows.
 
     The second run sits in a loop that runs once or not at all. Unlike a conditional, the loop lets
     XLA fuse the first run with the code before it, and costs nothing on clean batches under
     ``vmap``.
     """
-    gradient, bad = pullback(weights), over.number_of(~keep) > 0
+    gradient = pullback(weights)
+    bad = ~over.everywhere(_tree.all_finite(gradient))
     if _check.is_known(bad) and not bad:  # no need to compile the loop
       return gradient
     cut = microbatch.make_microbatches(keep.size, microbatch.num_shards(keep))
@@ -214,11 +217,11 @@ def example_mask(loss_fn: BatchLoss, batch: Data) -> jax.Array | None:
 
 def weighted(grads: PerExampleGrads, weights: jax.Array, over: Over) -> optax.Updates:
   """Returns the gradient of ``sum(weights * losses)`` without the losses that are not finite."""
-  keep = jnp.isfinite(grads.losses)
+  finite = jnp.isfinite(grads.losses)
   weights = weights.astype(grads.losses.dtype)
   if grads.pullback_without is None:
-    return only_if(over.number_of(~keep) == 0, grads.pullback(weights))
-  return grads.pullback_without(weights, keep, over)
+    return only_if(over.number_of(~finite) == 0, grads.pullback(weights))
+  return grads.pullback_without(weights, finite & (weights != 0), over)
 
 
 def masked_and_bad(

@@ -53,6 +53,24 @@ def test_streams_tell_it_too(weighting):
   assert info.gradient_finite
 
 
+@pytest.mark.parametrize("size", [None, 4])
+def test_a_masked_example_is_replaced_if_its_gradient_alone_is_not_finite(size):
+  """The rows that fill a batch up have finite losses, and slopes that are not."""
+  lazy = jaxbo.per_example_grad(loss_fn, microbatch_size=size, repair=True)
+  streamed = jaxbo.streaming_grad(loss_fn, jaxbo.dro.uniform(), microbatch_size=4, repair=True)
+  there = ROOTS > 0
+
+  @jax.jit
+  def both(batch):
+    gradient, state = update(lazy(PARAMS, batch), mask=there)
+    return (gradient, state.info), streamed(PARAMS, batch, mask=there)
+
+  for gradient, info in both(ROOTS):
+    np.testing.assert_allclose(gradient, np.sqrt(ROOTS).sum() / 7 / 2, rtol=1e-6)
+    assert info.gradient_finite
+    assert info.num_excluded == 0
+
+
 def test_stored_gradients_that_are_not_finite_are_left_out():
   losses, grads = jax.vmap(jax.value_and_grad(loss_fn), in_axes=(None, 0))(PARAMS, ROOTS)
   assert np.flatnonzero(~np.isfinite(grads)).tolist() == [2]

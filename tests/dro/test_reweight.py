@@ -148,6 +148,19 @@ def test_without_repair_a_bad_batch_gives_no_gradient():
   close(update(KL, own)[0], lazy_kl(BATCH, ALL)[0][0])
 
 
+def test_without_repair_a_bad_loss_counts_even_if_its_gradient_is_finite():
+  """A loss may be set to NaN behind its gradient; the rule is that of the losses."""
+  third = jnp.arange(problem.N) == 3
+  spoilt = lambda params, batch: jnp.where(third, jnp.nan, problem.loss_fn(params, batch))
+  for repair in (False, True):
+    lazy = jaxbo.per_example_grad(spoilt, repair=repair)
+    result, state = update(KL, lazy(PARAMS, BATCH))
+    keep = np.arange(problem.N) != 3
+    expected = problem.weighted(BATCH, softmax(problem.per_example(BATCH)[0], mask=keep))
+    close(result, expected if repair else jax.tree.map(jnp.zeros_like, result))
+    assert state.info.num_excluded == 1
+
+
 def test_replaced_rows_keep_integers_booleans_and_keys():
   """Rows are replaced whole; a key for each example stays, and a shared one goes to all."""
 
