@@ -16,7 +16,7 @@ from jaxbo.dro.batch import Over, check_losses
 
 
 @jax.tree_util.register_pytree_node_class
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class PerExampleGrads:
   """The losses of a batch and the pullback to the parameters: gradients that are not yet there.
 
