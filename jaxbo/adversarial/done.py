@@ -89,7 +89,8 @@ def done_grad(
     inverse: how to find :math:`q`. ``"diagonal"`` replaces the Hessian of the attack loss by
       :math:`\lambda I`; ``"cg"`` solves the full system with ten steps of conjugate gradients for
       each example; a :class:`~jaxbo.bilevel.LinearSolver` solves it as you choose; ``"none"`` drops
-      the implicit term, which gives ordinary adversarial training.
+      the implicit term, which gives ordinary adversarial training. In every case the loss is NaN,
+      and :func:`~jaxbo.reweight` excludes the example, if a gradient of the attack is not finite.
     curvature: :math:`\lambda \ge 0`, for ``"diagonal"``.
     direction: ``"gradient"`` for the steps above, or ``"adam"`` for Adam's steps on
       :math:`\varphi`, which end within about ``step_size`` of the minimum.
@@ -177,15 +178,16 @@ def done_grad(
     return q, info._replace(not_finite=info.not_finite | bad)
 
   def corrected(params, batch):
-    perturbed, labels, q = batch
-    return corrected_losses(loss_fn, attack_loss, params, perturbed, perturbed, labels, q)
+    perturbed, labels, q, not_finite = batch
+    losses = corrected_losses(loss_fn, attack_loss, params, perturbed, perturbed, labels, q)
+    return jnp.where(not_finite, jnp.nan, losses) if q is None else losses
 
   lazy = per_example_grad(corrected, microbatch_size=microbatch_size, repair=repair)
 
   def gradients(params: optax.Params, batch: Data, key: Key | None = None) -> PerExampleGrads:
     images, labels = check_batch(batch, box)
     q, info = attack(params, images, labels, None if key is None else typed_key(key))
-    return lazy(params, (info.perturbed, labels, q))._replace(aux=info)
+    return lazy(params, (info.perturbed, labels, q, info.not_finite)).replace(aux=info)
 
   return gradients
 

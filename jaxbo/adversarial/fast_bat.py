@@ -124,6 +124,6 @@ def fast_bat_grad(
   def gradients(params: optax.Params, batch: Data, key: Key) -> PerExampleGrads:
     images, labels = check_batch(batch, box)
     linearised, q, info = attack(params, images, labels, typed_key(key))
-    return lazy(params, (info.perturbed, linearised, labels, q))._replace(aux=info)
+    return lazy(params, (info.perturbed, linearised, labels, q)).replace(aux=info)
 
   return gradients

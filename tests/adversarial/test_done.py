@@ -355,6 +355,9 @@ def test_a_gradient_that_is_not_finite_leaves_the_example_alone():
   np.testing.assert_allclose(found["info"].perturbed[2], start[2], atol=1e-5)
   np.testing.assert_allclose(found["losses"][others], sound["losses"][others], rtol=1e-4)
   assert np.isnan(found["losses"][2])  # It has no implicit term.
+  none = jaxbo.adversarial.done_grad(*losses, **{**OPTIONS, "inverse": "none"})
+  kept = jax.jit(lambda params: none(params, BATCH).losses)(PARAMS)
+  assert np.flatnonzero(np.isnan(kept)).tolist() == [2]  # The attack, which stood still.
   # Fast-BAT looks at the outer loss once.
   fast_grad = jaxbo.adversarial.fast_bat_grad(*losses, box=Box(EPSILON), step_size=1.0)
   fast = jax.jit(lambda params: fast_grad(params, BATCH, 0).aux)(PARAMS)
