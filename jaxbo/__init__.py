@@ -21,9 +21,9 @@ papers. The module of each family has the parts of its methods.
 
 **Responses**: :func:`add_unrolled_response`, :func:`add_implicit_response` with
 :func:`conjugate_gradient`, :func:`gmres`, :func:`neumann` or :func:`fixed_point`,
-:func:`add_es_response`, :func:`drop_response`; whole methods :func:`itd`, :func:`aid`,
-:func:`stocbio`, :func:`esj`; the loop :func:`bilevel_loop`. The records are in
-:mod:`jaxbo.bilevel`.
+:func:`add_finite_difference_response`, :func:`add_es_response`, :func:`drop_response`; whole
+methods :func:`itd`, :func:`aid`, :func:`stocbio`, :func:`darts`, :func:`esj`; the loop
+:func:`bilevel_loop`. The records are in :mod:`jaxbo.bilevel`.
 
 **Value functions**, for inner problems with many minima, on :class:`Bilevel` parameters:
 :func:`add_primal_dual_penalty` (:func:`pdbo`, :func:`proximal_pdbo` with
@@ -53,6 +53,7 @@ from jaxbo import adversarial, bilevel, dro, meta, online, tasks
 from jaxbo.adversarial.done import done
 from jaxbo.bilevel.dynamic_barrier import add_dynamic_barrier, bome
 from jaxbo.bilevel.es import add_es_response, esj
+from jaxbo.bilevel.finite_difference import add_finite_difference_response, darts
 from jaxbo.bilevel.gmres import gmres
 from jaxbo.bilevel.implicit import add_implicit_response, aid, stocbio
 from jaxbo.bilevel.inner import inner_solver
@@ -88,6 +89,7 @@ __all__ = [
   "add_corrected_response",
   "add_dynamic_barrier",
   "add_es_response",
+  "add_finite_difference_response",
   "add_implicit_response",
   "add_primal_dual_penalty",
   "add_proximal_terms",
@@ -102,6 +104,7 @@ __all__ = [
   "chi2_dro",
   "conjugate_gradient",
   "cvar_dro",
+  "darts",
   "done",
   "dro",
   "drop_response",

@@ -32,6 +32,7 @@ METHODS = [
   (response, jaxbo.itd, (SOLVER,), {}),
   (response, jaxbo.aid, (SOLVER,), {}),
   (response, jaxbo.stocbio, (SOLVER, 3, 0.2), {}),
+  (response, jaxbo.darts, (SOLVER,), {}),
   (response, jaxbo.esj, (SOLVER, 3, 0.1), {}),
   (response, jaxbo.ogd, (), {}),
   (response, jaxbo.sobow, (SOLVER,), {"window": 3, "inner_params": catalogue.INNER}),

@@ -2,6 +2,10 @@
 
 from jaxbo.bilevel.dynamic_barrier import DynamicBarrierInfo, DynamicBarrierState
 from jaxbo.bilevel.es import EsInfo, EsResponseState
+from jaxbo.bilevel.finite_difference import (
+  FiniteDifferenceInfo,
+  FiniteDifferenceResponseState,
+)
 from jaxbo.bilevel.implicit import ImplicitInfo, ImplicitResponseState
 from jaxbo.bilevel.linear_system import LinearInfo, LinearSolver
 from jaxbo.bilevel.loop import BilevelInfo, BilevelState
@@ -25,6 +29,8 @@ __all__ = [
   "EsInfo",
   "EsResponseState",
   "FeatureProblem",
+  "FiniteDifferenceInfo",
+  "FiniteDifferenceResponseState",
   "ImplicitInfo",
   "ImplicitResponseState",
   "InnerInfo",

@@ -89,9 +89,9 @@ class InnerSolver(NamedTuple):
       the final inner parameters. Responses differentiate this map. With ``last=k`` the gradient
       flows through the last ``k`` steps only.
     loss: ``loss(x, y, batch) -> scalar``, the inner loss on the batch of *one* step.
-    descend: ``descend(x, y, grads, batch, *, with_loss=True) -> updates``, what the optimizer makes
-      of gradients in one step from a fresh state, on the batch of *one* step. Optimizers that need
-      the loss see zero instead without ``with_loss``.
+    descend: ``descend(x, y, grads, batch, *, opt_state=None, with_loss=True) -> updates``, what the
+      optimizer makes of gradients in one step from ``opt_state``, or from a fresh state, on the
+      batch of *one* step. Optimizers that need the loss see zero instead without ``with_loss``.
     num_steps: the number of steps of a run.
     per_step_batches: whether ``batch`` has a leading axis ``num_steps``.
     start: the function ``start=`` of the solver, else ``None``.

@@ -21,6 +21,11 @@ def two_tasks(solver, **options):
   return lambda: jaxbo.over_tasks(solver(), 2, **options)
 
 
+def one_step_solver():
+  """The solver of a single loop, which keeps its momentum."""
+  return jaxbo.inner_solver(inner_loss, optax.sgd(0.2, momentum=0.5), num_steps=1)
+
+
 def primal_dual(**options):
   """PDBO's head."""
   return jaxbo.add_primal_dual_penalty(inner_loss, **{**DUAL, **options})
@@ -56,6 +61,17 @@ ENTRIES = [
   ),
   response(
     "implicit_fixed_point", lambda solver: _implicit(solver, _fixed_point(3, 0.3)), slow=True
+  ),
+  response(
+    "finite_difference",
+    lambda solver: jaxbo.add_finite_difference_response(solver, 0.1),
+    one_step_solver,
+  ),
+  response(
+    "finite_difference_full_solver",
+    lambda solver: jaxbo.add_finite_difference_response(solver),
+    two_tasks(full_solver),
+    slow=True,
   ),
   response(
     "es_in_chunks",
@@ -158,6 +174,12 @@ ALIASES = [
     "stocbio",
     lambda solver: jaxbo.stocbio(0.1, solver, 3, 0.2),
     lambda solver: optax.chain(_implicit(solver, _neumann(3, 0.2)), _down),
+  ),
+  alias(
+    response,
+    "darts",
+    lambda solver: jaxbo.darts(0.1, solver, 0.2),
+    lambda solver: optax.chain(jaxbo.add_finite_difference_response(solver, 0.2), _down),
   ),
   alias(
     response,
