@@ -22,8 +22,8 @@ papers. The module of each family has the parts of its methods.
 **Responses**: :func:`add_unrolled_response`, :func:`add_implicit_response` with
 :func:`conjugate_gradient`, :func:`gmres`, :func:`neumann` or :func:`fixed_point`,
 :func:`add_finite_difference_response`, :func:`add_es_response`, :func:`drop_response`; whole
-methods :func:`itd`, :func:`aid`, :func:`stocbio`, :func:`darts`, :func:`esj`; the loop
-:func:`bilevel_loop`. The records are in :mod:`jaxbo.bilevel`.
+methods :func:`itd`, :func:`aid`, :func:`stocbio`, :func:`soba`, :func:`amigo`, :func:`darts`,
+:func:`esj`; the loop :func:`bilevel_loop`. The records are in :mod:`jaxbo.bilevel`.
 
 **Value functions**, for inner problems with many minima, on :class:`Bilevel` parameters:
 :func:`add_primal_dual_penalty` (:func:`pdbo`, :func:`proximal_pdbo` with
@@ -51,6 +51,7 @@ evaluation are in :mod:`jaxbo.adversarial`.
 
 from jaxbo import adversarial, bilevel, dro, meta, online, tasks
 from jaxbo.adversarial.done import done
+from jaxbo.bilevel.amortized import amigo, soba
 from jaxbo.bilevel.dynamic_barrier import add_dynamic_barrier, bome
 from jaxbo.bilevel.es import add_es_response, esj
 from jaxbo.bilevel.finite_difference import add_finite_difference_response, darts
@@ -97,6 +98,7 @@ __all__ = [
   "add_value_function_penalty",
   "adversarial",
   "aid",
+  "amigo",
   "average_over_batches",
   "bilevel",
   "bilevel_loop",
@@ -132,6 +134,7 @@ __all__ = [
   "proximal_pdbo",
   "reweight",
   "scale_by_lagrangian_smoothness",
+  "soba",
   "sobow",
   "sogd",
   "stocbio",

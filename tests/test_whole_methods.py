@@ -32,6 +32,8 @@ METHODS = [
   (response, jaxbo.itd, (SOLVER,), {}),
   (response, jaxbo.aid, (SOLVER,), {}),
   (response, jaxbo.stocbio, (SOLVER, 3, 0.2), {}),
+  (response, jaxbo.soba, (SOLVER, 0.3), {"inner_params": catalogue.INNER}),
+  (response, jaxbo.amigo, (SOLVER, 3, 0.3), {"inner_params": catalogue.INNER}),
   (response, jaxbo.darts, (SOLVER,), {}),
   (response, jaxbo.esj, (SOLVER, 3, 0.1), {}),
   (response, jaxbo.ogd, (), {}),

@@ -177,6 +177,22 @@ ALIASES = [
   ),
   alias(
     response,
+    "soba",
+    lambda solver, inner_params: jaxbo.soba(0.1, solver, 0.3, inner_params=inner_params),
+    lambda solver, inner_params: optax.chain(
+      _implicit(solver, _fixed_point(1, 0.3, warm_start=True), inner_params=inner_params), _down
+    ),
+  ),
+  alias(
+    response,
+    "amigo",
+    lambda solver, inner_params: jaxbo.amigo(0.1, solver, 3, 0.3, inner_params=inner_params),
+    lambda solver, inner_params: optax.chain(
+      _implicit(solver, _fixed_point(3, 0.3, warm_start=True), inner_params=inner_params), _down
+    ),
+  ),
+  alias(
+    response,
     "darts",
     lambda solver: jaxbo.darts(0.1, solver, 0.2),
     lambda solver: optax.chain(jaxbo.add_finite_difference_response(solver, 0.2), _down),
