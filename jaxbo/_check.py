@@ -169,6 +169,12 @@ def uses(name: str, loss: Callable[[PyTree], jax.Array], argument: PyTree) -> No
 def floating(name: str, tree: PyTree) -> None:
   """Raises ``TypeError`` if a leaf of ``tree`` is not a floating-point array."""
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    if callable(leaf) or isinstance(leaf, str):
+      raise TypeError(
+        f"{name} must be a pytree of arrays, got {leaf!r} at {name}{jax.tree_util.keystr(path)}; "
+        "split a module first, by nnx.split(module) or equinox.partition(module, "
+        "equinox.is_inexact_array)"
+      )
     dtype = jnp.result_type(leaf)
     if not jnp.issubdtype(dtype, jnp.floating):
       raise TypeError(

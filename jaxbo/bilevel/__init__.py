@@ -1,5 +1,6 @@
 """The parts of bilevel methods: records of the inner problem, linear solvers and states."""
 
+from jaxbo.bilevel.differentiable_solve import differentiable_solve
 from jaxbo.bilevel.dynamic_barrier import DynamicBarrierInfo, DynamicBarrierState
 from jaxbo.bilevel.es import EsInfo, EsResponseState
 from jaxbo.bilevel.finite_difference import (
@@ -44,5 +45,6 @@ __all__ = [
   "UnrolledResponseState",
   "ValuePenaltyInfo",
   "ValuePenaltyState",
+  "differentiable_solve",
   "project_params",
 ]

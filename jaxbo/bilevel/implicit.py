@@ -12,7 +12,7 @@ from jaxbo._types import Data, SolveLinear
 from jaxbo.bilevel import linear_solvers
 from jaxbo.bilevel.condition import Residual, condition_for
 from jaxbo.bilevel.inner import check_per_step
-from jaxbo.bilevel.linear_system import LinearInfo, measure, relative
+from jaxbo.bilevel.linear_system import LinearInfo, LinearSolver, differentiable, measure, relative
 from jaxbo.bilevel.response import (
   MISSING,
   check_depends_on_x,
@@ -207,7 +207,10 @@ def add_implicit_response(
       matvec = lambda v: pull(v)[0]
       solve = getattr(linear_solver, "general", None) or linear_solver
     x0 = state.linear_solution if warm_start else optax.tree.zeros_like(b)
-    result = solve(matvec, b, x0)
+    if isinstance(solve, LinearSolver):
+      result = differentiable(solve, matvec, b, x0, at.symmetric)
+    else:
+      result = solve(matvec, b, x0)
     if not isinstance(result, tuple) or len(result) != 2:
       raise TypeError(f"linear_solver must return (x, info), got {result!r}")
     linear_solution, linear_info = result

@@ -1,7 +1,6 @@
 """The inner problem: a fixed number of optimizer steps, as a pure function."""
 
 import functools
-import math
 from collections.abc import Callable
 
 import jax
@@ -10,6 +9,7 @@ import optax
 
 from jaxbo import _check, _tree
 from jaxbo._types import Data, Loss, PyTree
+from jaxbo.bilevel.remat import final_carry
 from jaxbo.bilevel.solution import FeatureProblem, InnerInfo, InnerSolution, InnerSolver
 
 
@@ -20,6 +20,7 @@ def inner_solver(
   *,
   per_step_batches: bool = False,
   has_aux: bool = False,
+  keep: Callable[[PyTree, PyTree], PyTree] | None = None,
   warm_start: str | bool | None = None,
   start: Callable[[PyTree], PyTree] | None = None,
   remat: bool | int = False,
@@ -45,6 +46,10 @@ def inner_solver(
       ``batch`` has a leading axis ``num_steps`` and step ``n`` sees slice ``n``. All runs of one
       update (base, perturbed, unrolled) see the same slices.
     has_aux: whether the loss returns ``(scalar, aux)``.
+    keep: ``keep(y, aux) -> y`` after each step, for what lives across steps, such as running batch
+      statistics: leaves of ``y`` that the optimizer does not move (``optax.partition`` with
+      ``optax.set_to_zero``) and that the loss hands on in ``aux``. Needs ``has_aux``. Random
+      numbers need no state: put a key for each step into the batch, with ``per_step_batches``.
     warm_start: ``"params"``: a solve begins at the last solution, with a fresh optimizer state.
       ``"all"``: it also keeps the optimizer's state, so schedules go on counting over all solves,
       and curvature that L-BFGS remembers belongs to an earlier ``x``. ``False``: every solve begins
@@ -67,8 +72,8 @@ def inner_solver(
   Raises:
     ValueError: if ``num_steps`` or ``remat`` is below 1; if the leading axis of a per-step batch is
       not ``num_steps``; if the loss is not a scalar; if ``warm_start`` is not one of the values
-      above, or is given with ``start``; if ``through`` is given with a ``start`` or an optimizer
-      that depends on ``x``.
+      above, or is given with ``start``; if ``keep`` is given without ``has_aux``; if ``through`` is
+      given with a ``start`` or an optimizer that depends on ``x``.
     TypeError: if ``inner_loss``, ``through`` or ``start`` does not take its arguments; if
       ``optimizer`` is neither an optimizer nor a function that returns one; if a parameter is not a
       float.
@@ -91,6 +96,10 @@ def inner_solver(
   _check.takes_arguments("inner_loss", inner_loss, "x" if through is None else "z", "y", "batch")
   if through is not None:
     _check.takes_arguments("through", through, "x", "batch")
+  if keep is not None:
+    _check.takes_arguments("keep", keep, "y", "aux")
+    if not has_aux:
+      raise ValueError("has_aux must be True with keep, which reads the auxiliary output")
   if start is not None:
     _check.takes_arguments("start", start, "x")
     if warm_start:
@@ -149,7 +158,12 @@ def inner_solver(
     updates, opt_state = optimizer_for(z).update(
       grads, opt_state, y, value=value, grad=grads, value_fn=value_fn
     )
-    return (optax.apply_updates(y, updates), opt_state), (value, aux)
+    y = optax.apply_updates(y, updates)
+    if keep is not None:
+      kept = keep(y, aux)
+      _check.same_structure("what keep returns", kept, "y", y)
+      y = _tree.cast_like(kept, y)
+    return (y, opt_state), (value, aux)
 
   def steps(z, carry, batch, scan, begin=0, end=num_steps):
     """Runs steps ``begin`` to ``end``, scanning over per-step batches and their features."""
@@ -166,9 +180,15 @@ def inner_solver(
     return scan(body, carry, jax.tree.map(lambda leaf: leaf[begin:end], slices), end - begin)
 
   def path_from_features(z, begin_at, batch, *, last=None):
+    y, opt_state = begin_at
+    found, wanted = map(jax.tree.structure, (opt_state, jax.eval_shape(fresh, z, y)))
+    if found != wanted:
+      raise ValueError(
+        f"solution must come from this inner solver, got another optimizer's state, {found}"
+      )
     if last is not None and _check.positive_int("last", last) > num_steps:
       raise ValueError(f"last must be at most num_steps={num_steps}, got {last}")
-    scan = functools.partial(_final_carry, remat=remat)
+    scan = functools.partial(final_carry, remat=remat)
     begin = 0 if last is None else num_steps - last
     carry = begin_at
     if begin:
@@ -253,27 +273,6 @@ def inner_solver(
     start=start,
     through=None if through is None else FeatureProblem(features, path_from_features),
   )
-
-
-def _final_carry(body, carry, slices, length: int, *, remat: bool | int):
-  """``lax.scan`` without outputs; with ``remat``, it stores only the start of each segment."""
-
-  def steps(length, carry, slices):
-    return jax.lax.scan(lambda c, s: (body(c, s)[0], None), carry, slices, length=length)[0]
-
-  def segments(count, length, carry, slices):
-    segment = jax.checkpoint(functools.partial(steps, length), prevent_cse=False)
-    slices = jax.tree.map(lambda leaf: leaf.reshape(count, length, *leaf.shape[1:]), slices)
-    return jax.lax.scan(lambda c, s: (segment(c, s), None), carry, slices, length=count)[0]
-
-  if not remat:
-    return steps(length, carry, slices)
-  segment = min(length, math.isqrt(length) if remat is True else remat)
-  count, rest = divmod(length, segment)
-  carry = segments(count, segment, carry, jax.tree.map(lambda leaf: leaf[: length - rest], slices))
-  if rest:
-    carry = segments(1, rest, carry, jax.tree.map(lambda leaf: leaf[length - rest :], slices))
-  return carry
 
 
 def check_per_step(batch: Data, num_steps: int) -> None:

@@ -57,6 +57,25 @@ def measure(matvec: MatVec, b: optax.Params, x: optax.Params, finite: jax.Array)
   return LinearInfo(relative(norm, _tree.norm(b)), jnp.int32(-1), ~(finite & jnp.isfinite(norm)))
 
 
+def differentiable(
+  solver: LinearSolver, matvec: MatVec, b: PyTree, x0: PyTree, symmetric: bool
+) -> tuple[PyTree, LinearInfo]:
+  """``solver(matvec, b, x0)``, whose derivative solves the same system again.
+
+  So a third level can be differentiated in reverse, through solvers with a ``while_loop`` too.
+  """
+
+  def solve(matvec, b):
+    return solver(matvec, b, x0)
+
+  def solve_transposed(matvec, b):
+    return solver(matvec, b, jax.tree.map(jnp.zeros_like, b))
+
+  return jax.lax.custom_linear_solve(
+    matvec, b, solve, solve_transposed, symmetric=symmetric, has_aux=True
+  )
+
+
 def relative(norm: jax.Array, to: jax.Array) -> jax.Array:
   """``norm / to``, ``norm`` itself if ``to`` is zero, and 1 if the ratio is not finite."""
   ratio = norm / jnp.where(to > 0, to, 1)

@@ -10,7 +10,11 @@ import optax
 from jaxbo import _check, _tree
 from jaxbo._types import Data, Loss, PyTree
 from jaxbo.bilevel.parameters import Bilevel
-from jaxbo.bilevel.response import response_info, update_with_grad
+from jaxbo.bilevel.response import (
+  check_begins_with_response,
+  response_info,
+  update_with_grad,
+)
 from jaxbo.bilevel.solution import InnerInfo, InnerSolution, InnerSolver
 
 
@@ -34,7 +38,8 @@ class BilevelInfo(NamedTuple):
   Attributes:
     outer_loss: the outer loss before the update of ``x``.
     hypergradient_norm: norm of the hypergradient; NaN if ``outer`` does not report one.
-    inner_losses: the inner loss before each inner step, ``[num_steps]``.
+    inner_losses: the inner loss before each inner step, ``[num_steps]``; ``None`` without an inner
+      solver.
     inner_finite: whether the inner run was finite; if not, it returned to its start.
     response_finite: whether the response was finite (of samples: whether one was); if not, it was
       left out. True if ``outer`` does not report it.
@@ -47,7 +52,7 @@ class BilevelInfo(NamedTuple):
 
   outer_loss: jax.Array
   hypergradient_norm: jax.Array
-  inner_losses: jax.Array
+  inner_losses: jax.Array | None
   inner_finite: jax.Array
   response_finite: jax.Array
   linear_residual: jax.Array
@@ -181,15 +186,17 @@ def outer_gradients(
     name, params = "x", x
     if moves_both:
       name, params, grads = "Bilevel(x, y)", Bilevel(x, y), Bilevel(*grads)
+    if not moves_both:
+      check_begins_with_response(state)
     try:
       updates, new_state = update_with_grad(tx, grads, state, params, extra_args)
       _check.same_structure("what outer returns", updates, name, params)
     except (TypeError, ValueError) as error:
-      if not moves_both and response_info(state) is None:
-        error.add_note(
-          "outer must begin with a response, such as jaxbo.add_implicit_response(inner)"
-        )
-      raise
+      if moves_both or response_info(state) is not None:
+        raise
+      raise ValueError(
+        f"outer must begin with a response, such as jaxbo.add_implicit_response(inner): {error}"
+      ) from error
     return updates, new_state, loss, aux
 
   return differentiate

@@ -103,12 +103,35 @@ def check_run(
       f"hyper_at must be 'after' for a response that runs the inner problem again ({name}), and "
       "solution.start must say where the run began"
     )
+  losses = solution.info.losses  # None where no solver made the solution.
+  if losses is not None and losses.shape[-1] != inner.num_steps:
+    raise ValueError(
+      f"solution must come from the inner solver of {name}, of {inner.num_steps} steps, got one of "
+      f"{losses.shape[-1]} steps"
+    )
   if inner.start is None:
     if inner.per_step_batches:
       check_per_step(batch, inner.num_steps)
       batch = jax.tree.map(lambda leaf: leaf[0], batch)
     y, gradient = solution.params, jax.grad(inner.loss, argnums=1)
     check_depends_on_x(lambda x: inner.descend(x, y, gradient(x, y, batch), batch), x)
+
+
+def check_begins_with_response(state: optax.OptState) -> None:
+  """Raises ``ValueError`` if the state of a chain shows that its response does not stand first."""
+  wrappers = (optax.MultiStepsState, optax.ApplyIfFiniteState, optax.MaskedState)
+  if isinstance(state, (*wrappers, optax.PartitionState)) and response_info(state) is not None:
+    raise ValueError(
+      "outer must begin with a response, and wrappers go behind it: optax.chain(response, "
+      f"wrapper(optimizer)); got a response inside {type(state).__name__}"
+    )
+  if type(state) is tuple and state:
+    if response_info(state[0]) is None and response_info(state) is not None:
+      raise ValueError(
+        "outer must begin with a response: a transformation before it acts on the pair (df/dx, "
+        "df/dy), not on the hypergradient"
+      )
+    check_begins_with_response(state[0])
 
 
 _RESULTS: ContextVar[list[tuple[PyTree, PyTree]] | None] = ContextVar("results", default=None)

@@ -16,13 +16,14 @@ class InnerInfo(NamedTuple):
   """Diagnostics of an inner run.
 
   Attributes:
-    losses: the inner loss *before* each step, ``[num_steps]``, float32 at least.
+    losses: the inner loss *before* each step, ``[num_steps]``, float32 at least; ``None`` where no
+      solver made the solution.
     finite: whether the run ended at finite numbers; if not, the solution is where the run began.
     aux: the auxiliary outputs of the loss, each leaf ``[num_steps, ...]``; ``None`` without
       ``has_aux``.
   """
 
-  losses: jax.Array
+  losses: jax.Array | None
   finite: jax.Array
   aux: PyTree = None
 

@@ -30,8 +30,7 @@ def joint(
     params = _tree.copy(Bilevel(x, y0))
     _check.floating("x", x)
     _check.floating("y0", y0)
-    no_run: Any = InnerInfo(None, jnp.bool_(True))  # pyright: ignore[reportArgumentType]
-    solution = InnerSolution(params.inner, (), ((), ()), no_run)
+    solution = InnerSolution(params.inner, (), None, InnerInfo(None, jnp.bool_(True)))
     return BilevelState(params.outer, solution, _tree.copy(outer.init(params)))
 
   def step(state, train, val, **extra_args):

@@ -258,6 +258,8 @@ def test_init_copies_and_strips_weak_types():
     ({"warm_start": True}, ValueError, "one of 'params', 'all', False, got True"),
     ({"warm_start": "state"}, ValueError, "one of 'params', 'all', False, got 'state'"),
     ({"start": lambda x: x, "warm_start": "all"}, ValueError, "not be given with start, got 'all'"),
+    ({"keep": lambda y, aux: y}, ValueError, "has_aux must be True with keep"),
+    ({"keep": lambda y: y, "has_aux": True}, TypeError, r"keep\(y, aux\)"),
     ({"start": lambda: 0}, TypeError, r"start must be a function start\(x\)"),
     ({"start": lambda x: x, "through": lambda x, b: x}, ValueError, "through must be None"),
     (

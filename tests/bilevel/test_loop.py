@@ -59,7 +59,7 @@ def test_quadratic_problem_ends_at_its_optimum(name, x64):
 def toy(scale=1.0):
   """T5, which sees a response that is missing or shrunken by ``scale``: it ends at 2 / (1 + s)."""
   solver = jaxbo.inner_solver(lambda x, y, batch: (y - x) ** 2, optax.sgd(0.25), 20)
-  shrink = optax.stateless(lambda grads, params: (grads[0], scale * grads[1]))
+  shrink = lambda grads: (grads[0], scale * grads[1])
   return lambda x, y, batch: x * y - 2 * x + 1, solver, shrink
 
 
@@ -82,7 +82,10 @@ def test_es_response_is_not_shrunken(x64):
 @pytest.mark.parametrize("scale", [0.5, 0.1, 0.01])
 def test_the_toy_sees_a_shrunken_response(scale, x64):
   outer_loss, solver, shrink = toy(scale)
-  outer = optax.chain(shrink, jaxbo.add_unrolled_response(solver), optax.sgd(0.1))
+  response = jaxbo.add_unrolled_response(solver)
+  shrunken = lambda grads, *args, **extra: response.update(shrink(grads), *args, **extra)
+  head = optax.GradientTransformationExtraArgs(response.init, shrunken)
+  outer = optax.chain(head, optax.sgd(0.1))
   state, _ = descend(outer_loss, solver, outer, jnp.zeros(()), jnp.zeros(()), 300)
   np.testing.assert_allclose(state.x, 2 / (1 + scale), atol=1e-6)
 
@@ -261,13 +264,47 @@ def test_aux_that_is_promised_must_come():
     step(init(jnp.ones(()), jnp.zeros(())), jnp.array(1.5), jnp.array(2.0))
 
 
-@pytest.mark.parametrize("outer", [optax.sgd(0.1), optax.adam(0.1)], ids=["sgd", "adam"])
-def test_outer_transformation_without_a_response_is_refused(outer):
+WRONG_ORDER = {
+  "no response: sgd": (lambda itd: optax.sgd(0.1), "with a response, such as"),
+  "no response: adam": (lambda itd: optax.adam(0.1), "with a response, such as"),
+  "clip before": (lambda itd: optax.chain(optax.clip(1.0), itd), "a transformation before it acts"),
+  "MultiSteps": (lambda itd: optax.MultiSteps(itd, 2), "inside MultiStepsState"),
+  "apply_if_finite": (lambda itd: optax.apply_if_finite(itd, 2), "inside ApplyIfFiniteState"),
+  "masked": (lambda itd: optax.masked(itd, True), "inside MaskedState"),
+  "partition": (lambda itd: optax.partition({0: itd}, 0), "inside PartitionState"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_ORDER)
+def test_an_outer_that_does_not_begin_with_a_response_is_refused(name, as_users_run):
+  make, message = WRONG_ORDER[name]
   solver, outer_loss = small()
-  init, step = jaxbo.bilevel_loop(outer_loss, solver, outer)
-  with pytest.raises(ValueError) as caught:
+  init, step = jaxbo.bilevel_loop(outer_loss, solver, make(jaxbo.itd(0.1, solver)))
+  with pytest.raises(ValueError, match=f"outer must begin with a response.*{message}|{message}"):
     step(init(jnp.ones(()), jnp.zeros(())), jnp.array(1.5), jnp.array(2.0))
-  assert any("outer must begin with a response" in note for note in caught.value.__notes__)
+
+
+def test_wrappers_go_behind_a_response_and_hyperparameters_around_it():
+  solver, outer_loss = small()
+  response = jaxbo.add_unrolled_response(solver)
+  for outer in (
+    optax.chain(response, optax.MultiSteps(optax.adam(0.1), 2)),
+    optax.chain(response, optax.apply_if_finite(optax.adam(0.1), 2)),
+    optax.inject_hyperparams(jaxbo.itd, static_args="inner")(0.1, solver),
+  ):
+    init, step = jaxbo.bilevel_loop(outer_loss, solver, outer)
+    state, _ = step(init(jnp.ones(()), jnp.zeros(())), jnp.array(1.5), jnp.array(2.0))
+    assert jnp.isfinite(state.x)
+
+
+@pytest.mark.parametrize("which", ["x", "y0"])
+@pytest.mark.parametrize("leaf", [jnp.tanh, "tanh"], ids=["function", "string"])
+def test_a_module_that_was_not_split_is_refused(which, leaf):
+  solver, outer_loss = small()
+  init, _ = jaxbo.bilevel_loop(outer_loss, solver, jaxbo.itd(0.1, solver))
+  values = {"x": jnp.ones(()), "y0": jnp.ones(())} | {which: {"act": leaf, "w": jnp.ones(2)}}
+  with pytest.raises(TypeError, match=rf"{which} must be .* at {which}\['act'\]; split a module"):
+    init(**values)
 
 
 @cases("which", ["x", "y0"])

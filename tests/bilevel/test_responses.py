@@ -246,7 +246,9 @@ def test_all_iterations_share_one_linearisation():
   solution = solver.init(y)
   update = lambda x: head.update((x, y), head.init(x), x, solution=solution, batch=None)
   jaxpr = jax.make_jaxpr(update)(x)
-  (loop,) = (eqn for eqn in jaxpr.eqns if eqn.primitive.name == "while")
+  (system,) = (eqn for eqn in jaxpr.eqns if eqn.primitive.name == "custom_linear_solve")
+  solve = system.params["jaxprs"].solve.jaxpr
+  (loop,) = (eqn for eqn in solve.eqns if eqn.primitive.name == "while")
   assert "tanh" in str(jaxpr)
   assert "tanh" not in str(loop.params["body_jaxpr"])
 
@@ -497,3 +499,46 @@ def test_what_lbfgs_can_be_used_with(optimizer, x64):
   for name in ("itd", "es exact"):
     with pytest.raises(ValueError, match="inner must not use L-BFGS or a line search"):
       respond(inner, RESPONSES[name], jnp.ones(3))
+
+
+@pytest.mark.parametrize("name", ["itd", "es"])
+def test_a_solution_of_another_solver_is_refused(name):
+  loss = lambda x, y, batch: jnp.sum((y - x) ** 2)
+  inner, more_steps, adam = (
+    jaxbo.inner_solver(loss, optimizer, num_steps)
+    for optimizer, num_steps in ((optax.sgd(0.1), 2), (optax.sgd(0.1), 3), (optax.adam(0.1), 2))
+  )
+  x = jnp.ones(3)
+  for other, message in (
+    (more_steps, "of add_.*_response, of 2 steps, got one of 3 steps"),
+    (adam, "solution must come from this inner solver, got another optimizer's state"),
+  ):
+    y = other.solve(x, other.init(jnp.zeros(3)), None)
+    tx = RESPONSES[name](inner)
+    with pytest.raises(ValueError, match=message):
+      tx.update((x, x), tx.init(x), x, solution=y, batch=None)
+
+
+@pytest.mark.parametrize("projected", [False, True])
+def test_a_third_level_differentiates_an_implicit_response(projected, x64):
+  """In reverse, through conjugate gradient or GMRES: the Hessian of F, by differences of h."""
+  inner_loss = lambda x, y, batch: (
+    jnp.sum(jnp.cosh(y)) / 2 - jnp.sin(x) @ y + jnp.sum(y**2) * jnp.sum(x**2) / 4
+  )
+  outer_loss = lambda x, y, batch: jnp.sum((y - 1) ** 4)
+  optimizer = optax.sgd(0.3)
+  if projected:
+    box = jaxbo.bilevel.project_params(lambda y: jnp.clip(y, -9.0, 0.5))
+    optimizer = optax.chain(optimizer, box)
+  inner = jaxbo.inner_solver(inner_loss, optimizer, 100)
+  tx = jaxbo.add_implicit_response(inner, jaxbo.conjugate_gradient(4))
+
+  @jax.jit
+  def hypergradient(x):
+    y = inner.solve(x, inner.init(jnp.zeros(2)), None)
+    grads = jax.grad(outer_loss, (0, 1))(x, y.params, None)
+    return tx.update(grads, tx.init(x), x, solution=y, batch=None)[0]
+
+  x, steps = jnp.array([0.3, 0.9]), 1e-5 * np.eye(2)
+  expected = [(hypergradient(x + s) - hypergradient(x - s)) / 2e-5 for s in steps]
+  np.testing.assert_allclose(jax.jacrev(hypergradient)(x), np.transpose(expected), rtol=1e-6)

@@ -1,0 +1,96 @@
+"""The inner solution as a function that ``jax.grad`` differentiates by a response."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxbo import _check
+from jaxbo._types import Data, PyTree
+from jaxbo.bilevel.response import check_solver, response_info
+from jaxbo.bilevel.solution import InnerSolver
+
+
+def differentiable_solve(
+  inner: InnerSolver, response: optax.GradientTransformation
+) -> Callable[[PyTree, PyTree, Data], PyTree]:
+  r"""Makes :math:`y(x)` a function for ``jax.grad``, differentiated by a response.
+
+  Use it where the hypergradient is part of a larger program: several inner problems in one loss, an
+  outer loss inside another library's training step, ``jax.hessian`` of a third level (with an
+  implicit response). :func:`jaxbo.bilevel_loop` needs no such function.
+
+  Cost: one solve, and in the backward pass the response.
+
+  Args:
+    inner: the inner solver.
+    response: a response for it, such as :func:`jaxbo.add_implicit_response`. It begins with a fresh
+      state in each backward pass: a linear solver does not warm-start, and samples of ES are those
+      of its key.
+
+  Returns:
+    ``solve(x, y0, batch) -> y``, the inner parameters after a run from ``y0``. Reverse mode gives
+    the response to ``x``. ``y0`` and ``batch`` are constants.
+
+  Raises:
+    TypeError: if ``response`` is not a transformation.
+    ValueError: if ``response`` is not a response; if ``y0`` or ``batch`` is differentiated.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, jaxbo, optax
+    >>> inner = jaxbo.inner_solver(lambda x, y, batch: (y - x**2) ** 2, optax.sgd(0.25), 30)
+    >>> response = jaxbo.add_implicit_response(inner, jaxbo.conjugate_gradient(5))
+    >>> solve = jaxbo.bilevel.differentiable_solve(inner, response)
+    >>> F = lambda x: jnp.sin(solve(x, jnp.float32(0.0), None))        # sin(x ** 2)
+    >>> print(jax.grad(F)(jnp.float32(1.0)), 2 * jnp.cos(1.0))
+    1.0806046 1.0806046
+  """
+  check_solver(inner)
+  _check.transformation("response", response)
+  update = optax.with_extra_args_support(response).update
+
+  def solved(x, y0, batch):
+    return inner.solve(x, inner.init(y0, x, batch), batch)
+
+  @jax.custom_vjp
+  def solve(x, y0, batch):
+    return solved(x, y0, batch).params
+
+  def forward(x, y0, batch):
+    for name, argument in (("y0", y0), ("batch", batch)):
+      if any(leaf.perturbed for leaf in jax.tree.leaves(argument, is_leaf=_is_primal)):
+        raise ValueError(
+          f"{name} must not be differentiated: the response is one to x, so make {name} a part of x"
+        )
+    x, y0, batch = jax.tree.map(lambda leaf: leaf.value, (x, y0, batch), is_leaf=_is_primal)
+    solution = solved(x, y0, batch)
+    return solution.params, (x, batch, solution)
+
+  def backward(kept, inner_grad):
+    x, batch, solution = kept
+    inner_grad = jax.tree.map(
+      lambda grad, y: jnp.zeros_like(y) if _is_zero(grad) else grad,
+      inner_grad,
+      solution.params,
+      is_leaf=_is_zero,
+    )
+    state = response.init(x)
+    if response_info(state) is None:
+      raise ValueError(
+        "response must be a response, such as jaxbo.add_implicit_response(inner, ...), got "
+        f"{response!r}"
+      )
+    grads = (optax.tree.zeros_like(x), inner_grad)
+    return update(grads, state, x, solution=solution, batch=batch)[0], None, None
+
+  solve.defvjp(forward, backward, symbolic_zeros=True)
+  return solve
+
+
+def _is_primal(node: PyTree) -> bool:
+  return hasattr(node, "perturbed")
+
+
+def _is_zero(node: PyTree) -> bool:
+  return isinstance(node, jax.custom_derivatives.SymbolicZero)
