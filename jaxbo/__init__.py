@@ -17,7 +17,8 @@ the hypergradient. Any optax chain can follow.
 This module has verbs, which say what happens to a gradient, and methods, under the names of their
 papers. The module of each family has the parts of its methods.
 
-**The inner problem**: :func:`inner_solver`, and :func:`over_tasks` for a meta-batch.
+**The inner problem**: :func:`inner_solver`, :func:`black_box` for any run, and :func:`over_tasks`
+for a meta-batch.
 
 **Responses**: :func:`add_unrolled_response`, :func:`add_implicit_response` with
 :func:`conjugate_gradient`, :func:`gmres`, :func:`neumann` or :func:`fixed_point`,
@@ -52,6 +53,7 @@ evaluation are in :mod:`jaxbo.adversarial`.
 from jaxbo import adversarial, bilevel, dro, meta, online, tasks
 from jaxbo.adversarial.done import done
 from jaxbo.bilevel.amortized import amigo, soba
+from jaxbo.bilevel.black_box import black_box
 from jaxbo.bilevel.dynamic_barrier import add_dynamic_barrier, bome
 from jaxbo.bilevel.es import add_es_response, esj
 from jaxbo.bilevel.finite_difference import add_finite_difference_response, darts
@@ -102,6 +104,7 @@ __all__ = [
   "average_over_batches",
   "bilevel",
   "bilevel_loop",
+  "black_box",
   "bome",
   "chi2_dro",
   "conjugate_gradient",

@@ -151,7 +151,7 @@ def add_es_response(
       exceeds the number of perturbed parameters for orthogonal directions, or is not a multiple of
       the size of the axis; if ``axis_name`` is not such an axis, or comes with ``redraw=False``;
       if ``per_task`` is set for a solver without tasks; if the inner run does not depend on ``x``;
-      if ``difference="exact"`` meets L-BFGS or a line search in the inner optimizer.
+      if ``difference="exact"`` meets a black box, or L-BFGS or a line search in the optimizer.
     TypeError: if ``key`` is not a key, ``inner`` is not an inner solver, or ``mesh`` is not a mesh.
 
   Example:
@@ -169,7 +169,8 @@ def add_es_response(
     Sow, Ji and Liang, `On the Convergence Theory for Hessian-Free Bilevel Algorithms
     <https://arxiv.org/abs/2110.07004>`_, 2022.
   """
-  check_solver(inner)
+  exact = difference == "exact"
+  check_solver(inner, "add_es_response with difference='exact'" if exact else "")
   num_samples = _check.positive_int("num_samples", num_samples)
   if sample_batch_size is not None:
     sample_batch_size = _check.positive_int("sample_batch_size", sample_batch_size)

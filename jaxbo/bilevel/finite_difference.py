@@ -74,7 +74,8 @@ def add_finite_difference_response(
 
   Raises:
     ValueError: if ``radius <= 0``; if ``inner`` has ``start=``, whose derivative would be missing;
-      if the inner step does not depend on ``x``, or uses L-BFGS or a line search.
+      if the inner step does not depend on ``x``, or uses L-BFGS or a line search; if ``inner`` is a
+      black box.
 
   Example:
     >>> import jax, jax.numpy as jnp, jaxbo, optax
@@ -91,7 +92,7 @@ def add_finite_difference_response(
     Liu, Simonyan and Yang, `DARTS: Differentiable Architecture Search
     <https://arxiv.org/abs/1806.09055>`_, 2019, equations 7 and 8.
   """
-  check_solver(inner)
+  check_solver(inner, "add_finite_difference_response")
   _check.positive("radius", radius)
   if inner.start is not None:
     raise ValueError(

@@ -119,7 +119,8 @@ def add_implicit_response(
 
   Raises:
     ValueError: if the linear solver warm-starts and ``inner_params`` is missing; if ``condition``
-      is neither value nor a function; if the condition does not depend on ``x``.
+      is neither value nor a function; if ``inner`` is a :func:`jaxbo.black_box` and ``condition``
+      is not a function; if the condition does not depend on ``x``.
     TypeError: if ``linear_solver`` does not take ``(matvec, b, x0)``; if the dtypes of
       ``inner_params`` are not those of the solution (float32 at least).
 
@@ -141,7 +142,8 @@ def add_implicit_response(
     <https://arxiv.org/abs/1602.02355>`_, 2016; Grazzi et al., `On the Iteration Complexity of
     Hypergradient Computation <https://arxiv.org/abs/2006.16218>`_, 2020.
   """
-  check_solver(inner)
+  name = "add_implicit_response without a condition of your own"
+  check_solver(inner, "" if callable(condition) else name)
   if callable(condition):
     _check.takes_arguments("condition", condition, "x", "y", "batch")
   elif condition is not None:

@@ -16,8 +16,8 @@ class InnerInfo(NamedTuple):
   """Diagnostics of an inner run.
 
   Attributes:
-    losses: the inner loss *before* each step, ``[num_steps]``, float32 at least; ``None`` where no
-      solver made the solution.
+    losses: the inner loss *before* each step, ``[num_steps]``, float32 at least; ``None`` without a
+      loss: no solver, or a :func:`jaxbo.black_box`, made the solution.
     finite: whether the run ended at finite numbers; if not, the solution is where the run began.
     aux: the auxiliary outputs of the loss, each leaf ``[num_steps, ...]``; ``None`` without
       ``has_aux``.
@@ -93,7 +93,7 @@ class InnerSolver(NamedTuple):
     descend: ``descend(x, y, grads, batch, *, opt_state=None, with_loss=True) -> updates``, what the
       optimizer makes of gradients in one step from ``opt_state``, or from a fresh state, on the
       batch of *one* step. Optimizers that need the loss see zero instead without ``with_loss``.
-    num_steps: the number of steps of a run.
+    num_steps: the number of steps of a run; 0 for a :func:`jaxbo.black_box`, which has no loss.
     per_step_batches: whether ``batch`` has a leading axis ``num_steps``.
     start: the function ``start=`` of the solver, else ``None``.
     through: the :class:`~jaxbo.bilevel.FeatureProblem` of a solver built with ``through=``, else

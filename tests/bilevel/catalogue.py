@@ -26,6 +26,17 @@ def one_step_solver():
   return jaxbo.inner_solver(inner_loss, optax.sgd(0.2, momentum=0.5), num_steps=1)
 
 
+def quantised_run():
+  """A run without a derivative, of the sizes of the inner parameters."""
+
+  def path(x, batch):
+    target = batch * sum(jnp.mean(jnp.sin(leaf)) for leaf in jax.tree.leaves(x))
+    steps = jnp.round(64 * target) / 64
+    return {"v": jnp.full((2, 3), steps), "c": 2 * steps}
+
+  return jaxbo.black_box(path)
+
+
 def primal_dual(**options):
   """PDBO's head."""
   return jaxbo.add_primal_dual_penalty(inner_loss, **{**DUAL, **options})
@@ -97,6 +108,9 @@ ENTRIES = [
     slow=True,
   ),
   response("es_full_solver", lambda solver, key: _es(solver, 4, key=key), full_solver),
+  response(
+    "es_black_box", lambda solver, key: _es(solver, 4, 0.5, key=key), quantised_run, slow=True
+  ),
   response(
     "es_per_task_full_solver",
     lambda solver, key: _es(solver, 2, per_task=True, key=key),
