@@ -174,6 +174,16 @@ def test_low_precision_runs_in_single_precision():
   assert set(seen[1:]) == {jnp.dtype(jnp.float32)}
 
 
+@pytest.mark.parametrize("host", [False, True])
+def test_what_a_run_returns_gets_the_dtype_of_y0(host, x64):
+  """Labels of a classifier are ints, and NumPy computes in double precision."""
+  for run in (lambda x, batch: (x > 0).astype(int), lambda x, batch: x.astype(float)):
+    inner = jaxbo.black_box(run, host=host)
+    y = inner.solve(jnp.ones(2, jnp.float32), inner.init(jnp.zeros(2, jnp.float32)), None)
+    assert y.params.dtype == jnp.float32
+    np.testing.assert_array_equal(y.params, 1.0)
+
+
 @cases(
   ("make", "who"),
   [
