@@ -59,6 +59,7 @@ def levels(outer, inner):
 
 
 _implicit, _es = jaxbo.add_implicit_response, jaxbo.add_es_response
+_part = {"scalar": True, "nested": [True, False], "wide": False}
 _cg, _neumann, _fixed_point = jaxbo.conjugate_gradient, jaxbo.neumann, jaxbo.fixed_point
 
 ENTRIES = [
@@ -90,7 +91,9 @@ ENTRIES = [
   ),
   response(
     "es_orthogonal_central",
-    lambda solver, key: _es(solver, 4, directions="orthogonal", difference="central", key=key),
+    lambda solver, key: _es(
+      solver, 4, directions="orthogonal", difference="central", perturb=_part, key=key
+    ),
     slow=True,
   ),
   response(
@@ -153,6 +156,7 @@ ENTRIES = [
 _down = optax.scale_by_learning_rate(0.1)
 _boxes = jaxbo.project(*BOX.values())
 _key = {"directions": "rademacher", "difference": "central", "redraw": False, "key": 5}
+_key["perturb"] = _part
 
 ALIASES = [
   alias(
