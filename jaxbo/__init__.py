@@ -17,13 +17,14 @@ the hypergradient. Any optax chain can follow.
 This module has verbs, which say what happens to a gradient, and methods, under the names of their
 papers. The module of each family has the parts of its methods.
 
-**The inner problem**: :func:`inner_solver`, and :func:`over_tasks` for a meta-batch.
+**The inner problem**: :func:`inner_solver`, :func:`black_box` for any run, and :func:`over_tasks`
+for a meta-batch.
 
 **Responses**: :func:`add_unrolled_response`, :func:`add_implicit_response` with
 :func:`conjugate_gradient`, :func:`gmres`, :func:`neumann` or :func:`fixed_point`,
-:func:`add_es_response`, :func:`drop_response`; whole methods :func:`itd`, :func:`aid`,
-:func:`stocbio`, :func:`esj`; the loop :func:`bilevel_loop`. The records are in
-:mod:`jaxbo.bilevel`.
+:func:`add_finite_difference_response`, :func:`add_es_response`, :func:`drop_response`; whole
+methods :func:`itd`, :func:`aid`, :func:`stocbio`, :func:`soba`, :func:`amigo`, :func:`darts`,
+:func:`esj`; the loop :func:`bilevel_loop`. The records are in :mod:`jaxbo.bilevel`.
 
 **Value functions**, for inner problems with many minima, on :class:`Bilevel` parameters:
 :func:`add_primal_dual_penalty` (:func:`pdbo`, :func:`proximal_pdbo` with
@@ -51,10 +52,14 @@ evaluation are in :mod:`jaxbo.adversarial`.
 
 from jaxbo import adversarial, bilevel, dro, meta, online, tasks
 from jaxbo.adversarial.done import done
+from jaxbo.bilevel.aid import aid, amigo, soba, stocbio
+from jaxbo.bilevel.black_box import black_box
 from jaxbo.bilevel.dynamic_barrier import add_dynamic_barrier, bome
-from jaxbo.bilevel.es import add_es_response, esj
+from jaxbo.bilevel.es import add_es_response
+from jaxbo.bilevel.esj import esj
+from jaxbo.bilevel.finite_difference import add_finite_difference_response, darts
 from jaxbo.bilevel.gmres import gmres
-from jaxbo.bilevel.implicit import add_implicit_response, aid, stocbio
+from jaxbo.bilevel.implicit import add_implicit_response
 from jaxbo.bilevel.inner import inner_solver
 from jaxbo.bilevel.lagrangian import scale_by_lagrangian_smoothness
 from jaxbo.bilevel.linear_solvers import conjugate_gradient, fixed_point, neumann
@@ -88,6 +93,7 @@ __all__ = [
   "add_corrected_response",
   "add_dynamic_barrier",
   "add_es_response",
+  "add_finite_difference_response",
   "add_implicit_response",
   "add_primal_dual_penalty",
   "add_proximal_terms",
@@ -95,13 +101,16 @@ __all__ = [
   "add_value_function_penalty",
   "adversarial",
   "aid",
+  "amigo",
   "average_over_batches",
   "bilevel",
   "bilevel_loop",
+  "black_box",
   "bome",
   "chi2_dro",
   "conjugate_gradient",
   "cvar_dro",
+  "darts",
   "done",
   "dro",
   "drop_response",
@@ -129,6 +138,7 @@ __all__ = [
   "proximal_pdbo",
   "reweight",
   "scale_by_lagrangian_smoothness",
+  "soba",
   "sobow",
   "sogd",
   "stocbio",

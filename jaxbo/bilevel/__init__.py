@@ -3,6 +3,10 @@
 from jaxbo.bilevel.differentiable_solve import differentiable_solve
 from jaxbo.bilevel.dynamic_barrier import DynamicBarrierInfo, DynamicBarrierState
 from jaxbo.bilevel.es import EsInfo, EsResponseState
+from jaxbo.bilevel.finite_difference import (
+  FiniteDifferenceInfo,
+  FiniteDifferenceResponseState,
+)
 from jaxbo.bilevel.implicit import ImplicitInfo, ImplicitResponseState
 from jaxbo.bilevel.linear_system import LinearInfo, LinearSolver
 from jaxbo.bilevel.loop import BilevelInfo, BilevelState
@@ -26,6 +30,8 @@ __all__ = [
   "EsInfo",
   "EsResponseState",
   "FeatureProblem",
+  "FiniteDifferenceInfo",
+  "FiniteDifferenceResponseState",
   "ImplicitInfo",
   "ImplicitResponseState",
   "InnerInfo",

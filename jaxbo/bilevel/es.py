@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import optax
 
 from jaxbo import _check, _random, _schedule, _tree
-from jaxbo._optimizer import LearningRate, optimizer
 from jaxbo._types import Key
 from jaxbo.bilevel.directions import FAMILIES
 from jaxbo.bilevel.perturbation import Run, Sampling, estimate, start_for, where_finite
+from jaxbo.bilevel.perturbed_leaves import Perturb, chosen_leaves, directions_for, part_of
 from jaxbo.bilevel.response import (
   check_differentiable,
   check_run,
@@ -59,6 +59,7 @@ def add_es_response(
   difference: str = "forward",
   sample_batch_size: int | None = None,
   redraw: bool = True,
+  perturb: Perturb = True,
   perturb_features: bool = True,
   per_task: bool = False,
   response_scale: float | jax.Array = 1.0,
@@ -112,6 +113,10 @@ def add_es_response(
     redraw: whether to draw directions again for the sum. ``False`` keeps them during the inner runs
       of their chunk: half the random numbers, but up to one more direction of memory for each
       sample that runs at once. With :math:`10^7` parameters, drawing may cost more than the runs.
+    perturb: which leaves of ``x`` to perturb: Python bools in the structure of ``x`` or of its
+      upper levels, ``{"ridge": True, "backbone": False}``, or a function ``x -> bools``. The
+      response of the others is zero, and :math:`p` counts the perturbed ones alone: leaves that are
+      frozen bring no noise. Of features, those that the chosen leaves reach are perturbed.
     perturb_features: for a solver with ``through=``. ``True`` perturbs the features and pulls the
       response back to ``x`` once; ``False`` perturbs ``x`` itself, as if there were no features.
     per_task: for a solver made by :func:`jaxbo.over_tasks`: whether each task gets its own
@@ -150,8 +155,9 @@ def add_es_response(
       ``response_scale <= 0``; if ``directions`` or ``difference`` is unknown; if ``num_samples``
       exceeds the number of perturbed parameters for orthogonal directions, or is not a multiple of
       the size of the axis; if ``axis_name`` is not such an axis, or comes with ``redraw=False``;
-      if ``per_task`` is set for a solver without tasks; if the inner run does not depend on ``x``;
-      if ``difference="exact"`` meets L-BFGS or a line search in the inner optimizer.
+      if ``per_task`` is set for a solver without tasks; if ``perturb`` has another structure than
+      ``x``; if the inner run does not depend on ``x``, or on the leaves that ``perturb`` chooses;
+      if ``difference="exact"`` meets a black box, or L-BFGS or a line search in the optimizer.
     TypeError: if ``key`` is not a key, ``inner`` is not an inner solver, or ``mesh`` is not a mesh.
 
   Example:
@@ -169,7 +175,8 @@ def add_es_response(
     Sow, Ji and Liang, `On the Convergence Theory for Hessian-Free Bilevel Algorithms
     <https://arxiv.org/abs/2110.07004>`_, 2022.
   """
-  check_solver(inner)
+  exact = difference == "exact"
+  check_solver(inner, "add_es_response with difference='exact'" if exact else "")
   num_samples = _check.positive_int("num_samples", num_samples)
   if sample_batch_size is not None:
     sample_batch_size = _check.positive_int("sample_batch_size", sample_batch_size)
@@ -199,7 +206,7 @@ def add_es_response(
     axis_name=axis_name,
   )
 
-  def per_task_estimate(path, run, key, together):
+  def per_task_estimate(sampling, path, run, key, together):
     """The estimates of all tasks: stacked if each has an ``x`` (``together``), else summed."""
     if inner.per_step_batches:
       run = run._replace(batch=jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0), run.batch))
@@ -230,33 +237,47 @@ def add_es_response(
       check_differentiable("add_es_response with difference='exact'", solution.opt_state)
     check_run("add_es_response", inner, x, solution._replace(params=y), batch)
     start = start_for(inner, solution.start, x, batch)
+    chosen = chosen_leaves(perturb, params)
+    part, merge = part_of(x, chosen)
+    run_of_part = lambda part: inner.path(merge(part), start, batch)
+    if not (all(chosen) or _check.depends(run_of_part, part)):
+      raise ValueError("perturb must choose a leaf of x on which the inner run depends")
     path, pull_back = inner.path, lambda response: response
     low_precision = _tree.has_low_precision((params, solution.params))
     through = inner.through if perturb_features else None
     if through is not None:
       path = through.path
-      features, vjp = jax.vjp(lambda x: through.features(x, batch), x)
-      _check.floating("the output of through", features)
+      of_part = lambda part: through.features(merge(part), batch)
+      features, vjp = jax.vjp(of_part, part)
+      try:
+        _check.floating("the output of through", features)
+      except TypeError as error:
+        raise TypeError(f"{error}; ES perturbs it: keys and integers belong into batch") from None
       low_precision |= _tree.has_low_precision(features)
+      _, with_zeros = part_of(optax.tree.zeros_like(x), chosen)
+      pull_back = lambda response: with_zeros(vjp(_tree.cast_like(response, features))[0])
+      if not all(chosen):
+        chosen = _check.depends_by_leaf(of_part, part)
       x = _tree.at_least_float32(features)
-      pull_back = lambda response: vjp(_tree.cast_like(response, features))[0]
     if low_precision:  # The base run must be as precise as the perturbed ones.
       y = path(x, start, batch)
     # A difference to a base run that is not finite means nothing.
     base_finite = solution.info.finite
     b = jax.tree.map(lambda leaf: where_finite(base_finite, leaf), b)
     run = Run(x, start, batch, y, b)
+    of_chosen = sampling._replace(family=directions_for(sampling.family, chosen))
 
     update_key = jax.random.fold_in(
       jax.random.wrap_key_data(state.es_key, impl=impl), state.es_count
     )
     if task is not None:
       path = task.through.path if through is not None and task.through else task.path
-      response, num_finite = per_task_estimate(path, run, update_key, through is not None)
+      together = through is not None
+      response, num_finite = per_task_estimate(of_chosen, path, run, update_key, together)
     else:
       if inner.task is not None:
         run = run._replace(counts=base_finite)
-      response, num_finite = estimate(sampling, path, run, update_key)
+      response, num_finite = estimate(of_chosen, path, run, update_key)
 
     def new_state(hypergradient_norm, response_norm, finite):
       good = jnp.where(finite & jnp.any(base_finite), num_finite, 0)
@@ -267,74 +288,3 @@ def add_es_response(
     return pull_back(optax.tree.scale(response_scale, response)), new_state
 
   return response_transformation("add_es_response", init, respond)
-
-
-def esj(
-  learning_rate: LearningRate,
-  inner: InnerSolver,
-  num_samples: int = 16,
-  smoothing: float | jax.Array = 1e-2,
-  *,
-  directions: str = "gaussian",
-  difference: str = "forward",
-  sample_batch_size: int | None = None,
-  redraw: bool = True,
-  perturb_features: bool = True,
-  per_task: bool = False,
-  response_scale: float | jax.Array = 1.0,
-  mesh: jax.sharding.Mesh | None = None,
-  axis_name: str | None = None,
-  key: Key = 0,
-) -> optax.GradientTransformationExtraArgs:
-  r"""ESJ (PZOBO): gradient descent along :func:`add_es_response`.
-
-  With a solver built with ``per_step_batches=True`` this is ESJ-S (PZOBO-S).
-
-  Args:
-    learning_rate: a float, a schedule, or an optax optimizer to use instead.
-    inner: the inner solver.
-    num_samples: the number :math:`Q \ge 1` of directions.
-    smoothing: the radius :math:`\mu > 0` of the perturbations, per coordinate.
-    directions: ``"gaussian"``, ``"sphere"``, ``"rademacher"``, ``"orthogonal"`` or ``"official"``.
-    difference: ``"forward"``, ``"central"`` or ``"exact"``.
-    sample_batch_size: how many samples run at once; ``None`` for all.
-    redraw: whether to draw directions again for the sum instead of keeping them.
-    perturb_features: for a solver with ``through=``: perturb the features instead of ``x``.
-    per_task: for a solver with tasks: give each task its own directions.
-    response_scale: a factor :math:`s > 0` on the estimated response.
-    mesh: a mesh over which to divide the samples.
-    axis_name: the axis of ``mesh``, or of the ``shard_map`` or ``pmap`` around ``update``.
-    key: an int, a raw key array or a typed key.
-
-  Returns:
-    ``optax.chain(add_es_response(...), optax.scale_by_learning_rate(learning_rate))``.
-
-  Example:
-    >>> import jax, jax.numpy as jnp, jaxbo, optax
-    >>> inner = jaxbo.inner_solver(lambda x, y, batch: (y - 3 * x) ** 2, optax.sgd(0.25), 20)
-    >>> outer_loss = lambda x, y, batch: (y - 6.0) ** 2              # minimal at x = 2
-    >>> init, step = jaxbo.bilevel_loop(outer_loss, inner, jaxbo.esj(0.01, inner))
-    >>> state = init(jnp.float32(1.0), jnp.float32(0.0))
-    >>> for _ in range(50):
-    ...   state, info = jax.jit(step)(state, None, None)
-    >>> print(state.x.round(2))
-    2.0
-  """
-  return optax.chain(
-    add_es_response(
-      inner,
-      num_samples,
-      smoothing,
-      directions=directions,
-      difference=difference,
-      sample_batch_size=sample_batch_size,
-      redraw=redraw,
-      perturb_features=perturb_features,
-      per_task=per_task,
-      response_scale=response_scale,
-      mesh=mesh,
-      axis_name=axis_name,
-      key=key,
-    ),
-    optimizer(learning_rate),
-  )

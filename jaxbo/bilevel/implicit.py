@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import optax
 
 from jaxbo import _check, _tree
-from jaxbo._optimizer import LearningRate, optimizer
 from jaxbo._types import Data, SolveLinear
 from jaxbo.bilevel import linear_solvers
 from jaxbo.bilevel.condition import Residual, condition_for
@@ -119,7 +118,8 @@ def add_implicit_response(
 
   Raises:
     ValueError: if the linear solver warm-starts and ``inner_params`` is missing; if ``condition``
-      is neither value nor a function; if the condition does not depend on ``x``.
+      is neither value nor a function; if ``inner`` is a :func:`jaxbo.black_box` and ``condition``
+      is not a function; if the condition does not depend on ``x``.
     TypeError: if ``linear_solver`` does not take ``(matvec, b, x0)``; if the dtypes of
       ``inner_params`` are not those of the solution (float32 at least).
 
@@ -141,7 +141,8 @@ def add_implicit_response(
     <https://arxiv.org/abs/1602.02355>`_, 2016; Grazzi et al., `On the Iteration Complexity of
     Hypergradient Computation <https://arxiv.org/abs/2006.16218>`_, 2020.
   """
-  check_solver(inner)
+  name = "add_implicit_response without a condition of your own"
+  check_solver(inner, "" if callable(condition) else name)
   if callable(condition):
     _check.takes_arguments("condition", condition, "x", "y", "batch")
   elif condition is not None:
@@ -240,83 +241,3 @@ def add_implicit_response(
     return optax.tree.scale(-1, pull_back(linear_solution)[0]), new_state
 
   return response_transformation("add_implicit_response", init, respond)
-
-
-def aid(
-  learning_rate: LearningRate,
-  inner: InnerSolver,
-  linear_solver: SolveLinear | None = None,
-  *,
-  inner_params: optax.Params | None = None,
-) -> optax.GradientTransformationExtraArgs:
-  """Approximate implicit differentiation: gradient descent along :func:`add_implicit_response`.
-
-  Args:
-    learning_rate: a float, a schedule, or an optax optimizer to use instead.
-    inner: the inner solver.
-    linear_solver: a linear solver, or any callable ``(matvec, b, x0) -> (x, info)``. The default is
-      ten steps of :func:`jaxbo.conjugate_gradient` from zero (our choice: see Departures from the
-      papers).
-    inner_params: the inner parameters, as arrays or ``jax.ShapeDtypeStruct``; required by a linear
-      solver with ``warm_start``.
-
-  Returns:
-    ``optax.chain(add_implicit_response(...), optax.scale_by_learning_rate(learning_rate))``.
-
-  Example:
-    >>> import jax, jax.numpy as jnp, jaxbo, optax
-    >>> inner = jaxbo.inner_solver(lambda x, y, batch: (y - x**2) ** 2, optax.sgd(0.25), 30)
-    >>> outer_loss = lambda x, y, batch: (y - 4.0) ** 2              # minimal at x = 2
-    >>> init, step = jaxbo.bilevel_loop(outer_loss, inner, jaxbo.aid(0.02, inner))
-    >>> state = init(jnp.float32(1.0), jnp.float32(0.0))
-    >>> for _ in range(20):
-    ...   state, info = jax.jit(step)(state, None, None)
-    >>> print(state.x.round(3))
-    2.0
-  """
-  if linear_solver is None:
-    linear_solver = linear_solvers.conjugate_gradient(num_steps=10)
-  return optax.chain(
-    add_implicit_response(inner, linear_solver, inner_params=inner_params),
-    optimizer(learning_rate),
-  )
-
-
-def stocbio(
-  learning_rate: LearningRate,
-  inner: InnerSolver,
-  num_steps: int,
-  linear_learning_rate: float | jax.Array,
-) -> optax.GradientTransformationExtraArgs:
-  r"""stocBiO: gradient descent along the implicit response with a truncated Neumann series.
-
-  Use it for a stochastic inner problem (``per_step_batches=True``). The published method uses an
-  independent batch for the linear system: pass that batch to ``update`` as ``linear_batch=``.
-
-  Args:
-    learning_rate: a float, a schedule, or an optax optimizer to use instead.
-    inner: the inner solver.
-    num_steps: the number :math:`Q \ge 1` of Hessian products in the series.
-    linear_learning_rate: the step :math:`\eta` of the series, below
-      :math:`2 / \lambda_{\max}(\nabla^2_{yy} g)`.
-
-  Returns:
-    ``optax.chain(add_implicit_response(inner, neumann(...)), scale_by_learning_rate(...))``.
-
-  Example:
-    >>> import jax, jax.numpy as jnp, jaxbo, optax
-    >>> inner = jaxbo.inner_solver(lambda x, y, batch: (y - x**2) ** 2, optax.sgd(0.25), 30)
-    >>> outer_loss = lambda x, y, batch: (y - 4.0) ** 2              # minimal at x = 2
-    >>> outer = jaxbo.stocbio(0.02, inner, num_steps=10, linear_learning_rate=0.25)
-    >>> init, step = jaxbo.bilevel_loop(outer_loss, inner, outer)
-    >>> state = init(jnp.float32(1.0), jnp.float32(0.0))
-    >>> for _ in range(20):
-    ...   state, info = jax.jit(step)(state, None, None)
-    >>> print(state.x.round(3))
-    2.0
-
-  References:
-    Ji, Yang and Liang, `Bilevel Optimization: Convergence Analysis and Enhanced Design
-    <https://arxiv.org/abs/2010.07962>`_, 2021.
-  """
-  return aid(learning_rate, inner, linear_solvers.neumann(num_steps, linear_learning_rate))

@@ -264,10 +264,11 @@ def inner_solver(
   def one_step_loss(x, y, batch):
     return loss_and_aux(x if through is None else through(x, batch), y, batch)[0]
 
-  def descend(x, y, grads, batch, *, with_loss=True):
+  def descend(x, y, grads, batch, *, opt_state=None, with_loss=True):
     value_fn = lambda y: one_step_loss(x, y, batch) if with_loss else jnp.zeros((), _loss_dtype(y))
     given = {"value": value_fn(y), "grad": grads, "value_fn": value_fn}
-    return optimizer_for(x).update(grads, fresh(x, y), y, **given)[0]
+    opt_state = fresh(x, y) if opt_state is None else opt_state
+    return optimizer_for(x).update(grads, opt_state, y, **given)[0]
 
   return InnerSolver(
     init=init,

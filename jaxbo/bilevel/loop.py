@@ -39,7 +39,7 @@ class BilevelInfo(NamedTuple):
     outer_loss: the outer loss before the update of ``x``.
     hypergradient_norm: norm of the hypergradient; NaN if ``outer`` does not report one.
     inner_losses: the inner loss before each inner step, ``[num_steps]``; ``None`` without an inner
-      solver.
+      loss.
     inner_finite: whether the inner run was finite; if not, it returned to its start.
     response_finite: whether the response was finite (of samples: whether one was); if not, it was
       left out. True if ``outer`` does not report it.

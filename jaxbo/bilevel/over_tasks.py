@@ -84,9 +84,11 @@ def over_tasks(inner: InnerSolver, num_tasks: int, *, average_start: bool = Fals
       solution = from_average(x, solution, batch)
     return over_batches(inner.solve, in_axes=(None, 0, axis))(x, solution, batch)
 
-  def descend(x, y, grads, batch, *, with_loss=True):
-    one = functools.partial(inner.descend, with_loss=with_loss)
-    return over_batches(one, in_axes=(None, 0, 0, 0))(x, y, grads, batch)
+  def descend(x, y, grads, batch, *, opt_state=None, with_loss=True):
+    def one(x, y, grads, batch, opt_state):
+      return inner.descend(x, y, grads, batch, opt_state=opt_state, with_loss=with_loss)
+
+    return over_batches(one, in_axes=(None, 0, 0, 0, 0))(x, y, grads, batch, opt_state)
 
   def run(x, start, batch):
     return over_batches(inner.run, in_axes=(None, 0, axis))(x, start, checked(batch))

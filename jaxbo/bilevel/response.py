@@ -6,7 +6,7 @@ returns the hypergradient :math:`\nabla_x f + (\partial y / \partial x)^\top \na
 
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +21,20 @@ MISSING: Any = object()
 """Marks a missing argument where ``None`` is a valid value (``batch=None``)."""
 
 
-def check_solver(inner: object) -> None:
-  """Raises ``TypeError`` unless ``inner`` is an inner solver."""
+def check_solver(inner: object, needs_steps: str = "") -> None:
+  """Raises unless ``inner`` is an inner solver, with steps if ``needs_steps`` says who asks."""
   if not isinstance(inner, InnerSolver):
     raise TypeError(f"inner must be an InnerSolver, made by jaxbo.inner_solver, got {inner!r}")
+  if needs_steps and inner.num_steps == 0:
+    refuse_black_box(needs_steps)
+
+
+def refuse_black_box(name: str) -> NoReturn:
+  """Raises ``ValueError`` for what needs the loss or the steps of the inner problem."""
+  raise ValueError(
+    f"inner must not be a black_box for {name}: it has no loss and no steps; use "
+    "jaxbo.add_es_response with difference='forward' or 'central'"
+  )
 
 
 def check_update(
@@ -85,12 +95,14 @@ def response_transformation(
   return optax.GradientTransformationExtraArgs(init, update)
 
 
-def check_depends_on_x(function: Callable[[PyTree], PyTree], x: PyTree) -> None:
+def check_depends_on_x(
+  function: Callable[[PyTree], PyTree], x: PyTree, name: str = "inner_loss"
+) -> None:
   """Raises ``ValueError`` if ``x`` does not reach ``function(x)``: its response is always zero."""
   if not _check.depends(function, x):
     raise ValueError(
-      "inner_loss must use its argument x, which has no influence on the inner solution (does the "
-      "loss close over x instead? without a response, use jaxbo.drop_response())"
+      f"{name} must use its argument x, which has no influence on the inner solution (does it "
+      "close over x instead? without a response, use jaxbo.drop_response())"
     )
 
 
@@ -98,7 +110,8 @@ def check_run(
   name: str, inner: InnerSolver, x: PyTree, solution: InnerSolution, batch: Data
 ) -> None:
   """Raises ``ValueError`` unless a response can run the inner problem again and learn from it."""
-  if solution.start is None:
+  start = solution.start
+  if start is None:
     raise ValueError(
       f"hyper_at must be 'after' for a response that runs the inner problem again ({name}), and "
       "solution.start must say where the run began"
@@ -109,7 +122,9 @@ def check_run(
       f"solution must come from the inner solver of {name}, of {inner.num_steps} steps, got one of "
       f"{losses.shape[-1]} steps"
     )
-  if inner.start is None:
+  if inner.num_steps == 0:
+    check_depends_on_x(lambda x: inner.path(x, start, batch), x, "path")
+  elif inner.start is None:
     if inner.per_step_batches:
       check_per_step(batch, inner.num_steps)
       batch = jax.tree.map(lambda leaf: leaf[0], batch)

@@ -16,8 +16,8 @@ class InnerInfo(NamedTuple):
   """Diagnostics of an inner run.
 
   Attributes:
-    losses: the inner loss *before* each step, ``[num_steps]``, float32 at least; ``None`` where no
-      solver made the solution.
+    losses: the inner loss *before* each step, ``[num_steps]``, float32 at least; ``None`` without a
+      loss: no solver, or a :func:`jaxbo.black_box`, made the solution.
     finite: whether the run ended at finite numbers; if not, the solution is where the run began.
     aux: the auxiliary outputs of the loss, each leaf ``[num_steps, ...]``; ``None`` without
       ``has_aux``.
@@ -90,17 +90,17 @@ class InnerSolver(NamedTuple):
       the final inner parameters. Responses differentiate this map. With ``last=k`` the gradient
       flows through the last ``k`` steps only.
     loss: ``loss(x, y, batch) -> scalar``, the inner loss on the batch of *one* step.
-    descend: ``descend(x, y, grads, batch, *, with_loss=True) -> updates``, what the optimizer makes
-      of gradients in one step from a fresh state, on the batch of *one* step. Optimizers that need
-      the loss see zero instead without ``with_loss``.
-    num_steps: the number of steps of a run.
+    descend: ``descend(x, y, grads, batch, *, opt_state=None, with_loss=True) -> updates``, what the
+      optimizer makes of gradients in one step from ``opt_state``, or from a fresh state, on the
+      batch of *one* step. Optimizers that need the loss see zero instead without ``with_loss``.
+    num_steps: the number of steps of a run; 0 for a :func:`jaxbo.black_box`, which has no loss.
     per_step_batches: whether ``batch`` has a leading axis ``num_steps``.
-    stops_early: whether a run may end before ``num_steps``, by ``tolerance=``.
     start: the function ``start=`` of the solver, else ``None``.
     through: the :class:`~jaxbo.bilevel.FeatureProblem` of a solver built with ``through=``, else
       ``None``.
     task: the solver of one task, if :func:`jaxbo.over_tasks` made this solver; else ``None``.
     num_tasks: the number of tasks, if :func:`jaxbo.over_tasks` made this solver; else ``None``.
+    stops_early: whether a run may end before ``num_steps``, by ``tolerance=``.
   """
 
   init: Callable[..., InnerSolution]
@@ -111,8 +111,8 @@ class InnerSolver(NamedTuple):
   descend: Callable[..., optax.Updates]
   num_steps: int
   per_step_batches: bool
-  stops_early: bool
   start: Callable[[PyTree], PyTree] | None
   through: FeatureProblem | None
   task: "InnerSolver | None" = None
   num_tasks: int | None = None
+  stops_early: bool = False

@@ -62,8 +62,8 @@ def add_unrolled_response(
     given ``solution=`` and ``batch=``, the batch that ``inner.solve`` saw.
 
   Raises:
-    ValueError: if ``num_steps`` is outside its range; if the inner run does not depend on ``x``, or
-      uses L-BFGS, a line search or ``tolerance``.
+    ValueError: if ``num_steps`` is outside its range; if the inner run does not depend on ``x``,
+      uses L-BFGS, a line search or ``tolerance``, or is a black box.
 
   Example:
     >>> import jax, jax.numpy as jnp, jaxbo, optax
@@ -81,7 +81,7 @@ def add_unrolled_response(
     <https://arxiv.org/abs/1703.01785>`_, 2017; Shaban et al., `Truncated Back-propagation for
     Bilevel Optimization <https://arxiv.org/abs/1810.10667>`_, 2019.
   """
-  check_solver(inner)
+  check_solver(inner, "add_unrolled_response")
   if num_steps is not None:
     num_steps = _check.positive_int("num_steps", num_steps)
     if num_steps > inner.num_steps:

@@ -21,6 +21,22 @@ def two_tasks(solver, **options):
   return lambda: jaxbo.over_tasks(solver(), 2, **options)
 
 
+def one_step_solver():
+  """The solver of a single loop, which keeps its momentum."""
+  return jaxbo.inner_solver(inner_loss, optax.sgd(0.2, momentum=0.5), num_steps=1)
+
+
+def quantised_run():
+  """A run without a derivative, of the sizes of the inner parameters."""
+
+  def path(x, batch):
+    target = batch * sum(jnp.mean(jnp.sin(leaf)) for leaf in jax.tree.leaves(x))
+    steps = jnp.round(64 * target) / 64
+    return {"v": jnp.full((2, 3), steps), "c": 2 * steps}
+
+  return jaxbo.black_box(path)
+
+
 def primal_dual(**options):
   """PDBO's head."""
   return jaxbo.add_primal_dual_penalty(inner_loss, **{**DUAL, **options})
@@ -43,6 +59,7 @@ def levels(outer, inner):
 
 
 _implicit, _es = jaxbo.add_implicit_response, jaxbo.add_es_response
+_part = {"scalar": True, "nested": [True, False], "wide": False}
 _cg, _neumann, _fixed_point = jaxbo.conjugate_gradient, jaxbo.neumann, jaxbo.fixed_point
 
 ENTRIES = [
@@ -58,12 +75,25 @@ ENTRIES = [
     "implicit_fixed_point", lambda solver: _implicit(solver, _fixed_point(3, 0.3)), slow=True
   ),
   response(
+    "finite_difference",
+    lambda solver: jaxbo.add_finite_difference_response(solver, 0.1),
+    one_step_solver,
+  ),
+  response(
+    "finite_difference_full_solver",
+    lambda solver: jaxbo.add_finite_difference_response(solver),
+    two_tasks(full_solver),
+    slow=True,
+  ),
+  response(
     "es_in_chunks",
     lambda solver, key: jaxbo.add_es_response(solver, 5, sample_batch_size=2, key=key),
   ),
   response(
     "es_orthogonal_central",
-    lambda solver, key: _es(solver, 4, directions="orthogonal", difference="central", key=key),
+    lambda solver, key: _es(
+      solver, 4, directions="orthogonal", difference="central", perturb=_part, key=key
+    ),
     slow=True,
   ),
   response(
@@ -81,6 +111,9 @@ ENTRIES = [
     slow=True,
   ),
   response("es_full_solver", lambda solver, key: _es(solver, 4, key=key), full_solver),
+  response(
+    "es_black_box", lambda solver, key: _es(solver, 4, 0.5, key=key), quantised_run, slow=True
+  ),
   response(
     "es_per_task_full_solver",
     lambda solver, key: _es(solver, 2, per_task=True, key=key),
@@ -123,6 +156,7 @@ ENTRIES = [
 _down = optax.scale_by_learning_rate(0.1)
 _boxes = jaxbo.project(*BOX.values())
 _key = {"directions": "rademacher", "difference": "central", "redraw": False, "key": 5}
+_key["perturb"] = _part
 
 ALIASES = [
   alias(
@@ -158,6 +192,28 @@ ALIASES = [
     "stocbio",
     lambda solver: jaxbo.stocbio(0.1, solver, 3, 0.2),
     lambda solver: optax.chain(_implicit(solver, _neumann(3, 0.2)), _down),
+  ),
+  alias(
+    response,
+    "soba",
+    lambda solver, inner_params: jaxbo.soba(0.1, solver, 0.3, inner_params=inner_params),
+    lambda solver, inner_params: optax.chain(
+      _implicit(solver, _fixed_point(1, 0.3, warm_start=True), inner_params=inner_params), _down
+    ),
+  ),
+  alias(
+    response,
+    "amigo",
+    lambda solver, inner_params: jaxbo.amigo(0.1, solver, 3, 0.3, inner_params=inner_params),
+    lambda solver, inner_params: optax.chain(
+      _implicit(solver, _fixed_point(3, 0.3, warm_start=True), inner_params=inner_params), _down
+    ),
+  ),
+  alias(
+    response,
+    "darts",
+    lambda solver: jaxbo.darts(0.1, solver, 0.2),
+    lambda solver: optax.chain(jaxbo.add_finite_difference_response(solver, 0.2), _down),
   ),
   alias(
     response,

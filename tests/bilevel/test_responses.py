@@ -327,6 +327,7 @@ def test_undamped_conjugate_gradient_on_a_flat_direction_stays_finite_and_says_s
 HEADS = {
   "add_unrolled_response": jaxbo.add_unrolled_response,
   "add_implicit_response": lambda s: jaxbo.add_implicit_response(s, jaxbo.conjugate_gradient(2)),
+  "add_finite_difference_response": jaxbo.add_finite_difference_response,
   "add_es_response": jaxbo.add_es_response,
 }
 
@@ -451,6 +452,7 @@ def test_inner_params_of_another_precision_are_refused(x64):
 RESPONSES = {
   "itd": jaxbo.add_unrolled_response,
   "aid": lambda inner: jaxbo.add_implicit_response(inner, jaxbo.conjugate_gradient(3)),
+  "darts": jaxbo.add_finite_difference_response,
   "es": lambda inner: jaxbo.add_es_response(inner, 3),
   "es exact": lambda inner: jaxbo.add_es_response(inner, 3, difference="exact"),
 }
