@@ -80,10 +80,10 @@ def evaluate_robustness(
   """Measures accuracy on clean images, under every attack, and under the worst for each image.
 
   Every attack runs on every image, so the report also has the accuracy under each attack alone. Or
-  an attack runs only on the images that withstood all attacks before it, ``drop_broken=True``. That
-  is much faster, and shows the accuracy under each attack and those before it; the worst case is
-  the same. Batches are filled up with images of which nothing is asked, so that no attack is
-  compiled for what happens to be left.
+  an attack runs only on the images that withstood all attacks before it, ``drop_broken=True``:
+  faster by what falls early. Then the report has the accuracy under each attack and those before
+  it. The last batch repeats an image until it is full, so that no attack is compiled again for what
+  happens to be left.
 
   *Keys.* With ``drop_broken``, every image has a key of its own, ``fold_in(fold_in(key, i), j)``
   for attack ``i`` and image ``j``. An image meets the same random numbers whatever else is left, so
