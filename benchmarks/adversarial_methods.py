@@ -40,6 +40,7 @@ def make_methods(model: Callable[..., Any], epsilon: float, num_steps: int) -> d
 
   Rates hardly matter here.
   """
+  box = jaxbo.adversarial.Box(epsilon)
   uniform, kl_weights = jaxbo.dro.uniform(), jaxbo.dro.compositional(jaxbo.dro.kl(3.0), 0.1)
 
   def plain(params, images, labels):
@@ -58,9 +59,7 @@ def make_methods(model: Callable[..., Any], epsilon: float, num_steps: int) -> d
     )
 
   def attack(**options):
-    return jaxbo.adversarial.pgd(
-      model, epsilon=epsilon, step_size=epsilon / 4, num_steps=num_steps, **options
-    )
+    return jaxbo.adversarial.pgd(model, box, step_size=epsilon / 4, num_steps=num_steps, **options)
 
   def attacked(loss, attack, score=None):
     of_batch = jaxbo.per_example_grad(lambda params, batch: loss(params, *batch))
@@ -74,7 +73,7 @@ def make_methods(model: Callable[..., Any], epsilon: float, num_steps: int) -> d
     return gradients
 
   def implicit(make, inner_loss, **options):
-    of_batch = make(plain, inner_loss, epsilon=epsilon, curvature=10.0, **options)
+    of_batch = make(plain, inner_loss, box, curvature=10.0, **options)
     return lambda *arguments: (of_batch(*arguments), {})
 
   negative = lambda loss: lambda *arguments: -loss(*arguments)

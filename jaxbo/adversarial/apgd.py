@@ -9,9 +9,11 @@ import numpy as np
 
 from jaxbo import _check
 from jaxbo.adversarial import attack as attacks
-from jaxbo.adversarial.attack import Attack, AttackInfo, Found, Objective, make_attack
-from jaxbo.adversarial.box import along, make_ball
-from jaxbo.adversarial.losses import label_logits
+from jaxbo.adversarial import objectives
+from jaxbo.adversarial.attack import Attack, Found, make_attack
+from jaxbo.adversarial.box import Box, along, as_image, check_box, make_ball
+from jaxbo.adversarial.losses import margin_loss
+from jaxbo.adversarial.objectives import Objective
 
 _MOMENTUM = 0.75
 _SUCCESS = 0.75  # Steps are halved if at most this share of them climbed.
@@ -29,7 +31,7 @@ class _Climb(NamedTuple):
   best_value: jax.Array
   adversarial: jax.Array  # the misclassified perturbation with the largest objective
   adversarial_value: jax.Array  # minus infinity if there is none yet
-  step_size: jax.Array
+  step_size: jax.Array  # in units of epsilon
   num_climbs: jax.Array  # since the last checkpoint
   halved: jax.Array  # at the last checkpoint
   checkpoint_value: jax.Array  # best_value at the last checkpoint
@@ -39,12 +41,9 @@ class _Climb(NamedTuple):
 
 def apgd(
   model: Callable[..., jax.Array],
+  box: Box,
   *,
-  epsilon: float | jax.Array,
   num_steps: int = 100,
-  norm: str = "linf",
-  low: float = 0.0,
-  high: float = 1.0,
   objective: str | Objective = "cross_entropy",
   num_targets: int = 9,
   restarts: int = 1,
@@ -71,11 +70,8 @@ def apgd(
   Args:
     model: ``model(params, images) -> logits``, ``[batch, num_classes]``; the logits of an example
       must not depend on other examples.
-    epsilon: the radius of the ball, at least 0, in units of the images.
+    box: the :class:`Box` of the images, say ``Box(8 / 255)`` for pixels from 0 to 1.
     num_steps: the number of steps, at least 1.
-    norm: ``"linf"`` or ``"l2"``.
-    low: the smallest value of a pixel.
-    high: the largest value of a pixel.
     objective: what to maximize: ``"cross_entropy"``, ``"margin"``, ``"kl"``, ``"dlr"`` (needs three
       classes), a function ``(logits, labels, clean_logits) -> [batch]``, or ``"targeted_dlr"``
       (needs four classes), which aims in turn at each of the other classes that are likeliest on
@@ -95,7 +91,7 @@ def apgd(
     >>> import jax.numpy as jnp, jaxbo
     >>> def model(params, images):
     ...   return jnp.concatenate([images, -images], axis=1) * params
-    >>> attack = jaxbo.adversarial.apgd(model, epsilon=0.25, num_steps=5)
+    >>> attack = jaxbo.adversarial.apgd(model, jaxbo.adversarial.Box(0.25), num_steps=5)
     >>> attack(jnp.float32(2.0), (jnp.array([[0.5]]), jnp.array([0])), key=0).tolist()
     [[0.25]]
 
@@ -103,24 +99,25 @@ def apgd(
     Croce and Hein, `Reliable Evaluation of Adversarial Robustness with an Ensemble of Diverse
     Parameter-free Attacks <https://arxiv.org/abs/2003.01690>`_, 2020.
   """
-  ball = make_ball(norm, epsilon, low, high)
+  ball = make_ball(check_box(box))
   num_steps = _check.positive_int("num_steps", num_steps)
   num_targets = _check.positive_int("num_targets", num_targets)
   restarts = _check.positive_int("restarts", restarts)
   targeted = objective == "targeted_dlr"
-  value_of, min_classes = (None, 4) if targeted else attacks.find_objective(objective)
+  value_of, min_classes = (None, 4) if targeted else objectives.find_objective(objective)
   lengths = jnp.asarray(intervals(num_steps), jnp.int32)
 
   def climb(forward, images, labels, clean, value_of, key):
     evaluate = lambda delta: attacks.gradient(forward, value_of, images + delta, labels, clean)
     delta = ball.random(key, images)
-    first = _start(delta, evaluate(delta), epsilon)
+    epsilon = as_image("epsilon", box.epsilon, images)
+    first = _start(delta, evaluate(delta))
     first = attacks.vary_alike(first, first, clean, images, labels)
 
     def step(carry, k_and_length):
       k, length = k_and_length
       each = lambda values: along(values, carry.delta)
-      move = each(carry.step_size) * ball.steepest(carry.ascent)
+      move = each(carry.step_size) * (epsilon * ball.steepest(carry.ascent))
       aim = ball.project(carry.delta + move, images)
       share = jnp.where(k == 0, 1, _MOMENTUM).astype(images.dtype)
       mixed = carry.delta + share * (aim - carry.delta) + (1 - share) * (carry.delta - carry.before)
@@ -132,8 +129,7 @@ def apgd(
     wrong = last.adversarial_value > -jnp.inf
     delta = jnp.where(along(wrong, images), last.adversarial, last.best_delta)
     values = jnp.where(wrong, last.adversarial_value, last.best_value)
-    info = AttackInfo(last.num_correct, last.not_finite)
-    return Found(jnp.clip(images + delta, low, high), values, wrong, info)
+    return Found(box.clip(images + delta), values, wrong, last.num_correct, last.not_finite)
 
   def find_for(forward, images, labels, clean, value_of, key):
     run = lambda key: climb(forward, images, labels, clean, value_of, key)
@@ -145,27 +141,23 @@ def apgd(
     clean = forward(images)
     if value_of is not None:
       return find_for(forward, images, labels, clean, value_of, key)
-    # The label's own class comes last, so it is never a target.
-    is_label = labels[:, None] == jnp.arange(clean.shape[1], dtype=labels.dtype)[None]
-    ranked = jax.lax.top_k(jnp.where(is_label, -jnp.inf, clean), clean.shape[1])[1]
-    count = min(num_targets, clean.shape[1] - 1)
+    targets = objectives.likeliest_others(clean, labels, num_targets)
 
-    def towards(target_and_key):
-      target, key = target_and_key
-
+    def towards(target, key):
       def toward_target(logits, labels, clean_logits):
-        return attacks.targeted_dlr(logits, labels, target)
+        return objectives.targeted_dlr(logits, labels, target)
 
       found = find_for(forward, images, labels, clean, toward_target, key)
       # Margins are comparable between targets; objectives are not.
-      logits = forward(found.perturbed)
-      margins = jnp.max(jnp.where(is_label, -jnp.inf, logits), axis=-1)
-      return found._replace(values=margins - label_logits(logits, labels))
+      return found._replace(values=margin_loss(forward(found.perturbed), labels))
 
-    targets = jnp.swapaxes(ranked[:, :count], 0, 1)
-    return attacks.best(jax.lax.map(towards, (targets, jax.random.split(key, count))))
+    keys = jax.random.split(key, len(targets))
+    # As numbers: jax_debug_key_reuse takes what vmap does with keys of a loop for their use.
+    impl, bits = jax.random.key_impl(keys), jax.random.key_data(keys)
+    wrapped = lambda pair: towards(pair[0], jax.random.wrap_key_data(pair[1], impl=impl))
+    return attacks.best(jax.lax.map(wrapped, (targets, bits)))
 
-  return make_attack(model, find, low, high, min_classes=min_classes)
+  return make_attack(model, find, box, min_classes=min_classes)
 
 
 def intervals(num_steps: int) -> np.ndarray:
@@ -181,7 +173,7 @@ def intervals(num_steps: int) -> np.ndarray:
   return lengths
 
 
-def _start(delta: jax.Array, seen: tuple[jax.Array, ...], epsilon: float | jax.Array) -> _Climb:
+def _start(delta: jax.Array, seen: tuple[jax.Array, ...]) -> _Climb:
   ascent, value, wrong, bad = seen
   value = jnp.where(bad, -jnp.inf, value)
   found = jnp.where(wrong & ~bad, value, -jnp.inf)
@@ -196,7 +188,7 @@ def _start(delta: jax.Array, seen: tuple[jax.Array, ...], epsilon: float | jax.A
     best_value=value,
     adversarial=delta,
     adversarial_value=found,
-    step_size=jnp.full(value.shape, 2 * epsilon, delta.dtype),
+    step_size=jnp.full(value.shape, 2, delta.dtype),
     num_climbs=count,
     halved=jnp.ones(value.shape, bool),  # so that the first checkpoint only looks at climbs
     checkpoint_value=value,

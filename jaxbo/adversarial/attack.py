@@ -1,4 +1,4 @@
-"""What all attacks share: their type, their objectives, and the choice among their results."""
+"""What all attacks share: their type, their input, and the choice among their results."""
 
 import functools
 from collections.abc import Callable
@@ -10,16 +10,10 @@ import numpy as np
 
 from jaxbo import _check, _random, _tree
 from jaxbo._types import Data, Key, PyTree
-from jaxbo.adversarial.losses import (
-  cross_entropy_loss,
-  kl_divergence,
-  label_logits,
-  margin_loss,
-)
+from jaxbo.adversarial.box import Box
+from jaxbo.adversarial.objectives import Objective, values_of
 
 T = TypeVar("T")
-
-Objective = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 class AttackInfo(NamedTuple):
@@ -32,15 +26,24 @@ class AttackInfo(NamedTuple):
       :func:`jaxbo.adversarial.gairat`.
     not_finite: whether the attack found an objective or a gradient that is not finite. It did not
       move the example there.
+    clipped: whether the clean image was outside of the box, so that the attack began at another
+      image: the clean one clipped to ``[low, high]``. Anything but zero says that ``low`` and
+      ``high`` are not those of these images.
   """
 
   num_correct: jax.Array
   not_finite: jax.Array
+  clipped: jax.Array
 
   @property
   def num_not_finite(self) -> jax.Array:
     """The number of examples with an objective or gradient that was not finite, int32."""
     return jnp.sum(self.not_finite, dtype=jnp.int32)
+
+  @property
+  def num_clipped(self) -> jax.Array:
+    """The number of clean images that were outside of the box, int32."""
+    return jnp.sum(self.clipped, dtype=jnp.int32)
 
 
 class Attack(NamedTuple):
@@ -52,15 +55,18 @@ class Attack(NamedTuple):
 
   Attributes:
     run: ``run(params, (images, labels), key) -> (perturbed, AttackInfo)``. ``images`` are floats
-      ``[batch, ...]`` from ``low`` to ``high``; ``labels`` are integers ``[batch]``; ``key`` is an
-      int, a raw key array or a typed key (``None`` for attacks that are not random). Perturbed
-      images are at least float32, because narrower floats could leave the ball. Images out of
-      range and labels that are not classes raise ``ValueError``. Under ``jit``, where values are
-      not known, the attack clips images to the range; it leaves an example whose label is not a
-      class at its start and marks it as not finite.
+      ``[batch, ...]`` within ``low`` and ``high`` of the attack's :class:`Box`; ``labels`` are
+      integers ``[batch]``; ``key`` is an int, a raw key array or a typed key (``None`` for attacks
+      that are not random). Perturbed images are at least float32, because narrower floats could
+      leave the ball. Images out of range and labels that are not classes raise ``ValueError``.
+      Under ``jit``, where values are not known, the attack clips images to the range and marks
+      those as clipped; it leaves an example whose label is not a class at its start and marks it as
+      not finite.
+    box: the :class:`Box` that the attack stays in; :func:`evaluate_robustness` checks images by it.
   """
 
   run: Callable[..., tuple[jax.Array, AttackInfo]]
+  box: Box | None = None
 
   def __call__(self, params: PyTree, batch: Data, key: Key | None = None) -> jax.Array:
     """The perturbed images alone."""
@@ -74,20 +80,21 @@ class Found(NamedTuple):
     perturbed: the perturbed images, ``[batch, ...]``.
     values: their objective, ``[batch]``.
     wrong: whether they are misclassified, ``[batch]``.
-    info: an :class:`AttackInfo`.
+    num_correct: as in :class:`AttackInfo`.
+    not_finite: as in :class:`AttackInfo`.
   """
 
   perturbed: jax.Array
   values: jax.Array
   wrong: jax.Array
-  info: AttackInfo
+  num_correct: jax.Array
+  not_finite: jax.Array
 
 
 def make_attack(
   model: Callable[..., jax.Array],
   find: Callable[..., Found],
-  low: float,
-  high: float,
+  box: Box,
   *,
   needs_key: bool = True,
   min_classes: int = 2,
@@ -101,23 +108,24 @@ def make_attack(
 
   @jax.jit
   def compiled(params, images, labels, key):
+    clipped = box.outside(images)
     params, images = jax.lax.stop_gradient((params, _tree.at_least_float32(images)))
     forward = lambda x: _tree.at_least_float32(model(params, x))
-    found = find(forward, jnp.clip(images, low, high), labels, key)
-    return found.perturbed, found.info
+    found = find(forward, box.clip(images), labels, key)
+    return found.perturbed, AttackInfo(found.num_correct, found.not_finite, clipped)
 
   def run(params, batch, key=None):
-    images, labels = check_batch(batch, low, high)
+    images, labels = check_batch(batch, box)
     num_classes = check_logits(jax.eval_shape(of_model, params, images), images, min_classes)
     check_labels(labels, num_classes)
     labels = _tree.at_least_int32(labels)
     return compiled(params, images, labels, typed_key(key) if needs_key else None)
 
-  return Attack(run)
+  return Attack(run, box)
 
 
-def check_batch(batch: Data, low: float, high: float) -> tuple[jax.Array, jax.Array]:
-  """Returns images and labels; raises unless an attack can take them."""
+def check_batch(batch: Data, box: Box | None = None) -> tuple[jax.Array, jax.Array]:
+  """Returns images and labels; raises unless an attack can take them, in its box if given."""
   if not isinstance(batch, tuple | list) or len(batch) != 2:
     raise TypeError(f"batch must be a pair (images, labels), got {type(batch).__name__}")
   images, labels = batch
@@ -131,16 +139,27 @@ def check_batch(batch: Data, low: float, high: float) -> tuple[jax.Array, jax.Ar
       f"labels must be [batch], one for each of {jnp.shape(images)[0]} images, got shape "
       f"{jnp.shape(labels)}"
     )
-  if _check.is_known(images) and np.size(images):
+  images, labels = jnp.asarray(images), jnp.asarray(labels)
+  if box is not None:
+    check_pixels(images, box)
+  return images, labels
+
+
+def check_pixels(images: jax.Array, box: Box) -> None:
+  """Raises ``ValueError`` if a known image is outside of the box."""
+  if not all(map(_check.is_known, (images, box.low, box.high))):
+    return
+  with jax.ensure_compile_time_eval():  # Under jit too, of what is known there.
+    outside = np.any(box.outside(images))
+  if outside:
     values = np.asarray(images)
     # Unlike nanmin, this does not warn if all values are NaN.
     smallest, largest = (float(f.reduce(values, axis=None)) for f in (np.fmin, np.fmax))
-    if smallest < low or largest > high:
-      raise ValueError(
-        f"images must be from low={low} to high={high}, got values from {smallest:.6g} to "
-        f"{largest:.6g}; normalise inside the model, not before the attack"
-      )
-  return jnp.asarray(images), jnp.asarray(labels)
+    raise ValueError(
+      f"images must be from low={box.low} to high={box.high}, got values from {smallest:.6g} to "
+      f"{largest:.6g}; give their range, jaxbo.adversarial.Box(epsilon, low, high), or normalise "
+      "inside the model, by jaxbo.adversarial.normalized"
+    )
 
 
 def check_logits(
@@ -166,46 +185,6 @@ def check_labels(labels: jax.typing.ArrayLike, num_classes: int) -> None:
     lowest, largest = int(np.min(values)), int(np.max(values))
     if lowest < 0 or largest >= num_classes:
       raise ValueError(f"labels must be from 0 to {num_classes - 1}, got {lowest} to {largest}")
-
-
-def find_objective(objective: str | Objective) -> tuple[Objective, int]:
-  """Returns the function of an objective, and the smallest number of classes that it takes."""
-  if callable(objective):
-    _check.takes_arguments("objective", objective, "logits", "labels", "clean_logits")
-    return objective, 2
-  _check.one_of("objective", objective, _OBJECTIVES)
-  return _OBJECTIVES[objective], 3 if objective == "dlr" else 2
-
-
-def difference_of_logits_ratio(logits: jax.Array, labels: jax.Array) -> jax.Array:
-  r"""DLR: the margin over the spread of the three largest logits, ``[batch]``.
-
-  .. math:: -\frac{z_y - \max_{j \ne y} z_j}{z_{\pi_1} - z_{\pi_3}}
-  """
-  top = jax.lax.top_k(logits, 3)[0]
-  return margin_loss(logits, labels) / (top[:, 0] - top[:, 2] + 1e-12)
-
-
-def targeted_dlr(logits: jax.Array, labels: jax.Array, target: jax.Array) -> jax.Array:
-  r"""The targeted DLR, toward the classes ``target``, ``[batch]``.
-
-  .. math:: -\frac{z_y - z_t}{z_{\pi_1} - (z_{\pi_3} + z_{\pi_4}) / 2}
-  """
-  top = jax.lax.top_k(logits, 4)[0]
-  margin = label_logits(logits, target) - label_logits(logits, labels)
-  return margin / (top[:, 0] - 0.5 * (top[:, 2] + top[:, 3]) + 1e-12)
-
-
-def values_of(
-  objective: Objective, logits: jax.Array, labels: jax.Array, clean_logits: jax.Array
-) -> jax.Array:
-  """Returns the objective, ``[batch]``, NaN if a label is not a class; raises on other shapes."""
-  values = objective(logits, labels, clean_logits)
-  shape = getattr(values, "shape", type(values).__name__)
-  if shape != labels.shape:
-    raise ValueError(f"objective must return {labels.shape}, one for each image, got {shape}")
-  _check.floating("objective", values)
-  return jnp.where((labels >= 0) & (labels < logits.shape[1]), values, jnp.nan)
 
 
 def gradient(
@@ -245,8 +224,7 @@ def best(found: Found) -> Found:
   index = jnp.argmax(jnp.where(eligible, found.values, -jnp.inf), axis=0)
   take = jax.vmap(lambda runs, i: jax.tree.map(lambda leaf: leaf[i], runs), in_axes=(1, 0))
   chosen = take(found, index)
-  not_finite = jnp.any(found.info.not_finite, axis=0)
-  return chosen._replace(info=chosen.info._replace(not_finite=not_finite))
+  return chosen._replace(not_finite=jnp.any(found.not_finite, axis=0))
 
 
 def vary_alike(tree: T, *others: PyTree) -> T:
@@ -270,11 +248,3 @@ def typed_key(key: Any) -> jax.Array:
   if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
     return key
   return jax.random.wrap_key_data(_random.key_data(key), impl=impl)
-
-
-_OBJECTIVES: dict[str, Objective] = {
-  "cross_entropy": lambda logits, labels, clean: cross_entropy_loss(logits, labels),
-  "margin": lambda logits, labels, clean: margin_loss(logits, labels),
-  "kl": lambda logits, labels, clean: kl_divergence(clean, logits),
-  "dlr": lambda logits, labels, clean: difference_of_logits_ratio(logits, labels),
-}

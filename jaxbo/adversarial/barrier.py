@@ -21,7 +21,7 @@ import optax
 from jaxbo import _check
 from jaxbo._types import PyTree, SolveLinear
 from jaxbo.adversarial.attack import vary_alike
-from jaxbo.adversarial.box import Box, along
+from jaxbo.adversarial.box import Bounds, along
 
 # A step goes at most this fraction of the way to a wall.
 _TO_THE_WALL = 0.9
@@ -41,13 +41,13 @@ class Minimum(NamedTuple):
   not_finite: jax.Array
 
 
-def barrier_gradient(delta: jax.Array, box: Box) -> jax.Array:
+def barrier_gradient(delta: jax.Array, box: Bounds) -> jax.Array:
   r"""The barrier's derivative at :math:`c = 1`: :math:`1/(b^+-\delta) - 1/(\delta-b^-)`."""
   below, above = box.room(delta)
   return 1 / above - 1 / below
 
 
-def barrier_curvature(delta: jax.Array, box: Box) -> jax.Array:
+def barrier_curvature(delta: jax.Array, box: Bounds) -> jax.Array:
   r"""The barrier's second derivative: :math:`1/(b^+ - \delta)^2 + 1/(\delta - b^-)^2`."""
   below, above = box.room(delta)
   return above**-2 + below**-2
@@ -56,7 +56,7 @@ def barrier_curvature(delta: jax.Array, box: Box) -> jax.Array:
 def minimize(
   attack_loss: Callable[[jax.Array], jax.Array],
   images: jax.Array,
-  box: Box,
+  box: Bounds,
   start: jax.Array,
   *,
   barrier: float | jax.Array,
@@ -118,7 +118,7 @@ def minimize(
 def solve_diagonal(
   v: jax.Array,
   delta: jax.Array,
-  box: Box,
+  box: Bounds,
   barrier: float | jax.Array,
   curvature: float | jax.Array = 0.0,
 ) -> jax.Array:
@@ -133,7 +133,7 @@ def solve_diagonal(
 def solve_active_set(
   v: jax.Array,
   delta: jax.Array,
-  box: Box,
+  box: Bounds,
   curvature: float | jax.Array,
   tolerance: float = 1e-7,
 ) -> jax.Array:

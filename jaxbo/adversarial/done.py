@@ -11,7 +11,7 @@ from jaxbo._optimizer import LearningRate
 from jaxbo._types import Data, Key
 from jaxbo.adversarial import barrier as lower_level
 from jaxbo.adversarial.attack import check_batch, typed_key
-from jaxbo.adversarial.box import check_range, pixel_box
+from jaxbo.adversarial.box import Box, check_box, check_each
 from jaxbo.adversarial.implicit import (
   DoneInfo,
   PerturbedLoss,
@@ -32,16 +32,14 @@ from jaxbo.dro.temperature import Temperature
 def done_grad(
   loss_fn: PerturbedLoss,
   attack_loss: PerturbedLoss,
+  box: Box,
   *,
-  epsilon: float | jax.Array,
   barrier: float | jax.Array,
   num_steps: int,
   step_size: float | jax.Array,
   inverse: str | LinearSolver = "diagonal",
   curvature: float | jax.Array = 0.0,
   direction: str = "gradient",
-  low: float = 0.0,
-  high: float = 1.0,
   margin: float = 1e-4,
   microbatch_size: int | None = None,
   repair: bool = False,
@@ -81,7 +79,8 @@ def done_grad(
     attack_loss: the loss that the attack *minimizes* over the perturbation, with the arguments and
       shape of ``loss_fn``: minus a margin, minus the cross entropy. It must be twice
       differentiable, at least piecewise.
-    epsilon: the largest change of a pixel, positive.
+    box: the :class:`Box` of the images, say ``Box(8 / 255)`` for pixels from 0 to 1; its
+      norm must be ``"linf"`` and its epsilon positive.
     barrier: :math:`c > 0`, in units of the loss. Where the attack pushes a pixel with slope
       :math:`s`, the pixel stops :math:`c / s` before the wall.
     num_steps: :math:`K`, at least 1.
@@ -90,12 +89,11 @@ def done_grad(
     inverse: how to find :math:`q`. ``"diagonal"`` replaces the Hessian of the attack loss by
       :math:`\lambda I`; ``"cg"`` solves the full system with ten steps of conjugate gradients for
       each example; a :class:`~jaxbo.bilevel.LinearSolver` solves it as you choose; ``"none"`` drops
-      the implicit term, which gives ordinary adversarial training.
+      the implicit term, which gives ordinary adversarial training. In every case the loss is NaN,
+      and :func:`~jaxbo.reweight` excludes the example, if a gradient of the attack is not finite.
     curvature: :math:`\lambda \ge 0`, for ``"diagonal"``.
     direction: ``"gradient"`` for the steps above, or ``"adam"`` for Adam's steps on
       :math:`\varphi`, which end within about ``step_size`` of the minimum.
-    low: the smallest value of a pixel.
-    high: the largest value of a pixel.
     margin: how close to a wall a pixel may come, as a fraction of the width of its box, in
       (0, 0.5).
     microbatch_size: how many examples go at once through the pass for the parameters; it must
@@ -106,9 +104,9 @@ def done_grad(
 
   Returns:
     A function ``(params, (images, labels), key=None) -> PerExampleGrads``; call it inside a jitted
-    function. Images are floats ``[batch, ...]`` from ``low`` to ``high``; labels are integers
-    ``[batch]``; ``aux`` is a :class:`DoneInfo`. Images out of range raise ``ValueError``; under
-    ``jit``, where values are not known, they are clipped.
+    function. Images are floats ``[batch, ...]`` in the box; labels are integers ``[batch]``;
+    ``aux`` is a :class:`DoneInfo`. Images out of range raise ``ValueError``; under ``jit``, where
+    values are not known, they are clipped and counted, ``aux.num_clipped``.
 
   Raises:
     ValueError: if an argument is outside its range, or losses are not ``[batch]``.
@@ -121,7 +119,7 @@ def done_grad(
     >>> def attack_loss(params, images, labels):
     ...   return -loss(params, images, labels)
     >>> grad = jaxbo.adversarial.done_grad(
-    ...   loss, attack_loss, epsilon=0.1, barrier=0.01, num_steps=30, step_size=1.0)
+    ...   loss, attack_loss, jaxbo.adversarial.Box(0.1), barrier=0.01, num_steps=30, step_size=1.0)
     >>> params, batch = jnp.array([2.0, -1.0]), (jnp.array([[0.5, 0.0]]), jnp.array([0]))
     >>> grads = grad(params, batch)
     >>> print(grads.aux.perturbed.round(3))     # c / s before the walls 0.6 and 0
@@ -135,8 +133,7 @@ def done_grad(
   """
   _check.takes_arguments("loss_fn", loss_fn, "params", "images", "labels")
   _check.takes_arguments("attack_loss", attack_loss, "params", "images", "labels")
-  check_range(low, high)
-  _check.positive("epsilon", epsilon)
+  check_each(_check.positive, "epsilon", check_box(box, norms=("linf",)).epsilon)
   _check.positive("barrier", barrier)
   _check.positive("step_size", step_size)
   _check.non_negative("curvature", curvature)
@@ -149,16 +146,15 @@ def done_grad(
 
   @jax.jit
   def attack(params, images, labels, key):
+    clipped = box.outside(images)
     params, images = jax.lax.stop_gradient((params, _tree.at_least_float32(images)))
-    images = jnp.clip(images, low, high)
-    box = pixel_box(images, epsilon, low, high)
-    start = box.center
-    if key is not None:
-      start = box.low + jax.random.uniform(key, images.shape, images.dtype) * (box.high - box.low)
+    images = box.clip(images)
+    bounds = box.bounds(images)
+    start = bounds.center if key is None else bounds.random(key)
     minimum = lower_level.minimize(
       lambda perturbed: checked("attack_loss", attack_loss(params, perturbed, labels), labels),
       images,
-      box,
+      bounds,
       start,
       barrier=barrier,
       num_steps=num_steps,
@@ -167,31 +163,31 @@ def done_grad(
       margin=margin,
     )
     perturbed = images + minimum.delta
-    info = DoneInfo(
-      perturbed, minimum.last_step, jnp.zeros_like(minimum.last_step), minimum.not_finite
-    )
+    last_step, not_finite = minimum.last_step, minimum.not_finite
+    info = DoneInfo(perturbed, last_step, jnp.zeros_like(last_step), not_finite, clipped)
     if inverse == "none":
       return None, info
     v, bad = image_gradient("loss_fn", loss_fn, params, perturbed, labels)
     if isinstance(solver, LinearSolver):
-      diagonal = barrier * lower_level.barrier_curvature(minimum.delta, box)
+      diagonal = barrier * lower_level.barrier_curvature(minimum.delta, bounds)
       of_images = lambda images, labels: attack_loss(params, images, labels)
       q, linear = lower_level.solve_full(of_images, perturbed, labels, v, diagonal, solver)
       info = info._replace(residual=linear.residual)
     else:
-      q = lower_level.solve_diagonal(v, minimum.delta, box, barrier, curvature)
+      q = lower_level.solve_diagonal(v, minimum.delta, bounds, barrier, curvature)
     return q, info._replace(not_finite=info.not_finite | bad)
 
   def corrected(params, batch):
-    perturbed, labels, q = batch
-    return corrected_losses(loss_fn, attack_loss, params, perturbed, perturbed, labels, q)
+    perturbed, labels, q, not_finite = batch
+    losses = corrected_losses(loss_fn, attack_loss, params, perturbed, perturbed, labels, q)
+    return jnp.where(not_finite, jnp.nan, losses) if q is None else losses
 
   lazy = per_example_grad(corrected, microbatch_size=microbatch_size, repair=repair)
 
   def gradients(params: optax.Params, batch: Data, key: Key | None = None) -> PerExampleGrads:
-    images, labels = check_batch(batch, low, high)
+    images, labels = check_batch(batch, box)
     q, info = attack(params, images, labels, None if key is None else typed_key(key))
-    return lazy(params, (info.perturbed, labels, q))._replace(aux=info)
+    return lazy(params, (info.perturbed, labels, q, info.not_finite)).replace(aux=info)
 
   return gradients
 
@@ -229,7 +225,7 @@ def done(
     >>> def attack_loss(params, images, labels):
     ...   return -loss(params, images, labels)
     >>> grad = jaxbo.adversarial.done_grad(
-    ...   loss, attack_loss, epsilon=0.1, barrier=1e-3, num_steps=5, step_size=1.0)
+    ...   loss, attack_loss, jaxbo.adversarial.Box(0.1), barrier=1e-3, num_steps=5, step_size=1.0)
     >>> tx = jaxbo.done(0.5, temperature=0.5)
     >>> @jax.jit
     ... def step(params, state, batch):

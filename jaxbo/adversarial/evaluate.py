@@ -1,27 +1,25 @@
 """How robust a model is: the worst case over attacks, by class, and reasons to doubt it."""
 
 import functools
-import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend import core
 
-from jaxbo import _check, _tree
+from jaxbo import _check
 from jaxbo._types import Key, PyTree
-from jaxbo.adversarial import class_metrics
-from jaxbo.adversarial.apgd import apgd
-from jaxbo.adversarial.attack import Attack, check_batch, check_labels, is_wrong, typed_key
-from jaxbo.adversarial.losses import cross_entropy_loss
-from jaxbo.adversarial.pgd import pgd
-from jaxbo.adversarial.square import square
-
-# How far probabilities may be from summing to 1, given the rounding of bfloat16.
-_ROUNDING = 1e-2
+from jaxbo.adversarial import class_metrics, doubts
+from jaxbo.adversarial.attack import (
+  Attack,
+  check_batch,
+  check_labels,
+  check_pixels,
+  is_wrong,
+  typed_key,
+)
 
 
 class RobustnessReport(NamedTuple):
@@ -31,9 +29,13 @@ class RobustnessReport(NamedTuple):
     labels: ``[num_images]`` integers.
     clean: whether each image is classified correctly, ``[num_images]`` booleans.
     correct: for each attack by name, whether each image is classified correctly both clean and
-      under the attack, ``[num_images]`` booleans.
+      under the attack, and with ``drop_broken`` under all attacks before it, ``[num_images]``
+      booleans.
     num_not_finite: for each attack by name, how many images had an objective or gradient that was
       not finite.
+    num_clipped: for each attack by name, how many clean images were outside of its box, so that it
+      attacked others. Attacks of this module raise ``ValueError`` instead, unless a ``jit`` of
+      yours around their ``run`` hides the values from them.
     warnings: reasons to doubt the accuracies; see :func:`evaluate_robustness`.
     num_classes: the number of classes.
   """
@@ -42,6 +44,7 @@ class RobustnessReport(NamedTuple):
   clean: np.ndarray
   correct: dict[str, np.ndarray]
   num_not_finite: dict[str, int]
+  num_clipped: dict[str, int]
   warnings: tuple[str, ...]
   num_classes: int
 
@@ -64,59 +67,6 @@ class RobustnessReport(NamedTuple):
     return class_metrics.tail_accuracy(self.worst_case, self.labels, self.num_classes, fraction)
 
 
-def standard_attacks(
-  model: Callable[..., jax.Array],
-  *,
-  epsilon: float,
-  low: float = 0.0,
-  high: float = 1.0,
-  num_steps: int = 100,
-  num_queries: int = 5000,
-  num_classes: int | None = None,
-) -> dict[str, Attack]:
-  """The attacks of :func:`evaluate_robustness`, in the ``linf`` ball.
-
-  Args:
-    model: ``model(params, images) -> logits``, ``[batch, num_classes]``; the logits of an example
-      must not depend on other examples.
-    epsilon: the largest change of a pixel, at least 0, in units of the images.
-    low: the smallest value of a pixel.
-    high: the largest value of a pixel.
-    num_steps: the number of steps of the longer attacks, at least 1.
-    num_queries: the number of queries of :func:`square`, which needs images with four axes; 0
-      leaves this attack out.
-    num_classes: the number of classes; ``None`` for at least four. With fewer than four, the attack
-      ``"apgd_t"`` uses the margin, because targeted DLR needs four.
-
-  Returns:
-    ``{"pgd_20": ..., "pgd_100": ..., "apgd_ce": ..., "apgd_t": ..., "square": ...}``: PGD with 20
-    steps and with ``num_steps`` steps of ``epsilon / 4`` (the name of the second attack contains
-    ``num_steps``), :func:`apgd` on the cross entropy and on targeted DLR, and :func:`square`.
-
-  Example:
-    >>> import jaxbo
-    >>> def model(params, images):
-    ...   return images @ params
-    >>> attacks = jaxbo.adversarial.standard_attacks(model, epsilon=8 / 255)
-    >>> list(attacks)
-    ['pgd_20', 'pgd_100', 'apgd_ce', 'apgd_t', 'square']
-  """
-  size = jnp.maximum(_check.non_negative("epsilon", epsilon) / 4, jnp.finfo(jnp.float32).tiny)
-  inside: dict[str, Any] = {"epsilon": epsilon, "low": low, "high": high}
-  objective = "targeted_dlr" if num_classes is None or num_classes > 3 else "margin"
-  few = pgd(model, step_size=size, num_steps=20, **inside)
-  many = pgd(model, step_size=size, num_steps=num_steps, **inside)
-  found = {
-    "pgd_20": few,
-    f"pgd_{num_steps}": many,
-    "apgd_ce": apgd(model, num_steps=num_steps, **inside),
-    "apgd_t": apgd(model, num_steps=num_steps, objective=objective, **inside),
-  }
-  if num_queries:
-    found["square"] = square(model, num_queries=num_queries, **inside)
-  return found
-
-
 def evaluate_robustness(
   model: Callable[..., jax.Array],
   params: PyTree,
@@ -125,23 +75,38 @@ def evaluate_robustness(
   attacks: Mapping[str, Attack],
   *,
   batch_size: int = 256,
+  drop_broken: bool = False,
 ) -> RobustnessReport:
   """Measures accuracy on clean images, under every attack, and under the worst for each image.
 
-  Every attack runs on every image, so the report also has the accuracy under each attack alone.
+  Every attack runs on every image, so the report also has the accuracy under each attack alone. Or
+  an attack runs only on the images that withstood all attacks before it, ``drop_broken=True``. That
+  is much faster, and shows the accuracy under each attack and those before it; the worst case is
+  the same. Batches are filled up with images of which nothing is asked, so that no attack is
+  compiled for what happens to be left.
+
+  *Keys.* With ``drop_broken``, every image has a key of its own, ``fold_in(fold_in(key, i), j)``
+  for attack ``i`` and image ``j``. An image meets the same random numbers whatever else is left, so
+  the worst case is, image by image and up to rounding, that of all attacks on all images with these
+  keys, for any ``batch_size``. Without it, one key draws for a whole batch, so attacks that draw
+  begin elsewhere than with ``drop_broken``; both are fair draws.
 
   *Checks.* A model that hides its gradients looks robust but is not. The function issues a
   ``UserWarning``, and adds it to ``report.warnings``, if
 
   * the model returns probabilities instead of logits: objectives saturate;
   * two calls on the same images differ: the model is random;
+  * the logits of an image change at another place among other images: the model has batch
+    normalization or dropout in training mode, and accuracies depend on ``batch_size``;
   * gradients of the cross entropy are exactly zero for more than a tenth of the images;
   * the attack named ``square``, which uses no gradients, breaks images that withstood all others;
   * the model runs a loop of unknown length (``while``), as optimization at inference does: gradient
-    attacks may not see through the loop.
+    attacks may not see through the loop;
+  * an attack had to clip clean images to its box: their pixels are not from its ``low`` to its
+    ``high``.
 
   Cost: the attacks and one forward pass after each; two forward passes and one backward pass for
-  the checks.
+  the checks, and as much for one more batch.
 
   Args:
     model: ``model(params, images) -> logits``, ``[batch, num_classes]``; the logits of an example
@@ -150,8 +115,10 @@ def evaluate_robustness(
     batch: all ``(images, labels)``, as host or device arrays: floats ``[num_images, ...]`` and
       integers ``[num_images]``.
     key: an int, a raw key array or a typed key.
-    attacks: a dict of attacks by name, such as :func:`standard_attacks`.
+    attacks: a dict of attacks by name, in their order, such as :func:`autoattack` or
+      :func:`standard_attacks`.
     batch_size: how many images to attack at once, at least 1; the last batch is padded.
+    drop_broken: whether attacks leave out images that are already misclassified.
 
   Returns:
     A :class:`RobustnessReport`.
@@ -165,7 +132,8 @@ def evaluate_robustness(
     >>> import jax.numpy as jnp, jaxbo
     >>> def model(params, images):
     ...   return jnp.concatenate([images, -images], axis=1) * params
-    >>> pgd = jaxbo.adversarial.pgd(model, epsilon=0.3, step_size=0.2, num_steps=4, low=-1.0)
+    >>> pgd = jaxbo.adversarial.pgd(
+    ...   model, jaxbo.adversarial.Box(0.3, low=-1.0), step_size=0.2, num_steps=4)
     >>> attacks = {"pgd": pgd}
     >>> batch = jnp.array([[0.5], [0.1], [-0.2]]), jnp.array([0, 0, 0])
     >>> report = jaxbo.adversarial.evaluate_robustness(model, jnp.float32(2.0), batch, 0, attacks)
@@ -179,36 +147,51 @@ def evaluate_robustness(
   _check.takes_arguments("model", model, "params", "images")
   batch_size = _check.positive_int("batch_size", batch_size)
   _check_attacks(attacks)
-  images, labels = map(np.asarray, check_batch(batch, -math.inf, math.inf))
+  images, labels = map(np.asarray, check_batch(batch))
   batch_size = min(batch_size, len(labels))
   key = typed_key(key)
-  correct = {name: [] for name in ["clean", *attacks]}
-  bad = dict.fromkeys(attacks, 0)
-  seen = []
-  num_classes = 0
-  for index, part, count in _cut(images, labels, batch_size):
-    logits, again, zero_gradient = _look(model, params, *part)
-    num_classes = logits.shape[1]
+  seen, num_classes = [], 0
+  for _, rows, count in _cut(np.arange(len(labels)), batch_size):
+    for attack in attacks.values():
+      if attack.box is not None:
+        check_pixels(jnp.asarray(images[rows]), attack.box)
+    looked = doubts.look(model, params, images[rows], labels[rows])
+    num_classes = looked.logits.shape[1]
     check_labels(labels, num_classes)
-    seen.append([np.asarray(x)[:count] for x in (logits, again, zero_gradient)])
-    clean = ~np.asarray(_wrong(logits, part[1]))[:count]
-    correct["clean"].append(clean)
-    for number, (name, attack) in enumerate(attacks.items()):
-      own_key = jax.random.fold_in(jax.random.fold_in(jax.random.clone(key), index), number)
-      perturbed, info = attack.run(params, part, own_key)
-      withstood = ~np.asarray(_falls(model, params, perturbed, part[1]))[:count]
-      correct[name].append(clean & withstood)
+    seen.append([x[:count] for x in looked])
+  of_all = doubts.Seen(*(np.concatenate(column) for column in zip(*seen, strict=True)))
+  clean = ~np.asarray(_wrong(of_all.logits, labels))
+
+  correct: dict[str, np.ndarray] = {}
+  bad, clipped = dict.fromkeys(attacks, 0), dict.fromkeys(attacks, 0)
+  left = clean
+  for number, (name, attack) in enumerate(attacks.items()):
+    correct[name] = np.zeros(len(labels), bool)
+    chosen = np.flatnonzero(left) if drop_broken else np.arange(len(labels))
+    for index, rows, count in _cut(chosen, batch_size):
+      own, part = jax.random.clone(key), (images[rows], labels[rows])
+      if drop_broken:
+        keys = _keys(jax.random.fold_in(own, number), rows)
+        perturbed, info = _attack_each(attack.run, params, *part, keys)
+      else:
+        own = jax.random.fold_in(jax.random.fold_in(own, index), number)
+        perturbed, info = attack.run(params, part, own)
+      fell = np.asarray(_falls(model, params, perturbed, part[1]))
+      of_part = rows[:count]
+      correct[name][of_part] = clean[of_part] & ~fell[:count]
       bad[name] += int(np.sum(np.asarray(info.not_finite)[:count]))
-  rows = {name: np.concatenate(parts) for name, parts in correct.items()}
-  clean = rows.pop("clean")
-  logits, again, zero = (np.concatenate(column) for column in zip(*seen, strict=True))
+      clipped[name] += int(np.sum(np.asarray(info.clipped)[:count]))
+    left = left & correct[name]
+
+  first = images[:batch_size], labels[:batch_size]
   reasons = [
-    *_doubts_about_model(model, params, images[:1], logits, again, zero),
-    *_doubts_about_gradients(rows),
+    *doubts.about_model(model, params, first, of_all),
+    *doubts.about_gradients(correct),
+    *doubts.about_boxes(clipped),
   ]
   for reason in reasons:
     warnings.warn(f"evaluate_robustness: {reason}", stacklevel=2)
-  return RobustnessReport(labels, clean, rows, bad, tuple(reasons), num_classes)
+  return RobustnessReport(labels, clean, correct, bad, clipped, tuple(reasons), num_classes)
 
 
 def _check_attacks(attacks: object) -> None:
@@ -220,20 +203,6 @@ def _check_attacks(attacks: object) -> None:
     raise ValueError(f"attacks must have other names than 'clean' and 'worst_case', got {taken}")
 
 
-@functools.partial(jax.jit, static_argnums=0)  # Compiled once for each model.
-def _look(model, params, images, labels):
-  def total(images):
-    logits = _tree.at_least_float32(model(params, images))
-    loss = cross_entropy_loss(logits, labels)
-    return jnp.sum(loss), logits
-
-  images = _tree.at_least_float32(images)
-  slope, logits = jax.grad(total, has_aux=True)(images)
-  # The barrier keeps the compiler from merging the two calls.
-  again = _tree.at_least_float32(model(params, jax.lax.optimization_barrier(images)))
-  return logits, again, jnp.all(slope == 0, axis=tuple(range(1, slope.ndim)))
-
-
 @functools.partial(jax.jit, static_argnums=0)
 def _falls(model, params, images, labels):
   return is_wrong(model(params, images), labels)
@@ -242,50 +211,21 @@ def _falls(model, params, images, labels):
 _wrong = jax.jit(is_wrong)
 
 
-def _doubts_about_model(model, params, image, logits, again, zero) -> Iterator[str]:
-  if np.min(logits) >= 0 and np.all(np.abs(np.sum(logits, axis=1) - 1) < _ROUNDING):
-    yield "the model gives probabilities; it must give logits, before the softmax"
-  # A different order of summation is not randomness.
-  scale = np.max(np.abs(logits), axis=1, keepdims=True)
-  if np.any(np.abs(logits - again) > 1e-3 * scale):
-    yield "the model is random: two calls on the same images differ; attacks must average over it"
-  if np.mean(zero) > 0.1:
-    yield (
-      f"gradients of the cross entropy are exactly zero for {np.mean(zero):.0%} of the images; "
-      "attacks that follow them find nothing there"
-    )
-  if _has_while(jax.make_jaxpr(model)(params, image).jaxpr):
-    yield (
-      "the model runs a loop of unknown length, as optimization at inference does; attacks by "
-      "gradients may not see through it"
-    )
+@functools.partial(jax.jit, static_argnums=0)
+def _attack_each(run, params, images, labels, keys):
+  """Attacks every image of a batch with a key of its own."""
+
+  def attack_one(image, label, key):
+    return jax.tree.map(lambda x: x[0], run(params, (image[None], label[None]), key))
+
+  return jax.vmap(attack_one)(images, labels, keys)
 
 
-def _doubts_about_gradients(correct: dict[str, np.ndarray]) -> Iterator[str]:
-  others = [row for name, row in correct.items() if name != "square"]
-  if "square" in correct and others:
-    left = functools.reduce(np.logical_and, others)
-    broken = int(np.sum(left & ~correct["square"]))
-    if broken:
-      yield (
-        f"square, which uses no gradients, breaks {broken} images that withstood all other "
-        "attacks; gradients may be masked"
-      )
+_keys = jax.jit(jax.vmap(jax.random.fold_in, in_axes=(None, 0)))
 
 
-def _has_while(jaxpr: core.Jaxpr) -> bool:
-  for equation in jaxpr.eqns:
-    if equation.primitive.name == "while":
-      return True
-    if any(map(_has_while, core.jaxprs_in_params(equation.params))):
-      return True
-  return False
-
-
-def _cut(images, labels, batch_size) -> Iterator[tuple[int, tuple[np.ndarray, np.ndarray], int]]:
-  """Yields ``(index, (images, labels), count)`` for batches of equal size; pads the last one."""
-  for index, first in enumerate(range(0, len(labels), batch_size)):
-    rows = np.arange(first, first + batch_size)
-    count = int(np.sum(rows < len(labels)))
-    rows = np.minimum(rows, len(labels) - 1)
-    yield index, (images[rows], labels[rows]), count
+def _cut(chosen: np.ndarray, batch_size: int) -> Iterator[tuple[int, np.ndarray, int]]:
+  """Yields ``(index, rows, count)`` for batches of equal size; pads the last one by repetition."""
+  for index, first in enumerate(range(0, len(chosen), batch_size)):
+    places = np.arange(first, first + batch_size)
+    yield index, chosen[np.minimum(places, len(chosen) - 1)], int(np.sum(places < len(chosen)))

@@ -10,7 +10,7 @@ from jaxbo import _check, _tree
 from jaxbo._types import Data, Key
 from jaxbo.adversarial.attack import check_batch, typed_key
 from jaxbo.adversarial.barrier import solve_active_set
-from jaxbo.adversarial.box import along, check_range, pixel_box
+from jaxbo.adversarial.box import Box, along, check_box, check_each
 from jaxbo.adversarial.implicit import DoneInfo, PerturbedLoss, corrected_losses, image_gradient
 from jaxbo.dro.per_example import PerExampleGrads, per_example_grad
 
@@ -18,12 +18,10 @@ from jaxbo.dro.per_example import PerExampleGrads, per_example_grad
 def fast_bat_grad(
   loss_fn: PerturbedLoss,
   attack_loss: PerturbedLoss,
+  box: Box,
   *,
-  epsilon: float | jax.Array,
   step_size: float | jax.Array,
   curvature: float | jax.Array = 10.0,
-  low: float = 0.0,
-  high: float = 1.0,
   tolerance: float = 1e-7,
   microbatch_size: int | None = None,
   repair: bool = False,
@@ -51,12 +49,11 @@ def fast_bat_grad(
       training loss. The loss of an example must not depend on other examples.
     attack_loss: the loss that the attack *minimizes* over the perturbation, with the arguments and
       shape of ``loss_fn``, such as minus the cross entropy.
-    epsilon: the largest change of a pixel, positive.
-    step_size: :math:`\alpha > 0`. The published code takes 5000 / 255 if ``epsilon`` is at most
-      8 / 255, and 2000 / 255 otherwise, for minus the cross entropy.
+    box: the :class:`Box` of the images, say ``Box(8 / 255)`` for pixels from 0 to 1; its
+      norm must be ``"linf"`` and its epsilon positive.
+    step_size: :math:`\alpha > 0`. The published code takes 5000 / 255 if :math:`\epsilon` is at
+      most 8 / 255, and 2000 / 255 otherwise, for minus the cross entropy.
     curvature: :math:`\lambda > 0`; the default is the published one.
-    low: the smallest value of a pixel.
-    high: the largest value of a pixel.
     tolerance: a pixel this close to a wall counts as on it; at least 0, in units of the images.
     microbatch_size: how many examples go at once through the pass for the parameters; it must
       divide the batch. ``None`` for all.
@@ -66,9 +63,10 @@ def fast_bat_grad(
 
   Returns:
     A function ``(params, (images, labels), key) -> PerExampleGrads``. Images are floats
-    ``[batch, ...]`` from ``low`` to ``high``; labels are integers ``[batch]``; ``aux`` is a
+    ``[batch, ...]`` in the box; labels are integers ``[batch]``; ``aux`` is a
     :class:`DoneInfo`, whose ``last_step`` is the change from :math:`z` to :math:`\delta`. Images
-    out of range raise ``ValueError``; under ``jit``, where values are not known, they are clipped.
+    out of range raise ``ValueError``; under ``jit``, where values are not known, they are clipped
+    and counted, ``aux.num_clipped``.
 
   Raises:
     ValueError: if an argument is outside its range, or losses are not ``[batch]``.
@@ -80,7 +78,8 @@ def fast_bat_grad(
     ...   return (images @ params) * (1.0 - 2.0 * labels)
     >>> def attack_loss(params, images, labels):
     ...   return -loss(params, images, labels)
-    >>> grad = jaxbo.adversarial.fast_bat_grad(loss, attack_loss, epsilon=0.1, step_size=1.0)
+    >>> grad = jaxbo.adversarial.fast_bat_grad(
+    ...   loss, attack_loss, jaxbo.adversarial.Box(0.1), step_size=1.0)
     >>> params, batch = jnp.array([2.0, -1.0]), (jnp.array([[0.5, 0.0]]), jnp.array([0]))
     >>> print(grad(params, batch, key=0).pullback(jnp.ones(1)).round(3))     # at the walls
     [0.6 0. ]
@@ -91,31 +90,31 @@ def fast_bat_grad(
   """
   _check.takes_arguments("loss_fn", loss_fn, "params", "images", "labels")
   _check.takes_arguments("attack_loss", attack_loss, "params", "images", "labels")
-  check_range(low, high)
-  _check.positive("epsilon", epsilon)
+  check_each(_check.positive, "epsilon", check_box(box, norms=("linf",)).epsilon)
   _check.positive("step_size", step_size)
   _check.positive("curvature", curvature)
   _check.non_negative("tolerance", tolerance)
 
   @jax.jit
   def attack(params, images, labels, key):
+    clipped = box.outside(images)
     params, images = jax.lax.stop_gradient((params, _tree.at_least_float32(images)))
-    images = jnp.clip(images, low, high)
-    box = pixel_box(images, epsilon, low, high)
+    images = box.clip(images)
+    bounds = box.bounds(images)
 
     def step(delta):
       slope, bad = image_gradient("attack_loss", attack_loss, params, images + delta, labels)
-      moved = box.project(delta - step_size * slope)
+      moved = bounds.project(delta - step_size * slope)
       return jnp.where(along(bad, delta), delta, moved), bad
 
-    start = box.low + jax.random.uniform(key, images.shape, images.dtype) * (box.high - box.low)
-    z, bad_start = step(start)
+    z, bad_start = step(bounds.random(key))
     delta, bad_end = step(z)
     v, bad = image_gradient("loss_fn", loss_fn, params, images + delta, labels)
-    q = solve_active_set(v, delta, box, curvature, tolerance)
+    q = solve_active_set(v, delta, bounds, curvature, tolerance)
     last_step = jnp.max(jnp.abs(delta - z), axis=tuple(range(1, z.ndim)))
     bad |= bad_start | bad_end
-    return images + z, q, DoneInfo(images + delta, last_step, jnp.zeros_like(last_step), bad)
+    solved = jnp.zeros_like(last_step)
+    return images + z, q, DoneInfo(images + delta, last_step, solved, bad, clipped)
 
   def corrected(params, batch):
     return corrected_losses(loss_fn, attack_loss, params, *batch)
@@ -123,8 +122,8 @@ def fast_bat_grad(
   lazy = per_example_grad(corrected, microbatch_size=microbatch_size, repair=repair)
 
   def gradients(params: optax.Params, batch: Data, key: Key) -> PerExampleGrads:
-    images, labels = check_batch(batch, low, high)
+    images, labels = check_batch(batch, box)
     linearised, q, info = attack(params, images, labels, typed_key(key))
-    return lazy(params, (info.perturbed, linearised, labels, q))._replace(aux=info)
+    return lazy(params, (info.perturbed, linearised, labels, q)).replace(aux=info)
 
   return gradients

@@ -26,17 +26,26 @@ class DoneInfo(NamedTuple):
       example has no implicit term. If the gradient of ``attack_loss`` was not finite, the implicit
       term does not exist: the loss is NaN, and :func:`~jaxbo.reweight` excludes the example (but
       with ``inverse="none"`` the loss is that of ``loss_fn``).
+    clipped: whether the clean image was outside of the box, ``[batch]``, so that the attack began
+      at another image: the clean one clipped to ``[low, high]``. Anything but zero says that
+      ``low`` and ``high`` are not those of these images.
   """
 
   perturbed: jax.Array
   last_step: jax.Array
   residual: jax.Array
   not_finite: jax.Array
+  clipped: jax.Array
 
   @property
   def num_not_finite(self) -> jax.Array:
     """The number of examples with a gradient that was not finite, int32."""
     return jnp.sum(self.not_finite, dtype=jnp.int32)
+
+  @property
+  def num_clipped(self) -> jax.Array:
+    """The number of clean images that were outside of the box, int32."""
+    return jnp.sum(self.clipped, dtype=jnp.int32)
 
 
 def corrected_losses(loss_fn, attack_loss, params, perturbed, attacked, labels, q) -> jax.Array:

@@ -89,7 +89,8 @@ def trades_loss(
   The attack maximizes the second term: ``objective="kl"``.
 
   Args:
-    clean_logits: logits of the clean images, floats ``[batch, num_classes]``.
+    clean_logits: logits of the clean images, floats ``[batch, num_classes]``; minus infinity for a
+      class that is masked.
     adversarial_logits: logits of the perturbed images, of the same shape.
     labels: integers ``[batch]``.
     beta: :math:`\beta \ge 0`; the default is that of the published script.
@@ -139,7 +140,8 @@ def mart_loss(
   :math:`m` is the largest other class (our choice: see Departures from the papers).
 
   Args:
-    clean_logits: logits of the clean images, floats ``[batch, num_classes]``.
+    clean_logits: logits of the clean images, floats ``[batch, num_classes]``; minus infinity for a
+      class that is masked.
     adversarial_logits: logits of the perturbed images, of the same shape.
     labels: integers ``[batch]``.
     beta: :math:`\beta \ge 0`; the default is that of the published script.
@@ -164,20 +166,25 @@ def mart_loss(
   _check_pair(clean_logits, adversarial_logits)
   clean, labels = _checked(clean_logits, labels)
   logits, labels = _checked(adversarial_logits, labels)
-  largest = jnp.argmax(other_logits(logits, labels), axis=-1)
+  # No class is as low as the label here, even if all others have a logit of minus infinity.
+  lowest = jnp.finfo(logits.dtype).min
+  largest = jnp.argmax(other_logits(jnp.maximum(logits, lowest), labels), axis=-1)
   without = jax.nn.logsumexp(other_logits(logits, largest), axis=-1)
   boosted = cross_entropy_loss(logits, labels) + jax.nn.logsumexp(logits, axis=-1) - without
   # 1 - p_y without cancellation.
-  others = jax.nn.logsumexp(other_logits(clean, labels), axis=-1)
-  missing = jnp.exp(others - jax.nn.logsumexp(clean, axis=-1))
+  missing = jnp.sum(jnp.where(_is_label(clean, labels), 0, jax.nn.softmax(clean)), axis=-1)
   return boosted + beta * kl_divergence(clean, logits) * missing
 
 
 def kl_divergence(logits: ArrayLike, other: ArrayLike) -> jax.Array:
-  """Returns the relative entropy of the predictions of ``logits`` to ``other``'s, ``[batch]``."""
+  """Returns the relative entropy of the predictions of ``logits`` to ``other``'s, ``[batch]``.
+
+  A class whose probability is zero, such as one masked by a logit of minus infinity, adds nothing.
+  """
   log_p = jax.nn.log_softmax(_tree.at_least_float32(logits))
   log_q = jax.nn.log_softmax(_tree.at_least_float32(other))
-  return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+  p = jnp.exp(log_p)
+  return jnp.sum(p * jnp.where(p == 0, 0, log_p - log_q), axis=-1)
 
 
 def label_logits(logits: jax.Array, labels: jax.Array) -> jax.Array:

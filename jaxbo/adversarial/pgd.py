@@ -5,22 +5,30 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from jaxbo import _check
 from jaxbo.adversarial import attack as attacks
-from jaxbo.adversarial.attack import Attack, AttackInfo, Found, Objective, make_attack
-from jaxbo.adversarial.box import Ball, along, make_ball
+from jaxbo.adversarial import objectives
+from jaxbo.adversarial.attack import Attack, Found, make_attack
+from jaxbo.adversarial.box import (
+  Ball,
+  Box,
+  along,
+  as_image,
+  check_box,
+  check_each,
+  make_ball,
+)
+from jaxbo.adversarial.objectives import Objective
 
 
 def pgd(
   model: Callable[..., jax.Array],
+  box: Box,
   *,
-  epsilon: float | jax.Array,
-  step_size: float | jax.Array,
+  step_size: ArrayLike,
   num_steps: int,
-  norm: str = "linf",
-  low: float = 0.0,
-  high: float = 1.0,
   random_start: bool | float = True,
   objective: str | Objective = "cross_entropy",
   direction: str = "steepest",
@@ -42,12 +50,10 @@ def pgd(
     model: ``model(params, images) -> logits``, ``[batch, num_classes]``. The logits of an example
       must not depend on other examples; the caller decides how batch normalization and dropout
       behave.
-    epsilon: the radius of the ball, at least 0, in units of the images.
-    step_size: :math:`\alpha > 0`, in units of the images unless ``direction="gradient"``.
+    box: the :class:`Box` of the images, say ``Box(8 / 255)`` for pixels from 0 to 1.
+    step_size: :math:`\alpha > 0`, in units of the images unless ``direction="gradient"``; a number,
+      or an array that broadcasts over one image.
     num_steps: the number of steps, at least 1.
-    norm: ``"linf"`` or ``"l2"``.
-    low: the smallest value of a pixel.
-    high: the largest value of a pixel.
     random_start: ``True`` starts at a uniform draw from the ball; for ``linf``, from the part of
       the ball within the range of pixel values. ``False`` starts at the image. A number starts at
       Gaussian noise of that standard deviation, projected onto the ball, as TRADES does.
@@ -74,7 +80,8 @@ def pgd(
     >>> import jax.numpy as jnp, jaxbo
     >>> def model(params, images):                              # two classes, one pixel
     ...   return jnp.concatenate([images, -images], axis=1) * params
-    >>> attack = jaxbo.adversarial.pgd(model, epsilon=0.25, step_size=0.1, num_steps=6)
+    >>> attack = jaxbo.adversarial.pgd(
+    ...   model, jaxbo.adversarial.Box(0.25), step_size=0.1, num_steps=6)
     >>> attack(jnp.float32(2.0), (jnp.array([[0.5]]), jnp.array([0])), key=0).tolist()
     [[0.25]]
 
@@ -83,11 +90,11 @@ def pgd(
     <https://arxiv.org/abs/1706.06083>`_, 2018; Zhang et al., `Attacks Which Do Not Kill Training
     Make Adversarial Learning Stronger <https://arxiv.org/abs/2002.11242>`_, 2020 (FAT).
   """
-  ball = make_ball(norm, epsilon, low, high)
-  _check.positive("step_size", step_size)
+  ball = make_ball(check_box(box))
+  check_each(_check.positive, "step_size", step_size)
   num_steps = _check.positive_int("num_steps", num_steps)
   restarts = _check.positive_int("restarts", restarts)
-  value_of, min_classes = attacks.find_objective(objective)
+  value_of, min_classes = objectives.find_objective(objective)
   start = find_start(ball, random_start)
   if random_start is False:
     if objective == "kl":
@@ -120,32 +127,31 @@ def pgd(
       return delta, state, stopped, patience, num_correct + ~wrong, not_finite | bad
 
     delta, _, _, _, num_correct, not_finite = jax.lax.fori_loop(0, num_steps, step, carry)
-    return jnp.clip(images + delta, low, high), AttackInfo(num_correct, not_finite)
+    not_judged = jnp.zeros(batch), jnp.zeros(batch, bool)
+    return Found(box.clip(images + delta), *not_judged, num_correct, not_finite)
 
   def find(forward, images, labels, key):
     clean = forward(images)
     if restarts == 1:
-      perturbed, info = climb(forward, images, labels, clean, key)
-      return Found(perturbed, jnp.zeros(labels.shape), jnp.zeros(labels.shape, bool), info)
+      return climb(forward, images, labels, clean, key)
 
     def run(key):
-      perturbed, info = climb(forward, images, labels, clean, key)
-      return judge(forward, value_of, perturbed, labels, clean, info)
+      found = climb(forward, images, labels, clean, key)
+      logits = forward(found.perturbed)  # Which of the last points is the best?
+      values = objectives.values_of(value_of, logits, labels, clean)
+      return found._replace(values=values, wrong=attacks.is_wrong(logits, labels))
 
     return attacks.best(jax.vmap(run)(jax.random.split(key, restarts)))
 
   needs_key = random_start is not False
-  return make_attack(model, find, low, high, needs_key=needs_key, min_classes=min_classes)
+  return make_attack(model, find, box, needs_key=needs_key, min_classes=min_classes)
 
 
 def fgsm(
   model: Callable[..., jax.Array],
+  box: Box,
   *,
-  epsilon: float | jax.Array,
-  step_size: float | jax.Array | None = None,
-  norm: str = "linf",
-  low: float = 0.0,
-  high: float = 1.0,
+  step_size: ArrayLike | None = None,
   random_start: bool | float = True,
   objective: str | Objective = "cross_entropy",
 ) -> Attack:
@@ -156,12 +162,9 @@ def fgsm(
   Args:
     model: ``model(params, images) -> logits``, ``[batch, num_classes]``; the logits of an example
       must not depend on other examples.
-    epsilon: the radius of the ball, at least 0, in units of the images.
+    box: the :class:`Box` of the images, say ``Box(8 / 255)`` for pixels from 0 to 1.
     step_size: positive, in units of the images. ``None`` (default) is :math:`1.25\, \epsilon` with
       a random start, as published, and :math:`\epsilon` without.
-    norm: ``"linf"`` or ``"l2"``.
-    low: the smallest value of a pixel.
-    high: the largest value of a pixel.
     random_start: ``True`` starts at a uniform draw from the ball, ``False`` at the image; a number
       is the standard deviation of Gaussian noise to start at.
     objective: what to maximize: ``"cross_entropy"``, ``"margin"``, ``"kl"``, ``"dlr"``, or a
@@ -178,7 +181,7 @@ def fgsm(
     >>> import jax.numpy as jnp, jaxbo
     >>> def model(params, images):
     ...   return jnp.concatenate([images, -images], axis=1) * params
-    >>> attack = jaxbo.adversarial.fgsm(model, epsilon=0.25, random_start=False)
+    >>> attack = jaxbo.adversarial.fgsm(model, jaxbo.adversarial.Box(0.25), random_start=False)
     >>> attack(jnp.float32(2.0), (jnp.array([[0.5]]), jnp.array([0]))).tolist()
     [[0.25]]
 
@@ -187,18 +190,15 @@ def fgsm(
     <https://arxiv.org/abs/1412.6572>`_, 2015; Wong, Rice and Kolter, `Fast Is Better than Free
     <https://arxiv.org/abs/2001.03994>`_, 2020.
   """
-  _check.non_negative("epsilon", epsilon)
   if step_size is None:
-    size = epsilon if random_start is False else 1.25 * epsilon
+    epsilon = check_box(box).epsilon
+    size = epsilon if random_start is False else 1.25 * jnp.asarray(epsilon)
     step_size = jnp.maximum(size, jnp.finfo(jnp.float32).tiny)
   return pgd(
     model,
-    epsilon=epsilon,
+    box,
     step_size=step_size,
     num_steps=1,
-    norm=norm,
-    low=low,
-    high=high,
     random_start=random_start,
     objective=objective,
   )
@@ -215,27 +215,11 @@ def find_start(ball: Ball, random_start: bool | float) -> Callable[..., jax.Arra
   return lambda key, images: ball.project(random_start * noise(key, images), images)
 
 
-def judge(
-  forward: Callable[..., jax.Array],
-  value_of: Objective,
-  perturbed: jax.Array,
-  labels: jax.Array,
-  clean: jax.Array,
-  info: AttackInfo,
-) -> Found:
-  """Judges the last point of a run by one forward pass."""
-  logits = forward(perturbed)
-  values = attacks.values_of(value_of, logits, labels, clean)
-  return Found(perturbed, values, attacks.is_wrong(logits, labels), info)
-
-
-def _ascent(
-  direction: str, ball: Ball, step_size: float | jax.Array
-) -> optax.GradientTransformation:
+def _ascent(direction: str, ball: Ball, step_size: ArrayLike) -> optax.GradientTransformation:
   """Returns the optimizer of the perturbation, which descends on minus the objective."""
   _check.one_of("direction", direction, ("steepest", "gradient", "adam"))
-  if direction == "adam":
-    return optax.adam(step_size)
   steepest = optax.stateless(lambda gradient, params: ball.steepest(jnp.asarray(gradient)))
-  parts = [steepest] if direction == "steepest" else []
-  return optax.chain(*parts, optax.scale(-step_size))
+  parts = {"steepest": [steepest], "gradient": [], "adam": [optax.scale_by_adam()]}
+  size_of = lambda images: as_image("step_size", step_size, images)
+  scale = optax.stateless(lambda move, params: -size_of(jnp.asarray(move)) * jnp.asarray(move))
+  return optax.chain(*parts[direction], scale)

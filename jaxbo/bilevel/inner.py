@@ -9,7 +9,7 @@ import optax
 
 from jaxbo import _check, _tree
 from jaxbo._types import Data, Loss, PyTree
-from jaxbo.bilevel.remat import final_carry
+from jaxbo.bilevel.scan import final_carry, scan_until
 from jaxbo.bilevel.solution import FeatureProblem, InnerInfo, InnerSolution, InnerSolver
 
 
@@ -18,6 +18,7 @@ def inner_solver(
   optimizer: optax.GradientTransformation | Callable[[PyTree], optax.GradientTransformation],
   num_steps: int,
   *,
+  tolerance: float | jax.Array | None = None,
   per_step_batches: bool = False,
   has_aux: bool = False,
   keep: Callable[[PyTree, PyTree], PyTree] | None = None,
@@ -42,6 +43,8 @@ def inner_solver(
       differentiable: for Adam set ``eps_root > 0``, because the derivative of its square root is
       infinite at a gradient of exactly zero.
     num_steps: the number :math:`N \ge 1` of steps.
+    tolerance: stop before, once :math:`\|y^{n+1} - y^n\| \le \text{tolerance}\, \|y^{n+1}\|`. The
+      losses after that are the last one. Such a run has no reverse mode: ITD refuses it.
     per_step_batches: ``False``: every step sees the whole ``batch``. ``True``: every leaf of
       ``batch`` has a leading axis ``num_steps`` and step ``n`` sees slice ``n``. All runs of one
       update (base, perturbed, unrolled) see the same slices.
@@ -72,7 +75,8 @@ def inner_solver(
   Raises:
     ValueError: if ``num_steps`` or ``remat`` is below 1; if the leading axis of a per-step batch is
       not ``num_steps``; if the loss is not a scalar; if ``warm_start`` is not one of the values
-      above, or is given with ``start``; if ``keep`` is given without ``has_aux``; if ``through`` is
+      above, or is given with ``start``; if ``keep`` is given without ``has_aux``, or ``remat`` with
+      ``tolerance``; if ``through`` is
       given with a ``start`` or an optimizer that depends on ``x``.
     TypeError: if ``inner_loss``, ``through`` or ``start`` does not take its arguments; if
       ``optimizer`` is neither an optimizer nor a function that returns one; if a parameter is not a
@@ -91,6 +95,11 @@ def inner_solver(
     (20,)
   """
   num_steps = _check.positive_int("num_steps", num_steps)
+  early = None
+  if tolerance is not None:
+    if remat:
+      raise ValueError("remat must be False with tolerance: such a run has no reverse mode")
+    early = functools.partial(scan_until, tolerance=_check.non_negative("tolerance", tolerance))
   if not isinstance(remat, bool):
     remat = _check.positive_int("remat", remat)
   _check.takes_arguments("inner_loss", inner_loss, "x" if through is None else "z", "y", "batch")
@@ -188,7 +197,7 @@ def inner_solver(
       )
     if last is not None and _check.positive_int("last", last) > num_steps:
       raise ValueError(f"last must be at most num_steps={num_steps}, got {last}")
-    scan = functools.partial(final_carry, remat=remat)
+    scan = functools.partial(final_carry, remat=remat, scan=early or jax.lax.scan)
     begin = 0 if last is None else num_steps - last
     carry = begin_at
     if begin:
@@ -204,7 +213,7 @@ def inner_solver(
     return jax.vmap(through, in_axes=(None, 0))(x, batch)
 
   def run_steps(x, begin_at, batch):
-    end, told = steps(features(x, batch), begin_at, batch, jax.lax.scan)
+    end, told = steps(features(x, batch), begin_at, batch, early or jax.lax.scan)
     finite = _tree.all_finite(end)
     return _tree.where(finite, end, begin_at), finite, told
 
@@ -270,6 +279,7 @@ def inner_solver(
     descend=descend,
     num_steps=num_steps,
     per_step_batches=per_step_batches,
+    stops_early=tolerance is not None,
     start=start,
     through=None if through is None else FeatureProblem(features, path_from_features),
   )

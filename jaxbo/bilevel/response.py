@@ -53,7 +53,7 @@ def check_update(
   if not isinstance(grads, tuple) or len(grads) != 2:
     raise ValueError(
       f"{name} must be given the pair (df/dx, df/dy), say from jax.grad(outer_loss, (0, 1)), and "
-      f"stand first in the chain; got no tuple of two: {jax.tree.map(jnp.shape, grads)}"
+      f"stand first in the chain; got {jax.tree.map(jnp.shape, grads)}"
     )
   _check.same_structure("df/dx", grads[0], "x", x)
   if solution is not None:

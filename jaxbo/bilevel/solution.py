@@ -95,6 +95,7 @@ class InnerSolver(NamedTuple):
       batch of *one* step. Optimizers that need the loss see zero instead without ``with_loss``.
     num_steps: the number of steps of a run; 0 for a :func:`jaxbo.black_box`, which has no loss.
     per_step_batches: whether ``batch`` has a leading axis ``num_steps``.
+    stops_early: whether a run may end before ``num_steps``, by ``tolerance=``.
     start: the function ``start=`` of the solver, else ``None``.
     through: the :class:`~jaxbo.bilevel.FeatureProblem` of a solver built with ``through=``, else
       ``None``.
@@ -110,6 +111,7 @@ class InnerSolver(NamedTuple):
   descend: Callable[..., optax.Updates]
   num_steps: int
   per_step_batches: bool
+  stops_early: bool
   start: Callable[[PyTree], PyTree] | None
   through: FeatureProblem | None
   task: "InnerSolver | None" = None

@@ -63,7 +63,7 @@ def add_unrolled_response(
 
   Raises:
     ValueError: if ``num_steps`` is outside its range; if the inner run does not depend on ``x``,
-      uses L-BFGS or a line search, or is a black box.
+      uses L-BFGS, a line search or ``tolerance``, or is a black box.
 
   Example:
     >>> import jax, jax.numpy as jnp, jaxbo, optax
@@ -95,6 +95,10 @@ def add_unrolled_response(
 
   def respond(x, solution, inner_grad, batch, state, **extra_args):
     del state, extra_args
+    if inner.stops_early:
+      raise ValueError(
+        "inner must not have a tolerance with add_unrolled_response: no reverse mode"
+      )
     check_differentiable("add_unrolled_response", solution.opt_state)
     check_run("add_unrolled_response", inner, x, solution, batch)
     y, pull_back = jax.vjp(lambda x: inner.path(x, solution.start, batch, last=num_steps), x)

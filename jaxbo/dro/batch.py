@@ -38,6 +38,12 @@ class Over(NamedTuple):
     """How many entries of ``x`` are true, int32."""
     return self.sum(jnp.asarray(x, jnp.int32))
 
+  def everywhere(self, x: jax.Array) -> jax.Array:
+    """Whether ``x`` is true on all devices, also where parameters alone are divided."""
+    varying = sorted(jax.typeof(x).manual_axis_type.varying)
+    axes = (*varying, *(name for name in self.axes if not is_checked(name)))
+    return jax.lax.psum(jnp.asarray(~x, jnp.int32), axes) == 0 if axes else x
+
   def first(self, x: jax.Array) -> jax.Array:
     """Keeps the first true entry of the booleans ``x``, ``[batch]``, and clears the others."""
     index = jnp.arange(x.size, dtype=jnp.int32)
@@ -62,7 +68,7 @@ def is_checked(name: str) -> bool:
     index = jax.lax.axis_index(name)
   except NameError:
     raise ValueError(
-      f"axis_name must be an axis of the shard_map around, got {name!r}, which is none; under jit "
+      f"axis_name must be an axis of the shard_map around, got {name!r}, which is not; under jit "
       "with a sharded batch leave it out"
     ) from None
   return name in jax.typeof(index).manual_axis_type.varying
@@ -113,11 +119,7 @@ def check_arguments(
 ) -> dict[str, jax.Array | None]:
   """Checks the arguments of a weighting; returns those of :func:`make_batch` as arrays."""
   losses = check_losses("losses", losses)
-  if mask is not None:
-    mask = jnp.asarray(mask)
-    if mask.dtype != bool:
-      raise TypeError(f"mask must be boolean, got dtype {mask.dtype}")
-    check_length("mask", mask, losses)
+  mask = check_mask(mask, losses)
   if prior is not None:
     check_length("prior", prior, losses)
     if _check.is_known(prior) and not np.all(np.asarray(prior) >= 0):
@@ -175,6 +177,34 @@ def check_losses(name: str, losses: jax.typing.ArrayLike) -> jax.Array:
   if not jnp.issubdtype(losses.dtype, jnp.floating):
     raise TypeError(f"{name} must be real floats, got dtype {losses.dtype}")
   return _tree.at_least_float32(losses)
+
+
+def scores_of(scores: jax.typing.ArrayLike | None, losses: jax.Array) -> jax.Array:
+  """Returns what to find weights from: the scores, NaN where the loss is not finite; or losses."""
+  if scores is None:
+    return losses
+  scores = check_losses("scores", scores)
+  check_length("scores", scores, losses)
+  return jnp.where(jnp.isfinite(losses), scores, jnp.nan)
+
+
+def check_mask(mask: jax.typing.ArrayLike | None, losses: jax.Array) -> jax.Array | None:
+  """Returns the mask as an array; raises unless it holds a boolean for each loss."""
+  if mask is None:
+    return None
+  mask = jnp.asarray(mask)
+  if mask.dtype != bool:
+    raise TypeError(f"mask must be boolean, got dtype {mask.dtype}")
+  check_length("mask", mask, losses)
+  return mask
+
+
+def both(
+  mask: jax.typing.ArrayLike | None, other: jax.typing.ArrayLike | None, losses: jax.Array
+) -> jax.Array | None:
+  """Returns the mask of the examples that both masks keep; ``None`` keeps all."""
+  first, second = check_mask(mask, losses), check_mask(other, losses)
+  return second if first is None else first if second is None else first & second
 
 
 def check_length(name: str, value: jax.typing.ArrayLike, losses: jax.Array) -> None:

@@ -29,6 +29,10 @@ class WeightInfo(NamedTuple):
     num_valid: how many examples count, int32.
     num_excluded: how many unmasked examples do not count, int32, because their loss or prior is not
       finite or their group is out of range.
+    gradient_finite: whether the weighted gradient was finite, bool. If not, it is zero: a finite
+      loss may have a gradient that is not, such as that of the square root at 0.
+    aux_finite: whether all floats in ``aux`` of the per-example gradients were finite, bool. If
+      not, keep ``grads.aux_or(previous)``: batch statistics that are NaN spoil all later batches.
   """
 
   effective_sample_size: jax.Array
@@ -41,6 +45,8 @@ class WeightInfo(NamedTuple):
   temperature: jax.Array
   num_valid: jax.Array
   num_excluded: jax.Array
+  gradient_finite: jax.Array
+  aux_finite: jax.Array
 
   @property
   def surrogate_gap(self) -> jax.typing.ArrayLike:
@@ -83,15 +89,16 @@ def diagnose(
     temperature=jnp.zeros_like(total) if temperature is None else temperature,
     num_valid=batch.over.number_of(batch.valid),
     num_excluded=batch.num_excluded,
+    gradient_finite=jnp.ones((), bool),
+    aux_finite=jnp.ones((), bool),
   )
 
 
 def zero_info(dtype: jax.typing.DTypeLike) -> WeightInfo:
   """Returns diagnostics before the first batch, each in its own buffer."""
-  counts = ("num_valid", "num_excluded")
-  return WeightInfo(
-    *(jnp.zeros((), jnp.int32 if name in counts else dtype) for name in WeightInfo._fields)
-  )
+  kinds = {"num_valid": jnp.int32, "num_excluded": jnp.int32}
+  info = WeightInfo(*(jnp.zeros((), kinds.get(name, dtype)) for name in WeightInfo._fields))
+  return info._replace(gradient_finite=jnp.ones((), bool), aux_finite=jnp.ones((), bool))
 
 
 def density(batch: Batch, weights: jax.Array) -> jax.Array:

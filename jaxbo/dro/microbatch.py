@@ -18,8 +18,7 @@ class Microbatches(NamedTuple):
   """A batch, cut into microbatches with a stride.
 
   Microbatch ``j`` of ``num_steps`` holds the examples ``j, j + num_steps, ...``. If the batch is
-  divided among devices, every microbatch is too, and no example moves. Leaves of the batch whose
-  leading axis is not the number of examples (a key, a scalar) go whole to every microbatch.
+  divided among devices, every microbatch is too, and no example moves.
 
   Attributes:
     num_examples: examples in the batch.
@@ -46,21 +45,11 @@ class Microbatches(NamedTuple):
     shape = (self.num_examples, *leaf.shape[2:])
     return _reshape(leaf, shape, lambda spec: (spec[0], *spec[2:]))
 
-  def each(self, batch: Data) -> Callable[[jax.Array], PyTree]:
-    """Returns a function from ``j`` to microbatch ``j``."""
-    cut = jax.tree.map(lambda leaf: self.split(leaf) if self.holds(leaf) else leaf, batch)
-
-    def take_leaf(leaf, of_cut, j):
-      if self.holds(leaf):
-        of_cut = jax.lax.dynamic_index_in_dim(of_cut, j, 1, keepdims=False)
-      # Each microbatch draws the same numbers on purpose.
-      return jax.random.clone(of_cut) if _is_key(of_cut) else of_cut
-
-    return lambda j: jax.tree.map(lambda leaf, of_cut: take_leaf(leaf, of_cut, j), batch, cut)
-
-  def holds(self, leaf: jax.typing.ArrayLike) -> bool:
-    """Whether ``leaf`` has a row for each example."""
-    return jnp.ndim(leaf) > 0 and jnp.shape(leaf)[0] == self.num_examples
+  def each(self, rows: PyTree) -> Callable[[jax.Array], PyTree]:
+    """Returns a function from ``j`` to microbatch ``j`` of ``rows``, leaves ``[batch, ...]``."""
+    cut = jax.tree.map(self.split, rows)
+    take_leaf = lambda leaf, j: jax.lax.dynamic_index_in_dim(leaf, j, 1, keepdims=False)
+    return lambda j: jax.tree.map(lambda leaf: take_leaf(leaf, j), cut)
 
 
 def make_microbatches(num_examples: int, size: int) -> Microbatches:
@@ -71,6 +60,56 @@ def make_microbatches(num_examples: int, size: int) -> Microbatches:
       "batch up and mask what is not wanted"
     )
   return Microbatches(num_examples, size)
+
+
+def split_batch(
+  batch: Data, batch_axes: PyTree, num_examples: int
+) -> tuple[list[jax.Array], Callable[[list[jax.Array]], Data]]:
+  """Takes a batch apart into what is per example and what all examples share.
+
+  Args:
+    batch: a pytree of arrays.
+    batch_axes: a prefix of ``batch``: the axis of the examples, or ``None`` for shared leaves.
+    num_examples: the length of that axis.
+
+  Returns:
+    The leaves that are per example, ``[num_examples, ...]``, and a function that takes some rows of
+    each and returns the batch of these rows.
+  """
+  leaves, structure = jax.tree.flatten(batch)
+  axes: list[int | None] = []
+  add = lambda axis, part: axes.extend([axis] * len(jax.tree.leaves(part)))
+  try:
+    jax.tree.map(add, batch_axes, batch, is_leaf=lambda node: node is None)
+  except ValueError as error:
+    raise ValueError(
+      f"batch_axes must be a prefix of the batch, as in_axes of jax.vmap, got {batch_axes!r}: "
+      f"{error}"
+    ) from None
+  for (path, leaf), axis in zip(jax.tree_util.tree_leaves_with_path(batch), axes, strict=True):
+    if axis is not None and not isinstance(axis, int):
+      raise TypeError(f"batch_axes must hold integers and None, got {axis!r}")
+    shape = jnp.shape(leaf)
+    there = axis is None or -len(shape) <= axis < len(shape)
+    if not there or (axis is not None and shape[axis] != num_examples):
+      raise ValueError(
+        f"batch{jax.tree_util.keystr(path)} must have {num_examples} rows along axis {axis}, one "
+        f"for each loss, got shape {shape}: batch_axes, here {batch_axes!r}, must be None for a "
+        "leaf that all examples share"
+      )
+
+  def join(rows: list[jax.Array]) -> Data:
+    taken = iter(rows)
+    parts = [
+      leaf if axis is None else jnp.moveaxis(next(taken), 0, axis)
+      for leaf, axis in zip(leaves, axes, strict=True)
+    ]
+    # Each microbatch draws the same numbers on purpose.
+    parts = [jax.random.clone(part) if _is_key(part) else part for part in parts]
+    return structure.unflatten(parts)
+
+  per_example = ((leaf, axis) for leaf, axis in zip(leaves, axes, strict=True) if axis is not None)
+  return [jnp.moveaxis(jnp.asarray(leaf), axis, 0) for leaf, axis in per_example], join
 
 
 def weighted_gradient(
@@ -100,33 +139,30 @@ def weighted_gradient(
 
 
 def take_repaired(
-  microbatches: Microbatches, batch: Data, keep: jax.Array, over: Over
-) -> Callable[[jax.Array], PyTree]:
+  microbatches: Microbatches, rows: list[jax.Array], keep: jax.Array, over: Over
+) -> Callable[[jax.Array], list[jax.Array]]:
   """Returns a function from ``j`` to microbatch ``j`` with bad rows replaced.
 
   The first row that is kept, on any device, replaces every row that is not. Keys stay as they are.
   """
   chosen = over.first(keep)
-  along = lambda rows, leaf: jnp.expand_dims(rows, tuple(range(1, leaf.ndim)))
-  replaceable = lambda leaf: microbatches.holds(leaf) and not _is_key(leaf)
+  along = lambda of_rows, leaf: jnp.expand_dims(of_rows, tuple(range(1, leaf.ndim)))
 
   def good_row(leaf):
-    if not replaceable(leaf):
+    if _is_key(leaf):
       return None
-    summable = jnp.asarray(leaf, jnp.int32 if leaf.dtype == bool else leaf.dtype)
+    summable = leaf.astype(jnp.int32) if leaf.dtype == bool else leaf
     return over.sum(jnp.where(along(chosen, leaf), summable, 0), axis=0).astype(leaf.dtype)[None]
 
-  leaves, structure = jax.tree.flatten(batch)
-  rows = [good_row(leaf) for leaf in leaves]
-  take_all = microbatches.each((leaves, keep))
+  good_rows = [good_row(leaf) for leaf in rows]
+  take_all = microbatches.each((rows, keep))
 
   def take(j):
     taken, kept = take_all(j)
-    repaired = [
-      leaf if row is None else jnp.where(along(kept, leaf), leaf, row)
-      for leaf, row in zip(taken, rows, strict=True)
+    return [
+      leaf if good is None else jnp.where(along(kept, leaf), leaf, good)
+      for leaf, good in zip(taken, good_rows, strict=True)
     ]
-    return structure.unflatten(repaired)
 
   return take
 

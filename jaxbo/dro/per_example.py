@@ -1,47 +1,85 @@
 """Per-example gradients that stay lazy until their weights are known."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.tree_util import Partial
 
-from jaxbo import _check
+from jaxbo import _check, _tree
 from jaxbo._types import BatchLoss, Data, PyTree
 from jaxbo.dro import microbatch
 from jaxbo.dro.batch import Over, check_losses
 
 
-class PerExampleGrads(NamedTuple):
-  """The losses of a batch and the pullback to the parameters; a pytree.
+@jax.tree_util.register_pytree_node_class
+@dataclasses.dataclass(frozen=True, eq=False)
+class PerExampleGrads:
+  """The losses of a batch and the pullback to the parameters: gradients that are not yet there.
 
-  Make it and use it in the same traced function: do not carry it through ``scan`` or return it from
-  a branch.
+  Make it and give it to :func:`~jaxbo.reweight` in the same function, inside one ``jax.jit``.
+  Whatever treats it as a tree of gradients raises ``TypeError``: a transformation in front of
+  ``reweight``, a wrapper around it, or a ``jit``, ``scan`` or branch that it would enter or leave.
 
   Attributes:
     losses: ``[batch]``.
     pullback: ``pullback(weights)`` runs one backward pass and returns the gradient of
       ``sum(weights * losses)`` for constant weights.
     aux: what the loss returned besides the losses; ``None`` without ``has_aux``.
-    pullback_without: ``pullback_without(weights, keep, over)`` returns the same gradient if all of
-      ``keep`` is true. Otherwise it replaces the rows of the batch that are not kept, because a
-      weight of zero does not silence a loss that is not finite (``0 * nan``). ``None`` if rows
+    pullback_without: ``pullback_without(weights, keep, over)`` returns the same gradient, if it is
+      finite. Otherwise it replaces the rows of the batch that are not kept, because a weight of
+      zero does not silence a loss or a slope that is not finite (``0 * nan``). ``None`` if rows
       cannot be replaced.
+    mask: which examples count, booleans ``[batch]``, by ``loss_fn.example_mask(batch)``; ``None``
+      for all.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, jaxbo, optax
+    >>> grads = jaxbo.per_example_grad(lambda params, x: params * x)(1.0, jnp.ones(2))
+    >>> optax.scale(2.0).update(grads, optax.EmptyState())
+    Traceback (most recent call last):
+    TypeError: PerExampleGrads are not gradients yet: put jaxbo.reweight first in the chain, ...
   """
 
   losses: jax.Array
   pullback: Callable[[jax.Array], optax.Updates]
   aux: PyTree = None
   pullback_without: Callable[[jax.Array, jax.Array, Over], optax.Updates] | None = None
+  mask: jax.Array | None = None
+
+  def replace(self, **changes: Any) -> "PerExampleGrads":
+    """A copy with other fields."""
+    return dataclasses.replace(self, **changes)
+
+  def aux_or(self, previous: PyTree) -> PyTree:
+    """Returns ``aux`` if all floats in it are finite, and ``previous`` otherwise.
+
+    These are the batch statistics to carry on: one image that is not finite makes those of its
+    batch NaN, and with them every later prediction.
+    """
+    _check.same_structure("previous", previous, "aux", self.aux)
+    return _tree.where(_tree.all_finite(self.aux), self.aux, previous)
+
+  def _refuse(self, *_: object) -> NoReturn:
+    raise TypeError(
+      "PerExampleGrads are not gradients yet: put jaxbo.reweight first in the chain, and clipping, "
+      "scaling, optimizers and wrappers (optax.MultiSteps, apply_if_finite, masked, partition, "
+      "nnx.Optimizer) after it; and call update in the function that makes them, under the same jit"
+    )
+
+  # The first is asked by everything that sees a tree, the others where all parameters are one leaf.
+  tree_flatten = tree_unflatten = __jax_array__ = _refuse
+  __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = _refuse
 
 
 def per_example_grad(
   loss_fn: BatchLoss,
   *,
   has_aux: bool = False,
+  batch_axes: PyTree = 0,
   microbatch_size: int | None = None,
   repair: bool = False,
 ) -> Callable[..., PerExampleGrads]:
@@ -54,19 +92,27 @@ def per_example_grad(
   Args:
     loss_fn: ``loss_fn(params, batch) -> losses``, real floats ``[batch]``. Prefer float32: the
       backward pass rounds the weights to the dtype of the losses. With ``microbatch_size`` or
-      ``repair``, the loss of an example must not depend on other examples.
+      ``repair``, the loss of an example must not depend on other examples. If it has a function
+      ``loss_fn.example_mask(batch)``, booleans ``[batch]``, the others do not count: a sequence
+      without a target has no loss.
     has_aux: whether ``loss_fn`` returns ``(losses, aux)``; with ``microbatch_size``, every leaf of
-      ``aux`` must be ``[batch, ...]``.
+      ``aux`` must be ``[batch, ...]``. Carry batch statistics on by ``grads.aux_or(previous)``.
+    batch_axes: which axis of each leaf of the batch counts the examples: an integer, ``None`` for
+      leaves that all examples share (a key, a scalar, a table, frozen parameters), or a tree of
+      these that is a prefix of the batch, as ``in_axes`` of ``jax.vmap``. The default 0 says that
+      every leaf is ``[batch, ...]``. Only ``microbatch_size`` and ``repair`` cut the batch; a
+      shared leaf goes whole to every part.
     microbatch_size: how many examples go through the model at once; ``None`` for all. It must
       divide the batch. Activation memory falls to that of one microbatch. The losses are computed
-      again for the backward pass, so the cost rises to 4/3. Leaves of the batch whose leading axis
-      is not the batch (a key, a scalar) go whole to every microbatch.
+      again for the backward pass, so the cost rises to 4/3.
     repair: what to do with a batch that contains a loss that is not finite (``info.num_excluded``
       counts such losses). ``False`` gives the whole batch a zero gradient. ``True`` replaces the
-      bad rows by a good one with weight zero. With ``microbatch_size`` this adds no pass. Without
-      it, a bad batch is run again example by example, about two more passes; ``loss_fn`` must then
-      accept a batch of one, the model is compiled twice, and :func:`reweight` cannot be
-      differentiated in reverse mode.
+      bad rows, and those of weight zero, by a good one. With ``microbatch_size`` this adds no pass.
+      Without it, a bad batch is run again example by example, about two more passes; ``loss_fn``
+      must then accept a batch of one, the model is compiled twice, and :func:`reweight` cannot be
+      differentiated in reverse mode. An example that counts and whose loss is finite, but not its
+      gradient, gives the whole batch a zero gradient either way, and ``info.gradient_finite`` is
+      false.
 
   Returns:
     A function ``(params, batch) -> PerExampleGrads``.
@@ -74,8 +120,10 @@ def per_example_grad(
   Raises:
     TypeError: if ``loss_fn`` does not take ``(params, batch)``, or if parameters or losses are not
       floats.
-    ValueError: if losses are not one-dimensional, or ``microbatch_size`` is not positive or does
-      not divide the batch.
+    ValueError: if losses are not one-dimensional; if ``microbatch_size`` is not positive or does
+      not divide the batch; if ``batch_axes`` is not a prefix of the batch, or a leaf does not have
+      one row for each loss along its axis; with ``microbatch_size``, if a leaf of ``aux`` is not
+      ``[batch, ...]``.
 
   Example:
     >>> import jax.numpy as jnp, jaxbo
@@ -105,18 +153,23 @@ def per_example_grad(
 
   def whole(params, batch):
     losses, vjp, aux = jax.vjp(lambda params: losses_and_aux(params, batch), params, has_aux=True)
-    pullback = Partial(_pull, vjp)
-    without = Partial(pull_without, pullback, params, batch) if repair else None
+    if repair or batch_axes != 0:  # said, so it must be right, even if this batch is not cut
+      microbatch.split_batch(batch, batch_axes, losses.size)
+    pullback = lambda weights: vjp(weights)[0]
+    without = functools.partial(pull_without, pullback, params, batch) if repair else None
     return PerExampleGrads(losses, pullback, aux, without)
 
   def pull_without(pullback, params, batch, weights, keep, over: Over):
-    """Runs ``pullback(weights)``, then again example by example if a row is not kept.
+    """Runs ``pullback(weights)``, then again example by example if that is not finite.
+
+    A weight of zero times what is not finite is NaN, so a finite gradient has nothing of bad rows.
 
     The second run sits in a loop that runs once or not at all. Unlike a conditional, the loop lets
     XLA fuse the first run with the code before it, and costs nothing on clean batches under
     ``vmap``.
     """
-    gradient, bad = pullback(weights), over.number_of(~keep) > 0
+    gradient = pullback(weights)
+    bad = ~over.everywhere(_tree.all_finite(gradient))
     if _check.is_known(bad) and not bad:  # no need to compile the loop
       return gradient
     cut = microbatch.make_microbatches(keep.size, microbatch.num_shards(keep))
@@ -124,40 +177,51 @@ def per_example_grad(
     return jax.lax.while_loop(lambda carry: carry[0], again, (bad, gradient))[1]
 
   def in_microbatches(size, params, batch):
-    shape = jax.eval_shape(losses_alone, params, batch).shape
-    cut = microbatch.make_microbatches(shape[0], size)
-    take = cut.each(batch)
-    step = lambda carry, j: (carry, losses_and_aux(params, take(j)))
+    whole_losses, whole_aux = jax.eval_shape(losses_and_aux, params, batch)
+    cut = microbatch.make_microbatches(whole_losses.size, size)
+    rows, join = microbatch.split_batch(batch, batch_axes, cut.num_examples)
+    take = cut.each(rows)
+    step = lambda carry, j: (carry, losses_and_aux(params, join(take(j))))
     _, stacked = jax.lax.scan(step, (), jnp.arange(cut.num_steps))
+    check_aux(whole_aux, stacked[1], cut)
     losses, aux = jax.tree.map(cut.merge, stacked)
-    pullback = Partial(functools.partial(pull, cut), params, batch)
-    without = Partial(functools.partial(repaired, cut), params, batch) if repair else None
+    pullback = functools.partial(summed, cut, params, take, join)
+    without = functools.partial(repaired, cut, params, batch) if repair else None
     return PerExampleGrads(losses, pullback, aux, without)
 
-  def pull(cut, params, batch, weights):
-    return microbatch.weighted_gradient(losses_alone, params, cut.each(batch), weights, cut)
-
   def repaired(cut, params, batch, weights, keep, over):
-    take = microbatch.take_repaired(cut, batch, keep, over)
-    gradient = microbatch.weighted_gradient(losses_alone, params, take, weights, cut)
-    return only_if(over.number_of(keep) > 0, gradient)
+    rows, join = microbatch.split_batch(batch, batch_axes, cut.num_examples)
+    take = microbatch.take_repaired(cut, rows, keep, over)
+    return only_if(over.number_of(keep) > 0, summed(cut, params, take, join, weights))
+
+  def summed(cut, params, take, join, weights):
+    at = lambda j: join(take(j))
+    return microbatch.weighted_gradient(losses_alone, params, at, weights, cut)
 
   def gradients(params: optax.Params, batch: Data) -> PerExampleGrads:
     _check.floating("params", params)
     if microbatch_size is None:
-      return whole(params, batch)
-    return in_microbatches(microbatch_size, params, batch)
+      grads = whole(params, batch)
+    else:
+      grads = in_microbatches(microbatch_size, params, batch)
+    return grads.replace(mask=example_mask(loss_fn, batch))
 
   return gradients
 
 
+def example_mask(loss_fn: BatchLoss, batch: Data) -> jax.Array | None:
+  """Which examples of the batch have a loss at all, if ``loss_fn`` says so."""
+  of_batch = getattr(loss_fn, "example_mask", None)
+  return None if of_batch is None else of_batch(batch)
+
+
 def weighted(grads: PerExampleGrads, weights: jax.Array, over: Over) -> optax.Updates:
   """Returns the gradient of ``sum(weights * losses)`` without the losses that are not finite."""
-  keep = jnp.isfinite(grads.losses)
+  finite = jnp.isfinite(grads.losses)
   weights = weights.astype(grads.losses.dtype)
   if grads.pullback_without is None:
-    return only_if(over.number_of(~keep) == 0, grads.pullback(weights))
-  return grads.pullback_without(weights, keep, over)
+    return only_if(over.number_of(~finite) == 0, grads.pullback(weights))
+  return grads.pullback_without(weights, finite & (weights != 0), over)
 
 
 def masked_and_bad(
@@ -169,13 +233,28 @@ def masked_and_bad(
   return over.number_of(~jnp.isfinite(losses) & ~jnp.asarray(mask, bool))
 
 
+def guarded(gradient: optax.Updates, over: Over) -> tuple[optax.Updates, jax.Array]:
+  """Returns ``gradient``, or zeros if it is not finite on every device, and whether it is."""
+  finite = over.everywhere(_tree.all_finite(gradient))
+  return only_if(finite, gradient), finite
+
+
 def only_if(good: jax.Array, gradient: optax.Updates) -> optax.Updates:
   """Returns ``gradient`` if ``good``, and zeros otherwise."""
   return jax.tree.map(lambda leaf: jnp.where(good, leaf, 0), gradient)
 
 
-def _pull(vjp, weights):
-  return vjp(weights)[0]
+def check_aux(whole: PyTree, stacked: PyTree, cut: microbatch.Microbatches) -> None:
+  """Raises ``ValueError`` if a leaf does not have a row for each example, in the parts too."""
+  leaves = zip(jax.tree_util.tree_leaves_with_path(whole), jax.tree.leaves(stacked), strict=True)
+  for (path, leaf), parts in leaves:
+    of_rows = leaf.shape[:1] == (cut.num_examples,)
+    if not of_rows or parts.shape != (cut.num_steps, cut.size, *leaf.shape[1:]):
+      raise ValueError(
+        f"aux{jax.tree_util.keystr(path)} must be [batch, ...] with microbatch_size, one row for "
+        f"each of {cut.num_examples} examples, got shape {leaf.shape}: statistics of a batch are "
+        "not those of its parts; return them by example, or leave microbatch_size out"
+      )
 
 
 def _split_aux(value: PyTree) -> tuple[jax.Array, PyTree]:

@@ -1,5 +1,6 @@
 """The transformation: per-example gradients in, the gradient of the weighted loss out."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -9,7 +10,7 @@ import optax
 from jaxbo import _check, _tree
 from jaxbo._types import PyTree
 from jaxbo.dro import per_example
-from jaxbo.dro.batch import AxisName, Over, check_length, check_losses, is_checked, over
+from jaxbo.dro.batch import AxisName, Over, both, check_losses, is_checked, over, scores_of
 from jaxbo.dro.diagnostics import WeightInfo, zero_info
 from jaxbo.dro.per_example import PerExampleGrads
 from jaxbo.dro.weighting import Weighting, check_weighting
@@ -52,9 +53,10 @@ def reweight(
   ``info.num_excluded``. A weight of zero does not silence them in the backward pass, so their whole
   batch gets a zero gradient, unless ``per_example_grad(..., repair=True)`` recomputes the gradient
   without them. Masked losses get weight zero and are not counted, except those that are not finite
-  in a batch without ``repair``, since they make its gradient zero too. Materialized gradients of
-  such rows are left out of the sum. If no example counts, the gradient is zero and the state does
-  not change.
+  in a batch without ``repair``, since they make its gradient zero too. A finite loss may have a
+  gradient that is not finite: the gradient of the batch is then zero, and ``info.gradient_finite``
+  is false. Of stored gradients, rows that are not finite get weight zero and are counted. If no
+  example counts, the gradient is zero and the state does not change.
 
   Cost: one forward and one backward pass, as in ordinary training, and a few operations on
   ``[batch]`` numbers.
@@ -128,14 +130,11 @@ def reweight(
     groups: jax.typing.ArrayLike | None = None,
     **extra_args,
   ):
-    del params, extra_args
-    losses = _find_losses(updates, losses)
-    if scores is None:
-      scores = losses
-    else:
-      scores = check_losses("scores", scores)
-      check_length("scores", scores, losses)
-      scores = jnp.where(jnp.isfinite(losses), scores, jnp.nan)  # so that it is excluded
+    del extra_args
+    losses = _find_losses(updates, losses, params)
+    scores = scores_of(scores, losses)
+    if isinstance(updates, PerExampleGrads):
+      mask = both(mask, updates.mask, losses)
     weights, weighting_state, info = weighting.weigh(
       scores, state.weighting_state, mask=mask, prior=prior, groups=groups, axis_name=axis_name
     )
@@ -147,12 +146,15 @@ def reweight(
       if updates.pullback_without is None:
         bad = per_example.masked_and_bad(losses, mask, reductions)
         info = info._replace(num_excluded=info.num_excluded + bad)
+      info = info._replace(aux_finite=reductions.everywhere(_tree.all_finite(updates.aux)))
       gradient = per_example.weighted(updates, weights, reductions)
-      return add_over_devices(gradient, reductions), ReweightState(weighting_state, info)
-    state = ReweightState(weighting_state, info)
-    _check_varying(updates, reductions)
-    gradient = _materialised(updates, weights)
-    return jax.lax.psum(gradient, reductions.axes) if reductions.axes else gradient, state
+      gradient = add_over_devices(gradient, reductions)
+    else:
+      _check_varying(updates, reductions)
+      gradient = _materialised(updates, weights)
+      gradient = jax.lax.psum(gradient, reductions.axes) if reductions.axes else gradient
+    gradient, finite = per_example.guarded(gradient, reductions)
+    return gradient, ReweightState(weighting_state, info._replace(gradient_finite=finite))
 
   return optax.GradientTransformationExtraArgs(init, update)
 
@@ -188,7 +190,9 @@ def add_over_devices(gradient: optax.Updates, reductions: Over) -> optax.Updates
   return jax.lax.psum(gradient, axes) if axes else gradient
 
 
-def _find_losses(grads: PyTree, losses: jax.typing.ArrayLike | None) -> jax.Array:
+def _find_losses(
+  grads: PyTree, losses: jax.typing.ArrayLike | None, params: optax.Params | None
+) -> jax.Array:
   if isinstance(grads, PerExampleGrads):
     if losses is not None:
       raise ValueError("losses= is for stored per-example gradients; PerExampleGrads has its own")
@@ -206,4 +210,10 @@ def _find_losses(grads: PyTree, losses: jax.typing.ArrayLike | None) -> jax.Arra
         f"grads{jax.tree_util.keystr(path)} must be [{losses.size}, *param_shape], one gradient "
         f"for each loss, got {jnp.shape(leaf)}"
       )
-  return losses
+  if params is not None:  # A gradient of the whole batch may have as many rows as the batch.
+    one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), grads)
+    _check.same_structure("grads of one example", one, "params", params)
+  # A row that is not finite does not count, as if its loss were not.
+  of_row = lambda leaf: jnp.all(jnp.isfinite(leaf), axis=tuple(range(1, leaf.ndim)))
+  rows = map(of_row, jax.tree.leaves(grads))
+  return jnp.where(functools.reduce(jnp.logical_and, rows, jnp.isfinite(losses)), losses, jnp.nan)

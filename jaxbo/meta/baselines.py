@@ -1,12 +1,11 @@
 """Baselines for LEEDS, built from the same parts; each is an ``online_meta_learner``."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import optax
 
-from jaxbo._types import Loss
+from jaxbo._types import Data, Loss, PyTree
 from jaxbo.bilevel.solution import InnerSolver
 from jaxbo.meta.detection import Detector, threshold_detector
 from jaxbo.meta.learner import online_meta_learner
@@ -21,8 +20,8 @@ def fine_tuning(
   *,
   start: Callable[[optax.Params], optax.Params] = optax.tree.zeros_like,
   query: str = "given",
-  shift_score: str | Callable[[Any], jax.Array] = "energy",
-  metric: Callable[[Any, Any], Any] | None = None,
+  shift_score: str | Callable[[PyTree], jax.Array] = "energy",
+  metric: Callable[[PyTree, Data], PyTree] | None = None,
 ) -> OnlineMetaLearner:
   """One model that keeps learning across all tasks: online descent.
 
@@ -67,8 +66,8 @@ def frozen_maml(
   *,
   start: Callable[[optax.Params], optax.Params] = optax.tree.zeros_like,
   query: str = "given",
-  shift_score: str | Callable[[Any], jax.Array] = "energy",
-  metric: Callable[[Any, Any], Any] | None = None,
+  shift_score: str | Callable[[PyTree], jax.Array] = "energy",
+  metric: Callable[[PyTree, Data], PyTree] | None = None,
 ) -> OnlineMetaLearner:
   """A meta-model that was trained before the stream and stays fixed: each round adapts it anew.
 
@@ -122,8 +121,8 @@ def train_from_scratch(
   start: Callable[[optax.Params], optax.Params] = optax.tree.zeros_like,
   query: str = "given",
   switch_score: str = "loss",
-  shift_score: str | Callable[[Any], jax.Array] = "energy",
-  metric: Callable[[Any, Any], Any] | None = None,
+  shift_score: str | Callable[[PyTree], jax.Array] = "energy",
+  metric: Callable[[PyTree, Data], PyTree] | None = None,
 ) -> OnlineMetaLearner:
   """Each task starts from the same untrained parameters and learns for as long as it lasts.
 
@@ -179,8 +178,8 @@ def meta_ogd(
   *,
   start: Callable[[optax.Params], optax.Params] = optax.tree.zeros_like,
   query: str = "given",
-  shift_score: str | Callable[[Any], jax.Array] = "energy",
-  metric: Callable[[Any, Any], Any] | None = None,
+  shift_score: str | Callable[[PyTree], jax.Array] = "energy",
+  metric: Callable[[PyTree, Data], PyTree] | None = None,
 ) -> OnlineMetaLearner:
   r"""Online gradient descent of the meta-model: every round is a task, and all count alike.
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxbo import _check, _random, _schedule, _tree
+from jaxbo._types import Key
 from jaxbo.bilevel.response import MISSING
 
 
@@ -42,7 +43,7 @@ def bayesian_gradient_descent(
   *,
   num_samples: int = 5,
   num_examples: int = 1,
-  key: Any = 0,
+  key: Key = 0,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Bayesian gradient descent (BGD), which limits forgetting without task boundaries.
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxbo import _check, _tree
-from jaxbo._types import Loss
+from jaxbo._types import Data, Loss, PyTree
 from jaxbo.bilevel.response import MISSING
 from jaxbo.bilevel.solution import InnerSolver
 from jaxbo.bilevel.unrolled import add_unrolled_response
@@ -96,8 +96,8 @@ def c_maml(
   modulation: jax.typing.ArrayLike | None = None,
   response: optax.GradientTransformation | None = None,
   start: Callable[[optax.Params], optax.Params] = optax.tree.zeros_like,
-  shift_score: str | Callable[[Any], jax.Array] = "energy",
-  metric: Callable[[Any, Any], Any] | None = None,
+  shift_score: str | Callable[[PyTree], jax.Array] = "energy",
+  metric: Callable[[PyTree, Data], PyTree] | None = None,
 ) -> OnlineMetaLearner:
   r"""C-MAML: the last round supports and this round judges, unless the task has changed.
 
@@ -167,7 +167,9 @@ def c_maml(
   )
 
 
-def check_parts(drop_threshold: Any, modulation: Any, response: Any) -> None:
+def check_parts(
+  drop_threshold: jax.typing.ArrayLike, modulation: jax.typing.ArrayLike | None, response: object
+) -> None:
   """Checks the arguments that both kinds of C-MAML share; errors name those arguments."""
   _check.not_nan("drop_threshold", drop_threshold)
   if modulation is not None:

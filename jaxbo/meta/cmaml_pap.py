@@ -1,14 +1,14 @@
 """C-MAML with its prolonged adaptation phase: one model for as long as a task lasts."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from jaxbo import _check, _tree
-from jaxbo._types import Loss
+from jaxbo._types import Data, Loss, PyTree
 from jaxbo.bilevel.loop import outer_gradients
 from jaxbo.bilevel.solution import InnerSolver
 from jaxbo.bilevel.unrolled import add_unrolled_response
@@ -27,11 +27,11 @@ class SupportBuffer(NamedTuple):
     after_boundary: whether a boundary was detected in the last round, bool.
   """
 
-  supports: Any
+  supports: Data
   num_supports: jax.Array
   after_boundary: jax.Array
 
-  def push(self, support: Any) -> "SupportBuffer":
+  def push(self, support: Data) -> "SupportBuffer":
     """Adds the data of one round."""
     put = lambda slots, leaf: jax.lax.dynamic_update_index_in_dim(
       slots, jnp.asarray(leaf, slots.dtype), self.num_supports, axis=0
@@ -40,7 +40,7 @@ class SupportBuffer(NamedTuple):
       supports=jax.tree.map(put, self.supports, support), num_supports=self.num_supports + 1
     )
 
-  def get(self, index: jax.Array) -> Any:
+  def get(self, index: jax.Array) -> PyTree:
     """Returns the data of one round."""
     take = lambda slots: jax.lax.dynamic_index_in_dim(slots, index, keepdims=False)
     return jax.tree.map(take, self.supports)
@@ -56,8 +56,8 @@ def c_maml_pap(
   modulation: jax.typing.ArrayLike | None = None,
   response: optax.GradientTransformation | None = None,
   start: Callable[[optax.Params], optax.Params] = optax.tree.zeros_like,
-  shift_score: str | Callable[[Any], jax.Array] = "energy",
-  metric: Callable[[Any, Any], Any] | None = None,
+  shift_score: str | Callable[[PyTree], jax.Array] = "energy",
+  metric: Callable[[PyTree, Data], PyTree] | None = None,
 ) -> OnlineMetaLearner:
   r"""C-MAML with its prolonged adaptation phase (PAP): the whole published method.
 

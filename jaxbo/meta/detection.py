@@ -1,12 +1,13 @@
 """Detectors of task switches and distribution shifts, from scores of the learner."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxbo import _check
+from jaxbo._types import Data, PyTree
 from jaxbo.meta.thresholds import Threshold, fixed_threshold
 
 
@@ -46,8 +47,8 @@ class DetectorState(NamedTuple):
   """
 
   has_task: jax.Array
-  switch_rule: Any
-  shift_rule: Any
+  switch_rule: PyTree
+  shift_rule: PyTree
 
 
 class Detector(NamedTuple):
@@ -69,7 +70,7 @@ class Detector(NamedTuple):
   detect_shift: Callable[..., tuple[jax.Array, DetectorState]]
 
   def update(
-    self, scores: Scores, state: DetectorState, batch: Any = None
+    self, scores: Scores, state: DetectorState, batch: Data = None
   ) -> tuple[Detection, DetectorState]:
     """Runs both detectors on the scores of a round."""
     switch, state = self.detect_switch(scores.switch, state, batch)
@@ -136,13 +137,13 @@ def threshold_detector(
   return Detector(init, detect_switch, detect_shift)
 
 
-def _fixed(name: str, value: Any) -> Threshold:
+def _fixed(name: str, value: PyTree) -> Threshold:
   return fixed_threshold(_check.not_nan(name, value))
 
 
 def oracle_detector(
-  switch: Callable[[Any], jax.typing.ArrayLike] | None = None,
-  out_of_distribution: Callable[[Any], jax.typing.ArrayLike] | None = None,
+  switch: Callable[[Data], jax.typing.ArrayLike] | None = None,
+  out_of_distribution: Callable[[Data], jax.typing.ArrayLike] | None = None,
 ) -> Detector:
   """A detector that reads the truth from the batch: the upper bound for any detector.
 
@@ -192,7 +193,7 @@ def oracle_detector(
   return Detector(init, detect_switch, detect_shift)
 
 
-def _told(batch: Any, field: str, argument: str) -> jax.typing.ArrayLike:
+def _told(batch: Data, field: str, argument: str) -> jax.typing.ArrayLike:
   if not hasattr(batch, field):
     raise TypeError(
       f"{argument} must be given for batches without {field}, got a {type(batch).__name__}"

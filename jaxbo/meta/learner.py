@@ -1,14 +1,13 @@
 """The loop of an online meta-learner: predict, detect, adapt, meta-update."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from jaxbo import _check
-from jaxbo._types import Loss
+from jaxbo._types import Data, Loss, PyTree
 from jaxbo.bilevel.loop import outer_gradients
 from jaxbo.bilevel.solution import InnerSolver
 from jaxbo.meta.detection import Detector
@@ -27,9 +26,9 @@ def online_meta_learner(
   restart: str = "switch",
   query: str = "given",
   switch_score: str = "loss",
-  shift_score: str | Callable[[Any], jax.Array] = "energy",
+  shift_score: str | Callable[[PyTree], jax.Array] = "energy",
   shift_model: str = "adapted",
-  metric: Callable[[Any, Any], Any] | None = None,
+  metric: Callable[[PyTree, Data], PyTree] | None = None,
 ) -> OnlineMetaLearner:
   r"""Builds the loop of an online meta-learner that is not told when tasks change.
 

@@ -1,12 +1,12 @@
 """Scores of logits that tell known inputs from unknown ones."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxbo import _check, _tree
+from jaxbo._types import PyTree
 
 
 def energy_score(
@@ -102,14 +102,16 @@ def _checked(logits: jax.typing.ArrayLike) -> jax.Array:
   return _tree.at_least_float32(array)
 
 
-SHIFT_SCORES: dict[str, Callable[[Any], jax.Array]] = {
+SHIFT_SCORES: dict[str, Callable[[PyTree], jax.Array]] = {
   "energy": energy_score,
   "entropy": entropy_score,
   "max_softmax": lambda logits: 1 - max_softmax_score(logits),
 }
 
 
-def mean_score(name: str, score: str | Callable[[Any], jax.Array]) -> Callable[[Any], jax.Array]:
+def mean_score(
+  name: str, score: str | Callable[[PyTree], jax.Array]
+) -> Callable[[PyTree], jax.Array]:
   """Returns the batch mean of a score, named or given as a function; high for unknown data."""
   if isinstance(score, str):
     score = SHIFT_SCORES[_check.one_of(name, score, SHIFT_SCORES)]

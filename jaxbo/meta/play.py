@@ -2,14 +2,14 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from jaxbo import _check, _tree
-from jaxbo._types import Loss
+from jaxbo._types import Data, Loss, PyTree
 from jaxbo.bilevel.loop import checked_outer_loss
 from jaxbo.bilevel.response import check_solver
 from jaxbo.bilevel.solution import InnerSolution, InnerSolver
@@ -37,8 +37,8 @@ class Played(NamedTuple):
     detection: the :class:`~jaxbo.meta.Detection`.
   """
 
-  support: Any
-  judged: Any
+  support: Data
+  judged: Data
   new_task: jax.Array
   solution: InnerSolution
   anew: InnerSolution | None
@@ -57,16 +57,16 @@ class Policy(NamedTuple):
     keep: ``keep(state, played, is_open) -> memory``.
   """
 
-  init: Callable[[optax.Params, Any], tuple[Any, Any]]
+  init: Callable[[optax.Params, Data], tuple[PyTree, PyTree]]
   restarts: Callable[[OnlineMetaState], jax.Array] | None
   is_open: Callable[[OnlineMetaState, Detection], jax.Array]
-  update: Callable[..., tuple[optax.Params, Any, jax.Array]] | None
-  keep: Callable[[OnlineMetaState, Played, jax.Array], Any]
+  update: Callable[..., tuple[optax.Params, PyTree, jax.Array]] | None
+  keep: Callable[[OnlineMetaState, Played, jax.Array], PyTree]
 
 
 def from_meta_model(
   inner: InnerSolver, start: Callable[[optax.Params], optax.Params]
-) -> Callable[[optax.Params, Any], InnerSolution]:
+) -> Callable[[optax.Params, Data], InnerSolution]:
   """Returns ``solve(x, data)``, the adaptation to ``data`` from the meta-model."""
 
   def solve(x, data):
@@ -85,9 +85,9 @@ def play(
   start: Callable[[optax.Params], optax.Params],
   judge_by_query: bool,
   switch_score: str,
-  shift_score: str | Callable[[Any], jax.Array],
+  shift_score: str | Callable[[PyTree], jax.Array],
   shift_model: str,
-  metric: Callable[[Any, Any], Any] | None,
+  metric: Callable[[PyTree, Data], PyTree] | None,
 ) -> OnlineMetaLearner:
   """The arguments are those of :func:`jaxbo.meta.online_meta_learner`; some are checked here."""
   check_solver(inner)

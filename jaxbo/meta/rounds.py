@@ -1,11 +1,12 @@
 """An online meta-learner from outside: its functions, its state and its report."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import optax
 
+from jaxbo._types import PyTree
 from jaxbo.meta.detection import Detection
 from jaxbo.tasks.streams import StreamLike
 
@@ -42,11 +43,11 @@ class OnlineMetaState(NamedTuple):
   meta_params: optax.Params
   task: TaskModel
   meta_state: optax.OptState
-  detector_state: Any
-  initial_params: Any
-  last_support: Any
+  detector_state: PyTree
+  initial_params: PyTree
+  last_support: PyTree
   has_support: jax.Array
-  stream_state: Any
+  stream_state: PyTree
 
 
 class Prediction(NamedTuple):
@@ -58,7 +59,7 @@ class Prediction(NamedTuple):
   """
 
   loss: jax.Array
-  metric: Any
+  metric: PyTree
 
 
 class OnlineMetaInfo(NamedTuple):
@@ -82,7 +83,7 @@ class OnlineMetaInfo(NamedTuple):
   outer_loss: jax.Array
   meta_updated: jax.Array
   finite: jax.Array
-  extra: Any
+  extra: PyTree
 
 
 class OnlineMetaLearner(NamedTuple):

@@ -1,13 +1,14 @@
 """Thresholds of detectors: fixed, by quantile, or calibrated on a validation stream."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxbo import _check
+from jaxbo._types import PyTree
 from jaxbo.online.window import Window, empty_window
 
 
@@ -21,8 +22,8 @@ class Threshold(NamedTuple):
       exceeds no threshold.
   """
 
-  init: Callable[[], Any]
-  update: Callable[..., tuple[jax.Array, Any]]
+  init: Callable[[], PyTree]
+  update: Callable[..., tuple[jax.Array, PyTree]]
 
 
 class FixedThresholdState(NamedTuple):
@@ -142,9 +143,9 @@ class Thresholds(NamedTuple):
 
 
 def calibrate(
-  scores: Any,
-  task_switch: Any,
-  out_of_distribution: Any,
+  scores: PyTree,
+  task_switch: PyTree,
+  out_of_distribution: PyTree,
   *,
   rule: str = "midpoint",
   level: float = 0.95,

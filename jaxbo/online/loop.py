@@ -1,14 +1,14 @@
 """The loop of an online bilevel method: a stream of rounds as one scan."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from jaxbo import _check, _schedule
-from jaxbo._types import Loss
+from jaxbo._types import Loss, PyTree
 from jaxbo.bilevel.loop import BilevelInfo, BilevelState, bilevel_loop, outer_step
 from jaxbo.bilevel.solution import InnerSolver
 from jaxbo.online.joint import joint
@@ -32,9 +32,9 @@ class OnlineState(NamedTuple):
 
   loop: BilevelState
   round_count: jax.Array
-  stream_state: Any
-  window: Any
-  metric_states: dict[str, Any]
+  stream_state: PyTree
+  window: PyTree
+  metric_states: dict[str, PyTree]
 
   @property
   def x(self) -> optax.Params:
@@ -58,7 +58,7 @@ class OnlineInfo(NamedTuple):
   """
 
   loop: BilevelInfo
-  metrics: dict[str, Any]
+  metrics: dict[str, PyTree]
 
 
 class Online(NamedTuple):
@@ -86,7 +86,7 @@ def online_loop(
   hyper_at: str = "after",
   window: int | None = None,
   replay: bool = False,
-  metrics: Mapping[str, OnlineMetric | Callable[[OnlineRound], Any]] | None = None,
+  metrics: Mapping[str, OnlineMetric | Callable[[OnlineRound], PyTree]] | None = None,
   has_aux: bool = False,
 ) -> Online:
   """Builds the loop of an online bilevel method: play, see the losses, take a step of each level.

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxbo import _check
+from jaxbo._types import Data, Key, PyTree
 from jaxbo.bilevel.loop import BilevelInfo, BilevelState
 from jaxbo.tasks.streams import StreamLike, as_stream
 
@@ -21,9 +22,9 @@ class OnlineBatch(NamedTuple):
     extra: any other data, for metrics; the loop does not keep it in the window.
   """
 
-  train: Any
-  val: Any
-  extra: Any = None
+  train: Data
+  val: Data
+  extra: PyTree = None
 
 
 class OnlineMetric(NamedTuple):
@@ -34,8 +35,8 @@ class OnlineMetric(NamedTuple):
     update: ``update(state, round) -> (state, value)``, with the :class:`OnlineRound`.
   """
 
-  init: Callable[[optax.Params, optax.Params, Any], Any]
-  update: Callable[[Any, Any], tuple[Any, Any]]
+  init: Callable[[optax.Params, optax.Params, Data], PyTree]
+  update: Callable[[PyTree, Any], tuple[PyTree, PyTree]]
 
 
 class OnlineRound(NamedTuple):
@@ -66,7 +67,7 @@ class OnlineRound(NamedTuple):
     return self.before.solution.params
 
 
-def as_batch(batch: Any) -> OnlineBatch:
+def as_batch(batch: Data) -> OnlineBatch:
   """Makes an :class:`OnlineBatch` of a stream's output: a pair, or any object with the fields."""
   if isinstance(batch, OnlineBatch):
     return batch
@@ -80,7 +81,7 @@ def as_batch(batch: Any) -> OnlineBatch:
   )
 
 
-def first_round(stream: StreamLike | None, batch: Any, key: Any) -> tuple[Any, OnlineBatch]:
+def first_round(stream: StreamLike | None, batch: Data, key: Key) -> tuple[PyTree, OnlineBatch]:
   """Returns the first state of the stream, ``()`` without one, and the shapes of its batches."""
   if (batch is None) == (stream is None):
     raise ValueError("init must be given either a stream or a batch, whose shapes are enough")
@@ -92,8 +93,8 @@ def first_round(stream: StreamLike | None, batch: Any, key: Any) -> tuple[Any, O
 
 
 def make_run(
-  step: Callable[..., tuple[Any, Any]],
-) -> Callable[[Any, StreamLike, int], tuple[Any, Any]]:
+  step: Callable[..., tuple[PyTree, PyTree]],
+) -> Callable[[PyTree, StreamLike, int], tuple[PyTree, PyTree]]:
   """Returns ``run(state, stream, num_rounds)`` of a ``step(state, batch)``: one scan."""
 
   def run(state, stream: StreamLike, num_rounds):

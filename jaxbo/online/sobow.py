@@ -1,7 +1,5 @@
 """SOBOW and online gradient descent, built from their parts."""
 
-from typing import Any
-
 import jax
 import optax
 
@@ -24,7 +22,7 @@ def sobow(
   linear_solver: SolveLinear | None = None,
   inner_params: optax.Params | None = None,
   normalization: str = "full",
-  storage_dtype: Any = None,
+  storage_dtype: jax.typing.DTypeLike | None = None,
   project: Projection | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""SOBOW: a single loop along the window average of the last hypergradient estimates.

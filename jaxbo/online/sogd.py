@@ -8,7 +8,7 @@ import optax
 
 from jaxbo import _check, _schedule, _tree
 from jaxbo._optimizer import LearningRate
-from jaxbo._types import Loss
+from jaxbo._types import Loss, PyTree
 from jaxbo.bilevel.parameters import Bilevel, check_params, scalar_dtype
 from jaxbo.bilevel.projection import Projection, descend
 from jaxbo.bilevel.response import MISSING
@@ -24,9 +24,9 @@ class SogdVariables(NamedTuple):
     linear: for :math:`v`, shaped like the inner parameters.
   """
 
-  outer: Any
-  inner: Any
-  linear: Any
+  outer: PyTree
+  inner: PyTree
+  linear: PyTree
 
 
 class CorrectedResponseInfo(NamedTuple):
@@ -194,7 +194,7 @@ def add_corrected_response(
   return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _variables(params: Any, linear: optax.Params) -> SogdVariables:
+def _variables(params: PyTree, linear: optax.Params) -> SogdVariables:
   return SogdVariables(params.outer, params.inner, linear)
 
 

@@ -1,12 +1,13 @@
 """The last few values of a stream and their weighted average: SOBOW's window."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from jaxbo import _check, _tree
+from jaxbo._types import PyTree
 
 
 class Window(NamedTuple):
@@ -18,7 +19,7 @@ class Window(NamedTuple):
     newest: the slot of the newest value, int32.
   """
 
-  values: Any
+  values: PyTree
   present: jax.Array
   newest: jax.Array
 
@@ -31,7 +32,7 @@ class Window(NamedTuple):
     """How many rounds ago each slot was written, ``[size]`` int32; 0 for the newest."""
     return (self.newest - jnp.arange(self.size, dtype=jnp.int32)) % self.size
 
-  def push(self, value: Any, present: Any = True) -> "Window":
+  def push(self, value: PyTree, present: jax.typing.ArrayLike = True) -> "Window":
     """Replaces the oldest value; with ``present=False`` the new slot counts as empty."""
     newest = (self.newest + 1) % self.size
     put = lambda slots, leaf: jax.lax.dynamic_update_index_in_dim(
@@ -42,20 +43,22 @@ class Window(NamedTuple):
       jax.tree.map(put, self.values, value), jnp.where(slot, present, self.present), newest
     )
 
-  def get(self, age: jax.typing.ArrayLike) -> tuple[Any, jax.Array]:
+  def get(self, age: jax.typing.ArrayLike) -> tuple[PyTree, jax.Array]:
     """Returns the value of a given age, from 0 to ``size - 1``, and whether the slot holds one."""
     slot = (self.newest - age) % self.size
     take = lambda slots: jax.lax.dynamic_index_in_dim(slots, slot, keepdims=False)
     return jax.tree.map(take, self.values), take(self.present)
 
-  def weights(self, decay: jax.typing.ArrayLike, normalization: str, dtype: Any) -> jax.Array:
+  def weights(
+    self, decay: jax.typing.ArrayLike, normalization: str, dtype: jax.typing.DTypeLike
+  ) -> jax.Array:
     r"""Returns the weights :math:`\eta^i / W` of the slots, ``[size]``; empty slots get zero."""
     weights = jnp.asarray(decay, dtype) ** self.ages().astype(dtype)
     present = jnp.where(self.present, weights, 0)
     total = jnp.sum(weights if normalization == "full" else present)
     return present / jnp.where(total > 0, total, 1)
 
-  def average(self, decay: jax.typing.ArrayLike, normalization: str) -> Any:
+  def average(self, decay: jax.typing.ArrayLike, normalization: str) -> PyTree:
     """Returns the weighted average of the values, in float32 at least."""
 
     def one(slots):
@@ -67,7 +70,7 @@ class Window(NamedTuple):
     return jax.tree.map(one, self.values)
 
 
-def empty_window(like: Any, size: int, dtype: Any = None) -> Window:
+def empty_window(like: PyTree, size: int, dtype: jax.typing.DTypeLike | None = None) -> Window:
   """Returns a window without values, for values shaped and sharded like ``like``."""
 
   def slots(leaf):
@@ -79,7 +82,7 @@ def empty_window(like: Any, size: int, dtype: Any = None) -> Window:
   return Window(jax.tree.map(slots, like), jnp.zeros(size, bool), jnp.int32(size - 1))
 
 
-def check_window(size: Any, decay: Any, normalization: Any) -> int:
+def check_window(size: int, decay: jax.typing.ArrayLike, normalization: str) -> int:
   """Returns ``size``; raises if an argument of a window is outside its range."""
   size = _check.positive_int("window", size)
   _check.within("decay", decay, 0, 1, ends="(]")
@@ -119,7 +122,7 @@ def window_average(
   decay: jax.typing.ArrayLike = 1.0,
   *,
   normalization: str = "full",
-  storage_dtype: Any = None,
+  storage_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Replaces the gradient by a decayed average of the last ``window`` gradients.
 

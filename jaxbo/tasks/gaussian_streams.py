@@ -1,11 +1,12 @@
 """Streams of tasks whose best answers are known exactly: means of Gaussians."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxbo import _check, _random
+from jaxbo._types import Key
 from jaxbo.tasks.streams import Stream
 
 
@@ -41,12 +42,12 @@ class GaussianBatch(NamedTuple):
   extra: GaussianTruth
 
   @property
-  def task_switch(self) -> Any:
+  def task_switch(self) -> jax.Array:
     """Whether the task is new."""
     return self.extra.task_switch
 
   @property
-  def domain(self) -> Any:
+  def domain(self) -> jax.Array:
     """The number of domain changes so far."""
     return self.extra.domain
 
@@ -243,7 +244,7 @@ def _make(move, dim, num_shots, num_queries, probabilities, data_variance) -> St
   _check.non_negative("data_variance", data_variance)
   stay, move_domain = probabilities
 
-  def init(key: Any = 0):
+  def init(key: Key = 0):
     data = _random.default_key_data(key)
     return GaussianState(data, jnp.int32(0), jnp.zeros(dim), jnp.zeros(dim), jnp.int32(0))
 

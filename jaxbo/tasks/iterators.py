@@ -2,16 +2,16 @@
 
 import functools
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxbo._types import Data, PyTree
 from jaxbo.tasks.streams import Stream, function_stream
 
 
-def iterator_stream(batches: Iterable[Any] | Callable[[], Iterator[Any]]) -> Stream:
+def iterator_stream(batches: Iterable[Data] | Callable[[], Iterator[Data]]) -> Stream:
   """A stream of what a Python iterator yields: a data loader, a Grain dataset, a generator.
 
   Under jit the host reads a batch when a round needs it (``jax.pure_callback``), so one
@@ -54,7 +54,7 @@ def iterator_stream(batches: Iterable[Any] | Callable[[], Iterator[Any]]) -> Str
 class _Reader:
   """Reads the batch of a round; what it gives depends on the number of the round alone."""
 
-  def __init__(self, batches: Iterable[Any] | Callable[[], Iterator[Any]]):
+  def __init__(self, batches: Iterable[Data] | Callable[[], Iterator[Data]]):
     if not (isinstance(batches, Iterable) or callable(batches)):
       raise TypeError(
         "batches must be an iterable or a function that returns an iterator, got "
@@ -69,7 +69,7 @@ class _Reader:
     del key
     return jax.pure_callback(self._of_this_shape, self._shapes, t, vmap_method="sequential")
 
-  def _read(self, t: int) -> Any:
+  def _read(self, t: int) -> PyTree:
     if t < self._position:
       if self._only_once:
         raise ValueError(f"batches must be a function or begin anew to give round {t} again")

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxbo import _check, _random, _schedule
+from jaxbo._types import Data, Key, PyTree
 
 
 class Stream(NamedTuple):
@@ -43,8 +44,8 @@ class Stream(NamedTuple):
     ()
   """
 
-  init: Callable[..., Any]
-  step: Callable[[Any], tuple[Any, Any]]
+  init: Callable[..., PyTree]
+  step: Callable[[PyTree], tuple[PyTree, Data]]
 
 
 class RoundState(NamedTuple):
@@ -59,7 +60,7 @@ class RoundState(NamedTuple):
   num_rounds: jax.Array
 
 
-def function_stream(function: Callable[[Any, Any], Any]) -> Stream:
+def function_stream(function: Callable[[Any, Any], Data]) -> Stream:
   """A stream of a pure function of a constant key and the number of the round.
 
   The loops do this by themselves to a function that they are given as a stream.
@@ -90,7 +91,7 @@ def function_stream(function: Callable[[Any, Any], Any]) -> Stream:
   return Stream(partial(_first_round), partial(_next_round, function))
 
 
-def _first_round(key: Any = 0) -> RoundState:
+def _first_round(key: Key = 0) -> RoundState:
   return RoundState(_random.default_key_data(key), jnp.int32(0))
 
 
@@ -99,7 +100,7 @@ def _next_round(function, state):
   return state._replace(num_rounds=_schedule.after(state.num_rounds)), batch
 
 
-StreamLike = Stream | Callable[[Any, Any], Any]
+StreamLike = Stream | Callable[[Any, Any], Data]
 
 
 def as_stream(stream: StreamLike) -> Stream:
@@ -113,7 +114,7 @@ def as_stream(stream: StreamLike) -> Stream:
   return function_stream(stream)
 
 
-def minibatch_stream(train: Any, val: Any, batch_size: int) -> Stream:
+def minibatch_stream(train: Data, val: Data, batch_size: int) -> Stream:
   """A stream of pairs of minibatches, drawn uniformly and with replacement.
 
   Args:
@@ -169,7 +170,7 @@ class PhaseState(NamedTuple):
   """
 
   num_rounds: jax.Array
-  states: tuple[Any, ...]
+  states: tuple[PyTree, ...]
 
 
 def phase_stream(
@@ -215,7 +216,7 @@ def phase_stream(
   return Stream(jax.tree_util.Partial(_first_phase, streams), jax.tree_util.Partial(step, streams))
 
 
-def _first_phase(streams, key: Any = 0) -> PhaseState:
+def _first_phase(streams, key: Key = 0) -> PhaseState:
   key = jax.random.wrap_key_data(_random.default_key_data(key))
   states = (s.init(jax.random.fold_in(key, i)) for i, s in enumerate(streams))
   return PhaseState(jnp.int32(0), tuple(states))

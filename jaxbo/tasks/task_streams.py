@@ -2,13 +2,14 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxbo import _check, _random
+from jaxbo._types import Data, Key
 from jaxbo.tasks.streams import Stream
 
 
@@ -54,12 +55,12 @@ class StreamBatch(NamedTuple):
   query_labels: jax.Array | None = None
 
   @property
-  def train(self) -> tuple[Any, Any]:
+  def train(self) -> tuple[Data, Data]:
     """The labeled data to learn from, ``(images, labels)``."""
     return self.images, self.labels
 
   @property
-  def val(self) -> tuple[Any, Any]:
+  def val(self) -> tuple[Data, Data]:
     """The data that judge the learner: the queries, or without queries the same as ``train``."""
     if self.query_images is None or self.query_labels is None:
       return self.train
@@ -207,7 +208,7 @@ def _functions(num_ways: int, num_shots: int, num_queries: int, shuffle: bool, l
   return functools.partial(_init, num_ways=num_ways), step
 
 
-def _init(key: Any = 0, *, num_ways: int) -> OsakaState:
+def _init(key: Key = 0, *, num_ways: int) -> OsakaState:
   data = _random.default_key_data(key)
   return OsakaState(data, jnp.int32(0), jnp.int32(0), jnp.zeros(num_ways, jnp.int32))
 

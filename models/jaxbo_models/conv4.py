@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import jax.typing
 
-from jaxbo_models.layers import BatchNorm, check_images, convolution, max_pool
+from jaxbo_models.layers import BatchNorm, check_images, check_sizes, convolution, max_pool
 
 
 class Conv4(nn.Module):
@@ -67,6 +67,7 @@ class Conv4(nn.Module):
         its range, or a channel has a single value, which has no batch statistics.
     """
     check_images(images, smallest=16)
+    check_sizes("features", self.features)
     x = images
     for _ in range(4):
       x = convolution(self.conv, self.features, 3, padding=1, dtype=self.dtype)(x)

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import jax.typing
+import numpy as np
 
 
 def convolution(
@@ -61,6 +62,13 @@ def convolution(
     conv_general_dilated=_patches_conv if conv == "patches" else None,
     name=name,
   )
+
+
+def check_sizes(name: str, *sizes: int) -> None:
+  """Raises ``ValueError`` unless all of them are integers of at least 1."""
+  for size in sizes:
+    if not isinstance(size, int | np.integer) or size < 1:
+      raise ValueError(f"{name} must be at least 1, an integer, got {size!r}")
 
 
 def _patches_conv(
@@ -129,14 +137,16 @@ class BatchNorm(nn.Module):
         With ``"batch"``, has no effect.
 
     Raises:
-      ValueError: ``batch_stats`` or ``momentum`` is out of its range, ``train=True`` needs a
-        mutable collection, or the batch has only one value for each channel, which would always
-        become ``bias``.
+      ValueError: ``batch_stats``, ``momentum`` or ``epsilon`` is out of its range, ``train=True``
+        needs a mutable collection, or the batch has only one value for each channel, which would
+        always become ``bias``.
     """
     if self.batch_stats not in ("batch", "running"):
       raise ValueError(f"batch_stats must be 'batch' or 'running', got {self.batch_stats!r}")
     if not 0 <= self.momentum < 1:
       raise ValueError(f"momentum must be in [0, 1), got {self.momentum}")
+    if not 0 < self.epsilon < float("inf"):
+      raise ValueError(f"epsilon must be positive and finite, got {self.epsilon}")
     num_channels = x.shape[-1]
     scale = self.param("scale", nn.initializers.ones, (num_channels,), jnp.float32)
     bias = self.param("bias", nn.initializers.zeros, (num_channels,), jnp.float32)

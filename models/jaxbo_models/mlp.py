@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import jax.typing
 
+from jaxbo_models.layers import check_sizes
+
 
 class MLP(nn.Module):
   """Dense layers with ReLUs between them.
@@ -35,7 +37,14 @@ class MLP(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """Returns the logits ``[..., features[-1]]`` of ``x``, in float32."""
+    """Returns the logits ``[..., features[-1]]`` of ``x``, in float32.
+
+    Raises:
+      ValueError: ``features`` is empty, or a width is not positive.
+    """
+    if not self.features:
+      raise ValueError(f"features must be one width at least, got {self.features}")
+    check_sizes("features", *self.features)
     *hidden, num_outputs = self.features
     for width in hidden:
       x = nn.relu(nn.Dense(width, dtype=self.dtype)(x))

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import jax.typing
 
-from jaxbo_models.layers import BatchNorm, check_images, convolution
+from jaxbo_models.layers import BatchNorm, check_images, check_sizes, convolution
 
 
 class PreActResNet18(nn.Module):
@@ -90,6 +90,8 @@ class PreActResNet18(nn.Module):
     check_images(images, smallest=8)
     if len(self.widths) != 4:
       raise ValueError(f"widths must be four numbers, got {self.widths}")
+    check_sizes("widths", *self.widths)
+    check_sizes("num_classes", self.num_classes)
     x = convolution(
       self.conv,
       self.widths[0],

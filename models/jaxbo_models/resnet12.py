@@ -8,7 +8,7 @@ import jax.core
 import jax.numpy as jnp
 import jax.typing
 
-from jaxbo_models.layers import BatchNorm, check_images, convolution, max_pool
+from jaxbo_models.layers import BatchNorm, check_images, check_sizes, convolution, max_pool
 
 
 class ResNet12(nn.Module):
@@ -93,6 +93,7 @@ class ResNet12(nn.Module):
     for name in ("widths", "block_sizes"):
       if len(getattr(self, name)) != 4:
         raise ValueError(f"{name} must be four numbers, got {getattr(self, name)}")
+    check_sizes("widths", *self.widths)
     _check_rate("drop_rate", self.drop_rate)
     drop = isinstance(self.drop_rate, jax.core.Tracer) or self.drop_rate != 0
     x = images

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import jax.typing
 
-from jaxbo_models.layers import check_images, convolution
+from jaxbo_models.layers import check_images, check_sizes, convolution
 
 
 class SmallCNN(nn.Module):
@@ -55,11 +55,14 @@ class SmallCNN(nn.Module):
 
     Raises:
       ValueError: the images have another rank or are smaller than 8 by 8, ``widths`` does not hold
-        two numbers, or ``conv`` is unknown.
+        two numbers, a size is not positive, or ``conv`` is unknown.
     """
     check_images(images, smallest=8)
     if len(self.widths) != 2:
       raise ValueError(f"widths must be two numbers, got {self.widths}")
+    check_sizes("widths", *self.widths)
+    check_sizes("num_hidden", self.num_hidden)
+    check_sizes("num_classes", self.num_classes)
     x = images
     for width in self.widths:
       x = nn.relu(convolution(self.conv, width, 4, padding=1, stride=2, dtype=self.dtype)(x))

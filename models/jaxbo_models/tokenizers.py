@@ -1,7 +1,7 @@
 """Tokenizers from text to ids and back."""
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 
@@ -23,11 +23,20 @@ class ByteTokenizer:
   end_of_text: int = 256
 
   def encode(self, text: str) -> list[int]:
-    """Returns the ids of ``text``, without ``end_of_text``."""
-    return list(text.encode())
+    """Returns the ids of ``text``, without ``end_of_text``.
+
+    Raises:
+      ValueError: ``text`` has a lone surrogate, which is not a character.
+    """
+    return list(_encoded(text))
 
   def decode(self, ids: Sequence[int]) -> str:
-    """Returns the text of ``ids`` without ``end_of_text``; invalid UTF-8 becomes U+FFFD."""
+    """Returns the text of ``ids`` without ``end_of_text``; invalid UTF-8 becomes U+FFFD.
+
+    Raises:
+      ValueError: an id is not in [0, 256].
+    """
+    _check_ids(ids, lambda i: i < self.vocab_size)
     return bytes(i for i in ids if i != self.end_of_text).decode(errors="replace")
 
 
@@ -71,12 +80,39 @@ class BPETokenizer:
     self.end_of_text = end
 
   def encode(self, text: str) -> list[int]:
-    """Returns the ids of ``text``, without tokens for its beginning or end."""
+    """Returns the ids of ``text``, without tokens for its beginning or end.
+
+    Raises:
+      ValueError: ``text`` has a lone surrogate, which is not a character.
+    """
+    _encoded(text)
     return self._tokenizer.encode(text, add_special_tokens=False).ids
 
   def decode(self, ids: Sequence[int]) -> str:
-    """Returns the text of ``ids`` without special tokens; invalid UTF-8 becomes U+FFFD."""
+    """Returns the text of ``ids`` without special tokens; invalid UTF-8 becomes U+FFFD.
+
+    Raises:
+      ValueError: an id is not one of this tokenizer.
+    """
+    _check_ids(ids, lambda i: self._tokenizer.id_to_token(i) is not None)
     return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+
+
+def _encoded(text: str) -> bytes:
+  """Returns the bytes of a text in UTF-8."""
+  try:
+    return text.encode()
+  except UnicodeEncodeError as error:
+    raise ValueError(
+      f"text must not have lone surrogates, got {text[error.start]!r} at position {error.start}"
+    ) from None
+
+
+def _check_ids(ids: Sequence[int], is_known: Callable[[int], bool]) -> None:
+  """Raises ``ValueError`` if an id is negative or unknown."""
+  for place, i in enumerate(map(int, ids)):
+    if i < 0 or not is_known(i):
+      raise ValueError(f"ids must be those of the tokenizer, got {i} at position {place}")
 
 
 def _read(path: pathlib.Path) -> Any:
@@ -86,7 +122,7 @@ def _read(path: pathlib.Path) -> Any:
     try:
       tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
     except Exception as error:  # The package raises plain Exception.
-      raise ValueError(f"{path / 'tokenizer.json'} is no tokenizer: {error}") from error
+      raise ValueError(f"{path / 'tokenizer.json'} is not a tokenizer: {error}") from error
     tokenizer.no_truncation()  # The file saves both settings; they would cut off or add ids.
     tokenizer.no_padding()
     return tokenizer

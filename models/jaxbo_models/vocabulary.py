@@ -34,7 +34,8 @@ class Vocabulary:
     unk: the id of words outside the vocabulary, 3; None if the vocabulary lacks ``"<unk>"``.
 
   Raises:
-    ValueError: the first three words are not the special ones, or a word occurs twice.
+    ValueError: the first three words are not the special ones, ``"<unk>"`` is not the fourth, or a
+      word occurs twice.
   """
 
   SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>")
@@ -52,6 +53,8 @@ class Vocabulary:
       twice = next(word for word, count in Counter(self.words).items() if count > 1)
       raise ValueError(f"words must be different, got {twice!r} twice")
     self.unk = self._ids.get(self.SPECIAL[3])
+    if self.unk not in (None, 3):
+      raise ValueError(f"words must have '<unk>' at position 3 or not at all, got it at {self.unk}")
 
   @classmethod
   def build(cls, captions: Iterable[Sequence[str]], *, min_count: int = 1) -> "Vocabulary":

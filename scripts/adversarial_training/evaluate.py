@@ -25,14 +25,12 @@ class Evaluator:
       lambda params, part: jnp.argmax(model(params, as_floats(part.images)), axis=-1) == part.labels
     )
     epsilon = config.largest_change()
-    worst = {"epsilon": epsilon, "num_steps": config.worst_steps}
+    box, worst_steps = jaxbo.adversarial.Box(epsilon), config.worst_steps
     targeted = {"objective": "targeted_dlr", "num_targets": config.num_targets}
     self._attacks = {
-      PGD: jaxbo.adversarial.pgd(
-        model, epsilon=epsilon, step_size=epsilon / 4, num_steps=config.test_steps
-      ),
-      "apgd_ce": jaxbo.adversarial.apgd(model, **worst),
-      "apgd_t": jaxbo.adversarial.apgd(model, **worst, **targeted),
+      PGD: jaxbo.adversarial.pgd(model, box, step_size=epsilon / 4, num_steps=config.test_steps),
+      "apgd_ce": jaxbo.adversarial.apgd(model, box, num_steps=worst_steps),
+      "apgd_t": jaxbo.adversarial.apgd(model, box, num_steps=worst_steps, **targeted),
     }
     self._losses = jax.jit(self._losses_under_attack)
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from pydantic import Field, model_validator
 
 import jaxbo
+from jaxbo.adversarial import Box
 from scripts.common.config import Checked, NonNegative, Positive
 
 BASELINE, DONE = "at", "done"
@@ -70,6 +71,11 @@ class Setting(NamedTuple):
   num_steps: int  # Of the attack, K.
   rates: Rates
 
+  @property
+  def box(self) -> Box:
+    """Pixels in [0, 1]."""
+    return Box(self.epsilon)
+
 
 class Parts(NamedTuple):
   """A method: ``gradients(params, (images, labels), key, progress) -> (grads, extra)``, weighed.
@@ -93,8 +99,8 @@ class Method(NamedTuple):
 def sign_attack(setting: Setting, **options: Any) -> jaxbo.adversarial.Attack:
   """PGD with signed steps of a quarter of epsilon: the attack of most methods."""
   model, epsilon, num_steps, _ = setting
-  radius = {"epsilon": epsilon, "step_size": epsilon / 4}
-  return jaxbo.adversarial.pgd(model, num_steps=num_steps, **radius, **options)
+  options |= {"step_size": epsilon / 4, "num_steps": num_steps}
+  return jaxbo.adversarial.pgd(model, setting.box, **options)
 
 
 def cross_entropy(setting: Setting) -> Callable[..., jax.Array]:
@@ -207,7 +213,7 @@ def fast_bat(setting: Setting) -> Parts:
   of_batch = jaxbo.adversarial.fast_bat_grad(
     loss,
     lambda *arguments: -loss(*arguments),
-    epsilon=setting.epsilon,
+    setting.box,
     step_size=setting.rates.fast_bat_step_size,
     curvature=setting.rates.fast_bat_curvature,
   )
@@ -228,7 +234,7 @@ def done(setting: Setting, direction: str) -> Parts:
     lambda params, images, labels: (
       -jaxbo.adversarial.margin_loss(setting.model(params, images), labels)
     ),
-    epsilon=setting.epsilon,
+    setting.box,
     barrier=rates.barrier,
     num_steps=setting.num_steps,
     step_size=of_adam if direction == "adam" else rates.step_size,

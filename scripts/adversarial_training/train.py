@@ -32,10 +32,14 @@ class State(NamedTuple):
 
 
 class Told(NamedTuple):
-  """Means over an epoch: losses of adversarial examples, and effective shares of the batch."""
+  """Means over an epoch: losses of adversarial examples, and effective shares of the batch.
+
+  ``clipped`` is the share of the images that are not in [0, 1], where attacks look for them.
+  """
 
   loss: Any
   ess: Any
+  clipped: Any
 
 
 class Workplace:
@@ -95,7 +99,8 @@ def make_program(
       parts = method.make(setting._replace(epsilon=setting.epsilon * risen))
       grads, extra = parts.gradients(state.params, batch, key, num_done / num_steps)
       updates, opt_state = tx.update(grads, state.opt_state, state.params, **extra)
-      told = Told(jnp.mean(grads.losses), opt_state[0].info.effective_sample_size / rows.size)
+      ess = opt_state[0].info.effective_sample_size / rows.size
+      told = Told(jnp.mean(grads.losses), ess, jnp.mean(setting.box.outside(batch[0])))
       return State(optax.apply_updates(state.params, updates), opt_state), told
 
     numbers = t * len(order) + jnp.arange(len(order), dtype=jnp.int32)
@@ -137,8 +142,8 @@ class Training(Compiled):
   def evaluate(self, state: State, told: list[Told]) -> Row:
     """How the epoch went, and accuracy on clean images."""
     clean = self.place.evaluator.accuracy(state.params, self.place.images.validation)
-    loss, ess = map(float, told[-1])
-    return {"train_loss": loss, "ess": ess, "validation_clean": clean}
+    loss, ess, clipped = map(float, told[-1])
+    return {"train_loss": loss, "ess": ess, "clipped": clipped, "validation_clean": clean}
 
   def result(self, state: State, spent: Spent) -> Row:
     """What the network withstands; rates are chosen without a look at the test set."""

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import jaxbo
+from jaxbo.adversarial import Box
 from jaxbo.adversarial.apgd import _check_point, _start, _visit, intervals
 from jaxbo.adversarial.box import make_ball
 from tests.adversarial import problem
@@ -19,8 +20,8 @@ PARAMS, (IMAGES, LABELS) = problem.params(), problem.batch()
 
 
 def test_apgd_is_at_least_as_strong_as_pgd_at_equal_steps():
-  pgd = jaxbo.adversarial.pgd(model, epsilon=EPSILON, step_size=EPSILON / 4, num_steps=20)
-  apgd = jaxbo.adversarial.apgd(model, epsilon=EPSILON, num_steps=20)
+  pgd = jaxbo.adversarial.pgd(model, Box(EPSILON), step_size=EPSILON / 4, num_steps=20)
+  apgd = jaxbo.adversarial.apgd(model, Box(EPSILON), num_steps=20)
   losses, wrong = {}, {}
   for name, attack in {"pgd": pgd, "apgd": apgd}.items():
     logits = model(PARAMS, attack(PARAMS, (IMAGES, LABELS), 3))
@@ -70,9 +71,9 @@ def apgd_by_hand(image, start, label, epsilon, num_steps):
 
 def test_apgd_is_that_of_the_paper(x64):
   epsilon, key, images = 0.3, jax.random.key(5), IMAGES.astype(jnp.float64)
-  attack = jaxbo.adversarial.apgd(wavy, epsilon=epsilon, num_steps=30)
+  attack = jaxbo.adversarial.apgd(wavy, Box(epsilon), num_steps=30)
   perturbed = attack(PARAMS, (images, LABELS), jax.random.clone(key))
-  start = images + make_ball("linf", epsilon, 0.0, 1.0).random(key, images)
+  start = images + make_ball(Box(epsilon)).random(key, images)
   for i in range(problem.BATCH):
     expected = apgd_by_hand(np.asarray(images[i]), start[i], LABELS[i], epsilon, 30)
     np.testing.assert_allclose(perturbed[i], expected, atol=1e-6)
@@ -89,7 +90,7 @@ def test_a_step_is_halved_where_few_steps_climb_or_nothing_improves():
   """Three of four climb but in the first; the best value has changed in the first two alone."""
   one = lambda *values: np.array(values, np.float32)
   places, zeros = np.zeros((4, 2), np.float32), np.zeros(4, np.float32)
-  carry = jax.jit(_start)(places, (places, zeros, zeros > 0, zeros > 0), 0.5)._replace(
+  carry = jax.jit(_start)(places, (places, zeros, zeros > 0, zeros > 0))._replace(
     best_delta=places + 1,
     best_value=one(3, 3, 2, 2),
     checkpoint_value=one(1, 1, 2, 2),
@@ -116,7 +117,7 @@ def test_restarts_and_targets_start_at_points_of_their_own():
     x = jax.lax.stop_gradient(images)
     return jnp.concatenate([9 + 0 * x, x, x - 1, x - 2, x - 3], axis=1)
 
-  options = {"epsilon": 0.1, "num_steps": 1}
+  options = {"box": Box(0.1), "num_steps": 1}
   images = jnp.full((200, 1), 0.5)
   for attack, num_points in (
     (jaxbo.adversarial.pgd(flat, step_size=0.1, objective="margin", restarts=4, **options), 1),
@@ -131,13 +132,13 @@ def test_restarts_and_targets_start_at_points_of_their_own():
 def test_apgd_keeps_the_misclassified_point_of_the_largest_objective():
   """Its only step is to the top of the objective, where all is classified correctly."""
   uphill = lambda params, x: jnp.concatenate([10 * (x - 0.45), 0 * x], axis=1)
-  options = {"epsilon": 0.1, "num_steps": 1, "restarts": 4}
+  options = {"box": Box(0.1), "num_steps": 1, "restarts": 4}
   attack = jaxbo.adversarial.apgd(
     uphill, objective=lambda logits, labels, clean: logits[:, 0], **options
   )
   images, key = jnp.full((50, 1), 0.5), jax.random.key(0)
   found = attack((), (images, jnp.zeros(50, jnp.int32)), jax.random.clone(key))
-  draw = lambda key: images + make_ball("linf", 0.1, 0.0, 1.0).random(key, images)
+  draw = lambda key: images + make_ball(Box(0.1)).random(key, images)
   starts = np.asarray(jax.vmap(draw)(jax.random.split(key, 4)))
   expected = np.max(np.where(starts < 0.45, starts, 0), axis=0)
   assert 0 < np.mean(expected == 0) < 0.6
@@ -148,9 +149,9 @@ def test_apgd_turns_back_where_numbers_are_not_finite():
   """They are beyond 0.55, where its first steps end; they are no success."""
   cliff = lambda p, x: jnp.where(x > 0.55, jnp.nan, jnp.concatenate([2 - x, x], axis=1))
   images, key = jnp.full((50, 1), 0.5), jax.random.key(0)
-  attack = jaxbo.adversarial.apgd(cliff, epsilon=0.3, num_steps=30)
+  attack = jaxbo.adversarial.apgd(cliff, Box(0.3), num_steps=30)
   found, info = attack.run((), (images, jnp.zeros(50, jnp.int32)), jax.random.clone(key))
-  start = images + make_ball("linf", 0.3, 0.0, 1.0).random(key, images)
+  start = images + make_ball(Box(0.3)).random(key, images)
   lost = np.asarray(start > 0.55)
   assert 0.2 < lost.mean() < 0.8
   np.testing.assert_allclose(found[lost], start[lost], atol=1e-6)
@@ -159,7 +160,7 @@ def test_apgd_turns_back_where_numbers_are_not_finite():
 
   @jax.jit
   def start_and_visit(place, nothing, yes):
-    carry = _start(place, (place, nothing, ~yes, ~yes), 0.5)
+    carry = _start(place, (place, nothing, ~yes, ~yes))
     return carry, _visit(carry, place + 1, (place, nothing + jnp.nan, yes, yes))
 
   carry, after = start_and_visit(np.zeros((1, 2), "f"), np.zeros(1, "f"), np.ones(1, bool))
@@ -174,7 +175,7 @@ def test_targets_are_the_likeliest_other_classes():
     return jnp.stack([3 + 0 * x, 2 - x, 1 - x, 40 * x - 3.9, -9 + 0 * x], axis=1)
 
   batch = jnp.full((1, 1), 0.05), jnp.zeros(1, jnp.int32)
-  options = {"epsilon": 0.15, "num_steps": 12, "objective": "targeted_dlr", "low": -1.0}
+  options = {"box": Box(0.15, low=-1.0), "num_steps": 12, "objective": "targeted_dlr"}
   attack = jaxbo.adversarial.apgd(steps, num_targets=3, **options)
   # Towards the first two classes, down the slope, nothing is found but by the start.
   few = jaxbo.adversarial.apgd(steps, num_targets=2, **options)
@@ -191,6 +192,6 @@ def test_where_all_targets_fail_the_largest_margin_is_kept():
     return jnp.stack([0 * x + 10, 7 + 20 * x, 7 - 10 * x, 110 * x - 7, 0 * x - 60], axis=1)
 
   batch = jnp.zeros((2, 1)), jnp.zeros(2, jnp.int32)
-  options = {"epsilon": 0.1, "num_steps": 5, "low": -1.0, "num_targets": 2}
+  options = {"box": Box(0.1, low=-1.0), "num_steps": 5, "num_targets": 2}
   attack = jaxbo.adversarial.apgd(out_of_reach, objective="targeted_dlr", **options)
   np.testing.assert_allclose(attack((), batch, 0), 0.1, rtol=1e-5)

@@ -9,24 +9,25 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 import jaxbo
+from jaxbo.adversarial import Box
 from tests.adversarial import problem
 from tests.adversarial.problem import EPSILON, model
 
 pytestmark = pytest.mark.slow
 
 PARAMS, (IMAGES, LABELS) = problem.params(), problem.batch()
-TINY = {"epsilon": EPSILON, "step_size": 0.03, "num_steps": 4}
+TINY = {"box": Box(EPSILON), "step_size": 0.03, "num_steps": 4}
 PGD = jaxbo.adversarial.pgd(model, random_start=False, **TINY)
 
 
 def test_errors_name_the_argument(as_users_run):
   pgd = functools.partial(jaxbo.adversarial.pgd, model)
   cases = {
-    "epsilon must be non-negative": {"epsilon": -0.1},
+    "epsilon must be non-negative": {"box": Box(-0.1)},
     "step_size must be positive": {"step_size": 0.0},
     "num_steps must be at least 1": {"num_steps": 0},
     "restarts must be at least 1": {"restarts": 0},
-    "norm must be one of 'linf', 'l2'": {"norm": "l1"},
+    "norm must be one of 'linf', 'l2'": {"box": Box(0.1, norm="l1")},
     "direction must be one of 'steepest', 'gradient', 'adam'": {"direction": "newton"},
     "objective must be one of 'cross_entropy', 'margin', 'kl', 'dlr'": {"objective": "ce"},
     "random_start must be positive": {"random_start": 0.0},
@@ -36,23 +37,32 @@ def test_errors_name_the_argument(as_users_run):
     },
     "random_start must not be False with restarts=2": {"random_start": False, "restarts": 2},
     "stop_after must be at least 0": {"stop_after": -1},
-    "low must be below high": {"low": 2.0},
-    "low must be finite": {"low": float("nan")},
+    "low must be below high": {"box": Box(0.1, low=2.0)},
+    "low must be finite": {"box": Box(0.1, low=float("nan"))},
+    "epsilon must be non-negative and finite, got -1.0": {"box": Box(np.array([0.1, -1.0]))},
+    r"low must be below high, got low=\[0. 1.\]": {"box": Box(0.1, low=np.array([0.0, 1.0]))},
+    r"epsilon must be one number with norm='l2', got shape \(2,\)": {
+      "box": Box(np.array([0.1, 0.2]), norm="l2")
+    },
   }
   for message, change in cases.items():
     with pytest.raises(ValueError, match=message):
       pgd(**{**TINY, **change})
   for make, options, message in [
-    (jaxbo.adversarial.fgsm, {"epsilon": -1.0}, "epsilon must be non-negative"),
-    (jaxbo.adversarial.apgd, {"epsilon": 0.1, "num_steps": 0}, "num_steps must be at least 1"),
-    (jaxbo.adversarial.apgd, {"epsilon": 0.1, "num_targets": 0}, "num_targets must be at least 1"),
-    (jaxbo.adversarial.apgd, {"epsilon": 0.1, "objective": "targeted"}, "objective must be one of"),
+    (jaxbo.adversarial.fgsm, {"box": Box(-1.0)}, "epsilon must be non-negative"),
+    (jaxbo.adversarial.apgd, {"box": Box(0.1), "num_steps": 0}, "num_steps must be at least 1"),
+    (jaxbo.adversarial.apgd, {"box": Box(0.1), "num_targets": 0}, "num_targets must be at least 1"),
+    (
+      jaxbo.adversarial.apgd,
+      {"box": Box(0.1), "objective": "targeted"},
+      "objective must be one of",
+    ),
     (
       jaxbo.adversarial.square,
-      {"epsilon": 0.1, "num_queries": 0},
+      {"box": Box(0.1), "num_queries": 0},
       "num_queries must be at least 1",
     ),
-    (jaxbo.adversarial.square, {"epsilon": 0.1, "area": 0.0}, r"area must be in \(0, 1\]"),
+    (jaxbo.adversarial.square, {"box": Box(0.1), "area": 0.0}, r"area must be in \(0, 1\]"),
   ]:
     with pytest.raises(ValueError, match=message):
       make(model, **options)
@@ -92,8 +102,8 @@ def test_errors_name_what_is_wrong_with_the_batch():
     jaxbo.adversarial.pgd(lambda p, x: x[:, 0, 0, 0], **TINY)(PARAMS, (IMAGES, LABELS), 0)
   two = lambda p, x: model(p, x)[:, :3]
   with pytest.raises(ValueError, match="must have at least 4 classes to compare, got 3"):
-    jaxbo.adversarial.apgd(two, epsilon=0.1, objective="targeted_dlr")(PARAMS, (IMAGES, LABELS), 0)
-  flat = jaxbo.adversarial.square(lambda p, x: model(p, x.reshape(-1, 4, 4, 1)), epsilon=0.1)
+    jaxbo.adversarial.apgd(two, Box(0.1), objective="targeted_dlr")(PARAMS, (IMAGES, LABELS), 0)
+  flat = jaxbo.adversarial.square(lambda p, x: model(p, x.reshape(-1, 4, 4, 1)), Box(0.1))
   with pytest.raises(ValueError, match=r"images must be \[batch, height, width, channels\]"):
     flat(PARAMS, (IMAGES.reshape(8, 16), LABELS), 0)
 
@@ -102,8 +112,8 @@ def test_objectives_give_a_number_for_each_image():
   """A mean would be the same for all: neither step sizes nor restarts could be told apart."""
   make = {
     "pgd": functools.partial(jaxbo.adversarial.pgd, **TINY),
-    "apgd": functools.partial(jaxbo.adversarial.apgd, epsilon=EPSILON, num_steps=2),
-    "square": functools.partial(jaxbo.adversarial.square, epsilon=EPSILON, num_queries=2),
+    "apgd": functools.partial(jaxbo.adversarial.apgd, box=Box(EPSILON), num_steps=2),
+    "square": functools.partial(jaxbo.adversarial.square, box=Box(EPSILON), num_queries=2),
   }
   for attack in make.values():
     for objective, shape in [
@@ -126,7 +136,7 @@ def test_labels_of_few_bits_are_as_good_as_others():
   for attack in (
     jaxbo.adversarial.pgd(linear, **TINY),
     jaxbo.adversarial.apgd(
-      linear, epsilon=EPSILON, num_steps=2, objective="targeted_dlr", num_targets=1
+      linear, Box(EPSILON), num_steps=2, objective="targeted_dlr", num_targets=1
     ),
   ):
     ours, info = attack.run(wide, (IMAGES, labels), 0)
@@ -151,7 +161,7 @@ def test_under_jit_images_are_clipped_and_unknown_labels_left_alone():
   # An objective that does not look at labels knows them no better.
   attacks = (
     jaxbo.adversarial.pgd(model, objective="kl", random_start=0.001, **TINY),
-    jaxbo.adversarial.square(model, objective="kl", epsilon=EPSILON, num_queries=2),
+    jaxbo.adversarial.square(model, objective="kl", box=Box(EPSILON), num_queries=2),
   )
   for info in jax.jit(lambda y: [a.run(PARAMS, (IMAGES, y), 0)[1] for a in attacks])(unknown):
     assert np.flatnonzero(info.not_finite).tolist() == [3, 4]
@@ -176,8 +186,9 @@ def attack_brittle(images, labels, broken):
   attacks = {
     "whole": pgd(),
     "adam": pgd(direction="adam"),
-    "apgd": jaxbo.adversarial.apgd(model, epsilon=EPSILON, num_steps=6),
-    "square": jaxbo.adversarial.square(model, epsilon=EPSILON, num_queries=6),
+    "apgd": jaxbo.adversarial.apgd(model, Box(EPSILON), num_steps=6),
+    "square": jaxbo.adversarial.square(model, Box(EPSILON), num_queries=6),
+    "fab": jaxbo.adversarial.fab(model, Box(3 * EPSILON), num_steps=6),
   }
   return {name: attack.run(PARAMS, (images, labels), 0) for name, attack in attacks.items()}
 
@@ -205,7 +216,7 @@ def test_a_gradient_that_breaks_on_the_way_leaves_the_last_finite_point(directio
   """Beyond 0.55 the loss is NaN: a climb from 0.5 by 0.02 ends at 0.56, momentum or not."""
   cliff = lambda p, x: jnp.where(x > 0.55, jnp.nan, jnp.concatenate([-x, x], axis=1))
   batch = jnp.full((1, 1), 0.5), jnp.zeros(1, jnp.int32)
-  sizes = {"epsilon": 0.3, "step_size": 0.02, "num_steps": 9}
+  sizes = {"box": Box(0.3), "step_size": 0.02, "num_steps": 9}
   attack = jaxbo.adversarial.pgd(cliff, random_start=False, direction=direction, **sizes)
   perturbed, info = attack.run((), batch)
   assert float(perturbed[0, 0]) == pytest.approx(0.56, abs=1e-3)
@@ -215,7 +226,7 @@ def test_a_gradient_that_breaks_on_the_way_leaves_the_last_finite_point(directio
 def test_bfloat16_images_and_parameters_are_perturbed_in_float32():
   narrow = problem.params(jnp.bfloat16)
   images = problem.batch(dtype=jnp.bfloat16)[0]
-  for attack in (PGD, jaxbo.adversarial.apgd(model, epsilon=EPSILON, num_steps=4)):
+  for attack in (PGD, jaxbo.adversarial.apgd(model, Box(EPSILON), num_steps=4)):
     perturbed, info = attack.run(narrow, (images, LABELS), 0)
     assert perturbed.dtype == jnp.float32
     assert np.abs(perturbed - images.astype(jnp.float32)).max() <= EPSILON + 1e-6
@@ -243,7 +254,7 @@ def test_no_gradient_of_the_parameters_is_taken():
 
   batch = (IMAGES, LABELS)
   assert products(lambda params: PGD(params, batch)) == 0
-  attack = jaxbo.adversarial.apgd(model, epsilon=EPSILON, num_steps=3, objective="targeted_dlr")
+  attack = jaxbo.adversarial.apgd(model, Box(EPSILON), num_steps=3, objective="targeted_dlr")
   assert products(lambda params: attack(params, batch, 0)) == 0
   trained = jax.grad(lambda p: jnp.sum(problem.loss(p, PGD(p, batch), LABELS)))
   assert products(trained) == 2
@@ -270,9 +281,11 @@ def test_eight_devices_attack_as_one():
   attacks = [
     PGD,
     jaxbo.adversarial.apgd(
-      model, epsilon=EPSILON, num_steps=3, objective="targeted_dlr", num_targets=2
+      model, Box(EPSILON), num_steps=3, objective="targeted_dlr", num_targets=2
     ),
-    jaxbo.adversarial.square(model, epsilon=EPSILON, num_queries=3),
+    jaxbo.adversarial.square(model, Box(EPSILON), num_queries=3),
+    jaxbo.adversarial.square(model, Box(EPSILON, norm="l2"), num_queries=3),
+    jaxbo.adversarial.fab(model, Box(3 * EPSILON), num_steps=3, num_targets=2),
   ]
   step = lambda images, labels: [a.run(PARAMS, (images, labels), 0) for a in attacks]
   sharded = jax.shard_map(step, mesh=mesh, in_specs=rows, out_specs=rows)
@@ -293,7 +306,7 @@ def test_foolbox_agrees_on_which_images_fall():
   theirs = foolbox.attacks.LinfPGD(abs_stepsize=0.02, steps=10, random_start=False)
   points, _, success = theirs(bounded, *wide, epsilons=EPSILON)
   attack = jaxbo.adversarial.pgd(
-    model, epsilon=EPSILON, step_size=0.02, num_steps=10, random_start=False
+    model, Box(EPSILON), step_size=0.02, num_steps=10, random_start=False
   )
   ours = attack(PARAMS, wide)
   np.testing.assert_allclose(ours, np.asarray(points), atol=1e-6)

@@ -11,9 +11,11 @@ import pytest
 from hypothesis.extra import numpy as hnp
 
 import jaxbo
-from jaxbo.adversarial.attack import Found, best, difference_of_logits_ratio, targeted_dlr
+from jaxbo.adversarial import Box
+from jaxbo.adversarial.attack import Found, best
 from jaxbo.adversarial.box import make_ball
 from jaxbo.adversarial.losses import kl_divergence
+from jaxbo.adversarial.objectives import difference_of_logits_ratio, targeted_dlr
 from jaxbo.adversarial.square import _paint, _shrunk
 from tests.adversarial import problem
 from tests.adversarial.problem import EPSILON, look, model
@@ -21,7 +23,7 @@ from tests.adversarial.problem import EPSILON, look, model
 pytestmark = pytest.mark.slow
 
 PARAMS, (IMAGES, LABELS) = problem.params(), problem.batch()
-TINY = {"epsilon": EPSILON, "step_size": 0.03, "num_steps": 6}
+TINY = {"box": Box(EPSILON), "step_size": 0.03, "num_steps": 6}
 
 
 def guarded(params, images):
@@ -32,19 +34,24 @@ def guarded(params, images):
 
 def make_attacks(epsilon, num_steps=6):
   """All kinds of attacks; ``epsilon`` may be traced."""
-  options = {"epsilon": epsilon, "num_steps": num_steps}
+  options, in_l2 = {"box": Box(epsilon), "num_steps": num_steps}, Box(epsilon, norm="l2")
   pgd = functools.partial(jaxbo.adversarial.pgd, guarded, step_size=epsilon / 3 + 1e-6, **options)
   return {
-    "fgsm": jaxbo.adversarial.fgsm(guarded, epsilon=epsilon),
-    "fgsm_l2": jaxbo.adversarial.fgsm(guarded, epsilon=epsilon, norm="l2", random_start=False),
+    "fgsm": jaxbo.adversarial.fgsm(guarded, Box(epsilon)),
+    "fgsm_l2": jaxbo.adversarial.fgsm(guarded, in_l2, random_start=False),
     "pgd": pgd(),
     "pgd_adam": pgd(direction="adam", objective="margin"),
-    "pgd_l2": pgd(norm="l2", restarts=2),
+    "pgd_l2": pgd(box=in_l2, restarts=2),
     "pgd_noise": pgd(random_start=0.001, objective="kl"),
     "apgd": jaxbo.adversarial.apgd(guarded, **options),
-    "apgd_l2": jaxbo.adversarial.apgd(guarded, norm="l2", objective="dlr", restarts=2, **options),
+    "apgd_l2": jaxbo.adversarial.apgd(
+      guarded, in_l2, num_steps=num_steps, objective="dlr", restarts=2
+    ),
     "apgd_t": jaxbo.adversarial.apgd(guarded, objective="targeted_dlr", num_targets=2, **options),
-    "square": jaxbo.adversarial.square(guarded, epsilon=epsilon, num_queries=30),
+    "square": jaxbo.adversarial.square(guarded, Box(epsilon), num_queries=30),
+    "square_l2": jaxbo.adversarial.square(guarded, in_l2, num_queries=30),
+    "fab": jaxbo.adversarial.fab(guarded, num_targets=2, **options),
+    "fab_l2": jaxbo.adversarial.fab(guarded, in_l2, num_steps=num_steps, num_targets=2),
   }
 
 
@@ -92,7 +99,11 @@ def test_attacks_raise_the_loss():
     if name == "pgd_noise":  # raises the divergence from clean predictions
       moved = kl_divergence(model(PARAMS, IMAGES), model(PARAMS, perturbed))
       assert np.all(moved > 1e-3)
-    else:
+    elif name.startswith("fab"):  # moves what it fools
+      moved = np.any(perturbed != IMAGES, axis=(1, 2, 3))
+      assert np.all(np.argmax(model(PARAMS, perturbed), axis=1)[moved] != LABELS[moved])
+      assert moved.any() == (name == "fab")
+    elif name != "square_l2":  # whose first guess is worse than none, in a ball so small
       assert np.mean(attacked) > np.mean(clean) + 0.02, name
 
 
@@ -100,7 +111,7 @@ def test_the_key_decides_what_is_drawn():
   again = jax.device_get(run_all(EPSILON, IMAGES, LABELS, jax.random.key(0)))
   for name, (perturbed, _) in results().items():
     np.testing.assert_array_equal(again[name][0], perturbed)
-    draws = name != "fgsm_l2"
+    draws = name not in ("fgsm_l2", "fab", "fab_l2")
     assert np.any(results(1)[name][0] != perturbed) == draws, name
   attack = jaxbo.adversarial.pgd(model, **TINY)
   keys = (7, jax.random.key(7), jax.random.PRNGKey(7))
@@ -144,16 +155,16 @@ def test_the_best_run_is_a_misclassified_one_and_then_the_highest():
   values = np.array([[1.0, 5.0, 1.0, np.inf], [2.0, 1.0, 2.0, 3.0], [0.0, 2.0, 9.0, 4.0]], "f")
   wrong = np.array([[0, 0, 1, 1], [0, 1, 1, 0], [0, 0, 0, 0]], bool)
   runs = np.broadcast_to(np.arange(3, dtype="f")[:, None, None], (3, 4, 2))
-  info = jaxbo.adversarial.AttackInfo(np.arange(12).reshape(3, 4), ~np.isfinite(values))
-  found = jax.jit(best)(Found(runs, values, wrong, info))
+  counts = np.arange(12).reshape(3, 4)
+  found = jax.jit(best)(Found(runs, values, wrong, counts, ~np.isfinite(values)))
   assert np.asarray(found.perturbed)[:, 0].tolist() == [1, 1, 1, 2]
   assert found.wrong.tolist() == [False, True, True, False]
-  assert found.info.num_correct.tolist() == [4, 5, 6, 11]
-  assert found.info.not_finite.tolist() == [False, False, False, True]
+  assert found.num_correct.tolist() == [4, 5, 6, 11]
+  assert found.not_finite.tolist() == [False, False, False, True]
 
 
 def test_plain_and_adam_steps_are_those_of_optax():
-  fixed = {"epsilon": 10.0, "low": -20.0, "high": 20.0, "num_steps": 1, "random_start": False}
+  fixed = {"num_steps": 1, "random_start": False}
   slope = np.stack([look(*pair)[1] for pair in zip(IMAGES, LABELS, strict=True)])
   sizes = np.linalg.norm(slope.reshape(len(slope), -1), axis=1).reshape(-1, 1, 1, 1)
   expected = {
@@ -163,7 +174,8 @@ def test_plain_and_adam_steps_are_those_of_optax():
     ("l2", "steepest"): slope / sizes,
   }
   for (norm, direction), move in expected.items():
-    attack = jaxbo.adversarial.pgd(model, step_size=0.5, norm=norm, direction=direction, **fixed)
+    box = Box(10.0, -20.0, 20.0, norm)
+    attack = jaxbo.adversarial.pgd(model, box, step_size=0.5, direction=direction, **fixed)
     perturbed = attack(PARAMS, (IMAGES, LABELS))
     np.testing.assert_allclose(perturbed - IMAGES, 0.5 * move, atol=1e-4)
 
@@ -172,21 +184,19 @@ def test_the_step_of_fgsm_is_longer_from_a_random_start():
   """1.25 epsilon, cut to the ball; without the cut at the range it is seen from inside."""
   linear = lambda params, x: jnp.stack([x.sum(axis=1), -x.sum(axis=1)], axis=1)
   images, labels = jnp.full((64, 3), 0.5), jnp.zeros(64, jnp.int32)
-  moved = jaxbo.adversarial.fgsm(linear, epsilon=0.1)((), (images, labels), 0) - 0.5
+  moved = jaxbo.adversarial.fgsm(linear, Box(0.1))((), (images, labels), 0) - 0.5
   # From u in (-0.1, 0.1) down by 0.125: all end at the wall but those above 0.025.
   assert moved.min() >= -0.1 - 1e-6
   inside = np.asarray(moved) > -0.1 + 1e-6
   assert 0.25 < inside.mean() < 0.5
   assert np.asarray(moved).max() == pytest.approx(-0.025, abs=0.003)
-  exact = (
-    jaxbo.adversarial.fgsm(linear, epsilon=0.1, random_start=False)((), (images, labels)) - 0.5
-  )
+  exact = jaxbo.adversarial.fgsm(linear, Box(0.1), random_start=False)((), (images, labels)) - 0.5
   np.testing.assert_allclose(exact, -0.1, rtol=1e-5)
   # Otherwise it is one step of PGD.
-  options = {"norm": "l2", "low": -1.0, "high": 2.0, "random_start": False, "objective": "margin"}
+  options = {"box": Box(0.5, -1.0, 2.0, "l2"), "random_start": False, "objective": "margin"}
   attacks = (
-    jaxbo.adversarial.fgsm(model, epsilon=0.5, **options),
-    jaxbo.adversarial.pgd(model, epsilon=0.5, step_size=0.5, num_steps=1, **options),
+    jaxbo.adversarial.fgsm(model, **options),
+    jaxbo.adversarial.pgd(model, step_size=0.5, num_steps=1, **options),
   )
   np.testing.assert_array_equal(*(attack(PARAMS, (IMAGES, LABELS)) for attack in attacks))
 
@@ -210,7 +220,7 @@ def test_a_restart_can_only_help():
     return jnp.stack([2 - height, jnp.zeros_like(height)], axis=1)
 
   images, labels = jnp.full((20, 1), 0.5), jnp.zeros(20, jnp.int32)
-  options = {"epsilon": 0.3, "step_size": 0.02, "num_steps": 20}
+  options = {"box": Box(0.3), "step_size": 0.02, "num_steps": 20}
   loss_at = lambda x: np.asarray(-hills((), x)[:, 0])
   one = loss_at(jaxbo.adversarial.pgd(hills, **options)((), (images, labels), 0))
   many = loss_at(jaxbo.adversarial.pgd(hills, restarts=8, **options)((), (images, labels), 0))
@@ -220,7 +230,7 @@ def test_a_restart_can_only_help():
 def test_random_starts_fill_the_ball():
   images = np.full((4000, 3), 0.5, "f")
   for norm in ("linf", "l2"):
-    start = np.asarray(jax.jit(make_ball(norm, 0.1, 0.0, 1.0).random)(jax.random.key(0), images))
+    start = np.asarray(jax.jit(make_ball(Box(0.1, norm=norm)).random)(jax.random.key(0), images))
     share = np.linalg.norm(start, axis=1, ord=2 if norm == "l2" else np.inf)
     # The share of a ball within half its radius, in three dimensions; four standard errors.
     assert np.mean(share < 0.05) == pytest.approx(1 / 8, abs=4 * np.sqrt(1 / 8 * 7 / 8 / 4000))
@@ -229,7 +239,7 @@ def test_random_starts_fill_the_ball():
 
 
 FLAT = lambda params, images: jax.lax.stop_gradient(model(params, images))
-FEW, MANY = (jaxbo.adversarial.square(FLAT, epsilon=EPSILON, num_queries=n) for n in (1, 200))
+FEW, MANY = (jaxbo.adversarial.square(FLAT, Box(EPSILON), num_queries=n) for n in (1, 200))
 
 
 def test_square_needs_no_gradient_and_improves_with_its_queries():
@@ -256,9 +266,7 @@ def test_square_leaves_alone_what_is_misclassified():
 
 
 def test_square_starts_with_vertical_stripes():
-  attack = jaxbo.adversarial.square(
-    FLAT, epsilon=EPSILON, num_queries=1, area=1e-6
-  )  # Of one pixel.
+  attack = jaxbo.adversarial.square(FLAT, Box(EPSILON), num_queries=1, area=1e-6)  # Of one pixel.
   moved = attack(PARAMS, (jnp.full_like(IMAGES, 0.5), LABELS), 0) - 0.5
   of_columns = np.median(moved, axis=1)
   np.testing.assert_allclose(np.abs(of_columns), EPSILON, rtol=1e-5)
@@ -272,7 +280,7 @@ def test_squares_shrink_as_published():
   # The last of them find a chessboard, whose fields are pixels.
   board = 1 - 2.0 * (np.indices((4, 4)).sum(axis=0)[None, :, :, None] % 2)
   fine = lambda params, x: jnp.stack([9 - (total := jnp.sum(board * x, (1, 2, 3))), total], axis=1)
-  attack = jaxbo.adversarial.square(fine, epsilon=EPSILON, num_queries=500)
+  attack = jaxbo.adversarial.square(fine, Box(EPSILON), num_queries=500)
   perturbed = attack((), (jnp.full((8, 4, 4, 1), 0.5), jnp.zeros(8, jnp.int32)), 0)
   np.testing.assert_allclose(perturbed - 0.5, np.repeat(EPSILON * board, 8, 0), atol=1e-6)
 
@@ -282,7 +290,7 @@ def test_square_leaves_points_that_are_not_finite():
   cliff = lambda params, x: jnp.where(x[:, 0, 0] > 0.5, jnp.nan, model(params, x))
   images = jnp.full((32, 4, 4, 1), 0.5)
   labels = jnp.argmax(model(PARAMS, images), axis=1)
-  attack = jaxbo.adversarial.square(cliff, epsilon=EPSILON, num_queries=500)
+  attack = jaxbo.adversarial.square(cliff, Box(EPSILON), num_queries=500)
   perturbed, info = attack.run(PARAMS, (images, labels), 0)
   assert np.all(perturbed[:, 0, 0] < 0.5)
   assert info.num_not_finite > 10

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxbo.adversarial import Box
 from jaxbo.adversarial import barrier as lower_level
-from jaxbo.adversarial.box import pixel_box
 from tests.adversarial.problem import EPSILON
 
 pytestmark = pytest.mark.slow
@@ -22,7 +22,7 @@ def stationary(slope, barrier, epsilon):
 @functools.partial(jax.jit, static_argnames=("direction", "num_steps"))
 def solve(slopes, barrier, step_size, direction="gradient", num_steps=400):
   images = jnp.full((slopes.size, 1), 0.5)
-  box = pixel_box(images, EPSILON, 0.0, 1.0)
+  box = Box(EPSILON).bounds(images)
   attack_loss = lambda x: -slopes * x[:, 0]
   return lower_level.minimize(
     attack_loss,
@@ -71,7 +71,7 @@ def test_one_step_has_the_barriers_curvature_in_it():
 def test_a_start_on_a_wall_is_taken_inside():
   """A uniform draw is zero now and then: the barrier would be infinite there."""
   images = jnp.full((2, 1), 0.5)
-  box = pixel_box(images, EPSILON, 0.0, 1.0)
+  box = Box(EPSILON).bounds(images)
   sizes = {"barrier": 1e-2, "num_steps": 1, "step_size": 1.0, "margin": 0.1}
   minimum = lower_level.minimize(lambda x: -x[:, 0], images, box, box.low, **sizes)
   assert np.all((minimum.delta > box.low) & (minimum.delta < box.high))

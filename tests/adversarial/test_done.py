@@ -10,8 +10,8 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 import jaxbo
+from jaxbo.adversarial import Box
 from jaxbo.adversarial import barrier as lower_level
-from jaxbo.adversarial.box import pixel_box
 from tests.adversarial import problem
 from tests.adversarial.problem import EPSILON
 
@@ -71,7 +71,7 @@ def compiled(name, inverse):
 
   @jax.jit
   def value_and_grad(params, barrier=1e-2):
-    sizes = {"epsilon": 0.1, "barrier": barrier, "num_steps": 1500, "step_size": 1 / CURVATURE}
+    sizes = {"box": Box(0.1), "barrier": barrier, "num_steps": 1500, "step_size": 1 / CURVATURE}
     options.update(margin=1e-9)
     grads = jaxbo.adversarial.done_grad(loss, attack_loss, **sizes, **options)(params, make()[1])
     gradient, state = tx.update(grads, tx.init(params), params)
@@ -146,7 +146,7 @@ def test_the_implicit_term_of_the_same_loss_vanishes_with_the_barrier(x64):
 def test_fast_bat_is_the_limit_of_a_vanishing_barrier(x64):
   """Its mask off the walls, and its gradient, with the linearised attack at the same point."""
   params, (images, labels) = make()
-  box = pixel_box(images, 0.1, 0.0, 1.0)
+  box = Box(0.1).bounds(images)
   v_at = jax.grad(lambda delta: jnp.sum(loss(params, images + delta, labels)))
 
   @jax.jit
@@ -173,7 +173,7 @@ def test_fast_bat_is_the_limit_of_a_vanishing_barrier(x64):
 def test_fast_bat_is_its_formula(x64):
   """Every piece by reverse-mode derivatives of its own."""
   params, (images, labels) = make()
-  options = {"epsilon": 0.1, "step_size": 0.05, "curvature": CURVATURE, "tolerance": 0.02}
+  options = {"box": Box(0.1), "step_size": 0.05, "curvature": CURVATURE, "tolerance": 0.02}
   weights, key = jnp.linspace(0.1, 0.5, NUM), jax.random.key(3)
 
   @jax.jit
@@ -184,7 +184,7 @@ def test_fast_bat_is_its_formula(x64):
 
   @jax.jit
   def expected(params):
-    box = pixel_box(images, 0.1, 0.0, 1.0)
+    box = Box(0.1).bounds(images)
     slope = jax.grad(lambda x, p: jnp.sum(margin(p, x, labels)))
     z = box.low + jax.random.uniform(key, images.shape, images.dtype) * (box.high - box.low)
     z = box.project(z - 0.05 * slope(images + z, params))
@@ -215,7 +215,7 @@ def test_fast_bat_is_its_formula(x64):
 # On images, in float32.
 
 PARAMS, BATCH = problem.params(), problem.batch()
-OPTIONS = {"epsilon": EPSILON, "barrier": 1e-2, "num_steps": 8, "step_size": 1.0}
+OPTIONS = {"box": Box(EPSILON), "barrier": 1e-2, "num_steps": 8, "step_size": 1.0}
 CLEAN = np.asarray(BATCH[0])
 LOW, HIGH = np.maximum(CLEAN - EPSILON, 0), np.minimum(CLEAN + EPSILON, 1)
 WEIGHTS = jnp.linspace(0.05, 0.2, problem.BATCH)
@@ -268,7 +268,12 @@ def test_perturbations_are_strictly_inside_also_at_pixels_0_and_1(pull, step_siz
   start = pull(PARAMS, BATCH, None, 1e-12, 1e-6)["info"]
   np.testing.assert_allclose(start.perturbed, (LOW + HIGH) / 2, atol=1e-6)
   outside = jnp.where(BATCH[0] == 1, 7.0, BATCH[0]), BATCH[1]  # Under jit they are clipped.
-  close(pull(PARAMS, outside, None, step_size, 1e-6), pull(PARAMS, BATCH, None, step_size, 1e-6))
+  clipped, found = (pull(PARAMS, b, None, step_size, 1e-6) for b in (outside, BATCH))
+  ones = np.any(BATCH[0] == 1, axis=(1, 2, 3))
+  np.testing.assert_array_equal(clipped["info"].clipped, ones)
+  assert clipped["info"].num_clipped == ones.sum() > found["info"].num_clipped == 0
+  clipped["info"] = clipped["info"]._replace(clipped=found["info"].clipped)
+  close(clipped, found)
 
 
 def test_the_margin_keeps_away_from_the_walls():
@@ -350,8 +355,11 @@ def test_a_gradient_that_is_not_finite_leaves_the_example_alone():
   np.testing.assert_allclose(found["info"].perturbed[2], start[2], atol=1e-5)
   np.testing.assert_allclose(found["losses"][others], sound["losses"][others], rtol=1e-4)
   assert np.isnan(found["losses"][2])  # It has no implicit term.
+  none = jaxbo.adversarial.done_grad(*losses, **{**OPTIONS, "inverse": "none"})
+  kept = jax.jit(lambda params: none(params, BATCH).losses)(PARAMS)
+  assert np.flatnonzero(np.isnan(kept)).tolist() == [2]  # The attack, which stood still.
   # Fast-BAT looks at the outer loss once.
-  fast_grad = jaxbo.adversarial.fast_bat_grad(*losses, epsilon=EPSILON, step_size=1.0)
+  fast_grad = jaxbo.adversarial.fast_bat_grad(*losses, box=Box(EPSILON), step_size=1.0)
   fast = jax.jit(lambda params: fast_grad(params, BATCH, 0).aux)(PARAMS)
   assert np.flatnonzero(fast.not_finite).tolist() == [2, 5]
   np.testing.assert_allclose(fast.perturbed[2], start[2], atol=1e-5)
@@ -373,7 +381,7 @@ def test_the_running_normaliser_follows_its_rate():
 def test_errors_name_the_argument():
   make = functools.partial(jaxbo.adversarial.done_grad, problem.loss, problem.margin_attack_loss)
   cases = {
-    "epsilon must be positive": {"epsilon": 0.0},
+    "epsilon must be positive": {"box": Box(0.0)},
     "barrier must be positive": {"barrier": 0.0},
     "step_size must be positive": {"step_size": -1.0},
     "num_steps must be at least 1": {"num_steps": 0},
@@ -381,7 +389,8 @@ def test_errors_name_the_argument():
     "inverse must be one of 'diagonal', 'cg', 'none'": {"inverse": "dense"},
     "direction must be one of": {"direction": "sign"},
     "margin must be in": {"margin": 0.5},
-    "low must be below high": {"low": 1.0},
+    "low must be below high": {"box": Box(0.1, low=1.0)},
+    "norm must be one of 'linf'": {"box": Box(0.1, norm="l2")},
   }
   for message, change in cases.items():
     with pytest.raises(ValueError, match=message):
@@ -400,13 +409,14 @@ def test_errors_name_the_argument():
       with pytest.raises(ValueError, match=f"^{message}"):
         jaxbo.adversarial.done_grad(*with_mean, inverse=inverse, **OPTIONS)(PARAMS, BATCH)
     with pytest.raises(ValueError, match=f"^{message}"):
-      jaxbo.adversarial.fast_bat_grad(*with_mean, epsilon=0.1, step_size=1.0)(PARAMS, BATCH, 0)
+      jaxbo.adversarial.fast_bat_grad(*with_mean, box=Box(0.1), step_size=1.0)(PARAMS, BATCH, 0)
     with pytest.raises(TypeError, match=f"^{name} must be real floats, got dtype int32"):
       jaxbo.adversarial.done_grad(*with_whole, **OPTIONS)(PARAMS, BATCH)
   fast = functools.partial(
     jaxbo.adversarial.fast_bat_grad, problem.loss, problem.margin_attack_loss
   )
   for name in ("epsilon", "step_size", "curvature"):
-    options = {"epsilon": 0.1, "step_size": 1.0, name: 0.0}
+    options = {"box": Box(0.1), "step_size": 1.0}
+    options |= {"box": Box(0.0)} if name == "epsilon" else {name: 0.0}
     with pytest.raises(ValueError, match=f"{name} must be positive"):
       fast(**options)

@@ -1,6 +1,7 @@
 """The report is the worst case of its attacks, and doubts what masked gradients make of it."""
 
 import functools
+import importlib
 import warnings
 
 import jax
@@ -9,14 +10,14 @@ import numpy as np
 import pytest
 
 import jaxbo
-from jaxbo.adversarial import evaluate
+from jaxbo.adversarial import Box
 from tests.adversarial import problem
 from tests.adversarial.problem import EPSILON, model
 
 pytestmark = pytest.mark.slow
 
 PARAMS, (IMAGES, LABELS) = problem.params(), problem.batch()
-CHEAP = {"epsilon": EPSILON, "num_steps": 5, "num_queries": 8}
+CHEAP = {"box": Box(EPSILON), "num_steps": 5, "num_queries": 8}
 
 
 @functools.cache
@@ -31,7 +32,7 @@ def report(batch_size=3):
 
 def test_the_worst_case_is_that_of_every_image():
   ours = report()
-  assert list(ours.correct) == ["pgd_20", "pgd_5", "apgd_ce", "apgd_t", "square"]
+  assert list(ours.correct) == ["pgd_20", "pgd", "apgd_ce", "apgd_t", "square"]
   predicted = np.argmax(model(PARAMS, IMAGES), axis=1)
   np.testing.assert_array_equal(ours.clean, predicted == np.asarray(LABELS))
   rows = np.stack([ours.clean, *ours.correct.values()])
@@ -73,12 +74,12 @@ def test_the_tail_is_the_worst_third_of_classes():
   assert np.isnan(jaxbo.adversarial.tail_accuracy([], [], 3))
 
 
-def doubts(other, attacks=None, params=PARAMS):
+def doubts(other, attacks=None, params=PARAMS, batch_size=8):
   attacks = {} if attacks is None else attacks
   with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     ours = jaxbo.adversarial.evaluate_robustness(
-      other, params, (IMAGES, LABELS), 0, attacks, batch_size=8
+      other, params, (IMAGES, LABELS), 0, attacks, batch_size=batch_size
     )
   assert [str(w.message) for w in caught] == [f"evaluate_robustness: {r}" for r in ours.warnings]
   assert all(w.category is UserWarning for w in caught)
@@ -112,23 +113,54 @@ def test_what_masks_gradients_is_warned_of():
   assert doubts(looped) == ""
 
 
+@pytest.mark.parametrize("batch_size", [8, 3, 2, 1])
+def test_logits_that_depend_on_the_other_images_are_warned_of(batch_size):
+  """Batch normalization in training mode, and dropout by one key for the batch."""
+
+  def normalised(params, images):
+    x = images.reshape(len(images), 16)
+    mean, std = jnp.mean(x, axis=0, keepdims=True), jnp.std(x, axis=0, keepdims=True)
+    return model(params, ((x - mean) / (std + 1e-3)).reshape(images.shape))
+
+  def dropped(params, images):
+    kept = jax.random.bernoulli(jax.random.key(0), 0.9, images.shape)
+    return model(params, jnp.where(kept, images, 0))
+
+  reason = "the logits of an image depend on the other images of its batch, or on its place"
+  assert reason in doubts(normalised, batch_size=batch_size)
+  assert reason in doubts(dropped, batch_size=batch_size)
+  assert doubts(model, batch_size=batch_size) == ""
+
+
 def test_square_that_breaks_what_withstood_the_others_is_warned_of():
   """A staircase has no slope, so that gradients find nothing."""
   stairs = lambda p, x: model(p, jnp.round(8 * x) / 8)
   attacks = {
-    "pgd": jaxbo.adversarial.pgd(
-      stairs, epsilon=0.3, step_size=0.1, num_steps=3, random_start=False
-    ),
-    "square": jaxbo.adversarial.square(stairs, epsilon=0.3, num_queries=100),
+    "pgd": jaxbo.adversarial.pgd(stairs, Box(0.3), step_size=0.1, num_steps=3, random_start=False),
+    "square": jaxbo.adversarial.square(stairs, Box(0.3), num_queries=100),
   }
   assert "square, which uses no gradients, breaks" in doubts(stairs, attacks)
+
+
+def test_images_that_an_attack_clips_under_a_jit_are_reported():
+  attack = jaxbo.adversarial.pgd(model, Box(0.1), step_size=0.1, num_steps=1)
+  hidden = jaxbo.adversarial.Attack(jax.jit(attack.run))
+  batch = jnp.where(jnp.arange(8)[:, None, None, None] > 4, 2 * IMAGES + 0.1, IMAGES), LABELS
+  with pytest.warns(UserWarning, match=r"pgd clipped 3 clean images to its box.*Box\(epsilon, low"):
+    ours = jaxbo.adversarial.evaluate_robustness(
+      model, PARAMS, batch, 0, {"pgd": hidden}, batch_size=3
+    )
+  assert ours.num_clipped == {"pgd": 3}
+  with pytest.raises(ValueError, match="images must be from low"):
+    jaxbo.adversarial.evaluate_robustness(model, PARAMS, batch, 0, {"pgd": attack})
+  assert report().num_clipped == dict.fromkeys(report().correct, 0)
 
 
 def test_attacks_that_meet_nan_are_counted_once_for_an_image():
   """Also where the last batch is filled up with the last image."""
   batch = IMAGES[:4], jnp.zeros(4, jnp.int32)  # Of logits that are NaN argmax takes the first.
   broken = lambda p, x: jnp.where(x[:, 0, 0] < -1, 0.0, model(p, x) * jnp.nan)
-  attack = jaxbo.adversarial.pgd(broken, epsilon=0.1, step_size=0.1, num_steps=1)
+  attack = jaxbo.adversarial.pgd(broken, Box(0.1), step_size=0.1, num_steps=1)
   with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     ours = jaxbo.adversarial.evaluate_robustness(
@@ -139,29 +171,34 @@ def test_attacks_that_meet_nan_are_counted_once_for_an_image():
 
 
 def test_standard_attacks_adapt_to_the_task():
-  few = jaxbo.adversarial.standard_attacks(model, epsilon=0.1, num_queries=0, num_classes=3)
-  assert list(few) == ["pgd_20", "pgd_100", "apgd_ce", "apgd_t"]
+  few = jaxbo.adversarial.standard_attacks(model, Box(0.1), num_queries=0, num_classes=3)
+  assert list(few) == ["pgd_20", "pgd", "apgd_ce", "apgd_t"]
   three = lambda p, x: model(p, x)[:, :3]
   attack = jaxbo.adversarial.standard_attacks(three, **CHEAP, num_classes=3)["apgd_t"]
   assert np.isfinite(attack(PARAMS, (IMAGES, LABELS % 3), 0)).all()
-  nothing = jaxbo.adversarial.standard_attacks(model, epsilon=0.0, num_steps=2)["pgd_2"]
+  nothing = jaxbo.adversarial.standard_attacks(model, Box(0.0), num_steps=2)["pgd"]
   np.testing.assert_array_equal(nothing(PARAMS, (IMAGES, LABELS), 0), IMAGES)
 
 
 def test_standard_attacks_are_those_of_the_protocol(as_users_run, monkeypatch):
   asked = []
   for name in ("pgd", "apgd", "square"):
-    make = lambda model, *, name=name, **options: asked.append((name, options))
-    monkeypatch.setattr(evaluate, name, make)
-  inside = {"epsilon": 0.25, "low": -1.0, "high": 2.0}
-  jaxbo.adversarial.standard_attacks(model, num_steps=50, num_queries=70, **inside)
+    make = lambda model, box, *, name=name, **options: asked.append((name, box, options))
+    monkeypatch.setattr(importlib.import_module("jaxbo.adversarial.autoattack"), name, make)
+  box = Box(0.25, -1.0, 2.0)
+  jaxbo.adversarial.standard_attacks(model, box, num_steps=50, num_queries=70)
   assert asked == [
-    ("pgd", inside | {"step_size": 0.0625, "num_steps": 20}),
-    ("pgd", inside | {"step_size": 0.0625, "num_steps": 50}),
-    ("apgd", inside | {"num_steps": 50}),
-    ("apgd", inside | {"num_steps": 50, "objective": "targeted_dlr"}),
-    ("square", inside | {"num_queries": 70}),
+    ("pgd", box, {"step_size": 0.0625, "num_steps": 20}),
+    ("pgd", box, {"step_size": 0.0625, "num_steps": 50}),
+    ("apgd", box, {"num_steps": 50}),
+    ("apgd", box, {"num_steps": 50, "objective": "targeted_dlr"}),
+    ("square", box, {"num_queries": 70}),
   ]
+
+
+def test_standard_attacks_have_a_name_each_whatever_the_number_of_steps():
+  attacks = jaxbo.adversarial.standard_attacks(model, Box(0.1), num_steps=20)
+  assert list(attacks) == ["pgd_20", "pgd", "apgd_ce", "apgd_t", "square"]
 
 
 def test_errors_name_the_argument(as_users_run):
@@ -175,8 +212,8 @@ def test_errors_name_the_argument(as_users_run):
     of_batch((IMAGES, LABELS.at[0].set(0).at[1].set(9)), 0, {})
   for name in ("clean", "worst_case"):
     with pytest.raises(ValueError, match=f"attacks must have other names than .*, got .'{name}'."):
-      of_batch((IMAGES, LABELS), 0, {name: attacks["pgd_5"]})
-  for wrong in (attacks["pgd_5"], [attacks["pgd_5"]], {"pgd": model}):
+      of_batch((IMAGES, LABELS), 0, {name: attacks["pgd"]})
+  for wrong in (attacks["pgd"], [attacks["pgd"]], {"pgd": model}):
     with pytest.raises(TypeError, match="attacks must be a dict of attacks by name, got"):
       of_batch((IMAGES, LABELS), 0, wrong)
   with pytest.raises(TypeError, match="labels must be integers, got dtype float64"):

@@ -84,6 +84,50 @@ def test_losses_and_their_gradients_are_finite_where_logits_are_extreme():
   close(boosted, [0.0, 400.0 + 200.0])
 
 
+MASKED = np.array([[0.0, -np.inf, 1.0], [2.0, -np.inf, -1.0]])
+MASKED_MOVED = np.array([[0.5, -np.inf, 0.7], [-1.0, -np.inf, 0.3]])
+
+
+def test_a_masked_class_is_as_if_it_were_not_there():
+  """Values and slopes, with the label among the two classes that are left."""
+
+  def both(clean, moved, labels):
+    trades = jaxbo.adversarial.trades_loss(clean, moved, labels)
+    return trades, jaxbo.adversarial.mart_loss(clean, moved, labels)
+
+  slopes_of = jax.jit(jax.jacrev(both, (0, 1)))
+  few = [0, 2]
+  for label in (0, 1):
+    labels, there = np.full(2, 2 * label), np.full(2, label)
+    losses = jax.jit(both)(MASKED, MASKED_MOVED, labels)
+    close(losses, jax.jit(both)(MASKED[:, few], MASKED_MOVED[:, few], there))
+    slopes = jax.tree.leaves(slopes_of(jnp.float32(MASKED), jnp.float32(MASKED_MOVED), labels))
+    without = slopes_of(*(jnp.float32(z[:, few]) for z in (MASKED, MASKED_MOVED)), there)
+    for slope, expected in zip(slopes, jax.tree.leaves(without), strict=True):
+      close(slope[..., few], expected)
+      assert not np.any(slope[..., 1])
+  close(both(MASKED[:1], MASKED_MOVED[:1], np.array([0]))[0], [1.7316], rtol=1e-4)
+
+
+def test_one_class_that_is_left_is_certain():
+  """All others are masked: no loss, no slope, whichever class it is."""
+  for label in range(3):
+    logits = np.where(np.arange(3) == label, 1.0, -np.inf)[None].astype(np.float32)
+    for loss in (jaxbo.adversarial.trades_loss, jaxbo.adversarial.mart_loss):
+      total = lambda clean, moved, loss=loss, label=label: loss(clean, moved, np.array([label]))[0]
+      value, slopes = jax.value_and_grad(total, (0, 1))(logits, logits)
+      assert value == 0
+      assert not np.any(slopes)
+
+
+def test_divergence_is_infinite_where_only_the_second_masks_a_class_and_nan_stays_nan():
+  loss = lambda clean, moved: jaxbo.adversarial.trades_loss(clean, moved, np.array([0]))
+  unmasked = np.array([[0.0, 1.0, 1.0]], np.float32)
+  assert loss(unmasked, np.array([[0.0, -np.inf, 1.0]]))[0] == np.inf
+  assert np.isnan(loss(np.array([[0.0, np.nan, 1.0]]), unmasked)[0])
+  assert np.isnan(loss(unmasked, np.array([[0.0, np.nan, 1.0]]))[0])
+
+
 def test_losses_take_narrow_floats_and_any_integers():
   narrow = jnp.asarray(CLEAN, jnp.bfloat16)
   for dtype in (np.uint8, np.int8, np.int64):

@@ -1,6 +1,7 @@
 """The inner solver: what a run is, what it stores, and what it refuses."""
 
 import functools
+import itertools
 
 import chex
 import jax
@@ -255,6 +256,8 @@ def test_init_copies_and_strips_weak_types():
     ({"optimizer": 0.1}, TypeError, "optimizer must be an optax transformation, .* got 0.1"),
     ({"optimizer": optax.sgd}, TypeError, r"say optax\.sgd\(0\.1\), or a function of x, got <func"),
     ({"optimizer": lambda: optax.sgd(0.1)}, TypeError, r"function optimizer\(x\)"),
+    ({"tolerance": 0.1, "remat": True}, ValueError, "remat must be False with tolerance"),
+    ({"tolerance": -1.0}, ValueError, "tolerance must be non-negative"),
     ({"warm_start": True}, ValueError, "one of 'params', 'all', False, got True"),
     ({"warm_start": "state"}, ValueError, "one of 'params', 'all', False, got 'state'"),
     ({"start": lambda x: x, "warm_start": "all"}, ValueError, "not be given with start, got 'all'"),
@@ -351,3 +354,43 @@ def test_aux_needs_x_at_init():
   solver = jaxbo.inner_solver(lambda x, y, b: (0.0, 1), optax.sgd(0.1), 2, has_aux=True)
   with pytest.raises(ValueError, match=r"init\(y0, x, batch\)"):
     solver.init(jnp.ones(2))
+
+
+def test_a_run_stops_once_it_changes_little(x64):
+  """The same steps as without a tolerance; what is left out repeats the last loss."""
+  loss = lambda x, y, batch: (jnp.sum(batch * (y - x) ** 2), y[0])
+  make = lambda **options: jaxbo.inner_solver(
+    loss, optax.sgd(0.1), 60, per_step_batches=True, has_aux=True, **options
+  )
+  whole, early = make(), make(tolerance=1e-3)
+  x, y0, batch = jnp.array([1.0, -2.0]), jnp.zeros(2), jnp.linspace(1.0, 1.5, 60)
+  step_by_step = [np.zeros(2)]
+  for scale in batch:
+    step_by_step.append(step_by_step[-1] - 0.2 * scale * (step_by_step[-1] - x))
+  norm = np.linalg.norm
+  changes = [norm(b - a) / norm(b) for a, b in itertools.pairwise(step_by_step)]
+  count = int(np.argmax(np.array(changes) <= 1e-3)) + 1
+  assert 10 < count < 50
+  solution = jax.jit(early.solve)(x, early.init(y0, x, batch), batch)
+  np.testing.assert_allclose(solution.params, step_by_step[count], rtol=1e-12)
+  full = whole.solve(x, whole.init(y0, x, batch), batch).info
+  for found, expected in ((solution.info.losses, full.losses), (solution.info.aux, full.aux)):
+    np.testing.assert_allclose(found[:count], expected[:count], rtol=1e-12)
+    np.testing.assert_array_equal(found[count:], found[count - 1])
+
+
+def test_responses_to_a_run_that_stops_early(x64):
+  loss = lambda x, y, batch: jnp.sum((y - jnp.sin(x)) ** 2)
+  inner = jaxbo.inner_solver(loss, optax.sgd(0.2), 200, tolerance=1e-12)
+  x = jnp.array([0.3, 0.8])
+  solution = inner.solve(x, inner.init(jnp.zeros(2)), None)
+  es = {"directions": "orthogonal", "difference": "exact"}
+  for tx in (
+    jaxbo.add_implicit_response(inner, jaxbo.conjugate_gradient(2)),
+    jaxbo.add_es_response(inner, 2, **es),
+  ):
+    h, _ = tx.update((0 * x, jnp.ones(2)), tx.init(x), x, solution=solution, batch=None)
+    np.testing.assert_allclose(h, np.cos(x), rtol=1e-8)
+  tx = jaxbo.add_unrolled_response(inner)
+  with pytest.raises(ValueError, match="inner must not have a tolerance"):
+    tx.update((0 * x, jnp.ones(2)), tx.init(x), x, solution=solution, batch=None)

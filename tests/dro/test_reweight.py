@@ -148,6 +148,19 @@ def test_without_repair_a_bad_batch_gives_no_gradient():
   close(update(KL, own)[0], lazy_kl(BATCH, ALL)[0][0])
 
 
+def test_without_repair_a_bad_loss_counts_even_if_its_gradient_is_finite():
+  """A loss may be set to NaN behind its gradient; the rule is that of the losses."""
+  third = jnp.arange(problem.N) == 3
+  spoilt = lambda params, batch: jnp.where(third, jnp.nan, problem.loss_fn(params, batch))
+  for repair in (False, True):
+    lazy = jaxbo.per_example_grad(spoilt, repair=repair)
+    result, state = update(KL, lazy(PARAMS, BATCH))
+    keep = np.arange(problem.N) != 3
+    expected = problem.weighted(BATCH, softmax(problem.per_example(BATCH)[0], mask=keep))
+    close(result, expected if repair else jax.tree.map(jnp.zeros_like, result))
+    assert state.info.num_excluded == 1
+
+
 def test_replaced_rows_keep_integers_booleans_and_keys():
   """Rows are replaced whole; a key for each example stays, and a shared one goes to all."""
 
@@ -164,8 +177,9 @@ def test_replaced_rows_keep_integers_booleans_and_keys():
     "flag": jnp.array([True, True, False, True]),
     "label": jnp.array([2, 0, 1, 1]),  # The first one gives NaN.
   }
+  axes = {"keys": 0, "key": None, "flag": 0, "label": 0}
   for size in (None, 2):
-    grads = jaxbo.per_example_grad(loss_fn, microbatch_size=size, repair=True)
+    grads = jaxbo.per_example_grad(loss_fn, batch_axes=axes, microbatch_size=size, repair=True)
     step = jax.jit(
       lambda batch, grads=grads: update(jaxbo.dro.uniform(), grads(jnp.ones(()), batch))
     )
@@ -295,6 +309,12 @@ class TestErrors:
       (stored, {}, ValueError, "must be given PerExampleGrads, from jaxbo.per_example_grad"),
       (stored, {"losses": jnp.ones(5)}, ValueError, r"grads\['b'\] must be \[5, \*param_shape\]"),
       (PARAMS, {"losses": jnp.ones(3)}, ValueError, r"grads\['b'\] must be .*, got \(\)"),
+      (
+        {"w": jnp.ones((3, 3)), "b": jnp.ones((3, 3))},
+        {"losses": jnp.ones(3)},
+        ValueError,
+        "grads of one example must have the structure and shapes of params",
+      ),
       (lazy, {"losses": jnp.ones(24)}, ValueError, "PerExampleGrads has its own"),
       (
         lazy,

@@ -70,6 +70,79 @@ def test_without_repair_one_bad_row_gives_no_gradient(name):
     assert info.num_excluded == 1
 
 
+@pytest.mark.parametrize("name", ["kl", "compositional", "cvar"])
+def test_scores_groups_and_aux_are_those_of_the_whole_batch(name):
+  """One score is not finite, and so is another loss; an aux comes back in the order of the rows."""
+  loss_fn = lambda params, batch: (problem.loss_fn(params, batch), {"x": batch["x"]})
+  options = {
+    "scores": np.random.default_rng(1).normal(size=problem.N).astype(np.float32),
+    "mask": MASK,
+    "prior": PRIOR,
+    "groups": np.arange(problem.N) % 3,
+  }
+  options["scores"][7] = np.nan
+  bad = {**BATCH, "y": BATCH["y"].at[9].set(jnp.nan)}
+
+  @jax.jit
+  def both(batch):
+    make = {"has_aux": True, "repair": True}
+    grads = jaxbo.per_example_grad(loss_fn, **make)(PARAMS, batch)
+    tx, weighting = jaxbo.reweight(WEIGHTINGS[name]), WEIGHTINGS[name]
+    expected, state = tx.update(grads, tx.init(PARAMS), PARAMS, **options)
+    streamed = jaxbo.streaming_grad(loss_fn, weighting, microbatch_size=4, **make)
+    return streamed(PARAMS, batch, **options), (expected, state.info, grads.aux)
+
+  streamed, whole = both(bad)
+  close(streamed, whole)
+  assert streamed[1].num_excluded == 3
+  np.testing.assert_array_equal(streamed[2]["x"], BATCH["x"])
+
+
+@pytest.mark.parametrize("name", ["kl", "cvar"])
+def test_a_row_without_a_target_does_not_count_by_itself(name):
+  """The loss says so; a mask that is given takes away more."""
+
+  class Loss:
+    def __call__(self, params, batch):
+      return problem.loss_fn(params, batch)
+
+    def example_mask(self, batch):
+      return batch["x"][:, 0] > 0
+
+  there = np.asarray(BATCH["x"][:, 0] > 0)
+  few = jax.tree.map(lambda leaf: leaf[there & MASK], BATCH)
+  tx = jaxbo.reweight(WEIGHTINGS[name])
+  update = lambda grads, **mask: tx.update(grads, tx.init(PARAMS), PARAMS, **mask)
+  expected, right = update(jaxbo.per_example_grad(problem.loss_fn)(PARAMS, few))
+  for size in (None, 4):
+    lazy = jaxbo.per_example_grad(Loss(), microbatch_size=size)
+    result, state = jax.jit(lambda batch, lazy=lazy: update(lazy(PARAMS, batch), mask=MASK))(BATCH)
+    close(result, expected)
+    assert state.info.num_valid == right.info.num_valid
+    assert state.info.num_excluded == 0
+  streamed = jax.jit(jaxbo.streaming_grad(Loss(), WEIGHTINGS[name], microbatch_size=4))
+  result, info = streamed(PARAMS, BATCH, mask=MASK)
+  close(result, expected)
+  assert info.num_valid == right.info.num_valid
+
+
+def test_arguments_are_checked_as_those_of_reweight_are(as_users_run):
+  for weighting in (jaxbo.dro.kl(1.0), jaxbo.dro.cvar(0.5)):
+    streamed = jaxbo.streaming_grad(problem.loss_fn, weighting, microbatch_size=4)
+    for options, error, match in (
+      ({"scores": jnp.ones(3)}, ValueError, r"scores must have the shape .*, got \(3,\)"),
+      ({"mask": jnp.ones(24)}, TypeError, "mask must be boolean, got dtype float32"),
+      ({"mask": jnp.ones(3, bool)}, ValueError, r"mask must have the shape .*, got \(3,\)"),
+      ({"prior": jnp.ones((24, 1))}, ValueError, r"prior must have the shape .*\(24, 1\)"),
+      ({"groups": jnp.ones(24)}, TypeError, "groups must be integers, got dtype float32"),
+    ):
+      with pytest.raises(error, match=match):
+        streamed(PARAMS, BATCH, **options)
+    sums = lambda params, batch: (problem.loss_fn(params, batch), batch["y"].sum())
+    with pytest.raises(ValueError, match=r"aux must be \[batch, ...\] .* got shape \(\)"):
+      jaxbo.streaming_grad(sums, weighting, microbatch_size=4, has_aux=True)(PARAMS, BATCH)
+
+
 def passes(weighting):
   """How often the model runs forward and backward over the data."""
   calls = []

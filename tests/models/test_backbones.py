@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jaxbo_models import Conv4, LeNet5, ResNet12
+from jaxbo_models import MLP, Conv4, LeNet5, PreActResNet18, ResNet12, SmallCNN
+from jaxbo_models.layers import BatchNorm
 
 from tests.models import oracle
 
@@ -180,6 +181,27 @@ def test_unknown_statistics_and_statistics_of_one_value_are_refused(build, shape
     jax.eval_shape(build(batch_stats="group").init, jax.random.key(0), jnp.ones(shape))
   with pytest.raises(ValueError, match=r"momentum must be in \[0, 1\), got 1"):
     jax.eval_shape(build(momentum=1.0).init, jax.random.key(0), jnp.ones(shape))
+
+
+def test_sizes_and_epsilon_that_make_no_layer_are_refused():
+  """Without a check a width of 0 gives features of nothing, and a negative epsilon NaN."""
+  images, key = jnp.ones((2, 32, 32, 1)), jax.random.key(0)
+  for model, message in (
+    (Conv4(0), "features must be at least 1, an integer, got 0"),
+    (SmallCNN(widths=(4, 0)), "widths must be at least 1, an integer, got 0"),
+    (SmallCNN(num_hidden=0), "num_hidden must be at least 1"),
+    (SmallCNN(num_classes=0), "num_classes must be at least 1"),
+    (PreActResNet18(num_classes=0), "num_classes must be at least 1"),
+    (PreActResNet18(widths=(4, 4, 4, -4)), "widths must be at least 1, an integer, got -4"),
+    (ResNet12(widths=(4, 4, 4, 0)), "widths must be at least 1"),
+    (MLP((4, 0)), "features must be at least 1"),
+    (MLP(()), r"features must be one width at least, got \(\)"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      jax.eval_shape(model.init, key, images)
+  for epsilon in (0.0, -1e-5, float("nan"), float("inf")):
+    with pytest.raises(ValueError, match=f"epsilon must be positive .*, got {epsilon}"):
+      jax.eval_shape(BatchNorm(epsilon=epsilon).init, key, images)
 
 
 def test_one_pixel_of_one_image_has_no_batch_statistics():

@@ -169,6 +169,39 @@ def test_java_scores_say_why_they_are_skipped(tmp_path, monkeypatch):
       assert len(failed.per_caption) == 0
 
 
+def test_what_java_programs_should_not_say_is_the_reason(tmp_path, monkeypatch):
+  for file in ("it.jar", "data/paraphrase-en.gz", "lib/stanford-corenlp-3.6.0.jar",
+               "lib/stanford-corenlp-3.6.0-models.jar"):  # fmt: skip
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).touch()
+  monkeypatch.setenv("PATH", str(tmp_path))
+  java, jar = tmp_path / "java", tmp_path / "it.jar"
+  java.touch()
+  java.chmod(java.stat().st_mode | stat.S_IXUSR)
+  for score, output, reason in (
+    (caption_metrics.meteor, "Error: no model", "could not convert string to float"),
+    (caption_metrics.meteor, "", "not enough values to unpack"),
+    (caption_metrics.meteor, "0.5", "it.jar gave 1 numbers"),
+    (caption_metrics.meteor, "\udcff", "can't decode byte"),
+    (caption_metrics.spice, "[]", "did not give a score for each image: KeyError"),
+    (caption_metrics.spice, "{}", "did not give a score for each image: KeyError"),
+    (caption_metrics.spice, "[3]", "did not give a score for each image: TypeError"),
+    (caption_metrics.spice, '[{"image_id": 0, "scores": {}}]', "each image: KeyError"),
+    (caption_metrics.spice, '[{"image_id": 0, "scores": {"All": {"f": null}}}]', "TypeError"),
+    (caption_metrics.spice, "Error: no model", "Expecting value"),
+  ):
+    java.write_text(
+      "#!/usr/bin/python3\nimport os, sys\n"
+      f"output = {output!r}.encode(errors='surrogateescape')\n"
+      "out = sys.argv[sys.argv.index('-out') + 1] if '-out' in sys.argv else 1\n"
+      "open(out, 'wb').write(output)\n"
+    )
+    skipped = score([["a", "b"]], [[["a", "b"]]], jar=jar)
+    assert reason in skipped.reason
+    assert math.isnan(skipped.value)
+    assert len(skipped.per_caption) == 0
+
+
 def test_java_programs_are_asked_and_answered(tmp_path, monkeypatch):
   """With programs that stand in for the real ones: 5 words, 0.25 each, 0.5 in all."""
   java = tmp_path / "java"
@@ -236,6 +269,10 @@ def test_a_vocabulary_has_frequent_words_and_ends(tmp_path):
     (lambda v: v.encode(["a"], length=2), "length must be at least 3"),
     (lambda v: v.decode([1, 4]), r"ids must be in \[0, 3\], got 4"),
     (lambda v: Vocabulary(["a"]), "words must begin with"),
+    (
+      lambda v: Vocabulary(["<pad>", "<bos>", "<eos>", "a", "<unk>"]),
+      "words must have '<unk>' at position 3 or not at all, got it at 4",
+    ),
     (lambda v: Vocabulary([*v.words, "a"]), "words must be different, got 'a' twice"),
     (lambda v: Vocabulary.build([], min_count=0), "min_count must be at least 1, got 0"),
   ],

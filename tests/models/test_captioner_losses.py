@@ -202,6 +202,14 @@ def test_a_robust_step_follows_the_worst_captions():
   jax.tree.map(close, summed, expected)
 
 
+def test_a_caption_without_a_target_does_not_count_by_itself():
+  loss_fn = captioner.caption_losses(make())
+  tokens, mask = jnp.ones((3, 4), int), jnp.ones((3, 4), bool).at[1, 1:].set(False).at[2].set(False)
+  there = loss_fn.example_mask({"tokens": tokens, "mask": mask})
+  assert there.tolist() == [True, False, False]
+  assert loss_fn.example_mask({"tokens": tokens}).all()
+
+
 def test_it_is_the_inner_loss_of_a_bilevel_problem():
   """Weights of captions, by an implicit response: the Hessian's products go through the scan."""
   model = make(guide="none", attention_query="hidden")

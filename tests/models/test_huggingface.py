@@ -177,13 +177,13 @@ def test_settings_that_are_not_the_default_are_read(copy, family, settings, fiel
 def test_broken_files_are_refused(copy):
   path = copy("gpt2")
   (path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
-  with pytest.raises(ValueError, match=r"model\.safetensors is no whole file of safetensors: "):
+  with pytest.raises(ValueError, match=r"model\.safetensors is not a whole file of safetensors: "):
     transformer.from_safetensors(path)
   (path / "config.json").write_text('{"model_type": "gpt2"}')
   with pytest.raises(ValueError, match=r"config.json must have vocab_size, got none in"):
     transformer.from_safetensors(path)
   (path / "config.json").write_text("Not found")
-  with pytest.raises(ValueError, match=r"config.json is no JSON: Expecting value"):
+  with pytest.raises(ValueError, match=r"config.json is not JSON: Expecting value"):
     transformer.from_safetensors(path)
 
 

@@ -23,6 +23,21 @@ def test_bytes_that_are_no_text_are_shown_as_such():
   assert tokenizers.ByteTokenizer().decode([104, 195]) == "h�"
 
 
+def check_what_is_refused(tokenizer):
+  """A lone surrogate is not a character, and an id beyond the last one not a token."""
+  with pytest.raises(ValueError, match=r"text must not have lone .* '\\ud800' at position 2"):
+    tokenizer.encode("ab\ud800")
+  last = tokenizer.vocab_size - 1
+  tokenizer.decode([0, last])
+  for i in (last + 1, 10**6, -1):
+    with pytest.raises(ValueError, match=rf"ids must be those .*, got {i} at position 1"):
+      tokenizer.decode([0, i])
+
+
+def test_bytes_refuse_what_they_do_not_know():
+  check_what_is_refused(tokenizers.ByteTokenizer())
+
+
 @pytest.fixture(params=["tokenizer.json", "vocab.json"])
 def folder(request, tmp_path):
   """A small tokenizer, as one file or as two."""
@@ -55,13 +70,17 @@ def test_pairs_come_back_as_text(folder):
     assert tokenizer.decode([*ids, tokenizer.end_of_text]) == text
 
 
+def test_pairs_refuse_what_they_do_not_know(folder):
+  check_what_is_refused(tokenizers.BPETokenizer(folder))
+
+
 def test_missing_files_and_tokens_are_refused(folder, tmp_path):
   with pytest.raises(ValueError, match=r"end_of_text must be a token of .*, got '</s>'"):
     tokenizers.BPETokenizer(folder, end_of_text="</s>")
   (tmp_path / "empty").mkdir()
   (tmp_path / "broken").mkdir()
   (tmp_path / "broken" / "tokenizer.json").write_text("{}")
-  with pytest.raises(ValueError, match=r"tokenizer\.json is no tokenizer: Model missing"):
+  with pytest.raises(ValueError, match=r"tokenizer\.json is not a tokenizer: Model missing"):
     tokenizers.BPETokenizer(tmp_path / "broken")
   with pytest.raises(FileNotFoundError, match=r"empty must have tokenizer\.json, vocab\.json and"):
     tokenizers.BPETokenizer(tmp_path / "empty")

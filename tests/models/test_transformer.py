@@ -353,6 +353,31 @@ def test_gradients_reweighted_by_jaxbo_are_weighted_sums():
   assert np.ptp(weights) > 0.1
 
 
+def test_a_sequence_without_a_target_does_not_count_by_itself():
+  """A batch that is filled up with padding gives the gradient of its real rows."""
+  model, params = setup("opt")
+  mask = (
+    jnp.ones(TOKENS.shape, bool).at[-1].set(False).at[0, 1:].set(False)
+  )  # One token: no target.
+  loss_fn = transformer.sequence_losses(model)
+  assert loss_fn.example_mask({"tokens": TOKENS, "mask": mask}).tolist() == (
+    [False] + [True] * (len(TOKENS) - 2) + [False]
+  )
+  assert loss_fn.example_mask({"tokens": TOKENS}).all()
+  tx = jaxbo.reweight(jaxbo.dro.kl(0.5))
+
+  @jax.jit
+  def robust(tokens, mask):
+    grads = jaxbo.per_example_grad(loss_fn)(params, {"tokens": tokens, "mask": mask})
+    updates, state = tx.update(grads, tx.init(params), params)
+    return updates, state.info.num_valid
+
+  updates, num_valid = robust(TOKENS, mask)
+  expected, right = robust(TOKENS[1:-1], mask[1:-1])
+  assert num_valid == right == len(TOKENS) - 2
+  assert_close(updates, expected)
+
+
 def test_a_small_model_learns_its_batch_by_heart():
   model, params = setup("opt")
   loss_fn = transformer.sequence_losses(model)

@@ -67,11 +67,11 @@ def meteor(
   try:
     statistics = _run(command, found.parent, score_lines)
     values = _run(command, found.parent, [" ||| ".join(["EVAL", *statistics])])
-  except (OSError, subprocess.SubprocessError) as error:
+    *per_caption, value = map(float, values)
+  except (OSError, ValueError, subprocess.SubprocessError) as error:
     return _skipped(f"METEOR was skipped: {error}")
-  if len(statistics) != len(candidates) or len(values) != len(candidates) + 1:
+  if len(statistics) != len(candidates) or len(per_caption) != len(candidates):
     return _skipped(f"METEOR was skipped: {found} gave {len(values)} numbers")
-  *per_caption, value = map(float, values)
   return JavaScore(value, np.array(per_caption))
 
 
@@ -115,10 +115,12 @@ def spice(
     try:
       _run([*command, "-out", str(written), "-subset", "-silent"], found.parent, [])
       results = json.loads(written.read_text())
+      scores = {result["image_id"]: result["scores"]["All"]["f"] for result in results}
+      per_caption = np.array([float(scores[i]) for i in range(len(images))])
     except (OSError, ValueError, subprocess.SubprocessError) as error:
       return _skipped(f"SPICE was skipped: {error}")
-  scores = {result["image_id"]: result["scores"]["All"]["f"] for result in results}
-  per_caption = np.array([float(scores[i]) for i in range(len(images))])
+    except (KeyError, TypeError) as error:
+      return _skipped(f"SPICE was skipped: {found} did not give a score for each image: {error!r}")
   return JavaScore(float(np.mean(per_caption)), per_caption)
 
 

@@ -1,6 +1,6 @@
 """Losses of captions, one for each, for ``jaxbo.per_example_grad`` and bilevel solvers."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+
+from jaxbo_models.batch_loss import BatchLoss
 
 
 def caption_losses(
@@ -18,7 +20,7 @@ def caption_losses(
   discriminative_weight: float = 0.0,
   score_penalty: float = 0.0,
   attention_penalty: float = 0.0,
-) -> Callable[[Any, Mapping[str, Any]], jax.Array]:
+) -> BatchLoss:
   r"""Makes a function that returns one loss for each caption.
 
   .. math:: \ell = \sum_t -\log p(u_{t+1} \mid u_0, \dots, u_t) \quad \text{(or its mean over t)}
@@ -60,7 +62,8 @@ def caption_losses(
 
     Each loss depends only on its own caption and image, except that one key draws the dropout masks
     of the whole batch, and that an encoder with batch statistics mixes images. The loss is 0 if the
-    caption has no token after the first, and NaN if it has an unknown token. Find such captions
+    caption has no token after the first, and the caption does not count where losses are reweighted
+    (``loss_fn.example_mask``); it is NaN if the caption has an unknown token. Find such captions
     with :func:`check_captions`.
 
   Raises:
@@ -114,7 +117,12 @@ def caption_losses(
       total += jnp.where(there.any(axis=1), attention_penalty * missing.sum(axis=1), 0)
     return total
 
-  return loss_fn
+  def example_mask(batch: Mapping[str, Any]) -> jax.Array:
+    mask = batch.get("mask")
+    there = jnp.ones(batch["tokens"].shape, bool) if mask is None else mask
+    return jnp.any(there[:, 1:], axis=1)
+
+  return BatchLoss(loss_fn, example_mask)
 
 
 def token_losses(logits: jax.Array, targets: jax.Array, mask: jax.Array) -> jax.Array:

@@ -87,7 +87,7 @@ class _Tensors:
       try:
         opened = safe_open(_existing(path / file), framework="flax")
       except SafetensorError as error:  # A partial download, or a Git LFS pointer.
-        raise ValueError(f"{path / file} is no whole file of safetensors: {error}") from error
+        raise ValueError(f"{path / file} is not a whole file of safetensors: {error}") from error
       names = opened.keys()
       for name in names:
         short = functools.reduce(str.removeprefix, prefixes, name)
@@ -176,7 +176,7 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
   try:
     return json.loads(_existing(path).read_text())
   except json.JSONDecodeError as error:
-    raise ValueError(f"{path} is no JSON: {error}") from error
+    raise ValueError(f"{path} is not JSON: {error}") from error
 
 
 def _existing(path: pathlib.Path) -> pathlib.Path:

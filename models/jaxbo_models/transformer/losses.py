@@ -1,12 +1,14 @@
 """Next-token losses of tokens and of sequences."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+
+from jaxbo_models.batch_loss import BatchLoss
 
 
 def token_losses(
@@ -37,18 +39,15 @@ def token_losses(
   """
   logits, targets = logits[:, :-1], tokens[:, 1:]
   logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-  counts = jnp.ones(targets.shape, bool)
+  counts = _targets(tokens, mask)
   if mask is not None:
-    counts = mask[:, 1:] & mask[:, :-1]
     # Mask before the loss, too: masking only after it can make the gradient 0 * NaN.
     logits, targets = jnp.where(counts[:, :, None], logits, 0), jnp.where(counts, targets, 0)
   losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, targets)
   return jnp.where(counts, losses, 0), counts.astype(losses.dtype)
 
 
-def sequence_losses(
-  model: nn.Module, reduction: str = "mean"
-) -> Callable[[Any, Mapping[str, Any]], jax.Array]:
+def sequence_losses(model: nn.Module, reduction: str = "mean") -> BatchLoss:
   """Makes a function that returns one loss for each sequence, for ``jaxbo.per_example_grad``.
 
   >>> from jaxbo_models import transformer
@@ -67,7 +66,8 @@ def sequence_losses(
   Returns:
     A function ``(params, batch) -> losses``, ``[batch]`` in float32 at least. The batch holds
     ``"tokens" [batch, length]`` and, if there is padding, ``"mask" [batch, length]``. A sequence
-    without a target has loss 0.
+    without a target has loss 0, and does not count where losses are reweighted
+    (``loss_fn.example_mask``).
 
   Raises:
     ValueError: ``reduction`` is unknown.
@@ -82,4 +82,14 @@ def sequence_losses(
     total = jnp.sum(losses, axis=1)
     return total if reduction == "sum" else total / jnp.maximum(jnp.sum(weights, axis=1), 1)
 
-  return loss_fn
+  def example_mask(batch: Mapping[str, Any]) -> jax.Array:
+    return jnp.any(_targets(batch["tokens"], batch.get("mask")), axis=1)
+
+  return BatchLoss(loss_fn, example_mask)
+
+
+def _targets(tokens: jax.Array, mask: jax.Array | None) -> jax.Array:
+  """Which tokens after the first are targets, ``[batch, length - 1]``."""
+  if mask is None:
+    return jnp.ones_like(tokens[:, 1:], bool)
+  return mask[:, 1:] & mask[:, :-1]

@@ -29,6 +29,7 @@ pytestmark = pytest.mark.slow  # All together, not each.
 
 RNG = np.random.default_rng(0)
 EPSILON, NUM_STEPS = 0.1, 3
+BOX = jaxbo.adversarial.Box(EPSILON)
 
 
 def model(params, images):
@@ -71,9 +72,7 @@ def close(a, b):
 
 
 def attacked(**options):
-  attack = jaxbo.adversarial.pgd(
-    model, epsilon=EPSILON, step_size=EPSILON / 4, num_steps=NUM_STEPS, **options
-  )
+  attack = jaxbo.adversarial.pgd(model, BOX, step_size=EPSILON / 4, num_steps=NUM_STEPS, **options)
   return attack.run(PARAMS, BATCH, jax.random.clone(KEY))
 
 
@@ -136,11 +135,12 @@ def test_done_and_fast_bat_have_the_implicit_term_of_the_library(gradients):
   margin = lambda p, x, y: -jaxbo.adversarial.margin_loss(model(p, x), y)
   rates = SETTING.rates
   done = functools.partial(
-    jaxbo.adversarial.done_grad, loss, margin, epsilon=EPSILON, barrier=rates.barrier,
+    jaxbo.adversarial.done_grad, loss, margin, BOX, barrier=rates.barrier,
     num_steps=NUM_STEPS, curvature=rates.curvature,
   )  # fmt: skip
-  of_attack = {"epsilon": EPSILON, "step_size": rates.fast_bat_step_size}
-  fast_bat = jaxbo.adversarial.fast_bat_grad(loss, lambda *a: -loss(*a), **of_attack)
+  step_size = rates.fast_bat_step_size
+  negative = lambda *arguments: -loss(*arguments)
+  fast_bat = jaxbo.adversarial.fast_bat_grad(loss, negative, BOX, step_size=step_size)
   by = {
     "done": (done(step_size=0.5), jaxbo.dro.kl(rates.temperature)),
     "done_adam": (
@@ -196,11 +196,18 @@ def test_eight_devices_do_what_one_does():
   chex.assert_trees_all_close(of_one, of_eight, rtol=1e-4, atol=1e-6)
   first, second = of_one[1]
   assert 0 < first.ess < 1
+  assert first.clipped == 0
   assert second.loss < first.loss
   _, [easy] = train(1, 1, epsilon_rise=1.0)  # A quarter of epsilon at most.
   assert easy.loss < first.loss - 0.05
   _, [moved] = train(1, 1, dataset="cifar10")  # Images in colour are moved and mirrored.
   assert moved.loss != first.loss
+
+
+def test_images_outside_of_the_range_are_told(monkeypatch):
+  monkeypatch.setattr(adv_data, "as_floats", lambda images: images.astype(jnp.float32))  # To 255.
+  _, [told] = train(1, 1)
+  assert told.clipped == 1
 
 
 def test_steps_know_how_far_training_is_and_have_keys_of_their_own():
@@ -266,11 +273,13 @@ def test_the_loss_of_the_tail_is_the_mean_of_the_highest_tenth():
 def test_the_attacks_of_the_report_are_those_that_are_asked_for(monkeypatch):
   asked = []
   for name in ("pgd", "apgd"):
-    monkeypatch.setattr(jaxbo.adversarial, name, lambda model, **options: asked.append(options))
+    make = lambda model, box, **options: asked.append({"box": box} | options)
+    monkeypatch.setattr(jaxbo.adversarial, name, make)
   Evaluator(model, Config(epsilon=0.2, test_steps=7, worst_steps=5, num_targets=2))
   pgd, apgd, targeted = asked
-  assert pgd == {"epsilon": 0.2, "step_size": 0.05, "num_steps": 7}
-  assert apgd == {"epsilon": 0.2, "num_steps": 5}
+  box = jaxbo.adversarial.Box(0.2)
+  assert pgd == {"box": box, "step_size": 0.05, "num_steps": 7}
+  assert apgd == {"box": box, "num_steps": 5}
   assert targeted == apgd | {"objective": "targeted_dlr", "num_targets": 2}
 
 
@@ -290,6 +299,7 @@ def test_a_run_prints_tables_and_draws(tmp_path, capsys, monkeypatch):
     assert words in table
   lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
   assert [(line["method"], line["epoch"]) for line in lines] == [("at", 1), ("done", 1)]
+  assert all(line["clipped"] == 0 for line in lines)
   pictures = [tmp_path / name for name in (plots.PER_CLASS, plots.WEIGHTS, plots.EXAMPLES)]
   for path in pictures:
     with Image.open(path) as picture:
