@@ -116,6 +116,7 @@ def black_box(
     descend=no_loss,
     num_steps=0,
     per_step_batches=False,
+    stops_early=False,
     start=None,
     through=None,
   )
