@@ -203,7 +203,7 @@ def test_samples_whose_run_is_not_finite_are_left_out():
 
 
 def test_no_finite_sample_leaves_the_outer_gradient():
-  solver = jaxbo.inner_solver(lambda x, y, batch: jnp.sum(y) * jnp.nan, optax.sgd(1.0), 1)
+  solver = jaxbo.inner_solver(lambda x, y, batch: jnp.sum(x * y) * jnp.nan, optax.sgd(1.0), 1)
   x = jnp.ones(2)
   solution = solver.init(jnp.ones(2))
   head = jaxbo.add_es_response(solver, 3)
@@ -296,7 +296,7 @@ def test_bad_arguments_are_refused(kwargs, error, message, as_users_run):
 
 def test_features_that_are_no_floats_are_refused():
   solver = jaxbo.inner_solver(
-    lambda z, y, b: jnp.sum(z * y), optax.sgd(0.5), 1, through=lambda x, b: jnp.arange(2)
+    lambda z, y, b: jnp.sum(z * y), optax.sgd(0.5), 1, through=lambda x, b: (x * 2).astype(int)
   )
   x = jnp.ones(2)
   head = jaxbo.add_es_response(solver)

@@ -68,7 +68,7 @@ def test_bfloat16_features_are_perturbed_in_float32():
 def test_what_an_optimizer_keeps_in_bfloat16_stays_so(optimizer, dtype, num_tasks):
   """Moments of a dtype of their own are what the optimizer makes of them in every run."""
   loss = lambda x, y, batch: (0.5 * jnp.sum((y - batch * jnp.tanh(x)) ** 2), batch)
-  solver = jaxbo.inner_solver(loss, optimizer, 2, has_aux=True)
+  solver = jaxbo.inner_solver(loss, optimizer, 2, has_aux=True, warm_start="all")
   batch = jnp.ones((), dtype)
   if num_tasks:
     solver, batch = jaxbo.over_tasks(solver, num_tasks), jnp.ones(num_tasks, dtype)

@@ -153,7 +153,7 @@ def momentum_run(y, targets, x, rate, momentum):
   return losses, y, velocity
 
 
-@pytest.mark.parametrize("warm_start", [False, True])
+@pytest.mark.parametrize("warm_start", [False, "params", "all"])
 def test_average_start_equals_a_loop_over_tasks(warm_start, x64):
   """Three solves with momentum, a batch for each step and auxiliary outputs."""
 

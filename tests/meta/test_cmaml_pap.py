@@ -145,7 +145,7 @@ def test_a_task_model_that_overflows_is_left_at_a_boundary():
   assert np.all(np.isfinite(end.task.x + end.task.y))
 
 
-@pytest.mark.parametrize("warm_start", [True, False])
+@pytest.mark.parametrize("warm_start", ["all", "params", False])
 def test_the_momentum_of_inner_steps_goes_on_until_the_round_after_a_boundary(warm_start, x64):
   optimizer = optax.sgd(RATE, momentum=0.9)
   inner = jaxbo.inner_solver(lambda *args: loss(*args)[0], optimizer, STEPS, warm_start=warm_start)

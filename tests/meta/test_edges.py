@@ -73,7 +73,7 @@ def test_a_gate_for_a_part_of_the_meta_model_does_not_hold_the_rest():
   np.testing.assert_allclose(list(other.meta_params.values()), [0.5, 0.59375, 0.6875])
 
 
-@pytest.mark.parametrize("warm_start", [True, False])
+@pytest.mark.parametrize("warm_start", ["all", "params", False])
 def test_the_momentum_of_the_inner_steps_lasts_as_long_as_the_task(warm_start, x64):
   """Whatever the solver does with solutions outside of this loop."""
   optimizer = optax.sgd(RATE, momentum=0.9)

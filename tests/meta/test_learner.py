@@ -448,9 +448,8 @@ def test_bad_arguments():
     make(gated(), oracle, start=lambda: 0)
   headless = make(optax.sgd(0.1), oracle, shift_score=SCORE)
   state, batch = headless.init(jnp.zeros(2), stream=STREAM), STREAM.step(STREAM.init(0))[1]
-  with pytest.raises((TypeError, ValueError)) as error:
+  with pytest.raises(ValueError, match="outer must begin with a response"):
     headless.step(state, batch)
-  assert "outer must begin with a response" in str(error.value.__notes__)
   scalar = jaxbo.meta.online_meta_learner(first_of(loss), INNER, gated(), oracle, shift_score=SCORE)
   with pytest.raises(TypeError, match=r"outer_loss must return \(scalar, aux\)"):
     scalar.step(state, batch)
