@@ -106,7 +106,8 @@ def add_implicit_response(
       or ``x`` and its state has nothing but counters and momentum (SGD with weight decay or a
       proximal step); else ``"gradient"``. Adam and L-BFGS with weight decay or a proximal step are
       not recognized: look at ``info.stationarity``. The fixed point needs a first step that is not
-      zero, so no warm-up from zero.
+      zero, so no warm-up from zero. Its system is about the optimizer's rate times the Hessian, so
+      :func:`jaxbo.neumann` and :func:`jaxbo.fixed_point` take a rate of about 1 there.
     inner_params: the inner parameters, as arrays or ``jax.ShapeDtypeStruct``. Required by a linear
       solver with ``warm_start``, because the state keeps its solution; unused otherwise.
 
