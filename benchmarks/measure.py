@@ -98,7 +98,12 @@ def count_marks(fn: Callable[..., Any], *args: Any, mark: str, while_steps: int 
 
 
 def sub_jaxprs(params: Mapping[str, Any]) -> list[Jaxpr]:
-  """The jaxprs among the parameters of an equation: bodies of loops, branches, calls."""
+  """The jaxprs among the parameters of an equation: bodies of loops, branches, calls.
+
+  Of ``lax.custom_linear_solve`` only what runs: its other jaxprs are for derivatives.
+  """
+  if hasattr(params.get("jaxprs"), "transpose_solve"):
+    params = {"solve": params["jaxprs"].solve}
   is_jaxpr = lambda value: isinstance(value, (Jaxpr, ClosedJaxpr))
   leaves = jax.tree.leaves(list(params.values()), is_leaf=is_jaxpr)
   return [getattr(leaf, "jaxpr", leaf) for leaf in leaves if is_jaxpr(leaf)]
