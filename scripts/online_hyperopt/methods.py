@@ -190,7 +190,7 @@ def _oagd_published(of: Setting) -> dict[str, Any]:
   inner = _published_inner(of)
   _, by_round, start = published_rates(of.rounds)
   started: Any = lambda step, **_: step >= start
-  response = jaxbo.add_implicit_response(inner, _published_series)
+  response = jaxbo.add_implicit_response(inner, _published_series, condition="gradient")
   outer = optax.chain(
     jaxbo.average_over_batches(response, of.problem.outer_loss, decay=DECAY),
     optax.conditionally_mask(_sgd(by_round[start:]), started),
