@@ -9,6 +9,7 @@ from typing import Any, SupportsIndex, TypeVar
 import jax
 import jax.core
 import jax.numpy as jnp
+from jax.extend.core import Jaxpr
 from jax.interpreters import partial_eval
 
 from jaxbo._types import PyTree
@@ -149,15 +150,29 @@ def scalar_loss(name: str, value: jax.typing.ArrayLike | tuple[PyTree, ...]) -> 
 
 def depends(function: Callable[[PyTree], PyTree], argument: PyTree) -> bool:
   """Whether a leaf of ``argument`` reaches ``function(argument)``, by its trace."""
-  return any(depends_by_leaf(function, argument))
+  jaxpr = jax.make_jaxpr(function)(argument).jaxpr
+  # It looks into jitted functions and loops too.
+  return any(partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[1])
 
 
 def depends_by_leaf(function: Callable[[PyTree], PyTree], argument: PyTree) -> list[bool]:
   """For each leaf of ``function(argument)``, whether a leaf of ``argument`` reaches it."""
   jaxpr = jax.make_jaxpr(function)(argument).jaxpr
-  wanted = [[i == j for j in range(len(jaxpr.outvars))] for i in range(len(jaxpr.outvars))]
-  # It looks into jitted functions and loops too.
-  return [any(partial_eval.dce_jaxpr(jaxpr, one)[1]) for one in wanted]
+  return _reached(jaxpr, [True] * len(jaxpr.invars))
+
+
+def _reached(jaxpr: Jaxpr, given: list[bool]) -> list[bool]:
+  known = {id(var) for var, one in zip(jaxpr.invars, given, strict=True) if one}
+  for eqn in jaxpr.eqns:
+    taken = [id(var) in known for var in eqn.invars]
+    called = [getattr(value, "jaxpr", value) for value in eqn.params.values()]
+    called = [value for value in called if hasattr(value, "eqns")]
+    if len(called) == 1 and len(called[0].invars) == len(taken) and eqn.primitive.name != "scan":
+      outputs = _reached(called[0], taken)
+    else:
+      outputs = [any(taken)] * len(eqn.outvars)
+    known |= {id(var) for var, one in zip(eqn.outvars, outputs, strict=True) if one}
+  return [id(var) in known for var in jaxpr.outvars]
 
 
 def uses(name: str, loss: Callable[[PyTree], jax.Array], argument: PyTree) -> None:

@@ -53,14 +53,15 @@ def condition_for(
   zeros = optax.tree.zeros_like(y)
   blind = lambda x, y, grads: inner.descend(x, y, grads, batch, with_loss=False)
   moves = [True] * len(jax.tree.leaves(y))
-  if not callable(condition):
+  if not callable(condition) and (inner.after is None or condition == "gradient"):
     moves = _check.depends_by_leaf(lambda grads: blind(x, y, grads), zeros)
   if condition is None:
-    reads = _check.depends(lambda xy: blind(xy[0], xy[1], zeros), (x, y))
     kinds = (ProjectParamsState, optax.TraceState)
     nodes = jax.tree.leaves(solution.opt_state, is_leaf=lambda node: isinstance(node, kinds))
     projects = any(isinstance(node, ProjectParamsState) for node in nodes)
-    condition = "fixed_point" if projects or (reads and _is_plain(nodes)) else "gradient"
+    moves_alone = _is_plain(nodes) and _moves_alone(blind, x, y)
+    fixed = projects or inner.after is not None or moves_alone
+    condition = "fixed_point" if fixed else "gradient"
 
   def residual(x, y):
     if callable(condition):
@@ -70,7 +71,25 @@ def condition_for(
     grads = jax.grad(inner.loss, argnums=1)(x, y, batch)
     if condition == "gradient":
       return grads
-    return optax.tree.scale(-1, inner.descend(x, y, grads, batch))
+    updates = inner.descend(x, y, grads, batch)
+    if inner.after is not None:
+      updates = inner.after(x, y, updates, batch)
+    return jax.tree.map(lambda rate, u: -u / rate, rates(), updates)
+
+  def rates():
+    """The step length of each coordinate; 1 where the optimizer holds it, at a bound say.
+
+    By them the system is one with the Hessian, as linear solvers expect: their damping and learning
+    rates mean what they mean for plain descent.
+    """
+    held = jax.lax.stop_gradient((x, y))
+    grads = jax.grad(inner.loss, argnums=1)(*held, batch)
+    draw = optax.tree.random_like(jax.random.key(0), y, jax.random.normal)
+    step = jax.jvp(lambda grads: blind(*held, grads), (grads,), (draw,))[1]
+    length = jax.tree.map(lambda s, d: jnp.abs(s / d), step, draw)
+    longest = jnp.max(jnp.stack([jnp.max(leaf) for leaf in jax.tree.leaves(length)]))
+    one = lambda leaf: jnp.where(leaf > 1e-3 * longest, longest, 1).astype(leaf.dtype)
+    return jax.lax.stop_gradient(jax.tree.map(one, length))
 
   def with_constants(x, y):
     leaves, structure = jax.tree.flatten(y)
@@ -84,6 +103,17 @@ def condition_for(
   return Condition(
     residual if all(moves) else with_constants, symmetric=condition == "gradient", moves=moves
   )
+
+
+def _moves_alone(blind: Callable[..., PyTree], x: PyTree, y: PyTree) -> bool:
+  """Whether the optimizer moves parameters without a gradient: it decays, shrinks or projects."""
+  zeros = optax.tree.zeros_like(y)
+  if not _check.depends(lambda xy: blind(xy[0], xy[1], zeros), (x, y)):
+    return False
+  with jax.ensure_compile_time_eval():  # A trust ratio reads parameters, and moves nothing alone.
+    fill = lambda tree, value: jax.tree.map(lambda v: jnp.full(v.shape, value, v.dtype), tree)
+    updates = jax.tree.leaves(blind(fill(x, 0.0), fill(y, -1e3), fill(y, 0.0)))
+    return any(bool(jnp.any(leaf != 0)) for leaf in updates)
 
 
 def _is_plain(nodes: list[PyTree]) -> bool:

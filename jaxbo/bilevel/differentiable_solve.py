@@ -8,7 +8,7 @@ import optax
 
 from jaxbo import _check
 from jaxbo._types import Data, PyTree
-from jaxbo.bilevel.response import check_solver, response_info
+from jaxbo.bilevel.response import check_solver
 from jaxbo.bilevel.solution import InnerSolver
 
 
@@ -18,8 +18,9 @@ def differentiable_solve(
   r"""Makes :math:`y(x)` a function for ``jax.grad``, differentiated by a response.
 
   Use it where the hypergradient is part of a larger program: several inner problems in one loss, an
-  outer loss inside another library's training step, ``jax.hessian`` of a third level (with an
-  implicit response). :func:`jaxbo.bilevel_loop` needs no such function.
+  outer loss inside another library's training step, a third level. :func:`jaxbo.bilevel_loop` needs
+  no such function. Derivatives are in reverse mode; the second ones, ``jax.jacrev(jax.grad(F))``,
+  are right with an implicit response.
 
   Cost: one solve, and in the backward pass the response.
 
@@ -30,12 +31,13 @@ def differentiable_solve(
       of its key.
 
   Returns:
-    ``solve(x, y0, batch) -> y``, the inner parameters after a run from ``y0``. Reverse mode gives
-    the response to ``x``. ``y0`` and ``batch`` are constants.
+    ``solve(x, y0, batch) -> y``, the inner parameters after a run from ``y0``, or ``y0`` if the
+    run is not finite. Reverse mode gives the response to ``x``. ``y0`` and ``batch`` are constants.
 
   Raises:
     TypeError: if ``response`` is not a transformation.
-    ValueError: if ``response`` is not a response; if ``y0`` or ``batch`` is differentiated.
+    ValueError: when it is differentiated, if ``response`` is not a response alone, or if ``y0`` or
+      ``batch`` is differentiated.
 
   Example:
     >>> import jax, jax.numpy as jnp, jaxbo, optax
@@ -50,21 +52,22 @@ def differentiable_solve(
   _check.transformation("response", response)
   update = optax.with_extra_args_support(response).update
 
-  def solved(x, y0, batch):
-    return inner.solve(x, inner.init(y0, x, batch), batch)
-
   @jax.custom_vjp
-  def solve(x, y0, batch):
-    return solved(x, y0, batch).params
+  def attach(x, y0, batch, solution):
+    """The solution, whose derivative in ``x`` is the response and nothing else."""
+    del x, y0, batch
+    return solution.params
 
-  def forward(x, y0, batch):
+  def forward(x, y0, batch, solution):
     for name, argument in (("y0", y0), ("batch", batch)):
       if any(leaf.perturbed for leaf in jax.tree.leaves(argument, is_leaf=_is_primal)):
         raise ValueError(
           f"{name} must not be differentiated: the response is one to x, so make {name} a part of x"
         )
-    x, y0, batch = jax.tree.map(lambda leaf: leaf.value, (x, y0, batch), is_leaf=_is_primal)
-    solution = solved(x, y0, batch)
+    of = lambda tree: jax.tree.map(lambda leaf: leaf.value, tree, is_leaf=_is_primal)
+    x, y0, batch, solution = map(of, (x, y0, batch, solution))
+    # For a third level: here, too, the solution depends on x by its response.
+    solution = solution._replace(params=attach(x, y0, batch, solution))
     return solution.params, (x, batch, solution)
 
   def backward(kept, inner_grad):
@@ -76,15 +79,20 @@ def differentiable_solve(
       is_leaf=_is_zero,
     )
     state = response.init(x)
-    if response_info(state) is None:
+    if not hasattr(getattr(state, "info", None), "hypergradient_norm"):
       raise ValueError(
-        "response must be a response, such as jaxbo.add_implicit_response(inner, ...), got "
-        f"{response!r}"
+        "response must be a response alone, such as jaxbo.add_implicit_response(inner, ...), got "
+        f"one with the state {type(state).__name__}"
       )
     grads = (optax.tree.zeros_like(x), inner_grad)
-    return update(grads, state, x, solution=solution, batch=batch)[0], None, None
+    return update(grads, state, x, solution=solution, batch=batch)[0], None, None, None
 
-  solve.defvjp(forward, backward, symbolic_zeros=True)
+  attach.defvjp(forward, backward, symbolic_zeros=True)
+
+  def solve(x, y0, batch):
+    solution = inner.solve(x, inner.init(y0, x, batch), batch)
+    return attach(x, y0, batch, jax.lax.stop_gradient(solution))
+
   return solve
 
 

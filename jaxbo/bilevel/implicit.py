@@ -15,6 +15,7 @@ from jaxbo.bilevel.linear_system import LinearInfo, LinearSolver, differentiable
 from jaxbo.bilevel.response import (
   MISSING,
   check_depends_on_x,
+  check_solution,
   check_solver,
   response_transformation,
   zero_norm,
@@ -34,9 +35,10 @@ class ImplicitInfo(NamedTuple):
     linear_breakdown: whether the linear solver broke down: zero or negative curvature, a residual
       that grew, or numbers that are not finite.
     stationarity: the norm of the condition (of the inner gradient, for ``"gradient"``) at the
-      solution, relative to that at the start of the run. It is not small where the inner run does
-      not reach what the response assumes. 1 for a solver of one step, which does not try to, for a
-      solution without a ``start``, and if it is not finite.
+      solution, relative to that of its derivative times ``y``: about the relative distance of ``y``
+      to where the condition holds. It is not small where the inner run does not reach what the
+      response assumes. 1 if it is not finite, and for a solver of one step, which does not try to;
+      elsewhere it costs one product.
   """
 
   hypergradient_norm: jax.Array
@@ -106,8 +108,8 @@ def add_implicit_response(
       or ``x`` and its state has nothing but counters and momentum (SGD with weight decay or a
       proximal step); else ``"gradient"``. Adam and L-BFGS with weight decay or a proximal step are
       not recognized: look at ``info.stationarity``. The fixed point needs a first step that is not
-      zero, so no warm-up from zero. Its system is about the optimizer's rate times the Hessian, so
-      :func:`jaxbo.neumann` and :func:`jaxbo.fixed_point` take a rate of about 1 there.
+      zero, so no warm-up from zero. It is divided by the optimizer's step length, so dampings and
+      rates of linear solvers are those for the Hessian.
     inner_params: the inner parameters, as arrays or ``jax.ShapeDtypeStruct``. Required by a linear
       solver with ``warm_start``, because the state keeps its solution; unused otherwise.
 
@@ -199,6 +201,7 @@ def add_implicit_response(
           f"{', '.join(kept)} against {', '.join(needed)}"
         )
 
+    check_solution("add_implicit_response", inner, solution)
     at = condition_for(inner, condition, x, solution._replace(params=y), linear_batch)
     check_depends_on_x(lambda x: at.residual(x, y), x)
     b, solve = at.of_moving(b), linear_solver
@@ -216,16 +219,19 @@ def add_implicit_response(
     if not isinstance(result, tuple) or len(result) != 2:
       raise TypeError(f"linear_solver must return (x, info), got {result!r}")
     linear_solution, linear_info = result
-    finite = _tree.all_finite(linear_solution)
+    finite = _tree.all_finite((linear_solution, b))
+    used = _tree.where(finite, linear_solution, jax.tree.map(lambda v: v * jnp.nan, x0))
     linear_solution = _tree.where(finite, linear_solution, x0)
     if not isinstance(linear_info, LinearInfo):
       linear_info = measure(matvec, b, linear_solution, finite)
 
     _, pull_back = jax.vjp(lambda x: at.residual(x, y), x)
+    # F is about A (y - y*), so this is about the distance to the solution, relative to it.
     stationarity = jnp.float32(1)
-    if inner.num_steps > 1 and solution.start is not None:
-      at_start = at.distance(x, _tree.cast_like(solution.start[0], y))
-      stationarity = relative(_tree.norm(at.of_moving(reached)), at_start)
+    if inner.num_steps > 1:
+      moved = matvec(y) if at.symmetric else jax.jvp(lambda y: at.residual(x, y), (y,), (y,))[1]
+      scale = _tree.norm(at.of_moving(moved))
+      stationarity = relative(_tree.norm(at.of_moving(reached)), scale)
 
     def new_state(hypergradient_norm, response_norm, finite):
       info = ImplicitInfo(
@@ -239,6 +245,6 @@ def add_implicit_response(
       )
       return ImplicitResponseState(linear_solution if warm_start else (), info)
 
-    return optax.tree.scale(-1, pull_back(linear_solution)[0]), new_state
+    return optax.tree.scale(-1, pull_back(used)[0]), new_state
 
   return response_transformation("add_implicit_response", init, respond)

@@ -43,8 +43,9 @@ def inner_solver(
       differentiable: for Adam set ``eps_root > 0``, because the derivative of its square root is
       infinite at a gradient of exactly zero.
     num_steps: the number :math:`N \ge 1` of steps.
-    tolerance: stop before, once :math:`\|y^{n+1} - y^n\| \le \text{tolerance}\, \|y^{n+1}\|`. The
-      losses after that are the last one. Such a run has no reverse mode: ITD refuses it.
+    tolerance: stop before, once :math:`\|y^{n+1} - y^n\| \le \text{tolerance}\, \|y^{n+1}\|`. A
+      step that changes nothing does not count. The losses after that are the last one. Such a run
+      has no reverse mode: ITD refuses it.
     per_step_batches: ``False``: every step sees the whole ``batch``. ``True``: every leaf of
       ``batch`` has a leading axis ``num_steps`` and step ``n`` sees slice ``n``. All runs of one
       update (base, perturbed, unrolled) see the same slices.
@@ -257,8 +258,8 @@ def inner_solver(
 
   def path(x, begin_at, batch, *, last=None):
     if start is not None:
-      y = start(x if last is None else jax.lax.stop_gradient(x))
-      begin_at = (_tree.cast_like(y, begin_at[0]), begin_at[1])
+      y = _tree.cast_like(start(x if last is None else jax.lax.stop_gradient(x)), begin_at[0])
+      begin_at = (y, _tree.cast_like(fresh(x, y), begin_at[1]))
     return path_from_features(features(x, batch), begin_at, batch, last=last)
 
   def one_step_loss(x, y, batch):
@@ -270,6 +271,13 @@ def inner_solver(
     opt_state = fresh(x, y) if opt_state is None else opt_state
     return optimizer_for(x).update(grads, opt_state, y, **given)[0]
 
+  def after(x, y, updates, batch):
+    """What a step changes in all, with ``keep``."""
+    z = x if through is None else through(x, batch)
+    moved = optax.apply_updates(y, updates)
+    kept = moved if keep is None else keep(moved, loss_and_aux(z, y, batch)[1])
+    return optax.tree.sub(_tree.cast_like(kept, y), y)
+
   return InnerSolver(
     init=init,
     solve=solve,
@@ -280,6 +288,7 @@ def inner_solver(
     num_steps=num_steps,
     per_step_batches=per_step_batches,
     stops_early=tolerance is not None,
+    after=None if keep is None else after,
     start=start,
     through=None if through is None else FeatureProblem(features, path_from_features),
   )

@@ -90,6 +90,10 @@ def over_tasks(inner: InnerSolver, num_tasks: int, *, average_start: bool = Fals
 
     return over_batches(one, in_axes=(None, 0, 0, 0, 0))(x, y, grads, batch, opt_state)
 
+  after = inner.after
+  if after is not None:
+    after = over_batches(after, in_axes=(None, 0, 0, 0))
+
   def run(x, start, batch):
     return over_batches(inner.run, in_axes=(None, 0, axis))(x, start, checked(batch))
 
@@ -119,6 +123,7 @@ def over_tasks(inner: InnerSolver, num_tasks: int, *, average_start: bool = Fals
     path=path,
     loss=loss,
     descend=descend,
+    after=after,
     through=through,
     task=inner,
     num_tasks=num_tasks,

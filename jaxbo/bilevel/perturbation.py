@@ -68,7 +68,7 @@ def start_for(inner: InnerSolver, start: Start, x: PyTree, batch: Data) -> Start
     return start
   params = _tree.at_least_float32(params)
   of_one = params if inner.task is None else jax.tree.map(lambda leaf: leaf[0], params)
-  types = jax.eval_shape(inner.init, of_one, x, batch)
+  types = jax.eval_shape(inner.init, None if inner.start else of_one, x, batch)
   return params, _tree.cast_like(opt_state, types.opt_state)
 
 

@@ -84,7 +84,11 @@ def response_transformation(
     if results and "grad" in extra_args:
       return results[0]
     outer_grad, inner_grad = check_update(name, updates, params, solution, batch)
-    response, new_state = respond(params, solution, inner_grad, batch, state, **extra_args)
+    token = _RESULTS.set(None)  # A response may be inside the losses, too.
+    try:
+      response, new_state = respond(params, solution, inner_grad, batch, state, **extra_args)
+    finally:
+      _RESULTS.reset(token)
     response, finite = guard(response)
     hypergradient = add(outer_grad, response)
     state = new_state(_tree.norm(hypergradient), _tree.norm(response), finite)
@@ -106,6 +110,16 @@ def check_depends_on_x(
     )
 
 
+def check_solution(name: str, inner: InnerSolver, solution: InnerSolution) -> None:
+  """Raises ``ValueError`` if a run of another length made the solution."""
+  losses = solution.info.losses  # None where no solver made the solution.
+  if losses is not None and losses.shape[-1] != inner.num_steps:
+    raise ValueError(
+      f"solution must come from the inner solver of {name}, of {inner.num_steps} steps, got one of "
+      f"{losses.shape[-1]} steps"
+    )
+
+
 def check_run(
   name: str, inner: InnerSolver, x: PyTree, solution: InnerSolution, batch: Data
 ) -> None:
@@ -116,15 +130,10 @@ def check_run(
       f"hyper_at must be 'after' for a response that runs the inner problem again ({name}), and "
       "solution.start must say where the run began"
     )
-  losses = solution.info.losses  # None where no solver made the solution.
-  if losses is not None and losses.shape[-1] != inner.num_steps:
-    raise ValueError(
-      f"solution must come from the inner solver of {name}, of {inner.num_steps} steps, got one of "
-      f"{losses.shape[-1]} steps"
-    )
+  check_solution(name, inner, solution)
   if inner.num_steps == 0:
     check_depends_on_x(lambda x: inner.path(x, start, batch), x, "path")
-  elif inner.start is None:
+  elif inner.start is None or not _check.depends(inner.start, x):
     if inner.per_step_batches:
       check_per_step(batch, inner.num_steps)
       batch = jax.tree.map(lambda leaf: leaf[0], batch)
@@ -140,6 +149,11 @@ def check_begins_with_response(state: optax.OptState) -> None:
       "outer must begin with a response, and wrappers go behind it: optax.chain(response, "
       f"wrapper(optimizer)); got a response inside {type(state).__name__}"
     )
+  if isinstance(state, dict):  # Of named_chain.
+    state = tuple(state.values())
+  inside = getattr(state, "inner_state", None)  # Of inject_hyperparams.
+  if inside is not None:
+    check_begins_with_response(inside)
   if type(state) is tuple and state:
     if response_info(state[0]) is None and response_info(state) is not None:
       raise ValueError(

@@ -70,7 +70,8 @@ def scan_until(
       jnp.reshape(jnp.arange(length) >= n, (-1,) + (1,) * row.ndim), row[None], rows
     )
     change = _tree.norm(optax.tree.sub(after[0], carry[0]))
-    changed = ~(change <= tolerance * _tree.norm(after[0]))
+    # A step of no length is one of a warm-up, or of gradients that are accumulated.
+    changed = ~((change <= tolerance * _tree.norm(after[0])) & (change > 0))
     return n + 1, after, jax.tree.map(later, outputs, output), changed
 
   start = (jnp.int32(0), carry, outputs, jnp.bool_(True))

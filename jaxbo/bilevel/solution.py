@@ -100,6 +100,8 @@ class InnerSolver(NamedTuple):
       ``None``.
     task: the solver of one task, if :func:`jaxbo.over_tasks` made this solver; else ``None``.
     num_tasks: the number of tasks, if :func:`jaxbo.over_tasks` made this solver; else ``None``.
+    after: ``after(x, y, updates, batch) -> updates``, what a step changes in all, with ``keep=``;
+      ``None`` without it.
     stops_early: whether a run may end before ``num_steps``, by ``tolerance=``.
   """
 
@@ -115,4 +117,5 @@ class InnerSolver(NamedTuple):
   through: FeatureProblem | None
   task: "InnerSolver | None" = None
   num_tasks: int | None = None
+  after: Callable[..., optax.Updates] | None = None
   stops_early: bool = False

@@ -290,3 +290,99 @@ def test_bad_conditions(name):
   head = lambda inner: jaxbo.add_implicit_response(inner, CG, condition=condition)
   with pytest.raises(error, match=message):
     by_response(problem, head, jnp.asarray(X))
+
+
+TRACKS = lambda x, y, batch: 0.5 * jnp.sum((y - x) ** 2)
+
+
+@pytest.mark.parametrize(
+  "make",
+  [
+    lambda rate: optax.chain(
+      optax.sgd(rate), jaxbo.bilevel.project_params(lambda y: jnp.clip(y, -9, 9))
+    ),
+    lambda rate: optax.chain(optax.add_decayed_weights(1e-9), optax.sgd(rate, momentum=0.5)),
+  ],
+  ids=["box", "decay"],
+)
+@pytest.mark.parametrize("rate", [0.01, 0.3])
+def test_dampings_and_rates_of_linear_solvers_are_those_for_the_hessian(make, rate, x64):
+  """Whatever the inner optimizer's rate is: 1 / (1 + damping), and the series of 1 - 0.5."""
+  problem = Problem(TRACKS, make(rate), np.ones(1), np.zeros(1), 3000)
+  for solver, expected in (
+    (jaxbo.conjugate_gradient(3, damping=0.25), 0.8),
+    (jaxbo.neumann(2, 0.5), 1 - 0.5**3),
+    (jaxbo.fixed_point(2, 0.5), 1 - 0.5**2),
+  ):
+    inner, solution = solved(problem, jnp.ones(1))
+    tx = jaxbo.add_implicit_response(inner, solver)
+    grads = (jnp.zeros(1), jnp.ones(1))
+    h, _ = tx.update(grads, tx.init(grads[0]), jnp.ones(1), solution=solution, batch=None)
+    np.testing.assert_allclose(h, expected, rtol=1e-6)
+
+
+def test_a_trust_ratio_reads_parameters_and_is_plain_descent(x64):
+  optimizer = optax.chain(
+    optax.scale_by_trust_ratio(), optax.sgd(optax.exponential_decay(0.2, 1, 0.99))
+  )
+  problem = Problem(fit, optimizer, X, np.ones(5), 2000)
+  expected = Problem(fit, optax.sgd(RATE), X, ZEROS)
+  head = lambda inner: jaxbo.add_implicit_response(inner, CG)
+  found, exact = (by_response(p, head, jnp.asarray(X))[0] for p in (problem, expected))
+  np.testing.assert_allclose(found, exact, rtol=1e-3)
+
+
+def test_stationarity_does_not_depend_on_where_the_run_began(x64):
+  """Solves one after the other are at the solution from the beginning; a short run is not."""
+  inner, solution = solved(PROBLEMS["box"], jnp.asarray(X))
+  tx = jaxbo.add_implicit_response(inner, CG)
+  for _ in range(2):
+    grads = (jnp.zeros(5), jnp.ones(5))
+    _, state = tx.update(grads, tx.init(X), jnp.asarray(X), solution=solution, batch=None)
+    assert state.info.stationarity < 1e-10
+    solution = inner.solve(jnp.asarray(X), solution, None)
+  short = by_response(PROBLEMS["box"]._replace(num_steps=2), lambda _: tx_of_two(), jnp.asarray(X))
+  assert short[1].stationarity > 1e-3
+
+
+def tx_of_two():
+  inner = jaxbo.inner_solver(fit, PROBLEMS["box"].optimizer, 2)
+  return jaxbo.add_implicit_response(inner, CG)
+
+
+@pytest.mark.parametrize("read_by", ["outer", "inner"])
+def test_what_is_kept_across_steps_responds_too(read_by, x64):
+  """A running average of parameters, which the outer or the inner loss reads."""
+
+  def inner_loss(x, y, batch):
+    value = fit(x, y["p"], None)
+    if read_by == "inner":
+      value += 0.3 * jnp.sum((y["p"] - 0.5 * y["s"]) ** 2)
+    return value, y["p"]
+
+  optimizer = optax.partition({"p": optax.sgd(0.2), "s": optax.set_to_zero()}, {"p": "p", "s": "s"})
+  keep = lambda y, old: {"p": y["p"], "s": 0.9 * y["s"] + 0.1 * old}
+  inner = jaxbo.inner_solver(inner_loss, optimizer, 1500, has_aux=True, keep=keep)
+  read = lambda y: y["s"] if read_by == "outer" else y["p"]
+  F = lambda y: jnp.sum(jnp.cos(jnp.arange(5.0)) * read(y)) + 0.5 * jnp.sum(read(y) ** 2)
+  y0 = {"p": jnp.zeros(5), "s": jnp.zeros(5)}
+  solve = jax.jit(lambda x: inner.solve(x, inner.init(y0, x, None), None))
+  x = jnp.asarray(X)
+  tx = jaxbo.add_implicit_response(inner, jaxbo.conjugate_gradient(12))
+  solution = solve(x)
+  grads = (jnp.zeros(5), jax.grad(F)(solution.params))
+  h, state = jax.jit(lambda s: tx.update(grads, tx.init(x), x, solution=s, batch=None))(solution)
+  ends = [[F(solve(x + sign * step).params) for sign in (1, -1)] for step in 1e-5 * np.eye(5)]
+  expected = np.array([a - b for a, b in ends]) / 2e-5
+  assert np.max(np.abs(expected)) > 0.01
+  np.testing.assert_allclose(h, expected, rtol=1e-4, atol=1e-7)
+  assert state.info.stationarity < 1e-6
+
+
+def test_an_outer_gradient_that_is_not_finite_is_told():
+  inner, solution = solved(PROBLEMS["box"]._replace(num_steps=2), jnp.ones(5))
+  tx = jaxbo.add_implicit_response(inner, CG)
+  grads = (jnp.ones(5), jnp.full(5, jnp.nan))
+  h, state = tx.update(grads, tx.init(h := jnp.ones(5)), h, solution=solution, batch=None)
+  np.testing.assert_array_equal(h, 1)
+  assert not state.info.finite

@@ -394,3 +394,17 @@ def test_responses_to_a_run_that_stops_early(x64):
   tx = jaxbo.add_unrolled_response(inner)
   with pytest.raises(ValueError, match="inner must not have a tolerance"):
     tx.update((0 * x, jnp.ones(2)), tx.init(x), x, solution=solution, batch=None)
+
+
+@pytest.mark.parametrize(
+  "optimizer",
+  [
+    optax.sgd(optax.schedules.warmup_constant_schedule(0.0, 0.25, 5)),
+    optax.MultiSteps(optax.sgd(0.25), 2).gradient_transformation(),
+  ],
+)
+def test_a_step_of_no_length_does_not_end_a_run(optimizer):
+  loss = lambda x, y, batch: jnp.sum((y - x) ** 2)
+  inner = jaxbo.inner_solver(loss, optimizer, 100, tolerance=1e-4)
+  solution = inner.solve(jnp.ones(1), inner.init(jnp.full(1, 3.0)), None)
+  np.testing.assert_allclose(solution.params, 1.0, rtol=1e-3)

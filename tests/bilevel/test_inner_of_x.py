@@ -168,3 +168,32 @@ def test_a_start_takes_the_place_of_y0():
   inner = jaxbo.inner_solver(fit, optax.sgd(0.2), 3, start=lambda x: x)
   with pytest.raises(ValueError, match="y0 must be None with start"):
     inner.init(jnp.zeros(4), jnp.zeros(4), None)
+
+
+def anchored():
+  """L2-SP: a decay towards where the run began, which the state remembers."""
+
+  def update(updates, state, params=None):
+    return jax.tree.map(lambda u, p, s: u + 0.5 * (p - s), updates, params, state), state
+
+  return optax.chain(optax.GradientTransformation(lambda y: y, update), optax.sgd(0.1))
+
+
+@pytest.mark.parametrize("optimizer", [anchored(), optax.contrib.schedule_free_sgd(0.1)])
+def test_a_state_that_remembers_the_start_responds_with_it(optimizer, x64):
+  inner = jaxbo.inner_solver(fit, optimizer, 5, start=lambda x: x)
+  x = jnp.asarray(RNG.normal(size=4))
+  found = hypergradient(inner, jaxbo.add_unrolled_response, x, None)
+  np.testing.assert_allclose(found, by_differences(inner, x, None), rtol=1e-6)
+
+
+def test_a_start_in_low_precision_and_one_that_ignores_x():
+  inner = jaxbo.inner_solver(fit, optax.sgd(0.2), 3, start=lambda x: x)
+  x = jnp.ones(4, jnp.bfloat16)
+  es = lambda i: jaxbo.add_es_response(i, 4, directions="orthogonal", difference="central")
+  found = hypergradient(inner, es, x, None)
+  exact = hypergradient(inner, es, jnp.ones(4), None)
+  np.testing.assert_allclose(np.float32(found), exact, rtol=0.05, atol=0.02)
+  closed = jaxbo.inner_solver(fit, optax.sgd(0.2), 3, start=lambda _: jnp.zeros(4))
+  with pytest.raises(ValueError, match="inner_loss must use its argument x"):
+    hypergradient(closed, es, jnp.ones(4), None)

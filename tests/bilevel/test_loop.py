@@ -154,7 +154,7 @@ def test_step_is_the_loop_of_the_contract():
   for _ in range(2):
     state, info = jax.jit(step)(state, train, val)
     x, y, outer_state, loss = by_hand(x, y, outer_state)
-    chex.assert_trees_all_close(tuple(state), (x, y, outer_state), rtol=1e-6)
+    chex.assert_trees_all_close(tuple(state), (x, y, outer_state), rtol=1e-5)
     np.testing.assert_allclose(info.outer_loss, loss, rtol=1e-6)
     chex.assert_trees_all_close(info.inner_losses, y.info.losses, rtol=1e-6)
     implicit = optax.tree.get(outer_state, "ImplicitInfo")
@@ -268,6 +268,14 @@ WRONG_ORDER = {
   "no response: sgd": (lambda itd: optax.sgd(0.1), "with a response, such as"),
   "no response: adam": (lambda itd: optax.adam(0.1), "with a response, such as"),
   "clip before": (lambda itd: optax.chain(optax.clip(1.0), itd), "a transformation before it acts"),
+  "clip before, by name": (
+    lambda itd: optax.named_chain(("clip", optax.clip(1.0)), ("response", itd)),
+    "a transformation before it acts",
+  ),
+  "clip before, injected": (
+    lambda itd: optax.inject_hyperparams(lambda c: optax.chain(optax.clip(c), itd))(1.0),
+    "a transformation before it acts",
+  ),
   "MultiSteps": (lambda itd: optax.MultiSteps(itd, 2), "inside MultiStepsState"),
   "apply_if_finite": (lambda itd: optax.apply_if_finite(itd, 2), "inside ApplyIfFiniteState"),
   "masked": (lambda itd: optax.masked(itd, True), "inside MaskedState"),
