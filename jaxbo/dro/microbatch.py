@@ -37,7 +37,9 @@ class Microbatches(NamedTuple):
     """Reshapes ``[num_examples, ...]`` to ``[size, num_steps, ...]``."""
     leaf = jnp.asarray(leaf)
     shape = (self.size, self.num_steps, *leaf.shape[1:])
-    return _reshape(leaf, shape, lambda spec: (spec[0], None, *spec[1:]))
+    # An explicit mesh cannot divide fewer rows than it has devices: all of them get these rows.
+    divides = self.size % num_shards(leaf) == 0
+    return _reshape(leaf, shape, lambda spec: (spec[0] if divides else None, None, *spec[1:]))
 
   def merge(self, stacked: jax.Array) -> jax.Array:
     """Reshapes the output of a scan, ``[num_steps, size, ...]``, to ``[num_examples, ...]``."""
@@ -187,4 +189,4 @@ def _reshape(
   if AxisType.Explicit not in sharding.mesh.axis_types:
     return jnp.reshape(leaf, shape)
   axes = tuple(sharding.spec) + (None,) * (leaf.ndim - len(sharding.spec))
-  return jnp.reshape(leaf, shape, out_sharding=PartitionSpec(*spec(axes)))
+  return jnp.reshape(leaf, shape, out_sharding=sharding.update(spec=PartitionSpec(*spec(axes))))
