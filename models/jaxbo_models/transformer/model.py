@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType
 
 from jaxbo_models.transformer.config import ACTIVATIONS, TransformerConfig
 
@@ -199,9 +200,17 @@ def _normal(num_terms: int = 1) -> nn.initializers.Initializer:
 def _rows(table: jax.Array, ids: jax.Array) -> jax.Array:
   """Returns rows of a table, in the table's dtype; NaN for negative ids and ids past the end.
 
-  The table's dtype, because gradients of equal ids must not be summed in bfloat16.
+  The table's dtype, because gradients of equal ids must not be summed in bfloat16. On a mesh with
+  explicit axes, the rows are divided as the ids are.
   """
-  return table.at[ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+  sharding = jax.typeof(ids).sharding
+  explicit = AxisType.Explicit in sharding.mesh.axis_types
+  return table.at[ids].get(
+    mode="fill",
+    fill_value=jnp.nan,
+    wrap_negative_indices=False,
+    out_sharding=sharding.update(spec=(*sharding.spec, None)) if explicit else None,
+  )
 
 
 def _norm(config: TransformerConfig, name: str) -> nn.LayerNorm:
