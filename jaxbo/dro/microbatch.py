@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from jaxbo import _tree
 from jaxbo._types import Data, PyTree
@@ -185,8 +185,8 @@ def _reshape(
   leaf: jax.Array, shape: tuple[int, ...], spec: Callable[[tuple[object, ...]], tuple[object, ...]]
 ) -> jax.Array:
   """Reshapes ``leaf``; an explicit mesh also needs the sharding of the result."""
-  sharding = jax.typeof(leaf).sharding
-  if AxisType.Explicit not in sharding.mesh.axis_types:
+  sharding = _tree.explicit_sharding(leaf)
+  if sharding is None:
     return jnp.reshape(leaf, shape)
   axes = tuple(sharding.spec) + (None,) * (leaf.ndim - len(sharding.spec))
   return jnp.reshape(leaf, shape, out_sharding=sharding.update(spec=PartitionSpec(*spec(axes))))

@@ -5,7 +5,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import AxisType
 
 from jaxbo import _check, _tree
 from jaxbo._types import PyTree
@@ -38,8 +37,8 @@ class Window(NamedTuple):
     newest = (self.newest + 1) % self.size
 
     def put(slots, leaf):
-      leaf, sharding = jnp.asarray(leaf, slots.dtype), jax.typeof(slots).sharding
-      if AxisType.Explicit in sharding.mesh.axis_types:  # The slots must be divided as before.
+      leaf, sharding = jnp.asarray(leaf, slots.dtype), _tree.explicit_sharding(slots)
+      if sharding is not None:  # The slots must be divided as before.
         leaf = jax.sharding.reshard(leaf, sharding.update(spec=sharding.spec[1:]))
       return jax.lax.dynamic_update_index_in_dim(slots, leaf, newest, axis=0)
 
