@@ -140,7 +140,7 @@ def _paint(key: jax.Array, delta: jax.Array, share: jax.Array, epsilon: Any) -> 
   side = jnp.clip(side, 1, max(min(height, width) - 1, 1))
   where = _square(at_row, at_column, delta, side)[2]
   signs = jax.random.rademacher(of_sign, (batch, 1, 1, channels), delta.dtype)
-  return jnp.where(_of_pixels(where, delta), epsilon * signs, delta)
+  return jnp.where(where[..., None], epsilon * signs, delta)
 
 
 def _square(
@@ -162,11 +162,6 @@ def _square(
   )
   within = lambda position: (position >= 0) & (position < side)
   return rows, columns, within(rows) & within(columns)
-
-
-def _of_pixels(inside: jax.Array, delta: jax.Array) -> jax.Array:
-  """Adds an axis for channels; on an explicit mesh, the result is divided as the images are."""
-  return inside[..., None] & jnp.ones_like(delta[..., :1], bool)
 
 
 def _hills(key: jax.Array, images: jax.Array, epsilon: Any) -> jax.Array:
@@ -203,7 +198,8 @@ def _move_hill(key: jax.Array, delta: jax.Array, share: jax.Array, epsilon: Any)
   turned = jax.random.bernoulli(of_turn, shape=(batch, 1, 1))
   signs = jax.random.rademacher(of_sign, (batch, 1, 1, channels), delta.dtype)
   hill = _hill(rows, columns, side, filled, turned)[..., None].astype(delta.dtype) * signs
-  filled, emptied = (_of_pixels(inside, delta) for inside in (filled, emptied))
+  everywhere = jnp.ones_like(delta[..., :1], bool)  # On an explicit mesh, divided as images are.
+  filled, emptied = filled[..., None] & everywhere, emptied[..., None] & everywhere
 
   def of_channel(values):
     size = jnp.sqrt(jnp.sum(values**2, axis=(1, 2), keepdims=True))
