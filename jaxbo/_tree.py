@@ -6,6 +6,7 @@ from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding
 
 from jaxbo._types import PyTree
 
@@ -81,6 +82,12 @@ def where(condition: jax.Array, a: T, b: T) -> T:
 def cast_like(tree: T, target: PyTree) -> T:
   """Casts every leaf to the dtype of the corresponding leaf of ``target``."""
   return jax.tree.map(lambda x, t: x.astype(t.dtype), tree, target)
+
+
+def explicit_sharding(x: jax.typing.ArrayLike) -> NamedSharding | None:
+  """Returns the sharding in the type of ``x``, if its mesh has explicit axes."""
+  sharding = jax.typeof(x).sharding
+  return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
 
 
 def _at_least_float32(x: jax.typing.ArrayLike) -> jax.Array:

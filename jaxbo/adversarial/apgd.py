@@ -177,7 +177,7 @@ def _start(delta: jax.Array, seen: tuple[jax.Array, ...]) -> _Climb:
   ascent, value, wrong, bad = seen
   value = jnp.where(bad, -jnp.inf, value)
   found = jnp.where(wrong & ~bad, value, -jnp.inf)
-  count = jnp.zeros(value.shape, jnp.int32)
+  count = jnp.zeros_like(value, jnp.int32)
   return _Climb(
     delta=delta,
     before=delta,
@@ -188,9 +188,9 @@ def _start(delta: jax.Array, seen: tuple[jax.Array, ...]) -> _Climb:
     best_value=value,
     adversarial=delta,
     adversarial_value=found,
-    step_size=jnp.full(value.shape, 2, delta.dtype),
+    step_size=jnp.full_like(value, 2, delta.dtype),
     num_climbs=count,
-    halved=jnp.ones(value.shape, bool),  # so that the first checkpoint only looks at climbs
+    halved=jnp.ones_like(value, bool),  # so that the first checkpoint only looks at climbs
     checkpoint_value=value,
     num_correct=count + ~wrong,
     not_finite=bad,

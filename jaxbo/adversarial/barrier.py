@@ -108,10 +108,11 @@ def minimize(
     return Minimum(moved, last_step, minimum.not_finite | bad), state
 
   delta = inside.project(start)
-  batch = delta.shape[:1]
+  losses = attack_loss(images)
+  last_step, not_finite = (jnp.zeros_like(losses, dtype) for dtype in (delta.dtype, bool))
   state = adam.init(delta) if direction == "adam" else ()
-  carry = (Minimum(delta, jnp.zeros(batch, delta.dtype), jnp.zeros(batch, bool)), state)
-  carry = vary_alike(carry, images, box, delta, attack_loss(images))
+  carry = (Minimum(delta, last_step, not_finite), state)
+  carry = vary_alike(carry, images, box, delta, losses)
   return jax.lax.fori_loop(0, num_steps, step, carry)[0]
 
 

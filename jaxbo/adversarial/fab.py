@@ -134,10 +134,10 @@ def fab(
       )
 
     nothing = jnp.zeros_like(images)
-    count = jnp.zeros(labels.shape, jnp.int32)
     # What the model misclassifies is at a distance of zero, which no step beats.
     distance = jnp.where(attacks.is_wrong(clean, labels), 0, jnp.inf).astype(images.dtype)
-    first = _Search(nothing, nothing, distance, count, jnp.zeros(labels.shape, bool))
+    count, not_finite = (jnp.zeros_like(distance, dtype) for dtype in (jnp.int32, bool))
+    first = _Search(nothing, nothing, distance, count, not_finite)
     first = attacks.vary_alike(first, images, labels, clean)
     last = jax.lax.fori_loop(0, num_steps, step, first)
     inside = last.distance <= radius

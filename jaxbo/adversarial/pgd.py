@@ -110,11 +110,11 @@ def pgd(
 
   def climb(forward, images, labels, clean, key):
     delta = start(key, images)
-    batch = labels.shape
-    patience = jnp.full(batch, -1 if stop_after is None else stop_after, jnp.int32)
-    nothing = jnp.zeros(batch, bool)
-    carry = (delta, optimizer.init(delta), nothing, patience, jnp.zeros(batch, jnp.int32), nothing)
-    carry = attacks.vary_alike(carry, forward(images), images, labels, delta)
+    wrong = attacks.is_wrong(clean, labels)  # On an explicit mesh, what is counted is divided so.
+    patience = jnp.full_like(wrong, -1 if stop_after is None else stop_after, dtype=jnp.int32)
+    count, nothing = jnp.zeros_like(wrong, jnp.int32), jnp.zeros_like(wrong)
+    carry = (delta, optimizer.init(delta), nothing, patience, count, nothing)
+    carry = attacks.vary_alike(carry, clean, images, labels, delta)
 
     def step(_, carry):
       delta, state, stopped, patience, num_correct, not_finite = carry
@@ -127,7 +127,7 @@ def pgd(
       return delta, state, stopped, patience, num_correct + ~wrong, not_finite | bad
 
     delta, _, _, _, num_correct, not_finite = jax.lax.fori_loop(0, num_steps, step, carry)
-    not_judged = jnp.zeros(batch), jnp.zeros(batch, bool)
+    not_judged = jnp.zeros(labels.shape), nothing
     return Found(box.clip(images + delta), *not_judged, num_correct, not_finite)
 
   def find(forward, images, labels, key):

@@ -198,7 +198,8 @@ def _move_hill(key: jax.Array, delta: jax.Array, share: jax.Array, epsilon: Any)
   turned = jax.random.bernoulli(of_turn, shape=(batch, 1, 1))
   signs = jax.random.rademacher(of_sign, (batch, 1, 1, channels), delta.dtype)
   hill = _hill(rows, columns, side, filled, turned)[..., None].astype(delta.dtype) * signs
-  filled, emptied = filled[..., None], emptied[..., None]
+  everywhere = jnp.ones_like(delta[..., :1], bool)  # On an explicit mesh, divided as images are.
+  filled, emptied = filled[..., None] & everywhere, emptied[..., None] & everywhere
 
   def of_channel(values):
     size = jnp.sqrt(jnp.sum(values**2, axis=(1, 2), keepdims=True))

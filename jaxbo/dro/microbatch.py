@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from jaxbo import _tree
 from jaxbo._types import Data, PyTree
@@ -37,7 +37,9 @@ class Microbatches(NamedTuple):
     """Reshapes ``[num_examples, ...]`` to ``[size, num_steps, ...]``."""
     leaf = jnp.asarray(leaf)
     shape = (self.size, self.num_steps, *leaf.shape[1:])
-    return _reshape(leaf, shape, lambda spec: (spec[0], None, *spec[1:]))
+    # An explicit mesh cannot divide fewer rows than it has devices: all of them get these rows.
+    divides = self.size % num_shards(leaf) == 0
+    return _reshape(leaf, shape, lambda spec: (spec[0] if divides else None, None, *spec[1:]))
 
   def merge(self, stacked: jax.Array) -> jax.Array:
     """Reshapes the output of a scan, ``[num_steps, size, ...]``, to ``[num_examples, ...]``."""
@@ -183,8 +185,8 @@ def _reshape(
   leaf: jax.Array, shape: tuple[int, ...], spec: Callable[[tuple[object, ...]], tuple[object, ...]]
 ) -> jax.Array:
   """Reshapes ``leaf``; an explicit mesh also needs the sharding of the result."""
-  sharding = jax.typeof(leaf).sharding
-  if AxisType.Explicit not in sharding.mesh.axis_types:
+  sharding = _tree.explicit_sharding(leaf)
+  if sharding is None:
     return jnp.reshape(leaf, shape)
   axes = tuple(sharding.spec) + (None,) * (leaf.ndim - len(sharding.spec))
-  return jnp.reshape(leaf, shape, out_sharding=PartitionSpec(*spec(axes)))
+  return jnp.reshape(leaf, shape, out_sharding=sharding.update(spec=PartitionSpec(*spec(axes))))

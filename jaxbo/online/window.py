@@ -35,9 +35,13 @@ class Window(NamedTuple):
   def push(self, value: PyTree, present: jax.typing.ArrayLike = True) -> "Window":
     """Replaces the oldest value; with ``present=False`` the new slot counts as empty."""
     newest = (self.newest + 1) % self.size
-    put = lambda slots, leaf: jax.lax.dynamic_update_index_in_dim(
-      slots, jnp.asarray(leaf, slots.dtype), newest, axis=0
-    )
+
+    def put(slots, leaf):
+      leaf, sharding = jnp.asarray(leaf, slots.dtype), _tree.explicit_sharding(slots)
+      if sharding is not None:  # The slots must be divided as before.
+        leaf = jax.sharding.reshard(leaf, sharding.update(spec=sharding.spec[1:]))
+      return jax.lax.dynamic_update_index_in_dim(slots, leaf, newest, axis=0)
+
     slot = jnp.arange(self.size, dtype=jnp.int32) == newest
     return Window(
       jax.tree.map(put, self.values, value), jnp.where(slot, present, self.present), newest

@@ -8,7 +8,7 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from jaxbo import _check, _random
+from jaxbo import _check, _random, _tree
 
 
 class Episode(NamedTuple):
@@ -128,7 +128,10 @@ def sample_episode(
     return _choice(key, (jnp.arange(per_class) < count).astype(jnp.float32), num_images)
 
   chosen = jax.vmap(choose_images)(jax.random.split(image_key, num_ways), counts[classes])
-  episode = images[classes[:, None], chosen]
+  sharding = _tree.explicit_sharding(images)
+  if sharding is not None:  # Classes that are divided among devices meet on all of them.
+    sharding = sharding.update(spec=(None, None, *sharding.spec[2:]))
+  episode = images.at[classes[:, None], chosen].get(out_sharding=sharding)
   if num_rotations > 1:
     episode = jax.vmap(functools.partial(_rotate, num_rotations=num_rotations))(episode, turns)
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxbo import _check, _random, _schedule
+from jaxbo import _check, _random, _schedule, _tree
 from jaxbo._types import Data, Key, PyTree
 
 
@@ -155,7 +155,9 @@ def _minibatches(train, val, key, t, *, batch_size):
   def draw(key, data):
     num_examples = jax.tree.leaves(data)[0].shape[0]
     rows = jax.random.randint(key, batch_size, 0, num_examples)
-    return jax.tree.map(lambda leaf: leaf[rows], data)
+    # On an explicit mesh, the batch is divided as the data are.
+    take = lambda leaf: leaf.at[rows].get(out_sharding=_tree.explicit_sharding(leaf))
+    return jax.tree.map(take, data)
 
   train_key, val_key = jax.random.split(jax.random.fold_in(key, t))
   return draw(train_key, train), draw(val_key, val)

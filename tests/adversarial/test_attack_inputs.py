@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxbo
 from jaxbo.adversarial import Box
@@ -274,21 +274,24 @@ def test_no_gradient_flows_through_an_attack():
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
+ATTACKS = [
+  PGD,
+  jaxbo.adversarial.apgd(model, Box(EPSILON), num_steps=3, objective="targeted_dlr", num_targets=2),
+  jaxbo.adversarial.square(model, Box(EPSILON), num_queries=3),
+  jaxbo.adversarial.square(model, Box(EPSILON, norm="l2"), num_queries=3),
+  jaxbo.adversarial.fab(model, Box(3 * EPSILON), num_steps=3, num_targets=2),
+]
+ROWS = PartitionSpec("d")
+
+
+def attack_by_all(images, labels):
+  return [a.run(PARAMS, (images, labels), 0) for a in ATTACKS]
+
+
 def test_eight_devices_attack_as_one():
   """With the replication check on, which looks at the types of the loops."""
   mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
-  rows = PartitionSpec("d")
-  attacks = [
-    PGD,
-    jaxbo.adversarial.apgd(
-      model, Box(EPSILON), num_steps=3, objective="targeted_dlr", num_targets=2
-    ),
-    jaxbo.adversarial.square(model, Box(EPSILON), num_queries=3),
-    jaxbo.adversarial.square(model, Box(EPSILON, norm="l2"), num_queries=3),
-    jaxbo.adversarial.fab(model, Box(3 * EPSILON), num_steps=3, num_targets=2),
-  ]
-  step = lambda images, labels: [a.run(PARAMS, (images, labels), 0) for a in attacks]
-  sharded = jax.shard_map(step, mesh=mesh, in_specs=rows, out_specs=rows)
+  sharded = jax.shard_map(attack_by_all, mesh=mesh, in_specs=ROWS, out_specs=ROWS)
   ours = jax.device_get(jax.jit(sharded)(IMAGES, LABELS))
   np.testing.assert_allclose(ours[0][0], PGD(PARAMS, (IMAGES, LABELS)), atol=1e-6)
   # The others draw, on every device the same.
@@ -296,6 +299,22 @@ def test_eight_devices_attack_as_one():
   for perturbed, info in ours[1:]:
     assert np.mean(problem.cross_entropy(model(PARAMS, perturbed), LABELS)) > np.mean(before)
     assert info.num_correct.shape == (problem.BATCH,)
+
+
+def test_an_explicit_mesh_attacks_as_one_device():
+  """The carries of the loops are divided as the images are, from the start."""
+  mesh = jax.make_mesh((8,), ("d",))
+  batch = jax.device_put((IMAGES, LABELS), NamedSharding(mesh, ROWS))
+  jax.eval_shape(attack_by_all, *batch)
+  with jax.set_mesh(mesh):
+    ours = jax.jit(attack_by_all)(*batch)
+    report = jaxbo.adversarial.evaluate_robustness(model, PARAMS, batch, 0, {"pgd": PGD})
+  alone = jax.jit(attack_by_all)(IMAGES, LABELS)
+  for a, b in zip(*map(jax.tree.leaves, jax.device_get((ours, alone))), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-6)
+  assert ours[0][0].sharding.spec[0] == "d"
+  falls = np.argmax(model(PARAMS, ours[0][0]), axis=1) != np.asarray(LABELS)
+  np.testing.assert_array_equal(report.correct["pgd"], report.clean & ~falls)
 
 
 def test_foolbox_agrees_on_which_images_fall():

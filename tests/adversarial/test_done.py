@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxbo
 from jaxbo.adversarial import Box
@@ -327,7 +327,12 @@ def test_eight_devices_give_the_gradient_of_one():
     in_specs=PartitionSpec("d"),
     out_specs=PartitionSpec(),
   )
-  close(jax.jit(sharded)(*BATCH), jax.jit(functools.partial(step, axis=None))(*BATCH))
+  alone = jax.jit(functools.partial(step, axis=None))
+  close(jax.jit(sharded)(*BATCH), alone(*BATCH))
+  # And under jit, on a mesh as JAX makes it.
+  mesh = jax.make_mesh((8,), ("d",))
+  with jax.set_mesh(mesh):
+    close(alone(*jax.device_put(BATCH, NamedSharding(mesh, PartitionSpec("d")))), alone(*BATCH))
 
 
 def test_a_gradient_that_is_not_finite_leaves_the_example_alone():

@@ -1,5 +1,6 @@
 """Eight virtual devices give the gradient of one: under jit, and inside shard_map either way."""
 
+import contextlib
 import functools
 import re
 
@@ -82,17 +83,26 @@ def test_a_sharded_global_batch_needs_nothing():
   close(jax.jit(gradients)(*arguments), alone(True))
 
 
-def test_under_an_explicit_mesh_microbatches_are_divided_as_the_batch_is():
+@pytest.mark.parametrize("inside", [True, False], ids=["set_mesh", "no_set_mesh"])
+def test_an_explicit_mesh_needs_nothing_either(inside):
+  """Microbatches are divided as the batch is; fewer rows than devices go to all of them."""
   devices = mesh(AxisType.Explicit)
-  with jax.set_mesh(devices):
-    arguments = jax.device_put((data(True), GROUPS, PRIOR), NamedSharding(devices, ROWS))
-    few = jax.jit(functools.partial(gradients, microbatch_size=8))(*arguments)
-    close(few["kl"], alone(True)["kl"])
-    streamed = jaxbo.streaming_grad(
+
+  def step(batch, groups, prior):
+    cut = [gradients(batch, groups, prior, microbatch_size=size)["kl"] for size in (8, 4)]
+    stream = jaxbo.streaming_grad(
       problem.loss_fn, jaxbo.dro.kl(0.5), microbatch_size=8, repair=True
     )
-    result, _ = jax.jit(streamed)(PARAMS, arguments[0], prior=arguments[2])
-    close(result, alone(True)["kl"][0])
+    streamed, _ = stream(PARAMS, batch, prior=prior)
+    return gradients(batch, groups, prior), cut, streamed
+
+  with jax.set_mesh(devices) if inside else contextlib.nullcontext():
+    arguments = jax.device_put((data(True), GROUPS, PRIOR), NamedSharding(devices, ROWS))
+    whole, cut, streamed = jax.jit(step)(*arguments)
+  close(whole, alone(True))
+  for result in cut:
+    close(result, alone(True)["kl"])
+  close(streamed, alone(True)["kl"][0])
 
 
 @pytest.mark.parametrize("check_vma", [True, False], ids=["checked", "unchecked"])

@@ -1,5 +1,6 @@
 """Losses of captions: values, derivatives, padding, terms, and what jaxbo does with them."""
 
+import contextlib
 import functools
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxbo_models import captioner
 
 import jaxbo
@@ -48,6 +50,18 @@ def everything(tokens=TOKENS, mask=MASK, features=FEATURES, cell_mask=CELL_MASK)
     "mask": jnp.asarray(mask),
     "cell_mask": jnp.asarray(cell_mask),
   }
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["set_mesh", "no_set_mesh"])
+def test_captions_divided_on_an_explicit_mesh_give_the_gradient_of_one_device(inside):
+  _, params, run = setup()
+  six = {name: jnp.resize(leaf, (6, *leaf.shape[1:])) for name, leaf in everything().items()}
+  weights, mesh = jnp.arange(6.0), jax.make_mesh((2,), ("d",), devices=jax.devices()[:2])
+  with jax.set_mesh(mesh) if inside else contextlib.nullcontext():
+    divided = jax.device_put((six, weights), NamedSharding(mesh, PartitionSpec("d")))
+    ours = run(jax.device_put(params, NamedSharding(mesh, PartitionSpec())), *divided)
+  for a, b in zip(*map(jax.tree.leaves, (ours, run(params, six, weights))), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_values_and_derivatives_are_those_of_numpy_and_of_finite_differences(x64):

@@ -3,6 +3,7 @@
 That its numbers are those of GPT-2, OPT and Pythia is shown in test_huggingface.py.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxbo_models import transformer
 
 import jaxbo
@@ -171,6 +173,19 @@ def test_padding_on_either_side_changes_neither_losses_nor_gradients(family):
       gradients.append(padded_gradient)
   for gradient in gradients[1:]:
     assert_close(gradient, gradients[0])
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["set_mesh", "no_set_mesh"])
+def test_sequences_divided_on_an_explicit_mesh_give_the_gradient_of_one_device(inside):
+  model, params = setup("opt")
+  batch = {"tokens": jnp.resize(TOKENS, (8, 12)), "mask": np.arange(12) < np.arange(4, 12)[:, None]}
+  loss_fn = transformer.sequence_losses(model)
+  mean = jax.jit(jax.value_and_grad(lambda params, batch: jnp.mean(loss_fn(params, batch))))
+  mesh = jax.make_mesh((8,), ("d",))
+  with jax.set_mesh(mesh) if inside else contextlib.nullcontext():
+    divided = jax.device_put(batch, NamedSharding(mesh, PartitionSpec("d")))
+    ours = mean(jax.device_put(params, NamedSharding(mesh, PartitionSpec())), divided)
+  assert_close(jax.device_get(ours), mean(params, batch))
 
 
 @every_family

@@ -1,5 +1,6 @@
 """Streams of a function, of minibatches and of phases."""
 
+import contextlib
 import functools
 import re
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxbo
 
@@ -46,6 +48,23 @@ def test_any_round_can_be_made_again():
   np.testing.assert_array_equal(first, jax.tree.map(lambda leaf: leaf[7], play(stream, 9)))
   assert np.any(first[0] != stream.step(state)[1][0])
   assert np.any(play(stream, 9, 1)[0][7] != first[0])
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["set_mesh", "no_set_mesh"])
+def test_data_may_be_divided_on_an_explicit_mesh(inside):
+  """A minibatch is divided as they are; the classes of an episode meet on all devices."""
+  mesh = jax.make_mesh((8,), ("d",))
+  data = np.arange(64.0, dtype=np.float32).reshape(16, 4)
+
+  def draw(data):
+    stream = jaxbo.tasks.minibatch_stream(data, data, 8)
+    sample = functools.partial(jaxbo.tasks.sample_episode, num_ways=3, num_shots=1, num_queries=2)
+    return stream.step(stream.init(0))[1][0], sample(jax.random.key(0), data)
+
+  with jax.set_mesh(mesh) if inside else contextlib.nullcontext():
+    ours = jax.jit(draw)(jax.device_put(data, NamedSharding(mesh, PartitionSpec("d"))))
+  assert ours[0].sharding.spec[0] == "d"
+  jax.tree.map(np.testing.assert_array_equal, ours, jax.jit(draw)(data))
 
 
 def test_data_may_be_numpy_arrays():

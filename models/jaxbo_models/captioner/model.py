@@ -11,6 +11,7 @@ from jaxbo_models.captioner import cell, recurrence
 from jaxbo_models.captioner.attention import AttentionParameters, matmul
 from jaxbo_models.captioner.check import check_features, check_flags, check_tokens
 from jaxbo_models.captioner.recurrence import CaptionerOutput, DecoderState, Encoded
+from jaxbo_models.rows import rows
 
 
 class GuidedCaptioner(nn.Module):
@@ -264,7 +265,7 @@ class GuidedCaptioner(nn.Module):
     if self.init_state == "pooled":
       states = jnp.split(jnp.tanh(self.initial(encoded.pooled)), parts, axis=-1)
     else:
-      states = [jnp.zeros((len(encoded.cells), self.hidden_dim), self.dtype)] * parts
+      states = [jnp.zeros_like(encoded.cells[:, 0], self.dtype)] * parts
     hidden, new_cell, *guide = states
     guide_hidden, guide_cell = guide or (None, None)
     if guide_cell is not None:
@@ -299,11 +300,7 @@ class GuidedCaptioner(nn.Module):
     return recurrence.Weights(guide, self.attention(), self.decoder_cell())
 
   def _embed(self, tokens: jax.Array) -> jax.Array:
-    # Take rows in float32: gradients of equal words must not be summed in bfloat16.
-    rows = self.embedding.at[tokens].get(
-      mode="fill", fill_value=jnp.nan, wrap_negative_indices=False
-    )
-    return nn.relu(rows).astype(self.dtype)
+    return nn.relu(rows(self.embedding, tokens)).astype(self.dtype)
 
   def _logits(self, hidden: jax.Array) -> jax.Array:
     bias = self.output_bias.astype(self._high)

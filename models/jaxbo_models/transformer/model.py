@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxbo_models.rows import rows
 from jaxbo_models.transformer.config import ACTIVATIONS, TransformerConfig
 
 
@@ -80,14 +81,14 @@ class Transformer(nn.Module):
       tokens = jnp.where(mask, tokens, 0)  # An unknown id would give NaN, and 0 * NaN is NaN.
 
     embedding = self._table("token_embedding", config.vocab_size)
-    x = _rows(embedding, tokens)
+    x = rows(embedding, tokens)
     rotation = None
     if config.rotary_fraction:
       rotation = _rotation(config, positions)
     else:
       num_rows = config.position_offset + config.max_length
       table = self._table("position_embedding", num_rows)
-      x += _rows(table, positions + config.position_offset)
+      x += rows(table, positions + config.position_offset)
 
     block = Block
     if config.remat:
@@ -194,14 +195,6 @@ class Block(nn.Module):
 def _normal(num_terms: int = 1) -> nn.initializers.Initializer:
   """GPT-2's initializer for a layer whose output is one of ``num_terms`` in the residual sum."""
   return nn.initializers.normal(0.02 / num_terms**0.5)
-
-
-def _rows(table: jax.Array, ids: jax.Array) -> jax.Array:
-  """Returns rows of a table, in the table's dtype; NaN for negative ids and ids past the end.
-
-  The table's dtype, because gradients of equal ids must not be summed in bfloat16.
-  """
-  return table.at[ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
 
 def _norm(config: TransformerConfig, name: str) -> nn.LayerNorm:
