@@ -24,8 +24,7 @@ class DoneInfo(NamedTuple):
     not_finite: whether a gradient with respect to the image was not finite, ``[batch]``. The
       perturbation then stays where it was. If the gradient of ``loss_fn`` was not finite, the
       example has no implicit term. If the gradient of ``attack_loss`` was not finite, the implicit
-      term does not exist: the loss is NaN, and :func:`~jaxbo.reweight` excludes the example (but
-      with ``inverse="none"`` the loss is that of ``loss_fn``).
+      term does not exist: the loss is NaN, and :func:`~jaxbo.reweight` excludes the example.
     clipped: whether the clean image was outside of the box, ``[batch]``, so that the attack began
       at another image: the clean one clipped to ``[low, high]``. Anything but zero says that
       ``low`` and ``high`` are not those of these images.
