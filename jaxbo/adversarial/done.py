@@ -41,6 +41,7 @@ def done_grad(
   curvature: float | jax.Array = 0.0,
   direction: str = "gradient",
   margin: float = 1e-4,
+  has_aux: bool = False,
   microbatch_size: int | None = None,
   repair: bool = False,
 ) -> Callable[..., PerExampleGrads]:
@@ -96,6 +97,8 @@ def done_grad(
       :math:`\varphi`, which end within about ``step_size`` of the minimum.
     margin: how close to a wall a pixel may come, as a fraction of the width of its box, in
       (0, 0.5).
+    has_aux: whether ``loss_fn`` returns ``(losses, aux)``, where ``aux`` may be batch statistics
+      that move; it is ``aux.aux`` of the result, at the perturbed images.
     microbatch_size: how many examples go at once through the pass for the parameters; it must
       divide the batch. ``None`` for all.
     repair: what to do if a loss is not finite. ``False`` gives the whole batch a zero gradient;
@@ -142,6 +145,7 @@ def done_grad(
   if not isinstance(inverse, LinearSolver):
     _check.one_of("inverse", inverse, ("diagonal", "cg", "none"))
   solver = conjugate_gradient(10) if inverse == "cg" else inverse
+  losses_of = (lambda *arguments: loss_fn(*arguments)[0]) if has_aux else loss_fn
   _check.one_of("direction", direction, ("gradient", "adam"))
 
   @jax.jit
@@ -167,7 +171,7 @@ def done_grad(
     info = DoneInfo(perturbed, last_step, jnp.zeros_like(last_step), not_finite, clipped)
     if inverse == "none":
       return None, info
-    v, bad = image_gradient("loss_fn", loss_fn, params, perturbed, labels)
+    v, bad = image_gradient("loss_fn", losses_of, params, perturbed, labels)
     if isinstance(solver, LinearSolver):
       diagonal = barrier * lower_level.barrier_curvature(minimum.delta, bounds)
       of_images = lambda images, labels: attack_loss(params, images, labels)
@@ -179,15 +183,22 @@ def done_grad(
 
   def corrected(params, batch):
     perturbed, labels, q, not_finite = batch
-    losses = corrected_losses(loss_fn, attack_loss, params, perturbed, perturbed, labels, q)
-    return jnp.where(not_finite, jnp.nan, losses) if q is None else losses
+    value = loss_fn(params, perturbed, labels)
+    losses, aux = value if has_aux else (value, None)
+    known = lambda *_: losses
+    losses = corrected_losses(known, attack_loss, params, perturbed, perturbed, labels, q)
+    losses = jnp.where(not_finite, jnp.nan, losses) if q is None else losses
+    return (losses, aux) if has_aux else losses
 
-  lazy = per_example_grad(corrected, microbatch_size=microbatch_size, repair=repair)
+  lazy = per_example_grad(
+    corrected, has_aux=has_aux, microbatch_size=microbatch_size, repair=repair
+  )
 
   def gradients(params: optax.Params, batch: Data, key: Key | None = None) -> PerExampleGrads:
     images, labels = check_batch(batch, box)
     q, info = attack(params, images, labels, None if key is None else typed_key(key))
-    return lazy(params, (info.perturbed, labels, q, info.not_finite)).replace(aux=info)
+    grads = lazy(params, (info.perturbed, labels, q, info.not_finite))
+    return grads.replace(aux=info._replace(aux=grads.aux))
 
   return gradients
 

@@ -28,6 +28,7 @@ class DoneInfo(NamedTuple):
     clipped: whether the clean image was outside of the box, ``[batch]``, so that the attack began
       at another image: the clean one clipped to ``[low, high]``. Anything but zero says that
       ``low`` and ``high`` are not those of these images.
+    aux: the auxiliary output of ``loss_fn``, with ``has_aux``.
   """
 
   perturbed: jax.Array
@@ -35,6 +36,7 @@ class DoneInfo(NamedTuple):
   residual: jax.Array
   not_finite: jax.Array
   clipped: jax.Array
+  aux: PyTree = None
 
   @property
   def num_not_finite(self) -> jax.Array:

@@ -383,6 +383,29 @@ def test_the_running_normaliser_follows_its_rate():
     assert float(updates) == pytest.approx(-float(np.sum(weights * losses)), rel=1e-5)
 
 
+@pytest.mark.parametrize("inverse", ["diagonal", "none"])
+def test_batch_statistics_come_out_and_change_nothing(inverse, x64):
+  params, batch = make()
+  with_mean = lambda *arguments: (loss(*arguments), {"mean": jnp.mean(arguments[1], axis=0)})
+  options = {"barrier": 1e-3, "num_steps": 5, "step_size": 0.5, "inverse": inverse}
+  plain, told = (
+    jax.jit(
+      lambda params, loss_fn=loss_fn, has_aux=has_aux: (
+        lambda grads: (grads.losses, grads.pullback(jnp.ones(NUM) / NUM), grads.aux)
+      )(
+        jaxbo.adversarial.done_grad(loss_fn, margin, Box(EPSILON), has_aux=has_aux, **options)(
+          params, batch
+        )
+      )
+    )(params)
+    for loss_fn, has_aux in ((loss, False), (with_mean, True))
+  )
+  for found, expected in zip(jax.tree.leaves(told[:2]), jax.tree.leaves(plain[:2]), strict=True):
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+  np.testing.assert_allclose(told[2].aux["mean"], np.mean(told[2].perturbed, axis=0), rtol=1e-12)
+  assert plain[2].aux is None
+
+
 def test_errors_name_the_argument():
   make = functools.partial(jaxbo.adversarial.done_grad, problem.loss, problem.margin_attack_loss)
   cases = {
