@@ -6,6 +6,7 @@ import optax
 from jaxbo._optimizer import LearningRate, optimizer
 from jaxbo._types import SolveLinear
 from jaxbo.bilevel import linear_solvers
+from jaxbo.bilevel.condition import Residual
 from jaxbo.bilevel.implicit import add_implicit_response
 from jaxbo.bilevel.linear_solvers import fixed_point
 from jaxbo.bilevel.solution import InnerSolver
@@ -16,6 +17,7 @@ def aid(
   inner: InnerSolver,
   linear_solver: SolveLinear | None = None,
   *,
+  condition: str | Residual | None = None,
   inner_params: optax.Params | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   """Approximate implicit differentiation: gradient descent along :func:`add_implicit_response`.
@@ -26,6 +28,8 @@ def aid(
     linear_solver: a linear solver, or any callable ``(matvec, b, x0) -> (x, info)``. The default is
       ten steps of :func:`jaxbo.conjugate_gradient` from zero (our choice: see Departures from the
       papers).
+    condition: what the inner solution meets: ``"gradient"``, ``"fixed_point"``, a function ``F(x,
+      y, batch)``, or ``None`` to choose by the optimizer.
     inner_params: the inner parameters, as arrays or ``jax.ShapeDtypeStruct``; required by a linear
       solver with ``warm_start``.
 
@@ -46,7 +50,7 @@ def aid(
   if linear_solver is None:
     linear_solver = linear_solvers.conjugate_gradient(num_steps=10)
   return optax.chain(
-    add_implicit_response(inner, linear_solver, inner_params=inner_params),
+    add_implicit_response(inner, linear_solver, condition=condition, inner_params=inner_params),
     optimizer(learning_rate),
   )
 

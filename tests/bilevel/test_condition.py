@@ -209,6 +209,17 @@ def test_a_wrong_condition_is_seen_in_the_stationarity(x64):
   assert info.stationarity > 0.1
 
 
+def test_aid_takes_a_condition(x64):
+  problem, x = PROBLEMS["lasso"], jnp.asarray(X)
+  by = lambda condition: lambda inner: jaxbo.aid(optax.identity(), inner, CG, condition=condition)
+  for condition, right in ((None, True), ("gradient", False)):
+    inner, solution = solved(problem, x)
+    tx = by(condition)(inner)
+    grads = jax.grad(outer_loss, (0, 1))(x, solution.params, None)
+    h, _ = tx.update(grads, tx.init(x), x, solution=solution, batch=None)
+    assert np.allclose(h, differences("lasso"), rtol=1e-4, atol=1e-6) == right
+
+
 def test_the_conditions_of_plain_descent_are_the_same(x64):
   """A step of the optimizer only scales the gradient, also with Adam and a projection inside it."""
   x = jnp.asarray(X)
