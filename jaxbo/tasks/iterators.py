@@ -1,6 +1,7 @@
 """Streams of what a Python iterator yields."""
 
 import functools
+import threading
 from collections.abc import Callable, Iterable, Iterator
 
 import jax
@@ -61,7 +62,7 @@ class _Reader:
         f"{type(batches).__name__}"
       )
     self._begin = functools.partial(iter, batches) if isinstance(batches, Iterable) else batches
-    self._only_once = isinstance(batches, Iterator)
+    self._only_once, self._lock = isinstance(batches, Iterator), threading.Lock()
     self._position, self._batches = -1, self._begin()
     self._shapes = jax.tree.map(self._shape, self._read(0))
 
@@ -85,7 +86,8 @@ class _Reader:
     return self._batch
 
   def _of_this_shape(self, t):
-    batch = self._read(int(t))
+    with self._lock:  # Programs may run in several threads.
+      batch = self._read(int(t))
     shapes = jax.tree.map(self._shape, batch)
     if shapes != self._shapes:
       raise ValueError(

@@ -1,5 +1,6 @@
 """Streams of what a Python iterator yields."""
 
+import concurrent.futures
 import functools
 import itertools
 
@@ -115,3 +116,12 @@ def test_an_online_loop_follows_an_iterator():
   for target in targets:
     x -= 0.1 * (x - target)
   np.testing.assert_allclose(state.x, x, rtol=1e-5)
+
+
+def test_threads_read_their_own_rounds():
+  loads = Loads()
+  stream = jaxbo.tasks.iterator_stream(loads)
+  run = lambda _: play(stream, stream.init(), 20)[1][1]["round"]
+  with concurrent.futures.ThreadPoolExecutor(4) as pool:
+    for rounds in pool.map(run, range(8)):
+      np.testing.assert_array_equal(rounds, np.arange(20))
