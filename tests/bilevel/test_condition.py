@@ -138,6 +138,9 @@ PROBLEMS = {
     ZEROS,
   ),
 }
+PROBLEMS["weight decay that is x"] = Problem(
+  fit, lambda x: optax.chain(optax.add_decayed_weights(x[3]), optax.sgd(RATE)), X, ZEROS
+)
 CG = jaxbo.conjugate_gradient(12)
 
 
