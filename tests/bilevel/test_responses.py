@@ -542,3 +542,25 @@ def test_a_third_level_differentiates_an_implicit_response(projected, x64):
   x, steps = jnp.array([0.3, 0.9]), 1e-5 * np.eye(2)
   expected = [(hypergradient(x + s) - hypergradient(x - s)) / 2e-5 for s in steps]
   np.testing.assert_allclose(jax.jacrev(hypergradient)(x), np.transpose(expected), rtol=1e-6)
+
+
+def test_an_implicit_response_inside_shard_map():
+  """Each device has a part of the batch, and the losses are means over all of them."""
+  over = lambda loss: jax.lax.pmean(loss, "data")
+  inner_loss = lambda x, y, batch: over(jnp.mean((y - jnp.sin(x) * batch) ** 2))
+  outer_loss = lambda x, y, batch: over(jnp.mean((y - batch) ** 2))
+  batch, x = jnp.linspace(0.5, 2.0, 8), jnp.float32(0.4)
+
+  def hypergradient(batch):
+    inner = jaxbo.inner_solver(inner_loss, optax.sgd(0.3), 30)
+    y = inner.solve(x, inner.init(jnp.float32(0.0)), batch)
+    tx = jaxbo.add_implicit_response(inner, jaxbo.conjugate_gradient(3))
+    grads = jax.grad(outer_loss, (0, 1))(x, y.params, batch)
+    return tx.update(grads, tx.init(x), x, solution=y, batch=batch)[0]
+
+  mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+  data, whole = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
+  divided = jax.shard_map(hypergradient, mesh=mesh, in_specs=data, out_specs=whole)
+  mean = np.mean(batch)  # y = sin(x) * mean
+  expected = 2 * (np.sin(x) * mean - mean) * np.cos(x) * mean
+  np.testing.assert_allclose(jax.jit(divided)(batch), expected, rtol=1e-4)
