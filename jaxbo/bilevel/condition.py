@@ -1,16 +1,17 @@
 """The condition that an inner solution meets, which implicit responses differentiate."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jaxbo import _check
+from jaxbo import _check, _tree
 from jaxbo._types import Data, PyTree
-from jaxbo.bilevel.projection import ProjectParamsState
+from jaxbo.bilevel.projection import at_projections, part_of
 from jaxbo.bilevel.solution import InnerSolution, InnerSolver
+from jaxbo.bilevel.step_kinds import BlindStep, StepKind, step_kinds
 
 Residual = Callable[[PyTree, PyTree, Data], PyTree]
 """``F(x, y, batch)``, with one equation for each inner parameter; zero at a solution."""
@@ -23,18 +24,17 @@ class Condition(NamedTuple):
     residual: ``F(x, y)``, shaped like ``y``. Where an entry of ``moves`` is false, ``y`` is a
       constant and ``F`` is ``y`` itself, so that the linear system leaves it alone.
     symmetric: whether the derivative of ``F`` in ``y`` is symmetric.
-    moves: for each leaf of ``y``, whether the inner optimizer moves it.
+    moves: for each leaf of ``y``, whether the inner optimizer moves it; an array, shaped like the
+      leaf, where it may move some of the entries.
   """
 
   residual: Callable[[PyTree, PyTree], PyTree]
   symmetric: bool
-  moves: list[bool]
+  moves: list[bool | jax.Array]
 
   def of_moving(self, tree: PyTree) -> PyTree:
-    """Returns ``tree``, shaped like ``y``, with zeros for the leaves that do not move."""
-    leaves, structure = jax.tree.flatten(tree)
-    kept = [leaf if m else jnp.zeros_like(leaf) for m, leaf in zip(self.moves, leaves, strict=True)]
-    return jax.tree.unflatten(structure, kept)
+    """Returns ``tree``, shaped like ``y``, with zeros for what does not move."""
+    return _select(self.moves, tree, optax.tree.zeros_like(tree))
 
 
 def condition_for(
@@ -46,80 +46,119 @@ def condition_for(
 ) -> Condition:
   """The condition of ``condition=`` of :func:`jaxbo.add_implicit_response` on one batch."""
   y = solution.params
-  zeros = optax.tree.zeros_like(y)
-  blind = lambda x, y, grads: inner.descend(x, y, grads, batch, with_loss=False)
-  moves = [True] * len(jax.tree.leaves(y))
-  if not callable(condition) and (inner.after is None or condition == "gradient"):
-    moves = _check.depends_by_leaf(lambda grads: blind(x, y, grads), zeros)
-  if condition is None:
-    kinds = (ProjectParamsState, optax.TraceState)
-    nodes = jax.tree.leaves(solution.opt_state, is_leaf=lambda node: isinstance(node, kinds))
-    projects = any(isinstance(node, ProjectParamsState) for node in nodes)
-    moves_alone = _is_plain(nodes) and _moves_alone(blind, x, y)
-    fixed = projects or inner.after is not None or moves_alone
-    condition = "fixed_point" if fixed else "gradient"
+  all_leaves = [True] * len(jax.tree.leaves(y))
+  if callable(condition):
+    of_user = condition
 
-  def residual(x, y):
-    if callable(condition):
-      value = condition(x, y, batch)
+    def given(x, y):
+      value = of_user(x, y, batch)
       _check.same_structure("what condition returns", value, "y", y)
       return value
-    grads = jax.grad(inner.loss, argnums=1)(x, y, batch)
-    if condition == "gradient":
-      return grads
-    updates = inner.descend(x, y, grads, batch)
+
+    return Condition(given, symmetric=False, moves=[*all_leaves])
+
+  gradient = jax.grad(inner.loss, argnums=1)
+  blind = lambda x, y, grads: inner.descend(x, y, grads, batch, with_loss=False)
+  moves: list[bool | jax.Array] = [*all_leaves]
+  if inner.after is None or condition == "gradient":
+    moves = [*_check.depends_by_leaf(lambda grads: blind(x, y, grads), optax.tree.zeros_like(y))]
+  kinds = []
+  if condition != "gradient":
+    kinds = step_kinds(blind, x, y, solution.opt_state)
+  fixed = [kind.projected or (kind.moves_alone and kind.plain) for kind in kinds]
+  if condition == "fixed_point" or (inner.after is not None and condition is None):
+    fixed = all_leaves
+  if not any(fixed):
+    return Condition(_hold(moves, lambda x, y: gradient(x, y, batch)), symmetric=True, moves=moves)
+
+  descend = _with_plain_steps(inner, kinds, _inverse_curvature(lambda y: gradient(x, y, batch), y))
+  blind = lambda x, y, grads: descend(x, y, grads, batch, with_loss=False)
+  lengths, stirs = _lengths(blind, x, y, gradient(x, y, batch))
+  if inner.after is None:
+    moves = [
+      one and (stir if f else True) for one, stir, f in zip(moves, stirs, fixed, strict=True)
+    ]
+
+  def residual(x, y):
+    grads = gradient(x, y, batch)
+    updates = descend(x, y, grads, batch)
     if inner.after is not None:
       updates = inner.after(x, y, updates, batch)
-    return jax.tree.map(lambda rate, u: -u / rate, rates(), updates)
+    scaled = jax.tree.map(lambda length, u: -u / length, lengths, updates)
+    return _select(fixed, scaled, grads)
 
-  def rates():
-    """The step length of each coordinate; 1 where the optimizer holds it, at a bound say.
+  return Condition(_hold(moves, residual), symmetric=False, moves=moves)
 
-    By them the system is one with the Hessian, as linear solvers expect: their damping and learning
-    rates mean what they mean for plain descent.
-    """
-    held = jax.lax.stop_gradient((x, y))
-    grads = jax.grad(inner.loss, argnums=1)(*held, batch)
-    draw = optax.tree.random_like(jax.random.key(0), y, jax.random.normal)
-    step = jax.jvp(lambda grads: blind(*held, grads), (grads,), (draw,))[1]
-    length = jax.tree.map(lambda s, d: jnp.abs(s / d), step, draw)
-    longest = jnp.max(jnp.stack([jnp.max(leaf) for leaf in jax.tree.leaves(length)]))
-    one = lambda leaf: jnp.where(leaf > 1e-3 * longest, longest, 1).astype(leaf.dtype)
-    return jax.lax.stop_gradient(jax.tree.map(one, length))
+
+def _with_plain_steps(
+  inner: InnerSolver, kinds: list[StepKind], rate: jax.Array
+) -> Callable[..., optax.Updates]:
+  """``inner.descend``, with plain descent in front of a projection that hides another step."""
+  replaced = [kind.projected and not kind.plain for kind in kinds]
+  if not any(replaced):
+    return inner.descend
+  nonnegative = [kind.nonnegative for kind in kinds]
+
+  def descend(x, y, grads, batch, **options):
+    plain = lambda updates, grads: (_tree.scaled(-rate, part_of(updates, grads)), True)
+    with at_projections(plain):
+      projected = inner.descend(x, y, grads, batch, **options)
+    cut = jax.tree.map(lambda y, g: jnp.maximum(-rate * g, -y), y, grads)
+    projected = _select(nonnegative, cut, projected)
+    return _select(replaced, projected, inner.descend(x, y, grads, batch, **options))
+
+  return descend
+
+
+def _inverse_curvature(gradient: Callable[[PyTree], PyTree], y: PyTree) -> jax.Array:
+  """About the inverse of the Hessian's eigenvalues: a step that neither crawls nor flies."""
+  draw = optax.tree.random_like(jax.random.key(0), y, jax.random.normal)
+  ratio = _tree.norm(draw) / _tree.norm(jax.jvp(gradient, (y,), (draw,))[1])
+  return jax.lax.stop_gradient(jnp.where(jnp.isfinite(ratio), ratio, 1))
+
+
+def _lengths(
+  step: BlindStep, x: PyTree, y: PyTree, grads: PyTree
+) -> tuple[PyTree, list[jax.Array]]:
+  """The step length of each leaf, and whether each entry can move at all.
+
+  The residual divided by the length has the derivative of the gradient, as linear solvers expect:
+  their damping and learning rates mean what they mean for plain descent. The length is 1 where the
+  optimizer holds an entry, at a bound for example.
+  """
+  to_y, to_grads = (
+    optax.tree.random_like(key, y, jax.random.normal) for key in jax.random.split(jax.random.key(0))
+  )
+  by_grads, moved = (
+    jax.jvp(lambda y, grads: step(x, y, grads), (y, grads), (tangent, to_grads))[1]
+    for tangent in (optax.tree.zeros_like(y), to_y)
+  )
+  length = jax.tree.map(lambda s, d: jnp.abs(s / d), by_grads, to_grads)
+  longest = jnp.max(jnp.stack([jnp.max(leaf) for leaf in jax.tree.leaves(length)]))
+
+  def one_length(leaf):
+    of_leaf = jnp.max(leaf)
+    shortest = jnp.maximum(1e-3 * of_leaf, 1e-9 * longest)
+    return jnp.where(leaf > shortest, of_leaf, 1).astype(leaf.dtype)
+
+  lengths = jax.tree.map(one_length, length)
+  return jax.lax.stop_gradient((lengths, [leaf != 0 for leaf in jax.tree.leaves(moved)]))
+
+
+def _hold(
+  moves: list[bool | jax.Array], residual: Callable[[PyTree, PyTree], PyTree]
+) -> Callable[[PyTree, PyTree], PyTree]:
+  """``residual``, with what does not move as constants that are their own residual."""
+  if all(one is True for one in moves):
+    return residual
 
   def with_constants(x, y):
-    leaves, structure = jax.tree.flatten(y)
-    held = [
-      leaf if m else jax.lax.stop_gradient(leaf) for m, leaf in zip(moves, leaves, strict=True)
-    ]
-    values = jax.tree.leaves(residual(x, jax.tree.unflatten(structure, held)))
-    kept = [v if m else leaf for m, v, leaf in zip(moves, values, leaves, strict=True)]
-    return jax.tree.unflatten(structure, kept)
+    return _select(moves, residual(x, _select(moves, y, jax.lax.stop_gradient(y))), y)
 
-  return Condition(
-    residual if all(moves) else with_constants, symmetric=condition == "gradient", moves=moves
-  )
+  return with_constants
 
 
-def _moves_alone(blind: Callable[..., PyTree], x: PyTree, y: PyTree) -> bool:
-  """Whether the optimizer moves parameters without a gradient: it decays, shrinks or projects."""
-  zeros = optax.tree.zeros_like(y)
-  if not _check.depends(lambda xy: blind(xy[0], xy[1], zeros), (x, y)):
-    return False
-  # A trust ratio reads parameters and moves nothing alone; at x = 0 a decay by x would not, either.
-  with jax.ensure_compile_time_eval():
-    fill = lambda tree, value: jax.tree.map(lambda v: jnp.full(v.shape, value, v.dtype), tree)
-    updates = jax.tree.leaves(blind(fill(x, 0.7), fill(y, -1e3), fill(y, 0.0)))
-    return any(bool(jnp.any(leaf != 0)) for leaf in updates)
-
-
-def _is_plain(nodes: list[PyTree]) -> bool:
-  """Whether an optimizer's first step shows where it stops: it keeps counters and momentum only.
-
-  Adam's first step has a length of its own, and L-BFGS only remembers the parameters.
-  """
-  return all(
-    isinstance(node, optax.TraceState)
-    or (hasattr(node, "dtype") and jnp.issubdtype(node.dtype, jnp.integer))
-    for node in nodes
-  )
+def _select(which: Sequence[bool | jax.Array], tree: PyTree, other: PyTree) -> PyTree:
+  """``tree`` where ``which``, given for each leaf, is true, else ``other``."""
+  pick = lambda w, a, b: jnp.where(w, a, b) if isinstance(w, jax.Array) else a if w else b
+  return jax.tree.map(pick, jax.tree.unflatten(jax.tree.structure(tree), which), tree, other)

@@ -87,9 +87,10 @@ def add_implicit_response(
     h = \nabla_x f - (\partial_x F)^\top \lambda, \qquad (\partial_y F)^\top \lambda = \nabla_y f .
 
   ``condition="gradient"`` is :math:`F = \nabla_y g`. ``condition="fixed_point"`` is :math:`F = y -
-  T(x, y)` with :math:`T` one step of the solver's own optimizer from a fresh state, so projections,
-  proximal steps and weight decay in the optimizer are differentiated as what they are. Leaves of
-  ``y`` that the optimizer never moves are constants in both.
+  T(x, y)` with :math:`T` one step of the solver's own optimizer, so projections, proximal steps and
+  weight decay in the optimizer are differentiated as what they are. The step has its momentum at
+  rest and stands in the middle of its schedules. Leaves of ``y`` that the optimizer never moves are
+  constants in both.
 
   Products with the Hessian are forward-over-reverse; all iterations share one linearization of
   :math:`\nabla_y g`. Cost: one linearization, the products of the linear solver (about two
@@ -103,13 +104,14 @@ def add_implicit_response(
       ``jax.scipy.sparse.linalg.cg``. A solver that does not return a
       :class:`~jaxbo.bilevel.LinearInfo` costs one more product, for the residual.
     condition: ``"gradient"``, ``"fixed_point"``, or a function ``F(x, y, batch)``, shaped like
-      ``y``, of your own optimality conditions (KKT, a root). ``None`` chooses: ``"fixed_point"`` if
-      the optimizer has :func:`jaxbo.bilevel.project_params`, or if its updates read the parameters
-      or ``x`` and its state has nothing but counters and momentum (SGD with weight decay or a
-      proximal step); else ``"gradient"``. Adam and L-BFGS with weight decay or a proximal step are
-      not recognized: look at ``info.stationarity``. The fixed point needs a first step that is not
-      zero, so no warm-up from zero. It is divided by the optimizer's step length, so dampings and
-      rates of linear solvers are those for the Hessian.
+      ``y``, of your own optimality conditions (KKT, a root). ``None`` chooses for each leaf:
+      ``"fixed_point"`` where :func:`jaxbo.bilevel.project_params` or
+      ``optax.keep_params_nonnegative`` ends the step, after any optimizer, and where the optimizer
+      moves the leaf without a gradient and is SGD otherwise (with weight decay, a proximal step or a
+      projection of your own, with momentum); else ``"gradient"``. Adam and L-BFGS with weight decay
+      or a proximal step are not recognized: look at ``info.stationarity``. The fixed point is
+      divided by the optimizer's step length, so dampings and rates of linear solvers are those for
+      the Hessian.
     inner_params: the inner parameters, as arrays or ``jax.ShapeDtypeStruct``. Required by a linear
       solver with ``warm_start``, because the state keeps its solution; unused otherwise.
 

@@ -11,6 +11,7 @@ from jaxbo import _check, _tree
 from jaxbo._types import Data, Loss, PyTree
 from jaxbo.bilevel.scan import final_carry, scan_until
 from jaxbo.bilevel.solution import FeatureProblem, InnerInfo, InnerSolution, InnerSolver
+from jaxbo.bilevel.steady_step import steady_updates
 
 
 def inner_solver(
@@ -268,8 +269,10 @@ def inner_solver(
   def descend(x, y, grads, batch, *, opt_state=None, with_loss=True):
     value_fn = lambda y: one_step_loss(x, y, batch) if with_loss else jnp.zeros((), _loss_dtype(y))
     given = {"value": value_fn(y), "grad": grads, "value_fn": value_fn}
-    opt_state = fresh(x, y) if opt_state is None else opt_state
-    return optimizer_for(x).update(grads, opt_state, y, **given)[0]
+    tx = optimizer_for(x)
+    if opt_state is None:
+      return steady_updates(tx, fresh(x, y), grads, y, num_steps, given)
+    return tx.update(grads, opt_state, y, **given)[0]
 
   def after(x, y, updates, batch):
     """What a step changes in all, with ``keep``."""

@@ -1,6 +1,8 @@
 """Projections on convex sets, for the end of a chain."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import jax
@@ -75,7 +77,39 @@ def project(
 
 
 class ProjectParamsState(NamedTuple):
-  """State of :func:`~jaxbo.bilevel.project_params`: empty, but known as that of a projection."""
+  """State of :func:`~jaxbo.bilevel.project_params`: empty."""
+
+
+AtProjection = Callable[[PyTree, PyTree], tuple[PyTree, bool]]
+"""``at_projection(updates, grads) -> (updates, project)``: what to project, and whether to."""
+
+_AT_PROJECTION: ContextVar[AtProjection | None] = ContextVar("at_projection", default=None)
+
+
+@contextmanager
+def at_projections(function: AtProjection) -> Iterator[None]:
+  """Lets ``function`` look at, and change, what each ``project_params`` inside projects."""
+  token = _AT_PROJECTION.set(function)
+  try:
+    yield
+  finally:
+    _AT_PROJECTION.reset(token)
+
+
+def leaves_of(updates: PyTree, y: PyTree) -> list[bool]:
+  """For each leaf of ``y``, whether it is in ``updates``, a part that optax masked out of ``y``."""
+  there = lambda node, part: jax.tree.map(lambda _: not _is_masked(node), part)
+  return jax.tree.leaves(jax.tree.map(there, updates, y, is_leaf=_is_masked))
+
+
+def part_of(updates: PyTree, tree: PyTree) -> PyTree:
+  """The leaves of ``tree`` that are in ``updates``, a part that optax masked out of ``tree``."""
+  pick = lambda node, part: node if _is_masked(node) else part
+  return jax.tree.map(pick, updates, tree, is_leaf=_is_masked)
+
+
+def _is_masked(node: object) -> bool:
+  return isinstance(node, optax.MaskedNode)
 
 
 def project_params(projection: Projection) -> optax.GradientTransformationExtraArgs:
@@ -109,10 +143,13 @@ def project_params(projection: Projection) -> optax.GradientTransformationExtraA
   _check.takes_arguments("projection", projection, "params")
 
   def update(updates, state, params=None, **extra_args):
-    del extra_args
     if params is None:
       raise ValueError("project_params: update must be given params, the outer parameters x")
     _check.same_structure("updates", updates, "params", params)
+    if at_projection := _AT_PROJECTION.get():
+      updates, go_on = at_projection(updates, extra_args["grad"])
+      if not go_on:
+        return updates, state
     return _end_inside("projection", projection, updates, params), state
 
   return optax.GradientTransformationExtraArgs(lambda params: ProjectParamsState(), update)

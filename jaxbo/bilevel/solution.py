@@ -91,8 +91,9 @@ class InnerSolver(NamedTuple):
       flows through the last ``k`` steps only.
     loss: ``loss(x, y, batch) -> scalar``, the inner loss on the batch of *one* step.
     descend: ``descend(x, y, grads, batch, *, opt_state=None, with_loss=True) -> updates``, what the
-      optimizer makes of gradients in one step from ``opt_state``, or from a fresh state, on the
-      batch of *one* step. Optimizers that need the loss see zero instead without ``with_loss``.
+      optimizer makes of gradients in one step on the batch of *one* step: from ``opt_state``, or
+      without one in the middle of a run of these gradients, with its momentum at rest.
+      Optimizers that need the loss see zero instead without ``with_loss``.
     num_steps: the number of steps of a run; 0 for a :func:`jaxbo.black_box`, which has no loss.
     per_step_batches: whether ``batch`` has a leading axis ``num_steps``.
     start: the function ``start=`` of the solver, else ``None``.

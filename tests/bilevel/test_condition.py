@@ -141,6 +141,73 @@ PROBLEMS = {
 PROBLEMS["weight decay that is x"] = Problem(
   fit, lambda x: optax.chain(optax.add_decayed_weights(x[3]), optax.sgd(RATE)), X, ZEROS
 )
+SHRINK = lambda rate: proximal_step(lambda y: shrink(y, 0.3 * rate))
+SLOW_ADAM = optax.adam(optax.cosine_decay_schedule(0.05, 3000))
+PARTS_ONE = {"head": "one", "base": "other"}
+SHRINK_LEAVES = lambda rate: proximal_step(
+  lambda y: jax.tree.map(lambda leaf: shrink(leaf, 0.3 * rate), y)
+)
+PROBLEMS |= {
+  # What a projection ends need not be plain descent.
+  "box, Adam": Problem(
+    fit, optax.chain(SLOW_ADAM, jaxbo.bilevel.project_params(box)), X, ZEROS, 3000
+  ),
+  "non-negative, Adam": Problem(
+    fit, optax.chain(SLOW_ADAM, optax.keep_params_nonnegative()), X - 2, ZEROS, 3000
+  ),
+  # Leaf by leaf: Adam for one, a lasso or a box for the other.
+  "Adam and a lasso": Problem(
+    two_parts,
+    optax.partition(
+      {"one": SLOW_ADAM, "other": optax.chain(optax.sgd(0.1), SHRINK_LEAVES(0.1))}, PARTS_ONE
+    ),
+    X,
+    PARTS,
+    3000,
+  ),
+  "Adam and a box with Adam": Problem(
+    two_parts,
+    optax.chain(
+      SLOW_ADAM,
+      optax.masked(
+        jaxbo.bilevel.project_params(lambda y: jax.tree.map(lambda v: jnp.clip(v, -0.1, 0.3), y)),
+        {"head": False, "base": True},
+      ),
+    ),
+    X,
+    PARTS,
+    3000,
+  ),
+  # Wrappers keep counters and switches of their own.
+  "lasso, wrapped": Problem(
+    fit,
+    optax.apply_if_finite(
+      optax.chain(optax.inject_hyperparams(optax.sgd)(RATE), SHRINK(RATE)), max_consecutive_errors=3
+    ),
+    X,
+    ZEROS,
+  ),
+  # The first step has less momentum than those that follow.
+  "lasso, momentum": Problem(
+    fit, optax.chain(optax.sgd(0.1, momentum=0.6), SHRINK(0.25)), X, ZEROS, 1500
+  ),
+  "decoupled decay, momentum that is tuned": Problem(
+    fit,
+    lambda x: optax.chain(
+      optax.trace(jax.nn.sigmoid(x[1])), optax.add_decayed_weights(0.3), optax.scale(-0.1)
+    ),
+    X,
+    ZEROS,
+    1500,
+  ),
+  # The first step is zero, and so is the last one.
+  "box, warm-up": Problem(
+    fit,
+    projected(box, rate=optax.warmup_cosine_decay_schedule(0.0, RATE, 20, 600)),
+    X,
+    ZEROS,
+  ),
+}
 CG = jaxbo.conjugate_gradient(12)
 
 
@@ -209,6 +276,31 @@ def test_a_wrong_condition_is_seen_in_the_stationarity(x64):
   h, info = jax.jit(lambda x: by_response(problem, head, x))(jnp.asarray(problem.x))
   assert np.max(np.abs(h - differences("lasso"))) > 0.1
   assert info.linear_residual < 1e-6
+  assert info.stationarity > 0.1
+
+
+def test_a_projection_behind_adam_need_not_reach_the_minimum(x64):
+  """On a simplex it stops where steps of equal length leave it, and the stationarity says so."""
+  adam = optax.chain(SLOW_ADAM, jaxbo.bilevel.project_params(to_simplex))
+  problem = Problem(fit, adam, X, ZEROS + 0.2, 300)
+  head = lambda inner: jaxbo.add_implicit_response(inner, CG)
+  _, info = jax.jit(lambda x: by_response(problem, head, x))(jnp.asarray(X))
+  assert info.stationarity > 0.5
+
+
+def test_a_mask_within_a_leaf_holds_its_entries(x64):
+  """By the fixed point; the gradient of the entry that is held is not zero."""
+  held = optax.stateless(lambda updates, params: updates * (np.arange(5) != 1))
+  problem = Problem(fit, optax.chain(optax.sgd(RATE), held), X, ZEROS + 0.5, 300)
+  free = Problem(
+    lambda x, y, batch: fit(x, y.at[1].set(0.5), batch), optax.sgd(RATE), X, ZEROS + 0.5, 300
+  )
+  by = lambda problem, make: jax.jit(lambda x: by_response(problem, make, x))(jnp.asarray(X))
+  h, info = by(problem, lambda i: jaxbo.add_implicit_response(i, CG, condition="fixed_point"))
+  expected, _ = by(free, jaxbo.add_unrolled_response)
+  np.testing.assert_allclose(h, expected, rtol=1e-6)
+  assert info.stationarity < 1e-6
+  _, info = by(problem, lambda i: jaxbo.add_implicit_response(i, CG))
   assert info.stationarity > 0.1
 
 
