@@ -235,7 +235,14 @@ def add_es_response(
     x, y, b = _tree.at_least_float32((params, solution.params, inner_grad))
     if difference == "exact":
       check_differentiable("add_es_response with difference='exact'", solution.opt_state)
-    check_run("add_es_response", inner, x, solution._replace(params=y), batch)
+    check_run(
+      "add_es_response",
+      inner,
+      x,
+      solution._replace(params=y),
+      batch,
+      by_derivative=difference == "exact",
+    )
     start = start_for(inner, solution.start, x, batch)
     chosen = chosen_leaves(perturb, params)
     part, merge = part_of(x, chosen)

@@ -107,11 +107,10 @@ def add_implicit_response(
       ``y``, of your own optimality conditions (KKT, a root). ``None`` chooses for each leaf:
       ``"fixed_point"`` where :func:`jaxbo.bilevel.project_params` or
       ``optax.keep_params_nonnegative`` ends the step, after any optimizer, and where the optimizer
-      moves the leaf without a gradient and is SGD otherwise (with weight decay, a proximal step or a
-      projection of your own, with momentum); else ``"gradient"``. Adam and L-BFGS with weight decay
-      or a proximal step are not recognized: look at ``info.stationarity``. The fixed point is
-      divided by the optimizer's step length, so dampings and rates of linear solvers are those for
-      the Hessian.
+      moves the leaf without a gradient and is SGD otherwise (weight decay, a proximal step, a
+      projection of your own); else ``"gradient"``. Adam and L-BFGS with weight decay or a proximal
+      step are not recognized: look at ``info.stationarity``. The fixed point is divided by the
+      optimizer's step length, so dampings and rates of linear solvers are those for the Hessian.
     inner_params: the inner parameters, as arrays or ``jax.ShapeDtypeStruct``. Required by a linear
       solver with ``warm_start``, because the state keeps its solution; unused otherwise.
 

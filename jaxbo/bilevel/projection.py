@@ -1,6 +1,6 @@
 """Projections on convex sets, for the end of a chain."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import NamedTuple
@@ -87,7 +87,7 @@ _AT_PROJECTION: ContextVar[AtProjection | None] = ContextVar("at_projection", de
 
 
 @contextmanager
-def at_projections(function: AtProjection) -> Iterator[None]:
+def at_projections(function: AtProjection) -> Generator[None]:
   """Lets ``function`` look at, and change, what each ``project_params`` inside projects."""
   token = _AT_PROJECTION.set(function)
   try:

@@ -100,13 +100,24 @@ def response_transformation(
 
 
 def check_depends_on_x(
-  function: Callable[[PyTree], PyTree], x: PyTree, name: str = "inner_loss"
+  function: Callable[[PyTree], PyTree],
+  x: PyTree,
+  name: str = "inner_loss",
+  *,
+  by_derivative: bool = True,
 ) -> None:
-  """Raises ``ValueError`` if ``x`` does not reach ``function(x)``: its response is always zero."""
-  if not _check.depends(function, x):
+  """Raises ``ValueError`` if ``x`` does not reach ``function(x)``: its response is always zero.
+
+  With ``by_derivative`` no derivative must be lost on the way, by ``stop_gradient`` or rounding.
+  """
+  reached = _check.depends(function, x)
+  if reached and by_derivative:
+    value, pull_back = jax.vjp(function, x)
+    reached = _check.depends(pull_back, value)
+  if not reached:
     raise ValueError(
       f"{name} must use its argument x, which has no influence on the inner solution (does it "
-      "close over x instead? without a response, use jaxbo.drop_response())"
+      "close over x instead, or stop the gradient? without a response, use jaxbo.drop_response())"
     )
 
 
@@ -121,7 +132,13 @@ def check_solution(name: str, inner: InnerSolver, solution: InnerSolution) -> No
 
 
 def check_run(
-  name: str, inner: InnerSolver, x: PyTree, solution: InnerSolution, batch: Data
+  name: str,
+  inner: InnerSolver,
+  x: PyTree,
+  solution: InnerSolution,
+  batch: Data,
+  *,
+  by_derivative: bool,
 ) -> None:
   """Raises ``ValueError`` unless a response can run the inner problem again and learn from it."""
   start = solution.start
@@ -132,13 +149,15 @@ def check_run(
     )
   check_solution(name, inner, solution)
   if inner.num_steps == 0:
-    check_depends_on_x(lambda x: inner.path(x, start, batch), x, "path")
+    path = lambda x: inner.path(x, start, batch)
+    check_depends_on_x(path, x, "path", by_derivative=by_derivative)
   elif inner.start is None or not _check.depends(inner.start, x):
     if inner.per_step_batches:
       check_per_step(batch, inner.num_steps)
       batch = jax.tree.map(lambda leaf: leaf[0], batch)
     y, gradient = solution.params, jax.grad(inner.loss, argnums=1)
-    check_depends_on_x(lambda x: inner.descend(x, y, gradient(x, y, batch), batch), x)
+    step = lambda x: inner.descend(x, y, gradient(x, y, batch), batch)
+    check_depends_on_x(step, x, by_derivative=by_derivative)
 
 
 def check_begins_with_response(state: optax.OptState) -> None:

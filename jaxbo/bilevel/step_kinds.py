@@ -11,7 +11,7 @@ from jaxbo import _check
 from jaxbo._types import PyTree
 from jaxbo.bilevel.projection import at_projections, leaves_of
 
-BlindStep = Callable[[PyTree, PyTree, PyTree], optax.Updates]
+BlindStep = Callable[..., optax.Updates]
 """``step(x, y, grads)``, the updates of an optimizer that does not see the loss."""
 
 

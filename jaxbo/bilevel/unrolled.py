@@ -100,7 +100,7 @@ def add_unrolled_response(
         "inner must not have a tolerance with add_unrolled_response: no reverse mode"
       )
     check_differentiable("add_unrolled_response", solution.opt_state)
-    check_run("add_unrolled_response", inner, x, solution, batch)
+    check_run("add_unrolled_response", inner, x, solution, batch, by_derivative=True)
     y, pull_back = jax.vjp(lambda x: inner.path(x, solution.start, batch, last=num_steps), x)
     response = pull_back(_tree.cast_like(inner_grad, y))[0]
     return response, lambda *measured: UnrolledResponseState(UnrolledInfo(*measured))

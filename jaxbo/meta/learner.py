@@ -66,7 +66,8 @@ def online_meta_learner(
       on labeled data from the stream. If ``shift_score`` is a function, any pytree that
       ``shift_score`` and ``metric`` accept may replace the logits.
     inner: the inner solver; each round runs its ``num_steps`` steps. A continuing task keeps the
-      inner optimizer's state; a new task starts with a fresh one.
+      inner optimizer's state, whatever the solver's ``warm_start`` is, since its rounds
+      are one run; a new task starts with a fresh one.
     outer: an optax chain that begins with a response, such as :func:`jaxbo.leeds`. Its ``update``
       receives ``detection=`` and ``value=``, the outer loss. ``None`` never moves the meta-model.
     detector: :func:`jaxbo.meta.threshold_detector`, or :func:`jaxbo.meta.oracle_detector`, which

@@ -12,7 +12,7 @@ from jaxbo._types import Loss, SolveLinear
 from jaxbo.bilevel import linear_solvers
 from jaxbo.bilevel.implicit import add_implicit_response
 from jaxbo.bilevel.projection import Projection
-from jaxbo.bilevel.response import MISSING
+from jaxbo.bilevel.response import MISSING, response_info
 from jaxbo.bilevel.solution import InnerSolution, InnerSolver
 from jaxbo.online.sobow import online_tail
 from jaxbo.online.window import Window, check_window
@@ -76,7 +76,7 @@ def average_over_batches(
     A transformation that takes the place of ``head`` as the first in the chain. Its ``update``
     requires the arguments of the head and ``window=``, a :class:`jaxbo.online.Window` of
     :class:`jaxbo.online.OnlineBatch` whose newest entry is the current batch. A batch whose
-    hypergradient is not finite is left out.
+    hypergradient or response is not finite is left out.
 
   Raises:
     ValueError: if ``decay`` is outside (0, 1], or ``normalization`` is neither value.
@@ -130,7 +130,8 @@ def average_over_batches(
       total, weight, count, head_state = carry
       extra = extra_args | {"batch": batch}
       gradient, head_state = response.update(grads, head_state, params, solution=solution, **extra)
-      finite = _tree.all_finite(gradient)
+      told = response_info(head_state)  # A response that is not finite was dropped.
+      finite = _tree.all_finite(gradient) & getattr(told, "finite", True)
       added = _tree.add_scaled(total, weights[age], _tree.cast_like(gradient, total))
       total = _tree.where(finite, added, total)
       return total, weight + jnp.where(finite, weights[age], 0), count + finite, head_state

@@ -384,6 +384,9 @@ def test_responses_to_a_run_that_stops_early(x64):
   inner = jaxbo.inner_solver(loss, optax.sgd(0.2), 200, tolerance=1e-12)
   x = jnp.array([0.3, 0.8])
   solution = inner.solve(x, inner.init(jnp.zeros(2)), None)
+  changes = np.diff(solution.info.losses)
+  assert np.all(changes[:20] < 0)
+  assert np.all(changes[100:] == 0)
   es = {"directions": "orthogonal", "difference": "exact"}
   for tx in (
     jaxbo.add_implicit_response(inner, jaxbo.conjugate_gradient(2)),

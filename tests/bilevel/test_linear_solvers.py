@@ -199,3 +199,13 @@ def test_converged_conjugate_gradient_stops_instead_of_dividing_by_rounding():
 def test_bad_arguments_are_refused(build, message):
   with pytest.raises(ValueError, match=message):
     build()
+
+
+def test_gmres_starts_where_it_is_told():
+  """One step from the solution is exact; one step from zero is not."""
+  matrix, b = jnp.array([[3.0, 1.0], [0.0, 2.0]]), jnp.ones(2)
+  exact = jnp.array([1 / 6, 0.5])
+  x, _ = jaxbo.gmres(1, warm_start=True)(lambda v: matrix @ v, b, exact)
+  np.testing.assert_allclose(x, exact, rtol=1e-5)
+  x, _ = jaxbo.gmres(1)(lambda v: matrix @ v, b, exact)
+  assert np.max(np.abs(x - exact)) > 0.01

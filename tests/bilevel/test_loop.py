@@ -295,14 +295,17 @@ def test_an_outer_that_does_not_begin_with_a_response_is_refused(name, as_users_
 def test_wrappers_go_behind_a_response_and_hyperparameters_around_it():
   solver, outer_loss = small()
   response = jaxbo.add_unrolled_response(solver)
-  for outer in (
-    optax.chain(response, optax.MultiSteps(optax.adam(0.1), 2)),
-    optax.chain(response, optax.apply_if_finite(optax.adam(0.1), 2)),
-    optax.inject_hyperparams(jaxbo.itd, static_args="inner")(0.1, solver),
-  ):
+
+  def after_one_step(outer):
     init, step = jaxbo.bilevel_loop(outer_loss, solver, outer)
-    state, _ = step(init(jnp.ones(()), jnp.zeros(())), jnp.array(1.5), jnp.array(2.0))
-    assert jnp.isfinite(state.x)
+    return step(init(jnp.ones(()), jnp.zeros(())), jnp.array(1.5), jnp.array(2.0))[0].x
+
+  plain = after_one_step(jaxbo.itd(0.1, solver))
+  assert abs(plain - 1) > 0.01
+  waits = after_one_step(optax.chain(response, optax.MultiSteps(optax.sgd(0.1), 2)))
+  guarded = after_one_step(optax.chain(response, optax.apply_if_finite(optax.sgd(0.1), 2)))
+  injected = after_one_step(optax.inject_hyperparams(jaxbo.itd, static_args="inner")(0.1, solver))
+  np.testing.assert_allclose([waits, guarded, injected], [1, plain, plain], rtol=1e-6)
 
 
 @pytest.mark.parametrize("which", ["x", "y0"])

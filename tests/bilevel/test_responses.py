@@ -483,6 +483,21 @@ def test_an_inner_loss_that_ignores_x_is_refused(name, tasks):
       tx.update((x, y.params), tx.init(x), x, solution=y, batch=jnp.zeros(3))
 
 
+@pytest.mark.parametrize("name", RESPONSES)
+def test_an_inner_loss_that_loses_the_derivative_is_refused_by_who_needs_it(name):
+  """Differences of whole runs do not: they respond to a rounded ``x``, too."""
+  for lose in (jax.lax.stop_gradient, lambda x: jnp.round(8 * x) / 8):
+    loss = lambda x, y, batch, lose=lose: jnp.sum((y - lose(x)) ** 2)
+    inner = jaxbo.inner_solver(loss, optax.sgd(0.5), 2)
+    if name == "es":
+      by_differences = lambda inner: jaxbo.add_es_response(inner, 3, 0.25, directions="orthogonal")
+      h, _ = respond(inner, by_differences, jnp.ones(3))
+      assert np.linalg.norm(h) > 0.1
+    else:
+      with pytest.raises(ValueError, match="or stop the gradient"):
+        respond(inner, RESPONSES[name], jnp.ones(3))
+
+
 @pytest.mark.parametrize("optimizer", [optax.lbfgs(), optax.lbfgs(0.7, linesearch=None)])
 def test_what_lbfgs_can_be_used_with(optimizer, x64):
   """Its run has no useful derivative: a clear error, or the right number."""

@@ -214,6 +214,25 @@ def test_a_batch_that_is_left_out_has_no_weight_among_those_present(normalizatio
   np.testing.assert_allclose(state.info.average_norm, expected, rtol=1e-6)
 
 
+def test_a_batch_without_a_finite_response_is_left_out():
+  """What is left of its hypergradient, df/dx, would count as the whole of it."""
+  inner = jaxbo.inner_solver(saddle_loss, optax.sgd(0.5), 1)
+  head = jaxbo.add_implicit_response(inner, jaxbo.conjugate_gradient(1))
+  outer_loss = lambda x, y, batch: jnp.sum(x * batch) + jnp.sum(y)
+  tx = jaxbo.average_over_batches(head, outer_loss)
+  x = jnp.zeros(2)
+  curvatures = jnp.array([[1.0, 1.0], [jnp.nan, 1.0]])
+  memory = jaxbo.online.Window(
+    jaxbo.online.OnlineBatch(curvatures, jnp.full((2, 2), 5.0)), jnp.ones(2, bool), jnp.int32(0)
+  )
+  grads = (jnp.full(2, 5.0), jnp.ones(2))
+  average, state = tx.update(
+    grads, tx.init(x), x, solution=inner.init(x), batch=jnp.ones(2), window=memory
+  )
+  np.testing.assert_allclose(average, 6.0, rtol=1e-6)  # 5 directly, 1 by the response
+  assert state.info.num_finite == 1
+
+
 def test_without_a_finite_response_the_direct_gradient_enters_the_window():
   """An inner batch that is not finite: the head leaves the response out, and says so."""
   inner = jaxbo.inner_solver(saddle_loss, optax.sgd(0.5), 1)
