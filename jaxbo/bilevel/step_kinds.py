@@ -54,20 +54,12 @@ def step_kinds(step: BlindStep, x: PyTree, y: PyTree, opt_state: optax.OptState)
     with at_projections(without_projections):
       alone = at(0.0, 0.0)
 
-      def grows(grad):
-        """Whether twice the gradient makes a longer step."""
-        once, twice = (
-          [
-            max(float(jnp.max(jnp.abs(u - u0))) for u in ends)
-            for *ends, u0 in zip(at(0.0, g), at(0.0, -g), alone, strict=True)
-          ]
-          for g in (grad, 2 * grad)
-        )
-        return [b >= 1.5 * a for a, b in zip(once, twice, strict=True)]
+      def reach(grad):
+        """The longest update of each leaf, beside that without a gradient."""
+        far = [jax.tree.map(jnp.subtract, at(0.0, g), alone) for g in (grad, -grad)]
+        return [max(float(jnp.max(jnp.abs(u))) for u in ends) for ends in zip(*far, strict=True)]
 
-      plain = grows(1e-3)
-      if not _remembers_momentum_only(opt_state):
-        plain = [small and large for small, large in zip(plain, grows(1e3), strict=True)]
+      plain = [twice >= 1.5 * once for once, twice in zip(reach(1e-3), reach(2e-3), strict=True)]
   is_nonnegative = lambda node: isinstance(node, optax.NonNegativeParamsState)
   any_nonnegative = any(map(is_nonnegative, jax.tree.leaves(opt_state, is_leaf=is_nonnegative)))
   kinds = []
@@ -75,15 +67,3 @@ def step_kinds(step: BlindStep, x: PyTree, y: PyTree, opt_state: optax.OptState)
     nonnegative = any_nonnegative and above and not below and not projected
     kinds.append(StepKind(not below, is_plain, projected or nonnegative, nonnegative))
   return kinds
-
-
-def _remembers_momentum_only(state: optax.OptState) -> bool:
-  """Whether an optimizer keeps counters, switches, hyperparameters and momentum, and no more."""
-  stops = lambda node: isinstance(node, optax.TraceState) or hasattr(node, "hyperparams")
-  for node in jax.tree.leaves(state, is_leaf=stops):
-    if hasattr(node, "hyperparams"):
-      if not _remembers_momentum_only(node.inner_state):
-        return False
-    elif not isinstance(node, optax.TraceState) and jnp.issubdtype(node.dtype, jnp.inexact):
-      return False
-  return True
