@@ -23,7 +23,7 @@ def cvar(level: float | jax.Array) -> Weighting:
   The largest losses get :math:`p_i / \alpha` each, and ties at the edge share the rest. If
   :math:`\alpha` is below the mass of the largest losses, all weight is on them.
 
-  Cost: a bisection with one sum over the batch in each of 32 steps (64 in double precision). It
+  Cost: a search with one sum over the batch at 7 numbers in each of 11 steps (22 in float64). It
   does not sort the losses or gather them on one device.
 
   Args:
@@ -64,8 +64,8 @@ def kl_cvar(level: float | jax.Array, temperature: Temperature) -> Weighting:
   :func:`cvar`; a high temperature, or :math:`\alpha = 1`, gives the mean. While the cap does not
   bind, the weights are those of :func:`kl`.
 
-  Cost: a bisection with one sum over the batch in each of 32 steps (64 in double precision). A
-  target for the effective sample size nests it in another bisection.
+  Cost: a search with one sum over the batch at 7 numbers in each of 11 steps (22 in float64). A
+  target for the effective sample size nests it in a bisection.
 
   Args:
     level: :math:`\alpha` in (0, 1].
@@ -95,7 +95,7 @@ def kl_cvar(level: float | jax.Array, temperature: Temperature) -> Weighting:
   def respond(batch, state):
     cap = 1 / jnp.asarray(level, batch.losses.dtype)
     weights_at = lambda value: _capped_exponential(batch, value, cap)
-    value = temperatures.find_temperature(temperature, batch, state, weights_at)
+    value = temperatures.find_temperature(temperature, batch, state, weights_at, bits_per_step=1)
     weights = weights_at(value)
     objective = batch.over.sum(weights * batch.losses) - value * relative_entropy(batch, weights)
     # The reference is feasible, so a value below the mean is rounding times a high temperature.

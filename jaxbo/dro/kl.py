@@ -146,7 +146,7 @@ def kl_ball(radius: float | jax.Array) -> Weighting:
   The weights are those of :func:`kl` at the temperature that makes the constraint tight. For
   :math:`\rho \ge \log (n / \#\text{maxima})`, all weight is on the largest losses.
 
-  Cost: a bisection with two sums over the batch in each of 32 steps (64 in double precision).
+  Cost: a search with two sums over the batch at 7 numbers in each of 11 steps (22 in float64).
 
   Args:
     radius: :math:`\rho > 0`, in nats.

@@ -47,7 +47,7 @@ def top_k(k: int) -> Weighting:
   This is :func:`cvar` at the level :math:`k / n`, where :math:`n` examples count. Examples that tie
   for the last places share them.
 
-  Cost: a bisection with one sum over the batch in each of 32 steps (64 in double precision).
+  Cost: a search with one sum over the batch at 7 numbers in each of 11 steps (22 in float64).
 
   Args:
     k: how many losses to average, at least 1. If fewer examples count, all of them are averaged.
