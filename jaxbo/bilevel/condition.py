@@ -9,7 +9,7 @@ import optax
 
 from jaxbo import _check, _tree
 from jaxbo._types import Data, PyTree
-from jaxbo.bilevel.projection import at_projections, part_of
+from jaxbo.bilevel.projection import at_projections, leaves_of, part_of
 from jaxbo.bilevel.solution import InnerSolution, InnerSolver
 from jaxbo.bilevel.step_kinds import BlindStep, StepKind, step_kinds
 
@@ -65,13 +65,16 @@ def condition_for(
   kinds = []
   if condition != "gradient":
     kinds = step_kinds(blind, x, y, solution.opt_state)
-  fixed = [kind.projected or (kind.moves_alone and kind.plain) for kind in kinds]
+  fixed = [kind.shows_where_it_stops for kind in kinds]
   if condition == "fixed_point" or (inner.after is not None and condition is None):
     fixed = all_leaves
   if not any(fixed):
     return Condition(_hold(moves, lambda x, y: gradient(x, y, batch)), symmetric=True, moves=moves)
 
-  descend = _with_plain_steps(inner, kinds, _inverse_curvature(lambda y: gradient(x, y, batch), y))
+  descend = inner.descend
+  if any(kind.is_hidden for kind in kinds):
+    rate = _inverse_curvature(lambda y: gradient(x, y, batch), y)
+    descend = _with_plain_steps(inner, kinds, rate)
   blind = lambda x, y, grads: descend(x, y, grads, batch, with_loss=False)
   lengths, stirs = _lengths(blind, x, y, gradient(x, y, batch))
   if inner.after is None:
@@ -94,18 +97,22 @@ def _with_plain_steps(
   inner: InnerSolver, kinds: list[StepKind], rate: jax.Array
 ) -> Callable[..., optax.Updates]:
   """``inner.descend``, with plain descent in front of a projection that hides another step."""
-  replaced = [kind.projected and not kind.plain for kind in kinds]
-  if not any(replaced):
-    return inner.descend
-  nonnegative = [kind.nonnegative for kind in kinds]
 
   def descend(x, y, grads, batch, **options):
-    plain = lambda updates, grads: (_tree.scaled(-rate, part_of(updates, grads)), True)
-    with at_projections(plain):
+    def project_plain(updates, params, step, project):
+      part = part_of(updates, step.grads)
+      leaves = {i for i, one in enumerate(leaves_of(updates, step.grads)) if one}
+      if part is None or not step.ended.isdisjoint(leaves):  # A second projection goes on.
+        return project(updates, params)
+      step.ended.update(leaves)
+      return project(_tree.scaled(-rate, part), params)
+
+    with at_projections(project_plain):
       projected = inner.descend(x, y, grads, batch, **options)
     cut = jax.tree.map(lambda y, g: jnp.maximum(-rate * g, -y), y, grads)
-    projected = _select(nonnegative, cut, projected)
-    return _select(replaced, projected, inner.descend(x, y, grads, batch, **options))
+    projected = _select([kind.nonnegative for kind in kinds], cut, projected)
+    own = inner.descend(x, y, grads, batch, **options)
+    return _select([kind.is_hidden for kind in kinds], projected, own)
 
   return descend
 
@@ -120,7 +127,7 @@ def _inverse_curvature(gradient: Callable[[PyTree], PyTree], y: PyTree) -> jax.A
 def _lengths(
   step: BlindStep, x: PyTree, y: PyTree, grads: PyTree
 ) -> tuple[PyTree, list[jax.Array]]:
-  """The step length of each leaf, and whether each entry can move at all.
+  """The step length of each leaf, and for each entry whether it can move at all.
 
   The residual divided by the length has the derivative of the gradient, as linear solvers expect:
   their damping and learning rates mean what they mean for plain descent. The length is 1 where the
@@ -134,15 +141,19 @@ def _lengths(
     for tangent in (optax.tree.zeros_like(y), to_y)
   )
   length = jax.tree.map(lambda s, d: jnp.abs(s / d), by_grads, to_grads)
-  longest = jnp.max(jnp.stack([jnp.max(leaf) for leaf in jax.tree.leaves(length)]))
+  longest = jnp.max(jnp.stack([jnp.max(leaf, initial=0) for leaf in jax.tree.leaves(length)]))
 
   def one_length(leaf):
-    of_leaf = jnp.max(leaf)
+    of_leaf = jnp.max(leaf, initial=0)
     shortest = jnp.maximum(1e-3 * of_leaf, 1e-9 * longest)
     return jnp.where(leaf > shortest, of_leaf, 1).astype(leaf.dtype)
 
   lengths = jax.tree.map(one_length, length)
-  return jax.lax.stop_gradient((lengths, [leaf != 0 for leaf in jax.tree.leaves(moved)]))
+  leaves = zip(*map(jax.tree.leaves, (step(x, y, grads), moved)), strict=True)
+  stirs = [(u != 0) | (change != 0) for u, change in leaves]
+  # If nothing does, the system must not be solved as if all were right.
+  any_stirs = jnp.any(jnp.stack([jnp.any(leaf) for leaf in stirs]))
+  return jax.lax.stop_gradient((lengths, [leaf | ~any_stirs for leaf in stirs]))
 
 
 def _hold(

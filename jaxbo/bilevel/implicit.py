@@ -36,9 +36,9 @@ class ImplicitInfo(NamedTuple):
       that grew, or numbers that are not finite.
     stationarity: the norm of the condition (of the inner gradient, for ``"gradient"``) at the
       solution, relative to that of its derivative times ``y``: about the relative distance of ``y``
-      to where the condition holds. It is not small where the inner run does not reach what the
-      response assumes. 1 if it is not finite, and for a solver of one step, which does not try to;
-      elsewhere it costs one product.
+      to where the condition holds, in the steep directions above all. It is not small where the
+      inner run does not reach what the response assumes. 1 if it is not finite, and for a solver of
+      one step, which does not try to; elsewhere it costs one product.
   """
 
   hypergradient_norm: jax.Array

@@ -1,5 +1,6 @@
 """Projections on convex sets, for the end of a chain."""
 
+import functools
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -80,15 +81,28 @@ class ProjectParamsState(NamedTuple):
   """State of :func:`~jaxbo.bilevel.project_params`: empty."""
 
 
-AtProjection = Callable[[PyTree, PyTree], tuple[PyTree, bool]]
-"""``at_projection(updates, grads) -> (updates, project)``: what to project, and whether to."""
+class Step(NamedTuple):
+  """A step of an optimizer while it is computed.
+
+  Attributes:
+    grads: the gradients that it is made of; the optimizer may change or hide them.
+    ended: the leaves that :func:`at_projections` has projected by then, in the order of the leaves.
+  """
+
+  grads: PyTree
+  ended: set[int]
+
+
+AtProjection = Callable[[PyTree, PyTree, Step, Callable[[PyTree, PyTree], PyTree]], PyTree]
+"""``at_projection(updates, params, step, project)``, in place of ``project(updates, params)``."""
 
 _AT_PROJECTION: ContextVar[AtProjection | None] = ContextVar("at_projection", default=None)
+_STEP: ContextVar[Step] = ContextVar("step")
 
 
 @contextmanager
 def at_projections(function: AtProjection) -> Generator[None]:
-  """Lets ``function`` look at, and change, what each ``project_params`` inside projects."""
+  """Lets ``function`` look at, and change, what each ``project_params`` inside does."""
   token = _AT_PROJECTION.set(function)
   try:
     yield
@@ -96,16 +110,43 @@ def at_projections(function: AtProjection) -> Generator[None]:
     _AT_PROJECTION.reset(token)
 
 
+@contextmanager
+def step_by(grads: PyTree) -> Generator[None]:
+  """Says which gradients the one step inside is made of."""
+  token = _STEP.set(Step(grads, set()))
+  try:
+    yield
+  finally:
+    _STEP.reset(token)
+
+
 def leaves_of(updates: PyTree, y: PyTree) -> list[bool]:
-  """For each leaf of ``y``, whether it is in ``updates``, a part that optax masked out of ``y``."""
+  """For each leaf of ``y``, whether it is in ``updates``, a part that optax masked out of ``y``.
+
+  All leaves, where ``updates`` are something else, such as one flat vector.
+  """
   there = lambda node, part: jax.tree.map(lambda _: not _is_masked(node), part)
-  return jax.tree.leaves(jax.tree.map(there, updates, y, is_leaf=_is_masked))
+  try:
+    return jax.tree.leaves(jax.tree.map(there, updates, y, is_leaf=_is_masked))
+  except ValueError:
+    return [True] * len(jax.tree.leaves(y))
 
 
-def part_of(updates: PyTree, tree: PyTree) -> PyTree:
-  """The leaves of ``tree`` that are in ``updates``, a part that optax masked out of ``tree``."""
+def part_of(updates: PyTree, tree: PyTree) -> PyTree | None:
+  """The leaves of ``tree`` that are in ``updates``, a part that optax masked out of such a tree.
+
+  ``None`` where ``updates`` are something else.
+  """
   pick = lambda node, part: node if _is_masked(node) else part
-  return jax.tree.map(pick, updates, tree, is_leaf=_is_masked)
+  try:
+    part = jax.tree.map(pick, updates, tree, is_leaf=_is_masked)
+  except ValueError:
+    return None
+  return part if _shapes(part) == _shapes(updates) else None
+
+
+def _shapes(tree: PyTree) -> list[tuple[int, ...]]:
+  return [jnp.shape(leaf) for leaf in jax.tree.leaves(tree)]
 
 
 def _is_masked(node: object) -> bool:
@@ -143,14 +184,14 @@ def project_params(projection: Projection) -> optax.GradientTransformationExtraA
   _check.takes_arguments("projection", projection, "params")
 
   def update(updates, state, params=None, **extra_args):
+    del extra_args
     if params is None:
       raise ValueError("project_params: update must be given params, the outer parameters x")
     _check.same_structure("updates", updates, "params", params)
+    project = functools.partial(_end_inside, "projection", projection)
     if at_projection := _AT_PROJECTION.get():
-      updates, go_on = at_projection(updates, extra_args["grad"])
-      if not go_on:
-        return updates, state
-    return _end_inside("projection", projection, updates, params), state
+      return at_projection(updates, params, _STEP.get(), project), state
+    return project(updates, params), state
 
   return optax.GradientTransformationExtraArgs(lambda params: ProjectParamsState(), update)
 

@@ -117,7 +117,8 @@ def check_depends_on_x(
   if not reached:
     raise ValueError(
       f"{name} must use its argument x, which has no influence on the inner solution (does it "
-      "close over x instead, or stop the gradient? without a response, use jaxbo.drop_response())"
+      "close over x instead, or lose the derivative, by stop_gradient, rounding or a sign? without "
+      "a response, use jaxbo.drop_response())"
     )
 
 

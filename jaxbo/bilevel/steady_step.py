@@ -1,12 +1,11 @@
 """A step of an optimizer in the middle of its schedules, with its momentum at rest."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import optax
 
 from jaxbo._types import PyTree
+from jaxbo.bilevel.projection import step_by
 
 _is_momentum = lambda node: isinstance(node, optax.TraceState)
 
@@ -24,12 +23,19 @@ def steady_updates(
   A fresh momentum is zero, so the first step is shorter than those that follow, and what comes
   after it in the chain, a proximal step say, weighs more. The momentum :math:`m = \beta m + v` of
   gradients that stay is :math:`v / (1 - \beta)`. Schedules stand in the middle of the run, since a
-  warm-up begins at zero and a decay ends there.
+  warm-up begins at zero and a decay ends there; at the golden section, since cycles may end at a
+  half or a third of it.
   """
   is_schedule = lambda node: "Schedule" in type(node).__name__ and hasattr(node, "count")
-  middle = lambda node: node._replace(count=jnp.full_like(node.count, max(1, num_steps // 2)))
+  middle = lambda node: node._replace(
+    count=jnp.full_like(node.count, max(1, round(0.382 * num_steps)))
+  )
   state = jax.tree.map(lambda n: middle(n) if is_schedule(n) else n, state, is_leaf=is_schedule)
-  update = functools.partial(tx.update, **extra_args)
+
+  def update(grads, state, params):
+    with step_by(grads):
+      return tx.update(grads, state, params, **extra_args)
+
   momenta = _momenta(state)
   if not momenta:
     return update(grads, state, params)[0]

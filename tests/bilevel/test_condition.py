@@ -200,10 +200,51 @@ PROBLEMS |= {
     ZEROS,
     1500,
   ),
+  # What is in front of Adam must not be lost; a second projection goes on from the first.
+  "box, Adam and decay": Problem(
+    fit,
+    optax.chain(optax.add_decayed_weights(0.3), SLOW_ADAM, jaxbo.bilevel.project_params(box)),
+    X,
+    ZEROS,
+    3000,
+  ),
+  "two halves of a box, Adam": Problem(
+    fit,
+    optax.chain(
+      SLOW_ADAM,
+      jaxbo.bilevel.project_params(lambda y: jnp.maximum(y, -0.1)),
+      jaxbo.bilevel.project_params(lambda y: jnp.minimum(y, 0.3)),
+    ),
+    X,
+    ZEROS,
+    3000,
+  ),
+  # Projections without a name, and a clip that small gradients meet.
+  "own hyperplane": Problem(
+    fit, optax.chain(optax.sgd(RATE), proximal_step(to_hyperplane)), X, ZEROS + 0.2
+  ),
+  "own upper bound": Problem(
+    fit, optax.chain(optax.sgd(RATE), proximal_step(lambda y: jnp.minimum(y, 0.1))), X, ZEROS
+  ),
+  "decay and a clip": Problem(
+    fit,
+    optax.chain(optax.add_decayed_weights(0.3), optax.clip_by_global_norm(1e-3), optax.sgd(RATE)),
+    X,
+    ZEROS,
+    9000,
+  ),
   # The first step is zero, and so is the last one.
   "box, warm-up": Problem(
     fit,
     projected(box, rate=optax.warmup_cosine_decay_schedule(0.0, RATE, 20, 600)),
+    X,
+    ZEROS,
+  ),
+  "box, two cycles": Problem(
+    fit,
+    projected(
+      box, rate=optax.join_schedules([optax.cosine_onecycle_schedule(300, RATE)] * 2, [300])
+    ),
     X,
     ZEROS,
   ),
@@ -286,6 +327,31 @@ def test_a_projection_behind_adam_need_not_reach_the_minimum(x64):
   head = lambda inner: jaxbo.add_implicit_response(inner, CG)
   _, info = jax.jit(lambda x: by_response(problem, head, x))(jnp.asarray(X))
   assert info.stationarity > 0.5
+
+
+def test_a_rate_and_a_bound_may_be_traced(x64):
+  """The optimizer cannot be tried then; its state and its trace still tell."""
+
+  def response(rate, bound):
+    problem = Problem(fit, projected(lambda y: jnp.clip(y, -bound, bound), rate), X, ZEROS, 300)
+    head = lambda inner: jaxbo.add_implicit_response(inner, CG)
+    return by_response(problem, head, jnp.asarray(X))[0]
+
+  found = jax.jit(jax.vmap(response))(jnp.array([RATE, 0.2]), jnp.array([0.1, 0.3]))
+  expected = [response(RATE, 0.1), response(0.2, 0.3)]
+  assert np.max(np.abs(expected[0] - expected[1])) > 0.01
+  np.testing.assert_allclose(found, expected, rtol=1e-8)
+
+
+def test_an_optimizer_that_does_not_move_is_not_taken_for_one_that_holds_all(x64):
+  """A part of a step of MultiSteps changes nothing, which says nothing of the solution."""
+  tx = optax.MultiSteps(projected(box), 2).gradient_transformation()
+  problem = Problem(fit, tx, X, ZEROS, 300)
+  _, info = by_response(
+    problem, lambda inner: jaxbo.add_implicit_response(inner, CG), jnp.asarray(X)
+  )
+  assert info.linear_breakdown
+  assert info.linear_residual > 0.9
 
 
 def test_a_mask_within_a_leaf_holds_its_entries(x64):
