@@ -91,9 +91,26 @@ def explicit_sharding(x: jax.typing.ArrayLike) -> NamedSharding | None:
   return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
 
 
-def empty_slots(
-  like: PyTree, size: int, dtype: jax.typing.DTypeLike | None = None
-) -> PyTree:
+def varying_axes(x: jax.typing.ArrayLike | jax.ShapeDtypeStruct) -> frozenset[str]:
+  """The axes of the ``shard_map`` around over which ``x`` is known to vary."""
+  return frozenset(jax.typeof(x).manual_axis_type.varying)
+
+
+def vary_alike(tree: T, *others: PyTree) -> T:
+  """Marks ``tree`` as varying over every ``shard_map`` axis over which one of ``others`` varies.
+
+  Inside ``shard_map``, the carry of a loop must not change its type.
+  """
+  axes = frozenset().union(*map(varying_axes, jax.tree.leaves(others)))
+
+  def cast(x):
+    missing = tuple(sorted(axes - varying_axes(x)))
+    return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+  return jax.tree.map(cast, tree)
+
+
+def empty_slots(like: PyTree, size: int, dtype: jax.typing.DTypeLike | None = None) -> PyTree:
   """Zeros ``[size, ...]`` for values shaped and sharded like ``like``, arrays or their types."""
 
   def slots(leaf):

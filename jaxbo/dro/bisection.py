@@ -5,6 +5,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from jaxbo import _tree
+
 
 def smallest(holds: Callable[[jax.Array], jax.Array], low: jax.Array, high: jax.Array) -> jax.Array:
   """Returns the smallest number from ``low`` to ``high`` for which ``holds`` is true.
@@ -14,7 +16,7 @@ def smallest(holds: Callable[[jax.Array], jax.Array], low: jax.Array, high: jax.
 
   Args:
     holds: a function of a scalar, false below some number and true from there on; ``high`` counts
-      as true without a call.
+      as true whatever it gives.
     low: a scalar of float32 or float64.
     high: a scalar of the same dtype.
 
@@ -41,4 +43,5 @@ def smallest(holds: Callable[[jax.Array], jax.Array], low: jax.Array, high: jax.
     true = holds(number(middle))
     return jnp.where(true, low, middle + 1), jnp.where(true, middle, high)
 
-  return number(jax.lax.fori_loop(0, bits, halve, (order(low), order(high)))[1])
+  ends = _tree.vary_alike((order(low), order(high)), low, high, holds(high))
+  return number(jax.lax.fori_loop(0, bits, halve, ends)[1])

@@ -10,7 +10,15 @@ import optax
 
 from jaxbo import _check, _tree
 from jaxbo._types import BatchLoss, Data, PyTree
-from jaxbo.dro.batch import AxisName, both, bounded, check_arguments, over, scores_of
+from jaxbo.dro.batch import (
+  AxisName,
+  both,
+  bounded,
+  check_arguments,
+  check_named,
+  over,
+  scores_of,
+)
 from jaxbo.dro.microbatch import make_microbatches, split_batch
 from jaxbo.dro.per_example import (
   PerExampleGrads,
@@ -111,7 +119,8 @@ def streaming_grad(
 
   def one_pass(log_ratio, params, batch, state, *, scores, mask, prior, groups):
     shapes = jax.eval_shape(lambda: losses_and_aux(of_microbatch(params, batch)))
-    like = jnp.zeros(shapes[0].shape, shapes[0].dtype)
+    like = _tree.vary_alike(jnp.zeros(shapes[0].shape, shapes[0].dtype), shapes[0])
+    check_named(axis_name, like, params)
     mask = both(mask, example_mask(loss_fn, batch), like)
     of_examples = check_arguments(like, mask, prior, groups, 0)
     del of_examples["losses"]
@@ -142,11 +151,8 @@ def streaming_grad(
       return carry, losses_and_aux(grads)
 
     dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(params))
-    start = (
-      jnp.full((), -jnp.inf, dtype),
-      _tree.zeros_at_least_float32(params),
-      jnp.zeros((), dtype),
-    )
+    nothing = over(axis_name, like).max(like).astype(dtype)  # zero, which varies as maxima do
+    start = (nothing - jnp.inf, _tree.zeros_at_least_float32(params), nothing)
     (_, gradient, total), stacked = jax.lax.scan(add, start, jnp.arange(cut.num_steps))
     check_aux(shapes[1], stacked[1], cut)
     losses, aux = jax.tree.map(cut.merge, stacked)
