@@ -242,6 +242,14 @@ def test_eight_devices_give_the_result_of_one_and_keep_shardings(entry, axis_typ
     chex.assert_trees_all_close(jax.device_get(carry), jax.device_get(single), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "program", [pytest.param(one, id=one.name) for family in (online, dro) for one in family.PROGRAMS]
+)
+def test_programs_on_eight_devices_give_the_result_of_one(program):
+  catalogue.assert_same_on_meshes(*program.make())
+
+
 def _on(mesh):
   def sharding(leaf):
     named = isinstance(leaf.sharding, NamedSharding)
