@@ -2,7 +2,7 @@
 
 import functools
 import operator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.core
@@ -139,7 +139,8 @@ def on_meshes_of(types: PyTree, arrays: PyTree) -> PyTree:
   """
   known = (x for x in jax.tree.leaves(arrays) if not isinstance(x, jax.core.Tracer))
   shardings = (getattr(x, "sharding", None) for x in known)
-  meshes = {s.mesh.abstract_mesh: s.mesh for s in shardings if isinstance(s, NamedSharding)}
+  of_names = (s.mesh for s in shardings if isinstance(s, NamedSharding))
+  meshes: dict[Any, Any] = {mesh.abstract_mesh: mesh for mesh in of_names}
 
   def placed(leaf):
     sharding = leaf.sharding

@@ -169,7 +169,7 @@ def reweight(
   return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _types_of(params: optax.Params | None, grads: PyTree, losses: jax.Array) -> optax.Params:
+def _types_of(params: optax.Params | None, grads: PyTree, losses: jax.Array) -> PyTree:
   """Returns the parameters, or what has their types where ``update`` is not given them."""
   if params is not None or not _tree.varying_axes(losses):
     return params

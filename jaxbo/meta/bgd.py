@@ -116,7 +116,7 @@ def bayesian_gradient_descent(
     mean, deviations = _tree.at_least_float32((params, state.deviations))
 
     def loss(params):
-      value = value_fn(params)
+      value: PyTree = value_fn(params)
       _check.scalar_loss("value_fn", value, params)
       return value
 
