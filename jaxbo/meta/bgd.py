@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxbo import _check, _random, _schedule, _tree
-from jaxbo._types import Key
+from jaxbo._types import Key, PyTree
 from jaxbo.bilevel.response import MISSING
 
 
