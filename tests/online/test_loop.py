@@ -127,6 +127,8 @@ def test_a_memory_of_data_that_are_divided_is_divided_from_the_start():
     state = loop.init(x, x, given)
     assert jax.tree.leaves(state.window.values)[0].sharding.spec == PartitionSpec(None, "d", None)
   jax.jit(loop.run, static_argnums=2).trace(loop.init(x, x, stream), stream, 2)
+  whole = jax.device_put(np.ones((16, 2), np.float32), NamedSharding(mesh, PartitionSpec()))
+  jax.eval_shape(loop.step, state, (whole, whole))  # Rows that are not divided are divided there.
 
 
 def official_oagd_in_numpy(problem, num_rounds, window, gamma, wait):
