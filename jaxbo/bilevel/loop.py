@@ -91,7 +91,9 @@ def bilevel_loop(
 
   Raises:
     TypeError: if ``outer_loss`` does not take ``(x, y, batch)``, or a parameter is not a float.
-    ValueError: if the outer loss is not a scalar, or ``outer`` does not begin with a response.
+    ValueError: if the outer loss is not a scalar, or ``outer`` does not begin with a response; if
+      the loss varies over an axis of ``shard_map`` over which ``x`` or ``y`` does not (with the
+      replication check on): return its mean over the axis.
 
   Example:
     >>> import jax, jax.numpy as jnp, jaxbo, optax

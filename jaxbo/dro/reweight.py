@@ -94,7 +94,9 @@ def reweight(
   Raises:
     ValueError: if ``scale`` is unknown; if losses are not one-dimensional, or another argument
       does not have their shape; if ``losses=`` is missing, or given along with
-      :class:`~jaxbo.dro.PerExampleGrads`.
+      :class:`~jaxbo.dro.PerExampleGrads`; if ``axis_name`` is not an axis of the ``shard_map``
+      around, or forgets one over which the losses vary and the parameters do not (with the
+      replication check on; with it off, nothing can be seen: see the tutorial *Many devices*).
     TypeError: if ``weighting`` is not a :class:`~jaxbo.dro.Weighting`.
 
   Example:

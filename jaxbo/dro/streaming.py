@@ -91,7 +91,8 @@ def streaming_grad(
     ValueError: if ``microbatch_size`` is not positive, or does not divide the batch; if
       ``batch_axes`` is not a prefix of the batch, or a leaf does not have one row for each loss
       along its axis; if a leaf of ``aux`` is not ``[batch, ...]``; if ``scores``, ``mask``,
-      ``prior`` or ``groups`` do not have the shape of the losses.
+      ``prior`` or ``groups`` do not have the shape of the losses; if ``axis_name`` forgets an axis
+      over which the losses vary and the parameters do not (with the replication check on).
     TypeError: if ``loss_fn`` does not take ``(params, batch)``, if ``weighting`` is not a
       :class:`~jaxbo.dro.Weighting`, or if parameters or losses are not floats.
 
