@@ -18,7 +18,7 @@ def divided_as(tree: Any, x: jax.Array) -> jax.Array:
   A loop must begin with rows that are divided as those that its body returns.
   """
   for sharding in map(explicit_sharding, jax.tree.leaves(tree)):
-    if sharding and sharding.spec:
+    if sharding and sharding.spec and sharding.spec[0] is not None:
       return jax.sharding.reshard(x, sharding.update(spec=sharding.spec[:1]))
   return x
 
