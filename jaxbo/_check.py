@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.extend.core import Jaxpr
 from jax.interpreters import partial_eval
 
+from jaxbo import _tree
 from jaxbo._types import PyTree
 
 T = TypeVar("T")
@@ -137,8 +138,44 @@ def takes_arguments(name: str, function: Callable[..., object], *arguments: str)
     raise TypeError(f"{expected}, got one with the signature {signature}") from None
 
 
-def scalar_loss(name: str, value: jax.typing.ArrayLike | tuple[PyTree, ...]) -> None:
-  """Raises unless ``value``, the output of a loss, is one floating-point number."""
+def same_on_devices(
+  name: str, value: jax.typing.ArrayLike, params: PyTree, cure: str, *, named: Iterable[str] = ()
+) -> None:
+  """Raises ``ValueError`` if ``value`` varies over an axis over which a leaf of params does not.
+
+  ``shard_map`` with its replication check then adds up derivatives by this leaf over the devices of
+  the axis, each of which has a value of its own. Without the check, nothing is known to vary.
+
+  Args:
+    name: what the value is, for the message.
+    value: a loss, or losses.
+    params: what they are differentiated by.
+    cure: what to do, for the message, where ``{axis!r}`` stands for the axis.
+    named: axes over which the value may vary.
+  """
+  for axis in sorted(_tree.varying_axes(value).difference(named)):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+      if axis not in _tree.varying_axes(leaf):
+        raise ValueError(
+          f"{name} must not vary over the axis {axis!r} of shard_map, since "
+          f"params{jax.tree_util.keystr(path)} does not: {cure.format(axis=axis)}"
+        )
+
+
+def not_varying(name: str, tree: PyTree, axis: str) -> None:
+  """Raises ``ValueError`` if a leaf of ``tree`` is known to vary over ``axis``."""
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    if axis in _tree.varying_axes(leaf):
+      raise ValueError(
+        f"{name} must not vary over axis_name={axis!r}, whose devices share the samples, but "
+        f"{name}{jax.tree_util.keystr(path)} does: divide data over another axis"
+      )
+
+
+def scalar_loss(
+  name: str, value: jax.typing.ArrayLike | tuple[PyTree, ...], params: PyTree = ()
+) -> None:
+  """Raises unless ``value``, a loss of ``params``, is one float, and the same on all devices."""
   if isinstance(value, tuple):
     raise TypeError(f"{name} must return a scalar, got a tuple; for (loss, aux) set has_aux=True")
   shape = jnp.shape(value)
@@ -146,6 +183,7 @@ def scalar_loss(name: str, value: jax.typing.ArrayLike | tuple[PyTree, ...]) -> 
     raise ValueError(f"{name} must return a scalar, got shape {shape}; reduce it, say by its mean")
   if not jnp.issubdtype(jnp.result_type(value), jnp.floating):
     raise TypeError(f"{name} must return a real float, got dtype {jnp.result_type(value)}")
+  same_on_devices(name, value, params, "return the mean over it, jax.lax.pmean(loss, {axis!r})")
 
 
 def depends(function: Callable[[PyTree], PyTree], argument: PyTree) -> bool:

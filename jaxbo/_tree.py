@@ -2,9 +2,10 @@
 
 import functools
 import operator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
+import jax.core
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding
 
@@ -88,6 +89,65 @@ def explicit_sharding(x: jax.typing.ArrayLike) -> NamedSharding | None:
   """Returns the sharding in the type of ``x``, if its mesh has explicit axes."""
   sharding = jax.typeof(x).sharding
   return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
+
+
+def varying_axes(x: jax.typing.ArrayLike | jax.ShapeDtypeStruct) -> frozenset[str]:
+  """The axes of the ``shard_map`` around over which ``x`` is known to vary."""
+  return frozenset(jax.typeof(x).manual_axis_type.varying)
+
+
+def vary_alike(tree: T, *others: PyTree) -> T:
+  """Marks ``tree`` as varying over every ``shard_map`` axis over which one of ``others`` varies.
+
+  Inside ``shard_map``, the carry of a loop must not change its type.
+  """
+  axes = frozenset().union(*map(varying_axes, jax.tree.leaves(others)))
+
+  def cast(x):
+    missing = tuple(sorted(axes - varying_axes(x)))
+    return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+  return jax.tree.map(cast, tree)
+
+
+def empty_slots(like: PyTree, size: int, dtype: jax.typing.DTypeLike | None = None) -> PyTree:
+  """Zeros ``[size, ...]`` for values shaped and sharded like ``like``, arrays or their types."""
+
+  def slots(leaf):
+    zeros = jnp.zeros_like(leaf, dtype=dtype or jnp.result_type(leaf))
+    return jnp.broadcast_to(zeros, (size, *zeros.shape))
+
+  return jax.tree.map(slots, like)
+
+
+def put_slot(slots: PyTree, value: PyTree, index: jax.Array) -> PyTree:
+  """Writes ``value`` into one of the slots ``[size, ...]``, which stay divided as they are."""
+
+  def put(slots, leaf):
+    leaf, sharding = jnp.asarray(leaf, slots.dtype), explicit_sharding(slots)
+    if sharding is not None:
+      leaf = jax.sharding.reshard(leaf, sharding.update(spec=sharding.spec[1:]))
+    return jax.lax.dynamic_update_index_in_dim(slots, leaf, index, axis=0)
+
+  return jax.tree.map(put, slots, value)
+
+
+def on_meshes_of(types: PyTree, arrays: PyTree) -> PyTree:
+  """Gives ``jax.ShapeDtypeStruct`` the devices of ``arrays``, so that zeros can be like them.
+
+  A trace knows the names and sizes of a mesh, and not its devices.
+  """
+  known = (x for x in jax.tree.leaves(arrays) if not isinstance(x, jax.core.Tracer))
+  shardings = (getattr(x, "sharding", None) for x in known)
+  of_names = (s.mesh for s in shardings if isinstance(s, NamedSharding))
+  meshes: dict[Any, Any] = {mesh.abstract_mesh: mesh for mesh in of_names}
+
+  def placed(leaf):
+    sharding = leaf.sharding
+    mesh = meshes.get(sharding.mesh) if isinstance(sharding, NamedSharding) else None
+    return leaf if mesh is None else leaf.update(sharding=NamedSharding(mesh, sharding.spec))
+
+  return jax.tree.map(placed, types)
 
 
 def _at_least_float32(x: jax.typing.ArrayLike) -> jax.Array:

@@ -13,15 +13,22 @@ the transformation is used:
 A whole method, an alias, is a line of ``ALIASES`` there: the method and the chain that its
 docstring says, with options that are not the defaults. Both must be one program; the chain's parts
 are entries of their own.
+
+What is not a transformation, an attack, a stream or a learner, is a line of ``PROGRAMS`` there: a
+program that must have the results of one device on any mesh. Models are put through the same by
+``assert_same_on_meshes``.
 """
 
+import contextlib
 import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxbo
 
@@ -233,7 +240,7 @@ def minimizer(name, make, *, slow=False):
 
 
 def _example_losses(x, batch):
-  """One loss for each of four examples; every leaf of ``x`` moves them."""
+  """One loss for each of eight examples; every leaf of ``x`` moves them."""
   return (batch * (1 + _summary(x)) - jnp.sin(3 * batch)) ** 2
 
 
@@ -248,12 +255,14 @@ def robust(name, make, *, scale=-0.1, stored=False, repair=False, slow=False):
     tx = _build(make, key=seed)
 
     def init(x):
-      return x, tx.init(x)
+      rows = jnp.arange(8, dtype=x["wide"].dtype)
+      # Divided as ``wide`` is. Explicit axes do not map over an axis that divides parameters.
+      return x, tx.init(x), rows if stored else rows + 0 * x["wide"][:, 0]
 
     def step(carry, t, **extra):
-      x, state = carry
-      batch = jnp.cos(t + jnp.arange(4)).astype(jax.tree.leaves(x)[0].dtype)
-      options = {"groups": jnp.array([0, 1, 1, 0]), "mask": jnp.arange(4) < 3, **extra}
+      x, state, rows = carry
+      batch = jnp.cos(t.astype(rows.dtype) + rows)
+      options = {"groups": jnp.array([0, 1, 1, 0] * 2), "mask": jnp.arange(8) < 6, **extra}
       if stored:
         one_loss = lambda x, example: _example_losses(x, example[None])[0]
         losses, grads = jax.vmap(jax.value_and_grad(one_loss), in_axes=(None, 0))(x, batch)
@@ -261,11 +270,53 @@ def robust(name, make, *, scale=-0.1, stored=False, repair=False, slow=False):
       else:
         grads = jaxbo.per_example_grad(_example_losses, repair=repair)(x, batch)
       updates, state = tx.update(grads, state, x, **options)
-      return _apply(x, updates, scale), state
+      return _apply(x, updates, scale), state, rows
 
     return Harness(init, step)
 
   return Entry(name, harness, slow, _is_random(make))
+
+
+class Program(NamedTuple):
+  """A line of ``PROGRAMS``.
+
+  Attributes:
+    name: what the tests call it.
+    make: ``make() -> (function, arguments, specs)`` for :func:`assert_same_on_meshes`.
+  """
+
+  name: str
+  make: Callable[[], tuple[Callable[..., Any], tuple[Any, ...], tuple[Any, ...]]]
+
+
+def assert_same_on_meshes(function, arguments, specs, sizes=(8,), rtol=1e-4, atol=1e-5):
+  """Explicit and automatic axes, inside ``set_mesh`` and without, give the result of one device.
+
+  What a mesh refuses it refuses when a program is traced, so it is traced in all four ways, and
+  compiled on explicit axes without ``set_mesh`` and on automatic ones inside.
+
+  Args:
+    function: what to run.
+    arguments: its arguments.
+    specs: a tree of ``PartitionSpec``, a prefix of ``arguments``, over the axes "d" and "m".
+    sizes: how many devices the axes have, eight together.
+    rtol: as in ``np.testing.assert_allclose``.
+    atol: likewise.
+  """
+  alone = jax.device_get(jax.jit(function)(*arguments))
+  for axis_type in (AxisType.Explicit, AxisType.Auto):
+    mesh = jax.make_mesh(sizes, ("d", "m")[: len(sizes)], axis_types=(axis_type,) * len(sizes))
+    put = lambda spec, part, mesh=mesh: jax.device_put(part, NamedSharding(mesh, spec))
+    is_spec = lambda node: isinstance(node, PartitionSpec)
+    divided = jax.tree.map(put, specs, arguments, is_leaf=is_spec)
+    for inside in (True, False):
+      with jax.set_mesh(mesh) if inside else contextlib.nullcontext():
+        traced = jax.jit(function).trace(*divided)
+        if inside == (axis_type == AxisType.Explicit):
+          continue
+        ours = jax.device_get(traced.lower().compile()(*divided))
+      for a, b in zip(*map(jax.tree.leaves, (ours, alone)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=atol)
 
 
 def alias(kind, name, method, chain, **options):

@@ -18,6 +18,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+import jaxbo
 from tests import catalogue
 from tests.bilevel import catalogue as bilevel
 from tests.dro import catalogue as dro
@@ -240,6 +241,69 @@ def test_eight_devices_give_the_result_of_one_and_keep_shardings(entry, axis_typ
     assert jax.tree.all(jax.tree.map(same, carry, before))
     single = play(entry, range(2))
     chex.assert_trees_all_close(jax.device_get(carry), jax.device_get(single), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "program", [pytest.param(one, id=one.name) for family in FAMILIES for one in family.PROGRAMS]
+)
+def test_programs_on_eight_devices_give_the_result_of_one(program):
+  catalogue.assert_same_on_meshes(*program.make())
+
+
+def loop_of(outer_loss, inner_loss, x, batch):
+  inner = jaxbo.inner_solver(inner_loss, optax.sgd(0.1), 1)
+  init, step = jaxbo.bilevel_loop(outer_loss, inner, jaxbo.itd(0.1, inner))
+  return step(init(x, catalogue.INNER), batch, batch)[0].x
+
+
+def moves_both(make):
+  def move(outer_loss, inner_loss, x, batch):
+    tx, params = make(outer_loss, inner_loss), jaxbo.Bilevel(x, catalogue.INNER)
+    given = {"batch": batch, "outer_batch": batch}
+    return tx.update(params, tx.init(params), params, **given)[0]
+
+  return move
+
+
+def bgd_of(outer_loss, inner_loss, x, batch):
+  tx = jaxbo.meta.bayesian_gradient_descent(1.0, 0.1, num_samples=1)
+  loss = lambda x: outer_loss(x, catalogue.INNER, batch)
+  return tx.update(x, tx.init(x), x, value_fn=loss)[0]
+
+
+def sogd_of(outer_loss, inner_loss):
+  rates = {"linear_learning_rate": 0.1, "correction": 0.5}
+  return jaxbo.add_corrected_response(inner_loss, outer_loss, **rates)
+
+
+LOSSES = {
+  "bilevel_loop": loop_of,
+  "pdbo": moves_both(lambda outer, inner: jaxbo.add_primal_dual_penalty(inner, **bilevel.DUAL)),
+  "sogd": moves_both(sogd_of),
+  "sogd_inner": moves_both(lambda outer, inner: sogd_of(inner, inner)),
+  "bgd": bgd_of,
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_that_varies_over_devices_that_share_parameters_is_refused(name):
+  """``shard_map`` would add up its derivatives, and each device would have its own value."""
+  mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
+  data, x, spec = jnp.arange(8.0), catalogue.params(), PartitionSpec
+
+  def run(average, batch):
+    mean = lambda loss: lambda x, y, batch: average(loss(x, y, batch[0]), "d")
+    return LOSSES[name](mean(catalogue.outer_loss), mean(catalogue.inner_loss), x, batch)
+
+  def trace(average):
+    one = functools.partial(run, average)
+    jax.eval_shape(jax.shard_map(one, mesh=mesh, in_specs=spec("d"), out_specs=spec()), data)
+
+  message = "must not vary over the axis 'd' of shard_map, since params.* does not: return the mean"
+  with pytest.raises(ValueError, match=message):
+    trace(lambda value, axis: value)
+  trace(jax.lax.pmean)
 
 
 def _on(mesh):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxbo import _check
+from jaxbo import _check, _tree
 from jaxbo.adversarial import attack as attacks
 from jaxbo.adversarial import objectives
 from jaxbo.adversarial.attack import Attack, Found, make_attack
@@ -112,7 +112,7 @@ def apgd(
     delta = ball.random(key, images)
     epsilon = as_image("epsilon", box.epsilon, images)
     first = _start(delta, evaluate(delta))
-    first = attacks.vary_alike(first, first, clean, images, labels)
+    first = _tree.vary_alike(first, first, clean, images, labels)
 
     def step(carry, k_and_length):
       k, length = k_and_length

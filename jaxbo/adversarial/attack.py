@@ -1,6 +1,5 @@
 """What all attacks share: their type, their input, and the choice among their results."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
@@ -225,21 +224,6 @@ def best(found: Found) -> Found:
   take = jax.vmap(lambda runs, i: jax.tree.map(lambda leaf: leaf[i], runs), in_axes=(1, 0))
   chosen = take(found, index)
   return chosen._replace(not_finite=jnp.any(found.not_finite, axis=0))
-
-
-def vary_alike(tree: T, *others: PyTree) -> T:
-  """Marks ``tree`` as varying over every ``shard_map`` axis over which one of ``others`` varies.
-
-  Inside ``shard_map``, the carry of a loop must not change its type.
-  """
-  varying = lambda x: jax.typeof(x).manual_axis_type.varying
-  axes = functools.reduce(frozenset.union, map(varying, jax.tree.leaves(others)), frozenset())
-
-  def cast(x):
-    missing = tuple(sorted(axes - varying(x)))
-    return jax.lax.pcast(x, missing, to="varying") if missing else x
-
-  return jax.tree.map(cast, tree)
 
 
 def typed_key(key: Any) -> jax.Array:

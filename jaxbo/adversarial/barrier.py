@@ -18,9 +18,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxbo import _check
+from jaxbo import _check, _tree
 from jaxbo._types import PyTree, SolveLinear
-from jaxbo.adversarial.attack import vary_alike
 from jaxbo.adversarial.box import Bounds, along
 
 # A step goes at most this fraction of the way to a wall.
@@ -112,7 +111,7 @@ def minimize(
   last_step, not_finite = (jnp.zeros_like(losses, dtype) for dtype in (delta.dtype, bool))
   state = adam.init(delta) if direction == "adam" else ()
   carry = (Minimum(delta, last_step, not_finite), state)
-  carry = vary_alike(carry, images, box, delta, losses)
+  carry = _tree.vary_alike(carry, images, box, delta, losses)
   return jax.lax.fori_loop(0, num_steps, step, carry)[0]
 
 

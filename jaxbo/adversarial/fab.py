@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxbo import _check
+from jaxbo import _check, _tree
 from jaxbo.adversarial import attack as attacks
 from jaxbo.adversarial import objectives
 from jaxbo.adversarial.attack import Attack, Found, make_attack
@@ -138,7 +138,7 @@ def fab(
     distance = jnp.where(attacks.is_wrong(clean, labels), 0, jnp.inf).astype(images.dtype)
     count, not_finite = (jnp.zeros_like(distance, dtype) for dtype in (jnp.int32, bool))
     first = _Search(nothing, nothing, distance, count, not_finite)
-    first = attacks.vary_alike(first, images, labels, clean)
+    first = _tree.vary_alike(first, images, labels, clean)
     last = jax.lax.fori_loop(0, num_steps, step, first)
     inside = last.distance <= radius
     delta = jnp.where(each(inside), last.best_delta, 0)
@@ -203,7 +203,7 @@ def _time_to_gain(gain: jax.Array, steep: jax.Array, speed: jax.Array, room: jax
     return jnp.where(rate > 0, jnp.maximum(onward, time), time), time
 
   times = jnp.zeros_like(gain), jnp.full_like(gain, -1)
-  times = attacks.vary_alike(times, gain, steep, speed, room)
+  times = _tree.vary_alike(times, gain, steep, speed, room)
   return jax.lax.while_loop(lambda times: jnp.any(times[0] > times[1]), step, times)[0]
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from jaxbo import _check
+from jaxbo import _check, _tree
 from jaxbo.adversarial import attack as attacks
 from jaxbo.adversarial import objectives
 from jaxbo.adversarial.attack import Attack, Found, make_attack
@@ -114,7 +114,7 @@ def pgd(
     patience = jnp.full_like(wrong, -1 if stop_after is None else stop_after, dtype=jnp.int32)
     count, nothing = jnp.zeros_like(wrong, jnp.int32), jnp.zeros_like(wrong)
     carry = (delta, optimizer.init(delta), nothing, patience, count, nothing)
-    carry = attacks.vary_alike(carry, clean, images, labels, delta)
+    carry = _tree.vary_alike(carry, clean, images, labels, delta)
 
     def step(_, carry):
       delta, state, stopped, patience, num_correct, not_finite = carry

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxbo import _check
+from jaxbo import _check, _tree
 from jaxbo.adversarial import attack as attacks
 from jaxbo.adversarial import objectives
 from jaxbo.adversarial.attack import Attack, Found, make_attack
@@ -114,7 +114,7 @@ def square(
     value, wrong, bad = look(delta)
     # A point whose objective is not finite does not count as a success.
     carry = (delta, value, wrong & ~bad, jnp.zeros(labels.shape, jnp.int32) + ~wrong, bad)
-    carry = attacks.vary_alike(carry, carry, images, clean)
+    carry = _tree.vary_alike(carry, carry, images, clean)
     delta, *found = jax.lax.fori_loop(0, num_queries, query, carry)
     return Found(box.clip(images + delta), *found)
 

@@ -155,6 +155,7 @@ def add_es_response(
       ``response_scale <= 0``; if ``directions`` or ``difference`` is unknown; if ``num_samples``
       exceeds the number of perturbed parameters for orthogonal directions, or is not a multiple of
       the size of the axis; if ``axis_name`` is not such an axis, or comes with ``redraw=False``;
+      if what ``update`` is given varies over it, where ``shard_map`` checks that;
       if ``per_task`` is set for a solver without tasks; if ``perturb`` has another structure than
       ``x``; if the inner run does not depend on ``x``, or on the leaves that ``perturb`` chooses;
       if ``difference="exact"`` meets a black box, or L-BFGS or a line search in the optimizer.
@@ -232,6 +233,9 @@ def add_es_response(
     del extra_args
     if axis_name is not None and mesh is None:
       _check.manual_axis("axis_name", axis_name)
+      given = {"params": params, "solution": solution, "batch": batch, "df/dy": inner_grad}
+      for name, tree in given.items():
+        _check.not_varying(name, tree, axis_name)
     x, y, b = _tree.at_least_float32((params, solution.params, inner_grad))
     if difference == "exact":
       check_differentiable("add_es_response with difference='exact'", solution.opt_state)

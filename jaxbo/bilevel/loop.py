@@ -91,7 +91,9 @@ def bilevel_loop(
 
   Raises:
     TypeError: if ``outer_loss`` does not take ``(x, y, batch)``, or a parameter is not a float.
-    ValueError: if the outer loss is not a scalar, or ``outer`` does not begin with a response.
+    ValueError: if the outer loss is not a scalar, or ``outer`` does not begin with a response; if
+      the loss varies over an axis of ``shard_map`` over which ``x`` or ``y`` does not (with the
+      replication check on): return its mean over the axis.
 
   Example:
     >>> import jax, jax.numpy as jnp, jaxbo, optax
@@ -203,19 +205,25 @@ def outer_gradients(
 
 
 def checked_outer_loss(
-  outer_loss: Loss, has_aux: bool
+  outer_loss: Loss, has_aux: bool, name: str = "outer_loss"
 ) -> Callable[[PyTree, PyTree, Data], tuple[jax.Array, PyTree]]:
   """Wraps the outer loss to check its output and return ``(loss, aux)``; aux may be ``None``."""
-  _check.takes_arguments("outer_loss", outer_loss, "x", "y", "batch")
+  _check.takes_arguments(name, outer_loss, "x", "y", "batch")
 
   def loss_and_aux(x, y, batch):
     value: PyTree
     value, aux = outer_loss(x, y, batch), None
     if has_aux:
       if not isinstance(value, tuple) or len(value) != 2:
-        raise TypeError(f"outer_loss must return (scalar, aux) with has_aux=True, got {value!r}")
+        raise TypeError(f"{name} must return (scalar, aux) with has_aux=True, got {value!r}")
       value, aux = value
-    _check.scalar_loss("outer_loss", value)
+    _check.scalar_loss(name, value, {"x": x, "y": y})
     return value, aux
 
   return loss_and_aux
+
+
+def checked_loss(name: str, loss: Loss) -> Loss:
+  """Wraps a loss without auxiliary outputs to check its output."""
+  loss_and_aux = checked_outer_loss(loss, False, name)
+  return lambda x, y, batch: loss_and_aux(x, y, batch)[0]

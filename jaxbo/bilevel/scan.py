@@ -56,7 +56,7 @@ def scan_until(
   """
   of_step = lambda n: jax.tree.map(lambda leaf: leaf[n], slices)
   shapes = jax.eval_shape(body, carry, of_step(0))[1]
-  outputs = jax.tree.map(lambda one: jnp.zeros((length, *one.shape), one.dtype), shapes)
+  outputs = _tree.empty_slots(_tree.on_meshes_of(shapes, carry), length)
 
   def goes_on(state):
     n, _, _, changed = state

@@ -94,7 +94,7 @@ def lower_value(
       raise TypeError(
         "inner_loss must return a scalar, got a tuple; auxiliary outputs are not taken"
       )
-    _check.scalar_loss("inner_loss", value)
+    _check.scalar_loss("inner_loss", value, {"x": x, "y": y})
     return jnp.asarray(value, scalar_dtype((x, y)))
 
   def half_square(y):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbo import _check, _tree
+from jaxbo._types import PyTree
 
 AxisName = str | Sequence[str] | None
 
@@ -40,7 +41,7 @@ class Over(NamedTuple):
 
   def everywhere(self, x: jax.Array) -> jax.Array:
     """Whether ``x`` is true on all devices, also where parameters alone are divided."""
-    varying = sorted(jax.typeof(x).manual_axis_type.varying)
+    varying = sorted(_tree.varying_axes(x))
     axes = (*varying, *(name for name in self.axes if not is_checked(name)))
     return jax.lax.psum(jnp.asarray(~x, jnp.int32), axes) == 0 if axes else x
 
@@ -54,9 +55,25 @@ class Over(NamedTuple):
 
 def over(axis_name: AxisName, losses: jax.Array) -> Over:
   """Reductions over the axes of ``axis_name`` along which ``losses`` may differ."""
-  names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
-  varies = jax.typeof(losses).manual_axis_type.varying
-  return Over(tuple(name for name in names if name in varies or not is_checked(name)))
+  varies = _tree.varying_axes(losses)
+  return Over(tuple(name for name in names_of(axis_name) if name in varies or not is_checked(name)))
+
+
+def check_named(axis_name: AxisName, losses: jax.Array, params: PyTree) -> None:
+  """Raises ``ValueError`` if ``axis_name`` forgets an axis over which the batch is divided."""
+  _check.same_on_devices(
+    "losses",
+    losses,
+    params,
+    f"where its devices have parts of a batch, set axis_name={{axis!r}} (got {axis_name!r}); where "
+    "all have the same examples, take jax.lax.pmean(losses, {axis!r})",
+    named=names_of(axis_name),
+  )
+
+
+def names_of(axis_name: AxisName) -> tuple[str, ...]:
+  """The axes as a tuple."""
+  return (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
 
 
 def is_checked(name: str) -> bool:
@@ -71,7 +88,7 @@ def is_checked(name: str) -> bool:
       f"axis_name must be an axis of the shard_map around, got {name!r}, which is not; under jit "
       "with a sharded batch leave it out"
     ) from None
-  return name in jax.typeof(index).manual_axis_type.varying
+  return name in _tree.varying_axes(index)
 
 
 class Batch(NamedTuple):

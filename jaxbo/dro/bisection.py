@@ -5,6 +5,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from jaxbo import _tree
+
 
 def smallest(
   holds: Callable[[jax.Array], jax.Array],
@@ -22,7 +24,7 @@ def smallest(
 
   Args:
     holds: a function of a scalar, false below some number and true from there on; ``high`` counts
-      as true without a call.
+      as true whatever it gives.
     low: a scalar of float32 or float64.
     high: a scalar of the same dtype.
     bits_per_step: 1 is a bisection.
@@ -52,4 +54,5 @@ def smallest(
     return jnp.append(low, tried + 1)[first], jnp.append(tried, high)[first]
 
   bounds = jnp.minimum(order(low), order(high)), order(high)
+  bounds = _tree.vary_alike(bounds, low, high, holds(high))
   return number(jax.lax.fori_loop(0, -(-bits // bits_per_step), divide, bounds)[1])

@@ -10,7 +10,16 @@ import optax
 from jaxbo import _check, _tree
 from jaxbo._types import PyTree
 from jaxbo.dro import per_example
-from jaxbo.dro.batch import AxisName, Over, both, check_losses, is_checked, over, scores_of
+from jaxbo.dro.batch import (
+  AxisName,
+  Over,
+  both,
+  check_losses,
+  check_named,
+  is_checked,
+  over,
+  scores_of,
+)
 from jaxbo.dro.diagnostics import WeightInfo, zero_info
 from jaxbo.dro.per_example import PerExampleGrads
 from jaxbo.dro.weighting import Weighting, check_weighting
@@ -85,7 +94,9 @@ def reweight(
   Raises:
     ValueError: if ``scale`` is unknown; if losses are not one-dimensional, or another argument
       does not have their shape; if ``losses=`` is missing, or given along with
-      :class:`~jaxbo.dro.PerExampleGrads`.
+      :class:`~jaxbo.dro.PerExampleGrads`; if ``axis_name`` is not an axis of the ``shard_map``
+      around, or forgets one over which the losses vary and the parameters do not (with the
+      replication check on; with it off, nothing can be seen: see the tutorial *Many devices*).
     TypeError: if ``weighting`` is not a :class:`~jaxbo.dro.Weighting`.
 
   Example:
@@ -132,6 +143,7 @@ def reweight(
   ):
     del extra_args
     losses = _find_losses(updates, losses, params)
+    check_named(axis_name, losses, _types_of(params, updates, losses))
     scores = scores_of(scores, losses)
     if isinstance(updates, PerExampleGrads):
       mask = both(mask, updates.mask, losses)
@@ -150,13 +162,20 @@ def reweight(
       gradient = per_example.weighted(updates, weights, reductions)
       gradient = add_over_devices(gradient, reductions)
     else:
-      _check_varying(updates, reductions)
+      _check_varying(updates, losses)
       gradient = _materialised(updates, weights)
       gradient = jax.lax.psum(gradient, reductions.axes) if reductions.axes else gradient
     gradient, finite = per_example.guarded(gradient, reductions)
     return gradient, ReweightState(weighting_state, info._replace(gradient_finite=finite))
 
   return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _types_of(params: optax.Params | None, grads: PyTree, losses: jax.Array) -> PyTree:
+  """Returns the parameters, or what has their types where ``update`` is not given them."""
+  if params is not None or not _tree.varying_axes(losses):
+    return params
+  return jax.eval_shape(grads.pullback, losses) if isinstance(grads, PerExampleGrads) else grads
 
 
 def _materialised(grads: optax.Updates, weights: jax.Array) -> optax.Updates:
@@ -170,10 +189,10 @@ def _materialised(grads: optax.Updates, weights: jax.Array) -> optax.Updates:
   return jax.tree.map(add_up, grads)
 
 
-def _check_varying(grads: optax.Updates, reductions: Over) -> None:
-  for axis in filter(is_checked, reductions.axes):
+def _check_varying(grads: optax.Updates, losses: jax.Array) -> None:
+  for axis in sorted(_tree.varying_axes(losses)):
     for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
-      if axis not in jax.typeof(leaf).manual_axis_type.varying:
+      if axis not in _tree.varying_axes(leaf):
         raise ValueError(
           f"grads{jax.tree_util.keystr(path)} must vary over the axis {axis!r}, as the losses do, "
           "got the same on all devices: shard_map has summed the gradients of replicated "

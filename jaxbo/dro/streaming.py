@@ -10,7 +10,15 @@ import optax
 
 from jaxbo import _check, _tree
 from jaxbo._types import BatchLoss, Data, PyTree
-from jaxbo.dro.batch import AxisName, both, bounded, check_arguments, over, scores_of
+from jaxbo.dro.batch import (
+  AxisName,
+  both,
+  bounded,
+  check_arguments,
+  check_named,
+  over,
+  scores_of,
+)
 from jaxbo.dro.microbatch import make_microbatches, split_batch
 from jaxbo.dro.per_example import (
   PerExampleGrads,
@@ -83,7 +91,8 @@ def streaming_grad(
     ValueError: if ``microbatch_size`` is not positive, or does not divide the batch; if
       ``batch_axes`` is not a prefix of the batch, or a leaf does not have one row for each loss
       along its axis; if a leaf of ``aux`` is not ``[batch, ...]``; if ``scores``, ``mask``,
-      ``prior`` or ``groups`` do not have the shape of the losses.
+      ``prior`` or ``groups`` do not have the shape of the losses; if ``axis_name`` forgets an axis
+      over which the losses vary and the parameters do not (with the replication check on).
     TypeError: if ``loss_fn`` does not take ``(params, batch)``, if ``weighting`` is not a
       :class:`~jaxbo.dro.Weighting`, or if parameters or losses are not floats.
 
@@ -111,7 +120,8 @@ def streaming_grad(
 
   def one_pass(log_ratio, params, batch, state, *, scores, mask, prior, groups):
     shapes = jax.eval_shape(lambda: losses_and_aux(of_microbatch(params, batch)))
-    like = jnp.zeros(shapes[0].shape, shapes[0].dtype)
+    like = _tree.vary_alike(jnp.zeros(shapes[0].shape, shapes[0].dtype), shapes[0])
+    check_named(axis_name, like, params)
     mask = both(mask, example_mask(loss_fn, batch), like)
     of_examples = check_arguments(like, mask, prior, groups, 0)
     del of_examples["losses"]
@@ -142,11 +152,8 @@ def streaming_grad(
       return carry, losses_and_aux(grads)
 
     dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(params))
-    start = (
-      jnp.full((), -jnp.inf, dtype),
-      _tree.zeros_at_least_float32(params),
-      jnp.zeros((), dtype),
-    )
+    nothing = over(axis_name, like).max(like).astype(dtype)  # zero, which varies as maxima do
+    start = (nothing - jnp.inf, _tree.zeros_at_least_float32(params), nothing)
     (_, gradient, total), stacked = jax.lax.scan(add, start, jnp.arange(cut.num_steps))
     check_aux(shapes[1], stacked[1], cut)
     losses, aux = jax.tree.map(cut.merge, stacked)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxbo import _tree
 from jaxbo._types import PyTree
-from jaxbo.dro.batch import AxisName, Batch, check_arguments, make_batch
+from jaxbo.dro.batch import AxisName, Batch, check_arguments, make_batch, names_of
 from jaxbo.dro.diagnostics import WeightInfo, diagnose
 
 
@@ -99,8 +99,7 @@ def make_weighting(
     arguments = check_arguments(losses, mask, prior, groups, num_groups)
     if stop_gradient:
       arguments = jax.lax.stop_gradient(arguments)
-    names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
-    return weigh_good(arguments, state, names)
+    return weigh_good(arguments, state, names_of(axis_name))
 
   return Weighting(init, weigh, log_ratio)
 

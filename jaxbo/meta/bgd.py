@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxbo import _check, _random, _schedule, _tree
-from jaxbo._types import Key
+from jaxbo._types import Key, PyTree
 from jaxbo.bilevel.response import MISSING
 
 
@@ -114,12 +114,18 @@ def bayesian_gradient_descent(
         "parameters; jaxbo.inner_solver gives it"
       )
     mean, deviations = _tree.at_least_float32((params, state.deviations))
+
+    def loss(params):
+      value: PyTree = value_fn(params)
+      _check.scalar_loss("value_fn", value, params)
+      return value
+
     base = jax.random.fold_in(jax.random.wrap_key_data(state.bgd_key, impl=impl), state.bgd_count)
 
     def add(sums, sample):
       noise = optax.tree.random_like(jax.random.fold_in(base, sample), mean)
       drawn = jax.tree.map(lambda m, s, e: m + s * e, mean, deviations, noise)
-      grads = _tree.at_least_float32(jax.grad(value_fn)(_tree.cast_like(drawn, params)))
+      grads = _tree.at_least_float32(jax.grad(loss)(_tree.cast_like(drawn, params)))
       grads = optax.tree.scale(num_examples / num_samples, grads)
       with_noise = jax.tree.map(lambda g, e: g * e, grads, noise)
       return optax.tree.add(sums, (grads, with_noise)), None

@@ -33,12 +33,8 @@ class SupportBuffer(NamedTuple):
 
   def push(self, support: Data) -> "SupportBuffer":
     """Adds the data of one round."""
-    put = lambda slots, leaf: jax.lax.dynamic_update_index_in_dim(
-      slots, jnp.asarray(leaf, slots.dtype), self.num_supports, axis=0
-    )
-    return self._replace(
-      supports=jax.tree.map(put, self.supports, support), num_supports=self.num_supports + 1
-    )
+    supports = _tree.put_slot(self.supports, support, self.num_supports)
+    return self._replace(supports=supports, num_supports=self.num_supports + 1)
 
   def get(self, index: jax.Array) -> PyTree:
     """Returns the data of one round."""
@@ -156,8 +152,8 @@ def _buffered_pairs(outer_loss, inner, response, tail, start, buffer_size: int) 
   differentiate = outer_gradients(outer_loss, response, has_aux=True)
 
   def init(x, support):
-    slots = lambda leaf: jnp.zeros((buffer_size, *jnp.shape(leaf)), jnp.result_type(leaf))
-    buffer = SupportBuffer(jax.tree.map(slots, support), jnp.int32(0), jnp.bool_(False))
+    slots = _tree.empty_slots(support, buffer_size)
+    buffer = SupportBuffer(slots, jnp.int32(0), jnp.bool_(False))
     return (response.init(x), tail.init(x)), buffer
 
   def is_open(state, detection):

@@ -143,8 +143,7 @@ def _one_pair(outer_loss, inner, outer, start, *, always: bool, next: bool) -> P
   """Descends one pair of a round, or with ``next`` that of the last round and this one."""
   restarts = (lambda state: jnp.ones_like(state.has_support)) if always else None
   keep = lambda state, played, is_open: played.support if next else ()
-  zeros = lambda leaf: jnp.zeros(jnp.shape(leaf), jnp.result_type(leaf))
-  memory = lambda support: jax.tree.map(zeros, support) if next else ()
+  memory = lambda support: jax.tree.map(jnp.zeros_like, support) if next else ()
   if outer is None:
     init, never = (lambda x, support: ((), memory(support))), lambda *_: jnp.bool_(False)
     return Policy(init, restarts, never, None, keep)

@@ -116,7 +116,7 @@ def play(
 
   def init(x, stream=None, *, batch=None, key=0):
     _check.floating("x", x)
-    stream_state, batch = first_round(stream, batch, key)
+    stream_state, batch = first_round(stream, batch, key, x)
     solution = inner.init(start(x), x, batch.train)
     meta_state, memory = policy.init(x, batch.train)
     state = OnlineMetaState(

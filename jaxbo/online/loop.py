@@ -174,7 +174,7 @@ def online_loop(
     loop_init, play = _one_after_the_other(outer_loss, inner, outer, hyper_at, replay, has_aux)
 
   def init(x, y0, stream=None, *, batch=None, key=0):
-    stream_state, batch = first_round(stream, batch, key)
+    stream_state, batch = first_round(stream, batch, key, x)
     loop = loop_init(x, y0, batch.train)
     init_metric = lambda metric: metric.init(loop.x, loop.solution.params, batch)
     return OnlineState(

@@ -11,6 +11,7 @@ from jaxbo._optimizer import LearningRate
 from jaxbo._types import Loss, SolveLinear
 from jaxbo.bilevel import linear_solvers
 from jaxbo.bilevel.implicit import add_implicit_response
+from jaxbo.bilevel.loop import checked_loss
 from jaxbo.bilevel.projection import Projection
 from jaxbo.bilevel.response import MISSING, response_info
 from jaxbo.bilevel.solution import InnerSolution, InnerSolver
@@ -101,7 +102,7 @@ def average_over_batches(
     Online Alternating Gradient Methods <https://arxiv.org/abs/2207.02829>`_, 2024.
   """
   _check.transformation("head", head)
-  _check.takes_arguments("outer_loss", outer_loss, "x", "y", "batch")
+  outer_loss = checked_loss("outer_loss", outer_loss)
   check_window(1, decay, normalization)
   response = optax.with_extra_args_support(head)
 

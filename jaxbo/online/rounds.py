@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxbo import _check
+from jaxbo import _check, _tree
 from jaxbo._types import Data, Key, PyTree
 from jaxbo.bilevel.loop import BilevelInfo, BilevelState
 from jaxbo.tasks.streams import StreamLike, as_stream
@@ -81,15 +81,21 @@ def as_batch(batch: Data) -> OnlineBatch:
   )
 
 
-def first_round(stream: StreamLike | None, batch: Data, key: Key) -> tuple[PyTree, OnlineBatch]:
-  """Returns the first state of the stream, ``()`` without one, and the shapes of its batches."""
+def first_round(
+  stream: StreamLike | None, batch: Data, key: Key, x: PyTree
+) -> tuple[PyTree, OnlineBatch]:
+  """Returns the first state of the stream, ``()`` without one, and the types of its batches.
+
+  The devices of their mesh are those of the stream's arrays or of the parameters ``x``.
+  """
   if (batch is None) == (stream is None):
     raise ValueError("init must be given either a stream or a batch, whose shapes are enough")
   if stream is None:
     return (), as_batch(batch)
   stream = as_stream(stream)
   state = stream.init(key)
-  return state, jax.eval_shape(lambda state: as_batch(stream.step(state)[1]), state)
+  batch = jax.eval_shape(lambda state: as_batch(stream.step(state)[1]), state)
+  return state, _tree.on_meshes_of(batch, (stream, x))
 
 
 def make_run(

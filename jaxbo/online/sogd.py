@@ -9,6 +9,7 @@ import optax
 from jaxbo import _check, _schedule, _tree
 from jaxbo._optimizer import LearningRate
 from jaxbo._types import Loss, PyTree
+from jaxbo.bilevel.loop import checked_loss
 from jaxbo.bilevel.parameters import Bilevel, check_params, scalar_dtype
 from jaxbo.bilevel.projection import Projection, descend
 from jaxbo.bilevel.response import MISSING
@@ -122,8 +123,8 @@ def add_corrected_response(
     SOGD, `2511.01126 <https://arxiv.org/abs/2511.01126>`_, 2025; Cutkosky and Orabona,
     `Momentum-Based Variance Reduction in Non-Convex SGD <https://arxiv.org/abs/1905.10018>`_, 2019.
   """
-  for name, loss in (("inner_loss", inner_loss), ("outer_loss", outer_loss)):
-    _check.takes_arguments(name, loss, "x", "y", "batch")
+  inner_loss = checked_loss("inner_loss", inner_loss)
+  outer_loss = checked_loss("outer_loss", outer_loss)
   _schedule.check("linear_learning_rate", linear_learning_rate, _check.positive)
   _schedule.check("correction", correction, lambda name, value: _check.within(name, value, 0, 1))
   if radius is not None:

@@ -35,16 +35,9 @@ class Window(NamedTuple):
   def push(self, value: PyTree, present: jax.typing.ArrayLike = True) -> "Window":
     """Replaces the oldest value; with ``present=False`` the new slot counts as empty."""
     newest = (self.newest + 1) % self.size
-
-    def put(slots, leaf):
-      leaf, sharding = jnp.asarray(leaf, slots.dtype), _tree.explicit_sharding(slots)
-      if sharding is not None:  # The slots must be divided as before.
-        leaf = jax.sharding.reshard(leaf, sharding.update(spec=sharding.spec[1:]))
-      return jax.lax.dynamic_update_index_in_dim(slots, leaf, newest, axis=0)
-
     slot = jnp.arange(self.size, dtype=jnp.int32) == newest
     return Window(
-      jax.tree.map(put, self.values, value), jnp.where(slot, present, self.present), newest
+      _tree.put_slot(self.values, value, newest), jnp.where(slot, present, self.present), newest
     )
 
   def get(self, age: jax.typing.ArrayLike) -> tuple[PyTree, jax.Array]:
@@ -76,14 +69,7 @@ class Window(NamedTuple):
 
 def empty_window(like: PyTree, size: int, dtype: jax.typing.DTypeLike | None = None) -> Window:
   """Returns a window without values, for values shaped and sharded like ``like``."""
-
-  def slots(leaf):
-    if isinstance(leaf, jax.ShapeDtypeStruct):
-      return jnp.zeros((size, *leaf.shape), dtype or leaf.dtype)
-    zeros = jnp.zeros_like(leaf, dtype=dtype or jnp.result_type(leaf))
-    return jnp.broadcast_to(zeros, (size, *zeros.shape))
-
-  return Window(jax.tree.map(slots, like), jnp.zeros(size, bool), jnp.int32(size - 1))
+  return Window(_tree.empty_slots(like, size, dtype), jnp.zeros(size, bool), jnp.int32(size - 1))
 
 
 def check_window(size: int, decay: jax.typing.ArrayLike, normalization: str) -> int:

@@ -128,10 +128,7 @@ def sample_episode(
     return _choice(key, (jnp.arange(per_class) < count).astype(jnp.float32), num_images)
 
   chosen = jax.vmap(choose_images)(jax.random.split(image_key, num_ways), counts[classes])
-  sharding = _tree.explicit_sharding(images)
-  if sharding is not None:  # Classes that are divided among devices meet on all of them.
-    sharding = sharding.update(spec=(None, None, *sharding.spec[2:]))
-  episode = images.at[classes[:, None], chosen].get(out_sharding=sharding)
+  episode = images_of(images, classes, chosen)
   if num_rotations > 1:
     episode = jax.vmap(functools.partial(_rotate, num_rotations=num_rotations))(episode, turns)
 
@@ -200,3 +197,11 @@ def _check_arguments(images, counts, num_ways: int, num_images: int, num_rotatio
     raise ValueError(
       f"num_ways must be at most {available * num_rotations}, {which}{times}, got {num_ways}"
     )
+
+
+def images_of(images: jax.Array, classes: jax.Array, chosen: jax.Array) -> jax.Array:
+  """Takes ``chosen [ways, shots]`` of ``classes [ways]``; divided classes meet on all devices."""
+  sharding = _tree.explicit_sharding(images)
+  if sharding is not None:
+    sharding = sharding.update(spec=(None, None, *sharding.spec[2:]))
+  return images.at[classes[:, None], chosen].get(out_sharding=sharding)

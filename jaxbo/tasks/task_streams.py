@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxbo import _check, _random
 from jaxbo._types import Data, Key
+from jaxbo.tasks.episodes import images_of
 from jaxbo.tasks.streams import Stream
 
 
@@ -233,7 +234,7 @@ def _step(domains, numbers, state, *, num_ways, num_shots, num_queries, shuffle,
   def draw_images(images):
     def draw(key, classes):
       rows = _draw_rows(key, images.shape[1], num_ways, num_shots, num_queries)
-      return tuple(images[classes[:, None], r].reshape(-1, *images.shape[2:]) for r in rows)
+      return tuple(images_of(images, classes, r).reshape(-1, *images.shape[2:]) for r in rows)
 
     return draw
 

@@ -2,7 +2,8 @@
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType
+
+from jaxbo_models.mesh import explicit_sharding
 
 
 def rows(table: jax.Array, ids: jax.Array) -> jax.Array:
@@ -11,11 +12,10 @@ def rows(table: jax.Array, ids: jax.Array) -> jax.Array:
   The table's dtype, because gradients of equal ids must not be summed in bfloat16. On a mesh with
   explicit axes, the rows are divided as the ids are.
   """
-  sharding = jax.typeof(ids).sharding
-  explicit = AxisType.Explicit in sharding.mesh.axis_types
+  sharding = explicit_sharding(ids)
   return table.at[ids].get(
     mode="fill",
     fill_value=jnp.nan,
     wrap_negative_indices=False,
-    out_sharding=sharding.update(spec=(*sharding.spec, None)) if explicit else None,
+    out_sharding=sharding.update(spec=(*sharding.spec, None)) if sharding else None,
   )

@@ -3,9 +3,18 @@
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import AxisType, PartitionSpec
 
 import jaxbo
-from tests.catalogue import alias, full_solver, inner_loss, plain_solver, response, value_function
+from tests.catalogue import (
+  Program,
+  alias,
+  full_solver,
+  inner_loss,
+  plain_solver,
+  response,
+  value_function,
+)
 
 LOWER = {"num_steps": 3, "inner_optimizer": optax.sgd(0.2, momentum=0.5)}
 DUAL = {"slack": 0.1, "dual_learning_rate": 0.5, **LOWER}
@@ -285,3 +294,37 @@ ALIASES = [
     optax.chain(penalty(project_inner=clip_inner), levels(0.1, 0.2), _boxes),
   ),
 ]
+
+
+def _fit(x, y, batch):
+  del x
+  features, targets = batch
+  return jnp.mean((features @ _whole(y) - targets) ** 2)
+
+
+def _ridge(x, y, batch):
+  return _fit(x, y, batch) + jnp.sum(jnp.exp(x) * y**2)
+
+
+def _whole(leaf):
+  """Explicit axes are told where divided parameters meet divided rows."""
+  sharding = jax.typeof(leaf).sharding
+  explicit = AxisType.Explicit in sharding.mesh.axis_types
+  return jax.sharding.reshard(leaf, sharding.update(spec=PartitionSpec())) if explicit else leaf
+
+
+def fully_sharded():
+  """Both levels and the data are divided, so that states must be."""
+  inner = jaxbo.inner_solver(_ridge, optax.adam(0.1), 2)
+
+  def run(x, y, *data):
+    outer = jaxbo.aid(0.1, inner, _cg(2, warm_start=True), inner_params=y)
+    init, step = jaxbo.bilevel_loop(_fit, inner, outer)
+    return jax.lax.scan(lambda state, _: step(state, data, data), init(x, y), length=2)
+
+  features = jnp.cos(jnp.arange(128.0)).reshape(16, 8)
+  arguments = jnp.zeros(8), jnp.ones(8), features, jnp.sin(features[:, 0])
+  return run, arguments, (PartitionSpec("d"),) * 4
+
+
+PROGRAMS = [Program("aid_fsdp", fully_sharded)]

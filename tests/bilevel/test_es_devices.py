@@ -1,5 +1,6 @@
 """Samples divided among eight virtual devices, which exchange the scalar products alone."""
 
+import functools
 import re
 from typing import Any
 
@@ -128,6 +129,29 @@ def test_inside_a_shard_map_of_the_user_the_axis_is_enough():
     *arguments
   )
   np.testing.assert_allclose(result, expected, rtol=2e-4, atol=1e-5)
+
+
+def test_data_divided_over_the_axis_of_the_samples_are_refused():
+  """Each sample would be that of another problem; over another axis, all have the same."""
+  solver = jaxbo.inner_solver(
+    lambda x, y, batch: jax.lax.pmean(jnp.sum((y - batch[0] * x) ** 2), "data"), optax.sgd(0.1), 2
+  )
+  mesh = jax.make_mesh((4, 2), ("data", "samples"))
+  x, specs = jnp.ones(3), {"in_specs": PartitionSpec("data"), "out_specs": PartitionSpec()}
+
+  def step(axis_name, batch):
+    solution = solver.solve(x, solver.init(jnp.zeros(3)), batch)
+    head = jaxbo.add_es_response(solver, 4, axis_name=axis_name)
+    return updater(head)(x, solution, (x, x), batch)[0]
+
+  def trace(axis_name):
+    batch = jax.device_put(jnp.ones(4), NamedSharding(mesh, PartitionSpec("data")))
+    sharded = jax.shard_map(functools.partial(step, axis_name), mesh=mesh, **specs)
+    jax.eval_shape(sharded, batch)
+
+  with pytest.raises(ValueError, match="batch must not vary over axis_name='data'"):
+    trace("data")
+  trace("samples")
 
 
 def test_an_axis_that_does_not_divide_the_samples_is_refused():

@@ -1,10 +1,14 @@
 """Robust training in the catalogue (tests/catalogue.py)."""
 
 import jax
+import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec
 
 import jaxbo
-from tests.catalogue import alias, robust
+from jaxbo.adversarial import Box
+from tests.adversarial import problem
+from tests.catalogue import Program, alias, robust
 
 FALLING = optax.linear_schedule(5.0, 0.5, 4)
 GROUPS = {"adjustment": 0.3, "group_sizes": [3, 1]}
@@ -88,4 +92,32 @@ ALIASES = [
     jaxbo.dro.compositional(jaxbo.dro.kl(1.0), 0.1),
     optax.adam,
   ),
+]
+
+
+def attacked(run):
+  """``run(params, images, labels)`` where images and a weight are divided among devices."""
+  divided, whole = PartitionSpec("d"), PartitionSpec()
+  specs = {"w": divided, "b": whole, "v": whole}, divided, divided
+  return lambda: (run, (problem.params(), *problem.batch()), specs)
+
+
+def _autoattack(params, images, labels):
+  box = Box(problem.EPSILON)
+  short = {"num_steps": 2, "num_targets": 2, "num_queries": 3}
+  attacks = jaxbo.adversarial.autoattack(problem.model, box, **short)
+  attacks["fgsm"] = jaxbo.adversarial.fgsm(problem.model, box)
+  return [attack.run(params, (images, labels), 0) for attack in attacks.values()]
+
+
+def _fast_bat(params, images, labels):
+  losses = problem.loss, problem.margin_attack_loss
+  grad = jaxbo.adversarial.fast_bat_grad(*losses, Box(problem.EPSILON), step_size=0.1)
+  grads = grad(params, (images, labels), 0)
+  return grads.losses, grads.pullback(jnp.ones_like(grads.losses))
+
+
+PROGRAMS = [
+  Program("autoattack", attacked(_autoattack)),
+  Program("fast_bat", attacked(_fast_bat)),
 ]

@@ -217,18 +217,68 @@ def test_stored_gradients_that_are_summed_already_are_refused():
     in_shard_map(step, check_vma=True)(BATCH)
 
 
+def methods(axis_name):
+  """Whatever takes gradients and the name of an axis."""
+  return (
+    jaxbo.reweight(jaxbo.dro.kl(0.5), axis_name=axis_name),
+    jaxbo.ir_dro(0.1, axis_name=axis_name),
+    jaxbo.group_dro(0.1, 3, axis_name=axis_name),
+    jaxbo.cvar_dro(0.1, 0.5, axis_name=axis_name),
+    jaxbo.chi2_dro(0.1, 0.5, axis_name=axis_name),
+    jaxbo.term(0.1, 0.5, axis_name=axis_name),
+    jaxbo.done(0.1, axis_name=axis_name),
+  )
+
+
 def test_an_unknown_axis_is_refused():
   grads = jaxbo.per_example_grad(problem.loss_fn)(PARAMS, BATCH)
-  for tx in (
-    jaxbo.reweight(jaxbo.dro.kl(0.5), axis_name="devices"),
-    jaxbo.ir_dro(0.1, axis_name="devices"),
-    jaxbo.group_dro(0.1, 3, axis_name="devices"),
-    jaxbo.cvar_dro(0.1, 0.5, axis_name="devices"),
-    jaxbo.chi2_dro(0.1, 0.5, axis_name="devices"),
-    jaxbo.term(0.1, 0.5, axis_name="devices"),
-  ):
+  for tx in methods("devices"):
     with pytest.raises(ValueError, match="axis_name must be an axis of the shard_map around, got"):
       tx.update(grads, tx.init(PARAMS), PARAMS, groups=GROUPS)
+
+
+@pytest.mark.parametrize(("axis_name", "forgotten"), [(None, "d"), ("d", "e")])
+def test_a_forgotten_axis_is_refused_where_it_is_known(axis_name, forgotten):
+  """Weights of a part of the batch, and a gradient that is summed over all parts."""
+
+  def refused(function):
+    both = jax.make_mesh((4, 2), ("d", "e"), axis_types=(AxisType.Auto,) * 2)
+    rows = PartitionSpec(("d", "e"))
+    sharded = jax.shard_map(function, mesh=both, in_specs=rows, out_specs=rows)
+    message = rf"losses must not vary over the axis '{forgotten}' .* \(got {axis_name!r}\); where"
+    with pytest.raises(ValueError, match=message):
+      jax.eval_shape(sharded, BATCH, GROUPS)
+
+  for tx in methods(axis_name):
+    refused(functools.partial(update_of, tx, PARAMS))
+  refused(functools.partial(update_of, methods(axis_name)[0], None))
+  for weighting in (jaxbo.dro.kl(0.5), WEIGHTINGS["cvar"]):
+    stream = jaxbo.streaming_grad(
+      problem.loss_fn, weighting, microbatch_size=1, axis_name=axis_name
+    )
+    refused(lambda batch, _, stream=stream: stream(PARAMS, batch)[0])
+
+
+def update_of(tx, params, batch, groups):
+  grads = jaxbo.per_example_grad(problem.loss_fn)(PARAMS, batch)
+  return tx.update(grads, tx.init(PARAMS), params, groups=groups)[0]
+
+
+def test_each_device_may_have_a_model_and_a_batch_of_its_own():
+  def own(params, batch):
+    params = jax.tree.map(lambda leaf: leaf[0], params)
+    grads = jaxbo.per_example_grad(problem.loss_fn)(params, batch)
+    tx = jaxbo.reweight(WEIGHTINGS["chi_square_ball"])
+    stream = jaxbo.streaming_grad(problem.loss_fn, jaxbo.dro.kl(0.5), microbatch_size=1)
+    found = tx.update(grads, tx.init(params), params)[0], stream(params, batch)[0]
+    return jax.tree.map(lambda leaf: leaf[None], found)
+
+  stacked = jax.tree.map(lambda leaf: leaf[None] * jnp.ones((8,) + (1,) * leaf.ndim), PARAMS)
+  function = jax.shard_map(own, mesh=mesh(), in_specs=ROWS, out_specs=ROWS)
+  rows = jax.tree.map(lambda leaf: leaf.reshape(8, 2, *leaf.shape[1:]), BATCH)
+  one = lambda params, batch: own(jax.tree.map(lambda leaf: leaf[None], params), batch)
+  expected = jax.jit(jax.vmap(one))(stacked, rows)
+  close(jax.jit(function)(stacked, BATCH), jax.tree.map(lambda leaf: leaf[:, 0], expected))
 
 
 def test_a_named_vmap_is_an_axis_too():

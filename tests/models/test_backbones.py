@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 from jaxbo_models import MLP, Conv4, LeNet5, PreActResNet18, ResNet12, SmallCNN
 from jaxbo_models.layers import BatchNorm
 
+from tests.catalogue import assert_same_on_meshes
 from tests.models import oracle
 
 pytestmark = pytest.mark.slow  # All together, not each.
@@ -63,6 +65,16 @@ def test_convolutions_have_the_same_parameters_values_and_gradients(build, shape
   # A gradient reaches every parameter.
   for path, leaf in jax.tree.leaves_with_path(patches[1]):
     assert np.abs(leaf).max() > 1e-4, jax.tree_util.keystr(path)
+
+
+@pytest.mark.parametrize("conv", ["patches", "native"])
+def test_images_divided_on_a_mesh_give_the_gradient_of_one_device(conv):
+  """Convolutions, batch normalization and pooling."""
+  model = Conv4(features=3, conv=conv)
+  variables, images = setup(model, (8, 17, 17, 1))
+  specs = PartitionSpec(), PartitionSpec("d")
+  run = jax.value_and_grad(functools.partial(loss, model))
+  assert_same_on_meshes(run, (variables, images), specs, rtol=1e-3, atol=1e-4)
 
 
 @every_backbone

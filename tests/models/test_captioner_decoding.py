@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 from jaxbo_models import captioner
 
 from tests.cases import cases
+from tests.catalogue import assert_same_on_meshes
 from tests.models.captioner_setup import BOS, EOS, FEATURES, batch, draw_params, make
 
 pytestmark = pytest.mark.slow
@@ -356,3 +358,21 @@ def test_a_beam_wider_than_the_vocabulary_is_refused(beam_size):
     captioner.caption_images(
       model, {}, jnp.asarray(FEATURES), bos_id=BOS, eos_id=EOS, beam_size=beam_size
     )
+
+
+def test_images_divided_on_a_mesh_get_the_captions_of_one_device():
+  model = make()
+
+  def decode(params, features):
+    step_fn, state = captioner.make_step(model, params, features)
+    options = {"max_length": 4, "bos_id": BOS, "eos_id": EOS}
+    sizes = {"batch_size": len(features), **options}
+    return (
+      captioner.greedy(step_fn, state, **sizes),
+      captioner.sample(step_fn, state, jax.random.key(0), num_samples=2, **sizes),
+      captioner.caption_images(model, params, features, beam_size=3, **options),
+    )
+
+  features = jnp.resize(jnp.asarray(FEATURES, jnp.float32), (8, *FEATURES.shape[1:]))
+  specs = PartitionSpec(), PartitionSpec("d")
+  assert_same_on_meshes(decode, (draw_params(model), features), specs)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 from jaxbo_models import captioner
 
 from tests.cases import cases
@@ -101,6 +102,18 @@ def test_a_batch_has_the_captions_their_masks_and_advantages():
     assert np.asarray(row)[np.asarray(mask)].tolist() == [BOS, *candidate]
   np.testing.assert_array_equal(batch["features"], np.repeat(BATCH["features"], 2, axis=0))
   assert batch["cell_mask"].shape == (6, 4)
+
+
+def test_images_divided_on_an_explicit_mesh_are_drawn_for_as_on_one_device():
+  params, _ = setup()
+  draw, key = maker(num_samples=2), jax.random.key(0)
+  mesh = jax.make_mesh((3,), ("d",), devices=jax.devices()[:3])
+  with jax.set_mesh(mesh):
+    divided = {"features": jax.device_put(np.asarray(BATCH["features"]), PartitionSpec("d"))}
+    ours = draw(jax.device_put(params, PartitionSpec()), divided, REFERENCES, key)
+  assert ours["features"].sharding.spec[0] == "d"
+  for name, expected in draw(params, BATCH, REFERENCES, key).items():
+    np.testing.assert_array_equal(ours[name], expected)
 
 
 @cases(

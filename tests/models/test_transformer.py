@@ -3,7 +3,6 @@
 That its numbers are those of GPT-2, OPT and Pythia is shown in test_huggingface.py.
 """
 
-import contextlib
 import dataclasses
 import functools
 import math
@@ -14,12 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 from jaxbo_models import transformer
 
 import jaxbo
 from benchmarks import measure
 from tests.cases import cases
+from tests.catalogue import assert_same_on_meshes
 
 pytestmark = pytest.mark.slow  # All together, not each.
 
@@ -175,17 +175,39 @@ def test_padding_on_either_side_changes_neither_losses_nor_gradients(family):
     assert_close(gradient, gradients[0])
 
 
-@pytest.mark.parametrize("inside", [True, False], ids=["set_mesh", "no_set_mesh"])
-def test_sequences_divided_on_an_explicit_mesh_give_the_gradient_of_one_device(inside):
-  model, params = setup("opt")
+def tensor_parallel(path, leaf):
+  """Divides heads and the width of the ffn, in the kernels and biases of the blocks."""
+  layer, kind = path[-2].key if len(path) > 1 else "", path[-1].key
+  axes = {"qkv/kernel": 3, "qkv/bias": 2, "attention_out/kernel": 1}
+  axes |= {"ffn_in/kernel": 2, "ffn_in/bias": 1, "ffn_out/kernel": 1}
+  return along("m", axes.get(f"{layer}/{kind}"))
+
+
+def fully_sharded(path, leaf):
+  del path
+  even = [axis for axis, size in enumerate(leaf.shape) if size % 2 == 0]
+  return along("d", even[0] if even else None)
+
+
+def along(name, axis):
+  return PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, name)
+
+
+@pytest.mark.parametrize("divide", [tensor_parallel, fully_sharded])
+def test_sequences_and_parameters_divided_on_a_mesh_give_the_gradient_of_one_device(divide):
+  model, params = setup("opt" if divide is fully_sharded else "pythia")
   batch = {"tokens": jnp.resize(TOKENS, (8, 12)), "mask": np.arange(12) < np.arange(4, 12)[:, None]}
   loss_fn = transformer.sequence_losses(model)
-  mean = jax.jit(jax.value_and_grad(lambda params, batch: jnp.mean(loss_fn(params, batch))))
-  mesh = jax.make_mesh((8,), ("d",))
-  with jax.set_mesh(mesh) if inside else contextlib.nullcontext():
-    divided = jax.device_put(batch, NamedSharding(mesh, PartitionSpec("d")))
-    ours = mean(jax.device_put(params, NamedSharding(mesh, PartitionSpec())), divided)
-  assert_close(jax.device_get(ours), mean(params, batch))
+
+  def whole(leaf):
+    """FSDP: explicit axes are told where the parameters meet."""
+    sharding = jax.typeof(leaf).sharding
+    explicit = divide is fully_sharded and AxisType.Explicit in sharding.mesh.axis_types
+    return jax.sharding.reshard(leaf, sharding.update(spec=PartitionSpec())) if explicit else leaf
+
+  mean = lambda params, batch: jnp.mean(loss_fn(jax.tree.map(whole, params), batch))
+  specs = jax.tree.map_with_path(divide, params), PartitionSpec("d")
+  assert_same_on_meshes(jax.value_and_grad(mean), (params, batch), specs, sizes=(2, 4))
 
 
 @every_family

@@ -1,11 +1,14 @@
 """Transformations of online methods in the catalogue (tests/catalogue.py)."""
 
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.sharding import PartitionSpec
 
 import jaxbo
 from tests.bilevel.catalogue import BOX, clip
 from tests.catalogue import (
+  Program,
   alias,
   inner_loss,
   minimizer,
@@ -199,4 +202,70 @@ ALIASES = [
       optax.chain(jaxbo.drop_response(), jaxbo.gate_by_detection(optax.sgd(0.1), 0.1, 1.0, 0.0))
     ),
   ),
+]
+
+
+def _miss(x, y, batch):
+  features, targets = batch
+  miss = features @ (x + y) - targets
+  return jnp.mean(miss**2), miss
+
+
+def _squares(x, y, batch):
+  return _miss(x, y, batch)[0] + 0.1 * jnp.sum(jnp.exp(x) * y**2)
+
+
+def _learner(**options):
+  """An online meta-learner, which is not told when tasks change."""
+  return jaxbo.meta.online_meta_learner(
+    _miss,
+    _steps,
+    jaxbo.leeds(0.1, _steps, in_distribution_scale=0.5),
+    jaxbo.meta.threshold_detector(switch=2.0, shift=1.0),
+    shift_score=jnp.linalg.norm,
+    **options,
+  )
+
+
+def _oagd():
+  return jaxbo.online_loop(_squares, _steps, jaxbo.oagd(0.1, _steps, _squares), window=2)
+
+
+def _pap():
+  options = {"drop_threshold": 0.1, "buffer_size": 2, "shift_score": jnp.linalg.norm}
+  return jaxbo.meta.c_maml_pap(_miss, _steps, optax.sgd(0.1), **options)
+
+
+def played(make, *y0):
+  """Three rounds of minibatches of data that are divided among devices."""
+
+  def run(x, *data):
+    stream = jaxbo.tasks.minibatch_stream(data, data, 8)
+    loop = make()
+    return loop.run(loop.init(x, *y0, stream), stream, 3)
+
+  rng = np.random.default_rng(0)
+  arguments = jnp.ones(4), *(jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((16, 4), 16))
+  return lambda: (run, arguments, (PartitionSpec(), PartitionSpec("d"), PartitionSpec("d")))
+
+
+def _osaka():
+  """Domains whose classes are divided, and domains whose images are."""
+
+  def draw(*domains):
+    options = {"num_ways": 4, "num_shots": 2, "stay_probability": 0.5, "shuffle": False}
+    stream = jaxbo.tasks.osaka_stream(domains, domain_probabilities=[0.5, 0.5], **options)
+    return stream.step(stream.init(0))[1]
+
+  domains = tuple(jnp.arange(n * 8.0).reshape(n, 8, 1) for n in (16, 24))
+  return draw, domains, (PartitionSpec("d"), PartitionSpec(None, "d"))
+
+
+_steps = jaxbo.inner_solver(_squares, optax.sgd(0.1), 2)
+
+PROGRAMS = [
+  Program("oagd_run", played(_oagd, jnp.zeros(4))),
+  Program("leeds_next", played(lambda: _learner(query="next", switch_score="drop"))),
+  Program("c_maml_pap", played(_pap)),
+  Program("osaka", _osaka),
 ]

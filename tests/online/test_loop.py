@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxbo
 from tests.cases import cases
@@ -111,6 +112,23 @@ def test_the_memory_has_the_last_batches_and_nothing_for_metrics():
     np.testing.assert_allclose(batch.val, STREAM(jax.random.key(3), 39 - age).val, rtol=1e-6)
     assert present
     assert batch.extra is None
+
+
+def test_a_memory_of_data_that_are_divided_is_divided_from_the_start():
+  """A stream's types do not know the devices of their mesh; its arrays do, and the parameters."""
+  mesh = jax.make_mesh((8,), ("d",))
+  data = jax.device_put(jnp.ones((16, 2)), NamedSharding(mesh, PartitionSpec("d")))
+  x = jax.device_put(jnp.float32(0.0), NamedSharding(mesh, PartitionSpec()))
+  loss = lambda x, y, batch: jnp.mean((batch * y - x) ** 2)
+  inner = jaxbo.inner_solver(loss, optax.sgd(0.1), 1)
+  loop = jaxbo.online_loop(loss, inner, jaxbo.oagd(0.1, inner, loss), window=2)
+  stream = jaxbo.tasks.minibatch_stream(data, data, 8)
+  for given in (stream, lambda key, t: (data, data)):  # Only x knows the second one's.
+    state = loop.init(x, x, given)
+    assert jax.tree.leaves(state.window.values)[0].sharding.spec == PartitionSpec(None, "d", None)
+  jax.jit(loop.run, static_argnums=2).trace(loop.init(x, x, stream), stream, 2)
+  whole = jax.device_put(np.ones((16, 2), np.float32), NamedSharding(mesh, PartitionSpec()))
+  jax.eval_shape(loop.step, state, (whole, whole))  # Rows that are not divided are divided there.
 
 
 def official_oagd_in_numpy(problem, num_rounds, window, gamma, wait):

@@ -1,11 +1,12 @@
 """Batched beam search, compiled once."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxbo_models.captioner.decoding import StepFn, allow, check_search, over_beams
+from jaxbo_models.captioner.decoding import StepFn, allow, check_search, fill, over_beams, put
 
 
 class _Beams(NamedTuple):
@@ -115,7 +116,7 @@ def beam_search(
     sums = (beams.live[:, :, None] + log_probabilities).reshape(batch_size, -1)
     best, index = jax.lax.top_k(sums, min(2 * beam_size, sums.shape[1]))
     parent, token = index // vocab_size, (index % vocab_size).astype(jnp.int32)
-    tokens = _take(beams.live_tokens, parent).at[:, :, beams.position].set(token)
+    tokens = put(_take(beams.live_tokens, parent), beams.position, token)
     ends = token == eos_id
 
     live, order = jax.lax.top_k(jnp.where(ends, -jnp.inf, best), beam_size)
@@ -135,13 +136,14 @@ def beam_search(
       finished=_take(jnp.concatenate([beams.finished, best], axis=1), winners),
     )
 
-  nothing = jnp.full(shape, -jnp.inf, dtype)
-  empty = jnp.full((*shape, max_length), eos_id, jnp.int32)
+  full = functools.partial(fill, state)
+  nothing = full(shape, -jnp.inf, dtype)
+  empty = full((*shape, max_length), eos_id, jnp.int32)
   first = _Beams(
     position=jnp.int32(0),
     live_tokens=empty,
-    live=nothing.at[:, 0].set(0),
-    last=jnp.full(shape, bos_id, jnp.int32),
+    live=jnp.where(jnp.arange(beam_size)[None] == 0, 0, nothing),
+    last=full(shape, bos_id, jnp.int32),
     state=state,
     tokens=empty,
     scores=nothing,

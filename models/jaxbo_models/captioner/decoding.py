@@ -1,5 +1,6 @@
 """Decodes captions: the step function of a search, greedy decoding and sampling."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -7,6 +8,8 @@ import flax.linen as nn
 import jax
 import jax.core
 import jax.numpy as jnp
+
+from jaxbo_models.mesh import divided_as
 
 # step_fn(tokens [batch, beam], state) -> (log_probabilities [batch, beam, vocab_size], state)
 StepFn = Callable[[jax.Array, Any], tuple[jax.Array, Any]]
@@ -175,15 +178,16 @@ def _roll(
     token = pick(allowed, position).astype(jnp.int32)
     gained = jnp.take_along_axis(allowed, token[..., None], axis=-1)[..., 0]
     token, sums = jnp.where(ended, eos_id, token), sums + jnp.where(ended, 0, gained)
-    tokens = tokens.at[:, :, position].set(token)
+    tokens = put(tokens, position, token)
     return position + 1, ended | (token == eos_id), token, tokens, sums, state
 
+  full = functools.partial(fill, state)
   first = (
     jnp.int32(0),
-    jnp.zeros(shape, bool),
-    jnp.full(shape, bos_id, jnp.int32),
-    jnp.full((*shape, max_length), eos_id, jnp.int32),
-    jnp.zeros(shape, dtype),
+    full(shape, False, bool),
+    full(shape, bos_id, jnp.int32),
+    full((*shape, max_length), eos_id, jnp.int32),
+    full(shape, 0, dtype),
     state,
   )
   _, _, _, tokens, sums, _ = jax.lax.while_loop(is_open, step, first)
@@ -199,6 +203,17 @@ def over_beams(init_state: Any, shape: tuple[int, int]) -> Any:
       )
   repeat = lambda x: jnp.broadcast_to(x[:, None], (*shape, *x.shape[1:]))
   return jax.tree.map(repeat, init_state)
+
+
+def fill(state: Any, shape: tuple[int, ...], value: Any, dtype: Any) -> jax.Array:
+  """Returns ``[batch, ...]`` of one value, divided among devices as ``state`` is."""
+  return divided_as(state, jnp.full(shape, value, dtype))
+
+
+def put(tokens: jax.Array, position: jax.Array, token: jax.Array) -> jax.Array:
+  """Writes ``token [batch, beam]`` into the place ``position`` of ``[batch, beam, max_length]``."""
+  places = jnp.arange(tokens.shape[2])[None, None]
+  return jnp.where(places == position, token[..., None], tokens)  # No scatter: for any mesh.
 
 
 def allow(
@@ -231,8 +246,8 @@ def check_search(
   """Returns ``vocab_size`` and the dtype of sums; raises ``ValueError`` for bad arguments."""
   if max_length < 1:
     raise ValueError(f"max_length must be at least 1, got {max_length}")
-  words = jax.ShapeDtypeStruct(shape, jnp.int32)
-  log_probabilities, _ = jax.eval_shape(step_fn, words, state)
+  first = lambda state: step_fn(fill(state, shape, 0, jnp.int32), state)
+  log_probabilities, _ = jax.eval_shape(first, state)
   if log_probabilities.ndim != 3 or log_probabilities.shape[:2] != shape:
     raise ValueError(
       f"step_fn must return log-probabilities [batch, beam, vocab_size] = {shape} and more, got "

@@ -78,7 +78,7 @@ def caption_images(
     eos_id=eos_id,
     **options,
   )
-  first = jnp.full((len(features), 1), bos_id, jnp.int32)
-  read = jnp.concatenate([first, tokens[:, 0, :-1]], axis=1)
+  best = tokens[:, 0]
+  read = jnp.concatenate([jnp.full_like(best[:, :1], bos_id), best[:, :-1]], axis=1)
   output: Any = model.apply({"params": params}, features, read, cell_mask=cell_mask)
   return Captions(tokens, log_probabilities, output.attention)

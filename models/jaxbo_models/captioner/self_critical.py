@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxbo_models.captioner.decoding import greedy, make_step, sample
 from jaxbo_models.captioner.losses import caption_losses
+from jaxbo_models.mesh import explicit_sharding
 
 BASELINES = ("greedy", "leave_one_out")
 # reward(candidates, references) -> [number of candidates]; a candidate is a list of ids.
@@ -114,7 +115,12 @@ def self_critical_batch(
     tokens = np.asarray(draw(params, features, cell_mask, key))
     rewards = _rewards(reward, tokens, references, eos_id)
     drawn, rewards = tokens[:, :num_samples].reshape(-1, max_length), rewards.astype(np.float32)
-    repeat = lambda x: None if x is None else jnp.repeat(x, num_samples, axis=0)
+
+    def repeat(x):
+      if x is None:
+        return None
+      return jnp.repeat(x, num_samples, axis=0, out_sharding=explicit_sharding(x))
+
     first = np.full((len(drawn), 1), bos_id, np.int32)
     made = {
       "features": repeat(features),

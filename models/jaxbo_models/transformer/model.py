@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxbo_models.mesh import dot_general
 from jaxbo_models.rows import rows
 from jaxbo_models.transformer.config import ACTIVATIONS, TransformerConfig
 
@@ -173,6 +174,7 @@ class Block(nn.Module):
       axis=(-2, -1),
       kernel_init=_normal(2 * config.num_layers),
       dtype=config.dtype,
+      dot_general=dot_general,
       name="attention_out",
     )(attended)
 
@@ -188,6 +190,7 @@ class Block(nn.Module):
       config.width,
       kernel_init=_normal(2 * config.num_layers),
       dtype=config.dtype,
+      dot_general=dot_general,
       name="ffn_out",
     )(ACTIVATIONS[config.activation](hidden))
 
