@@ -25,7 +25,7 @@ what the worst case is for, and what the checks against masked gradients find is
   ... --smoke                                                the smallest run, of two methods
   ... --resume                                               goes on bit for bit
 
-Batches are divided among all devices.
+Batches are divided among all devices and processes (see PROCESSES).
 """
 
 import functools
