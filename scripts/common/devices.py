@@ -1,4 +1,4 @@
-"""Several devices and processes: how they meet, where arrays lie, and how processes refuse together.
+"""Several devices and processes: how they meet, where arrays lie, how they refuse together.
 
 Every process runs the same program; process 0 alone writes. What a step leaves behind is the same
 on all devices, so that every process can read it and any number of devices can go on with it.
@@ -48,8 +48,9 @@ class DistributedConfig(StudyConfig):
 
 
 def connect(config: StudyConfig) -> None:
-  """Meets the other processes, if there are any."""
-  if isinstance(config, DistributedConfig) and config.is_one_of_several():
+  """Meets the other processes, once, if there are any."""
+  several = isinstance(config, DistributedConfig) and config.is_one_of_several()
+  if several and not jax.distributed.is_initialized():
     address = config.coordinator_address
     jax.distributed.initialize(address, config.num_processes, config.process_id)
 
@@ -69,6 +70,30 @@ class Devices(NamedTuple):
   def number(self) -> int:
     """How many parts rows have."""
     return self.rows.mesh.shape["data"]
+
+  @property
+  def for_samples(self) -> dict[str, Any]:
+    """Arguments by which ES divides its samples among the devices that rows leave over, if any."""
+    over: dict[str, Any] = {"mesh": self.rows.mesh, "axis_name": "samples"}
+    return over if jax.device_count() > self.number else {}
+
+  def each(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function(keys, *arguments)``, compiled; each device runs it on one key ``[devices]``.
+
+    Arguments are the same everywhere, and so are results, stacked ``[devices, ...]``.
+    """
+    mesh = self.rows.mesh
+    apart, same = PartitionSpec(mesh.axis_names), PartitionSpec()
+
+    def on_a_device(keys, *arguments):
+      return jax.tree.map(lambda leaf: leaf[None], function(keys[0], *arguments))
+
+    def call(keys, *arguments):
+      specs = (apart, *[same] * len(arguments))
+      options: dict[str, Any] = {"mesh": mesh, "out_specs": apart, "check_vma": False}
+      return jax.shard_map(on_a_device, in_specs=specs, **options)(keys, *arguments)
+
+    return jax.jit(call, out_shardings=self.everywhere)
 
 
 def all_devices(num_rows: int = 0) -> Devices:
@@ -96,7 +121,7 @@ def put(devices: Devices, array: np.ndarray, rows: np.ndarray) -> jax.Array:
 
 
 def in_batches(
-  devices: Devices, function: Callable[..., Any], params: Any, *arrays: np.ndarray, size: int
+  devices: Devices, function: Callable[..., Any], params: Any, *arrays: Any, size: int = 250
 ) -> Any:
   """``function(params, *arrays)``, about ``size`` rows at a time, as NumPy arrays.
 

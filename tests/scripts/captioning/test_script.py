@@ -19,19 +19,20 @@ from scripts.captioning.config import Config
 from scripts.captioning.scenes import ShapesCaptions
 from scripts.common import folder
 from scripts.common.checkpoints import Checkpoints
+from tests.scripts.captioning import small
+from tests.scripts.captioning.small import SMALL, TINY
+from tests.scripts.common.processes import check_two_do_what_one_does, some_devices
 from tests.scripts.common.stopped import stopped_after
 
 pytestmark = pytest.mark.slow  # All together, not each.
 
-TINY = {"hidden_dim": 8, "embed_dim": 8, "attention_dim": 8, "batch_size": 8, "test_examples": 40}
-SMALL = TINY | {"steps": 4, "canonical_steps": 1, "eval_every": 3, "checkpoint_every": 2}
-SMALL |= {"orders": ("either",)}
-
 
 @pytest.fixture(scope="module", autouse=True)
-def two_images_a_picture():
+def cheap():
+  """One device, and two images a picture."""
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(caption_plots, "NUM_EXAMPLES", 2)
+    patch.setattr(script.devices, "all_devices", lambda: some_devices(1))
     yield
 
 
@@ -108,6 +109,11 @@ def test_a_stopped_run_goes_on_bit_for_bit(whole, tmp_path, monkeypatch):
   assert script.run(config.but(resume=True)) == 0
   assert metrics(config.output_dir) == metrics(whole[0])
   assert results(config.output_dir) == results(whole[0])
+
+
+def test_two_processes_do_what_one_does_and_go_on_where_they_were_stopped(whole, tmp_path):
+  config = Config(output_dir=whole[0], **SMALL)
+  check_two_do_what_one_does(small, config, tmp_path)
 
 
 def test_a_checkpoint_captions_a_users_own_files(whole, tmp_path, capsys):
