@@ -25,7 +25,7 @@ from scripts.adversarial_training.train import State, make_program
 from scripts.common.study import Results
 from tests.scripts.adversarial_training import small
 from tests.scripts.adversarial_training.small import DATA, NAMES
-from tests.scripts.common.processes import some_devices
+from tests.scripts.common.processes import check_two_do_what_one_does, some_devices
 from tests.scripts.common.stopped import programs_kept, stopped_after
 
 pytestmark = pytest.mark.slow  # All together, not each.

@@ -64,7 +64,7 @@ def test_images_are_no_constant_of_the_compiled_step():
   """A photograph data set would be written into the program: beyond 2 GiB that fails."""
   images, captions = np.zeros((50, 8, 8, 3), np.uint8), [[["a", "dog"]]] * 50
   part = caption_data.CaptionedImages(images, captions, ["a"] * 50)
-  sizes = Settings(image_size=(8, 8), embed_dim=4, hidden_dim=4, attention_dim=4, batch_size=2)
+  sizes = Settings(image_size=(8, 8), embed_dim=4, hidden_dim=4, attention_dim=4, batch_size=8)
   files = Files(caption_data.CaptionData(part, part, part), sizes, 1, ONE)
   made = Captioner("none_word", files, sizes, ONE)
   key = jax.random.key(0)
