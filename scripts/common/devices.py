@@ -68,14 +68,14 @@ class Devices(NamedTuple):
 
   @property
   def number(self) -> int:
-    """How many parts rows have."""
-    return self.rows.mesh.shape["data"]
+    """How many there are."""
+    return self.rows.mesh.size
 
   @property
   def for_samples(self) -> dict[str, Any]:
     """Arguments by which ES divides its samples among the devices that rows leave over, if any."""
     over: dict[str, Any] = {"mesh": self.rows.mesh, "axis_name": "samples"}
-    return over if jax.device_count() > self.number else {}
+    return over if self.rows.mesh.shape["samples"] > 1 else {}
 
   def each(self, function: Callable[..., Any]) -> Callable[..., Any]:
     """``function(keys, *arguments)``, compiled; each device runs it on one key ``[devices]``.

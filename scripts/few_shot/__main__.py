@@ -139,7 +139,7 @@ class FewShot(Compiled):
 
   def __init__(self, run: Run[Config], method: str, seed: int):
     self.config, settings = run.config, run.config.settings()
-    where = devices.all_devices(settings.num_tasks)
+    self.where = where = devices.all_devices(settings.num_tasks)
     everywhere = where.everywhere
     classes: FewShotData = run.shared("classes", lambda: jax.device_put(run.data, everywhere))
     backbone = make_backbone(run.config, run.data.train.images)
@@ -172,14 +172,19 @@ class FewShot(Compiled):
 
   def accuracies(self, state: Any, draw: Draw, num_episodes: int) -> np.ndarray:
     """The accuracy in each of the episodes of ``draw``, which are the same in every run."""
-    step = EVALUATION_BATCH * jax.device_count()
-    keys = (_keys(draw, begin // EVALUATION_BATCH) for begin in range(0, num_episodes, step))
+    begins = range(0, num_episodes, EVALUATION_BATCH * self.where.number)
+    keys = (self._keys(draw, begin // EVALUATION_BATCH) for begin in begins)
     parts = [self._evaluate(of_each, state, self.classes[draw])[0] for of_each in keys]
     return np.concatenate([np.ravel(part) for part in parts])[:num_episodes]
 
+  def _keys(self, draw: Draw, first: int) -> jax.Array:
+    """The keys of the batches of episodes from ``first`` on, one for each device."""
+    batches = first + jnp.arange(self.where.number)
+    return jax.vmap(jax.random.fold_in, (None, 0))(draw_key(draw), batches)
+
   def first_test_episode(self, state: Any) -> tuple[Episode, np.ndarray]:
     """The first of the test episodes, and the classes that are predicted for its queries."""
-    found = self._evaluate(_keys(Draw.TEST, 0), state, self.classes[Draw.TEST])[1]
+    found = self._evaluate(self._keys(Draw.TEST, 0), state, self.classes[Draw.TEST])[1]
     return jax.tree.map(lambda leaf: np.asarray(leaf)[0], found)
 
   def evaluate(self, state: Any, told: list[Any]) -> Row:
@@ -197,12 +202,6 @@ class FewShot(Compiled):
       "seconds_per_step": spent.seconds / self.config.steps,
       "temporary_bytes": self.program.temporary_bytes,
     }
-
-
-def _keys(draw: Draw, first: int) -> jax.Array:
-  """The keys of the batches of episodes from ``first`` on, one for each device."""
-  batches = first + jnp.arange(jax.device_count())
-  return jax.vmap(jax.random.fold_in, (None, 0))(draw_key(draw), batches)
 
 
 def interval(accuracies: np.ndarray) -> tuple[float, float]:

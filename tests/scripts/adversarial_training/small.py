@@ -1,5 +1,7 @@
 """Small images that train in seconds."""
 
+import functools
+
 import numpy as np
 
 from scripts.adversarial_training import __main__ as script
@@ -31,7 +33,10 @@ def make_images(number):
   return adv_data.Images(images.astype(np.uint8), labels)
 
 
-DATA = adv_data.split_up(make_images(320), make_images(80), NAMES, 4, 4)
+@functools.cache
+def make_data():
+  """Images of four classes."""
+  return adv_data.split_up(make_images(320), make_images(80), NAMES, 4, 4)
 
 
 def config(folder):
@@ -41,7 +46,7 @@ def config(folder):
 
 def make_small(setattr):
   """The small images, and no pictures, which take seconds."""
-  setattr(adv_data, "read", lambda *arguments: DATA)
+  setattr(adv_data, "read", lambda *arguments: make_data())
   for name in (
     "draw_per_class",
     "draw_weights",
@@ -65,7 +70,7 @@ def patch(setattr, cheap=True):
     names += [f"robust/{name}" for name in NAMES]
     return dict.fromkeys(names, self.accuracy(params, part)) | {"doubts": ""}
 
-  setattr(adv_data, "read", lambda *arguments: DATA)
+  setattr(adv_data, "read", lambda *arguments: make_data())
   setattr(common_devices, "all_devices", lambda: some_devices(1))
   if cheap:
     setattr(Evaluator, "of_test", of_test)

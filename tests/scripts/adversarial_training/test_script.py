@@ -24,12 +24,13 @@ from scripts.adversarial_training.methods import METHODS, Method, Parts, Rates, 
 from scripts.adversarial_training.train import State, make_program
 from scripts.common.study import Results
 from tests.scripts.adversarial_training import small
-from tests.scripts.adversarial_training.small import DATA, NAMES
+from tests.scripts.adversarial_training.small import NAMES
 from tests.scripts.common.processes import check_two_do_what_one_does, some_devices
 from tests.scripts.common.stopped import programs_kept, stopped_after
 
 pytestmark = pytest.mark.slow  # All together, not each.
 
+DATA = small.make_data()
 RNG = np.random.default_rng(0)
 EPSILON, NUM_STEPS = 0.1, 3
 BOX = jaxbo.adversarial.Box(EPSILON)

@@ -33,7 +33,6 @@ def one_device():
   """It saves seconds."""
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(script.devices, "all_devices", lambda num_rows: some_devices(1))
-    patch.setattr(script.jax, "device_count", lambda: 1)
     yield
 
 
@@ -224,7 +223,7 @@ def test_pixels_are_scaled_to_the_unit_interval_and_floats_left():
 
 def test_the_accuracy_is_that_of_as_many_episodes_as_are_wanted():
   one = object.__new__(FewShot)
-  one.classes = {few_shot_setting.Draw.TEST: None}
+  one.classes, one.where = {few_shot_setting.Draw.TEST: None}, some_devices(1)
   one._evaluate = lambda state, key, classes: (np.arange(20), None)
   assert one.accuracies(None, few_shot_setting.Draw.TEST, 5).tolist() == [0, 1, 2, 3, 4]
   assert len(one.accuracies(None, few_shot_setting.Draw.TEST, 41)) == 41
@@ -337,14 +336,11 @@ def test_a_single_run_is_given_its_seed():
   assert tyro.cli(Config, args=["--seed", "7"]).first_seed == 7
 
 
-def test_a_stopped_run_goes_on_bit_for_bit_and_two_processes_do_what_one_does(
-  tmp_path, monkeypatch
-):
+def test_a_stopped_run_goes_on_bit_for_bit_and_two_processes_do_the_same(tmp_path, monkeypatch):
   """The four devices of two processes share two tasks and the samples of each."""
   small.make_small(monkeypatch.setattr)
-  config = Config(
-    output_dir=tmp_path / "whole", **SMALL | {"methods": ("esj_through",)}, first_seed=1
-  )
+  options = SMALL | {"methods": ("esj_through",), "first_seed": 1}
+  config = Config(output_dir=tmp_path / "whole", **options)
   stopped = config.but(output_dir=tmp_path / "stopped")
   with programs_kept():
     assert small.run(config) == 0
