@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -114,6 +115,9 @@ def test_a_stopped_run_goes_on_bit_for_bit(whole, tmp_path, monkeypatch):
 def test_two_processes_do_what_one_does_and_go_on_where_they_were_stopped(whole, tmp_path):
   config = Config(output_dir=whole[0], **SMALL)
   check_two_do_what_one_does(small, config, tmp_path)
+  mine = config.but(output_dir=tmp_path, predict=(tmp_path / "red.png",))  # On one device.
+  Image.new("RGB", (50, 70), "red").save(mine.predict[0])
+  assert script.run(mine) == 0
 
 
 def test_a_checkpoint_captions_a_users_own_files(whole, tmp_path, capsys):
@@ -208,6 +212,14 @@ def test_captioners_are_the_loss_of_reweighting_and_of_hyper_cleaning(
   assert reweighted["wrong_weight"] == pytest.approx(1, abs=0.1)
 
 
+def test_a_batch_that_does_not_divide_is_refused(tmp_path, capsys):
+  for noise in (False, True):
+    config = Config(output_dir=tmp_path, noise=noise, **SMALL | {"batch_size": 4})
+    assert script.run(config) == 2
+    message = "batch_size must be a multiple of the number of devices, 8, got 4"
+    assert message in capsys.readouterr().err
+
+
 def test_a_loss_below_the_optimum_is_remarked():
   rows = [{"nll": nll, "entropy": 0.7, "standard_error": 0.01} for nll in (0.68, 0.66)]
   results = script.Results(Config(), [], rows, {})
@@ -222,6 +234,7 @@ def test_a_loss_below_the_optimum_is_remarked():
     ({"dataset": "json"}, "json_file must be given for the dataset json"),
     ({"dataset": "nlvr_captions", "noise": True}, "ablation and noise are for the dataset shapes"),
     ({"noise": True, "methods": ("sequential",)}, "methods with noise should be among uniform"),
+    ({"predict": (Path("a.png"),), "distributed": True}, "predict is for one process"),
     ({"methods": ("uniform",)}, "methods without noise should be among sequential"),
   ],
 )
