@@ -29,8 +29,10 @@ relation on held-out pairs: they learn by heart which pairs stand in which direc
 METEOR and SPICE are printed where Java and their programs are (with the package pycocoevalcap);
 otherwise it is said why not.
 
-Batches are divided among all devices; hyper-cleaning does the same on each. Several processes, on one machine or many that share
-output_dir, need --distributed, or where they cannot find each other:
+Batches are divided among all devices; hyper-cleaning does the same on each.
+
+Several processes, on one machine or many that share output_dir, need --distributed, or where they
+cannot find each other:
   ... --coordinator-address HOST:PORT --num-processes 2 --process-id 0      and the same with 1
 """
 

@@ -27,8 +27,10 @@ for uniform weights; "time" is that of a step beside one with uniform weights, i
   ... --resume                                             goes on bit for bit where it was stopped
   python -m scripts.continual_lm --smoke                   the smallest run, less than a minute
 
-Batches are divided among all devices. Several processes, on one machine or many that share
-output_dir, need --distributed, or where they cannot find each other:
+Batches are divided among all devices.
+
+Several processes, on one machine or many that share output_dir, need --distributed, or where they
+cannot find each other:
   ... --coordinator-address HOST:PORT --num-processes 2 --process-id 0      and the same with 1
 """
 

@@ -17,8 +17,10 @@ interval over episodes; of several seeds, with their standard deviation. Batch s
 of the support and of the query set (transductive), in training and evaluation alike.
 
 Tasks of a meta-step are divided among all devices, and where there are more devices than that, the
-samples of ESJ of each task; episodes of an evaluation are, too. Several processes, on one machine or many that share
-output_dir, need --distributed, or where they cannot find each other:
+samples of ESJ of each task; episodes of an evaluation are, too.
+
+Several processes, on one machine or many that share output_dir, need --distributed, or where they
+cannot find each other:
   ... --coordinator-address HOST:PORT --num-processes 2 --process-id 0      and the same with 1
 """
 
