@@ -2,6 +2,9 @@
 
 Every process runs the same program; process 0 alone writes. What a step leaves behind is the same
 on all devices, so that every process can read it and any number of devices can go on with it.
+
+With more virtual devices of a CPU (``XLA_FLAGS``) than cores, XLA needs ``NPROC=16`` or so in the
+environment: it has a thread for each core, and devices that wait for others block theirs.
 """
 
 import contextlib

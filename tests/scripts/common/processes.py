@@ -42,6 +42,7 @@ def run_two(*program, devices_each):
   command = [sys.executable, "-m", *map(str, program), *flags]
   its = environment()
   its["XLA_FLAGS"] = its["XLA_FLAGS"].replace("count=8", f"count={devices_each}")
+  its["NPROC"] = "16"  # Threads of XLA: devices that wait for others would leave none to them.
   pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
   processes = [subprocess.Popen([*command, str(i)], env=its, **pipes) for i in range(2)]
   outputs = [process.communicate(timeout=300)[0] for process in processes]
