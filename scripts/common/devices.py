@@ -52,8 +52,9 @@ class DistributedConfig(StudyConfig):
 
 def connect(config: StudyConfig) -> None:
   """Meets the other processes, once, if there are any."""
-  several = isinstance(config, DistributedConfig) and config.is_one_of_several()
-  if several and not jax.distributed.is_initialized():
+  if not isinstance(config, DistributedConfig) or not config.is_one_of_several():
+    return
+  if not jax.distributed.is_initialized():
     address = config.coordinator_address
     jax.distributed.initialize(address, config.num_processes, config.process_id)
 
