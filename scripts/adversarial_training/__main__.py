@@ -25,7 +25,11 @@ what the worst case is for, and what the checks against masked gradients find is
   ... --smoke                                                the smallest run, of two methods
   ... --resume                                               goes on bit for bit
 
-Batches are divided among all devices.
+Batches are divided among all devices, attacked images too.
+
+Several processes, on one machine or many that share output_dir, need --distributed, or where they
+cannot find each other:
+  ... --coordinator-address HOST:PORT --num-processes 2 --process-id 0      and the same with 1
 """
 
 import functools

@@ -8,13 +8,14 @@ from pydantic import Field, model_validator
 
 from scripts.adversarial_training.data import BALANCED, DATASETS, LONG_TAILED, SETS
 from scripts.adversarial_training.methods import METHODS, Part, Rates
-from scripts.common.config import FREE, Among, Count, NonNegative, Positive, StudyConfig
+from scripts.common.config import FREE, Among, Count, NonNegative, Positive
+from scripts.common.devices import DistributedConfig
 
 EPSILONS = {"mnist": 0.1, "fashion_mnist": 0.05, "cifar10": 8 / 255, "cifar10_subset": 8 / 255}
 COLOUR = ("cifar10", "cifar10_subset")
 
 
-class Config(StudyConfig):
+class Config(DistributedConfig):
   """Adversarial training: ten methods, balanced and imbalanced, at the same budget.
 
   A seed draws images, parameters, batches and attacks, the same for all methods.

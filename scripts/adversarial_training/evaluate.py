@@ -11,28 +11,46 @@ import numpy as np
 import jaxbo
 from scripts.adversarial_training.config import Config
 from scripts.adversarial_training.data import Images, as_floats
+from scripts.common.devices import Devices
 from scripts.common.task import Row
 
 PGD = "pgd"
+Model = Callable[[Any, jax.Array], jax.Array]
+
+
+def divided(model: Model, devices: Devices) -> Model:
+  """The same logits and gradients on all devices, of which each computes those of some images."""
+
+  def of_all(params, images):
+    num = len(images)
+    images = jax.lax.with_sharding_constraint(images, devices.everywhere)  # Gradients, too.
+    filled = jnp.pad(images, [(0, -num % devices.number), *[(0, 0)] * (images.ndim - 1)])
+    logits = model(params, jax.lax.with_sharding_constraint(filled, devices.rows))
+    return jax.lax.with_sharding_constraint(logits, devices.everywhere)[:num]
+
+  return model if devices.number == 1 else of_all
 
 
 class Evaluator:
-  """Accuracies on images; every attack is compiled once."""
+  """Accuracies on images; every attack is compiled once, and shared by all devices."""
 
-  def __init__(self, model: Callable[[Any, jax.Array], jax.Array], config: Config):
-    self._model, self._batch_size = model, config.test_batch_size
+  def __init__(self, model: Model, config: Config, devices: Devices):
+    self._model, self._batch_size = (model := divided(model, devices)), config.test_batch_size
     self._right = jax.jit(
       lambda params, part: jnp.argmax(model(params, as_floats(part.images)), axis=-1) == part.labels
     )
     epsilon = config.largest_change()
     box, worst_steps = jaxbo.adversarial.Box(epsilon), config.worst_steps
     targeted = {"objective": "targeted_dlr", "num_targets": config.num_targets}
-    self._attacks = {
+    attacks = {
       PGD: jaxbo.adversarial.pgd(model, box, step_size=epsilon / 4, num_steps=config.test_steps),
       "apgd_ce": jaxbo.adversarial.apgd(model, box, num_steps=worst_steps),
       "apgd_t": jaxbo.adversarial.apgd(model, box, num_steps=worst_steps, **targeted),
     }
-    self._losses = jax.jit(self._losses_under_attack)
+    copy = jax.jit(lambda found: found, out_shardings=devices.everywhere)
+    found_everywhere = lambda attack: attack._replace(run=lambda *args: copy(attack.run(*args)))
+    self._attacks = {name: found_everywhere(attack) for name, attack in attacks.items()}
+    self._losses = jax.jit(self._losses_under_attack, out_shardings=devices.everywhere)
 
   def accuracy(self, params: Any, part: Images) -> float:
     """The percentage of clean images that are named correctly."""

@@ -50,11 +50,7 @@ class Workplace:
     self.images = data.read(
       config.dataset, config.data_dir, config.validation_per_class, config.test_per_class
     )
-    number, size = jax.device_count(), config.batch_size
-    if size % number:
-      raise ValueError(
-        f"batch_size must be a multiple of the number of devices, {number}, got {size}"
-      )
+    devices.check_divides("batch_size", size := config.batch_size)
     fewest = min(len(self.rows(kind, config.first_seed)) for kind in config.sets)
     if fewest < size:
       raise ValueError(f"batch_size must be at most {fewest}, the images for training; got {size}")
@@ -64,7 +60,7 @@ class Workplace:
     image = jnp.zeros((1, *self.pool.images.shape[1:]))
     self.init = jax.jit(lambda key: network.init(key, image), out_shardings=self.devices.everywhere)
     self.model: Any = network.apply
-    self.evaluator = Evaluator(self.model, config)
+    self.evaluator = Evaluator(self.model, config, self.devices)
 
   def rows(self, kind: str, seed: int) -> np.ndarray:
     """Which rows of the pool a training set has."""
@@ -123,16 +119,13 @@ class Training(Compiled):
       lambda: make_program(METHODS[method], place.setting(rates), config, num_steps, place.devices),
     )
     params = place.init(jax.random.key(seed))
-    state = self._everywhere(State(params, tx.init(params)))
     stream = jax.random.key_data(jax.random.fold_in(jax.random.key(seed), self._stream[1]))
-    super().__init__(program, state, self._order(0), place.pool, self._everywhere(stream))
-
-  def _everywhere(self, tree: Any) -> Any:
-    return jax.device_put(tree, self.place.devices.everywhere)
+    state, where = State(params, tx.init(params)), place.devices.everywhere
+    super().__init__(program, state, self._order(0), place.pool, stream, where=where)
 
   def _order(self, t: int) -> jax.Array:
     order = data.order_of_epoch(self._rows, self.config.batch_size, self._stream, t)
-    return self._everywhere(order.astype(np.int32))
+    return jax.device_put(order.astype(np.int32), self.place.devices.everywhere)
 
   def step(self, state: State, t: int) -> tuple[State, Told]:
     """Trains for epoch ``t``, in an order of its own."""

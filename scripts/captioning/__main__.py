@@ -28,12 +28,19 @@ relation on held-out pairs: they learn by heart which pairs stand in which direc
 
 METEOR and SPICE are printed where Java and their programs are (with the package pycocoevalcap);
 otherwise it is said why not.
+
+Batches are divided among all devices; hyper-cleaning does the same on each.
+
+Several processes, on one machine or many that share output_dir, need --distributed, or where they
+cannot find each other:
+  ... --coordinator-address HOST:PORT --num-processes 2 --process-id 0      and the same with 1
 """
 
 import functools
 import sys
 from collections.abc import Iterable
 
+import jax
 from jaxbo_models.vocabulary import Vocabulary
 
 from scripts.captioning import data, plots
@@ -43,7 +50,7 @@ from scripts.captioning.noise import Noise
 from scripts.captioning.predict import VOCABULARY, predict
 from scripts.captioning.shapes import Shapes
 from scripts.captioning.train import Captioner, Training
-from scripts.common import study, table
+from scripts.common import devices, study, table
 from scripts.common.study import Results, Run, Study
 from scripts.common.table import Column, Table
 from scripts.common.task import Cell
@@ -83,15 +90,16 @@ class Captioning(Study[Config]):
 
   def prepare(self, config: Config) -> dict[tuple[str, str], Captioner]:
     """All captioners by their orders and names, so that what cannot run is refused at once."""
-    captioners = dict[tuple[str, str], Captioner]()
+    captioners, where = dict[tuple[str, str], Captioner](), devices.all_devices()
     for order in config.all_orders():
       settings = config.settings(order)
       if config.dataset == "shapes":
         source = Shapes(order, settings, config.test_examples)
       else:
-        source = Files(data.read(config, settings.image_size), settings, config.beam_size)
+        images = data.read(config, settings.image_size)
+        source = Files(images, settings, config.beam_size, where)
       for model in config.all_models():
-        captioners[order, model] = Captioner(model, source, settings)
+        captioners[order, model] = Captioner(model, source, settings, where)
       path = config.output_dir / VOCABULARY
       if config.resume and path.exists() and Vocabulary.load(path).words != source.vocabulary.words:
         raise ValueError(
@@ -102,7 +110,8 @@ class Captioning(Study[Config]):
   def cells(self, run: Run[Config]) -> Iterable[Cell]:
     """Every captioner for every order, on every seed."""
     for (order, model), captioner in run.data.items():
-      captioner.source.vocabulary.save(run.path / VOCABULARY)  # For --predict.
+      if not jax.process_index():
+        captioner.source.vocabulary.save(run.path / VOCABULARY)  # For --predict.
       for seed in run.config.all_seeds():
         yield Cell(
           key={"order": order, "model": model, "seed": seed},

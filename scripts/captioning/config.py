@@ -9,7 +9,8 @@ from pydantic import model_validator
 
 import jaxbo
 from scripts.common import cleaning
-from scripts.common.config import FREE, Among, Count, Index, Positive, Share, StudyConfig
+from scripts.common.config import FREE, Among, Count, Index, Positive, Share
+from scripts.common.devices import DistributedConfig
 
 DATASETS = ("shapes", "nlvr_captions", "coco_captions_open", "coco_captions", "json")
 ORDERS = ("canonical", "either")
@@ -119,7 +120,7 @@ CLEANING = cleaning.Settings(
 )
 
 
-class Config(StudyConfig):
+class Config(DistributedConfig):
   """Trains captioners, scores them and shows where they look."""
 
   smallest: ClassVar = {
@@ -197,6 +198,8 @@ class Config(StudyConfig):
       raise ValueError(f"ablation and noise are for the dataset shapes, got {self.dataset}")
     if self.dataset == "json" and self.json_file is None and not self.predict:
       raise ValueError("json_file must be given for the dataset json")
+    if self.predict and self.is_one_of_several():
+      raise ValueError("predict is for one process, got it with distributed or coordinator_address")
     there = (*WEIGHTINGS, *RESPONSES) if self.noise else tuple(MODELS)
     if self.methods and not set(self.methods) <= set(there):
       mode = "with" if self.noise else "without"

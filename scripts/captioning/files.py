@@ -12,7 +12,8 @@ from scripts.captioning import plots
 from scripts.captioning.batches import LengthBatches, encode
 from scripts.captioning.config import Settings
 from scripts.captioning.data import CaptionData, CaptionedImages
-from scripts.captioning.model import Asked, in_batches
+from scripts.captioning.model import Asked
+from scripts.common.devices import Devices, in_batches
 from scripts.common.task import Row
 
 NUM_LENGTHS = 3  # Groups of captions by length; each is compiled for.
@@ -21,12 +22,12 @@ NUM_LENGTHS = 3  # Groups of captions by length; each is compiled for.
 class Files:
   """Images from files; words that occur often enough in captions to train on are known."""
 
-  def __init__(self, data: CaptionData, settings: Settings, beam_size: int):
+  def __init__(self, data: CaptionData, settings: Settings, beam_size: int, devices: Devices):
     self._data, self._settings, self.beam_size = data, settings, beam_size
     captions = [words for of_image in data.train.captions for words in of_image]
     self.vocabulary = Vocabulary.build(captions, min_count=settings.min_count)
     self._rows = encode(data.train.captions, self.vocabulary, settings.max_words)
-    self._images = jax.device_put(data.train.images)
+    self._images = jax.device_put(data.train.images, devices.everywhere)
     self.batches(0)  # Refuses too large a batch_size.
 
   def shown(self) -> np.ndarray:
@@ -67,7 +68,7 @@ class Files:
       ``spice``: NaN where they were skipped, with the reason in ``skipped``.
     """
     images = self._data.test
-    captions = in_batches(ask.beam, params, images.images, size=100)
+    captions = in_batches(ask.devices, ask.beam, params, images.images, size=100)
     said = [self.vocabulary.decode(of_image[0]) for of_image in captions.tokens]
     meteor = caption_metrics.meteor(said, images.captions)
     spice = caption_metrics.spice(said, images.captions)
@@ -82,5 +83,5 @@ class Files:
   def token_nll(self, ask: Asked, params: Any, images: CaptionedImages) -> float:
     """The mean loss of a token, the end of a caption among them."""
     rows = encode(images.captions, self.vocabulary, self._settings.max_words)
-    losses = in_batches(ask.losses, params, images.images[rows.image], rows.tokens)
+    losses = in_batches(ask.devices, ask.losses, params, images.images[rows.image], rows.tokens)
     return float(losses.sum() / (rows.num_tokens - 1).sum())

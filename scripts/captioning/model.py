@@ -1,5 +1,6 @@
 """Captioners: how they are made, trained and asked."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from jaxbo_models.vocabulary import Vocabulary
 
 from scripts.captioning.config import MODELS, Settings
 from scripts.captioning.plots import Captioned
+from scripts.common.devices import Devices
 
 
 class MeanEncoder(nn.Module):
@@ -96,8 +98,11 @@ def make_step(
 class Asked:
   """A captioner's compiled functions; all take parameters first, and say only words.
 
+  Results are the same on all devices, whichever have computed them.
+
   Attributes:
     model: the captioner.
+    devices: where it is.
     losses: ``losses(params, images, tokens) -> [n]``, in nats a caption.
     attention: ``attention(params, images, tokens) -> [n, length - 1, cells]``, where it looks when
       it predicts the tokens that follow.
@@ -105,8 +110,10 @@ class Asked:
     beam: ``beam(params, images)``, the best :class:`jaxbo_models.captioner.Captions`.
   """
 
-  def __init__(self, name: str, settings: Settings, vocabulary: Vocabulary, beam_size: int):
-    self._vocabulary = vocabulary
+  def __init__(
+    self, name: str, settings: Settings, vocabulary: Vocabulary, beam_size: int, devices: Devices
+  ):
+    self._vocabulary, self.devices = vocabulary, devices
     self.model = model = make_model(name, settings, len(vocabulary))
     per_caption = captioner.caption_losses(model)
     never = [i for i in (vocabulary.pad, vocabulary.bos, vocabulary.unk) if i is not None]
@@ -132,8 +139,9 @@ class Asked:
       images = as_floats(images)
       return captioner.caption_images(model, params, images, beam_size=beam_size, **options)
 
-    self.losses, self.attention = jax.jit(losses), jax.jit(attention)
-    self.greedy, self.beam = jax.jit(greedy), jax.jit(beam)
+    compiled = functools.partial(jax.jit, out_shardings=devices.everywhere)
+    self.losses, self.attention = compiled(losses), compiled(attention)
+    self.greedy, self.beam = compiled(greedy), compiled(beam)
 
   def captioned(self, params: Any, images: np.ndarray) -> list[Captioned]:
     """Images with the best caption of each and its end, to be drawn."""
@@ -143,13 +151,3 @@ class Asked:
       title = f"probability {np.exp(of_beam[0]):.2g}"
       examples.append(Captioned(image, words, attention[: len(words)], title))
     return examples
-
-
-def in_batches(function: Callable[..., Any], params: Any, *arrays: Any, size: int = 250) -> Any:
-  """``function(params, *arrays)`` on rows, some at a time, as NumPy arrays."""
-  num = len(arrays[0])
-  size = min(size, num)
-  # All parts have one shape: the last one goes on with the first rows.
-  parts = (np.arange(begin, begin + size) % num for begin in range(0, num, size))
-  results = [function(params, *(array[rows] for array in arrays)) for rows in parts]
-  return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:num], *results)

@@ -35,14 +35,14 @@ from scripts.captioning.model import (
   Asked,
   State,
   as_batch,
-  in_batches,
   init_state,
   make_model,
   make_optimizer,
 )
 from scripts.captioning.scenes import ShapesCaptions
 from scripts.captioning.shapes import draw, exact_match, held_out, stream
-from scripts.common import cleaning
+from scripts.common import cleaning, devices
+from scripts.common.devices import Devices, in_batches
 from scripts.common.study import Results, Run, Study
 from scripts.common.table import Column, Table, spread
 from scripts.common.task import Cell, Compiled, Program, Row, Spent
@@ -67,15 +67,17 @@ class Training(Compiled):
     def step(state, t, key_data):
       params, opt_state = state
       key = jax.random.fold_in(jax.random.wrap_key_data(key_data), t)
-      batch = data.sample(key, self.sizes.batch_size, "train")
-      grads = gradients(params, as_batch(batch.images, batch.tokens))
+      scenes = data.sample(key, self.sizes.batch_size, "train")
+      batch = as_batch(scenes.images, scenes.tokens)
+      grads = gradients(params, jax.lax.with_sharding_constraint(batch, run.data.rows))
       updates, opt_state = tx.update(grads, opt_state, params)
       return State(optax.apply_updates(params, updates), opt_state), None
 
-    init = jax.jit(lambda key: init_state(model, tx, self.sizes, key))
-    program = run.shared((weighting, of), lambda: Program(step))
+    everywhere = run.data.everywhere
+    init = jax.jit(lambda key: init_state(model, tx, self.sizes, key), out_shardings=everywhere)
+    program = run.shared((weighting, of), lambda: Program(step, out_shardings=everywhere))
     key_data = jax.random.key_data(stream(seed, _TRAINING))
-    super().__init__(program, init(jax.random.key(seed)), key_data)
+    super().__init__(program, init(jax.random.key(seed)), key_data, where=everywhere)
 
 
 class Judged(Compiled):
@@ -92,7 +94,7 @@ class Reweighting(Judged, Training):
 
   def __init__(self, run: Run[Config], weighting: str, seed: int):
     super().__init__(run, FLIPPED, weighting, "reweighting", seed)
-    self._ask = run.shared("ask", lambda: Asked(MODEL, self.sizes, VOCABULARY, 1))
+    self._ask = run.shared("ask", lambda: Asked(MODEL, self.sizes, VOCABULARY, 1, run.data))
 
   def evaluate(self, state: Any, told: list[Any]) -> Row:
     """Judges the captioner and the weights.
@@ -106,9 +108,11 @@ class Reweighting(Judged, Training):
     """
     params, weighting_state = state.params, state.opt_state[0].weighting_state
     test, other = held_out(CLEAN, "test", NUM_TEST), held_out(FLIPPED, "train", NUM_NOISY)
-    said = in_batches(self._ask.greedy, params, test.images)
-    losses = in_batches(self._ask.losses, params, test.images, test.tokens)
-    noisy = in_batches(self._ask.losses, params, other.images, other.tokens, size=256)
+    said = in_batches(self._ask.devices, self._ask.greedy, params, test.images)
+    losses = in_batches(self._ask.devices, self._ask.losses, params, test.images, test.tokens)
+    noisy = in_batches(
+      self._ask.devices, self._ask.losses, params, other.images, other.tokens, size=256
+    )
     batches = jnp.asarray(noisy).reshape(-1, self.sizes.batch_size)
     weights = [self.weighting.weigh(batch, weighting_state)[0] for batch in batches]
     weights = self.sizes.batch_size * np.concatenate(weights)
@@ -168,9 +172,11 @@ class Cleaning(Judged):
       state, info = bilevel_step(state, batch, val, linear_batch=union)
       return state, info.outer_loss
 
-    program = run.shared(response, lambda: Program(step))
-    key_data = jax.random.key_data(stream(seed, _ORDER))
-    super().__init__(program, init(jnp.zeros(settings.num_train), y), key_data, train, val)
+    everywhere = run.data.everywhere
+    program = run.shared(response, lambda: Program(step, out_shardings=everywhere))
+    state, key_data = init(jnp.zeros(settings.num_train), y), stream(seed, _ORDER)
+    key_data = jax.random.key_data(key_data)
+    super().__init__(program, state, key_data, train, val, where=everywhere)
 
   def evaluate(self, state: Any, told: list[Any]) -> Row:
     """Judges the weights.
@@ -234,10 +240,12 @@ class Noise(Study[Config]):
 
   config = Config
 
-  def prepare(self, config: Config) -> None:
-    """Refuses what cannot be judged."""
+  def prepare(self, config: Config) -> Devices:
+    """Refuses what cannot be judged; all devices, among which batches are divided."""
     if NUM_NOISY % (batch_size := config.settings("reweighting").batch_size):
       raise ValueError(f"batch_size must divide {NUM_NOISY} with noise, got {batch_size}")
+    devices.check_divides("batch_size", batch_size)
+    return devices.all_devices()
 
   def cells(self, run: Run[Config]) -> Iterable[Cell]:
     """Weightings, and then responses, on every seed."""

@@ -8,7 +8,7 @@ from jaxbo_models.vocabulary import Vocabulary
 
 from scripts.captioning import data, model, plots
 from scripts.captioning.config import Config
-from scripts.common import folder
+from scripts.common import devices, folder
 from scripts.common.checkpoints import Checkpoints, latest_step
 
 VOCABULARY, PICTURE = "vocabulary.json", "predictions.png"
@@ -40,7 +40,7 @@ def predict(config: Config) -> None:
     params = checkpoints.raw()["params"]
 
   settings, vocabulary = trained.settings(order), Vocabulary.load(config.output_dir / VOCABULARY)
-  ask = model.Asked(name, settings, vocabulary, config.beam_size)
+  ask = model.Asked(name, settings, vocabulary, config.beam_size, devices.all_devices())
   images = np.stack([data.read_image(path, settings.image_size) for path in config.predict])
   drawn = ask.captioned(params, images)
   for i, path in enumerate(config.predict):

@@ -11,8 +11,9 @@ import numpy as np
 from scripts.captioning import plots
 from scripts.captioning.config import Settings
 from scripts.captioning.language import EOS, PAD, VOCABULARY
-from scripts.captioning.model import Asked, in_batches
+from scripts.captioning.model import Asked
 from scripts.captioning.scenes import CaptionedShapes, ShapesCaptions
+from scripts.common.devices import in_batches
 from scripts.common.task import Row
 
 _TRAINING, _VALIDATION, _TEST = range(3)  # Streams of keys, beside the seed.
@@ -53,7 +54,7 @@ class Shapes:
   def validation(self, ask: Asked, params: Any) -> float:
     """The mean loss of a caption of scenes for validation."""
     scenes = held_out(self.data, "validation", max(1, self._num_test // 2))
-    return float(in_batches(ask.losses, params, scenes.images, scenes.tokens).mean())
+    return float(in_batches(ask.devices, ask.losses, params, scenes.images, scenes.tokens).mean())
 
   def test(self, ask: Asked, params: Any) -> Row:
     """Judges a captioner on scenes for the test; losses and entropies are in nats a caption.
@@ -72,12 +73,12 @@ class Shapes:
     """
     batch = held_out(self.data, "test", self._num_test)
     entropy, blind = self.data.entropies("test")
-    losses = in_batches(ask.losses, params, batch.images, batch.tokens)
-    said = in_batches(ask.greedy, params, batch.images)
+    losses = in_batches(ask.devices, ask.losses, params, batch.images, batch.tokens)
+    said = in_batches(ask.devices, ask.greedy, params, batch.images)
     mass = attention_mass(ask, params, batch)
     both, gap, total = (float("nan"),) * 3
     if self.data.order == "either":
-      tokens, log_probabilities, _ = in_batches(ask.beam, params, batch.images)
+      tokens, log_probabilities, _ = in_batches(ask.devices, ask.beam, params, batch.images)
       found = _right(tokens[:, :, None], batch.valid[:, None]).any(axis=1)
       both = float(np.mean(found.all(axis=1)))
       gap = float(np.mean(log_probabilities[:, 0] - log_probabilities[:, 1]))
@@ -129,7 +130,7 @@ def attention_mass(ask: Asked, params: Any, batch: CaptionedShapes) -> list[floa
 
   Without attention over the cells of the grid, NaN.
   """
-  attention = in_batches(ask.attention, params, batch.images, batch.tokens)
+  attention = in_batches(ask.devices, ask.attention, params, batch.images, batch.tokens)
   if attention.shape[-1] == 1:
     return [float("nan")] * 4
   rows, end = np.arange(len(attention)), (batch.tokens[:, 1:] == EOS).argmax(axis=1)

@@ -16,6 +16,8 @@ from scripts.captioning.model import (
   make_step,
 )
 from scripts.captioning.shapes import Shapes
+from scripts.common import devices
+from scripts.common.devices import Devices
 from scripts.common.task import Program, Row, Spent, Task
 
 
@@ -32,20 +34,23 @@ class Captioner:
     ask: what it can be asked.
   """
 
-  def __init__(self, name: str, source: Shapes | Files, settings: Settings):
+  def __init__(self, name: str, source: Shapes | Files, settings: Settings, where: Devices):
+    devices.check_divides("batch_size", settings.batch_size)
     self.source, self.settings = source, settings
-    self.ask = Asked(name, settings, source.vocabulary, source.beam_size)
+    self.ask = Asked(name, settings, source.vocabulary, source.beam_size, where)
     tx = make_optimizer(settings)
     train = make_step(self.ask.model, tx)
 
     def step(state, t, key_data, *batch):
       key = jax.random.fold_in(jax.random.wrap_key_data(key_data), t)
       images, tokens, key = source.draw(key, t, *batch)
+      images, tokens = jax.lax.with_sharding_constraint((images, tokens), where.rows)
       return train(state, as_batch(images, tokens), key)
 
-    self.init = jax.jit(lambda key: init_state(self.ask.model, tx, settings, key))
+    begin = lambda key: init_state(self.ask.model, tx, settings, key)
+    self.init = jax.jit(begin, out_shardings=where.everywhere)
     jax.eval_shape(self.init, jax.random.key(0))
-    self.program = Program(step)
+    self.program = Program(step, out_shardings=where.everywhere)
 
 
 class Training(Task):

@@ -14,7 +14,8 @@ class Checkpoints:
 
   def __init__(self, folder: Path):
     options = ocp.CheckpointManagerOptions(max_to_keep=1, create=True)
-    self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+    handler = ocp.StandardCheckpointHandler()
+    self._manager = ocp.CheckpointManager(folder.absolute(), options=options, item_handlers=handler)
 
   def restore(self, state: Any) -> tuple[Any, float, int]:
     """The last checkpoint, on the devices of ``state``: ``(state, seconds, steps done)``.
@@ -34,7 +35,10 @@ class Checkpoints:
     done = self._manager.latest_step()
     if done is None:
       raise FileNotFoundError(f"{self._manager.directory} has no checkpoint")
-    return self._manager.restore(done, args=ocp.args.StandardRestore())["state"]
+    # As NumPy arrays: it may be of other devices than there are here.
+    saved = self._manager.item_metadata(done)
+    like = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), saved)
+    return self._manager.restore(done, args=ocp.args.StandardRestore(like))["state"]
 
   def save(self, done: int, state: Any, seconds: float) -> None:
     """Writes a checkpoint in the background, from a copy: the state will be donated."""

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import jax
 import matplotlib
 
 matplotlib.use("Agg")  # Scripts write files, also where there is no display.
@@ -28,9 +29,10 @@ def mean_and_range(
 
 
 def save(fig: Figure, path: Path, legend_of: Axes | None = None, ncols: int = 6) -> None:
-  """Writes a picture and frees its memory; below it is the legend of ``legend_of``, if given."""
+  """Writes a picture, in process 0, and frees its memory; below is the legend of ``legend_of``."""
   if legend_of is not None:
     legend = legend_of.get_legend_handles_labels()
     fig.legend(*legend, loc="outside lower center", ncols=ncols, fontsize="small")
-  fig.savefig(path, dpi=120)
+  if not jax.process_index():
+    fig.savefig(path, dpi=120)
   plt.close(fig)

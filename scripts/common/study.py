@@ -25,7 +25,7 @@ from rich.console import Console
 from scripts.common import folder
 from scripts.common.checkpoints import Checkpoints
 from scripts.common.config import StudyConfig
-from scripts.common.devices import together
+from scripts.common.devices import connect, together
 from scripts.common.folder import RunFolder
 from scripts.common.progress import Bar, console
 from scripts.common.table import Table
@@ -52,6 +52,7 @@ class Study(Generic[Config]):
 
   def connect(self, config: Config) -> None:
     """Meets other processes, before anything is computed."""
+    connect(config)
 
   def depends_on(self, config: Config) -> Row:
     """What the numbers depend on beside ``config``, by name: chosen rates, say.
@@ -83,7 +84,7 @@ class Study(Generic[Config]):
     return ()
 
   def draw(self, run: "Run[Config]") -> None:
-    """Writes pictures into ``run.path``."""
+    """Draws pictures into ``run.path``: in all processes, since it may compute; 0 alone writes."""
 
   def room(self) -> Path:
     """The folder of the experiment's files."""
@@ -232,8 +233,6 @@ def _play(study: Study[Config], run: Run[Config], files: RunFolder) -> int:
     except KeyboardInterrupt:
       ASKED_TO_STOP.clear()
       status = 130
-  if jax.process_index():
-    return status
   if status:
     terminal.print("Interrupted; --resume goes on. What was finished until then:")
   results = run.results()
@@ -242,9 +241,10 @@ def _play(study: Study[Config], run: Run[Config], files: RunFolder) -> int:
       table.print(terminal)
     for remark in study.remarks(results):
       terminal.print(remark)
-    with _left_out(terminal):
-      study.draw(run)
-  if run.config.save_results and not status:
+    if not status or jax.process_count() == 1:  # Others may have stopped at another step.
+      with _left_out(terminal):
+        study.draw(run)
+  if run.config.save_results and not status and not jax.process_index():
     kept = study.room() / "results" / run.config.save_results
     files.save_results(run.config, kept, run.is_mine())
   terminal.print(f"{folder.METRICS}, {folder.RESULTS} and pictures are in {run.path}")

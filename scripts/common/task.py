@@ -78,11 +78,11 @@ class Program:
 
 
 class Compiled(Task):
-  """A task whose step is a :class:`Program` on data that stay on the device."""
+  """A task whose step is a :class:`Program` on data that stay on the device, or are ``where``."""
 
-  def __init__(self, program: Program, state: Any, *data: Any):
+  def __init__(self, program: Program, state: Any, *data: Any, where: Any = None):
     self.program = program
-    self.state, self.data = jax.device_put((state, data))
+    self.state, self.data = jax.device_put((state, data), where)
     self._step = program.compile(self.state, *self.data)
 
   def step(self, state: Any, t: int) -> tuple[Any, Any]:

@@ -27,8 +27,10 @@ for uniform weights; "time" is that of a step beside one with uniform weights, i
   ... --resume                                             goes on bit for bit where it was stopped
   python -m scripts.continual_lm --smoke                   the smallest run, less than a minute
 
-Batches are divided among all devices. Several processes, on one machine or many that share
-output_dir, need --distributed, or where they cannot find each other:
+Batches are divided among all devices.
+
+Several processes, on one machine or many that share output_dir, need --distributed, or where they
+cannot find each other:
   ... --coordinator-address HOST:PORT --num-processes 2 --process-id 0      and the same with 1
 """
 
@@ -159,19 +161,9 @@ class ContinualLM(Study[Config]):
 
   config = Config
 
-  def connect(self, config: Config) -> None:
-    """Meets the other processes."""
-    if config.distributed or config.coordinator_address is not None:
-      address = config.coordinator_address
-      jax.distributed.initialize(address, config.num_processes, config.process_id)
-
   def prepare(self, config: Config) -> Given:
     """The model, and the sequences that it is trained and tested on."""
-    if config.batch_size % jax.device_count():
-      raise ValueError(
-        f"batch_size must be a multiple of the number of devices, {jax.device_count()}, got "
-        f"{config.batch_size}"
-      )
+    devices.check_divides("batch_size", config.batch_size)
     for method in config.methods:  # The last band must begin inside of the batch.
       METHODS[method].weighting(config.rates, 1)
     corpus, language = DATASETS[config.dataset](config.data_dir), model.make(config)

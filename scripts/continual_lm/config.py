@@ -5,13 +5,14 @@ from typing import Annotated, ClassVar, Self
 
 from pydantic import Field, model_validator
 
-from scripts.common.config import FREE, Among, Count, Index, Positive, Several, Share, StudyConfig
+from scripts.common.config import FREE, Among, Count, Index, Positive, Several, Share
+from scripts.common.devices import DistributedConfig
 from scripts.continual_lm.data import CORRUPTIONS
 from scripts.continual_lm.documents import DATASETS
 from scripts.continual_lm.methods import METHODS, START, Rates
 
 
-class Config(StudyConfig):
+class Config(DistributedConfig):
   """Continued pre-training with reweighted losses, from one checkpoint."""
 
   smallest: ClassVar = {
@@ -62,15 +63,7 @@ class Config(StudyConfig):
   timing_rounds: Annotated[Index, FREE] = 5
   """Rounds in which steps of all methods are timed in turns at the end; 0 for none."""
   output_dir: Annotated[Path, FREE] = Path("runs/continual_lm")
-  """Where results and checkpoints go; all processes must see it."""
-  distributed: Annotated[bool, FREE] = False
-  """Whether this is one of several processes that find each other (Slurm, TPU pods, ...)."""
-  coordinator_address: Annotated[str | None, FREE] = None
-  """Host and port of process 0, with the next two, where processes cannot find each other."""
-  num_processes: Annotated[Count | None, FREE] = None
-  """How many processes there are."""
-  process_id: Annotated[Index | None, FREE] = None
-  """Which of them this is."""
+  """Where results and checkpoints go."""
 
   @model_validator(mode="after")
   def fields_together(self) -> Self:
@@ -78,13 +71,6 @@ class Config(StudyConfig):
     if (self.init == "hf") != (self.model_dir is not None):
       raise ValueError(
         f"model_dir should be given with init=hf and only then, got {self.model_dir}"
-      )
-    address = (self.coordinator_address, self.num_processes, self.process_id)
-    if 0 < address.count(None) < len(address):
-      raise ValueError("coordinator_address, num_processes and process_id should come together")
-    if self.process_id is not None and self.process_id >= (self.num_processes or 0):
-      raise ValueError(
-        f"process_id should be below num_processes = {self.num_processes}, got {self.process_id}"
       )
     return self
 

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 import jaxbo
-from scripts.common.devices import Devices, put
+from scripts.common.devices import Devices, in_batches, put
 from scripts.common.task import Program
 from scripts.continual_lm import methods as lm_methods
 from scripts.continual_lm.data import Sequences
@@ -77,13 +77,10 @@ def make_evaluate(
   loss_fn: LossFn, batch_size: int, devices: Devices
 ) -> Callable[[Any, Sequences], np.ndarray]:
   """Makes ``evaluate(params, sequences)``, their losses ``[n]``, in batches."""
-  of_batch = jax.jit(loss_fn, out_shardings=devices.everywhere)
+  of_tokens = lambda params, tokens: loss_fn(params, {"tokens": tokens})
+  of_batch = jax.jit(of_tokens, out_shardings=devices.everywhere)
 
   def evaluate(params, sequences):
-    n = len(sequences.tokens)
-    batches = [np.arange(i, i + batch_size) % n for i in range(0, n, batch_size)]
-    tokens = (put(devices, sequences.tokens, rows) for rows in batches)
-    losses = [of_batch(params, {"tokens": one}) for one in tokens]
-    return np.concatenate([np.asarray(part) for part in losses])[:n]
+    return in_batches(devices, of_batch, params, sequences.tokens, size=batch_size)
 
   return evaluate

@@ -15,6 +15,13 @@ episodes of characters have quarter turns as classes of their own, evaluation ep
 Accuracies are of 600 test episodes of classes that were never trained on, with a 95 % confidence
 interval over episodes; of several seeds, with their standard deviation. Batch statistics are those
 of the support and of the query set (transductive), in training and evaluation alike.
+
+Tasks of a meta-step are divided among all devices, and where there are more devices than that, the
+samples of ESJ of each task; episodes of an evaluation are, too.
+
+Several processes, on one machine or many that share output_dir, need --distributed, or where they
+cannot find each other:
+  ... --coordinator-address HOST:PORT --num-processes 2 --process-id 0      and the same with 1
 """
 
 import functools
@@ -32,8 +39,9 @@ import tyro
 from jaxbo_models import Conv4, ResNet12
 
 from jaxbo.tasks import Episode
-from scripts.common import fewshot_data, study
-from scripts.common.config import FREE, Among, Count, Index, Positive, StudyConfig
+from scripts.common import devices, fewshot_data, study
+from scripts.common.config import FREE, Among, Count, Index, Positive
+from scripts.common.devices import DistributedConfig
 from scripts.common.fewshot_data import FewShotData, ImageClasses
 from scripts.common.study import Results, Run, Study
 from scripts.common.table import Column, Table
@@ -54,7 +62,7 @@ DATASETS = {
 EVALUATION_BATCH = 20
 
 
-class Config(StudyConfig):
+class Config(DistributedConfig):
   """Few-shot meta-learning: eight methods on one backbone, side by side."""
 
   smallest: ClassVar = {"methods": ("first_order",), "steps": 4, "width": 4, "eval_episodes": 20}
@@ -138,17 +146,20 @@ class FewShot(Compiled):
 
   def __init__(self, run: Run[Config], method: str, seed: int):
     self.config, settings = run.config, run.config.settings()
-    classes: FewShotData = run.shared("classes", lambda: jax.device_put(run.data))
+    self.where = where = devices.all_devices(settings.num_tasks)
+    everywhere = where.everywhere
+    classes: FewShotData = run.shared("classes", lambda: jax.device_put(run.data, everywhere))
     backbone = make_backbone(run.config, run.data.train.images)
-    made = make_method(method, backbone, settings, run.config.steps, seed)
+    made = make_method(method, backbone, settings, run.config.steps, seed, where.for_samples)
     sample = sampler(settings, settings.num_rotations, settings.num_tasks)
     sample_evaluation = sampler(settings, 1, EVALUATION_BATCH)
 
     def step(state, t, key, train):
       key = jax.random.fold_in(jax.random.wrap_key_data(key), t)
-      return made.step(state, sample(key, train))
+      episodes = jax.lax.with_sharding_constraint(sample(key, train), where.rows)
+      return made.step(state, episodes)
 
-    def evaluate(state, key, classes):
+    def evaluate(key, state, classes):
       def of_one(episode):
         predicted = jnp.argmax(made.predict(state, episode), axis=-1)
         return jnp.mean(predicted == episode.query_labels), predicted
@@ -158,25 +169,30 @@ class FewShot(Compiled):
       accuracies, predicted = jax.lax.map(of_one, episodes)
       return accuracies, jax.tree.map(lambda leaf: leaf[0], (episodes, predicted))
 
-    init = run.shared(("init", method, seed), lambda: jax.jit(made.init))
+    init = run.shared(("init", method, seed), lambda: jax.jit(made.init, out_shardings=everywhere))
     state = init(draw_key(Draw.PARAMETERS, seed), classes.train.images[0, :2])
     key = jax.random.key_data(draw_key(Draw.TRAINING, seed))
-    program = run.shared(("step", method), lambda: Program(step))
-    super().__init__(program, state, key, classes.train)
+    program = run.shared(("step", method), lambda: Program(step, out_shardings=everywhere))
+    super().__init__(program, state, key, classes.train, where=everywhere)
     self.classes = {Draw.VALIDATION: classes.validation, Draw.TEST: classes.test}
-    self._evaluate = run.shared(("evaluate", method), lambda: jax.jit(evaluate))
+    self._evaluate = run.shared(("evaluate", method), lambda: where.each(evaluate))
 
   def accuracies(self, state: Any, draw: Draw, num_episodes: int) -> np.ndarray:
     """The accuracy in each of the episodes of ``draw``, which are the same in every run."""
-    batches = range(-(-num_episodes // EVALUATION_BATCH))
-    keys = (jax.random.fold_in(draw_key(draw), batch) for batch in batches)
-    parts = [self._evaluate(state, key, self.classes[draw])[0] for key in keys]
-    return np.concatenate(parts)[:num_episodes]
+    begins = range(0, num_episodes, EVALUATION_BATCH * self.where.number)
+    keys = (self._keys(draw, begin // EVALUATION_BATCH) for begin in begins)
+    parts = [self._evaluate(of_each, state, self.classes[draw])[0] for of_each in keys]
+    return np.concatenate([np.ravel(part) for part in parts])[:num_episodes]
+
+  def _keys(self, draw: Draw, first: int) -> jax.Array:
+    """The keys of the batches of episodes from ``first`` on, one for each device."""
+    batches = first + jnp.arange(self.where.number)
+    return jax.vmap(jax.random.fold_in, (None, 0))(draw_key(draw), batches)
 
   def first_test_episode(self, state: Any) -> tuple[Episode, np.ndarray]:
     """The first of the test episodes, and the classes that are predicted for its queries."""
-    key = jax.random.fold_in(draw_key(Draw.TEST), 0)
-    return jax.tree.map(np.asarray, self._evaluate(state, key, self.classes[Draw.TEST])[1])
+    found = self._evaluate(self._keys(Draw.TEST, 0), state, self.classes[Draw.TEST])[1]
+    return jax.tree.map(lambda leaf: np.asarray(leaf)[0], found)
 
   def evaluate(self, state: Any, told: list[Any]) -> Row:
     """The loss of the last step, and the accuracy on validation classes."""
@@ -217,6 +233,7 @@ class FewShotStudy(Study[Config]):
   def prepare(self, config: Config) -> FewShotData:
     """Reads the data, and traces every method: what cannot run is refused before any training."""
     data, settings = read(config), config.settings()
+    over = devices.all_devices(settings.num_tasks).for_samples
     backbone = make_backbone(config, data.train.images)
 
     def shapes(classes, num_rotations):
@@ -227,7 +244,7 @@ class FewShotStudy(Study[Config]):
     for classes in (data.validation, data.test):
       shapes(classes, 1)
     for name in config.methods:
-      method = make_method(name, backbone, settings, config.steps, config.first_seed)
+      method = make_method(name, backbone, settings, config.steps, config.first_seed, over)
       try:
         state = jax.eval_shape(method.init, jax.random.key(0), data.train.images[0, :2])
         jax.eval_shape(method.step, state, episodes)

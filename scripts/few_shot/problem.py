@@ -15,7 +15,8 @@ References: Raghu et al., `Rapid Learning or Feature Reuse? <https://arxiv.org/a
 Snell et al., `Prototypical Networks <https://arxiv.org/abs/1703.05175>`_.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -108,26 +109,26 @@ def maml_learner(backbone: Backbone, settings: Settings) -> Learner:
   return Learner(inner, apply, init, average_start=False)
 
 
-def _on_features(inner, s, key, scale=1.0):
-  law = {"directions": "orthogonal", "per_task": True, "response_scale": scale}
+def _on_features(inner, s, key, over, scale=1.0):
+  law = {"directions": "orthogonal", "per_task": True, "response_scale": scale, **over}
   return jaxbo.add_es_response(inner, s.num_samples, s.smoothing, **law, key=key)
 
 
-def _on_parameters(inner, s, key):
-  law = {"perturb_features": False, "sample_batch_size": 1}
+def _on_parameters(inner, s, key, over):
+  law = {"perturb_features": False, "sample_batch_size": 1, **over}
   return jaxbo.add_es_response(inner, s.num_samples_plain, s.smoothing_plain, **law, key=key)
 
 
-RESPONSES: dict[str, Callable[[jaxbo.InnerSolver, Settings, Any], Any]] = {
+RESPONSES: dict[str, Callable[[jaxbo.InnerSolver, Settings, Any, Mapping[str, Any]], Any]] = {
   "esj_through": _on_features,
-  "esj_shrunk": lambda inner, s, key: _on_features(inner, s, key, s.response_scale),
+  "esj_shrunk": lambda inner, s, key, over: _on_features(inner, s, key, over, s.response_scale),
   "esj": _on_parameters,
-  "itd": lambda inner, s, key: jaxbo.add_unrolled_response(inner),
-  "aid": lambda inner, s, key: jaxbo.add_implicit_response(
+  "itd": lambda inner, s, key, over: jaxbo.add_unrolled_response(inner),
+  "aid": lambda inner, s, key, over: jaxbo.add_implicit_response(
     inner, jaxbo.conjugate_gradient(s.linear_steps)
   ),
-  "first_order": lambda inner, s, key: jaxbo.drop_response(),
-  "maml": lambda inner, s, key: jaxbo.add_unrolled_response(inner),
+  "first_order": lambda inner, s, key, over: jaxbo.drop_response(),
+  "maml": lambda inner, s, key, over: jaxbo.add_unrolled_response(inner),
 }
 
 
@@ -137,9 +138,17 @@ def optimizer(settings: Settings, num_steps: int) -> optax.GradientTransformatio
 
 
 def make_method(
-  name: str, backbone: Backbone, settings: Settings, num_steps: int, seed: int
+  name: str,
+  backbone: Backbone,
+  settings: Settings,
+  num_steps: int,
+  seed: int,
+  over: Mapping[str, Any] = MappingProxyType({}),
 ) -> Method:
-  """The method of that name; ``step`` and ``predict`` are the same functions for every seed."""
+  """The method of that name; ``step`` and ``predict`` are the same functions for every seed.
+
+  ``over`` says among which devices ES divides its samples.
+  """
   tx = optimizer(settings, num_steps)
   if name == "protonet":
     return protonet(backbone, settings, tx)
@@ -148,7 +157,7 @@ def make_method(
   else:
     one = head_learner(backbone, settings, shared=name != "esj")
   inner = jaxbo.over_tasks(one.inner, settings.num_tasks, average_start=one.average_start)
-  response = RESPONSES[name](inner, settings, draw_key(Draw.DIRECTIONS, seed))
+  response = RESPONSES[name](inner, settings, draw_key(Draw.DIRECTIONS, seed), over)
 
   def outer_loss(x, ys, episodes):
     of_task = lambda y, e: cross_entropy(one.apply(x, y, e.query_images), e.query_labels)

@@ -1,15 +1,20 @@
 """Small images that train in seconds."""
 
-import jax
+import functools
+
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from scripts.adversarial_training import __main__ as script
 from scripts.adversarial_training import data as adv_data
+from scripts.adversarial_training import plots
+from scripts.adversarial_training.__main__ import run
 from scripts.adversarial_training.config import Config
 from scripts.adversarial_training.evaluate import Evaluator
 from scripts.common import devices as common_devices
+from tests.scripts.common.processes import some_devices
 
+__all__ = ["run"]
+NUM_LINES = 2  # The checkpoint is of epoch 1.
 RNG = np.random.default_rng(0)
 NAMES = ("round", "square", "flat", "long")
 SETTINGS = {
@@ -28,20 +33,28 @@ def make_images(number):
   return adv_data.Images(images.astype(np.uint8), labels)
 
 
-DATA = adv_data.split_up(make_images(320), make_images(80), NAMES, 4, 4)
-
-
-def devices(number):
-  kind = (AxisType.Auto,)
-  mesh = jax.make_mesh((number,), ("data",), axis_types=kind, devices=jax.devices()[:number])
-  return common_devices.Devices(
-    NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
-  )
+@functools.cache
+def make_data():
+  """Images of four classes."""
+  return adv_data.split_up(make_images(320), make_images(80), NAMES, 4, 4)
 
 
 def config(folder):
   """Two seeds of two epochs of one method."""
   return Config(output_dir=folder, **SETTINGS | {"methods": ("at_kl",), "seeds": 2})
+
+
+def make_small(setattr):
+  """The small images, and no pictures, which take seconds."""
+  setattr(adv_data, "read", lambda *arguments: make_data())
+  for name in (
+    "draw_per_class",
+    "draw_weights",
+    "draw_examples",
+    "weights_and_margins",
+    "examples",
+  ):
+    setattr(plots, name, lambda *_: ())
 
 
 def patch(setattr, cheap=True):
@@ -57,8 +70,8 @@ def patch(setattr, cheap=True):
     names += [f"robust/{name}" for name in NAMES]
     return dict.fromkeys(names, self.accuracy(params, part)) | {"doubts": ""}
 
-  setattr(adv_data, "read", lambda *arguments: DATA)
-  setattr(common_devices, "all_devices", lambda: devices(1))
+  setattr(adv_data, "read", lambda *arguments: make_data())
+  setattr(common_devices, "all_devices", lambda: some_devices(1))
   if cheap:
     setattr(Evaluator, "of_test", of_test)
     setattr(script.AdversarialTraining, "draw", lambda self, run: None)

@@ -1,6 +1,8 @@
 """Adversarial training: methods against oracles, devices, tables, whole runs."""
 
+import contextlib
 import functools
+import io
 import json
 
 import chex
@@ -22,11 +24,13 @@ from scripts.adversarial_training.methods import METHODS, Method, Parts, Rates, 
 from scripts.adversarial_training.train import State, make_program
 from scripts.common.study import Results
 from tests.scripts.adversarial_training import small
-from tests.scripts.adversarial_training.small import DATA, NAMES
+from tests.scripts.adversarial_training.small import NAMES
+from tests.scripts.common.processes import check_two_do_what_one_does, some_devices
 from tests.scripts.common.stopped import programs_kept, stopped_after
 
 pytestmark = pytest.mark.slow  # All together, not each.
 
+DATA = small.make_data()
 RNG = np.random.default_rng(0)
 EPSILON, NUM_STEPS = 0.1, 3
 BOX = jaxbo.adversarial.Box(EPSILON)
@@ -175,7 +179,7 @@ class Plain(Config):
 
 def train(number, num_epochs, method=METHODS["done"], **settings):
   """Some of four epochs of two batches, on so many devices; DONE's weights have a memory."""
-  where = small.devices(number)
+  where = some_devices(number)
   config = Plain(**{"epsilon_rise": 0.0, **settings})
   tx, program = make_program(method, SETTING, config, 8, where)
   state = State(jax.tree.map(jnp.copy, PARAMS), tx.init(PARAMS))
@@ -264,7 +268,8 @@ def test_the_loss_of_the_tail_is_the_mean_of_the_highest_tenth():
   losses = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(25), labels]
   found = []
   for epsilon in (1e-6, 0.1):
-    evaluator = Evaluator(model, Config(epsilon=epsilon, test_batch_size=10, test_steps=3))
+    config = Config(epsilon=epsilon, test_batch_size=10, test_steps=3)
+    evaluator = Evaluator(model, config, some_devices(1))
     found.append(evaluator.tail_loss(params, images, labels))
   assert found[0] == pytest.approx(np.sort(losses)[-2:].mean(), rel=1e-4)  # Hardly an attack.
   assert found[1] > found[0] + 0.1
@@ -273,9 +278,14 @@ def test_the_loss_of_the_tail_is_the_mean_of_the_highest_tenth():
 def test_the_attacks_of_the_report_are_those_that_are_asked_for(monkeypatch):
   asked = []
   for name in ("pgd", "apgd"):
-    make = lambda model, box, **options: asked.append({"box": box} | options)
+
+    def make(model, box, **options):
+      asked.append({"box": box} | options)
+      return jaxbo.adversarial.Attack(None, box)
+
     monkeypatch.setattr(jaxbo.adversarial, name, make)
-  Evaluator(model, Config(epsilon=0.2, test_steps=7, worst_steps=5, num_targets=2))
+  config = Config(epsilon=0.2, test_steps=7, worst_steps=5, num_targets=2)
+  Evaluator(model, config, some_devices(1))
   pgd, apgd, targeted = asked
   box = jaxbo.adversarial.Box(0.2)
   assert pgd == {"box": box, "step_size": 0.05, "num_steps": 7}
@@ -290,15 +300,29 @@ def table_of(folder):
   return pd.read_csv(folder / "results.csv", keep_default_na=False)
 
 
-def test_a_run_prints_tables_and_draws(tmp_path, capsys, monkeypatch):
-  small.patch(monkeypatch.setattr, cheap=False)
-  config = Config(output_dir=tmp_path, **small.SETTINGS | {"epochs": 1, "methods": ("at", "done")})
-  assert script.run(config) == 0
-  table = capsys.readouterr().out
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+  """A run with all that is measured and drawn, and what it has printed."""
+  options = small.SETTINGS | {"methods": ("at", "done")}
+  config = Config(output_dir=tmp_path_factory.mktemp("whole"), **options)
+  with pytest.MonkeyPatch.context() as patch:
+    small.patch(patch.setattr, cheap=False)
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+      assert script.run(config) == 0
+  return config, output.getvalue()
+
+
+def test_two_processes_do_what_one_does_and_go_on_where_they_were_stopped(whole, tmp_path):
+  check_two_do_what_one_does(small, whole[0].but(methods=("done",)), tmp_path)
+
+
+def test_a_run_prints_tables_and_draws(whole):
+  tmp_path, table = whole[0].output_dir, whole[1]
   for words in ("long-tailed (20 to 5 images of a class)", "gain over AT", "worst class"):
     assert words in table
   lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-  assert [(line["method"], line["epoch"]) for line in lines] == [("at", 1), ("done", 1)]
+  runs = [("at", 1), ("at", 2), ("done", 1), ("done", 2)]
+  assert [(line["method"], line["epoch"]) for line in lines] == runs
   assert all(line["clipped"] == 0 for line in lines)
   pictures = [tmp_path / name for name in (plots.PER_CLASS, plots.WEIGHTS, plots.EXAMPLES)]
   for path in pictures:

@@ -1,6 +1,5 @@
 """Parts of the captioning script without training: rates, masks, scores, pictures."""
 
-import functools
 import math
 import types
 
@@ -25,8 +24,12 @@ from scripts.captioning.config import Settings
 from scripts.captioning.files import Files
 from scripts.captioning.scenes import ShapesCaptions
 from scripts.captioning.train import Captioner
+from scripts.common import devices
+from tests.scripts.common.processes import some_devices
 
 pytestmark = pytest.mark.slow  # All together, not each.
+
+ONE = some_devices(1)
 
 
 def test_captions_are_in_reading_order_in_the_first_steps():
@@ -47,9 +50,10 @@ def test_losses_of_files_are_those_of_a_token_of_the_set_that_was_asked_for():
   images = np.arange(2, dtype=np.uint8)[:, None, None, None]
   part = caption_data.CaptionedImages(images, captions, ["a", "b"])
   data = caption_data.CaptionData(part, part._replace(images=images + 5), part)
-  files = Files(data, Settings(max_words=3, batch_size=1), beam_size=1)
+  files = Files(data, Settings(max_words=3, batch_size=1), 1, ONE)
   asked = types.SimpleNamespace(
-    losses=lambda params, images, tokens: images[:, 0, 0, 0] * (tokens[:, 1:] > 0).sum(axis=1)
+    devices=ONE,
+    losses=lambda params, images, tokens: images[:, 0, 0, 0] * (tokens[:, 1:] > 0).sum(axis=1),
   )
   # Three tokens of the first image twice; four of the second, of which the last word is cut.
   assert files.token_nll(asked, None, data.train) == 4 / 10
@@ -60,9 +64,9 @@ def test_images_are_no_constant_of_the_compiled_step():
   """A photograph data set would be written into the program: beyond 2 GiB that fails."""
   images, captions = np.zeros((50, 8, 8, 3), np.uint8), [[["a", "dog"]]] * 50
   part = caption_data.CaptionedImages(images, captions, ["a"] * 50)
-  sizes = Settings(image_size=(8, 8), embed_dim=4, hidden_dim=4, attention_dim=4, batch_size=2)
-  files = Files(caption_data.CaptionData(part, part, part), sizes, beam_size=1)
-  made = Captioner("none_word", files, sizes)
+  sizes = Settings(image_size=(8, 8), embed_dim=4, hidden_dim=4, attention_dim=4, batch_size=8)
+  files = Files(caption_data.CaptionData(part, part, part), sizes, 1, ONE)
+  made = Captioner("none_word", files, sizes, ONE)
   key = jax.random.key(0)
   arguments = jax.eval_shape(made.init, key), 0, jax.random.key_data(key), *files.batches(0)[1][0]
   traced = made.program._jitted.trace(*arguments)
@@ -130,12 +134,13 @@ def test_scores_of_a_captioner_that_knows_everything(monkeypatch):
   right = np.where(batch.valid == language.PAD, language.EOS, batch.valid)[:, :, 1:]
   log = np.log(np.tile([0.6, 0.4], (40, 1)))
   asked = types.SimpleNamespace(
+    devices=ONE,
     losses=lambda params, images, tokens: np.full(len(images), math.log(2)),
     attention=attention,
     greedy=lambda params, images: right[:, 0],
     beam=lambda params, images: Captions(right[:, ::-1], log, np.zeros((40, 9, 16))),
   )
-  monkeypatch.setattr(caption_model.in_batches, "__kwdefaults__", {"size": 40})
+  monkeypatch.setattr(devices.in_batches, "__kwdefaults__", {"size": 40})
   scores = types.SimpleNamespace(**source.test(asked, None))
   assert scores.exact_match == scores.both_orders == 1
   assert scores.nll == pytest.approx(scores.entropy)
@@ -144,6 +149,7 @@ def test_scores_of_a_captioner_that_knows_everything(monkeypatch):
   assert scores.beam_sum == pytest.approx(1)
   assert scores.beam_gap == pytest.approx(math.log(1.5))
   wrong = types.SimpleNamespace(
+    devices=ONE,
     losses=lambda params, images, tokens: np.linspace(0.5, 0.6, len(images)),
     attention=attention,
     greedy=lambda params, images: np.where(right[:, 0] == 15, 16, right[:, 0]),
@@ -156,11 +162,13 @@ def test_scores_of_a_captioner_that_knows_everything(monkeypatch):
 
 
 def test_an_image_in_batches_is_the_image_alone():
-  images = np.arange(7, dtype=np.float32)
-  double = functools.partial(lambda params, x: params * x, 2)
-  result = caption_model.in_batches(lambda params, x: double(x), None, images, size=3)
-  np.testing.assert_array_equal(result, 2 * images)
-  assert jax.tree.leaves(result)[0].shape == (7,)
+  images, seen = np.arange(7, dtype=np.float32), []
+  double = lambda params, x: seen.append(x.shape) or params * x
+  for number, size in ((1, 3), (4, 4), (8, 8)):
+    result = devices.in_batches(some_devices(number), double, 2, images, size=3)
+    np.testing.assert_array_equal(result, 2 * images)
+    assert {*seen} == {(size,)}
+    seen.clear()
 
 
 def test_pictures_of_wide_images_are_broken_into_lines(tmp_path, monkeypatch):
@@ -187,7 +195,7 @@ def test_the_best_caption_is_drawn_with_its_end_and_its_attention():
   tokens = np.array([[[3, 4, 2, 2], [4, 2, 2, 2]]])
   attention = np.arange(4.0)[None, :, None]
   vocabulary = Vocabulary([*Vocabulary.SPECIAL[:3], "a", "dog"])
-  asked = caption_model.Asked("sequential", Settings(), vocabulary, beam_size=2)
+  asked = caption_model.Asked("sequential", Settings(), vocabulary, 2, ONE)
   asked.beam = lambda params, images: Captions(tokens, np.log([[0.5, 0.25]]), attention)
   [example] = asked.captioned(None, np.zeros((1, 2, 2, 3)))
   assert example.words == ["a", "dog", "(end)"]

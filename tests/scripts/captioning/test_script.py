@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,19 +20,20 @@ from scripts.captioning.config import Config
 from scripts.captioning.scenes import ShapesCaptions
 from scripts.common import folder
 from scripts.common.checkpoints import Checkpoints
+from tests.scripts.captioning import small
+from tests.scripts.captioning.small import SMALL, TINY
+from tests.scripts.common.processes import check_two_do_what_one_does, some_devices
 from tests.scripts.common.stopped import stopped_after
 
 pytestmark = pytest.mark.slow  # All together, not each.
 
-TINY = {"hidden_dim": 8, "embed_dim": 8, "attention_dim": 8, "batch_size": 8, "test_examples": 40}
-SMALL = TINY | {"steps": 4, "canonical_steps": 1, "eval_every": 3, "checkpoint_every": 2}
-SMALL |= {"orders": ("either",)}
-
 
 @pytest.fixture(scope="module", autouse=True)
-def two_images_a_picture():
+def cheap():
+  """One device, and two images a picture."""
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(caption_plots, "NUM_EXAMPLES", 2)
+    patch.setattr(script.devices, "all_devices", lambda: some_devices(1))
     yield
 
 
@@ -108,6 +110,14 @@ def test_a_stopped_run_goes_on_bit_for_bit(whole, tmp_path, monkeypatch):
   assert script.run(config.but(resume=True)) == 0
   assert metrics(config.output_dir) == metrics(whole[0])
   assert results(config.output_dir) == results(whole[0])
+
+
+def test_two_processes_do_what_one_does_and_go_on_where_they_were_stopped(whole, tmp_path):
+  config = Config(output_dir=whole[0], **SMALL)
+  check_two_do_what_one_does(small, config, tmp_path)
+  mine = config.but(output_dir=tmp_path, predict=(tmp_path / "red.png",))  # On one device.
+  Image.new("RGB", (50, 70), "red").save(mine.predict[0])
+  assert script.run(mine) == 0
 
 
 def test_a_checkpoint_captions_a_users_own_files(whole, tmp_path, capsys):
@@ -202,6 +212,14 @@ def test_captioners_are_the_loss_of_reweighting_and_of_hyper_cleaning(
   assert reweighted["wrong_weight"] == pytest.approx(1, abs=0.1)
 
 
+def test_a_batch_that_does_not_divide_is_refused(tmp_path, capsys):
+  for noise in (False, True):
+    config = Config(output_dir=tmp_path, noise=noise, **SMALL | {"batch_size": 4})
+    assert script.run(config) == 2
+    message = "batch_size must be a multiple of the number of devices, 8, got 4"
+    assert message in capsys.readouterr().err
+
+
 def test_a_loss_below_the_optimum_is_remarked():
   rows = [{"nll": nll, "entropy": 0.7, "standard_error": 0.01} for nll in (0.68, 0.66)]
   results = script.Results(Config(), [], rows, {})
@@ -216,6 +234,7 @@ def test_a_loss_below_the_optimum_is_remarked():
     ({"dataset": "json"}, "json_file must be given for the dataset json"),
     ({"dataset": "nlvr_captions", "noise": True}, "ablation and noise are for the dataset shapes"),
     ({"noise": True, "methods": ("sequential",)}, "methods with noise should be among uniform"),
+    ({"predict": (Path("a.png"),), "distributed": True}, "predict is for one process"),
     ({"methods": ("uniform",)}, "methods without noise should be among sequential"),
   ],
 )

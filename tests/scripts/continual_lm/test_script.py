@@ -7,9 +7,6 @@ import io
 import itertools
 import json
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import chex
@@ -19,13 +16,11 @@ import numpy as np
 import optax
 import pandas as pd
 import pytest
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxbo_models import transformer
 from PIL import Image
 
 import jaxbo
 from scripts.common import folder, study
-from scripts.common.devices import Devices
 from scripts.common.folder import RunFolder
 from scripts.common.study import Results, Run
 from scripts.continual_lm import __main__ as script
@@ -37,7 +32,7 @@ from scripts.continual_lm.__main__ import ContinualLM, Training
 from scripts.continual_lm.config import Config
 from scripts.continual_lm.documents import DATASETS
 from scripts.continual_lm.methods import METHODS, START, Rates
-from tests.scripts.common.stopped import environment
+from tests.scripts.common.processes import run_two, some_devices, tables_of
 from tests.scripts.continual_lm import small_lm
 from tests.scripts.continual_lm.small_lm import SMALL
 
@@ -61,16 +56,9 @@ def loss_fn(params, batch):
 PARAMS = {"w": jnp.linspace(-0.5, 0.5, LENGTH)}
 
 
-def devices(number):
-  mesh = jax.make_mesh(
-    (number,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:number]
-  )
-  return Devices(NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec()))
-
-
 def steps(weighting, number, num_steps, rate=0.1):
   """The start, and of each step its rows, the state after it, and what it showed."""
-  where = devices(number)
+  where = some_devices(number)
   params = jax.device_put(PARAMS, where.everywhere)
   init, program = train.make_program(loss_fn, weighting, rate, where)
   state = init(params)
@@ -118,7 +106,7 @@ def test_eight_devices_do_what_one_does(name):
 
 
 def test_evaluation_is_of_every_sequence_once_and_leaves_out_what_fills_the_last_batch():
-  evaluate = train.make_evaluate(loss_fn, BATCH, devices(8))
+  evaluate = train.make_evaluate(loss_fn, BATCH, some_devices(8))
   losses = evaluate(PARAMS, SEQUENCES)  # 40 are two and a half batches
   np.testing.assert_allclose(losses, loss_fn(PARAMS, {"tokens": SEQUENCES.tokens}), rtol=1e-5)
 
@@ -333,7 +321,7 @@ def small():
   """Two small domains on one device, which saves seconds."""
   with pytest.MonkeyPatch.context() as monkeypatch:
     monkeypatch.setitem(DATASETS, "python", small_lm.corpus)
-    monkeypatch.setattr(script.devices, "all_devices", lambda: devices(1))
+    monkeypatch.setattr(script.devices, "all_devices", lambda: some_devices(1))
     yield
 
 
@@ -463,31 +451,6 @@ def test_what_the_data_or_the_model_cannot_do_is_refused(tmp_path, capsys, small
   assert message in capsys.readouterr().err
 
 
-def run_two(output_dir):
-  """What two processes of one device each say about a method with a state."""
-  with socket.socket() as listener:
-    listener.bind(("localhost", 0))
-    address = f"localhost:{listener.getsockname()[1]}"
-  options = SMALL | {"methods": ("ir_dro_compositional",), "corruptions": (0.2,)}
-  flags = [*Config(**options).flags().split(), "--output-dir", str(output_dir)]
-  flags += ["--coordinator-address", address, "--num-processes", "2", "--process-id"]
-  command = [sys.executable, "-m", "tests.scripts.continual_lm.small_lm", *flags]
-  its = environment()
-  its["XLA_FLAGS"] = its["XLA_FLAGS"].replace("device_count=8", "device_count=1")
-  pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-  processes = [subprocess.Popen([*command, str(i)], env=its, **pipes) for i in range(2)]
-  outputs = [process.communicate(timeout=300)[0] for process in processes]
-  assert [process.returncode for process in processes] == [0, 0], outputs
-  return outputs
-
-
-def tables_of(path):
-  """Lines and rows, without times."""
-  times = ["seconds", "tokens_per_second"]
-  lines_and_rows = folder.read(path)[:2]
-  return [pd.DataFrame(table).drop(columns=times, errors="ignore") for table in lines_and_rows]
-
-
 def test_two_processes_do_what_one_does_and_go_on_bit_for_bit_where_they_were_stopped(
   tmp_path, whole
 ):
@@ -495,13 +458,15 @@ def test_two_processes_do_what_one_does_and_go_on_bit_for_bit_where_they_were_st
   (tmp_path / "in_use").mkdir()
   with (tmp_path / "in_use" / "lock").open("w") as lock:
     fcntl.flock(lock, fcntl.LOCK_EX)
-    outputs = run_two(tmp_path / "stopped")
+    options = SMALL | {"methods": ("ir_dro_compositional",), "corruptions": (0.2,)}
+    flags = *Config(**options).flags().split(), "--output-dir", tmp_path / "stopped"
+    outputs = run_two(small_lm.__name__, *flags, devices_each=1)
   for said, by in (
     ("[2, 2, 0, 0]", [True, True]),
     ("resume needs an earlier run in output_dir", [True, True]),
     ("is in use by another process", [True, False]),
     ("process 0 cannot go on", [False, True]),
-    ("The pictures.", [True, False]),
+    ("results.csv and pictures are in", [True, False]),
     ("checkpoint (no training on)", [True, False]),
   ):
     assert [said in output for output in outputs] == by, said

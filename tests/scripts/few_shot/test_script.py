@@ -20,30 +20,27 @@ from scripts.few_shot import __main__ as script
 from scripts.few_shot import problem as few_shot
 from scripts.few_shot import setting as few_shot_setting
 from scripts.few_shot.__main__ import Config, FewShot, FewShotStudy
+from tests.scripts.common.processes import check_two_do_what_one_does, some_devices, tables_of
 from tests.scripts.common.stopped import programs_kept, stopped_after
+from tests.scripts.few_shot import small
+from tests.scripts.few_shot.small import BACKBONE, SMALL, features
 
 pytestmark = pytest.mark.slow  # All together, not each.
 
-SMALL = {
-  "width": 2, "num_ways": 2, "num_shots": 1, "num_queries": 1, "num_tasks": 2, "inner_steps": 2,
-  "num_samples": 2, "eval_episodes": 20, "eval_every": 2, "checkpoint_every": 2, "steps": 4,
-}  # fmt: skip
+
+@pytest.fixture(scope="module", autouse=True)
+def one_device():
+  """It saves seconds."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(script.devices, "all_devices", lambda num_rows: some_devices(1))
+    yield
+
 
 SETTINGS = few_shot_setting.Settings(
   num_ways=2, num_shots=2, num_queries=1, num_rotations=1, num_tasks=2, inner_steps=3,
   inner_learning_rate=0.3, num_samples=3 * 4, smoothing=1e-3, linear_steps=20, maml_steps=2,
   maml_learning_rate=0.1,
 )  # fmt: skip
-
-
-def features(x, images):
-  """Three features of eight pixels, so that everything can be exact."""
-  return jnp.tanh(images.reshape(len(images), -1) @ x["w"])
-
-
-BACKBONE = few_shot.Backbone(
-  lambda key, images: {"w": jax.random.normal(key, (images[0].size, 3))}, features, features
-)
 
 
 @functools.cache
@@ -226,7 +223,7 @@ def test_pixels_are_scaled_to_the_unit_interval_and_floats_left():
 
 def test_the_accuracy_is_that_of_as_many_episodes_as_are_wanted():
   one = object.__new__(FewShot)
-  one.classes = {few_shot_setting.Draw.TEST: None}
+  one.classes, one.where = {few_shot_setting.Draw.TEST: None}, some_devices(1)
   one._evaluate = lambda state, key, classes: (np.arange(20), None)
   assert one.accuracies(None, few_shot_setting.Draw.TEST, 5).tolist() == [0, 1, 2, 3, 4]
   assert len(one.accuracies(None, few_shot_setting.Draw.TEST, 41)) == 41
@@ -339,23 +336,21 @@ def test_a_single_run_is_given_its_seed():
   assert tyro.cli(Config, args=["--seed", "7"]).first_seed == 7
 
 
-@programs_kept()
-def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
-  images = np.random.default_rng(0).integers(256, size=(12, 4, 16, 16, 1), dtype=np.uint8)
-  part = fewshot_data.ImageClasses(images, np.full(12, 4, np.int32), np.arange(12))
-  monkeypatch.setattr(script, "read", lambda config: fewshot_data.FewShotData(*[part] * 3))
-  monkeypatch.setattr(script, "make_backbone", lambda config, images: BACKBONE)
-  monkeypatch.setattr(FewShotStudy, "draw", lambda *_: None)  # It takes seconds.
+def test_a_stopped_run_goes_on_bit_for_bit_and_two_processes_do_the_same(tmp_path, monkeypatch):
+  """The four devices of two processes share two tasks and the samples of each."""
+  small.make_small(monkeypatch.setattr)
   options = SMALL | {"methods": ("esj_through",), "first_seed": 1}
-  whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-  assert study.run(FewShotStudy(), Config(output_dir=whole, **options)) == 0
-  with stopped_after(2):  # The checkpoint is of step 2, the line of step 4.
-    study.run(FewShotStudy(), Config(output_dir=stopped, **options))
-  cell = folder.checkpoints(stopped, {"method": "esj_through", "seed": 1})
-  assert latest_step(cell) == 2
-  assert [line["step"] for line in folder.read(stopped)[0]] == [2, 4]
-  assert study.run(FewShotStudy(), Config(output_dir=stopped, resume=True, **options)) == 0
-  timed = {"columns": ["seconds", "seconds_per_step", "temporary_bytes"], "errors": "ignore"}
-  for resumed, at_once in zip(folder.read(stopped)[:2], folder.read(whole)[:2], strict=True):
-    tables = (pd.DataFrame(table).drop(**timed) for table in (resumed, at_once))
-    pd.testing.assert_frame_equal(*tables, check_exact=True)
+  config = Config(output_dir=tmp_path / "whole", **options)
+  stopped = config.but(output_dir=tmp_path / "stopped")
+  with programs_kept():
+    assert small.run(config) == 0
+    with stopped_after(2):
+      small.run(stopped)
+    cell = folder.checkpoints(stopped.output_dir, {"method": "esj_through", "seed": 1})
+    assert latest_step(cell) == 2
+    assert [line["step"] for line in folder.read(stopped.output_dir)[0]] == [2, 4]
+    assert small.run(stopped.but(resume=True)) == 0
+  tables = map(tables_of, (config.output_dir, stopped.output_dir))
+  for whole, resumed in zip(*tables, strict=True):
+    pd.testing.assert_frame_equal(resumed, whole, check_exact=True)
+  check_two_do_what_one_does(small, config, tmp_path / "two")
