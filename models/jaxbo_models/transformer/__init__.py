@@ -15,11 +15,17 @@ from jaxbo_models.transformer.published import (
   qwen3,
   smollm,
 )
-from jaxbo_models.transformer.rotary import LinearScaling, Llama3Scaling, YarnScaling
+from jaxbo_models.transformer.rotary import (
+  DynamicScaling,
+  LinearScaling,
+  Llama3Scaling,
+  YarnScaling,
+)
 
 __all__ = [
   "Block",
   "Cache",
+  "DynamicScaling",
   "LinearScaling",
   "Llama3Scaling",
   "Transformer",

@@ -37,6 +37,14 @@ def empty_cache(config: TransformerConfig, batch_size: int, num_places: int) -> 
   )
 
 
+def extend(cache: Cache, tokens: jax.Array, mask: jax.Array | None) -> Cache:
+  """The cache with places for ``tokens [batch, length]``, before their keys are known."""
+  real = jnp.ones(tokens.shape, bool) if mask is None else mask
+  return cache._replace(
+    real=put(cache.real, cache.length, real), length=cache.length + tokens.shape[1]
+  )
+
+
 def put(places: jax.Array, start: jax.Array, new: jax.Array) -> jax.Array:
   """Writes ``new [batch, length, ...]`` into ``places [batch, num_places, ...]``.
 

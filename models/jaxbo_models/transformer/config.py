@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import jax.typing
 
-from jaxbo_models.transformer.rotary import RotaryScaling
+from jaxbo_models.transformer.rotary import DynamicScaling, RotaryScaling
 
 ACTIVATIONS = {
   "gelu_tanh": nn.gelu,
@@ -85,7 +85,7 @@ class TransformerConfig:
       a learned table of positions.
     rotary_base: base of the wavelengths of rotary positions.
     rotary_scaling: None, or how frequencies are scaled for longer texts: a :class:`LinearScaling`,
-      :class:`Llama3Scaling` or :class:`YarnScaling`.
+      :class:`Llama3Scaling`, :class:`YarnScaling` or :class:`DynamicScaling`.
     unrotated_layers: the layers whose queries and keys are not rotated.
     window: a token sees itself and the ``window - 1`` places before it; None for all.
     full_attention_layers: the layers that have no window.
@@ -167,6 +167,11 @@ class TransformerConfig:
       raise ValueError(
         "rotary_fraction must leave an even number of each head's dimensions, at least 2, got "
         f"{self.rotary_fraction} of {self.head_dim}"
+      )
+    scaling = self.rotary_scaling
+    if isinstance(scaling, DynamicScaling) and self.max_length > scaling.length:
+      raise ValueError(
+        f"max_length must be at most {scaling.length} with dynamic scaling, got {self.max_length}"
       )
     for name in ("unrotated_layers", "full_attention_layers"):
       layers = getattr(self, name)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxbo_models.rows import rows
-from jaxbo_models.transformer.attention import Cache, attention, put
+from jaxbo_models.transformer.attention import Cache, attention, extend
 from jaxbo_models.transformer.config import TransformerConfig
 from jaxbo_models.transformer.layers import dense, feed_forward, norm, normal
 from jaxbo_models.transformer.rotary import Rotation, find_rotation
@@ -136,16 +136,13 @@ class Transformer(nn.Module):
       table = self._table("position_embedding", config.position_offset + config.max_length)
       x += rows(table, jnp.where(positions < 0, -1, positions + config.position_offset))
 
-    layers, length = None, jnp.int32(0)
     if cache is None:
-      sight = find_sight(tokens.shape[1], config.window, mask, segment_ids)
+      layers, sight = None, find_sight(tokens.shape[1], config.window, mask, segment_ids)
     else:
-      real = put(cache.real, cache.length, jnp.ones(tokens.shape, bool) if mask is None else mask)
-      sight = find_cached_sight(cache.length, tokens.shape[1], config.window, real)
-      length = cache.length + tokens.shape[1]
-      layers = cache.key, cache.value, jnp.full(config.num_layers, cache.length)
-    x = x.astype(config.dtype)
-    x, layers = _blocks(config)(x, sight, rotation, _kinds(config), layers)
+      start, cache = cache.length, extend(cache, tokens, mask)
+      layers = cache.key, cache.value, jnp.full(config.num_layers, start)
+      sight = find_cached_sight(start, tokens.shape[1], config.window, cache.real)
+    x, layers = _blocks(config)(x.astype(config.dtype), sight, rotation, _kinds(config), layers)
     x = norm(config, "final_norm")(x)
     if config.tied_head:
       logits = jnp.dot(x, embedding.astype(config.dtype).T)
@@ -154,7 +151,7 @@ class Transformer(nn.Module):
     logits = logits.astype(jnp.promote_types(config.dtype, jnp.float32))
     if cache is None:
       return logits
-    return logits, Cache(layers[0], layers[1], real, length)
+    return logits, cache._replace(key=layers[0], value=layers[1])
 
   def _table(self, name: str, num_rows: int) -> jax.Array:
     return self.param(name, normal(), (num_rows, self.config.width), jnp.float32)
@@ -203,12 +200,13 @@ def _blocks(config: TransformerConfig) -> Any:
     # In a loop, XLA cannot merge the recomputation with the forward pass; unrolled, it can.
     policy = None if config.remat is True else getattr(jax.checkpoint_policies, str(config.remat))
     block = nn.remat(Block, prevent_cse=config.unroll > 1, policy=policy)
-  broadcast: Any = nn.broadcast  # Flax declares an int.
+  shared: Any = nn.broadcast
+  in_axes: Any = (shared, shared, 0, 0)  # Flax declares an int.
   scanned = nn.scan(
     block,
     variable_axes={"params": 0},
     split_rngs={"params": True},
-    in_axes=(broadcast, broadcast, 0, 0),
+    in_axes=in_axes,
     length=config.num_layers,
     unroll=config.unroll,
   )

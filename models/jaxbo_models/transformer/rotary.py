@@ -48,6 +48,30 @@ class LinearScaling:
 
 
 @dataclasses.dataclass(frozen=True)
+class DynamicScaling:
+  """Scales nothing in texts of up to ``length`` tokens; longer ones are refused.
+
+  In transformers, this scaling depends on the longest text of a batch from there on.
+
+  Attributes:
+    factor: how steeply the scaling begins; not used here.
+    length: the length that the model was trained on, in tokens: the largest ``max_length``.
+  """
+
+  factor: float
+  length: int
+
+  @property
+  def attention_factor(self) -> float:
+    """1."""
+    return 1.0
+
+  def scale(self, frequencies: np.ndarray, base: float) -> np.ndarray:
+    """Returns the frequencies."""
+    return frequencies
+
+
+@dataclasses.dataclass(frozen=True)
 class Llama3Scaling:
   """Divides low frequencies by ``factor``, keeps high ones, and interpolates between the two.
 
