@@ -3,9 +3,11 @@
   uv run --no-project --isolated --with transformers --with torch --with numpy \
     python tests/models/sweep.py make FOLDER 80
   PYTHONPATH=.:models python tests/models/sweep.py compare FOLDER
+  uv run ... python tests/models/sweep.py verify FOLDER
 
-The first command makes tiny random models and their logits in float32, the second loads them with
-jaxbo_models and prints the largest difference, relative to the largest logit, of each.
+The first command makes tiny random models and their logits in float32. The second loads them with
+jaxbo_models, prints the largest difference, relative to the largest logit, of each, and saves them.
+The third compares the logits of transformers for what was saved.
 """
 
 import pathlib
@@ -119,9 +121,7 @@ def make(folder, count):
     mask = np.ones(tokens.shape, bool)
     mask[1, : rng.integers(1, 9)] = False
     mask[2, LENGTH - rng.integers(1, 9) :] = False
-    inputs = {"input_ids": torch.as_tensor(tokens), "attention_mask": torch.as_tensor(mask).long()}
-    if family != "opt":
-      inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    inputs = inputs_of(family, tokens, mask)
     with torch.no_grad():
       logits = model(**inputs).logits.numpy()
     np.savez(path / "logits.npz", logits=logits, tokens=tokens.astype(np.int32), mask=mask)
@@ -149,12 +149,49 @@ def compare(folder):
     family = settings["model_type"]
     rotary = (settings.get("rope_parameters") or {}).get("rope_type")
     print(f"{path.name:>3} {family:9} {rotary!s:8} {relative:.1e}", flush=True)
+    transformer.save_safetensors(path / "saved", model, params, model_type=family)
+    worst[family] = max(worst.get(family, 0.0), relative)
+  print({family: f"{value:.1e}" for family, value in worst.items()})
+
+
+def inputs_of(family, tokens, mask):
+  """What transformers' forward pass takes; GPT-2 does not count positions from the mask."""
+  import torch
+
+  inputs = {"input_ids": torch.as_tensor(tokens), "attention_mask": torch.as_tensor(mask).long()}
+  if family != "opt":
+    inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+  return inputs
+
+
+def verify(folder):
+  """Prints the largest difference between transformers' logits for what was made and saved."""
+  import numpy as np
+  import torch
+  from transformers import AutoModelForCausalLM
+
+  worst = {}
+  for path in sorted(folder.iterdir(), key=lambda path: int(path.name)):
+    if not (path / "saved").exists():
+      continue
+    arrays = np.load(path / "logits.npz")
+    model, report = AutoModelForCausalLM.from_pretrained(
+      path / "saved", dtype="float32", attn_implementation="eager", output_loading_info=True
+    )
+    assert not any(report.values()), report
+    family, mask = model.config.model_type, arrays["mask"]
+    with torch.no_grad():
+      inputs = inputs_of(family, arrays["tokens"].astype(int), mask)
+      logits = model.eval()(**inputs).logits.numpy()
+    difference = np.abs(logits - arrays["logits"])[mask].max()
+    relative = float(difference / np.abs(arrays["logits"][mask]).max())
     worst[family] = max(worst.get(family, 0.0), relative)
   print({family: f"{value:.1e}" for family, value in worst.items()})
 
 
 if __name__ == "__main__":
-  if sys.argv[1] == "make":
-    make(pathlib.Path(sys.argv[2]), int(sys.argv[3]))
+  command, folder = sys.argv[1], pathlib.Path(sys.argv[2])
+  if command == "make":
+    make(folder, int(sys.argv[3]))
   else:
-    compare(pathlib.Path(sys.argv[2]))
+    {"compare": compare, "verify": verify}[command](folder)

@@ -21,6 +21,7 @@ from jaxbo_models.transformer.rotary import (
   Llama3Scaling,
   YarnScaling,
 )
+from jaxbo_models.transformer.save import save_safetensors
 
 __all__ = [
   "Block",
@@ -40,6 +41,7 @@ __all__ = [
   "pythia",
   "qwen2",
   "qwen3",
+  "save_safetensors",
   "sequence_losses",
   "smollm",
   "token_losses",

@@ -3,6 +3,17 @@
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from jaxbo_models.transformer.config import TransformerConfig
+from jaxbo_models.transformer.describe import (
+  describe_gpt2,
+  describe_gpt_neox,
+  describe_llama,
+  describe_mistral,
+  describe_opt,
+  describe_qwen2,
+  describe_qwen3,
+  describe_smollm3,
+)
 from jaxbo_models.transformer.settings import Settings, read_gpt2, read_gpt_neox, read_opt
 from jaxbo_models.transformer.settings_llama import (
   read_llama,
@@ -18,6 +29,8 @@ class Family(NamedTuple):
 
   Attributes:
     configure: reads the fields of :class:`TransformerConfig` from ``config.json``.
+    describe: the inverse of ``configure``.
+    architecture: transformers' class; empty if a family is another one in disguise.
     prefixes: what tensor names may begin with; some programs save the prefix and some do not.
     layer: what the names of a layer's tensors begin with.
     qkv: the modules of queries, keys and values: one for all, or three.
@@ -27,6 +40,8 @@ class Family(NamedTuple):
   """
 
   configure: Callable[[Settings], dict[str, Any]]
+  describe: Callable[[TransformerConfig], dict[str, Any]]
+  architecture: str
   prefixes: Sequence[str]
   token_embedding: str
   position_embedding: str
@@ -48,6 +63,8 @@ class Family(NamedTuple):
 
 _LLAMA = Family(
   configure=read_llama,
+  describe=describe_llama,
+  architecture="LlamaForCausalLM",
   prefixes=("model.",),
   token_embedding="embed_tokens",
   position_embedding="",
@@ -70,6 +87,8 @@ _LLAMA = Family(
 FAMILIES = {
   "gpt2": Family(
     configure=read_gpt2,
+    describe=describe_gpt2,
+    architecture="GPT2LMHeadModel",
     prefixes=("transformer.",),
     token_embedding="wte",
     position_embedding="wpe",
@@ -87,6 +106,8 @@ FAMILIES = {
   ),
   "opt": Family(
     configure=read_opt,
+    describe=describe_opt,
+    architecture="OPTForCausalLM",
     prefixes=("model.", "decoder."),
     token_embedding="embed_tokens",
     position_embedding="embed_positions",
@@ -104,6 +125,8 @@ FAMILIES = {
   ),
   "gpt_neox": Family(
     configure=read_gpt_neox,
+    describe=describe_gpt_neox,
+    architecture="GPTNeoXForCausalLM",
     prefixes=("gpt_neox.",),
     token_embedding="embed_in",
     position_embedding="",
@@ -120,9 +143,17 @@ FAMILIES = {
     transposed=True,
   ),
   "llama": _LLAMA,
-  "mistral": _LLAMA._replace(configure=read_mistral),
-  "qwen2": _LLAMA._replace(configure=read_qwen2),
-  "qwen3": _LLAMA._replace(configure=read_qwen3),
-  "smollm": _LLAMA,  # SmolLM says llama.
-  "smollm3": _LLAMA._replace(configure=read_smollm3),
+  "mistral": _LLAMA._replace(
+    configure=read_mistral, describe=describe_mistral, architecture="MistralForCausalLM"
+  ),
+  "qwen2": _LLAMA._replace(
+    configure=read_qwen2, describe=describe_qwen2, architecture="Qwen2ForCausalLM"
+  ),
+  "qwen3": _LLAMA._replace(
+    configure=read_qwen3, describe=describe_qwen3, architecture="Qwen3ForCausalLM"
+  ),
+  "smollm": _LLAMA._replace(architecture=""),  # SmolLM says llama.
+  "smollm3": _LLAMA._replace(
+    configure=read_smollm3, describe=describe_smollm3, architecture="SmolLM3ForCausalLM"
+  ),
 }

@@ -27,7 +27,7 @@ class ReadSettings(Mapping[str, Any]):
   def check_all_read(self, ignore: Collection[str]) -> None:
     """Raises ``ValueError`` for a setting that nobody read and that may change the result."""
     for name, value in self._settings.items():
-      if value is not None and name not in (self._read | _HARMLESS | set(ignore)):
+      if value is not None and name not in (self._read | HARMLESS | set(ignore)):
         raise ValueError(
           f"config.json has the setting {name} = {value!r}, which Transformer does not know; if it "
           f"does not change the logits, ignore it: ignore=({name!r},)"
@@ -163,4 +163,4 @@ tie_last_hidden_states tokenizer_class top_k top_p torch_dtype torchscript
 transformers.js_config transformers_version typical_p unk_token_id unsloth_fixed unsloth_version
 use_bfloat16 use_cache
 """
-_HARMLESS = frozenset(_NAMES.split())
+HARMLESS = frozenset(_NAMES.split())
