@@ -2,6 +2,7 @@
 
 from jaxbo_models.transformer.attention import Cache, empty_cache
 from jaxbo_models.transformer.config import TransformerConfig
+from jaxbo_models.transformer.generate import Generated, generate
 from jaxbo_models.transformer.huggingface import from_safetensors
 from jaxbo_models.transformer.losses import sequence_losses, token_losses
 from jaxbo_models.transformer.model import Block, Transformer
@@ -27,6 +28,7 @@ __all__ = [
   "Block",
   "Cache",
   "DynamicScaling",
+  "Generated",
   "LinearScaling",
   "Llama3Scaling",
   "Transformer",
@@ -34,6 +36,7 @@ __all__ = [
   "YarnScaling",
   "empty_cache",
   "from_safetensors",
+  "generate",
   "gpt2",
   "llama",
   "mistral",

@@ -105,12 +105,13 @@ class Transformer(nn.Module):
         or of a segment. Learned positions are below ``max_length``; others make the logits of
         their sequence NaN.
       segment_ids: ``[batch, length]``, integers, for rows in which documents are packed: tokens
-        attend only to tokens with the same id. None if each row is one document.
-      cache: a cache from :func:`empty_cache`. The first call gives it the prompts; each later call
-        one token in each row. ``positions`` are required.
+        attend only to tokens with the same id. None if each row is one document, and with a cache.
+      cache: a cache from :func:`empty_cache`. The first call gives it the prompts, which end in
+        the last place; each later call one token in each row, with its position.
 
     Returns:
-      The logits; with a cache, the logits and the filled cache.
+      The logits; with a cache, those of the last token alone, ``[batch, vocab_size]``, and the
+      filled cache.
 
     Raises:
       ValueError: an argument has another shape or dtype, ``tokens`` are longer than ``max_length``,
@@ -143,7 +144,7 @@ class Transformer(nn.Module):
       layers = cache.key, cache.value, jnp.full(config.num_layers, start)
       sight = find_cached_sight(start, tokens.shape[1], config.window, cache.real)
     x, layers = _blocks(config)(x.astype(config.dtype), sight, rotation, _kinds(config), layers)
-    x = norm(config, "final_norm")(x)
+    x = norm(config, "final_norm")(x if cache is None else x[:, -1])
     if config.tied_head:
       logits = jnp.dot(x, embedding.astype(config.dtype).T)
     else:
