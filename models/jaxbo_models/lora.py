@@ -51,9 +51,9 @@ def kernel_axes(path: str, kernel: jax.Array) -> Axes:
   In the transformer's ``blocks``, the first axis is the layer. Outside of the kernels of attention,
   the last axis alone is that of outputs.
   """
-  *modules, module, _ = ("", "", *path.split("/"))
+  modules = ["", *path.split("/")[:-1]]
   num_stacked = int("blocks" in modules)
-  if module in ("qkv", "query", "key_value"):
+  if modules[-1] in ("qkv", "query", "key_value"):
     return Axes(num_stacked, 1)
   return Axes(num_stacked, kernel.ndim - num_stacked - 1)
 
