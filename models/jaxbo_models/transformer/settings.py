@@ -81,10 +81,11 @@ def read_opt(settings: Settings) -> dict[str, Any]:
 def read_gpt_neox(settings: Settings) -> dict[str, Any]:
   """Fields of GPT-NeoX's models, Pythia among them."""
   require(settings, attention_bias=True)
-  scaling = settings.get("rope_scaling")
+  scaling, rope = settings.get("rope_scaling"), settings.get("rope_parameters")
   if scaling is not None and scaling.get("rope_type", scaling.get("type")) != "default":
     require(settings, rope_scaling=None)
-  rope = settings.get("rope_parameters") or {}  # Since transformers 5; before, names were flat.
+  # Since transformers 5 all is in rope_parameters; before, names were flat.
+  rope = scaling or rope or {}
   require(rope, rope_type="default", type="default")
   require_known(rope, "rope_parameters", ("rope_type", "type", *_NEOX_ROPE))
   # Read both, so that both are known.
