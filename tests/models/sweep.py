@@ -1,7 +1,7 @@
 """Compares random configurations of every family with transformers; not run in CI.
 
   uv run --no-project --isolated --with transformers --with torch --with numpy \
-    python tests/models/sweep.py make FOLDER 80
+    python tests/models/sweep.py make FOLDER COUNT [FIRST_SEED]
   PYTHONPATH=.:models python tests/models/sweep.py compare FOLDER
   uv run ... python tests/models/sweep.py verify FOLDER
 
@@ -95,13 +95,13 @@ def configuration(family, rng):
   return common | sizes | window | {"mlp_bias": choose(True, False)}
 
 
-def make(folder, count):
+def make(folder, count, first=0):
   """Writes models and logits."""
   import numpy as np
   import torch
   from transformers import AutoConfig, AutoModelForCausalLM
 
-  for number in range(count):
+  for number in range(first, first + count):
     rng = np.random.default_rng(number)
     family, path = FAMILIES[number % len(FAMILIES)], folder / str(number)
     torch.manual_seed(number)
@@ -192,6 +192,6 @@ def verify(folder):
 if __name__ == "__main__":
   command, folder = sys.argv[1], pathlib.Path(sys.argv[2])
   if command == "make":
-    make(folder, int(sys.argv[3]))
+    make(folder, *map(int, sys.argv[3:]))
   else:
     {"compare": compare, "verify": verify}[command](folder)
