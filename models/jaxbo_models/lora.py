@@ -5,6 +5,7 @@ r"""Low-rank adapters of kernels (LoRA), as a tree of parameters of their own.
 Hu et al., *LoRA: low-rank adaptation of large language models* (https://arxiv.org/abs/2106.09685).
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -115,7 +116,7 @@ def init(
     stacked, inputs = kernel.shape[:num_stacked], kernel.shape[num_stacked:first_output]
     down = jax.random.normal(jax.random.fold_in(key, number), (*stacked, *inputs, rank), dtype)
     adapters[names] = Adapter(
-      down=(down / jnp.prod(jnp.array(inputs)) ** 0.5).astype(dtype),
+      down=down * math.prod(inputs) ** -0.5,
       up=jnp.zeros((*stacked, rank, *kernel.shape[first_output:]), dtype),
     )
   if not adapters:

@@ -156,3 +156,9 @@ def test_what_cannot_be_generated_is_refused(options, message):
   model, params, _ = setup("opt")
   with pytest.raises(ValueError, match=message):
     transformer.generate(model, params, jnp.asarray(PROMPTS), **({"num_tokens": 1} | options))
+  with pytest.raises(ValueError, match=r"prompts must be .* got \(6,\) and None"):
+    transformer.generate(model, params, jnp.asarray(PROMPTS[0]), num_tokens=1)
+  with pytest.raises(ValueError, match=r"mask of the same shape, got \(3, 6\) and \(3, 5\)"):
+    transformer.generate(
+      model, params, jnp.asarray(PROMPTS), jnp.asarray(MASK[:, 1:]), num_tokens=1
+    )

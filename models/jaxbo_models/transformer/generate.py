@@ -69,7 +69,12 @@ def generate(
   Raises:
     ValueError: an argument is out of its range, or has another shape or dtype.
   """
-  length = prompts.shape[-1]
+  if prompts.ndim != 2 or (mask is not None and mask.shape != prompts.shape):
+    raise ValueError(
+      f"prompts must be [batch, length], and mask of the same shape, got {prompts.shape} and "
+      f"{None if mask is None else mask.shape}"
+    )
+  length = prompts.shape[1]
   if num_tokens < 1 or length + num_tokens > model.config.max_length:
     raise ValueError(
       f"num_tokens must be in [1, max_length - length = {model.config.max_length - length}], got "

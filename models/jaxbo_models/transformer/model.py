@@ -69,8 +69,8 @@ class Transformer(nn.Module):
     ``ffn_in``; with ``qk_norm``, ``query_norm/scale`` and ``key_norm/scale [head_dim]``.
 
   Kernels and embeddings are initialized as in GPT-2: normal with standard deviation 0.02, divided
-  by ``sqrt(2 num_layers)`` for ``attention_out`` and ``ffn_out``. OPT and Pythia were trained from
-  other initial values.
+  by ``sqrt(2 num_layers)`` for ``attention_out`` and ``ffn_out``. The other families were
+  trained from other initial values.
 
   Sources: see :func:`gpt2`, :func:`opt`, :func:`pythia` and :func:`llama`; for rotary positions,
   Su et al. (https://arxiv.org/abs/2104.09864); for RMSNorm, Zhang and Sennrich
