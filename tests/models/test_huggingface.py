@@ -156,6 +156,9 @@ def test_rotary_settings_are_read_from_old_configurations(golden, copy):
     ("gpt2", {"n_inner": 64}, r"h.0.mlp.c_fc.weight must have the shape \(32, 64\) .*\(32, 48\)"),
     ("gpt2", {"n_layer": 3}, "has no tensor h.2.ln_1.weight"),
     ("gpt2", {"n_layer": 1}, "has an unknown tensor h.1."),
+    ("gpt2", {"n_embd": None}, "config.json must have n_embd, got none"),
+    ("gpt2", {"layer_norm_epsilon": None}, "config.json must have what says epsilon, got null"),
+    ("llama", {"rms_norm_eps": None}, "config.json must have what says epsilon, got null"),
     ("gpt2", {"is_encoder_decoder": True}, "is_encoder_decoder .* must be false, got True"),
     ("llama", {"quantization_config": {"bits": 4}}, "the setting quantization_config = .*'bits'"),
     ("llama", {"sliding_window": 8}, "the setting sliding_window = 8"),
@@ -240,6 +243,8 @@ def test_settings_that_a_user_knows_can_be_ignored(copy):
   with pytest.raises(ValueError, match="favourite_colour = 'blue', which Transformer"):
     transformer.from_safetensors(path)
   transformer.from_safetensors(path, ignore=("favourite_colour",))
+  asks_for_nothing = {"favourite_colour": None, "use_colours": False}
+  transformer.from_safetensors(copy("llama", asks_for_nothing))
 
 
 def test_another_head_than_the_embedding_is_used_though_the_configuration_says_tied(copy):

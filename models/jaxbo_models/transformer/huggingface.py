@@ -66,6 +66,9 @@ def from_safetensors(
     fields = read_fields(family, settings, ignore)
   except KeyError as error:
     raise ValueError(f"config.json must have {error.args[0]}, got none in {path}") from error
+  for name, value in fields.items():
+    if value is None and name not in _OPTIONAL:
+      raise ValueError(f"config.json must have what says {name}, got null in {path}")
   stored = TransformerConfig(**(fields | overrides | {"max_length": fields["max_length"]}))
   tensors = _Tensors(path, family)
   if stored.tied_head and tensors.has_another_head():
@@ -86,6 +89,7 @@ def read_fields(family: Family, settings: Settings, ignore: Collection[str] = ()
   return fields
 
 
+_OPTIONAL = ("num_kv_heads", "head_width", "ffn_width", "rotary_scaling", "window")
 # Constants that some versions of transformers saved with the weights.
 _BUFFERS = (
   ".attn.bias",

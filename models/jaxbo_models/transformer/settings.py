@@ -8,7 +8,7 @@ _NEOX_ROPE = ("rope_theta", "partial_rotary_factor")
 
 
 class ReadSettings(Mapping[str, Any]):
-  """Settings that remember which of them were read."""
+  """Settings that remember which of them were read; to ``[]``, None is missing."""
 
   def __init__(self, settings: Settings):
     self._settings = settings
@@ -16,7 +16,14 @@ class ReadSettings(Mapping[str, Any]):
 
   def __getitem__(self, name: str) -> Any:
     self._read.add(name)
+    if self._settings[name] is None:
+      raise KeyError(name)
     return self._settings[name]
+
+  def get(self, name: str, default: Any = None) -> Any:
+    """The setting, which may be None, or the default where it is missing."""
+    self._read.add(name)
+    return self._settings.get(name, default)
 
   def __iter__(self) -> Iterator[str]:
     return iter(self._settings)
@@ -25,9 +32,13 @@ class ReadSettings(Mapping[str, Any]):
     return len(self._settings)
 
   def check_all_read(self, ignore: Collection[str]) -> None:
-    """Raises ``ValueError`` for a setting that nobody read and that may change the result."""
+    """Raises ``ValueError`` for a setting that nobody read and that may change the result.
+
+    None and False ask for nothing.
+    """
     for name, value in self._settings.items():
-      if value is not None and name not in (self._read | HARMLESS | set(ignore)):
+      known = name in (self._read | HARMLESS | set(ignore))
+      if not (known or value is None or value is False):
         raise ValueError(
           f"config.json has the setting {name} = {value!r}, which Transformer does not know; if it "
           f"does not change the logits, ignore it: ignore=({name!r},)"
@@ -57,10 +68,11 @@ def read_gpt2(settings: Settings) -> dict[str, Any]:
 
 def read_opt(settings: Settings) -> dict[str, Any]:
   """Fields of OPT's models."""
+  if settings.get("word_embed_proj_dim") is not None:  # OPT-350M projects its embedding.
+    require(settings, word_embed_proj_dim=settings["hidden_size"])
   require(
     settings,
-    do_layer_norm_before=True,  # OPT-350M normalizes after its layers
-    word_embed_proj_dim=settings["hidden_size"],  # and projects its embedding.
+    do_layer_norm_before=True,  # OPT-350M normalizes after its layers.
     enable_bias=True,
     layer_norm_elementwise_affine=True,
     _remove_final_layer_norm=False,

@@ -27,7 +27,7 @@ def _read(
   """The fields that all have in common; the arguments are what transformers takes for granted."""
   refuse(settings, "rope_interleaved", "use_mrope")
   num_heads = settings["num_attention_heads"]
-  max_length = settings.get("max_position_embeddings", max_length)
+  max_length = settings.get("max_position_embeddings", max_length) or max_length
   base, scaling = _rotary(settings, rotary_base, max_length)
   return dict(LLAMA_FIELDS) | {
     "vocab_size": settings["vocab_size"],
@@ -41,7 +41,7 @@ def _read(
     "activation": activation(settings.get("hidden_act", "silu")),
     "rotary_base": base,
     "rotary_scaling": scaling,
-    "epsilon": float(settings.get("rms_norm_eps", 1e-6)),
+    "epsilon": settings.get("rms_norm_eps", 1e-6),
     "tied_head": settings.get("tie_word_embeddings", tied_head),
   }
 
@@ -95,7 +95,8 @@ def read_smollm3(settings: Settings) -> dict[str, Any]:
 
 
 def _qwen_windows(settings: Settings) -> dict[str, Any]:
-  first = settings.get("max_window_layers", 28)
+  given = settings.get("max_window_layers")
+  first = 28 if given is None else given
   return _windows(settings, [i >= first for i in range(settings["num_hidden_layers"])])
 
 
