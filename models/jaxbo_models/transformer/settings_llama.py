@@ -83,6 +83,11 @@ def read_smollm3(settings: Settings) -> dict[str, Any]:
   layers = range(settings["num_hidden_layers"])
   interval = settings.get("no_rope_layer_interval", 4)
   rotated = settings.get("no_rope_layers") or [(i + 1) % interval != 0 for i in layers]
+  if len(rotated) < len(layers):
+    raise ValueError(
+      f"no_rope_layers in config.json must have an entry for each of {len(layers)} layers, got "
+      f"{rotated}"
+    )
   unrotated = tuple(i for i in layers if not rotated[i])
   kinds = [i in unrotated for i in layers]
   settings.get("max_window_layers")  # In the published file, and of no effect.
