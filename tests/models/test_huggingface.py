@@ -172,7 +172,7 @@ def test_rotary_settings_are_read_from_old_configurations(golden, copy):
     ),
     ("llama", {"num_key_value_heads": 3}, "num_kv_heads must divide num_heads, got 3 and 4"),
     ("llama", {"tie_word_embeddings": False}, "has no tensor lm_head.weight"),
-    ("smollm3", {"no_rope_layers": [1]}, r"no_rope_layers .* of 2 layers each, got \[1\]"),
+    ("smollm3", {"no_rope_layers": [1]}, r"no_rope_layers .* each of 2 layers, got \[1\]"),
     ("qwen2", {"layer_types": ["chunked"] * 2}, r"layer_types .* got \['chunked', 'chunked'\]"),
     ("qwen2", {"use_sliding_window": False}, "layer_types .* full_attention without a window"),
   ],
