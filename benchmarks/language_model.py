@@ -105,7 +105,8 @@ def flops_per_token(config: transformer.TransformerConfig, params: Any, length: 
   looked_up = {"position_embedding"} | (set() if config.tied_head else {"token_embedding"})
   multiplied = {name: leaves for name, leaves in params.items() if name not in looked_up}
   num_multiplied = sum(leaf.size for leaf in jax.tree.leaves(multiplied))
-  return 6 * num_multiplied + 12 * config.num_layers * config.width * length
+  heads_width = config.num_heads * config.head_dim
+  return 6 * num_multiplied + 12 * config.num_layers * heads_width * length
 
 
 def robust_step(loss_fn: Any, tx: Any, params: Any, state: Any, batch: Any) -> Any:

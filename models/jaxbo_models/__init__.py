@@ -1,6 +1,6 @@
 """Flax models that jaxbo's scripts and tests use."""
 
-from jaxbo_models import caption_metrics, captioner, linear_head, tokenizers, transformer
+from jaxbo_models import caption_metrics, captioner, linear_head, lora, tokenizers, transformer
 from jaxbo_models.conv4 import Conv4
 from jaxbo_models.lenet5 import LeNet5
 from jaxbo_models.mlp import MLP
@@ -21,6 +21,7 @@ __all__ = [
   "captioner",
   "drop_block",
   "linear_head",
+  "lora",
   "tokenizers",
   "transformer",
 ]

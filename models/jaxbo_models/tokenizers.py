@@ -1,5 +1,6 @@
 """Tokenizers from text to ids and back."""
 
+import json
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -41,7 +42,7 @@ class ByteTokenizer:
 
 
 class BPETokenizer:
-  """GPT-2's byte-pair encoding, read from local files.
+  """GPT-2's byte-pair encoding, or the encoding in a ``tokenizer.json``, read from local files.
 
   Install ``jaxbo-models[huggingface]`` for the package tokenizers, which does the work.
 
@@ -53,9 +54,11 @@ class BPETokenizer:
   an end of text. This is our choice; transformers encodes the name as the special token.
 
   Args:
-    path: a folder with ``tokenizer.json`` (Pythia, GPT-2), with ``vocab.json`` and ``merges.txt``
-      (GPT-2, OPT), or with ``encoder.json`` and ``vocab.bpe`` (GPT-2, as OpenAI published it).
-    end_of_text: the special token that ends a text: ``"</s>"`` for OPT.
+    path: a folder with ``tokenizer.json`` (Pythia, GPT-2, Llama, Qwen), with ``vocab.json`` and
+      ``merges.txt`` (GPT-2, OPT), or with ``encoder.json`` and ``vocab.bpe`` (GPT-2, as OpenAI
+      published it).
+    end_of_text: the special token that ends a text: ``"</s>"`` for OPT. None for the token that
+      ``tokenizer_config.json`` in the folder calls ``eos_token``.
 
   Attributes:
     vocab_size: the number of ids. A model may have more: Pythia pads its vocabulary.
@@ -63,14 +66,16 @@ class BPETokenizer:
 
   Raises:
     FileNotFoundError: the folder has none of these sets of files.
-    ValueError: ``end_of_text`` is not a token, or ``tokenizer.json`` is broken.
+    ValueError: ``end_of_text`` is not a token, or is None and no file names one; or
+      ``tokenizer.json`` is broken.
   """
 
   vocab_size: int
   end_of_text: int
 
-  def __init__(self, path: str | pathlib.Path, end_of_text: str = "<|endoftext|>"):
+  def __init__(self, path: str | pathlib.Path, end_of_text: str | None = "<|endoftext|>"):
     self._tokenizer = _read(pathlib.Path(path))
+    end_of_text = _named_end(pathlib.Path(path)) if end_of_text is None else end_of_text
     end = self._tokenizer.token_to_id(end_of_text)
     if end is None:
       raise ValueError(f"end_of_text must be a token of {path}, got {end_of_text!r}")
@@ -113,6 +118,16 @@ def _check_ids(ids: Sequence[int], is_known: Callable[[int], bool]) -> None:
   for place, i in enumerate(map(int, ids)):
     if i < 0 or not is_known(i):
       raise ValueError(f"ids must be those of the tokenizer, got {i} at position {place}")
+
+
+def _named_end(path: pathlib.Path) -> str:
+  """The end of a text by ``tokenizer_config.json``, where it is a string or has a content."""
+  file = path / "tokenizer_config.json"
+  named = json.loads(file.read_text()).get("eos_token") if file.exists() else None
+  token = named.get("content") if isinstance(named, dict) else named
+  if token is None:
+    raise ValueError(f"end_of_text must be given where {file} names no eos_token")
+  return token
 
 
 def _read(path: pathlib.Path) -> Any:

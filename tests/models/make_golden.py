@@ -3,9 +3,11 @@
   uv run --no-project --isolated --with transformers --with torch --with numpy \
     python tests/models/make_golden.py
 
-Not run in CI. No parameter is special: biases are not 0 and normalization's scales not 1. The
-models are small but of no symmetric shape, and each is stored as the real ones are met: GPT-2 in
-float32, OPT in float16, Pythia in bfloat16 and in shards. PyTorch computes the logits in float32.
+Not run in CI. A model whose folder is there is kept. No parameter is special: biases are not 0 and
+normalization's scales not 1. The models are small but of no symmetric shape, and each is stored as
+the real ones are met: GPT-2 in float32, OPT in float16, Pythia in bfloat16 and in shards; Llama's
+family in half precision, with another way to scale rotary positions in each, and with windows that
+are shorter than the text. PyTorch computes the logits in float32.
 """
 
 import pathlib
@@ -17,7 +19,30 @@ SHAPE = {"vocab_size": VOCAB_SIZE, "bos_token_id": 0, "eos_token_id": 0}
 
 def configurations():
   """A configuration and the dtype in which it is stored, for each family."""
-  from transformers import GPT2Config, GPTNeoXConfig, OPTConfig
+  from transformers import (
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
+  )
+
+  gated = {
+    **SHAPE,
+    "pad_token_id": 0,
+    "max_position_embeddings": 64,
+    "hidden_size": 24,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 2,
+    "intermediate_size": 40,
+  }
+
+  def rope(kind, **others):
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 100.0, **others}}
 
   return {
     "gpt2": (
@@ -50,6 +75,51 @@ def configurations():
       ),
       "bfloat16",
     ),
+    "llama": (
+      LlamaConfig(
+        **gated,
+        **rope(
+          "llama3",
+          factor=8.0,
+          low_freq_factor=1.0,
+          high_freq_factor=4.0,
+          original_max_position_embeddings=16,
+        ),
+        attention_bias=True,
+        mlp_bias=True,
+        tie_word_embeddings=True,
+      ),
+      "bfloat16",
+    ),
+    "mistral": (
+      MistralConfig(
+        **gated, **rope("linear", factor=2.0), sliding_window=3, head_dim=8, hidden_act="gelu"
+      ),
+      "float16",
+    ),
+    "qwen2": (
+      Qwen2Config(
+        **gated,
+        **rope("yarn", factor=4.0, original_max_position_embeddings=16),
+        use_sliding_window=True,
+        sliding_window=3,
+        max_window_layers=1,
+      ),
+      "bfloat16",
+    ),
+    "qwen3": (
+      Qwen3Config(
+        **(gated | {"num_key_value_heads": 4}),
+        **rope("default"),
+        head_dim=10,
+        tie_word_embeddings=True,
+      ),
+      "bfloat16",
+    ),
+    "smollm3": (
+      SmolLM3Config(**gated, **rope("default"), no_rope_layer_interval=2, rms_norm_eps=1e-2),
+      "bfloat16",
+    ),
   }
 
 
@@ -65,7 +135,11 @@ def main():
   mask[1, :5] = False  # padding on the left
   mask[2, 8:] = False  # and on the right
   arrays = {"tokens": tokens.astype(np.int32), "mask": mask}
+  if (FOLDER / "logits.npz").exists():
+    arrays = dict(np.load(FOLDER / "logits.npz"))
   for name, (config, dtype) in configurations().items():
+    if (FOLDER / name).exists():
+      continue
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
@@ -73,11 +147,11 @@ def main():
         centre = 1.0 if parameter.ndim == 1 and torch.all(parameter == 1) else 0.0
         parameter.normal_(centre, 0.3)
     model = model.to(getattr(torch, dtype))
-    shards = {"max_shard_size": "20KB"} if name == "gpt_neox" else {}
+    shards = {"max_shard_size": "20KB"} if name in ("gpt_neox", "qwen2") else {}
     model.save_pretrained(FOLDER / name, **shards)
     (FOLDER / name / "generation_config.json").unlink(missing_ok=True)
     inputs = {"input_ids": torch.as_tensor(tokens), "attention_mask": torch.as_tensor(mask).long()}
-    if name == "gpt2":  # The others find positions from the mask, or rotate.
+    if name == "gpt2":  # OPT finds positions from the mask, and the others rotate.
       inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
     # Read again, since rounding the model rounded the frequencies of rotary positions too.
     model = AutoModelForCausalLM.from_pretrained(

@@ -1,5 +1,6 @@
 """Tokenizers: text comes back, and ids are the published ones."""
 
+import json
 import os
 from pathlib import Path
 
@@ -72,6 +73,14 @@ def test_pairs_come_back_as_text(folder):
 
 def test_pairs_refuse_what_they_do_not_know(folder):
   check_what_is_refused(tokenizers.BPETokenizer(folder))
+
+
+def test_the_end_of_a_text_is_read_from_the_folder(folder):
+  with pytest.raises(ValueError, match=r"end_of_text must be given where .* names no eos_token"):
+    tokenizers.BPETokenizer(folder, end_of_text=None)
+  for named in ("<|endoftext|>", {"content": "<|endoftext|>", "special": True}):
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": named}))
+    assert tokenizers.BPETokenizer(folder, end_of_text=None).end_of_text == 0
 
 
 def test_missing_files_and_tokens_are_refused(folder, tmp_path):

@@ -84,6 +84,20 @@ def assert_close(actual, expected, rtol=1e-4, atol=1e-5):
     (transformer.opt(), 125_239_296),
     (transformer.pythia("70m"), 70_426_624),
     (transformer.pythia("160m"), 162_322_944),
+    (transformer.llama(), 1_235_814_400),
+    (transformer.llama("3.2-3b"), 3_212_749_824),
+    (transformer.llama("3.1-8b"), 8_030_261_248),
+    (transformer.llama("2-7b"), 6_738_415_616),
+    (transformer.mistral("7b-v0.1"), 7_241_732_096),
+    (transformer.mistral(), 7_248_023_552),
+    (transformer.qwen2(), 494_032_768),
+    (transformer.qwen2("1.5b"), 1_543_714_304),
+    (transformer.qwen2("7b"), 7_615_616_512),
+    (transformer.qwen3(), 596_049_920),
+    (transformer.qwen3("1.7b"), 1_720_574_976),
+    (transformer.smollm(), 134_515_008),
+    (transformer.smollm("360m"), 361_821_120),
+    (transformer.smollm("1.7b"), 1_711_376_384),
   ],
 )
 def test_sizes_are_the_published_ones(config, num_parameters):
@@ -331,6 +345,25 @@ def test_remat_changes_no_number_but_costs_a_forward_pass_and_saves_memory():
   assert num_bytes[1] < 0.7 * num_bytes[0]
 
 
+def test_float16_is_refused_on_a_cpu():
+  model, params = setup("opt")
+  half = transformer.Transformer(dataclasses.replace(model.config, dtype=jnp.float16))
+  with pytest.raises(ValueError, match="dtype must not be float16 on a CPU"):
+    jax.eval_shape(half.apply, {"params": params}, TOKENS)
+
+
+def test_remat_by_the_name_of_a_policy_keeps_what_the_policy_says():
+  model, params = setup("opt")
+  flops = {}
+  for remat in (True, "nothing_saveable", "dots_with_no_batch_dims_saveable"):
+    config = dataclasses.replace(model.config, remat=remat)
+    loss_fn = transformer.sequence_losses(transformer.Transformer(config))
+    mean = lambda p, loss_fn=loss_fn: jnp.mean(loss_fn(p, {"tokens": TOKENS}))
+    flops[remat] = measure.count_flops(jax.grad(mean), params)
+  assert flops["nothing_saveable"] == flops[True]
+  assert flops["dots_with_no_batch_dims_saveable"] < 0.9 * flops[True]
+
+
 def equations(jaxpr):
   for eqn in jaxpr.eqns:
     yield eqn
@@ -442,6 +475,11 @@ def test_a_small_model_learns_its_batch_by_heart():
     ({"num_layers": 0}, "num_layers must be at least 1, got 0"),
     ({"ffn_width": 0}, "ffn_width must be at least 1, got 0"),
     ({"width": 30}, "width must be a multiple of num_heads, got 30 and 4"),
+    ({"num_kv_heads": 3}, "num_kv_heads must divide num_heads, got 3 and 4"),
+    ({"norm": "batch"}, "norm must be one of .*'rms'.*, got 'batch'"),
+    ({"remat": "dots"}, "remat must be one of .*'dots_saveable'.*, got 'dots'"),
+    ({"unrotated_layers": (3,)}, r"unrotated_layers must be in \[0, num_layers = 3\), got \(3,\)"),
+    ({"window": 0}, "window must be at least 1, got 0"),
     ({"activation": "swish"}, "activation must be one of .*'gelu_tanh'.*, got 'swish'"),
     ({"attention": "flash"}, "attention must be one of .*'cudnn'.*, got 'flash'"),
     ({"rotary_fraction": 1.5}, r"rotary_fraction must be in \[0, 1\], got 1.5"),

@@ -1,20 +1,56 @@
-"""The configuration of a decoder-only transformer, and the published sizes."""
+"""The configuration of a decoder-only transformer."""
 
 import dataclasses
 import functools
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 import jax.typing
 
+from jaxbo_models.transformer.rotary import DynamicScaling, RotaryScaling
+
 ACTIVATIONS = {
   "gelu_tanh": nn.gelu,
   "gelu": functools.partial(nn.gelu, approximate=False),
   "relu": nn.relu,
+  "silu": nn.silu,
 }
 ATTENTIONS = (None, "xla", "cudnn")
+NORMS = ("layer", "rms")
+POLICIES = (
+  "everything_saveable",
+  "nothing_saveable",
+  "dots_saveable",
+  "dots_with_no_batch_dims_saveable",
+)
+
+
+# What the models of the family of Llama have in common.
+LLAMA_FIELDS: Mapping[str, Any] = MappingProxyType(
+  {
+    "activation": "silu",
+    "gated": True,
+    "norm": "rms",
+    "qkv_bias": False,
+    "attention_out_bias": False,
+    "ffn_bias": False,
+    "rotary_fraction": 1.0,
+  }
+)
+_SIZES = (
+  "vocab_size",
+  "max_length",
+  "num_layers",
+  "width",
+  "num_heads",
+  "num_kv_heads",
+  "head_width",
+  "ffn_width",
+  "window",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,22 +64,41 @@ class TransformerConfig:
     vocab_size: number of tokens; ids are in [0, vocab_size).
     max_length: length of the longest sequence, in tokens.
     num_layers: number of blocks.
-    width: width of the residual stream; a multiple of ``num_heads``.
+    width: width of the residual stream; a multiple of ``num_heads`` unless ``head_width`` is given.
     num_heads: number of attention heads.
+    num_kv_heads: number of heads of keys and values, a divisor of ``num_heads``: grouped-query
+      attention. None for ``num_heads``.
+    head_width: number of dimensions of each head; None for ``width / num_heads``.
     ffn_width: number of hidden units in the feed-forward layer; None for four times the width.
-    activation: ``"gelu_tanh"`` (GPT-2's approximation), ``"gelu"`` (exact) or ``"relu"``.
+    activation: ``"gelu_tanh"`` (GPT-2's approximation), ``"gelu"`` (exact), ``"relu"`` or
+      ``"silu"``.
+    gated: True computes ``ffn_out(activation(ffn_gate(x)) * ffn_in(x))``: SwiGLU with ``"silu"``,
+      GeGLU with GELU.
+    norm: ``"layer"`` (layer normalization) or ``"rms"`` (RMSNorm: neither mean nor bias).
+    qk_norm: normalize each head's queries and keys before they are rotated.
+    qkv_bias: whether queries, keys and values have a bias.
+    attention_out_bias: whether the output of attention has one.
+    ffn_bias: whether the feed-forward layer has biases.
     parallel_residual: True computes ``x + attention(norm(x)) + ffn(norm'(x))``; False applies
       attention first and the feed-forward layer to its result.
     rotary_fraction: share of each head's dimensions that rotary positions rotate, in (0, 1]; 0 for
       a learned table of positions.
     rotary_base: base of the wavelengths of rotary positions.
+    rotary_scaling: None, or how frequencies are scaled for longer texts: a :class:`LinearScaling`,
+      :class:`Llama3Scaling`, :class:`YarnScaling` or :class:`DynamicScaling`.
+    unrotated_layers: the layers whose queries and keys are not rotated.
+    window: a token sees itself and the ``window - 1`` places before it; None for all.
+    full_attention_layers: the layers that have no window.
     position_offset: number of unused rows at the top of the learned table: 2 for OPT.
     tied_head: True uses the embedding as the kernel of the head; False gives the head its own
       kernel.
-    epsilon: the constant that layer normalization adds to the variance.
+    epsilon: the constant that normalization adds to the variance.
     remat: recompute each block in the backward pass. Memory then holds one block's activations and
       the residual stream of every block; the cost is 4/3 of the operations. With
-      ``unroll=num_layers`` there is no loop, and XLA's CPU backend undoes the recomputation.
+      ``unroll=num_layers`` there is no loop, and XLA's CPU backend undoes the recomputation. Or the
+      name of a policy of :data:`jax.checkpoint_policies`, which says what is kept:
+      ``"everything_saveable"``, ``"nothing_saveable"`` (the same as True), ``"dots_saveable"`` or
+      ``"dots_with_no_batch_dims_saveable"``.
     unroll: number of blocks in one step of the scan over blocks, in [1, num_layers]; more blocks
       take longer to compile and less time to run.
     attention: implementation of :func:`jax.nn.dot_product_attention`: ``"xla"``, ``"cudnn"`` (GPUs,
@@ -60,31 +115,49 @@ class TransformerConfig:
   num_layers: int
   width: int
   num_heads: int
+  num_kv_heads: int | None = None
+  head_width: int | None = None
   ffn_width: int | None = None
   activation: str = "gelu_tanh"
+  gated: bool = False
+  norm: str = "layer"
+  qk_norm: bool = False
+  qkv_bias: bool = True
+  attention_out_bias: bool = True
+  ffn_bias: bool = True
   parallel_residual: bool = False
   rotary_fraction: float = 0.0
   rotary_base: float = 10_000.0
+  rotary_scaling: RotaryScaling | None = None
+  unrotated_layers: tuple[int, ...] = ()
+  window: int | None = None
+  full_attention_layers: tuple[int, ...] = ()
   position_offset: int = 0
   tied_head: bool = True
   epsilon: float = 1e-5
-  remat: bool = False
+  remat: bool | str = False
   unroll: int = 1
   attention: str | None = None
   dtype: jax.typing.DTypeLike = jnp.float32
 
   def __post_init__(self):
-    for name in ("vocab_size", "max_length", "num_layers", "width", "num_heads", "ffn_width"):
+    for name in _SIZES:
       value = getattr(self, name)
       if value is not None and value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
-    if self.width % self.num_heads:
+    if self.head_width is None and self.width % self.num_heads:
       raise ValueError(
         f"width must be a multiple of num_heads, got {self.width} and {self.num_heads}"
+      )
+    if self.num_heads % self.kv_heads:
+      raise ValueError(
+        f"num_kv_heads must divide num_heads, got {self.num_kv_heads} and {self.num_heads}"
       )
     for name, allowed in (
       ("activation", tuple(ACTIVATIONS)),
       ("attention", ATTENTIONS),
+      ("norm", NORMS),
+      ("remat", (False, True, *POLICIES)),
     ):
       if getattr(self, name) not in allowed:
         raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
@@ -95,6 +168,15 @@ class TransformerConfig:
         "rotary_fraction must leave an even number of each head's dimensions, at least 2, got "
         f"{self.rotary_fraction} of {self.head_dim}"
       )
+    scaling = self.rotary_scaling
+    if isinstance(scaling, DynamicScaling) and self.max_length > scaling.length:
+      raise ValueError(
+        f"max_length must be at most {scaling.length} with dynamic scaling, got {self.max_length}"
+      )
+    for name in ("unrotated_layers", "full_attention_layers"):
+      layers = getattr(self, name)
+      if not all(0 <= layer < self.num_layers for layer in layers):
+        raise ValueError(f"{name} must be in [0, num_layers = {self.num_layers}), got {layers}")
     if self.position_offset < 0:
       raise ValueError(f"position_offset must not be negative, got {self.position_offset}")
     if not 1 <= self.unroll <= self.num_layers:
@@ -105,114 +187,14 @@ class TransformerConfig:
   @property
   def head_dim(self) -> int:
     """The number of dimensions of each head."""
-    return self.width // self.num_heads
+    return self.head_width or self.width // self.num_heads
+
+  @property
+  def kv_heads(self) -> int:
+    """The number of heads of keys and values."""
+    return self.num_kv_heads or self.num_heads
 
   @property
   def rotary_dim(self) -> int:
     """The number of dimensions of each head that rotary positions rotate."""
     return int(self.head_dim * self.rotary_fraction)
-
-
-# Layers, width, heads.
-_GPT2 = {
-  "small": (12, 768, 12),
-  "medium": (24, 1024, 16),
-  "large": (36, 1280, 20),
-  "xl": (48, 1600, 25),
-}
-_OPT = {
-  "125m": (12, 768, 12),
-  "1.3b": (24, 2048, 32),
-  "2.7b": (32, 2560, 32),
-  "6.7b": (32, 4096, 32),
-}
-_PYTHIA = {
-  "70m": (6, 512, 8),
-  "160m": (12, 768, 12),
-  "410m": (24, 1024, 16),
-  "1b": (16, 2048, 8),
-  "1.4b": (24, 2048, 16),
-  "2.8b": (32, 2560, 32),
-}
-
-
-def gpt2(size: str = "small", **overrides: Any) -> TransformerConfig:
-  """GPT-2: learned positions, GELU in its tanh approximation, and a tied head.
-
-  >>> gpt2(num_layers=2).width
-  768
-
-  Source: Radford et al., *Language models are unsupervised multitask learners* (2019).
-
-  Args:
-    size: ``"small"`` (124,439,808 parameters), ``"medium"``, ``"large"`` or ``"xl"``.
-    **overrides: fields of :class:`TransformerConfig` to change.
-
-  Raises:
-    ValueError: ``size`` is unknown, or a field is out of its range.
-  """
-  return _published(_GPT2, size, overrides, vocab_size=50257, max_length=1024)
-
-
-def opt(size: str = "125m", **overrides: Any) -> TransformerConfig:
-  """OPT: learned positions that start at row 2 of their table, ReLU, and a tied head.
-
-  The 350M model is not supported: it normalizes after its layers and projects its embedding.
-
-  >>> opt().activation
-  'relu'
-
-  Source: Zhang et al., *OPT: open pre-trained transformer language models*
-  (https://arxiv.org/abs/2205.01068).
-
-  Args:
-    size: ``"125m"`` (125,239,296 parameters), ``"1.3b"``, ``"2.7b"`` or ``"6.7b"``.
-    **overrides: fields of :class:`TransformerConfig` to change.
-
-  Raises:
-    ValueError: ``size`` is unknown, or a field is out of its range.
-  """
-  return _published(
-    _OPT, size, overrides, vocab_size=50272, max_length=2048, position_offset=2, activation="relu"
-  )
-
-
-def pythia(size: str = "160m", **overrides: Any) -> TransformerConfig:
-  """Pythia, the small GPT-NeoX models: rotary positions, parallel residuals, and an untied head.
-
-  Positions rotate a quarter of each head. GELU is exact.
-
-  >>> pythia("70m").rotary_dim
-  16
-
-  Source: Biderman et al., *Pythia* (https://arxiv.org/abs/2304.01373).
-
-  Args:
-    size: ``"70m"`` (70,426,624 parameters), ``"160m"`` (162,322,944), ``"410m"``, ``"1b"``,
-      ``"1.4b"`` or ``"2.8b"``.
-    **overrides: fields of :class:`TransformerConfig` to change.
-
-  Raises:
-    ValueError: ``size`` is unknown, or a field is out of its range.
-  """
-  return _published(
-    _PYTHIA,
-    size,
-    overrides,
-    vocab_size=50304,
-    max_length=2048,
-    activation="gelu",
-    parallel_residual=True,
-    rotary_fraction=0.25,
-    tied_head=False,
-  )
-
-
-def _published(
-  sizes: Mapping[str, tuple[int, int, int]], size: str, overrides: dict[str, Any], **family: Any
-) -> TransformerConfig:
-  if size not in sizes:
-    raise ValueError(f"size must be one of {list(sizes)}, got {size!r}")
-  num_layers, width, num_heads = sizes[size]
-  shape: dict[str, Any] = {"num_layers": num_layers, "width": width, "num_heads": num_heads}
-  return TransformerConfig(**(shape | family | overrides))

@@ -1,9 +1,27 @@
-"""How Hugging Face's GPT-2, OPT and GPT-NeoX models name, lay out and configure their weights."""
+"""How Hugging Face's families of models name and lay out their weights."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-Settings = Mapping[str, Any]
+from jaxbo_models.transformer.config import TransformerConfig
+from jaxbo_models.transformer.describe import (
+  describe_gpt2,
+  describe_gpt_neox,
+  describe_llama,
+  describe_mistral,
+  describe_opt,
+  describe_qwen2,
+  describe_qwen3,
+  describe_smollm3,
+)
+from jaxbo_models.transformer.settings import Settings, read_gpt2, read_gpt_neox, read_opt
+from jaxbo_models.transformer.settings_llama import (
+  read_llama,
+  read_mistral,
+  read_qwen2,
+  read_qwen3,
+  read_smollm3,
+)
 
 
 class Family(NamedTuple):
@@ -11,6 +29,8 @@ class Family(NamedTuple):
 
   Attributes:
     configure: reads the fields of :class:`TransformerConfig` from ``config.json``.
+    describe: the inverse of ``configure``.
+    architecture: transformers' class; empty if a family is another one in disguise.
     prefixes: what tensor names may begin with; some programs save the prefix and some do not.
     layer: what the names of a layer's tensors begin with.
     qkv: the modules of queries, keys and values: one for all, or three.
@@ -20,6 +40,8 @@ class Family(NamedTuple):
   """
 
   configure: Callable[[Settings], dict[str, Any]]
+  describe: Callable[[TransformerConfig], dict[str, Any]]
+  architecture: str
   prefixes: Sequence[str]
   token_embedding: str
   position_embedding: str
@@ -34,94 +56,39 @@ class Family(NamedTuple):
   ffn_out: str
   per_head: bool
   transposed: bool
+  ffn_gate: str = ""
+  query_norm: str = ""
+  key_norm: str = ""
 
 
-def _gpt2(settings: Settings) -> dict[str, Any]:
-  _require(
-    settings,
-    scale_attn_weights=True,
-    scale_attn_by_inverse_layer_idx=False,
-    add_cross_attention=False,
-  )
-  return {
-    "vocab_size": settings["vocab_size"],
-    "max_length": settings["n_positions"],
-    "num_layers": settings["n_layer"],
-    "width": settings["n_embd"],
-    "num_heads": settings["n_head"],
-    "ffn_width": settings.get("n_inner"),
-    "activation": _activation(settings.get("activation_function", "gelu_new")),
-    "epsilon": settings.get("layer_norm_epsilon", 1e-5),
-    "tied_head": settings.get("tie_word_embeddings", True),
-  }
-
-
-def _opt(settings: Settings) -> dict[str, Any]:
-  _require(
-    settings,
-    do_layer_norm_before=True,  # OPT-350M normalizes after its layers
-    word_embed_proj_dim=settings["hidden_size"],  # and projects its embedding.
-    enable_bias=True,
-    layer_norm_elementwise_affine=True,
-    _remove_final_layer_norm=False,
-  )
-  return {
-    "vocab_size": settings["vocab_size"],
-    "max_length": settings["max_position_embeddings"],
-    "num_layers": settings["num_hidden_layers"],
-    "width": settings["hidden_size"],
-    "num_heads": settings["num_attention_heads"],
-    "ffn_width": settings["ffn_dim"],
-    "activation": _activation(settings.get("activation_function", "relu")),
-    "position_offset": 2,
-    "tied_head": settings.get("tie_word_embeddings", True),
-  }
-
-
-def _gpt_neox(settings: Settings) -> dict[str, Any]:
-  _require(settings, attention_bias=True, rope_scaling=None)
-  rope = settings.get("rope_parameters") or {}  # Since transformers 5; before, names were flat.
-  _require(rope, rope_type="default")
-  fraction = rope.get("partial_rotary_factor", settings.get("rotary_pct", 0.25))
-  return {
-    "vocab_size": settings["vocab_size"],
-    "max_length": settings["max_position_embeddings"],
-    "num_layers": settings["num_hidden_layers"],
-    "width": settings["hidden_size"],
-    "num_heads": settings["num_attention_heads"],
-    "ffn_width": settings["intermediate_size"],
-    "activation": _activation(settings.get("hidden_act", "gelu")),
-    "parallel_residual": settings.get("use_parallel_residual", True),
-    "rotary_fraction": fraction,
-    "rotary_base": float(rope.get("rope_theta", settings.get("rotary_emb_base", 10_000))),
-    "epsilon": settings.get("layer_norm_eps", 1e-5),
-    "tied_head": settings.get("tie_word_embeddings", False),
-  }
-
-
-def _activation(name: str) -> str:
-  ours = {
-    "gelu_new": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu": "gelu",
-    "relu": "relu",
-  }
-  if name not in ours:
-    raise ValueError(f"the activation in config.json must be one of {list(ours)}, got {name!r}")
-  return ours[name]
-
-
-def _require(settings: Settings, **required: Any) -> None:
-  """Raises ``ValueError`` for settings that :class:`Transformer` does not support."""
-  for name, value in required.items():
-    if settings.get(name, value) != value:
-      raise ValueError(f"{name} in config.json must be {value}, got {settings[name]}")
-
+_LLAMA = Family(
+  configure=read_llama,
+  describe=describe_llama,
+  architecture="LlamaForCausalLM",
+  prefixes=("model.",),
+  token_embedding="embed_tokens",
+  position_embedding="",
+  final_norm="norm",
+  head="lm_head",
+  layer="layers.{}.",
+  attention_norm="input_layernorm",
+  qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+  attention_out="self_attn.o_proj",
+  ffn_norm="post_attention_layernorm",
+  ffn_in="mlp.up_proj",
+  ffn_out="mlp.down_proj",
+  per_head=False,
+  transposed=True,
+  ffn_gate="mlp.gate_proj",
+  query_norm="self_attn.q_norm",
+  key_norm="self_attn.k_norm",
+)
 
 FAMILIES = {
   "gpt2": Family(
-    configure=_gpt2,
+    configure=read_gpt2,
+    describe=describe_gpt2,
+    architecture="GPT2LMHeadModel",
     prefixes=("transformer.",),
     token_embedding="wte",
     position_embedding="wpe",
@@ -138,7 +105,9 @@ FAMILIES = {
     transposed=False,
   ),
   "opt": Family(
-    configure=_opt,
+    configure=read_opt,
+    describe=describe_opt,
+    architecture="OPTForCausalLM",
     prefixes=("model.", "decoder."),
     token_embedding="embed_tokens",
     position_embedding="embed_positions",
@@ -155,7 +124,9 @@ FAMILIES = {
     transposed=True,
   ),
   "gpt_neox": Family(
-    configure=_gpt_neox,
+    configure=read_gpt_neox,
+    describe=describe_gpt_neox,
+    architecture="GPTNeoXForCausalLM",
     prefixes=("gpt_neox.",),
     token_embedding="embed_in",
     position_embedding="",
@@ -170,5 +141,19 @@ FAMILIES = {
     ffn_out="mlp.dense_4h_to_h",
     per_head=True,
     transposed=True,
+  ),
+  "llama": _LLAMA,
+  "mistral": _LLAMA._replace(
+    configure=read_mistral, describe=describe_mistral, architecture="MistralForCausalLM"
+  ),
+  "qwen2": _LLAMA._replace(
+    configure=read_qwen2, describe=describe_qwen2, architecture="Qwen2ForCausalLM"
+  ),
+  "qwen3": _LLAMA._replace(
+    configure=read_qwen3, describe=describe_qwen3, architecture="Qwen3ForCausalLM"
+  ),
+  "smollm": _LLAMA._replace(architecture=""),  # SmolLM says llama.
+  "smollm3": _LLAMA._replace(
+    configure=read_smollm3, describe=describe_smollm3, architecture="SmolLM3ForCausalLM"
   ),
 }

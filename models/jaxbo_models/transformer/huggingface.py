@@ -1,47 +1,60 @@
-"""Loads GPT-2, OPT and GPT-NeoX weights from local folders in the Hugging Face hub's format."""
+"""Loads language models from local folders in the Hugging Face hub's format."""
 
+import dataclasses
 import functools
 import json
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
+import jax.typing
 import numpy as np
 
 from jaxbo_models.transformer.config import TransformerConfig
 from jaxbo_models.transformer.families import FAMILIES, Family
+from jaxbo_models.transformer.layout import block_places, insert, outer_places
 from jaxbo_models.transformer.model import Transformer
+from jaxbo_models.transformer.settings import ReadSettings, Settings, refuse
 
 
 def from_safetensors(
-  path: str | pathlib.Path, **overrides: Any
+  path: str | pathlib.Path,
+  *,
+  param_dtype: jax.typing.DTypeLike = jnp.float32,
+  ignore: Collection[str] = (),
+  **overrides: Any,
 ) -> tuple[Transformer, dict[str, Any]]:
-  """Loads a GPT-2, OPT or GPT-NeoX (Pythia) language model from a local folder.
+  """Loads a language model from a local folder.
 
-  The folder has the layout of the Hugging Face hub: ``config.json`` and either
-  ``model.safetensors``, or shards and ``model.safetensors.index.json``. Nothing is downloaded.
-  Install ``jaxbo-models[huggingface]`` for the package safetensors.
+  The model is of the family GPT-2, OPT, GPT-NeoX (Pythia), Llama, Mistral, Qwen2, Qwen3, SmolLM or
+  SmolLM3. The folder has the layout of the Hugging Face hub: ``config.json`` and either
+  ``model.safetensors`` (which is read if both are there), or shards and
+  ``model.safetensors.index.json``. Nothing is downloaded. Install ``jaxbo-models[huggingface]``
+  for the package safetensors.
 
   >>> model, params = from_safetensors("pythia-70m", dtype=jnp.bfloat16)  # doctest: +SKIP
 
   Weights of any dtype become float32. Loading needs memory for one copy of the model and a second
-  copy of one stack of layers.
+  copy of one stack of layers. If ``config.json`` says that the head is the embedding, and the
+  folder has another head, then the model has that head, as in transformers.
 
   Args:
     path: the folder.
+    param_dtype: dtype of the parameters, such as bfloat16 for weights that are not trained.
+    ignore: settings of ``config.json`` that you know to be of no effect. Settings that this
+      function does not know are refused.
     **overrides: fields of :class:`TransformerConfig` that change how the model computes: ``dtype``,
-      ``remat``, ``unroll``, ``attention``.
+      ``remat``, ``unroll``, ``attention``; and ``max_length``, which crops learned positions.
 
   Returns:
     The model and its parameters, for ``model.apply({"params": params}, tokens, mask)``.
 
   Raises:
     FileNotFoundError: the folder has no configuration or no safetensors.
-    ValueError: :class:`Transformer` does not support the model (for example OPT-350M), a file is
-      broken, or a tensor is missing, is unknown, or does not have the shape that the configuration
-      implies.
+    ValueError: :class:`Transformer` does not support the model (for example OPT-350M) or a setting
+      of it, a file is broken, or a tensor is missing, is unknown, or does not have the shape that
+      the configuration implies.
   """
   path = pathlib.Path(path)
   settings = _read_json(path / "config.json")
@@ -50,16 +63,33 @@ def from_safetensors(
     raise ValueError(f"model_type must be one of {list(FAMILIES)}, got {model_type!r} in {path}")
   family = FAMILIES[model_type]
   try:
-    fields = family.configure(settings)
+    fields = read_fields(family, settings, ignore)
   except KeyError as error:
     raise ValueError(f"config.json must have {error.args[0]}, got none in {path}") from error
-  config = TransformerConfig(**(fields | overrides))
-  tensors = _Tensors(path, family.prefixes)
-  params = _params(tensors, family, config)
-  tensors.check_all_read(config.tied_head, family.head)
+  for name, value in fields.items():
+    if value is None and name not in _OPTIONAL:
+      raise ValueError(f"config.json must have what says {name}, got null in {path}")
+  stored = TransformerConfig(**(fields | overrides | {"max_length": fields["max_length"]}))
+  tensors = _Tensors(path, family)
+  if stored.tied_head and tensors.has_another_head():
+    stored = dataclasses.replace(stored, tied_head=False)
+  config = dataclasses.replace(stored, max_length=overrides.get("max_length", stored.max_length))
+  params = _params(tensors, family, stored, param_dtype)
+  _crop_positions(params, stored, config)
+  tensors.check_all_read()
   return Transformer(config), params
 
 
+def read_fields(family: Family, settings: Settings, ignore: Collection[str] = ()) -> dict[str, Any]:
+  """The fields of :class:`TransformerConfig` in ``config.json``; refuses settings not known."""
+  noted = ReadSettings(settings)
+  refuse(noted, "is_encoder_decoder", "add_cross_attention", "pruned_heads")
+  fields = family.configure(noted)
+  noted.check_all_read(ignore)
+  return fields
+
+
+_OPTIONAL = ("num_kv_heads", "head_width", "ffn_width", "rotary_scaling", "window")
 # Constants that some versions of transformers saved with the weights.
 _BUFFERS = (
   ".attn.bias",
@@ -73,14 +103,15 @@ _BUFFERS = (
 class _Tensors:
   """The tensors in a folder by their names without prefix; each can be read once."""
 
-  def __init__(self, path: pathlib.Path, prefixes: Sequence[str]):
+  def __init__(self, path: pathlib.Path, family: Family):
     from safetensors import SafetensorError, safe_open
 
     index = path / "model.safetensors.index.json"
     files = ["model.safetensors"]
-    if index.exists():
+    if index.exists() and not (path / files[0]).exists():  # A single file comes first.
       files = sorted(set(_read_json(index)["weight_map"].values()))
     self._path = path
+    self._embedding, self._head = f"{family.token_embedding}.weight", f"{family.head}.weight"
     self._unread: dict[str, Callable[[], Any]] = {}
     for file in files:
       # Read JAX arrays, because NumPy has no bfloat16.
@@ -90,86 +121,77 @@ class _Tensors:
         raise ValueError(f"{path / file} is not a whole file of safetensors: {error}") from error
       names = opened.keys()
       for name in names:
-        short = functools.reduce(str.removeprefix, prefixes, name)
+        short = functools.reduce(str.removeprefix, family.prefixes, name)
         self._unread[short] = functools.partial(opened.get_tensor, name)
 
-  def read(self, name: str, *shape: int) -> np.ndarray:
-    """Returns the tensor in float32; raises ``ValueError`` if it does not have this shape."""
+  def read(self, name: str, shape: Sequence[int]) -> np.ndarray:
+    """Returns the tensor; raises ``ValueError`` if it does not have this shape."""
     if name not in self._unread:
       raise ValueError(f"{self._path} has no tensor {name}")
-    tensor = np.asarray(self._unread.pop(name)(), np.float32)
+    tensor = np.asarray(self._unread.pop(name)())
     if tensor.shape != shape:
       raise ValueError(
         f"{name} must have the shape {shape} by config.json, got {tensor.shape} in {self._path}"
       )
     return tensor
 
-  def check_all_read(self, tied_head: bool, head: str) -> None:
-    """Raises ``ValueError`` if tensors are unread, except constants and a tied head."""
+  def has_another_head(self) -> bool:
+    """Whether there is a head that is not the embedding; one that is need not be read."""
+    if self._head not in self._unread:
+      return False
+    head = self._unread[self._head]
+    if self._embedding not in self._unread:  # Either may be saved in the name of both.
+      self._unread[self._embedding] = self._unread.pop(self._head)
+      return False
+    if np.array_equal(head(), self._unread[self._embedding]()):
+      del self._unread[self._head]
+      return False
+    return True
+
+  def check_all_read(self) -> None:
+    """Raises ``ValueError`` if tensors are unread, except constants."""
     for name in self._unread:
-      if not (name.endswith(_BUFFERS) or (tied_head and name == f"{head}.weight")):
+      if not name.endswith(_BUFFERS):
         raise ValueError(f"{self._path} has an unknown tensor {name}")
 
 
-def _params(tensors: _Tensors, family: Family, config: TransformerConfig) -> dict[str, Any]:
-  width, ffn_width = config.width, config.ffn_width or 4 * config.width
+def _params(
+  tensors: _Tensors,
+  family: Family,
+  config: TransformerConfig,
+  dtype: jax.typing.DTypeLike,
+) -> dict[str, Any]:
+  params: dict[str, Any] = {}
+  for place in outer_places(family, config):
+    read = [tensors.read(name, place.tensor_shape) for name in place.names]
+    insert(params, place.path, jnp.asarray(place.ours(read), dtype))
+  for place in block_places(family, config):
+    layers = [
+      place.ours(
+        [
+          tensors.read(family.layer.format(layer) + name, place.tensor_shape)
+          for name in place.names
+        ]
+      )
+      for layer in range(config.num_layers)
+    ]
+    insert(params, ("blocks", *place.path), jnp.asarray(np.stack(layers), dtype))
+  return params
 
-  def kernel(name: str, inputs: int, outputs: int) -> np.ndarray:
-    if family.transposed:
-      return tensors.read(f"{name}.weight", outputs, inputs).T
-    return tensors.read(f"{name}.weight", inputs, outputs)
 
-  def norm(name: str) -> dict[str, np.ndarray]:
-    return {
-      "scale": tensors.read(f"{name}.weight", width),
-      "bias": tensors.read(f"{name}.bias", width),
-    }
-
-  def dense(name: str, inputs: int, outputs: int) -> dict[str, np.ndarray]:
-    return {
-      "kernel": kernel(name, inputs, outputs),
-      "bias": tensors.read(f"{name}.bias", outputs),
-    }
-
-  def split(x: np.ndarray) -> np.ndarray:
-    """Splits outputs into queries, keys and values, and each of these into heads."""
-    if family.per_head:
-      return x.reshape(*x.shape[:-1], config.num_heads, 3, config.head_dim).swapaxes(-3, -2)
-    return x.reshape(*x.shape[:-1], 3, config.num_heads, config.head_dim)
-
-  def qkv(layer: str) -> dict[str, np.ndarray]:
-    outputs = 3 * width // len(family.qkv)
-    parts = [dense(layer + name, width, outputs) for name in family.qkv]
-    return jax.tree.map(lambda *leaves: split(np.concatenate(leaves, axis=-1)), *parts)
-
-  def attention_out(layer: str) -> dict[str, np.ndarray]:
-    out = dense(layer + family.attention_out, width, width)
-    return out | {"kernel": out["kernel"].reshape(config.num_heads, config.head_dim, width)}
-
-  def stack(read: Callable[[str], dict[str, np.ndarray]]) -> dict[str, jax.Array]:
-    layers = [read(family.layer.format(i)) for i in range(config.num_layers)]
-    return jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *layers)
-
-  params: dict[str, Any] = {
-    "token_embedding": tensors.read(f"{family.token_embedding}.weight", config.vocab_size, width),
-    "blocks": {
-      "attention_norm": stack(lambda layer: norm(layer + family.attention_norm)),
-      "qkv": stack(qkv),
-      "attention_out": stack(attention_out),
-      "ffn_norm": stack(lambda layer: norm(layer + family.ffn_norm)),
-      "ffn_in": stack(lambda layer: dense(layer + family.ffn_in, width, ffn_width)),
-      "ffn_out": stack(lambda layer: dense(layer + family.ffn_out, ffn_width, width)),
-    },
-    "final_norm": norm(family.final_norm),
-  }
-  if not config.rotary_fraction:
-    num_rows = config.position_offset + config.max_length
-    name = f"{family.position_embedding}.weight"
-    params["position_embedding"] = tensors.read(name, num_rows, width)
-  if not config.tied_head:
-    # The head is a Linear in every family, so its kernel is [outputs, inputs].
-    params["head"] = {"kernel": tensors.read(f"{family.head}.weight", config.vocab_size, width).T}
-  return jax.tree.map(jnp.asarray, params)
+def _crop_positions(
+  params: dict[str, Any], stored: TransformerConfig, config: TransformerConfig
+) -> None:
+  """Leaves out the learned positions from ``max_length`` on."""
+  if stored.rotary_fraction:
+    return
+  if config.max_length > stored.max_length:
+    raise ValueError(
+      f"max_length must be at most {stored.max_length}, the learned positions; got "
+      f"{config.max_length}"
+    )
+  num_rows = config.position_offset + config.max_length
+  params["position_embedding"] = params["position_embedding"][:num_rows]
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:

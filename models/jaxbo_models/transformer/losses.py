@@ -1,5 +1,7 @@
 """Next-token losses of tokens and of sequences."""
 
+import functools
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,16 +12,32 @@ import optax
 
 from jaxbo_models.batch_loss import BatchLoss
 
+IGNORED = -100  # The label of what is not a target, as in PyTorch and transformers.
+# What transformers calls the keys of a batch: refused, not ignored.
+_THEIR_NAMES = {
+  "input_ids": "tokens",
+  "attention_mask": "mask",
+  "position_ids": "positions",
+  "seq_idx": "segment_ids",
+}
+
 
 def token_losses(
-  logits: jax.Array, tokens: jax.Array, mask: jax.Array | None = None
+  logits: jax.Array,
+  tokens: jax.Array,
+  mask: jax.Array | None = None,
+  *,
+  loss_mask: jax.Array | None = None,
+  labels: jax.Array | None = None,
+  segment_ids: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   r"""The cross-entropy of each token given the tokens before it.
 
   .. math:: \ell_t = -\log \mathrm{softmax}(z_t)_{u_{t + 1}}, \qquad t = 0, \dots, T - 2
 
   A target counts if it is a real token and the token before it is real, too. So the first real
-  token never counts, with or without padding on the left.
+  token never counts, with or without padding on the left. In a packed row a target counts if the
+  token before it is of the same segment, too. ``loss_mask`` and ``labels`` choose among them.
 
   >>> logits, tokens = jnp.zeros((1, 4, 8)), jnp.array([[3, 1, 4, 0]])
   >>> losses, weights = token_losses(logits, tokens, jnp.array([[True, True, True, False]]))
@@ -28,21 +46,42 @@ def token_losses(
   >>> weights
   Array([[1., 1., 0.]], dtype=float32)
 
+  The loss on a response of two tokens, given a prompt of two:
+
+  >>> response = jnp.array([[False, False, True, True]])
+  >>> token_losses(logits, tokens, loss_mask=response)[1]
+  Array([[0., 1., 1.]], dtype=float32)
+
   Args:
     logits: ``[batch, length, vocab_size]``; values at padding are ignored.
     tokens: ``[batch, length]``, integers.
     mask: ``[batch, length]``, bool: True for real tokens, False for padding; None if all are real.
+    loss_mask: ``[batch, length]``, bool: True for tokens that are targets. None if all are.
+    labels: ``[batch, length]``, integers, as transformers has them, in the place of ``loss_mask``:
+      the target in each place, or -100 for none. The labels are not shifted: ``labels[:, t]`` is
+      what ``tokens[:, t]`` should be. A label outside the vocabulary makes a loss NaN.
+    segment_ids: ``[batch, length]``, integers: the document of each token in a packed row. None if
+      each row is one document.
 
   Returns:
     The losses and their weights, both ``[batch, length - 1]`` in float32 at least. Targets that
     count have weight 1; the others have weight 0 and loss 0.
+
+  Raises:
+    ValueError: both ``loss_mask`` and ``labels`` are given, or an argument has another shape or
+      dtype.
   """
-  logits, targets = logits[:, :-1], tokens[:, 1:]
+  counts = _targets(tokens, mask, loss_mask, labels, segment_ids)
+  targets = (tokens if labels is None else labels)[:, 1:]
+  logits = logits[:, :-1]
   logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-  counts = _targets(tokens, mask)
-  if mask is not None:
-    # Mask before the loss, too: masking only after it can make the gradient 0 * NaN.
-    logits, targets = jnp.where(counts[:, :, None], logits, 0), jnp.where(counts, targets, 0)
+  if labels is not None:
+    targets = jnp.where(targets < 0, logits.shape[-1], targets)  # Negative ids would wrap around.
+  if counts is None:
+    losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, targets)
+    return losses, jnp.ones_like(losses)
+  # Mask before the loss, too: masking only after it can make the gradient 0 * NaN.
+  logits, targets = jnp.where(counts[:, :, None], logits, 0), jnp.where(counts, targets, 0)
   losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, targets)
   return jnp.where(counts, losses, 0), counts.astype(losses.dtype)
 
@@ -59,37 +98,77 @@ def sequence_losses(model: nn.Module, reduction: str = "mean") -> BatchLoss:
   (2,)
 
   Args:
-    model: a :class:`Transformer`, or any module that maps tokens and a mask to logits.
-    reduction: ``"mean"`` or ``"sum"`` over the real tokens that follow a real token. With the mean,
-      long sequences do not get large losses because of their length.
+    model: a :class:`Transformer`, or any module that maps tokens and a mask to logits (and takes
+      ``positions`` and ``segment_ids`` by name, if the batch has them).
+    reduction: ``"mean"`` or ``"sum"`` over the targets that count. With the mean, long sequences do
+      not get large losses because of their length.
 
   Returns:
     A function ``(params, batch) -> losses``, ``[batch]`` in float32 at least. The batch holds
-    ``"tokens" [batch, length]`` and, if there is padding, ``"mask" [batch, length]``. A sequence
+    ``"tokens" [batch, length]`` and, all of the same shape, what it needs of: ``"mask"``, False at
+    padding; ``"loss_mask"`` or ``"labels"``, the targets (see :func:`token_losses`);
+    ``"segment_ids"`` and ``"positions"`` of packed rows (see :class:`Transformer`). A sequence
     without a target has loss 0, and does not count where losses are reweighted
     (``loss_fn.example_mask``).
 
   Raises:
-    ValueError: ``reduction`` is unknown.
+    ValueError: ``reduction`` is unknown. The function raises it for a batch with both
+      ``"loss_mask"`` and ``"labels"``, or with transformers' names of the keys.
   """
   if reduction not in ("mean", "sum"):
     raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
 
   def loss_fn(params: Any, batch: Mapping[str, Any]) -> jax.Array:
     tokens, mask = batch["tokens"], batch.get("mask")
-    logits: Any = model.apply({"params": params}, tokens, mask)
-    losses, weights = token_losses(logits, tokens, mask)
+    packed = {name: batch[name] for name in ("positions", "segment_ids") if name in batch}
+    logits: Any = model.apply({"params": params}, tokens, mask, **packed)
+    losses, weights = token_losses(logits, tokens, mask, **_choice(batch))
     total = jnp.sum(losses, axis=1)
     return total if reduction == "sum" else total / jnp.maximum(jnp.sum(weights, axis=1), 1)
 
   def example_mask(batch: Mapping[str, Any]) -> jax.Array:
-    return jnp.any(_targets(batch["tokens"], batch.get("mask")), axis=1)
+    tokens = batch["tokens"]
+    counts = _targets(tokens, batch.get("mask"), **_choice(batch))
+    return jnp.any(jnp.ones_like(tokens[:, 1:], bool) if counts is None else counts, axis=1)
 
   return BatchLoss(loss_fn, example_mask)
 
 
-def _targets(tokens: jax.Array, mask: jax.Array | None) -> jax.Array:
-  """Which tokens after the first are targets, ``[batch, length - 1]``."""
-  if mask is None:
-    return jnp.ones_like(tokens[:, 1:], bool)
-  return mask[:, 1:] & mask[:, :-1]
+def _choice(batch: Mapping[str, Any]) -> dict[str, Any]:
+  """What chooses the targets of a batch."""
+  for theirs, ours in _THEIR_NAMES.items():
+    if theirs in batch:
+      raise ValueError(f"batch must have {ours!r} in the place of {theirs!r}, got {list(batch)}")
+  return {name: batch.get(name) for name in ("loss_mask", "labels", "segment_ids")}
+
+
+def _targets(
+  tokens: jax.Array,
+  mask: jax.Array | None,
+  loss_mask: jax.Array | None,
+  labels: jax.Array | None,
+  segment_ids: jax.Array | None,
+) -> jax.Array | None:
+  """Which tokens after the first are targets, ``[batch, length - 1]``; None if all are."""
+  if loss_mask is not None and labels is not None:
+    raise ValueError("loss_mask and labels must not both be given: each says what the targets are")
+  for name, value, kind in (
+    ("loss_mask", loss_mask, jnp.bool_),
+    ("labels", labels, jnp.integer),
+    ("segment_ids", segment_ids, jnp.integer),
+  ):
+    if value is not None and (value.shape != tokens.shape or not jnp.issubdtype(value.dtype, kind)):
+      raise ValueError(
+        f"{name} must be {'bool' if kind is jnp.bool_ else 'integers'} of the shape of tokens, "
+        f"{tokens.shape}, got {value.dtype} of shape {value.shape}"
+      )
+  conditions: list[jax.Array] = []
+  if mask is not None:
+    conditions.append(mask[:, 1:] & mask[:, :-1])
+  if loss_mask is not None:
+    conditions.append(loss_mask[:, 1:])
+  if labels is not None:
+    conditions.append(labels[:, 1:] != IGNORED)
+  if segment_ids is not None:
+    conditions.append(segment_ids[:, 1:] == segment_ids[:, :-1])
+  return functools.reduce(operator.and_, conditions) if conditions else None
