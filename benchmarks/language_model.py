@@ -2,6 +2,7 @@
 
   PYTHONPATH=.:models python3 -m benchmarks.language_model          (a smoke test, seconds on a CPU)
   ... --preset gpt2 --save benchmarks/results/language_model_gpt2   (124M parameters, for a GPU)
+  ... --preset gpt2 --batch 32 --sweep                              (what each option is worth)
 
 One step of training on random tokens: the gradient of the sequences' losses, their mean ("plain")
 or reweighted by IR-DRO ("reweighted"), and AdamW; parameters in float32. *ms* is the median over
@@ -66,10 +67,16 @@ class Config:
   """Of products and activations."""
   attention: Literal["xla", "cudnn"] | None = None
   """The implementation of attention; jax chooses by default."""
-  remat: bool = False
-  """Recompute blocks in the backward pass."""
+  remat: Literal["no", "all", "dots_saveable", "dots_with_no_batch_dims_saveable"] = "no"
+  """What of a block the backward pass computes again: all, or all but (some) products."""
   unroll: int = 1
   """Blocks in one step of the scan over blocks."""
+  chunk_length: int | None = None
+  """At how many positions logits exist at a time; by default at all."""
+  cast_once: bool = False
+  """Cast kernels once a step, not in each block and pass."""
+  sweep: bool = False
+  """Measure these settings, then with one option after another, each with those before it."""
   rounds: int = 11
   """Turns of each program."""
   calls: int = 5
@@ -95,9 +102,25 @@ class Config:
       PRESETS[self.preset],
       dtype=getattr(jnp, self.dtype),
       attention=self.attention,
-      remat=self.remat,
+      remat={"no": False, "all": True}.get(self.remat, self.remat),
       unroll=self.unroll,
     )
+
+  def variants(self) -> dict[str, "Config"]:
+    """What is measured, by name."""
+    if not self.sweep:
+      return {"": self}
+    options: dict[str, dict[str, Any]] = {
+      "as given": {},
+      "losses in chunks": {"chunk_length": 128},
+      "blocks unrolled": {"unroll": PRESETS[self.preset].num_layers},
+      "kernels cast once": {"cast_once": True},
+      "products kept, the rest computed again": {"remat": "dots_with_no_batch_dims_saveable"},
+    }
+    variants, config = {}, self
+    for name, changes in options.items():
+      variants[name] = config = dataclasses.replace(config, **changes)
+    return variants
 
 
 def flops_per_token(config: transformer.TransformerConfig, params: Any, length: int) -> int:
@@ -124,12 +147,24 @@ def plain_step(loss_fn: Any, params: Any, state: Any, batch: Any) -> Any:
   return optax.apply_updates(params, updates), state, loss
 
 
-def make_steps(config: transformer.TransformerConfig, size: int, length: int) -> dict[str, Step]:
+def cast_kernels(params: Any, dtype: Any) -> Any:
+  """Parameters with the kernels in ``dtype``, as each layer would cast them."""
+  is_kernel = lambda path: path[-1].key == "kernel"
+  return jax.tree.map_with_path(
+    lambda p, leaf: leaf.astype(dtype) if is_kernel(p) else leaf, params
+  )
+
+
+def make_steps(config: Config, length: int) -> dict[str, Step]:
   """Both programs with their arguments; the plain one is the first."""
-  model = transformer.Transformer(config)
-  tokens = jax.random.randint(jax.random.key(1), (size, length), 0, config.vocab_size)
+  model = transformer.Transformer(config.model())
+  size, vocab_size = (config.batch, length), model.config.vocab_size
+  tokens = jax.random.randint(jax.random.key(1), size, 0, vocab_size)
   params = jax.jit(model.init)(jax.random.key(0), tokens[:1])["params"]
-  loss_fn = transformer.sequence_losses(model)
+  loss_fn: Any = transformer.sequence_losses(model, chunk_length=config.chunk_length)
+  if config.cast_once:
+    uncast = loss_fn
+    loss_fn = lambda params, batch: uncast(cast_kernels(params, model.config.dtype), batch)
   tx = optax.chain(jaxbo.reweight(jaxbo.dro.kl(0.5)), OPTIMIZER)
   plain = jax.jit(functools.partial(plain_step, loss_fn))
   reweighted = jax.jit(functools.partial(robust_step, loss_fn, tx))
@@ -148,25 +183,26 @@ def peak_flops(given: float | None) -> float:
 
 
 def table(
-  steps: dict[str, Step], per_token: int, num_tokens: int, config: Config
+  name: str, steps: dict[str, Step], per_token: int, num_tokens: int, config: Config
 ) -> list[dict[str, Any]]:
-  """A row for each program; the first is the baseline."""
+  """A row for each program of the variant ``name``; the first is the baseline."""
   compiled = {name: step.fn.lower(*step.args).compile() for name, step in steps.items()}
   programs = {name: functools.partial(compiled[name], *step.args) for name, step in steps.items()}
   timings = measure.time_together(programs, config.rounds, config.calls)
   rows = []
-  for name, timing in timings.items():
+  for step, timing in timings.items():
     flops = num_tokens * per_token / timing.seconds
     rows.append(
       {
-        "step": name,
+        **({"variant": name} if config.sweep else {}),
+        "step": step,
         "ms": 1e3 * timing.seconds,
         "x plain": timing.ratio,
         "spread": timing.spread,
         "tokens/s": num_tokens / timing.seconds,
         "Tflop/s": flops / 1e12,
         "MFU": flops / peak_flops(config.peak),
-        "temp. MiB": measure.temporary_bytes(compiled[name]) / 2**20,
+        "temp. MiB": measure.temporary_bytes(compiled[step]) / 2**20,
       }
     )
   return rows
@@ -177,18 +213,21 @@ def main(config: Config) -> None:
   config.check()
   model = config.model()
   length = config.length or min(model.max_length, 1024)
-  steps = make_steps(model, config.batch, length)
-  params = steps[PLAIN].args[0]
-  per_token = flops_per_token(model, params, length)
-  rows = table(steps, per_token, config.batch * length, config)
-  num_parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
-  cells = [[row["step"], *(number(value) for value in list(row.values())[1:])] for row in rows]
+  rows, per_token, num_parameters = list[dict[str, Any]](), 0, 0
+  for name, variant in config.variants().items():
+    steps = make_steps(variant, length)
+    params = steps[PLAIN].args[0]
+    num_parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
+    per_token = flops_per_token(model, params, length)
+    rows += table(name, steps, per_token, config.batch * length, variant)
+  text_of = lambda value: value if isinstance(value, str) else number(value)
+  cells = [[*map(text_of, row.values())] for row in rows]
   settings = {**dataclasses.asdict(config), "length": length, "save": None}
   text = (
     f"# Training a language model\n\n{config.preset}, {num_parameters:,} parameters, "
     f"{config.dtype}, batches of {config.batch} x {length} tokens, "
     f"attention {config.attention or 'by default'}, "
-    f"{'with' if config.remat else 'without'} remat, unroll {config.unroll}; "
+    f"remat {config.remat}, unroll {config.unroll}, chunks {config.chunk_length or 'no'}; "
     f"{number(per_token / 1e6)} Mflop a token, peak {number(peak_flops(config.peak) / 1e12)} "
     f"Tflop/s. Hardware: {hardware()}.\n\n{markdown(list(rows[0]), cells)}\n"
   )

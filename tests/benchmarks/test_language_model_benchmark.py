@@ -21,8 +21,7 @@ WIDE = {"vocab_size": 512, "max_length": 64, "num_layers": 3, "width": 128, "num
 
 @pytest.fixture(scope="module")
 def steps():
-  config = Config(batch=4, length=32).model()
-  return language_model.make_steps(config, size=4, length=32)
+  return language_model.make_steps(Config(batch=4, length=32), 32)
 
 
 @pytest.mark.parametrize("family", [transformer.gpt2, transformer.opt, transformer.pythia])
@@ -54,6 +53,21 @@ def test_both_programs_train_on_the_same_losses_and_differ_in_their_weights(step
   assert all(jax.tree.leaves(differs))
   flops = {n: measure.count_flops(s.fn, *s.args, while_steps=0) for n, s in steps.items()}
   assert flops[REWEIGHTED] >= flops[PLAIN] > 0
+
+
+def test_the_options_of_a_sweep_change_what_a_step_costs_and_not_what_it_does(steps):
+  """In float32, where nothing is rounded in another place."""
+  variants = Config(batch=4, length=32, dtype="float32", sweep=True).variants()
+  assert len(variants) == 5
+  first, last = (
+    language_model.make_steps(variants[n], 32)[REWEIGHTED]
+    for n in ("as given", "products kept, the rest computed again")
+  )
+  (params, _, loss), (expected_params, _, expected_loss) = last(), first()
+  np.testing.assert_allclose(loss, expected_loss, rtol=1e-6)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-6), params, expected_params)
+  assert "f32[4,32,257]" in str(jax.make_jaxpr(first.fn)(*first.args))
+  assert "f32[4,32,257]" not in str(jax.make_jaxpr(last.fn)(*last.args))
 
 
 def test_the_command_prints_and_saves(tmp_path, capsys, monkeypatch, steps):

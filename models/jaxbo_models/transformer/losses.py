@@ -2,7 +2,7 @@
 
 import functools
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import optax
 
 from jaxbo_models.batch_loss import BatchLoss
+from jaxbo_models.transformer.chunked import chunked_cross_entropy
+from jaxbo_models.transformer.model import Transformer, head_of
 
 IGNORED = -100  # The label of what is not a target, as in PyTorch and transformers.
 # What transformers calls the keys of a batch: refused, not ignored.
@@ -71,22 +73,33 @@ def token_losses(
     ValueError: both ``loss_mask`` and ``labels`` are given, or an argument has another shape or
       dtype.
   """
-  counts = _targets(tokens, mask, loss_mask, labels, segment_ids)
-  targets = (tokens if labels is None else labels)[:, 1:]
-  logits = logits[:, :-1]
   logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-  if labels is not None:
-    targets = jnp.where(targets < 0, logits.shape[-1], targets)  # Negative ids would wrap around.
+  counts = _targets(tokens, mask, loss_mask, labels, segment_ids)
+  targets = tokens if labels is None else jnp.where(labels < 0, logits.shape[-1], labels)
+  cross_entropy = optax.losses.softmax_cross_entropy_with_integer_labels  # -1 would be the last.
+  return _counted(cross_entropy, logits, targets, counts)
+
+
+def _counted(
+  cross_entropy: Callable[[jax.Array, jax.Array], jax.Array],
+  outputs: jax.Array,
+  targets: jax.Array,
+  counts: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+  """The losses of outputs that predict the next target, and their weights."""
+  outputs, targets = outputs[:, :-1], targets[:, 1:]
   if counts is None:
-    losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, targets)
+    losses = cross_entropy(outputs, targets)
     return losses, jnp.ones_like(losses)
   # Mask before the loss, too: masking only after it can make the gradient 0 * NaN.
-  logits, targets = jnp.where(counts[:, :, None], logits, 0), jnp.where(counts, targets, 0)
-  losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, targets)
+  outputs, targets = jnp.where(counts[:, :, None], outputs, 0), jnp.where(counts, targets, 0)
+  losses = cross_entropy(outputs, targets)
   return jnp.where(counts, losses, 0), counts.astype(losses.dtype)
 
 
-def sequence_losses(model: nn.Module, reduction: str = "mean") -> BatchLoss:
+def sequence_losses(
+  model: nn.Module, reduction: str = "mean", *, chunk_length: int | None = None
+) -> BatchLoss:
   """Makes a function that returns one loss for each sequence, for ``jaxbo.per_example_grad``.
 
   >>> from jaxbo_models import transformer
@@ -102,6 +115,9 @@ def sequence_losses(model: nn.Module, reduction: str = "mean") -> BatchLoss:
       ``positions`` and ``segment_ids`` by name, if the batch has them).
     reduction: ``"mean"`` or ``"sum"`` over the targets that count. With the mean, long sequences do
       not get large losses because of their length.
+    chunk_length: at how many positions of all sequences logits exist at a time; None for all. A
+      few hundred save most of the memory of a step with a large vocabulary, for one more product
+      with the head. Needs a :class:`Transformer`; such losses have no forward-mode derivatives.
 
   Returns:
     A function ``(params, batch) -> losses``, ``[batch]`` in float32 at least. The batch holds
@@ -112,17 +128,31 @@ def sequence_losses(model: nn.Module, reduction: str = "mean") -> BatchLoss:
     (``loss_fn.example_mask``).
 
   Raises:
-    ValueError: ``reduction`` is unknown. The function raises it for a batch with both
+    TypeError: ``chunk_length`` is given for another model than a :class:`Transformer`.
+    ValueError: ``reduction`` is unknown, or ``chunk_length`` is below 1. The function raises it for
+      a batch with both
       ``"loss_mask"`` and ``"labels"``, or with transformers' names of the keys.
   """
   if reduction not in ("mean", "sum"):
     raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
+  if chunk_length is not None and chunk_length < 1:
+    raise ValueError(f"chunk_length must be at least 1, got {chunk_length}")
+  if chunk_length is not None and not isinstance(model, Transformer):
+    raise TypeError(f"model must be a Transformer with chunk_length, got {type(model).__name__}")
 
   def loss_fn(params: Any, batch: Mapping[str, Any]) -> jax.Array:
     tokens, mask = batch["tokens"], batch.get("mask")
     packed = {name: batch[name] for name in ("positions", "segment_ids") if name in batch}
-    logits: Any = model.apply({"params": params}, tokens, mask, **packed)
-    losses, weights = token_losses(logits, tokens, mask, **_choice(batch))
+    apply: Any = functools.partial(model.apply, {"params": params}, tokens, mask, **packed)
+    if chunk_length is None:
+      losses, weights = token_losses(apply(), tokens, mask, **_choice(batch))
+    else:
+      counts = _targets(tokens, mask, **_choice(batch))
+      hidden = apply(return_hidden=True)
+      head = head_of(params).astype(hidden.dtype)
+      chunked = functools.partial(chunked_cross_entropy, chunk_length=chunk_length)
+      cross_entropy = lambda h, targets: chunked(h, head, targets)
+      losses, weights = _counted(cross_entropy, hidden, batch.get("labels", tokens), counts)
     total = jnp.sum(losses, axis=1)
     return total if reduction == "sum" else total / jnp.maximum(jnp.sum(weights, axis=1), 1)
 

@@ -92,6 +92,7 @@ class Transformer(nn.Module):
     positions: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
     cache: Cache | None = None,
+    return_hidden: bool = False,
   ) -> Any:
     """Returns the logits ``[batch, length, vocab_size]``, in float32 at least.
 
@@ -108,6 +109,8 @@ class Transformer(nn.Module):
         attend only to tokens with the same id. None if each row is one document, and with a cache.
       cache: a cache from :func:`empty_cache`. The first call gives it the prompts, which end in
         the last place; each later call one token in each row, with its position.
+      return_hidden: whether to return, in the place of the logits, what the head is multiplied by
+        (:func:`head_of`): ``[batch, length, width]`` in ``dtype``.
 
     Returns:
       The logits; with a cache, those of the last token alone, ``[batch, vocab_size]``, and the
@@ -145,6 +148,8 @@ class Transformer(nn.Module):
       sight = find_cached_sight(start, tokens.shape[1], config.window, cache.real)
     x, layers = _blocks(config)(x.astype(config.dtype), sight, rotation, _kinds(config), layers)
     x = norm(config, "final_norm")(x if cache is None else x[:, -1])
+    if return_hidden:
+      return x
     if config.tied_head:
       logits = jnp.dot(x, embedding.astype(config.dtype).T)
     else:
@@ -156,6 +161,11 @@ class Transformer(nn.Module):
 
   def _table(self, name: str, num_rows: int) -> jax.Array:
     return self.param(name, normal(), (num_rows, self.config.width), jnp.float32)
+
+
+def head_of(params: Any) -> jax.Array:
+  """The matrix that makes logits of hidden states, ``[width, vocab_size]``, tied or not."""
+  return params["head"]["kernel"] if "head" in params else params["token_embedding"].T
 
 
 class Block(nn.Module):
