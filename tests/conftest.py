@@ -1,5 +1,6 @@
 """Eight virtual devices, fast compilation, and jax at its strictest, for every test."""
 
+import ctypes
 import gc
 import os
 import pathlib
@@ -50,10 +51,22 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True, scope="module")
 def forget_compiled_programs():
-  """Gives the memory of a file's programs back before the next file begins."""
+  """Gives memory back when a file has ended and the programs have become many.
+
+  Until then other files find them, above all the small ones of single operations.
+  """
   yield
-  jax.clear_caches()
-  gc.collect()
+  if memory() > 1.2 * 2**30:  # The largest file adds half a GiB, and a worker gets 2 GiB at most.
+    jax.clear_caches()
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)  # of the GNU library
+    trim(0)
+
+
+def memory():
+  """How many bytes of memory this process has; endless where the system does not say."""
+  pages = pathlib.Path("/proc/self/statm")
+  return int(pages.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if pages.exists() else 2**63
 
 
 @pytest.fixture

@@ -25,8 +25,7 @@ class Checkpoints:
     done = self._manager.latest_step()
     if done is None:
       return state, 0.0, 0
-    shape = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-    like = {"state": jax.tree.map(shape, state), "seconds": np.float64(0)}
+    like = {"state": state, "seconds": np.float64(0)}
     restored = self._manager.restore(done, args=ocp.args.StandardRestore(like))
     return restored["state"], float(restored["seconds"]), done
 

@@ -11,21 +11,14 @@ ValueError: learning_rate should be greater than 0, got -1
 """
 
 import dataclasses
+import functools
 import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self, TypeVar
 
-from pydantic import (
-  AfterValidator,
-  BaseModel,
-  ConfigDict,
-  Field,
-  GetCoreSchemaHandler,
-  ValidationError,
-  model_validator,
-)
-from pydantic_core import CoreSchema, core_schema
+import pandas as pd
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 Settings = TypeVar("Settings")
 
@@ -48,29 +41,25 @@ Value = TypeVar("Value")
 Several = Annotated[tuple[Value, ...], Field(min_length=1), AfterValidator(_each_once)]
 
 
-@dataclasses.dataclass(frozen=True)
-class Among:
+class Among(AfterValidator):
   """A name, or several ones without repetition, of those that there are; ``--help`` lists them."""
 
-  names: Iterable[str]
-  least: int = 1
+  names: str
 
-  def __post_init__(self):
-    object.__setattr__(self, "names", tuple(self.names))  # Hashable, as tyro wants it.
+  def __init__(self, names: Iterable[str], least: int = 1):
+    object.__setattr__(self, "names", ", ".join(names))  # It is frozen.
+    super().__init__(functools.partial(_among, self.names, least))
 
-  def check(self, value: Any) -> Any:
-    """Raises ``ValueError`` for what is not among the names."""
-    chosen, names = (value,) if isinstance(value, str) else value, tuple(self.names)
-    unknown = [name for name in chosen or () if name not in names]
-    if unknown:
-      raise ValueError(f"should be among {', '.join(names)}; got {' '.join(unknown)}")
-    _each_once(chosen or ())
-    if chosen is not None and len(chosen) < self.least:
-      raise ValueError(f"should name at least {self.least} of {', '.join(names)}; got none")
-    return value
 
-  def __get_pydantic_core_schema__(self, kind: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-    return core_schema.no_info_after_validator_function(self.check, handler(kind))
+def _among(names: str, least: int, value: Any) -> Any:
+  chosen = (value,) if isinstance(value, str) else value or ()
+  unknown = [name for name in chosen if name not in names.split(", ")]
+  if unknown:
+    raise ValueError(f"should be among {names}; got {' '.join(unknown)}")
+  if value is not None and len(chosen) < least:
+    raise ValueError(f"should name at least {least} of {names}; got none")
+  _each_once(chosen)
+  return value
 
 
 class Checked(BaseModel):
@@ -96,7 +85,7 @@ class Checked(BaseModel):
     for field in cls.model_fields.values():
       for mark in field.metadata:
         if isinstance(mark, Among) and field.description and "Among:" not in field.description:
-          field.description += f" Among: {', '.join(mark.names)}."
+          field.description += f" Among: {mark.names}."
 
   def but(self, **changes: Any) -> Self:
     """The same with other values, checked again."""
@@ -147,8 +136,7 @@ class StudyConfig(Checked):
 
   def override(self, settings: Settings) -> Settings:
     """``settings``, a dataclass, with the fields of the same names that are not ``None`` here."""
-    names = [field.name for field in dataclasses.fields(settings)]  # type: ignore[arg-type]
-    mine = {name: getattr(self, name, None) for name in names}
+    mine = {f.name: getattr(self, f.name, None) for f in dataclasses.fields(settings)}  # type: ignore[arg-type]
     changes = {name: value for name, value in mine.items() if value is not None}
     return dataclasses.replace(settings, **changes)  # type: ignore[type-var]
 
@@ -160,26 +148,22 @@ class StudyConfig(Checked):
   def flags(self) -> str:
     """The flags that repeat the run, without what is only about this machine."""
     words = ["--smoke"] if self.smoke else []
-    others = type(self)(smoke=self.smoke).model_dump(mode="json")
-    for name, value in _flat(self.model_dump(mode="json"), others):
+    others = type(self)(smoke=self.smoke)._flat()
+    for name, value in self._flat().items():
       flag = f"--{name.replace('_', '-')}"
+      if name in others and value == others[name]:
+        continue
       if isinstance(value, bool):
         words.append(flag if value else flag.replace("--", "--no-", 1))
       else:
         words += [flag, *map(str, value if isinstance(value, list) else [value])]
     return shlex.join(words)
 
-
-ONLY_HERE = ("resume", "overwrite", "save_results", "data_dir", "output_dir")
-
-
-def _flat(values: dict[str, Any], defaults: dict[str, Any], prefix: str = "") -> Iterable[Any]:
-  """Names, with their groups, and values that are not the defaults."""
-  for name, value in values.items():
-    if isinstance(value, dict) and isinstance(defaults[name], dict):
-      yield from _flat(value, defaults[name], f"{prefix}{name}.")
-    elif value != defaults[name] and prefix + name not in ONLY_HERE:
-      yield prefix + name, value
+  def _flat(self) -> dict[Any, Any]:
+    """The values by name, a group's after its own, without what is only about this machine."""
+    only_here = {"resume", "overwrite", "smoke", "save_results", "data_dir", "output_dir"}
+    values = self.model_dump(mode="json", exclude=only_here)
+    return pd.json_normalize(values).to_dict("records")[0]
 
 
 def _sentence(error: Any) -> str:

@@ -9,6 +9,7 @@ import contextlib
 import csv
 import datetime
 import fcntl
+import io
 import json
 import math
 import os
@@ -35,10 +36,7 @@ CHECKPOINTS = "checkpoints"
 
 
 class RunFolder:
-  """The files of one run, with what they have in ``lines``, ``rows`` and ``notes``.
-
-  A second run in the same folder is refused while the first one goes on.
-  """
+  """The files of one run, with what they have in ``lines``, ``rows`` and ``notes``."""
 
   def __init__(self, config: StudyConfig, study: str, program: str, depends_on: Row | None = None):
     """Begins a run, or goes on with the one that is there.
@@ -47,23 +45,21 @@ class RunFolder:
       ValueError: if the folder cannot be written to, is in use, belongs to another run, or has one
         that neither ``resume`` nor ``overwrite`` speaks of.
     """
-    self.path, identity = config.output_dir, config.identity() | (depends_on or {})
-    self.lines, self.rows, self.notes = list[Row](), list[Row](), dict[str, Any]()
+    self.path, self._config = config.output_dir, config
     self._writes = jax.process_index() == 0  # The others work along.
     try:
       with contextlib.ExitStack() as on_error:
         with together():  # No process may write what another is still to read.
           self.path.mkdir(parents=True, exist_ok=True)
-          lock: Any = _lock(self.path) if self._writes else contextlib.nullcontext()
-          self._lock = on_error.enter_context(lock)
+          self._lock = on_error.enter_context(_lock(self.path) if self._writes else io.StringIO())
           if config.overwrite and self._writes:
             self._clear()
-          saved = self._look(config, identity)
+          saved = self._look(config.identity() | (depends_on or {}))
+          self.lines, self.rows, self.notes = read(self.path) if config.resume else ([], [], {})
         if self._writes:
           saved |= {"study": study, "config": config.model_dump(mode="json")}
           saved["runs"].append(provenance(config, program))
           _write(self.path / CONFIG, json.dumps(saved, indent=1) + "\n")
-          self._log = (self.path / METRICS).open("a")
         self.keep_lines(self.lines)  # A kill may have left half of one.
         on_error.pop_all()
     except OSError as error:
@@ -71,9 +67,9 @@ class RunFolder:
         f"output_dir must be a folder to write to, got {self.path} ({error.strerror})"
       ) from error
 
-  def _look(self, config: StudyConfig, identity: Row) -> dict[str, Any]:
-    """What ``config.json`` has of the run, after comparing; reads what was measured."""
-    path = self.path / CONFIG
+  def _look(self, identity: Row) -> dict[str, Any]:
+    """What ``config.json`` has of the run, after comparing."""
+    path, config = self.path / CONFIG, self._config
     if not config.resume:
       if path.exists() and not config.overwrite:
         raise ValueError(
@@ -88,7 +84,6 @@ class RunFolder:
       found = saved["identity"].get(name)
       if found != wanted:
         raise ValueError(f"{name} must be {found!r} to resume, got {wanted!r}")
-    self.lines, self.rows, self.notes = read(self.path)
     return saved
 
   def _clear(self) -> None:
@@ -100,21 +95,19 @@ class RunFolder:
 
   def add_lines(self, lines: Sequence[Row]) -> None:
     """Appends lines, on disk when this returns; what is not finite is NaN, and ``null`` there."""
-    finite = lambda value: not isinstance(value, float) or math.isfinite(value)
-    new = [{k: value if finite(value) else math.nan for k, value in row.items()} for row in lines]
-    self.lines += new
+    new = list(map(_json_line, lines))
+    self.lines += map(_line, new)
     if self._writes:
-      self._log.writelines(map(_json_line, new))
-      self._log.flush()
-      os.fsync(self._log.fileno())
+      with (self.path / METRICS).open("a") as file:
+        file.writelines(new)
+        file.flush()
+        os.fsync(file.fileno())
 
   def keep_lines(self, lines: Sequence[Row]) -> None:
     """Replaces all lines by these: those that an interrupted run will not write again."""
     self.lines = list(lines)
     if self._writes:
-      self._log.close()
       _write(self.path / METRICS, "".join(map(_json_line, self.lines)))
-      self._log = (self.path / METRICS).open("a")
 
   def add_rows(self, rows: Sequence[Row]) -> None:
     """Adds rows to the table."""
@@ -122,34 +115,34 @@ class RunFolder:
     if self._writes:
       _write(self.path / RESULTS, _table(self.rows))
 
-  def note(self, name: str, value: Any) -> None:
-    """Keeps what was measured once for all cells, as JSON."""
-    self.notes[name] = value
-    if self._writes:
-      _write(self.path / NOTES, json.dumps(self.notes, indent=1) + "\n")
+  def note(self, name: str, compute: Callable[[], Any]) -> Any:
+    """What ``compute`` gives, as JSON has it; computed once for a run and all that resume it."""
+    if name not in self.notes:
+      self.notes[name] = json.loads(json.dumps(compute()))
+      if self._writes:
+        _write(self.path / NOTES, json.dumps(self.notes, indent=1) + "\n")
+    return self.notes[name]
 
-  def save_results(self, config: StudyConfig, path: Path, mine: Callable[[Row], bool]) -> None:
+  def save_results(self, path: Path, mine: Callable[[list[Row]], list[Row]]) -> None:
     """Keeps what the tables of this run need, without what is only about this machine."""
     path.mkdir(parents=True, exist_ok=True)
     saved = json.loads((self.path / CONFIG).read_text())
     del saved["config"]
     text = json.dumps(saved, indent=1) + "\n"
-    for value in dict(config).values():
+    for value in dict(self._config).values():
       if isinstance(value, Path) and value.is_absolute():
         text = text.replace(str(value), value.name)
     _write(path / CONFIG, text)
-    _write(path / RESULTS, _table(list(filter(mine, self.rows))))
+    _write(path / RESULTS, _table(mine(self.rows)))
     if self.notes:
       shutil.copy(self.path / NOTES, path / NOTES)
-    lines = "".join(map(_json_line, filter(mine, self.lines)))
+    lines = "".join(map(_json_line, mine(self.lines)))
     if len(lines) < 2**18:  # For curves; tables are of rows.
       _write(path / METRICS, lines)
 
   def close(self) -> None:
     """Lets other runs in."""
-    if self._writes:
-      self._log.close()
-      self._lock.close()
+    self._lock.close()
 
 
 def checkpoints(folder: Path, key: Mapping[str, Any]) -> Path:
@@ -166,8 +159,7 @@ def read(folder: Path) -> tuple[list[Row], list[Row], dict[str, Any]]:
   lines, rows, notes = list[Row](), list[Row](), dict[str, Any]()
   if (folder / METRICS).exists():
     text = (folder / METRICS).read_text().splitlines()
-    whole = [json.loads(line) for line in text if line.endswith("}")]
-    lines = [{k: math.nan if v is None else v for k, v in line.items()} for line in whole]
+    lines = [_line(line) for line in text if line.endswith("}")]
   if (folder / RESULTS).exists():
     with (folder / RESULTS).open(newline="") as file:
       rows = [{k: _value(text) for k, text in row.items()} for row in csv.DictReader(file)]
@@ -178,10 +170,8 @@ def read(folder: Path) -> tuple[list[Row], list[Row], dict[str, Any]]:
 
 def _value(text: str) -> Any:
   """What a field of ``results.csv`` was; pandas has no empty texts and may round numbers."""
-  if text in ("True", "False"):
-    return text == "True"
-  for kind in (int, float):
-    with contextlib.suppress(ValueError):
+  for kind in ({"True": True, "False": False}.__getitem__, int, float):
+    with contextlib.suppress(KeyError, ValueError):
       return kind(text)
   return text
 
@@ -200,13 +190,9 @@ def provenance(config: StudyConfig, program: str) -> dict[str, Any]:
     "device": devices[0].device_kind,
     "num_devices": len(devices),
     "num_processes": jax.process_count(),
-    "cores": _cores(),
+    # That this process may use; not every system can say, and then all of the machine.
+    "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
   }
-
-
-def _cores() -> int | None:
-  """How many cores this process may use; not every system can say, and then all of the machine."""
-  return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def _git(*arguments: str) -> str | None:
@@ -239,9 +225,12 @@ def _table(rows: Sequence[Row]) -> str:
 
 
 def _json_line(line: Mapping[str, Any]) -> str:
-  null = lambda value: isinstance(value, float) and math.isnan(value)
-  values = {name: None if null(value) else value for name, value in line.items()}
-  return json.dumps(values, allow_nan=False) + "\n"
+  null = lambda value: isinstance(value, float) and not math.isfinite(value)
+  return json.dumps({k: None if null(value) else value for k, value in line.items()}) + "\n"
+
+
+def _line(text: str) -> Row:
+  return {k: math.nan if value is None else value for k, value in json.loads(text).items()}
 
 
 def _write(path: Path, text: str) -> None:

@@ -7,7 +7,6 @@ A *study* says which cells there are, and which tables and pictures come of them
 
 import contextlib
 import inspect
-import json
 import os
 import signal
 import sys
@@ -59,7 +58,6 @@ class Study(Generic[Config]):
 
     A run that goes on must have it in common with the one that began.
     """
-    del config
     return {}
 
   def prepare(self, config: Config) -> Any:
@@ -96,26 +94,19 @@ class Run(Generic[Config]):
 
   def __init__(self, study: Study[Config], config: Config, data: Any, files: RunFolder):
     self.study, self.config, self.data = study, config, data
-    self.path, self.notes, self._files = files.path, files.notes, files
+    self.path, self.notes, self.note, self._files = files.path, files.notes, files.note, files
     self._memory: dict[Hashable, Any] = {}
     self._last: tuple[Any, Any] = (None, None)  # The final state of one cell.
 
-  def is_mine(self) -> Callable[[Row], bool]:
-    """Tells rows and lines of the methods and seeds of this run from others in its folder."""
+  def mine(self, rows: list[Row]) -> list[Row]:
+    """The rows or lines of the methods and seeds of this run; its folder may have others."""
     cells = list(self.study.cells(self))
-    return lambda row: any(cell.owns(row) for cell in cells)
+    return [row for row in rows if any(cell.owns(row) for cell in cells)]
 
   def results(self) -> Results[Config]:
     """What there is so far, for the methods and seeds of this run."""
-    mine = self.is_mine()
-    lines, rows = (list(filter(mine, these)) for these in (self._files.lines, self._files.rows))
+    lines, rows = self.mine(self._files.lines), self.mine(self._files.rows)
     return Results(self.config, lines, rows, self.notes)
-
-  def note(self, name: str, compute: Callable[[], Any]) -> Any:
-    """What ``compute`` gives, as JSON has it; computed once for a run and all that resume it."""
-    if name not in self.notes:
-      self._files.note(name, json.loads(json.dumps(compute())))
-    return self.notes[name]
 
   def shared(self, name: Hashable, make: Callable[[], Any]) -> Any:
     """What ``make`` gives, made once in this process: a program that several cells share, say."""
@@ -246,7 +237,7 @@ def _play(study: Study[Config], run: Run[Config], files: RunFolder) -> int:
         study.draw(run)
   if run.config.save_results and not status and not jax.process_index():
     kept = study.room() / "results" / run.config.save_results
-    files.save_results(run.config, kept, run.is_mine())
+    files.save_results(kept, run.mine)
   terminal.print(f"{folder.METRICS}, {folder.RESULTS} and pictures are in {run.path}")
   return status
 

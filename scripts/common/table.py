@@ -61,35 +61,29 @@ class Column:
     return f"{mean} ± {np.std(finite, ddof=1):.{self.digits}f}"
 
 
-Label = Callable[[Any], str] | Mapping[Any, str]
-
-
 def spread(
   title: str,
   rows: pd.DataFrame,
   by: str | list[str],
-  label: Label,
+  label: Callable[[Any], str] | Mapping[Any, str],
   columns: Mapping[str, Column],
   head: str = "method",
 ) -> Table:
   """Mean and spread of the columns over the runs of each group, with how many runs it has."""
+  text = label.__getitem__ if isinstance(label, Mapping) else label
   body = [
-    [_text(label, group), str(len(mine)), *(c.cell(mine[name]) for name, c in columns.items())]
+    [text(group), str(len(mine)), *(c.cell(mine[name]) for name, c in columns.items())]
     for group, mine in rows.groupby(by, sort=False)
   ]
   return Table(title, [head, "seeds", *(column.title for column in columns.values())], body)
 
 
-def differences(rows: pd.DataFrame, by: str, baseline: Any, pairs: list[str]) -> pd.DataFrame:
-  """The numbers of ``rows`` minus those of the baseline's run of the same pair."""
-  numbers = rows.set_index([by, *pairs]).select_dtypes("number")
-  if baseline not in set(rows[by]):
-    return rows.iloc[:0]
-  base = numbers.xs(baseline, level=by).reset_index()
-  mine = numbers.reset_index().merge(base, on=pairs, suffixes=("", "_of_base"))
-  for name in numbers.columns:
-    mine[name] -= mine[f"{name}_of_base"]
-  return mine[[by, *pairs, *numbers.columns]]
+def differences(rows: pd.DataFrame, by: str, baseline: Any) -> pd.DataFrame:
+  """The numbers of ``rows`` minus those of the baseline's run of the same seed."""
+  numbers = rows.set_index([by, "seed"]).select_dtypes("number")
+  base = numbers[numbers.index.get_level_values(by) == baseline].droplevel(by)
+  mine = numbers[numbers.index.isin(base.index, level="seed")]
+  return mine.sub(base, level="seed").reset_index()
 
 
 def paired(
@@ -97,16 +91,10 @@ def paired(
   rows: pd.DataFrame,
   by: str,
   baseline: Any,
-  label: Label,
+  label: Mapping[Any, str],
   columns: Mapping[str, Column],
-  pairs: Sequence[str] = ("seed",),
 ) -> Table:
   """Differences to the baseline between runs of one seed: mean and spread."""
-  gains = differences(rows, by, baseline, list(pairs))
+  gains = differences(rows, by, baseline)
   gains = gains[gains[by] != baseline]
-  head = f"minus {_text(label, baseline)}"
-  return spread(title, gains, by, label, columns, head)
-
-
-def _text(label: Label, group: Any) -> str:
-  return label[group] if isinstance(label, Mapping) else label(group)
+  return spread(title, gains, by, label, columns, f"minus {label[baseline]}")

@@ -26,12 +26,9 @@ class Task:
   """A cell at work.
 
   Step ``t`` depends on the state and on ``t`` alone, so a restored task goes on bit for bit.
-
-  Attributes:
-    state: where it starts, a pytree of arrays; a step may reuse its memory.
   """
 
-  state: Any
+  state: Any  # Where it starts, a pytree of arrays; a step may reuse its memory.
 
   def step(self, state: Any, t: int) -> tuple[Any, Any]:
     """Does step ``t``; returns the new state, and what the step tells."""
@@ -39,12 +36,10 @@ class Task:
 
   def evaluate(self, state: Any, told: list[Any]) -> Rows:
     """The line of an evaluation, or several; ``told`` is of the steps since the last stop."""
-    del state, told
     return []
 
   def result(self, state: Any, spent: Spent) -> Rows:
     """The row of the finished cell, or several."""
-    del state, spent
     return []
 
 
@@ -52,17 +47,13 @@ class Program:
   """``step(state, t, *data) -> (state, told)``, which reuses the state's memory; ``t`` is an int32.
 
   It is compiled for the shapes that it meets first, and again where others come.
-
-  Attributes:
-    compile_seconds: what the last compilation took.
-    temporary_bytes: XLA's scratch memory of it, beside inputs and outputs; -1 if unknown.
   """
 
   def __init__(self, step: Callable[..., tuple[Any, Any]], **options: Any):
     self._jitted = jax.jit(step, donate_argnums=0, **options)
     self._compiled: dict[Any, Callable[..., tuple[Any, Any]]] = {}
-    self.compile_seconds = 0.0
-    self.temporary_bytes = -1
+    self.compile_seconds = 0.0  # Of the last compilation.
+    self.temporary_bytes = -1  # XLA's scratch memory, beside inputs and outputs; -1 if unknown.
 
   def compile(self, state: Any, *data: Any) -> Callable[..., tuple[Any, Any]]:
     """The compiled step for arguments like these."""

@@ -52,7 +52,7 @@ def draw_overview(
 
 def _draw_differences(axes: Axes, arm: pd.DataFrame, methods: Sequence[str]) -> None:
   """Points with a bar of one standard deviation: left of zero is better than uniform weights."""
-  gains = table.differences(arm, "method", BASELINE, ["seed"])
+  gains = table.differences(arm, "method", BASELINE)
   for name, label, marker, face, shift in (
     ("loss", "mean", "o", None, -0.12),
     ("worst", "worst domain", "D", "white", 0.12),

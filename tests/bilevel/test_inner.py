@@ -383,7 +383,7 @@ def test_responses_to_a_run_that_stops_early(x64):
   loss = lambda x, y, batch: jnp.sum((y - jnp.sin(x)) ** 2)
   inner = jaxbo.inner_solver(loss, optax.sgd(0.2), 200, tolerance=1e-12)
   x = jnp.array([0.3, 0.8])
-  solution = inner.solve(x, inner.init(jnp.zeros(2)), None)
+  solution = jax.jit(inner.solve)(x, inner.init(jnp.zeros(2)), None)
   changes = np.diff(solution.info.losses)
   assert np.all(changes[:20] < 0)
   assert np.all(changes[100:] == 0)
@@ -392,7 +392,8 @@ def test_responses_to_a_run_that_stops_early(x64):
     jaxbo.add_implicit_response(inner, jaxbo.conjugate_gradient(2)),
     jaxbo.add_es_response(inner, 2, **es),
   ):
-    h, _ = tx.update((0 * x, jnp.ones(2)), tx.init(x), x, solution=solution, batch=None)
+    arguments = {"solution": solution, "batch": None}
+    h, _ = jax.jit(tx.update)((np.zeros(2), np.ones(2)), tx.init(x), x, **arguments)
     np.testing.assert_allclose(h, np.cos(x), rtol=1e-8)
   tx = jaxbo.add_unrolled_response(inner)
   with pytest.raises(ValueError, match="inner must not have a tolerance"):

@@ -50,9 +50,14 @@ OPTIMIZERS = {
 
 def hypergradient(inner, make_response, x, y0):
   tx = make_response(inner)
-  y = inner.solve(x, inner.init(y0, x, None), None)
-  grads = jax.grad(outer_loss, (0, 1))(x, y.params, None)
-  return tx.update(grads, tx.init(x), x, solution=y, batch=None)[0]
+
+  @jax.jit
+  def at(x):
+    y = inner.solve(x, inner.init(y0, x, None), None)
+    grads = jax.grad(outer_loss, (0, 1))(x, y.params, None)
+    return tx.update(grads, tx.init(x), x, solution=y, batch=None)[0]
+
+  return at(x)
 
 
 def by_differences(inner, x, y0):

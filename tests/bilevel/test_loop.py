@@ -177,6 +177,7 @@ def test_the_report_tells_of_a_response_that_was_left_out():
     ):
       inner = jaxbo.inner_solver(inner_loss, optimizer, 1)
       init, step = jaxbo.bilevel_loop(outer_loss, inner, optax.chain(head(inner), optax.sgd(0.1)))
+      step = jax.jit(step)
       _, info = step(init(jnp.zeros(10), jnp.zeros(3)), jnp.ones(10), jnp.ones(10))
       assert info.response_finite == expected
       assert info.inner_finite

@@ -131,7 +131,7 @@ class Normalized(nn.Module):
 
 def test_statistics_of_a_batch_with_a_bad_image_are_not_carried_on():
   model, images = Normalized(), jnp.arange(12.0).reshape(4, 3)
-  variables = model.init(jax.random.key(0), images)
+  variables = jax.jit(model.init)(jax.random.key(0), images)
   params, before = variables["params"], variables["batch_stats"]
 
   def loss_fn(params, batch):

@@ -5,6 +5,7 @@ import json
 import math
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from jaxbo_models.vocabulary import Vocabulary
@@ -46,7 +47,8 @@ def drawn():
     found.add((self, num, part))
     return sample(self, key, num, part)
 
-  caption_shapes.held_out.cache_clear()  # Other files draw, too.
+  caption_shapes.held_out.cache_clear()  # Other files draw, too,
+  jax.clear_caches()  # and what is traced already is not seen.
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(ShapesCaptions, "sample", spy)
     yield found
