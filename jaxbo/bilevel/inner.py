@@ -157,7 +157,7 @@ def inner_solver(
         raise TypeError(f"inner_loss must return (scalar, aux) with has_aux=True, got {value!r}")
       value, aux = value
       aux = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)), aux)
-    _check.scalar_loss("inner_loss", value)
+    _check.scalar_loss("inner_loss", value, y)
     return value, aux
 
   def step(z, carry, batch):

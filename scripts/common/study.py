@@ -49,10 +49,6 @@ class Study(Generic[Config]):
   step_name: ClassVar[str] = "step"  # The column of lines that counts steps.
   program: ClassVar[str | None] = None  # What ``python -m`` runs, if it is not the room.
 
-  def connect(self, config: Config) -> None:
-    """Meets other processes, before anything is computed."""
-    connect(config)
-
   def depends_on(self, config: Config) -> Row:
     """What the numbers depend on beside ``config``, by name: chosen rates, say.
 
@@ -199,7 +195,7 @@ def run(study: Study[Config], config: Config) -> int:
   It is 0, 2 after bad input, and 130 after Ctrl-C, with what was finished until then.
   """
   try:
-    study.connect(config)
+    connect(config)
     with together():
       data = study.prepare(config)
     program = study.program or f"scripts.{study.room().name}"
