@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +17,7 @@ from scripts.continual_lm.train import LossFn
 class Language(NamedTuple):
   """A model, what makes its tokens, and the loss of each sequence."""
 
+  model: transformer.Transformer
   tokenizer: Tokenizer
   loss_fn: LossFn
   init: Callable[[jax.Array], Any]  # init(key) -> params, new or as they were read.
@@ -26,9 +28,7 @@ def make(config: Config) -> Language:
   length = config.sequence_length()
   if config.model_dir is not None:
     model, params = transformer.from_safetensors(config.model_dir)
-    family = json.loads((config.model_dir / "config.json").read_text())["model_type"]
-    end_of_text = "</s>" if family == "opt" else "<|endoftext|>"
-    tokenizer = tokenizers.BPETokenizer(config.model_dir, end_of_text)
+    tokenizer = tokenizers.BPETokenizer(config.model_dir, end_of_text(config.model_dir))
     if tokenizer.vocab_size > model.config.vocab_size:  # What is beyond has the loss NaN.
       raise ValueError(
         f"the tokenizer in model_dir must have at most the model's {model.config.vocab_size} "
@@ -50,4 +50,18 @@ def make(config: Config) -> Language:
     raise ValueError(
       f"length must be at most {model.config.max_length}, that of the model; got {length}"
     )
-  return Language(tokenizer, transformer.sequence_losses(model), init)
+  return Language(model, tokenizer, transformer.sequence_losses(model), init)
+
+
+def end_of_text(folder: Path) -> str:
+  """The token that ends a text: what the tokenizer's settings say, or that of the family.
+
+  Models of one family may have different ones: those of Llama do.
+  """
+  for name in ("tokenizer_config.json", "special_tokens_map.json"):
+    settings = json.loads((folder / name).read_text()) if (folder / name).exists() else {}
+    token = settings.get("eos_token")
+    if token:
+      return token["content"] if isinstance(token, dict) else token
+  family = json.loads((folder / "config.json").read_text())["model_type"]
+  return "</s>" if family in ("opt", "llama", "mistral") else "<|endoftext|>"
