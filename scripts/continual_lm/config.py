@@ -80,7 +80,7 @@ class Config(TunedConfig):
   pretrain_steps: Annotated[int, Field(ge=2)] = 500
   """Steps of the first phase, for scratch."""
   steps: Count | None = None
-  """Steps of the continual phase, instead of 60 (40 for instruct)."""
+  """Steps of the continual phase, instead of 60 (30 for instruct)."""
   eval_every: Count = 20
   """Steps between evaluations, with a checkpoint after each."""
   pretrain_learning_rate: Positive = 3e-3
@@ -161,7 +161,7 @@ class Config(TunedConfig):
   def steps_of(self, method: str) -> int:
     """Steps of a method, or of the first phase: none for weights that were read."""
     first = {"scratch": self.pretrain_steps, "hf": 0}[self.init]
-    continual = self.steps or {"pretrain": 60, "instruct": 40}[self.task]
+    continual = self.steps or {"pretrain": 60, "instruct": 30}[self.task]
     return first if method == START else continual
 
   def continual_learning_rate(self) -> float:

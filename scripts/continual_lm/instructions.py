@@ -124,7 +124,7 @@ def functions(path: Path) -> list[Example]:
   for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
       documentation = " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
-      sentence = re.match(r".*?\.(?= |$)|.*", documentation)
+      sentence = re.match(r".*?\.(?= [A-Z]|$)|.*", documentation)
       if sentence and sentence[0]:
         signature = f"def {node.name}({ast.unparse(node.args)})"
         found.append(Example((("user", signature),), sentence[0]))

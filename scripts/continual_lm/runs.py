@@ -100,7 +100,7 @@ def program_of(
     weighting, loss_fn = METHODS[method].weighting(rates, len(given.data.domains)), given.loss_fn
     rate = lm_methods.continual_schedule(chosen.learning_rate, config.steps_of(method))
   make = lambda: train.make_program(loss_fn, weighting, rate, given.devices)
-  return run.shared((method, chosen), make)
+  return run.shared((method, chosen.learning_rate, chosen.temperature), make)
 
 
 class Training(Task):
