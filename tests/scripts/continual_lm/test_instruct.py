@@ -23,6 +23,8 @@ from tests.scripts.continual_lm import small_lm
 from tests.scripts.continual_lm.small_lm import SMALL
 from tests.scripts.continual_lm.test_script import devices, tables_of
 
+pytestmark = pytest.mark.slow  # All together, not each.
+
 METHODS = ("uniform", "ir_dro")
 RUNS = [(0.0, START), *((corruption, method) for corruption in (0.0, 0.25) for method in METHODS)]
 SIZES = {"length": 64, "test_sequences": 5}
