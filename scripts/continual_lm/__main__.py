@@ -19,11 +19,11 @@ They are the same for one version of Python; losses of two versions do not compa
 sequences are of other documents, and the same for all methods. Losses are in nats per token (a byte
 here), and means over the mixture of domains that is trained on. "Calibrated" is the test loss at
 the one softmax temperature that is best on validation; "accuracy" the share of test prompts whose
-response is likelier, for each token, than three others of its domain (chance: 0.25). Tables have
-the mean and the standard deviation over seeds; differences are between runs of the same seed. "ESS"
-is the effective sample size as a share of the examples of a batch, "noise weight" the mean weight
-of noisy ones, 1 for uniform weights; "time" is that of a step beside one with uniform weights, in
-turns.
+response is likelier, for each token, than three others of its domain (chance: 0.25), and "by gain"
+the share where the prompt raises the likelihood of the right one most. Tables have the mean and the
+standard deviation over seeds; differences are between runs of the same seed. "ESS" is the effective
+sample size as a share of the examples of a batch, "noise weight" the mean weight of noisy ones, 1
+for uniform weights; "time" is that of a step beside one with uniform weights, in turns.
 
   python -m scripts.continual_lm                           no download; minutes are on the page
   python -m scripts.continual_lm --task instruct           the same, on instructions

@@ -55,7 +55,9 @@ class Choices(NamedTuple):
   """Questions about held-out examples: is the right response likelier than three others?"""
 
   asked: np.ndarray  # Which examples, [questions], int.
+  of_others: np.ndarray  # Whose responses the others are, [questions, 3], int.
   others: Sequences  # The same prompts with other responses, three for each question.
+  alone: Sequences  # The response of every held-out example without its prompt.
 
 
 class LanguageData(NamedTuple):

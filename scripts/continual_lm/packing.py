@@ -36,6 +36,11 @@ class Noisy(NamedTuple):
   corrupted: np.ndarray  # [n], bool.
 
 
+def clean(examples: list[Encoded]) -> Noisy:
+  """Examples without noise."""
+  return Noisy(examples, np.zeros(len(examples), bool))
+
+
 def places_in(length: int) -> int:
   """How many examples a row holds at most."""
   return max(1, length // 32)
@@ -76,8 +81,7 @@ def make(
     for part, most in zip(held, (num_validation, num_test), strict=True)
   ]
   pack_held = lambda part: HeldOut(
-    pack(Noisy(part, np.zeros(len(part), bool)), length),
-    lm_data.weights_of(_domains(part), shares),
+    pack(clean(part), length), lm_data.weights_of(_domains(part), shares)
   )
   order = np.random.default_rng(0).permutation(len(train))
   shuffled = [train[i] for i in order]
@@ -87,8 +91,8 @@ def make(
 
   validation, test = map(pack_held, kept)
   questions = make_choices(kept[1], length, corpus.domains)
-  clean = noisy(0.0, "shuffled", 0)
-  return LanguageData(corpus.domains, clean, validation, test, questions), noisy, left_out
+  data = LanguageData(corpus.domains, noisy(0.0, "shuffled", 0), validation, test, questions)
+  return data, noisy, left_out
 
 
 def _domains(examples: Sequence[Encoded]) -> np.ndarray:
@@ -185,21 +189,28 @@ def make_choices(test: Sequence[Encoded], length: int, domains: Sequence[str]) -
   Raises:
     ValueError: if a domain has no question.
   """
-  rng, asked, others = np.random.default_rng(0), list[int](), list[Encoded]()
+  rng, asked, of_others = np.random.default_rng(0), list[int](), list[list[int]]()
   for i, example in enumerate(test):
-    responses = {example.response.tobytes(): example}
-    for j in rng.permutation(len(test)):
+    responses = {example.response.tobytes(): i}
+    for j in rng.permutation(len(test)).tolist():
       fits = len(example.prompt) + len(test[j].response) <= length
       if test[j].domain == example.domain and fits and len(responses) <= OTHERS:
-        responses.setdefault(test[j].response.tobytes(), test[j])
+        responses.setdefault(test[j].response.tobytes(), j)
     if len(responses) > OTHERS:
       asked.append(i)
-      wrong = [*responses.values()][1:]
-      others += [example._replace(response=other.response) for other in wrong]
+      of_others.append([*responses.values()][1:])
   for number, domain in enumerate(domains):
     if number not in {test[i].domain for i in asked}:
       raise ValueError(
         f"instructions must leave {OTHERS + 1} different responses of every domain in the test "
         f"part that fit into {length} tokens behind one prompt; {domain} has too few"
       )
-  return Choices(np.array(asked), pack(Noisy(others, np.zeros(len(others), bool)), length))
+  others = [
+    test[i]._replace(response=test[j].response)
+    for i, wrong in zip(asked, of_others, strict=True)
+    for j in wrong
+  ]
+  alone = [one._replace(prompt=one.prompt[:1]) for one in test]
+  return Choices(
+    np.array(asked), np.array(of_others), pack(clean(others), length), pack(clean(alone), length)
+  )

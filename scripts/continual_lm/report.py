@@ -70,16 +70,23 @@ def calibrated(validation: np.ndarray, test: np.ndarray, data: LanguageData) -> 
   }
 
 
-def accuracy(right: np.ndarray, others: np.ndarray, data: LanguageData) -> float:
+def accuracies(right: np.ndarray, others: np.ndarray, alone: np.ndarray, data: LanguageData) -> Row:
   """The share of questions whose right response is likelier, for each token, than the others.
 
-  ``right`` are the losses of the test examples, ``others`` those of the other responses. Examples
-  count as in the mean loss; a tie is wrong.
+  And the share of those whose right response gains more by the prompt, against the same response
+  without a prompt, than the others: whether a response is a likely text has no part in it.
+
+  ``right`` are the losses of the test examples, ``others`` those with other responses, ``alone``
+  those of responses without prompts. Examples count as in the mean loss; a tie is wrong.
   """
   assert data.choices is not None
-  asked = data.choices.asked
-  wins = right[asked] < others.reshape(len(asked), -1).min(axis=1)
-  return float(np.average(wins, weights=data.test.weights[asked]))
+  asked, of_others, *_ = data.choices
+  weights, others = data.test.weights[asked], others.reshape(of_others.shape)
+  share = lambda right, others: float(np.average(right < others.min(axis=1), weights=weights))
+  return {
+    "accuracy": share(right[asked], others),
+    "accuracy_by_gain": share(right[asked] - alone[asked], others - alone[of_others]),
+  }
 
 
 def of_run(lines: Sequence[Row], tokens_per_step: int) -> dict[str, float]:

@@ -160,8 +160,8 @@ class Training(Task):
     at = lambda part: self.given.evaluate_at(params, part.sequences)
     row |= report.calibrated(at(data.validation), at(data.test), data)
     if data.choices is not None:
-      others = self.given.evaluate(params, data.choices.others)
-      row["accuracy"] = report.accuracy(found, others, data)
+      others, alone = (self.given.evaluate(params, part) for part in data.choices[2:])
+      row |= report.accuracies(found, others, alone, data)
     if self.method != START:
       tokens = config.rows_of_batch() * config.sequence_length()
       return row | report.of_run(spent.lines, tokens) | self.chosen._asdict()

@@ -16,6 +16,7 @@ LOSSES = {
   "calibrated": Column("calibrated loss"),
   "calibration": Column("softmax temperature", 2),
   "accuracy": Column("accuracy"),
+  "accuracy_by_gain": Column("accuracy by gain"),
   "worst": Column("worst domain"),
 }
 

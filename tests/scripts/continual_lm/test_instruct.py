@@ -91,7 +91,7 @@ def test_a_run_tells_responses_of_both_domains_calibration_and_choices(config, w
   for row in rows:
     assert 0 < row["calibrated"] < row["loss"] + 1
     assert 0.5 <= row["calibration"] <= 4
-    assert 0 <= row["accuracy"] <= 1
+    assert 0 <= min(row["accuracy"], row["accuracy_by_gain"])
     assert row["loss"] == pytest.approx((row["loss/one"] + row["loss/two"]) / 2)
   assert rows[1]["learning_rate"] == 3e-4
   assert not rows[1]["tuned"]

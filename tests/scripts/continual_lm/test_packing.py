@@ -123,6 +123,9 @@ def test_a_question_has_three_other_responses_of_the_same_domain_that_fit():
   # The last one's domain has three short responses, but two are the same.
   assert choices.asked.tolist() == list(range(12))
   others, places = choices.others, packing.places_in(LENGTH)
+  assert len(choices.alone.examples) == len(found)
+  assert choices.alone.loss_mask.sum() == sum(len(one.response) for one in found)
+  assert (choices.alone.segment_ids >= 0).sum() == choices.alone.loss_mask.sum() + len(found)
   for question, i in enumerate(choices.asked):
     responses = {found[i].response.tobytes()}
     for place in others.examples[3 * question : 3 * question + 3]:
@@ -130,12 +133,10 @@ def test_a_question_has_three_other_responses_of_the_same_domain_that_fit():
       mine = others.segment_ids[row] == segment
       of_response = mine & others.loss_mask[row]
       np.testing.assert_array_equal(others.tokens[row][mine & ~of_response], found[i].prompt)
-      response = others.tokens[row][of_response]
-      assert any(
-        response.tobytes() == one.response.tobytes() and one.domain == found[i].domain
-        for one in found
-      )
-      responses.add(response.tobytes())
+      response = others.tokens[row][of_response].tobytes()
+      whose = found[choices.of_others[question][len(responses) - 1]]
+      assert (response, found[i].domain) == (whose.response.tobytes(), whose.domain)
+      responses.add(response)
     assert len(responses) == 4
   with pytest.raises(ValueError, match=r"4 different responses of every domain .*; a has too few"):
     packing.make_choices(found[:7], LENGTH, ("a", "b"))
@@ -217,12 +218,18 @@ def test_a_right_response_must_be_likelier_than_all_others():
   """Of three questions one is lost and one is a tie; they count by the mixture."""
   right = np.array([1.0, 2.0, 3.0])
   others = np.array([1.5, 1.1, 9.0, 3.0, 1.9, 9.0, 3.0, 4.0, 5.0])
-  nothing = packing.pack(Noisy([], np.zeros(0, bool)), LENGTH)
-  data = data_of(Choices(np.arange(3), nothing))
-  assert report.accuracy(right, others, data) == 0.125
-  assert report.accuracy(right, others + 2, data) == 1
-  two = data_of(Choices(np.array([0, 2]), nothing))
-  assert report.accuracy(right, others[[0, 1, 2, 6, 7, 8]], two) == pytest.approx(0.125 / 0.875)
+  nothing = packing.pack(packing.clean([]), LENGTH)
+  of_others = np.array([[1, 2, 1], [0, 2, 0], [0, 1, 1]])
+  data = data_of(Choices(np.arange(3), of_others, nothing, nothing))
+  accuracy = lambda *losses: [*report.accuracies(*losses, data).values()]
+  assert accuracy(right, others, np.zeros(3)) == [0.125, 0.125]
+  assert accuracy(right, others + 2, np.zeros(3)) == [1, 1]
+  # The gains: 3 against 0.5, 0.9, -7; 0 against 1, 0.1, -5; -1 against 1, -2, -3.
+  assert accuracy(right, others, np.array([4.0, 2.0, 2.0])) == [0.125, 0.125]
+  # Now the first one has 3 against 0.5, 8.9, -7, and the third one 7 against 1, -2, -3.
+  assert accuracy(right, others, np.array([4.0, 2.0, 10.0])) == [0.125, 0.875 - 0.125]
+  data = data_of(Choices(np.array([0, 2]), of_others[[0, 2]], nothing, nothing))
+  assert accuracy(right, others[[0, 1, 2, 6, 7, 8]], np.zeros(3)) == 2 * [0.125 / 0.875]
 
 
 def test_weights_of_empty_places_are_not_told():
