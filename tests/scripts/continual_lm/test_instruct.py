@@ -53,7 +53,9 @@ def config(tmp_path_factory):
   """Two domains of short questions, on one device."""
   path = tmp_path_factory.mktemp("instruct")
   word = lambda i: "abcdefghijklmnopqrst"[i % 20] * (1 + i // 20)
-  record = lambda i, d: {"prompt": f"{d} {i}", "response": word(i), "domain": d}
+  # Long ones are alone in their rows.
+  prompt = lambda i, d: f"{d} {i}" + i % 2 * 45 * "."
+  record = lambda i, d: {"prompt": prompt(i, d), "response": word(i), "domain": d}
   lines = [json.dumps(record(i, d)) for i in range(60) for d in ("one", "two")]
   (path / "mine.jsonl").write_text("\n".join(lines))
   with pytest.MonkeyPatch.context() as monkeypatch:
@@ -91,7 +93,7 @@ def test_a_run_tells_responses_of_both_domains_calibration_and_choices(config, w
   for row in rows:
     assert 0 < row["calibrated"] < row["loss"] + 1
     assert 0.5 <= row["calibration"] <= 4
-    assert 0 <= min(row["accuracy"], row["accuracy_by_gain"])
+    assert min(row["accuracy"], row["accuracy_by_gain"]) >= 0
     assert row["loss"] == pytest.approx((row["loss/one"] + row["loss/two"]) / 2)
   assert rows[1]["learning_rate"] == 3e-4
   assert not rows[1]["tuned"]
@@ -116,7 +118,7 @@ def test_weights_are_those_of_examples(config, whole, programs, tmp_path):
     _, (shown, _) = task.step(task.state, 0)
   there = task.sequences.domain[rows].reshape(-1) >= 0
   assert shown.losses.shape == there.shape == (8 * 2,)
-  assert 8 < there.sum() <= 16
+  assert 8 < there.sum() < 16
   losses, weights = np.asarray(shown.losses, np.float64), np.asarray(shown.weights)
   expected = there * np.exp(losses - losses.max())
   np.testing.assert_allclose(weights, there.sum() * expected / expected.sum(), rtol=1e-4)
