@@ -62,6 +62,10 @@ class Config(TunedConfig):
   """scratch: a small model is trained first; hf: weights of a model of the Hugging Face hub."""
   model_dir: Path | None = None
   """A folder with config.json, *.safetensors and the tokenizer's files, for hf."""
+  tokenizer: Path | None = None
+  """A folder with the files of a byte-pair encoding, such as GPT-2's, instead of bytes for scratch."""
+  dtype: Annotated[str, Among(("float32", "bfloat16"))] = "float32"
+  """What the model computes in; parameters and losses are float32."""
   methods: Annotated[tuple[str, ...], Among(METHODS), FREE] = tuple(METHODS)
   """Which reweightings; group_dro is left out where there is one domain."""
   corruptions: Annotated[Several[Share], FREE] = (0.0, 0.2)
@@ -125,6 +129,10 @@ class Config(TunedConfig):
     if (self.init == "hf") != (self.model_dir is not None):
       raise ValueError(
         f"model_dir should be given with init=hf and only then, got {self.model_dir}"
+      )
+    if self.init == "hf" and self.tokenizer is not None:
+      raise ValueError(
+        f"tokenizer should be given with init=scratch only: hf has its own; got {self.tokenizer}"
       )
     if self.corruption_kind == "swapped" and self.task != "instruct":
       raise ValueError("corruption_kind should be swapped with task=instruct only: of responses")

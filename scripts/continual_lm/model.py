@@ -25,9 +25,9 @@ class Language(NamedTuple):
 
 def make(config: Config) -> Language:
   """The model of a run; raises ``ValueError`` if it has too few tokens or places."""
-  length = config.sequence_length()
+  length, dtype = config.sequence_length(), jnp.dtype(config.dtype)
   if config.model_dir is not None:
-    model, params = transformer.from_safetensors(config.model_dir)
+    model, params = transformer.from_safetensors(config.model_dir, dtype=dtype)
     tokenizer = tokenizers.BPETokenizer(config.model_dir, end_of_text(config.model_dir))
     if tokenizer.vocab_size > model.config.vocab_size:  # What is beyond has the loss NaN.
       raise ValueError(
@@ -36,13 +36,15 @@ def make(config: Config) -> Language:
       )
     init = lambda key: params
   else:
-    tokenizer = tokenizers.ByteTokenizer()
+    folder = config.tokenizer
+    tokenizer = tokenizers.ByteTokenizer() if folder is None else tokenizers.BPETokenizer(folder)
     settings = transformer.gpt2(
       vocab_size=tokenizer.vocab_size,
       max_length=length,
       num_layers=config.num_layers,
       width=config.width,
       num_heads=config.num_heads,
+      dtype=dtype,
     )
     model = transformer.Transformer(settings)
     init = jax.jit(lambda key: model.init(key, jnp.zeros((1, 2), jnp.int32))["params"])

@@ -194,6 +194,7 @@ def test_the_rates_are_those_of_the_least_mean_loss():
     ({"corruption_kind": "swapped"}, "corruption_kind should be swapped with task=instruct only"),
     ({"dataset": "text.pdf"}, r"dataset should be among python, .*, or a .txt or .jsonl; got text"),
     ({"instructions": ("gsm8k", "x.txt")}, "instructions should be among .* a .jsonl; got x.txt"),
+    ({"init": "hf", "model_dir": "x", "tokenizer": "y"}, "with init=scratch only: .* got y"),
     ({"tune": True, "learning_rate": 1.0}, "learning_rate should not be given with it"),
   ],
 )
@@ -212,6 +213,16 @@ def test_the_end_of_a_text_is_that_of_the_tokenizer_or_of_the_family(tmp_path):
   assert model.end_of_text(tmp_path) == "<|im_end|>"
   write("tokenizer_config.json", {"eos_token": "<|end_of_text|>"})
   assert model.end_of_text(tmp_path) == "<|end_of_text|>"
+
+
+def test_a_new_model_may_have_the_tokens_of_a_byte_pair_encoding(tmp_path):
+  letters = ["<|endoftext|>", *"abcdefg"]
+  (tmp_path / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(letters)}))
+  (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+  language = model.make(Config(tokenizer=tmp_path, dtype="bfloat16"))
+  assert language.tokenizer.encode("bad") == [2, 1, 4]
+  assert language.model.config.vocab_size == 8
+  assert language.model.config.dtype == "bfloat16"
 
 
 def test_sizes_are_those_of_the_task():
