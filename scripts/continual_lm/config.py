@@ -63,7 +63,7 @@ class Config(TunedConfig):
   model_dir: Path | None = None
   """A folder with config.json, *.safetensors and the tokenizer's files, for hf."""
   tokenizer: Path | None = None
-  """A folder with the files of a byte-pair encoding, such as GPT-2's, instead of bytes for scratch."""
+  """A folder with the files of a byte-pair encoding, such as GPT-2's, for scratch; else bytes."""
   dtype: Annotated[str, Among(("float32", "bfloat16"))] = "float32"
   """What the model computes in; parameters and losses are float32."""
   methods: Annotated[tuple[str, ...], Among(METHODS), FREE] = tuple(METHODS)
