@@ -92,7 +92,7 @@ class Config(TunedConfig):
   learning_rate: Positive | None = None
   """Of the continual phase, for all methods, with the temperature in rates; instead of those that
   --tune has chosen, or else of 3e-4, where the first phase ends (2e-6 for hf, as published)."""
-  num_layers: Count = 4
+  num_layers: Count = 3
   """Layers of the model, for scratch."""
   width: Count = 256
   """Its width."""
