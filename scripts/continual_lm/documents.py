@@ -1,25 +1,27 @@
-"""Documents of several domains, for language models: what ships with Python, and TFDS data sets."""
+"""Documents of several domains: what ships with Python, TFDS data sets, and files of a user."""
 
 import ast
 import sysconfig
 import unicodedata
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 from scripts.common.data import tfds_source
+from scripts.continual_lm import user_files
 
 SPLITS = ("train", "validation", "test")
+Document = TypeVar("Document")
 Documents = list[list[str]]  # The texts of each domain.
 
 
-class Corpus(NamedTuple):
+class Corpus(NamedTuple, Generic[Document]):
   """Names of domains, and documents: to train on, for curves, and for reports; none is in two."""
 
   domains: tuple[str, ...]
-  train: Documents
-  validation: Documents
-  test: Documents
+  train: list[list[Document]]  # Those of each domain.
+  validation: list[list[Document]]
+  test: list[list[Document]]
 
 
 # Modules of the other domains are files beside these folders, so that none is in two domains.
@@ -29,7 +31,7 @@ _PACKAGES = (
 )  # fmt: skip
 
 
-def python_corpus(data_dir: Path | None = None) -> Corpus:
+def python_corpus(data_dir: Path | None = None) -> Corpus[str]:
   """Four domains that every Python brings along: the same text for one version of Python.
 
   ``manual``: topics of the language reference (``pydoc_data``). ``docstrings``: the documentation
@@ -40,6 +42,12 @@ def python_corpus(data_dir: Path | None = None) -> Corpus:
   """
   from pydoc_data.topics import topics
 
+  names_of = {f"{page:02x}": _names_of_characters(page) for page in range(256)}
+  return _every_tenth({"manual": topics, **library_texts(), "characters": names_of})
+
+
+def library_texts() -> dict[str, dict[str, str]]:
+  """The domains ``docstrings`` and ``code``: texts by the files' places in the standard library."""
   library = Path(sysconfig.get_path("stdlib"))
   modules = [path for path in library.glob("*.py") if not path.name.startswith("_")]
   sources = {
@@ -48,14 +56,7 @@ def python_corpus(data_dir: Path | None = None) -> Corpus:
     for path in (library / name).rglob("*.py")
     if "test" not in path.relative_to(library).parts
   }
-  return _every_tenth(
-    {
-      "manual": topics,
-      "docstrings": {path.name: _docstrings(path) for path in modules},
-      "code": sources,
-      "characters": {f"{page:02x}": _names_of_characters(page) for page in range(256)},
-    }
-  )
+  return {"docstrings": {path.name: _docstrings(path) for path in modules}, "code": sources}
 
 
 def _docstrings(path: Path) -> str:
@@ -76,18 +77,28 @@ def _names_of_characters(page: int) -> str:
   return "\n".join(names)
 
 
-def _every_tenth(texts: Mapping[str, Mapping[str, str]]) -> Corpus:
+def _every_tenth(texts: Mapping[str, Mapping[str, str]]) -> Corpus[str]:
   """Divides named documents of each domain."""
-  found = [  # Each text once.
-    list(dict.fromkeys(named[name] for name in sorted(named) if named[name]))
-    for named in texts.values()
+  names = [divided(named) for named in texts.values()]
+  of_part = lambda part: [
+    [named[name] for name in of_domain[part]]
+    for named, of_domain in zip(texts.values(), names, strict=True)
   ]
-  train = [[text for i, text in enumerate(domain) if i % 5] for domain in found]
-  validation, test = ([domain[first::10] for domain in found] for first in (5, 0))
-  return Corpus(tuple(texts), train, validation, test)
+  return Corpus(tuple(texts), *map(of_part, range(len(SPLITS))))
 
 
-def text_domains(data_dir: Path | None = None) -> Corpus:
+def divided(named: Mapping[str, str]) -> tuple[list[str], list[str], list[str]]:
+  """The names of texts to train on, for validation and for testing, in order.
+
+  Every tenth is for testing and another tenth for validation. Empty texts are left out, and of
+  equal ones all but the first.
+  """
+  first = {named[name]: name for name in sorted(named, reverse=True) if named[name]}
+  found = sorted(first.values())
+  return [name for i, name in enumerate(found) if i % 5], found[5::10], found[0::10]
+
+
+def text_domains(data_dir: Path | None = None) -> Corpus[str]:
   """``text_domains``: an encyclopedia, novels, politics, economics, captions of images."""
   preparation = (
     "It is not in the catalogue of tensorflow-datasets: passages with the features text, domain "
@@ -106,13 +117,38 @@ def text_domains(data_dir: Path | None = None) -> Corpus:
   return Corpus(names, *map(texts, (train, *others)))
 
 
-def tiny_shakespeare(data_dir: Path | None = None) -> Corpus:
+def tiny_shakespeare(data_dir: Path | None = None) -> Corpus[str]:
   """``tiny_shakespeare``: one domain, one document in each part."""
   sources = (tfds_source("tiny_shakespeare", split, data_dir) for split in SPLITS)
   return Corpus(("plays",), *([[source[0]["text"].decode()]] for source in sources))
 
 
-DATASETS: dict[str, Callable[[Path | None], Corpus]] = {
+def read(name: str, data_dir: Path | None = None) -> Corpus[str]:
+  """A data set of :data:`DATASETS`, or a user's ``.txt`` or ``.jsonl``.
+
+  Raises:
+    ValueError: if a file has a bad line, or a domain too few documents for three parts.
+  """
+  if name in DATASETS:
+    return DATASETS[name](data_dir)
+  texts: dict[str, dict[str, str]] = {}
+  for number, (domain, text) in enumerate(user_files.texts(Path(name))):
+    texts.setdefault(domain, {})[f"{number:09}"] = text
+  for domain, named in texts.items():
+    check_enough(name, domain, *divided(named))
+  return _every_tenth(texts)
+
+
+def check_enough(name: str, domain: str, *parts: list[Document]) -> None:
+  """Raises ``ValueError`` if a part of a domain is empty."""
+  if not all(parts):
+    raise ValueError(
+      f"{name} must have at least 6 different documents of every domain, for three parts; got "
+      f"{sum(map(len, parts))} of {domain}"
+    )
+
+
+DATASETS: dict[str, Callable[[Path | None], Corpus[str]]] = {
   "python": python_corpus,
   "text_domains": text_domains,
   "tiny_shakespeare": tiny_shakespeare,

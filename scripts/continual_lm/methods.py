@@ -1,7 +1,7 @@
 """The reweightings of continual language-model training, with their rates and where these are from.
 
-Nothing of this was tuned: what a paper or its code says was taken, and what it does not say is our
-choice, made before any result was seen.
+What a paper or its code says was taken, and what it does not say is our choice, made before any
+result was seen. ``--tune`` chooses learning rates, and the temperature of IR-DRO, on validation.
 """
 
 from collections.abc import Callable
@@ -35,6 +35,14 @@ class Rates(Checked):
   """Of group DRO; 0.01 is published."""
 
 
+class Chosen(NamedTuple):
+  """What a method is trained with."""
+
+  learning_rate: float
+  temperature: float | None  # Of the KL weights, for methods that have them.
+  tuned: bool  # Whether both were chosen on validation.
+
+
 class Method(NamedTuple):
   """A way to weigh a batch: its name, and ``weighting(rates, num_domains)``."""
 
@@ -60,6 +68,7 @@ METHODS = {
   "cvar": Method("CVaR", lambda r, _: jaxbo.dro.cvar(r.level)),
   "group_dro": Method("group DRO", lambda r, domains: jaxbo.dro.group(domains, r.group_step_size)),
 }
+HAVE_TEMPERATURE = ("ir_dro", "ir_dro_compositional")
 BASELINE = "uniform"
 START = "checkpoint"  # What all of them go on from.
 LABELS = {START: "checkpoint (no training on)"} | {n: one.label for n, one in METHODS.items()}

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +17,7 @@ from scripts.continual_lm.train import LossFn
 class Language(NamedTuple):
   """A model, what makes its tokens, and the loss of each sequence."""
 
+  model: transformer.Transformer
   tokenizer: Tokenizer
   loss_fn: LossFn
   init: Callable[[jax.Array], Any]  # init(key) -> params, new or as they were read.
@@ -23,12 +25,10 @@ class Language(NamedTuple):
 
 def make(config: Config) -> Language:
   """The model of a run; raises ``ValueError`` if it has too few tokens or places."""
-  length = config.sequence_length()
+  length, dtype = config.sequence_length(), jnp.dtype(config.dtype)
   if config.model_dir is not None:
-    model, params = transformer.from_safetensors(config.model_dir)
-    family = json.loads((config.model_dir / "config.json").read_text())["model_type"]
-    end_of_text = "</s>" if family == "opt" else "<|endoftext|>"
-    tokenizer = tokenizers.BPETokenizer(config.model_dir, end_of_text)
+    model, params = transformer.from_safetensors(config.model_dir, dtype=dtype)
+    tokenizer = tokenizers.BPETokenizer(config.model_dir, end_of_text(config.model_dir))
     if tokenizer.vocab_size > model.config.vocab_size:  # What is beyond has the loss NaN.
       raise ValueError(
         f"the tokenizer in model_dir must have at most the model's {model.config.vocab_size} "
@@ -36,13 +36,15 @@ def make(config: Config) -> Language:
       )
     init = lambda key: params
   else:
-    tokenizer = tokenizers.ByteTokenizer()
+    folder = config.tokenizer
+    tokenizer = tokenizers.ByteTokenizer() if folder is None else tokenizers.BPETokenizer(folder)
     settings = transformer.gpt2(
       vocab_size=tokenizer.vocab_size,
       max_length=length,
       num_layers=config.num_layers,
       width=config.width,
       num_heads=config.num_heads,
+      dtype=dtype,
     )
     model = transformer.Transformer(settings)
     init = jax.jit(lambda key: model.init(key, jnp.zeros((1, 2), jnp.int32))["params"])
@@ -50,4 +52,18 @@ def make(config: Config) -> Language:
     raise ValueError(
       f"length must be at most {model.config.max_length}, that of the model; got {length}"
     )
-  return Language(tokenizer, transformer.sequence_losses(model), init)
+  return Language(model, tokenizer, transformer.sequence_losses(model), init)
+
+
+def end_of_text(folder: Path) -> str:
+  """The token that ends a text: what the tokenizer's settings say, or that of the family.
+
+  Models of one family may have different ones: those of Llama do.
+  """
+  for name in ("tokenizer_config.json", "special_tokens_map.json"):
+    settings = json.loads((folder / name).read_text()) if (folder / name).exists() else {}
+    token = settings.get("eos_token")
+    if token:
+      return token["content"] if isinstance(token, dict) else token
+  family = json.loads((folder / "config.json").read_text())["model_type"]
+  return "</s>" if family in ("opt", "llama", "mistral") else "<|endoftext|>"

@@ -17,12 +17,16 @@ from scripts.continual_lm.methods import BASELINE, LABELS, METHODS, START
 # would hide another line.
 COLORS = {BASELINE: "0.4"} | {n: f"C{i}" for i, n in enumerate(m for m in METHODS if m != BASELINE)}
 DASHED = (BASELINE, "ir_dro_compositional")
+NOISE = {
+  "shuffled": "with shuffled tokens",
+  "random": "of random tokens",
+  "swapped": "with others' responses",
+}
 
 
 def arm_title(corruption: float, kind: str) -> str:
   """What the data of a share of noise are."""
-  what = "with shuffled tokens" if kind == "shuffled" else "of random tokens"
-  return f"{corruption:.0%} of the sequences {what}" if corruption else "clean data"
+  return f"{corruption:.0%} of the sequences {NOISE[kind]}" if corruption else "clean data"
 
 
 def draw_overview(

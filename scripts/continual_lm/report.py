@@ -10,11 +10,12 @@ import pandas as pd
 
 import jaxbo
 from scripts.common.task import Row
-from scripts.continual_lm.data import HeldOut, Sequences
+from scripts.continual_lm.data import HeldOut, LanguageData, Sequences
 from scripts.continual_lm.methods import BASELINE, METHODS, START, Rates
 from scripts.continual_lm.train import Shown
 
 QUANTILES = {"median": 0.5, "q90": 0.9, "q99": 0.99}
+TEMPERATURES = tuple(2.0 ** (i / 8) for i in range(-8, 17))  # Of the softmax, 0.5 to 4.
 Curve = tuple[list[int], list[float]]
 
 
@@ -25,13 +26,16 @@ def of_window(
 
   A weight is relative to that of uniform weights, 1; it is NaN where there is nothing to weigh.
   """
-  domain, corrupted = sequences.domain[rows], sequences.corrupted[rows]
+  domain, corrupted = (
+    field[rows].reshape(shown.losses.shape) for field in (sequences.domain, sequences.corrupted)
+  )
+  there = domain >= 0
   mean = lambda chosen: float(shown.weights[chosen].mean()) if chosen.any() else math.nan
   return {
-    "train_loss": float(shown.losses.mean()),
+    "train_loss": float(shown.losses[there].mean()),
     "ess": float(shown.effective_sample_size.mean()),
-    "weight_clean": mean(~corrupted),
-    "weight_noise": mean(corrupted),
+    "weight_clean": mean(there & ~corrupted),
+    "weight_noise": mean(there & corrupted),
     **{f"weight/{name}": mean(domain == i) for i, name in enumerate(domains)},
   }
 
@@ -41,7 +45,7 @@ def of_held_out(losses: np.ndarray, held_out: HeldOut, domains: Sequence[str]) -
 
   Mean and quantiles are over sequences of the mixture of domains that is trained on.
   """
-  domain, weights = held_out.sequences.domain, held_out.weights
+  domain, weights = held_out.sequences.domains(), held_out.weights
   means = {name: float(losses[domain == i].mean()) for i, name in enumerate(domains)}
   quantiles = np.quantile(losses, [*QUANTILES.values()], weights=weights, method="inverted_cdf")
   return {
@@ -50,6 +54,38 @@ def of_held_out(losses: np.ndarray, held_out: HeldOut, domains: Sequence[str]) -
     "worst_domain": max(means, key=lambda name: means[name]),
     **dict(zip(QUANTILES, quantiles.tolist(), strict=True)),
     **{f"loss/{name}": value for name, value in means.items()},
+  }
+
+
+def calibrated(validation: np.ndarray, test: np.ndarray, data: LanguageData) -> Row:
+  """The test loss at the one softmax temperature that is best on validation.
+
+  The losses are ``[examples, temperatures]``. A weighting that lowers a model's confidence lowers
+  its worst losses, and so does a temperature: what is left here is not of that kind.
+  """
+  best = int(np.argmin(data.validation.weights @ validation))
+  return {
+    "calibrated": float(data.test.weights @ test[:, best]),
+    "calibration": TEMPERATURES[best],
+  }
+
+
+def accuracies(right: np.ndarray, others: np.ndarray, alone: np.ndarray, data: LanguageData) -> Row:
+  """The share of questions whose right response is likelier, for each token, than the others.
+
+  And the share of those whose right response gains more by the prompt, against the same response
+  without a prompt, than the others: whether a response is a likely text has no part in it.
+
+  ``right`` are the losses of the test examples, ``others`` those with other responses, ``alone``
+  those of responses without prompts. Examples count as in the mean loss; a tie is wrong.
+  """
+  assert data.choices is not None
+  asked, of_others, *_ = data.choices
+  weights, others = data.test.weights[asked], others.reshape(of_others.shape)
+  share = lambda right, others: float(np.average(right < others.min(axis=1), weights=weights))
+  return {
+    "accuracy": share(right[asked], others),
+    "accuracy_by_gain": share(right[asked] - alone[asked], others - alone[of_others]),
   }
 
 

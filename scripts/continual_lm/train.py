@@ -19,7 +19,7 @@ from scripts.common.task import Program
 from scripts.continual_lm import methods as lm_methods
 from scripts.continual_lm.data import Sequences
 
-LossFn = Callable[[Any, dict[str, Any]], jax.Array]  # loss_fn(params, batch) -> [batch]
+LossFn = Callable[[Any, dict[str, Any]], jax.Array]  # loss_fn(params, batch) -> [places]
 
 
 class State(NamedTuple):
@@ -30,11 +30,11 @@ class State(NamedTuple):
 
 
 class Shown(NamedTuple):
-  """What a step tells."""
+  """What a step tells, of all places for examples in its rows."""
 
-  losses: Any  # Before the update, [batch].
-  weights: Any  # Relative ones, 1 if uniform, [batch].
-  effective_sample_size: Any  # As a share of the batch.
+  losses: Any  # Before the update, [places].
+  weights: Any  # Relative ones, 1 if uniform, [places].
+  effective_sample_size: Any  # As a share of the examples.
 
 
 def make_program(
@@ -54,14 +54,17 @@ def make_program(
 
   def step(state, t, batch):
     del t
-    grads = gradients(state.params, {"tokens": batch["tokens"]})
+    domain = batch["domain"].reshape(-1)  # -1 where there is no example: no weight either.
+    grads = gradients(state.params, {n: field for n, field in batch.items() if n != "domain"})
     reweight_state = state.opt_state[0]
-    groups = {"groups": batch["domain"]}
+    groups = {"groups": jnp.maximum(domain, 0)}
     updates, opt_state = tx.update(grads, state.opt_state, state.params, **groups)
     # The same weights once more, to look at: XLA computes them once.
-    weights, *_ = weighting.weigh(grads.losses, reweight_state.weighting_state, **groups)
-    share = opt_state[0].info.effective_sample_size / weights.size
-    shown = Shown(grads.losses, weights.size * weights, share)
+    mask = {"mask": grads.mask, **groups}
+    weights, *_ = weighting.weigh(grads.losses, reweight_state.weighting_state, **mask)
+    number = jnp.sum(domain >= 0)
+    share = opt_state[0].info.effective_sample_size / number
+    shown = Shown(grads.losses, number * weights, share)
     return State(optax.apply_updates(state.params, updates), opt_state), shown
 
   everywhere = devices.everywhere
@@ -70,17 +73,24 @@ def make_program(
 
 def batch_of(sequences: Sequences, rows: np.ndarray, devices: Devices) -> dict[str, jax.Array]:
   """What a step takes of the sequences in these rows."""
-  return {name: put(devices, getattr(sequences, name), rows) for name in ("tokens", "domain")}
+  fields = sequences.batch() | {"domain": sequences.domain}
+  return {name: put(devices, field, rows) for name, field in fields.items()}
 
 
 def make_evaluate(
   loss_fn: LossFn, batch_size: int, devices: Devices
 ) -> Callable[[Any, Sequences], np.ndarray]:
-  """Makes ``evaluate(params, sequences)``, their losses ``[n]``, in batches."""
-  of_tokens = lambda params, tokens: loss_fn(params, {"tokens": tokens})
-  of_batch = jax.jit(of_tokens, out_shardings=devices.everywhere)
+  """Makes ``evaluate(params, sequences)``, the losses ``[examples, ...]``, in batches."""
+  of_batch = jax.jit(loss_fn, out_shardings=devices.everywhere)
 
   def evaluate(params, sequences):
-    return in_batches(devices, of_batch, params, sequences.tokens, size=batch_size)
+    names, fields = zip(*sequences.batch().items(), strict=True)
+
+    def by_row(params, *fields):
+      losses = of_batch(params, dict(zip(names, fields, strict=True)))
+      return losses.reshape(len(fields[0]), -1, *losses.shape[1:])
+
+    losses = in_batches(devices, by_row, params, *fields, size=batch_size)
+    return sequences.of_examples(losses.reshape(-1, *losses.shape[2:]))
 
   return evaluate

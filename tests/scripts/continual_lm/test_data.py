@@ -121,7 +121,7 @@ def test_a_length_beyond_a_domain_is_refused():
     lm_data.make(corpus(), Letters(), 20, 2, 1)
 
 
-@pytest.mark.parametrize("kind", lm_data.CORRUPTIONS)
+@pytest.mark.parametrize("kind", ["shuffled", "random"])
 def test_noise_is_in_so_many_sequences_and_nowhere_else(kind):
   clean = sequences(50, 16)
   noisy = lm_data.corrupt(clean, 0.3, kind, 1000, seed=1)

@@ -23,15 +23,15 @@ import jaxbo
 from scripts.common import folder, study
 from scripts.common.folder import RunFolder
 from scripts.common.study import Results, Run
-from scripts.continual_lm import __main__ as script
 from scripts.continual_lm import data as lm_data
 from scripts.continual_lm import methods as lm_methods
 from scripts.continual_lm import plots as lm_plots
-from scripts.continual_lm import report, train
-from scripts.continual_lm.__main__ import ContinualLM, Training
+from scripts.continual_lm import report, runs, train
+from scripts.continual_lm.__main__ import ContinualLM
 from scripts.continual_lm.config import Config
 from scripts.continual_lm.documents import DATASETS
 from scripts.continual_lm.methods import METHODS, START, Rates
+from scripts.continual_lm.runs import Training
 from tests.scripts.common.processes import run_two, some_devices, tables_of
 from tests.scripts.continual_lm import small_lm
 from tests.scripts.continual_lm.small_lm import SMALL
@@ -304,7 +304,7 @@ def test_pictures_show_differences_weights_and_curves_of_finished_runs(tmp_path,
 def test_a_run_is_the_same_if_all_that_matters_is():
   may_differ = {
     "methods": ("cvar",), "corruptions": (0.5,), "timing_rounds": 9, "distributed": True,
-    "coordinator_address": "x", "num_processes": 9, "process_id": 8,
+    "coordinator_address": "x", "num_processes": 9, "process_id": 8, "rates_file": Path("x"),
   }  # fmt: skip
   identity = Config().identity()
   assert Config(**may_differ).identity() == identity
@@ -321,7 +321,7 @@ def small():
   """Two small domains on one device, which saves seconds."""
   with pytest.MonkeyPatch.context() as monkeypatch:
     monkeypatch.setitem(DATASETS, "python", small_lm.corpus)
-    monkeypatch.setattr(script.devices, "all_devices", lambda: some_devices(1))
+    monkeypatch.setattr(runs.devices, "all_devices", lambda: some_devices(1))
     yield
 
 
