@@ -18,10 +18,10 @@ from scripts.continual_lm.documents import DATASETS
 from scripts.continual_lm.methods import START
 from scripts.continual_lm.runs import Training
 from scripts.continual_lm.tuning import Tuning
+from tests.scripts.common.processes import some_devices, tables_of
 from tests.scripts.common.stopped import programs_kept, stopped_after
 from tests.scripts.continual_lm import small_lm
 from tests.scripts.continual_lm.small_lm import SMALL
-from tests.scripts.continual_lm.test_script import devices, tables_of
 
 pytestmark = pytest.mark.slow  # All together, not each.
 
@@ -60,7 +60,7 @@ def config(tmp_path_factory):
   (path / "mine.jsonl").write_text("\n".join(lines))
   with pytest.MonkeyPatch.context() as monkeypatch:
     monkeypatch.setitem(DATASETS, "python", small_lm.corpus)
-    monkeypatch.setattr(runs.devices, "all_devices", lambda: devices(1))
+    monkeypatch.setattr(runs.devices, "all_devices", lambda: some_devices(1))
     monkeypatch.setattr(Kept, "given", None)
     yield Config(
       **SMALL | SIZES,
