@@ -112,8 +112,8 @@ def check_depends_on_x(
   """
   reached = _check.depends(function, x)
   if reached and by_derivative:
-    value, pull_back = jax.vjp(function, x)
-    reached = _check.depends(pull_back, value)
+    pull_back = lambda cotangent: jax.vjp(function, x)[1](cotangent)
+    reached = _check.depends(pull_back, jax.eval_shape(function, x))
   if not reached:
     raise ValueError(
       f"{name} must use its argument x, which has no influence on the inner solution (does it "

@@ -209,3 +209,37 @@ def test_gmres_starts_where_it_is_told():
   np.testing.assert_allclose(x, exact, rtol=1e-5)
   x, _ = jaxbo.gmres(1)(lambda v: matrix @ v, b, exact)
   assert np.max(np.abs(x - exact)) > 0.01
+
+
+def test_gmres_has_the_smallest_residual_of_its_krylov_space(x64):
+  """Of matrices that are not symmetric, skew ones (which are singular if odd) and singular ones."""
+  rng = np.random.default_rng(0)
+  n = 5
+  dense, row = rng.normal(size=(n, n)), rng.normal(size=n)
+  singular = np.concatenate([dense[:, :1], dense[:, :4]], axis=1)
+  for num_steps in (2, n):
+    solve = jax.jit(lambda A, b, m=num_steps: jaxbo.gmres(m)(lambda v: A @ v, b, jnp.zeros(n)))
+    for A, b in ((dense, row), (dense - dense.T, row), (singular, singular @ row)):
+      x, info = solve(A, b)
+      krylov = np.linalg.qr(
+        np.array([np.linalg.matrix_power(A, i) @ b for i in range(num_steps)]).T
+      )[0]
+      best = krylov @ np.linalg.lstsq(A @ krylov, b, rcond=None)[0]
+      smallest = np.linalg.norm(b - A @ best) / np.linalg.norm(b)
+      np.testing.assert_allclose(np.linalg.norm(b - A @ x) / np.linalg.norm(b), smallest, atol=1e-8)
+      np.testing.assert_allclose(info.residual, smallest, atol=1e-8)
+      assert info.num_steps <= num_steps
+  assert not solve(dense, row)[1].breakdown
+  assert solve(dense - dense.T, row)[1].breakdown
+
+
+def test_gmres_of_divided_vectors():
+  """On explicit axes, without ``jax.set_mesh``; and it stops where it is told."""
+  mesh = jax.make_mesh((8,), ("data",))
+  divided = jax.device_put(
+    jnp.arange(1.0, 17.0), jax.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+  )
+  x, info = jax.jit(lambda b: jaxbo.gmres(6, 1e-3)(lambda v: (1 + b / 16) * v, b, 0 * b))(divided)
+  assert info.residual <= 1e-3
+  assert 0 < info.num_steps < 6
+  assert x.sharding.spec == divided.sharding.spec

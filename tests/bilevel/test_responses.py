@@ -564,7 +564,8 @@ def test_a_third_level_differentiates_an_implicit_response(projected, x64):
   np.testing.assert_allclose(jax.jacrev(hypergradient)(x), np.transpose(expected), rtol=1e-6)
 
 
-def test_an_implicit_response_inside_shard_map():
+@pytest.mark.parametrize("condition", ["gradient", "fixed_point"])
+def test_an_implicit_response_inside_shard_map(condition):
   """Each device has a part of the batch, and the losses are means over all of them."""
   over = lambda loss: jax.lax.pmean(loss, "data")
   inner_loss = lambda x, y, batch: over(jnp.mean((y - jnp.sin(x) * batch) ** 2))
@@ -574,7 +575,7 @@ def test_an_implicit_response_inside_shard_map():
   def hypergradient(batch):
     inner = jaxbo.inner_solver(inner_loss, optax.sgd(0.3), 30)
     y = inner.solve(x, inner.init(jnp.float32(0.0)), batch)
-    tx = jaxbo.add_implicit_response(inner, jaxbo.conjugate_gradient(3))
+    tx = jaxbo.add_implicit_response(inner, jaxbo.conjugate_gradient(3), condition=condition)
     grads = jax.grad(outer_loss, (0, 1))(x, y.params, batch)
     return tx.update(grads, tx.init(x), x, solution=y, batch=batch)[0]
 
