@@ -47,7 +47,7 @@ def at_least_int32(ints: jax.typing.ArrayLike) -> jax.Array:
 
 def zeros_at_least_float32(tree: PyTree) -> PyTree:
   """Zeros like ``tree`` (arrays or ``ShapeDtypeStruct``) and its sharding, in float32 at least."""
-  return jax.tree.map(lambda x: jnp.zeros_like(x, dtype=_at_least_float32_dtype(x)), tree)
+  return jax.tree.map(lambda x: zeros_like(x, _at_least_float32_dtype(x)), tree)
 
 
 def has_low_precision(tree: PyTree) -> bool:
@@ -96,6 +96,13 @@ def varying_axes(x: jax.typing.ArrayLike | jax.ShapeDtypeStruct) -> frozenset[st
   return frozenset(jax.typeof(x).manual_axis_type.varying)
 
 
+def zeros_like(x: jax.typing.ArrayLike | jax.ShapeDtypeStruct, dtype: Any) -> jax.Array:
+  """``jnp.zeros_like``, also where JAX 0.12 forgets the sharding: traced without ``set_mesh``."""
+  zeros, sharding = jnp.zeros_like(x, dtype=dtype), jax.typeof(x).sharding
+  lost = AxisType.Explicit in sharding.mesh.axis_types and jax.typeof(zeros).sharding != sharding
+  return jax.sharding.reshard(zeros, sharding) if lost else zeros
+
+
 def vary_alike(tree: T, *others: PyTree) -> T:
   """Marks ``tree`` as varying over every ``shard_map`` axis over which one of ``others`` varies.
 
@@ -114,7 +121,7 @@ def empty_slots(like: PyTree, size: int, dtype: jax.typing.DTypeLike | None = No
   """Zeros ``[size, ...]`` for values shaped and sharded like ``like``, arrays or their types."""
 
   def slots(leaf):
-    zeros = jnp.zeros_like(leaf, dtype=dtype or jnp.result_type(leaf))
+    zeros = zeros_like(leaf, dtype or jnp.result_type(leaf))
     return jnp.broadcast_to(zeros, (size, *zeros.shape))
 
   return jax.tree.map(slots, like)

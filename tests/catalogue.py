@@ -21,6 +21,7 @@ program that must have the results of one device on any mesh. Models are put thr
 
 import contextlib
 import inspect
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxbo
@@ -289,7 +291,7 @@ class Program(NamedTuple):
   make: Callable[[], tuple[Callable[..., Any], tuple[Any, ...], tuple[Any, ...]]]
 
 
-def assert_same_on_meshes(function, arguments, specs, sizes=(8,), rtol=1e-4, atol=1e-5):
+def assert_same_on_meshes(function, arguments, specs, sizes=(8,), rtol=1e-4, atol=1e-5, plain=None):
   """Explicit and automatic axes, inside ``set_mesh`` and without, give the result of one device.
 
   What a mesh refuses it refuses when a program is traced, so it is traced in all four ways, and
@@ -302,6 +304,8 @@ def assert_same_on_meshes(function, arguments, specs, sizes=(8,), rtol=1e-4, ato
     sizes: how many devices the axes have, eight together.
     rtol: as in ``np.testing.assert_allclose``.
     atol: likewise.
+    plain: a program of JAX alone that does with the arguments what ``function`` cannot avoid. Where
+      JAX refuses it, ``function`` must be refused with the same error.
   """
   alone = jax.device_get(jax.jit(function)(*arguments))
   for axis_type in (AxisType.Explicit, AxisType.Auto):
@@ -311,12 +315,27 @@ def assert_same_on_meshes(function, arguments, specs, sizes=(8,), rtol=1e-4, ato
     divided = jax.tree.map(put, specs, arguments, is_leaf=is_spec)
     for inside in (True, False):
       with jax.set_mesh(mesh) if inside else contextlib.nullcontext():
+        if refusal := plain and _refusal(plain, divided):
+          assert axis_type == AxisType.Explicit, refusal
+          assert not inside, refusal
+          with pytest.raises(type(refusal), match=re.escape(str(refusal).split(". ")[0])):
+            jax.jit(function).trace(*divided)
+          continue
         traced = jax.jit(function).trace(*divided)
         if inside == (axis_type == AxisType.Explicit):
           continue
         ours = jax.device_get(traced.lower().compile()(*divided))
       for a, b in zip(*map(jax.tree.leaves, (ours, alone)), strict=True):
         np.testing.assert_allclose(a, b, rtol=rtol, atol=atol)
+
+
+def _refusal(program, arguments):
+  """The error of JAX as it traces a program, or None."""
+  try:
+    jax.jit(program).trace(*arguments)
+  except Exception as error:  # a class of JAX's that is not public
+    return error
+  return None
 
 
 def alias(kind, name, method, chain, **options):

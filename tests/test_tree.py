@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxbo import _check, _random, _tree
 from jaxbo.bilevel import response
@@ -82,3 +83,17 @@ def test_structures_are_compared_leaf_by_leaf():
   for other in (Pair(jnp.ones(3), 1.0), Pair(jnp.ones(2)), (jnp.ones(2), 1.0)):
     with pytest.raises(ValueError, match="grads must have the structure and shapes of x"):
       _check.same_structure("grads", Pair(jnp.ones(2), 1.0), "x", other)
+
+
+def test_zeros_are_divided_as_what_they_are_like_without_set_mesh():
+  mesh = jax.make_mesh((8,), ("d",))
+  x = jax.device_put(jnp.ones((8, 2), jnp.bfloat16), NamedSharding(mesh, PartitionSpec("d")))
+
+  @jax.jit
+  def zeros(x):
+    types = jax.eval_shape(lambda: x)
+    return _tree.zeros_at_least_float32(x), _tree.empty_slots(types, 3)
+
+  like, slots = zeros.trace(x).out_info
+  assert like.sharding.spec == PartitionSpec("d", None)
+  assert slots.sharding.spec == PartitionSpec(None, "d", None)

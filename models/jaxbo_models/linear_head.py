@@ -7,7 +7,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
+
+from jaxbo_models.cross_entropy import cross_entropies
 
 
 def zero_head(num_features: int, num_classes: int) -> dict[str, jax.Array]:
@@ -27,4 +28,4 @@ def logits(head: Any, features: jax.Array) -> jax.Array:
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
   """Returns the mean cross-entropy of logits ``[n, classes]``, given integer labels ``[n]``."""
-  return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
+  return jnp.mean(cross_entropies(logits, labels))

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding
 
 
@@ -10,6 +11,12 @@ def explicit_sharding(x: jax.Array) -> NamedSharding | None:
   """Returns the sharding in the type of ``x``, if its mesh has explicit axes."""
   sharding = jax.typeof(x).sharding
   return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
+
+
+def zeros_like(x: jax.Array, dtype: Any = None) -> jax.Array:
+  """``jnp.zeros_like``, also where JAX 0.12 forgets the sharding: without ``jax.set_mesh``."""
+  zeros, sharding = jnp.zeros_like(x, dtype), explicit_sharding(x)
+  return jax.sharding.reshard(zeros, sharding) if sharding else zeros
 
 
 def divided_as(tree: Any, x: jax.Array) -> jax.Array:

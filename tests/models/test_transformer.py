@@ -23,14 +23,14 @@ from tests.catalogue import assert_same_on_meshes
 
 pytestmark = pytest.mark.slow  # All together, not each.
 
-SMALL = {"vocab_size": 50, "max_length": 16, "num_layers": 3, "width": 32, "num_heads": 4}
+SMALL = {"vocab_size": 52, "max_length": 16, "num_layers": 3, "width": 32, "num_heads": 4}
 # GPT-2 is OPT with another activation and no offset.
 FAMILIES = {
   "opt": transformer.opt(**SMALL, ffn_width=48),
   "pythia": transformer.pythia(**SMALL, rotary_fraction=0.5),
 }
 every_family = pytest.mark.parametrize("family", FAMILIES)
-TOKENS = jnp.asarray(np.random.default_rng(0).integers(50, size=(3, 12)), jnp.int32)
+TOKENS = jnp.asarray(np.random.default_rng(0).integers(52, size=(3, 12)), jnp.int32)
 WEIGHTS = np.array([1.0, 2.0, 3.0], np.float32)
 
 
@@ -141,7 +141,7 @@ def test_the_first_parameters_are_those_of_gpt2_and_differ_between_layers():
 def test_the_future_and_other_examples_change_nothing(family):
   _, params = setup(family)
   other = np.array(TOKENS)
-  other[0, 7] = (other[0, 7] + 1) % 50
+  other[0, 7] = (other[0, 7] + 1) % 52
   before, after = (np.asarray(logits_of(family)(params, tokens)) for tokens in (TOKENS, other))
   changed = np.abs(after - before).max(axis=-1) > 1e-3
   np.testing.assert_array_equal(changed[0], np.arange(12) >= 7)
@@ -190,10 +190,11 @@ def test_padding_on_either_side_changes_neither_losses_nor_gradients(family):
 
 
 def tensor_parallel(path, leaf):
-  """Divides heads and the width of the ffn, in the kernels and biases of the blocks."""
+  """Divides heads and the width of the ffn, in all that the blocks have, and the vocabulary."""
   layer, kind = path[-2].key if len(path) > 1 else "", path[-1].key
   axes = {"qkv/kernel": 3, "qkv/bias": 2, "attention_out/kernel": 1}
   axes |= {"ffn_in/kernel": 2, "ffn_in/bias": 1, "ffn_out/kernel": 1}
+  axes |= {"/token_embedding": 0, "head/kernel": 1}
   return along("m", axes.get(f"{layer}/{kind}"))
 
 
@@ -246,7 +247,7 @@ def test_an_empty_sequence_has_the_loss_0_and_no_gradient(family):
 
 def test_an_unknown_token_makes_its_own_loss_nan_and_no_other():
   _, params = setup("opt")
-  for unknown in (50, -1):
+  for unknown in (52, -1):
     tokens = np.array(TOKENS)
     tokens[1, 3] = unknown
     (_, losses), _ = losses_and_gradient("opt")(params, tokens, np.ones(tokens.shape, bool))
@@ -465,7 +466,7 @@ def test_a_small_model_learns_its_batch_by_heart():
     return jax.lax.scan(step, (params, optimizer.init(params)), length=60)[1]
 
   losses = train(params)
-  assert losses[0] > math.log(50)
+  assert losses[0] > math.log(52)
   assert losses[-1] < 0.05
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 from jaxbo_models.batch_loss import BatchLoss
+from jaxbo_models.cross_entropy import cross_entropies
 
 
 def caption_losses(
@@ -135,9 +136,7 @@ def token_losses(logits: jax.Array, targets: jax.Array, mask: jax.Array) -> jax.
   """
   # Mask before the loss, too: masking only after it can make the gradient 0 * NaN.
   logits, targets = jnp.where(mask[:, :, None], logits, 0), jnp.where(mask, targets, 0)
-  losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, targets)
-  known = (targets >= 0) & (targets < logits.shape[-1])
-  return jnp.where(mask, jnp.where(known, losses, jnp.nan), 0)
+  return jnp.where(mask, cross_entropies(logits, targets), 0)
 
 
 def discriminative_losses(scores: jax.Array, occurs: jax.Array) -> jax.Array:

@@ -11,6 +11,7 @@ from jaxbo_models.captioner import cell, recurrence
 from jaxbo_models.captioner.attention import AttentionParameters, matmul
 from jaxbo_models.captioner.check import check_features, check_flags, check_tokens
 from jaxbo_models.captioner.recurrence import CaptionerOutput, DecoderState, Encoded
+from jaxbo_models.mesh import zeros_like
 from jaxbo_models.rows import rows
 
 
@@ -265,7 +266,7 @@ class GuidedCaptioner(nn.Module):
     if self.init_state == "pooled":
       states = jnp.split(jnp.tanh(self.initial(encoded.pooled)), parts, axis=-1)
     else:
-      states = [jnp.zeros_like(encoded.cells[:, 0], self.dtype)] * parts
+      states = [zeros_like(encoded.cells[:, 0], self.dtype)] * parts
     hidden, new_cell, *guide = states
     guide_hidden, guide_cell = guide or (None, None)
     if guide_cell is not None:

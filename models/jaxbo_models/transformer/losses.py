@@ -8,9 +8,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import optax
 
 from jaxbo_models.batch_loss import BatchLoss
+from jaxbo_models.cross_entropy import cross_entropies
 from jaxbo_models.transformer.chunked import chunked_cross_entropy
 from jaxbo_models.transformer.model import Transformer, head_of
 
@@ -75,9 +75,7 @@ def token_losses(
   """
   logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
   counts = _targets(tokens, mask, loss_mask, labels, segment_ids)
-  targets = tokens if labels is None else jnp.where(labels < 0, logits.shape[-1], labels)
-  cross_entropy = optax.losses.softmax_cross_entropy_with_integer_labels  # -1 would be the last.
-  return _counted(cross_entropy, logits, targets, counts)
+  return _counted(cross_entropies, logits, tokens if labels is None else labels, counts)
 
 
 def _counted(
