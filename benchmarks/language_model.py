@@ -39,6 +39,8 @@ PRESETS = {
   "gpt2": transformer.gpt2(),
   "opt": transformer.opt(),
   "pythia": transformer.pythia(),
+  "smollm": transformer.smollm(),
+  "llama": transformer.llama(),
 }
 # By what is in the name of the device, the more special first.
 PEAK_TERAFLOPS = {
@@ -57,8 +59,8 @@ PEAK_TERAFLOPS = {
 class Config:
   """Tokens a second and model FLOPs utilization of training a language model."""
 
-  preset: Literal["tiny", "gpt2", "opt", "pythia"] = "tiny"
-  """The model; gpt2 has 124M parameters, opt 125M, pythia 162M."""
+  preset: Literal["tiny", "gpt2", "opt", "pythia", "smollm", "llama"] = "tiny"
+  """The model; gpt2 has 124M parameters, opt 125M, pythia 162M, smollm 135M, llama 1.2B."""
   batch: int = 8
   """Sequences in a batch."""
   length: int | None = None
