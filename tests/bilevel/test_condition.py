@@ -142,6 +142,7 @@ PROBLEMS["weight decay that is x"] = Problem(
   fit, lambda x: optax.chain(optax.add_decayed_weights(x[3]), optax.sgd(RATE)), X, ZEROS
 )
 SHRINK = lambda rate: proximal_step(lambda y: shrink(y, 0.3 * rate))
+CYCLE = optax.warmup_cosine_decay_schedule(0.0, RATE, 20, 300)
 SLOW_ADAM = optax.adam(optax.cosine_decay_schedule(0.05, 3000))
 PARTS_ONE = {"head": "one", "base": "other"}
 SHRINK_LEAVES = lambda rate: proximal_step(
@@ -242,9 +243,7 @@ PROBLEMS |= {
   ),
   "box, two cycles": Problem(
     fit,
-    projected(
-      box, rate=optax.join_schedules([optax.cosine_onecycle_schedule(300, RATE)] * 2, [300])
-    ),
+    projected(box, rate=optax.join_schedules([CYCLE] * 2, [300])),
     X,
     ZEROS,
   ),
