@@ -65,10 +65,24 @@ def test_losses_and_gradients_are_those_of_all_logits(which):
 def test_a_label_outside_the_vocabulary_spoils_its_own_sequence_alone(which):
   batch = batch_of(CONFIGS[which].vocab_size, unknown=True)
   run, params = losses_and_gradient(which, 5)
-  losses, _ = run(params, batch, jnp.array([1.0, 1.0, 0.0]))
+  losses, gradient = run(params, batch, jnp.array([1.0, 1.0, 0.0]))
   assert np.isnan(losses).tolist() == [False, False, True]
+  assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(gradient))
   _, spoiled = run(params, batch, jnp.ones(3))
   assert np.all(np.isnan(spoiled["token_embedding"][:, 0]))
+
+
+def test_a_batch_divided_on_explicit_axes_has_the_gradient_of_one_device():
+  model = transformer.Transformer(CONFIGS["tied"])
+  params = random_params(model)
+  tokens = jnp.asarray(RNG.integers(50, size=(8, LENGTH)), jnp.int32)
+  losses = transformer.sequence_losses(model, chunk_length=5)
+  gradient = jax.jit(jax.grad(lambda params, tokens: jnp.sum(losses(params, {"tokens": tokens}))))
+  expected = gradient(params, tokens)
+  with jax.set_mesh(jax.make_mesh((8,), ("data",))):
+    whole = jax.device_put(params, jax.sharding.PartitionSpec())
+    found = gradient(whole, jax.device_put(tokens, jax.sharding.PartitionSpec("data")))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, expected)
 
 
 def test_logits_of_all_positions_are_never_there():
@@ -89,9 +103,12 @@ def test_logits_of_all_positions_are_never_there():
   assert f"f32[3,{LENGTH - 1},300]" not in chunked
 
 
-def test_bad_arguments():
+def test_bad_arguments(as_users_run):
   model = transformer.Transformer(CONFIGS["tied"])
-  with pytest.raises(ValueError, match="chunk_length must be at least 1, got 0"):
-    transformer.sequence_losses(model, chunk_length=0)
+  for bad in (0, 2.5, True):
+    with pytest.raises(
+      ValueError, match=f"chunk_length must be an integer of at least 1, got {bad}"
+    ):
+      transformer.sequence_losses(model, chunk_length=bad)
   with pytest.raises(TypeError, match="model must be a Transformer with chunk_length, got Conv4"):
     transformer.sequence_losses(Conv4(5), chunk_length=4)

@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxbo_models.mesh import explicit_sharding, zeros_like
+
 
 def chunked_cross_entropy(
   hidden: jax.Array, head: jax.Array, targets: jax.Array, chunk_length: int
@@ -69,12 +71,18 @@ def _backward(chunk_length, residuals, cotangents):
     probabilities = jnp.exp(_logits(h, padded, head.shape[1]) - log_sum[..., None])
     known = (u >= 0) & (u < head.shape[1])
     excess = probabilities - jax.nn.one_hot(u, padded.shape[1], dtype=probabilities.dtype)
-    excess *= jnp.where(known, cotangent, jnp.nan * cotangent)[..., None]
+    excess *= jnp.where(known | (cotangent == 0), cotangent, jnp.nan)[..., None]
     excess = excess.astype(h.dtype)
-    more = jnp.einsum("btd,btv->dv", h, excess, preferred_element_type=total.dtype)
+    more = jnp.einsum(
+      "btd,btv->dv",
+      h,
+      excess,
+      preferred_element_type=total.dtype,
+      out_sharding=explicit_sharding(total),  # The devices add up their parts of the batch.
+    )
     return total + more, jnp.einsum("btv,dv->btd", excess, padded)
 
-  start = jnp.zeros(padded.shape, log_sums.dtype)
+  start = zeros_like(padded, log_sums.dtype)
   chunks = [_chunks(array, chunk_length) for array in (hidden, targets, log_sums, cotangents)]
   total, by_hidden = jax.lax.scan(gradients_of_chunk, start, tuple(chunks))
   by_head = total[:, : head.shape[1]].astype(head.dtype)

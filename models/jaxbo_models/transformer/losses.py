@@ -121,7 +121,8 @@ def sequence_losses(
     A function ``(params, batch) -> losses``, ``[batch]`` in float32 at least. The batch holds
     ``"tokens" [batch, length]`` and, all of the same shape, what it needs of: ``"mask"``, False at
     padding; ``"loss_mask"`` or ``"labels"``, the targets (see :func:`token_losses`);
-    ``"segment_ids"`` and ``"positions"`` of packed rows (see :class:`Transformer`). A sequence
+    ``"segment_ids"`` and ``"positions"`` of packed rows (see :class:`Transformer`). Other keys are
+    ignored. A sequence
     without a target has loss 0, and does not count where losses are reweighted
     (``loss_fn.example_mask``).
 
@@ -133,8 +134,9 @@ def sequence_losses(
   """
   if reduction not in ("mean", "sum"):
     raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
-  if chunk_length is not None and chunk_length < 1:
-    raise ValueError(f"chunk_length must be at least 1, got {chunk_length}")
+  is_count = isinstance(chunk_length, int) and not isinstance(chunk_length, bool)
+  if chunk_length is not None and not (is_count and chunk_length >= 1):
+    raise ValueError(f"chunk_length must be an integer of at least 1, got {chunk_length!r}")
   if chunk_length is not None and not isinstance(model, Transformer):
     raise TypeError(f"model must be a Transformer with chunk_length, got {type(model).__name__}")
 
