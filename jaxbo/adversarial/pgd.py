@@ -69,7 +69,8 @@ def pgd(
       :math:`\tau + 1` of its points (FAT's early stop). ``None`` never stops.
 
   Returns:
-    An :class:`Attack`.
+    An :class:`Attack`. Under ``jit`` it clips images that are not in the box without an error:
+    ``attack.run`` also returns the info, whose ``clipped`` says so.
 
   Raises:
     ValueError: if an argument is outside its range; if ``"kl"`` would start at the image, where its
@@ -171,7 +172,8 @@ def fgsm(
       function ``(logits, labels, clean_logits) -> [batch]``.
 
   Returns:
-    An :class:`Attack`.
+    An :class:`Attack`. Under ``jit`` it clips images that are not in the box without an error:
+    ``attack.run`` also returns the info, whose ``clipped`` says so.
 
   Raises:
     ValueError: if an argument is outside its range; if ``"kl"`` would start at the image, where its

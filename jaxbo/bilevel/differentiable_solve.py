@@ -90,7 +90,8 @@ def differentiable_solve(
   attach.defvjp(forward, backward, symbolic_zeros=True)
 
   def solve(x, y0, batch):
-    solution = inner.solve(x, inner.init(y0, x, batch), batch)
+    held = jax.lax.stop_gradient(x)  # A run on the host, or by while_loop, has no derivative.
+    solution = inner.solve(held, inner.init(y0, held, batch), batch)
     return attach(x, y0, batch, jax.lax.stop_gradient(solution))
 
   return solve

@@ -115,8 +115,10 @@ def add_implicit_response(
       solver with ``warm_start``, because the state keeps its solution; unused otherwise.
 
   Returns:
-    A transformation from the pair ``(df/dx, df/dy)`` to the hypergradient. ``update`` must be
-    given ``solution=`` and ``batch=``, the batch that ``inner.solve`` saw. With per-step batches
+    A transformation from the pair ``(df/dx, df/dy)`` to the hypergradient, for the beginning of a
+    chain: :func:`jaxbo.bilevel_loop` refuses a clip before it, ``update`` alone cannot see one.
+    ``update`` must be given ``solution=`` and ``batch=``, the batch that ``inner.solve`` saw. With
+    per-step batches
     the system uses the batch of the last step. Pass ``linear_batch=``, one batch without a step
     axis, to use that batch instead: an independent batch removes a bias of stochastic methods.
 

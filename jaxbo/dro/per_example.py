@@ -100,8 +100,9 @@ def per_example_grad(
     batch_axes: which axis of each leaf of the batch counts the examples: an integer, ``None`` for
       leaves that all examples share (a key, a scalar, a table, frozen parameters), or a tree of
       these that is a prefix of the batch, as ``in_axes`` of ``jax.vmap``. The default 0 says that
-      every leaf is ``[batch, ...]``. Only ``microbatch_size`` and ``repair`` cut the batch; a
-      shared leaf goes whole to every part.
+      every leaf is ``[batch, ...]``; a shared leaf with as many rows as examples is then cut
+      without an error, so say which leaves are shared. Only ``microbatch_size`` and ``repair`` cut
+      the batch; a shared leaf goes whole to every part.
     microbatch_size: how many examples go through the model at once; ``None`` for all. It must
       divide the batch. Activation memory falls to that of one microbatch. The losses are computed
       again for the backward pass, so the cost rises to 4/3.

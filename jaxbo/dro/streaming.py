@@ -73,7 +73,8 @@ def streaming_grad(
     has_aux: whether ``loss_fn`` returns ``(losses, aux)``, with leaves ``[batch, ...]``.
     batch_axes: which axis of each leaf of the batch counts the examples: an integer, ``None`` for
       leaves that all examples share (a key, a scalar, a table), or a tree of these that is a prefix
-      of the batch, as ``in_axes`` of ``jax.vmap``.
+      of the batch, as ``in_axes`` of ``jax.vmap``. The default 0 says that every leaf is
+      ``[batch, ...]``; a shared leaf with as many rows as examples is then cut without an error.
     axis_name: the axis, or axes, of the enclosing ``shard_map`` over which the batch is divided.
     repair: what to do if a loss is not finite. ``False`` gives the whole batch a zero gradient;
       ``True`` leaves out the bad examples. In the one-pass case, ``True`` costs about two more

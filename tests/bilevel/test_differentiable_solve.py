@@ -80,3 +80,13 @@ def test_what_is_not_a_response_alone_is_refused(response):
   solve = jaxbo.bilevel.differentiable_solve(INNER, response)
   with pytest.raises(ValueError, match="response must be a response alone"):
     jax.grad(lambda x: jnp.sum(solve(x, jnp.zeros(3), BATCH)))(jnp.ones(2))
+
+
+def test_a_black_box_on_the_host_is_solved_without_a_derivative_of_its_own():
+  inner = jaxbo.black_box(lambda x, batch: np.square(x), host=True)
+  response = jaxbo.add_es_response(
+    inner, num_samples=1, directions="orthogonal", difference="central"
+  )
+  solve = jaxbo.bilevel.differentiable_solve(inner, response)
+  gradient = jax.grad(lambda x: solve(x, jnp.float32(0.0), None))(jnp.float32(3.0))
+  np.testing.assert_allclose(gradient, 6.0, rtol=1e-4)
