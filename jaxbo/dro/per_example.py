@@ -73,6 +73,7 @@ class PerExampleGrads:
   # The first is asked by everything that sees a tree, the others where all parameters are one leaf.
   tree_flatten = tree_unflatten = __jax_array__ = _refuse
   __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = _refuse
+  __neg__ = __pow__ = __array__ = _refuse
 
 
 def per_example_grad(

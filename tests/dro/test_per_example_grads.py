@@ -64,6 +64,9 @@ def test_a_map_over_parameters_refuses_them_too():
     lambda p, g: p + g,
     lambda p, g: 0.1 * g - p,
     lambda p, g: g / 2.0,
+    lambda p, g: -g,
+    lambda p, g: g**2,
+    lambda p, g: np.asarray(g),
     lambda p, g: jnp.where(p > 0, g, 0.0),
   ):
     with refused():
