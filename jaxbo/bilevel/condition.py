@@ -9,7 +9,7 @@ import optax
 
 from jaxbo import _check, _tree
 from jaxbo._types import Data, PyTree
-from jaxbo.bilevel.projection import at_projections, leaves_of, part_of
+from jaxbo.bilevel.projection import at_projections, leaves_of, masked_as
 from jaxbo.bilevel.solution import InnerSolution, InnerSolver
 from jaxbo.bilevel.step_kinds import BlindStep, StepKind, step_kinds
 
@@ -100,7 +100,7 @@ def _with_plain_steps(
 
   def descend(x, y, grads, batch, **options):
     def project_plain(updates, params, step, project):
-      part = part_of(updates, step.grads)
+      part = masked_as(updates, step.grads)
       leaves = {i for i, one in enumerate(leaves_of(updates, step.grads)) if one}
       if part is None or not step.ended.isdisjoint(leaves):  # A second projection goes on.
         return project(updates, params)

@@ -237,16 +237,10 @@ def add_es_response(
       for name, tree in given.items():
         _check.not_varying(name, tree, axis_name)
     x, y, b = _tree.at_least_float32((params, solution.params, inner_grad))
-    if difference == "exact":
+    if exact:
       check_differentiable("add_es_response with difference='exact'", solution.opt_state)
-    check_run(
-      "add_es_response",
-      inner,
-      x,
-      solution._replace(params=y),
-      batch,
-      by_derivative=difference == "exact",
-    )
+    wide = solution._replace(params=y)
+    check_run("add_es_response", inner, x, wide, batch, by_derivative=exact)
     start = start_for(inner, solution.start, x, batch)
     chosen = chosen_leaves(perturb, params)
     part, merge = part_of(x, chosen)

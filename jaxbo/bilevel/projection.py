@@ -132,7 +132,7 @@ def leaves_of(updates: PyTree, y: PyTree) -> list[bool]:
     return [True] * len(jax.tree.leaves(y))
 
 
-def part_of(updates: PyTree, tree: PyTree) -> PyTree | None:
+def masked_as(updates: PyTree, tree: PyTree) -> PyTree | None:
   """The leaves of ``tree`` that are in ``updates``, a part that optax masked out of such a tree.
 
   ``None`` where ``updates`` are something else.

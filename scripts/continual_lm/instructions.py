@@ -62,7 +62,7 @@ def _read_one(name: str, data_dir: Path | None) -> Corpus[Example]:
 def _parts(examples: Iterable[Example], test: Iterable[Example] | None) -> Parts:
   """To train on, for validation and for testing, with every prompt once.
 
-  Every tenth is for validation, and another tenth for testing if there is no ``test``.
+  Every tenth is for validation, and another tenth for testing unless ``test`` is given.
   """
   seen = set[object]()
 
@@ -98,9 +98,9 @@ KINDS = {
 def docstrings(data_dir: Path | None = None) -> Corpus[Example]:
   """Signatures of the standard library's functions, and the first sentences that document them.
 
-  Domains are kinds of packages, and modules that are no packages. Files are divided as those of the
-  text ``python``: what is held out stands in no text that is trained on. Signatures and sentences
-  are there once; held-out ones are kept.
+  Domains are kinds of packages, and modules that are not packages. Files are divided as those of
+  the text ``python``: what is held out stands in no text that is trained on. Signatures and
+  sentences are there once; held-out ones are kept.
   """
   library, seen = Path(sysconfig.get_path("stdlib")), set[str]()
   domains = ("modules", *KINDS)

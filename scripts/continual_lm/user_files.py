@@ -71,7 +71,7 @@ def records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def text_in(record: dict[str, Any], name: str, place: str) -> str:
-  """The text under a name; raises ``ValueError`` if there is none."""
+  """The text under a name; raises ``ValueError`` if it is missing."""
   value = record.get(name)
   if not isinstance(value, str) or not value.strip():
     got = _short(value) if name in record else f"only the fields {list(record)}"

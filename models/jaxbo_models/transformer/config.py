@@ -95,7 +95,7 @@ class TransformerConfig:
     epsilon: the constant that normalization adds to the variance.
     remat: recompute each block in the backward pass. Memory then holds one block's activations and
       the residual stream of every block; the cost is 4/3 of the operations. With
-      ``unroll=num_layers`` there is no loop, and XLA's CPU backend undoes the recomputation. Or the
+      ``unroll=num_layers`` the loop is gone, and XLA's CPU backend undoes the recomputation. Or the
       name of a policy of :data:`jax.checkpoint_policies`, which says what is kept:
       ``"everything_saveable"``, ``"nothing_saveable"`` (the same as True), ``"dots_saveable"`` or
       ``"dots_with_no_batch_dims_saveable"``.

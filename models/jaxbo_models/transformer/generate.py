@@ -63,7 +63,7 @@ def generate(
     temperature: positive: tokens are drawn from ``softmax(logits / temperature)``. Needs ``key``.
     top_p: in (0, 1]: only of the likeliest tokens, as few as have this probability together (and
       those as likely as the last of them). Needs ``key``.
-    eos_id: the token that ends a text; None if there is none.
+    eos_id: the token that ends a text; None if no token does.
     pad_id: what stands behind the end.
 
   Raises:

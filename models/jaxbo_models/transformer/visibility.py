@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 
 class Sight(NamedTuple):
-  """Which tokens a token sees, beside the causal order if there is no cache.
+  """Which tokens a token sees, beside the causal order without a cache.
 
   Attributes:
     full: ``[batch or 1, 1, queries or 1, keys]``, bool; None if all are seen.
