@@ -24,7 +24,8 @@ for a meta-batch.
 :func:`conjugate_gradient`, :func:`gmres`, :func:`neumann` or :func:`fixed_point`,
 :func:`add_finite_difference_response`, :func:`add_es_response`, :func:`drop_response`; whole
 methods :func:`itd`, :func:`aid`, :func:`stocbio`, :func:`soba`, :func:`amigo`, :func:`darts`,
-:func:`esj`; the loop :func:`bilevel_loop`. The records are in :mod:`jaxbo.bilevel`.
+:func:`esj`; the input :func:`outer_grad` and the loop :func:`bilevel_loop`. The records are in
+:mod:`jaxbo.bilevel`.
 
 **Value functions**, for inner problems with many minima, on :class:`Bilevel` parameters:
 :func:`add_primal_dual_penalty` (:func:`pdbo`, :func:`proximal_pdbo` with
@@ -64,6 +65,7 @@ from jaxbo.bilevel.inner import inner_solver
 from jaxbo.bilevel.lagrangian import scale_by_lagrangian_smoothness
 from jaxbo.bilevel.linear_solvers import conjugate_gradient, fixed_point, neumann
 from jaxbo.bilevel.loop import bilevel_loop
+from jaxbo.bilevel.outer_grad import outer_grad
 from jaxbo.bilevel.over_tasks import over_tasks
 from jaxbo.bilevel.parameters import Bilevel
 from jaxbo.bilevel.penalty import add_value_function_penalty, f2sa, v_pbgd
@@ -131,6 +133,7 @@ __all__ = [
   "ogd",
   "online",
   "online_loop",
+  "outer_grad",
   "over_tasks",
   "pdbo",
   "per_example_grad",

@@ -162,7 +162,7 @@ def response(name, make, solver=plain_solver, *, scale=-0.1, slow=False):
       x, solution, state = carry
       train, val = _train_batch(inner_solver, jnp.cos(t).astype(dtype)), jnp.sin(t).astype(dtype)
       solution = inner_solver.solve(x, solution, train)
-      grads = jax.grad(outer_loss, (0, 1))(x, solution.params, val)
+      grads = jaxbo.outer_grad(outer_loss)(x, solution.params, val)
       updates, state = tx.update(grads, state, x, solution=solution, batch=train, **extra)
       return _apply(x, updates, scale), solution, state
 

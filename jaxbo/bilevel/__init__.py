@@ -10,6 +10,7 @@ from jaxbo.bilevel.finite_difference import (
 from jaxbo.bilevel.implicit import ImplicitInfo, ImplicitResponseState
 from jaxbo.bilevel.linear_system import LinearInfo, LinearSolver
 from jaxbo.bilevel.loop import BilevelInfo, BilevelState
+from jaxbo.bilevel.outer_grad import OuterGrads
 from jaxbo.bilevel.penalty import ValuePenaltyInfo, ValuePenaltyState
 from jaxbo.bilevel.primal_dual import PrimalDualInfo, PrimalDualState
 from jaxbo.bilevel.projection import project_params
@@ -37,6 +38,7 @@ __all__ = [
   "InnerInfo",
   "LinearInfo",
   "LinearSolver",
+  "OuterGrads",
   "PrimalDualInfo",
   "PrimalDualState",
   "ProximalInfo",

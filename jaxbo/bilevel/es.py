@@ -167,7 +167,7 @@ def add_es_response(
     >>> tx = jaxbo.add_es_response(inner, num_samples=2000, smoothing=1e-2)
     >>> x = jnp.float32(1.0)
     >>> y = inner.solve(x, inner.init(jnp.float32(0.0)), None)      # y = 3 x
-    >>> grads = jax.grad(lambda x, y: y, (0, 1))(x, y.params)       # f = y
+    >>> grads = jaxbo.outer_grad(lambda x, y: y)(x, y.params)       # f = y
     >>> hypergradient, _ = tx.update(grads, tx.init(x), x, solution=y, batch=None)
     >>> abs(float(hypergradient) - 3.0) < 4 * 3.0 * (2 / 2000) ** 0.5   # (p + 1) / Q
     True

@@ -135,7 +135,7 @@ def add_implicit_response(
     >>> tx = jaxbo.add_implicit_response(inner, jaxbo.conjugate_gradient(5))
     >>> x = jnp.float32(3.0)
     >>> y = inner.solve(x, inner.init(jnp.float32(0.0)), None)      # y = x ** 2
-    >>> grads = jax.grad(lambda x, y: y, (0, 1))(x, y.params)       # f = y
+    >>> grads = jaxbo.outer_grad(lambda x, y: y)(x, y.params)       # f = y
     >>> hypergradient, state = tx.update(grads, tx.init(x), x, solution=y, batch=None)
     >>> bool(jnp.allclose(hypergradient, 6.0))                      # dF/dx = 2 x
     True

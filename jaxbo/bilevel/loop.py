@@ -9,12 +9,9 @@ import optax
 
 from jaxbo import _check, _tree
 from jaxbo._types import Data, Loss, PyTree
+from jaxbo.bilevel.outer_grad import loss_and_aux, outer_grad
 from jaxbo.bilevel.parameters import Bilevel
-from jaxbo.bilevel.response import (
-  check_begins_with_response,
-  response_info,
-  update_with_grad,
-)
+from jaxbo.bilevel.response import response_info, update_with_grad
 from jaxbo.bilevel.solution import InnerInfo, InnerSolution, InnerSolver
 
 
@@ -180,26 +177,23 @@ def outer_gradients(
   :class:`jaxbo.Bilevel` parameters. ``outer`` also gets the loss, as ``value=``.
   """
   tx = optax.with_extra_args_support(outer)
-  gradients = jax.value_and_grad(checked_outer_loss(outer_loss, has_aux), (0, 1), has_aux=True)
+  _check.takes_arguments("outer_loss", outer_loss, "x", "y", "batch")
+  gradients = outer_grad(outer_loss, has_aux=has_aux)
 
   def differentiate(x, y, state, val, **extra_args):
-    (loss, aux), grads = gradients(x, y, val)
-    extra_args.setdefault("value", loss)
+    grads = pair = gradients(x, y, val)
+    extra_args.setdefault("value", pair.loss)
     name, params = "x", x
     if moves_both:
-      name, params, grads = "Bilevel(x, y)", Bilevel(x, y), Bilevel(*grads)
-    if not moves_both:
-      check_begins_with_response(state)
+      name, params, grads = "Bilevel(x, y)", Bilevel(x, y), Bilevel(*pair)
     try:
       updates, new_state = update_with_grad(tx, grads, state, params, extra_args)
       _check.same_structure("what outer returns", updates, name, params)
-    except (TypeError, ValueError) as error:
-      if moves_both or response_info(state) is not None:
+    except TypeError as error:
+      if "OuterGrads are not gradients yet" not in str(error):
         raise
-      raise ValueError(
-        f"outer must begin with a response, such as jaxbo.add_implicit_response(inner): {error}"
-      ) from error
-    return updates, new_state, loss, aux
+      raise ValueError(f"outer must begin with a response: {error}") from error
+    return updates, new_state, pair.loss, pair.aux
 
   return differentiate
 
@@ -207,20 +201,9 @@ def outer_gradients(
 def checked_outer_loss(
   outer_loss: Loss, has_aux: bool, name: str = "outer_loss"
 ) -> Callable[[PyTree, PyTree, Data], tuple[jax.Array, PyTree]]:
-  """Wraps the outer loss to check its output and return ``(loss, aux)``; aux may be ``None``."""
+  """Wraps the outer loss of a loop to check its arguments and its output."""
   _check.takes_arguments(name, outer_loss, "x", "y", "batch")
-
-  def loss_and_aux(x, y, batch):
-    value: PyTree
-    value, aux = outer_loss(x, y, batch), None
-    if has_aux:
-      if not isinstance(value, tuple) or len(value) != 2:
-        raise TypeError(f"{name} must return (scalar, aux) with has_aux=True, got {value!r}")
-      value, aux = value
-    _check.scalar_loss(name, value, {"x": x, "y": y})
-    return value, aux
-
-  return loss_and_aux
+  return loss_and_aux(name, outer_loss, has_aux)
 
 
 def checked_loss(name: str, loss: Loss) -> Loss:

@@ -15,6 +15,7 @@ import optax
 from jaxbo import _check, _tree
 from jaxbo._types import Data, PyTree
 from jaxbo.bilevel.inner import check_per_step
+from jaxbo.bilevel.outer_grad import OuterGrads
 from jaxbo.bilevel.solution import InnerSolution, InnerSolver
 
 MISSING: Any = object()
@@ -50,9 +51,11 @@ def check_update(
       f"{name}: update must be given batch=, the one that inner.solve saw (None if it saw None)"
     )
   _check.floating("x", x)
+  if isinstance(grads, OuterGrads):
+    grads = tuple(grads)
   if not isinstance(grads, tuple) or len(grads) != 2:
     raise ValueError(
-      f"{name} must be given the pair (df/dx, df/dy), say from jax.grad(outer_loss, (0, 1)), and "
+      f"{name} must be given the pair (df/dx, df/dy), say from jaxbo.outer_grad(outer_loss), and "
       f"stand first in the chain; got {jax.tree.map(jnp.shape, grads)}"
     )
   _check.same_structure("df/dx", grads[0], "x", x)
@@ -159,28 +162,6 @@ def check_run(
     y, gradient = solution.params, jax.grad(inner.loss, argnums=1)
     step = lambda x: inner.descend(x, y, gradient(x, y, batch), batch)
     check_depends_on_x(step, x, by_derivative=by_derivative)
-
-
-def check_begins_with_response(state: optax.OptState) -> None:
-  """Raises ``ValueError`` if the state of a chain shows that its response does not stand first."""
-  wrappers = (optax.MultiStepsState, optax.ApplyIfFiniteState, optax.MaskedState)
-  if isinstance(state, (*wrappers, optax.PartitionState)) and response_info(state) is not None:
-    raise ValueError(
-      "outer must begin with a response, and wrappers go behind it: optax.chain(response, "
-      f"wrapper(optimizer)); got a response inside {type(state).__name__}"
-    )
-  if isinstance(state, dict):  # Of named_chain.
-    state = tuple(state.values())
-  inside = getattr(state, "inner_state", None)  # Of inject_hyperparams.
-  if inside is not None:
-    check_begins_with_response(inside)
-  if type(state) is tuple and state:
-    if response_info(state[0]) is None and response_info(state) is not None:
-      raise ValueError(
-        "outer must begin with a response: a transformation before it acts on the pair (df/dx, "
-        "df/dy), not on the hypergradient"
-      )
-    check_begins_with_response(state[0])
 
 
 _RESULTS: ContextVar[list[tuple[PyTree, PyTree]] | None] = ContextVar("results", default=None)

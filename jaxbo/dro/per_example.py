@@ -3,21 +3,21 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from jaxbo import _check, _tree
+from jaxbo._not_gradients import NotGradients
 from jaxbo._types import BatchLoss, Data, PyTree
 from jaxbo.dro import microbatch
 from jaxbo.dro.batch import Over, check_losses
 
 
-@jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True, eq=False)
-class PerExampleGrads:
+class PerExampleGrads(NotGradients):
   """The losses of a batch and the pullback to the parameters: gradients that are not yet there.
 
   Make it and give it to :func:`~jaxbo.reweight` in the same function, inside one ``jax.jit``.
@@ -44,6 +44,8 @@ class PerExampleGrads:
     TypeError: PerExampleGrads are not gradients yet: put jaxbo.reweight first in the chain, ...
   """
 
+  _cure: ClassVar[str] = "jaxbo.reweight"
+
   losses: jax.Array
   pullback: Callable[[jax.Array], optax.Updates]
   aux: PyTree = None
@@ -62,18 +64,6 @@ class PerExampleGrads:
     """
     _check.same_structure("previous", previous, "aux", self.aux)
     return _tree.where(_tree.all_finite(self.aux), self.aux, previous)
-
-  def _refuse(self, *_: object) -> NoReturn:
-    raise TypeError(
-      "PerExampleGrads are not gradients yet: put jaxbo.reweight first in the chain, and clipping, "
-      "scaling, optimizers and wrappers (optax.MultiSteps, apply_if_finite, masked, partition, "
-      "nnx.Optimizer) after it; and call update in the function that makes them, under the same jit"
-    )
-
-  # The first is asked by everything that sees a tree, the others where all parameters are one leaf.
-  tree_flatten = tree_unflatten = __jax_array__ = _refuse
-  __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = _refuse
-  __neg__ = __pow__ = __array__ = _refuse
 
 
 def per_example_grad(

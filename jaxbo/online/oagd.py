@@ -12,6 +12,7 @@ from jaxbo._types import Loss, SolveLinear
 from jaxbo.bilevel import linear_solvers
 from jaxbo.bilevel.implicit import add_implicit_response
 from jaxbo.bilevel.loop import checked_loss
+from jaxbo.bilevel.outer_grad import outer_grad
 from jaxbo.bilevel.projection import Projection
 from jaxbo.bilevel.response import MISSING, response_info
 from jaxbo.bilevel.solution import InnerSolution, InnerSolver
@@ -141,7 +142,7 @@ def average_over_batches(
       batch, present = window.get(age)
 
       def add_present(carry):
-        grads = jax.grad(outer_loss, argnums=(0, 1))(params, solution.params, batch.val)
+        grads = outer_grad(outer_loss)(params, solution.params, batch.val)
         return add(carry, age, grads, batch.train)
 
       return jax.lax.cond(present, add_present, lambda carry: carry, carry), None

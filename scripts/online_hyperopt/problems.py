@@ -149,7 +149,7 @@ def feature_ridge(num_inputs: int, num_classes: int, log_ridge: float, *, exact:
     response = jaxbo.add_implicit_response(inner, jaxbo.conjugate_gradient(100, 1e-6))
     zeros = jnp.zeros((num_inputs, num_classes))
     solution = inner.solve(x, inner.init(zeros), batch.train)
-    grads = jax.grad(outer_loss, argnums=(0, 1))(x, solution.params, batch.val)
+    grads = jaxbo.outer_grad(outer_loss)(x, solution.params, batch.val)
     return response.update(grads, response.init(x), x, solution=solution, batch=batch.train)[0]
 
   return Problem(

@@ -58,7 +58,7 @@ class Pretraining(Task):
         keys = jax.random.split(key, config.pretrain_tasks)
         support, query = jax.vmap(lambda key: episode(key, images))(keys)
         solution = inner.solve(x, inner.init(model.start(x), x, support), support)
-        grads = jax.grad(outer_loss, argnums=(0, 1))(x, solution.params, query)
+        grads = jaxbo.outer_grad(outer_loss)(x, solution.params, query)
         updates, state = outer.update(grads, state, x, solution=solution, batch=support)
         return (optax.apply_updates(x, updates), state), None
 

@@ -59,7 +59,7 @@ def test_quadratic_problem_ends_at_its_optimum(name, x64):
 def toy(scale=1.0):
   """T5, which sees a response that is missing or shrunken by ``scale``: it ends at 2 / (1 + s)."""
   solver = jaxbo.inner_solver(lambda x, y, batch: (y - x) ** 2, optax.sgd(0.25), 20)
-  shrink = lambda grads: (grads[0], scale * grads[1])
+  shrink = lambda grads: (grads.x, scale * grads.y)
   return lambda x, y, batch: x * y - 2 * x + 1, solver, shrink
 
 
@@ -144,9 +144,9 @@ def test_step_is_the_loop_of_the_contract():
   @jax.jit
   def by_hand(x, y, state):
     y = solver.solve(x, y, train)
-    loss, grads = jax.value_and_grad(outer_loss, (0, 1))(x, y.params, val)
+    grads = jaxbo.outer_grad(outer_loss)(x, y.params, val)
     updates, state = outer.update(grads, state, x, solution=y, batch=train)
-    return optax.apply_updates(x, updates), y, state, loss
+    return optax.apply_updates(x, updates), y, state, grads.loss
 
   init, step = jaxbo.bilevel_loop(outer_loss, solver, outer)
   x = jnp.ones(())
@@ -266,31 +266,55 @@ def test_aux_that_is_promised_must_come():
 
 
 WRONG_ORDER = {
-  "no response: sgd": (lambda itd: optax.sgd(0.1), "with a response, such as"),
-  "no response: adam": (lambda itd: optax.adam(0.1), "with a response, such as"),
-  "clip before": (lambda itd: optax.chain(optax.clip(1.0), itd), "a transformation before it acts"),
-  "clip before, by name": (
-    lambda itd: optax.named_chain(("clip", optax.clip(1.0)), ("response", itd)),
-    "a transformation before it acts",
-  ),
-  "clip before, injected": (
-    lambda itd: optax.inject_hyperparams(lambda c: optax.chain(optax.clip(c), itd))(1.0),
-    "a transformation before it acts",
-  ),
-  "MultiSteps": (lambda itd: optax.MultiSteps(itd, 2), "inside MultiStepsState"),
-  "apply_if_finite": (lambda itd: optax.apply_if_finite(itd, 2), "inside ApplyIfFiniteState"),
-  "masked": (lambda itd: optax.masked(itd, True), "inside MaskedState"),
-  "partition": (lambda itd: optax.partition({0: itd}, 0), "inside PartitionState"),
+  "no response: sgd": lambda itd: optax.sgd(0.1),
+  "no response: identity": lambda itd: optax.identity(),
+  "clip before": lambda itd: optax.chain(optax.clip(1.0), itd),
+  "decay before": lambda itd: optax.chain(optax.add_decayed_weights(0.1), itd),
+  "clip before, by name": lambda itd: optax.named_chain(("clip", optax.clip(1.0)), ("head", itd)),
+  "clip before, injected": lambda itd: optax.inject_hyperparams(
+    lambda c: optax.chain(optax.clip(c), itd)
+  )(1.0),
+  "MultiSteps": lambda itd: optax.MultiSteps(itd, 2),
+  "apply_if_finite": lambda itd: optax.apply_if_finite(itd, 2),
 }
 
 
 @pytest.mark.parametrize("name", WRONG_ORDER)
 def test_an_outer_that_does_not_begin_with_a_response_is_refused(name, as_users_run):
-  make, message = WRONG_ORDER[name]
   solver, outer_loss = small()
-  init, step = jaxbo.bilevel_loop(outer_loss, solver, make(jaxbo.itd(0.1, solver)))
-  with pytest.raises(ValueError, match=f"outer must begin with a response.*{message}|{message}"):
+  outer = WRONG_ORDER[name](jaxbo.itd(0.1, solver))
+  init, step = jaxbo.bilevel_loop(outer_loss, solver, outer)
+  with pytest.raises(ValueError, match="outer must begin with a response: OuterGrads are not grad"):
     step(init(jnp.ones(()), jnp.zeros(())), jnp.array(1.5), jnp.array(2.0))
+
+
+@pytest.mark.parametrize("name", [name for name in WRONG_ORDER if "no" not in name])
+def test_a_direct_update_does_not_act_on_the_pair_either(name, as_users_run):
+  """Before, a clip clipped both gradients and said nothing."""
+  solver, outer_loss = small()
+  outer = optax.with_extra_args_support(WRONG_ORDER[name](jaxbo.itd(0.1, solver)))
+  x, train = jnp.ones(()), jnp.array(1.5)
+  solution = solver.solve(x, solver.init(jnp.zeros(())), train)
+  grads = jaxbo.outer_grad(outer_loss)(x, solution.params, jnp.array(2.0))
+  with pytest.raises(TypeError, match="put a response, such as"):
+    outer.update(grads, outer.init(x), x, solution=solution, batch=train)
+
+
+def test_outer_grads_are_those_of_jax_with_the_loss_and_aux():
+  solver, outer_loss = small()
+  x, y, val = jnp.float32(0.5), jnp.float32(1.5), jnp.float32(2.0)
+  loss, pair = jax.value_and_grad(outer_loss, (0, 1))(x, y, val)
+  with_aux = lambda x, y, val: (outer_loss(x, y, val), {"val": val})
+  for function, aux in ((outer_loss, None), (with_aux, {"val": val})):
+    grads = jaxbo.outer_grad(function, has_aux=aux is not None)(x, y, val)
+    chex.assert_trees_all_equal((tuple(grads), grads.loss, grads.aux), (pair, loss, aux))
+  head = jaxbo.add_unrolled_response(solver)
+  solution = solver.solve(x, solver.init(y), val)
+  given = {"solution": solution, "batch": val}
+  ours = head.update(grads, head.init(x), x, **given)
+  chex.assert_trees_all_equal(ours, head.update(pair, head.init(x), x, **given))
+  with pytest.raises(TypeError, match=r"outer_loss must return \(scalar, aux\) with has_aux=True"):
+    jaxbo.outer_grad(outer_loss, has_aux=True)(x, y, val)
 
 
 def test_wrappers_go_behind_a_response_and_hyperparameters_around_it():
