@@ -81,18 +81,18 @@ class ContinualLM(Study[Config]):
     run.note("domains", lambda: list(run.data.data.domains))
 
   def cells(self, run: Run[Config]) -> Iterable[Cell]:
-    """The checkpoint of every seed, and all methods from there at every share of noise."""
+    """The checkpoint, and from there all methods on all seeds at every share of noise."""
     config = run.config
-    for seed in config.all_seeds():
-      every, start = itertools.product(config.corruptions, runs.methods_of(run)), ()
-      for corruption, method in ((0.0, START), *every):
-        key = {"corruption": corruption, "method": method, "seed": seed}
-        make, steps = functools.partial(Training, run, **key), config.steps_of(method)
-        noise = f", {corruption:.0%} noise" if corruption else ""
-        label = f"seed {seed}{noise}, {LABELS[method]}"
-        cell = Cell(key, make, steps, label, config.eval_every, config.eval_every, needs=start)
-        start = start or (cell,)
-        yield cell
+    start = runs.start(run, Training)
+    yield start
+    chosen = (config.all_seeds(), config.corruptions, runs.methods_of(run))
+    for seed, corruption, method in itertools.product(*chosen):
+      key = {"corruption": corruption, "method": method, "seed": seed}
+      make, steps = functools.partial(Training, run, **key), config.steps_of(method)
+      every = config.eval_every
+      noise = f", {corruption:.0%} noise" if corruption else ""
+      label = f"seed {seed}{noise}, {LABELS[method]}"
+      yield Cell(key, make, steps, label, every, every, needs=(start,))
 
   def finish(self, run: Run[Config]) -> None:
     """Times the steps of methods whose time is not known yet."""
@@ -122,7 +122,7 @@ class ContinualLM(Study[Config]):
       plots.draw_overview(rows, lines, domains, kind, run.path / "continual_lm.png")
       losses = np.array(results.notes["start_losses"], np.float32)
       looked_at = report.looked_at(run.config.rates, losses)
-      start = rows[rows["method"] == START].set_index("seed")["validation_loss"]
+      start = rows.loc[rows["method"] == START, "validation_loss"].item()
       plots.draw_curves(lines, start, looked_at, kind, run.path / "curves.png")
 
 

@@ -18,6 +18,7 @@ from scripts.continual_lm.methods import HAVE_TEMPERATURE, METHODS, START, Chose
 from scripts.continual_lm.user_files import INSTRUCTION_FILES, TEXT_FILES
 
 TASKS = ("pretrain", "instruct")
+ARCHITECTURES = ("llama", "gpt2")
 
 
 class AmongOrFile(Among):
@@ -64,6 +65,8 @@ class Config(DistributedConfig, TunedConfig):
   """scratch: a small model is trained first; hf: weights of a model of the Hugging Face hub."""
   model_dir: Path | None = None
   """A folder with config.json, *.safetensors and the tokenizer's files, for hf."""
+  pretrained: Path | None = None
+  """The folder "pretrained" that a run with scratch wrote, to go on from: no first phase."""
   tokenizer: Path | None = None
   """A folder with the files of a byte-pair encoding, such as GPT-2's, for scratch; else bytes."""
   dtype: Annotated[str, Among(("float32", "bfloat16"))] = "float32"
@@ -83,17 +86,19 @@ class Config(DistributedConfig, TunedConfig):
   instruct). It decides how robust KL weights are."""
   length: Count | None = None
   """Tokens of a sequence, instead of 64 (256 for instruct, 512 for hf)."""
-  pretrain_steps: Annotated[int, Field(ge=2)] = 500
-  """Steps of the first phase, for scratch."""
+  pretrain_steps: Annotated[int, Field(ge=2)] = 1000
+  """Steps of the first phase, for scratch; there is one, for all seeds."""
   steps: Count | None = None
   """Steps of the continual phase, instead of 60 (30 for instruct)."""
   eval_every: Count = 20
   """Steps between evaluations, with a checkpoint after each."""
-  pretrain_learning_rate: Positive = 3e-3
+  pretrain_learning_rate: Positive = 2e-3
   """The highest of the first phase."""
   learning_rate: Positive | None = None
   """Of the continual phase, for all methods, with the temperature in rates; instead of those that
   --tune has chosen, or else of 3e-4, where the first phase ends (2e-6 for hf, as published)."""
+  architecture: Annotated[str, Among(ARCHITECTURES)] = "llama"
+  """Of the model, for scratch. That of Llama learns bytes faster than GPT-2's."""
   num_layers: Count = 3
   """Layers of the model, for scratch."""
   width: Count = 256
@@ -124,6 +129,8 @@ class Config(DistributedConfig, TunedConfig):
       raise ValueError(
         f"model_dir should be given with init=hf and only then, got {self.model_dir}"
       )
+    if self.init == "hf" and self.pretrained is not None:
+      raise ValueError(f"pretrained should be given with init=scratch only; got {self.pretrained}")
     if self.init == "hf" and self.tokenizer is not None:
       raise ValueError(
         f"tokenizer should be given with init=scratch only: hf has its own; got {self.tokenizer}"
@@ -141,8 +148,12 @@ class Config(DistributedConfig, TunedConfig):
     return self.dataset if self.dataset in DATASETS else Path(self.dataset).stem
 
   def name(self) -> str:
-    """The name of the table of rates."""
-    return f"{self.task}/{self.data_name()}/{self.init}"
+    """The name of the table of rates: the task, its data, and the model."""
+    if self.model_dir is not None:
+      return f"{self.task}/{self.data_name()}/{self.model_dir.name}"
+    tokens = "bytes" if self.tokenizer is None else self.tokenizer.name
+    model = f"{self.architecture}-{self.num_layers}x{self.width}-{tokens}"
+    return f"{self.task}/{self.data_name()}/{model}"
 
   def sequence_length(self) -> int:
     """Tokens of a sequence."""
@@ -155,9 +166,9 @@ class Config(DistributedConfig, TunedConfig):
 
   def steps_of(self, method: str) -> int:
     """Steps of a method, or of the first phase: none for weights that were read."""
-    first = {"scratch": self.pretrain_steps, "hf": 0}[self.init]
-    continual = self.steps or {"pretrain": 60, "instruct": 30}[self.task]
-    return first if method == START else continual
+    if method == START:
+      return self.pretrain_steps if self.init == "scratch" and self.pretrained is None else 0
+    return self.steps or {"pretrain": 60, "instruct": 30}[self.task]
 
   def continual_learning_rate(self) -> float:
     """The learning rate of the continual phase where none was chosen."""

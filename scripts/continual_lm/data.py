@@ -109,6 +109,12 @@ def pack(documents: Documents, tokenizer: Tokenizer, length: int) -> Sequences:
   return Sequences(np.concatenate(tokens), np.array(domain, np.int32), np.zeros(len(domain), bool))
 
 
+def in_pieces(sequences: Sequences, size: int) -> Sequences:
+  """The same rows, of pieces of so many tokens that do not see each other."""
+  pieces = np.arange(sequences.tokens.shape[1], dtype=np.int32) // size
+  return sequences._replace(segment_ids=np.broadcast_to(pieces, sequences.tokens.shape))
+
+
 def hold_out(sequences: Sequences, most: int, shares: np.ndarray) -> HeldOut:
   """At most so many sequences of each domain, from all over it; ``shares`` of the mixture."""
   rows = from_all_over(sequences.domain, most, len(shares))

@@ -70,7 +70,8 @@ METHODS = {
 }
 HAVE_TEMPERATURE = ("ir_dro", "ir_dro_compositional")
 BASELINE = "uniform"
-START = "checkpoint"  # What all of them go on from.
+START = "checkpoint"  # What all of them go on from, whatever their seed.
+START_KEY = {"corruption": 0.0, "method": START, "seed": 0}
 LABELS = {START: "checkpoint (no training on)"} | {n: one.label for n, one in METHODS.items()}
 
 

@@ -38,21 +38,38 @@ def make(config: Config) -> Language:
   else:
     folder = config.tokenizer
     tokenizer = tokenizers.ByteTokenizer() if folder is None else tokenizers.BPETokenizer(folder)
-    settings = transformer.gpt2(
-      vocab_size=tokenizer.vocab_size,
-      max_length=length,
-      num_layers=config.num_layers,
-      width=config.width,
-      num_heads=config.num_heads,
-      dtype=dtype,
-    )
-    model = transformer.Transformer(settings)
+    model = transformer.Transformer(settings(config, tokenizer.vocab_size))
     init = jax.jit(lambda key: model.init(key, jnp.zeros((1, 2), jnp.int32))["params"])
+    if config.pretrained is not None:
+      like = jax.tree.map(jnp.shape, jax.eval_shape(init, jax.random.key(0)))
+      options: dict[str, Any] = {"dtype": dtype, "max_length": length}
+      model, params = transformer.from_safetensors(config.pretrained, **options)
+      if like != jax.tree.map(jnp.shape, params):
+        raise ValueError(
+          "architecture, num_layers, width and tokenizer must be those of the model in pretrained, "
+          f"{config.pretrained}"
+        )
+      init = lambda key: params
   if length > model.config.max_length:
     raise ValueError(
       f"length must be at most {model.config.max_length}, that of the model; got {length}"
     )
   return Language(model, tokenizer, transformer.sequence_losses(model), init)
+
+
+def settings(config: Config, vocab_size: int) -> transformer.TransformerConfig:
+  """Those of a new model."""
+  sizes: dict[str, Any] = {
+    "vocab_size": vocab_size,
+    "max_length": config.sequence_length(),
+    "num_layers": config.num_layers,
+    "width": config.width,
+    "num_heads": config.num_heads,
+    "dtype": jnp.dtype(config.dtype),
+  }
+  if config.architecture == "gpt2":
+    return transformer.gpt2(**sizes)
+  return transformer.llama("2-7b", ffn_width=8 * -(-config.width // 3), tied_head=True, **sizes)
 
 
 def end_of_text(folder: Path) -> str:

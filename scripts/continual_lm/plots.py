@@ -56,7 +56,7 @@ def draw_overview(
 
 def _draw_differences(axes: Axes, arm: pd.DataFrame, methods: Sequence[str]) -> None:
   """Points with a bar of one standard deviation: left of zero is better than uniform weights."""
-  gains = table.differences(arm, "method", BASELINE)
+  gains = table.differences(report.in_pairs(arm), "method", BASELINE)
   for name, label, marker, face, shift in (
     ("loss", "mean", "o", None, -0.12),
     ("worst", "worst domain", "D", "white", 0.12),
@@ -89,11 +89,11 @@ def _draw_weights(axes: Axes, weights: pd.DataFrame, columns: Mapping[str, str])
 
 
 def draw_curves(
-  lines: pd.DataFrame, start: pd.Series, looked_at: dict[str, report.Curve], kind: str, path: Path
+  lines: pd.DataFrame, start: float, looked_at: dict[str, report.Curve], kind: str, path: Path
 ) -> None:
   """Validation losses over steps, and what batches of a size let a weighting look at.
 
-  They begin at ``start``, the loss of each seed's checkpoint.
+  They begin at ``start``, the loss of the checkpoint.
   """
   corruptions = report.shares_of_noise(lines)
   num = len(corruptions) + 1

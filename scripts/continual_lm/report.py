@@ -143,3 +143,9 @@ def shares_of_noise(rows: pd.DataFrame) -> list[float]:
 def of_arm(rows: pd.DataFrame, corruption: float) -> pd.DataFrame:
   """The rows of methods at a share of noise; the checkpoint counts as one at each."""
   return rows[(rows["corruption"] == corruption) | (rows["method"] == START)]
+
+
+def in_pairs(arm: pd.DataFrame) -> pd.DataFrame:
+  """The rows of an arm with the checkpoint's once for each seed, since all begin there."""
+  start, trained = arm[arm["method"] == START], arm[arm["method"] != START]
+  return pd.concat([*(start[:1].assign(seed=seed) for seed in trained["seed"].unique()), trained])

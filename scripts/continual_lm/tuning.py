@@ -28,7 +28,8 @@ class Trial(Training):
 
   def result(self, state: State, spent: Spent) -> Row:
     """What it is chosen by."""
-    del state
+    if self.method == START:
+      self.keep(state.params)
     return {"validation_loss": spent.lines[-1]["validation_loss"] if spent.lines else math.nan}
 
 
@@ -49,13 +50,12 @@ class Tuning(tuning.Tuning[Config]):
     return runs.prepare(config)
 
   def cells(self, run: Run[Config]) -> Iterable[Cell]:
-    """The checkpoint of every seed, and all candidates from there at every share of noise."""
+    """The checkpoint, and all candidates from there at every share of noise."""
     config = run.config
     every = list(itertools.product(config.corruptions, runs.methods_of(run)))
+    start = runs.start(run, Trial)
+    yield start
     for seed in SEEDS:
-      key = {"corruption": 0.0, "method": START, "seed": seed}
-      start = Cell(key, functools.partial(Trial, run, **key), config.steps_of(START), LABELS[START])
-      yield start
       for corruption, method in every:
         for one in candidates(config, method):
           key = {"corruption": corruption, "method": method, "seed": seed}

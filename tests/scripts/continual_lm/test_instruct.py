@@ -156,7 +156,7 @@ def test_rates_are_chosen_on_validation_and_then_used(
   found = json.loads((tmp_path / "rates.json").read_text())
   rates = {"uniform": None, "ir_dro": 1.0}
   assert found == {
-    "instruct/mine/scratch": {
+    "instruct/mine/llama-1x8-bytes": {
       name: {"0.25": {"learning_rate": 3e-4, "temperature": temperature}}
       for name, temperature in rates.items()
     }
@@ -194,6 +194,7 @@ def test_the_rates_are_those_of_the_least_mean_loss():
     ({"corruption_kind": "swapped"}, "corruption_kind should be swapped with task=instruct only"),
     ({"dataset": "text.pdf"}, r"dataset should be among python, .*, or a .txt or .jsonl; got text"),
     ({"instructions": ("gsm8k", "x.txt")}, "instructions should be among .* a .jsonl; got x.txt"),
+    ({"init": "hf", "model_dir": "x", "pretrained": "y"}, "with init=scratch only; got y"),
     ({"init": "hf", "model_dir": "x", "tokenizer": "y"}, "with init=scratch only: .* got y"),
     ({"tune": True, "learning_rate": 1.0}, "learning_rate should not be given with it"),
   ],
