@@ -45,7 +45,8 @@ def of(results: Results[Config]) -> Iterable[Table]:
     if BASELINE in set(arm["method"]):
       minus = f"{title}; test loss minus that of uniform weights"
       differ = {name: column for name, column in losses.items() if name != "calibration"}
-      yield table.paired(minus, report.in_pairs(arm), "method", BASELINE, LABELS, differ | quantiles)
+      pairs, differ = report.in_pairs(arm), differ | quantiles
+      yield table.paired(minus, pairs, "method", BASELINE, LABELS, differ)
     trained = arm[arm["method"] != START]
     told = table.spread(f"{title}; mean weights", trained, "method", LABELS, weights)
     yield told.without_dashes()

@@ -15,7 +15,7 @@ from scripts.continual_lm import model, runs, tuning
 from scripts.continual_lm.__main__ import ContinualLM
 from scripts.continual_lm.config import Config
 from scripts.continual_lm.documents import DATASETS
-from scripts.continual_lm.methods import START
+from scripts.continual_lm.methods import START, START_KEY
 from scripts.continual_lm.runs import Training
 from scripts.continual_lm.tuning import Tuning
 from tests.scripts.common.processes import some_devices, tables_of
@@ -135,6 +135,37 @@ def test_a_run_goes_on_bit_for_bit_where_it_was_stopped(config, whole, programs,
     assert study.run(Kept(), again.but(resume=True)) == 0
   for mine, theirs in zip(tables_of(again.output_dir), tables_of(config.output_dir), strict=True):
     pd.testing.assert_frame_equal(mine, theirs, check_exact=True)
+
+
+def test_another_run_goes_on_from_the_model_that_one_has_trained_first(
+  config, whole, programs, tmp_path, monkeypatch
+):
+  again = config.but(pretrained=config.output_dir / "pretrained", output_dir=tmp_path)
+  assert again.name() == config.name()
+  language = model.make(again)
+  monkeypatch.setattr(Kept, "given", Kept.given._replace(language=language))
+  with programs_kept(programs), contextlib.redirect_stdout(io.StringIO()):
+    assert study.run(Kept(), again.but(methods=("uniform",), corruptions=(0.0,))) == 0
+  (_, known, _), (lines, found, _) = folder.read(config.output_dir), folder.read(tmp_path)
+  assert [row["loss"] for row in found] == [row["loss"] for row in known[:2]]
+  assert [line["method"] for line in lines] == ["uniform", "uniform"]  # No first phase.
+  for wrong in ({"width": 16}, {"num_layers": 2}, {"architecture": "gpt2"}):
+    with pytest.raises(ValueError, match="must be those of the model in pretrained"):
+      model.make(again.but(**wrong))
+
+
+def test_the_first_phase_begins_with_short_pieces_of_the_same_rows(
+  config, whole, programs, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(runs, "SHORT", 4)
+  with contextlib.closing(RunFolder(config.but(output_dir=tmp_path), "", "")) as files:
+    run = Run(Kept(), config, Kept.given, files)
+  with programs_kept(programs):
+    task = Training(run, **START_KEY)
+  (rows, begins), (_, goes_on) = task.batch(0), task.batch(1)  # Of two steps.
+  np.testing.assert_array_equal(begins["tokens"], Kept.given.text.train.tokens[rows])
+  np.testing.assert_array_equal(begins["segment_ids"], np.tile(np.arange(64) // 4, (8, 1)))
+  assert not goes_on["segment_ids"].any()
 
 
 def test_rates_are_chosen_on_validation_and_then_used(
