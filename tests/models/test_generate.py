@@ -108,6 +108,16 @@ def test_a_text_ends_with_the_token_that_ends_it_and_padding_follows():
   assert found.mask[0].sum() <= 4
 
 
+def test_a_row_without_a_prompt_gets_no_tokens_and_changes_no_other():
+  model, params, _ = setup("opt")
+  mask = jnp.asarray(MASK).at[1].set(False)
+  options = {"num_tokens": 8, "pad_id": 49}
+  found = transformer.generate(model, params, jnp.asarray(PROMPTS), mask, **options)
+  np.testing.assert_array_equal(found.tokens[1], 49)
+  np.testing.assert_array_equal(found.mask.any(1), [True, False, True])
+  np.testing.assert_array_equal(found.tokens[0], greedy("opt")[0])
+
+
 def test_sampled_tokens_have_the_probabilities_of_the_temperature():
   """Those of 4,000 texts of one token, by a chi-square test at four standard errors."""
   model, params, run = setup("opt")

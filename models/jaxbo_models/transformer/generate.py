@@ -55,8 +55,8 @@ def generate(
     model: the model.
     params: its parameters.
     prompts: ``[batch, length]``, integers.
-    mask: ``[batch, length]``, bool: True for the tokens of a prompt, at least one in each row, and
-      False for padding, on either side; None if all are real.
+    mask: ``[batch, length]``, bool: True for the tokens of a prompt, and False for padding, on
+      either side; None if all are real. A row without a token of a prompt gets none.
     num_tokens: the largest number of tokens to add, at least 1; with ``length``, at most the
       model's ``max_length``.
     key: None for the likeliest token at each step; an int or a key to sample.
@@ -155,7 +155,7 @@ def _generate(
     num_added=jnp.int32(0),
     tokens=jnp.full(shape, pad_id, jnp.int32),
     mask=jnp.zeros(shape, bool),
-    ended=jnp.zeros(batch_size, bool),
+    ended=num_real == 0,
     logits=logits,
     cache=cache,
   )

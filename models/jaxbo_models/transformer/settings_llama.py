@@ -26,17 +26,18 @@ def _read(
 ) -> dict[str, Any]:
   """The fields that all have in common; the arguments are what transformers takes for granted."""
   refuse(settings, "rope_interleaved", "use_mrope")
-  num_heads = settings["num_attention_heads"]
+  width, num_heads = settings["hidden_size"], settings["num_attention_heads"]
+  head_width = settings.get("head_dim", head_width)
   max_length = settings.get("max_position_embeddings", max_length) or max_length
   base, scaling = _rotary(settings, rotary_base, max_length)
   return dict(LLAMA_FIELDS) | {
     "vocab_size": settings["vocab_size"],
     "max_length": max_length,
     "num_layers": settings["num_hidden_layers"],
-    "width": settings["hidden_size"],
+    "width": width,
     "num_heads": num_heads,
     "num_kv_heads": settings.get("num_key_value_heads", num_kv_heads) or num_heads,
-    "head_width": settings.get("head_dim", head_width),
+    "head_width": None if head_width and head_width * num_heads == width else head_width,
     "ffn_width": settings["intermediate_size"],
     "activation": activation(settings.get("hidden_act", "silu")),
     "rotary_base": base,
