@@ -154,9 +154,8 @@ class Cleaning(Judged):
       per_step_batches=True,
       warm_start=False,
     )
-    head = cleaning.METHODS[response].head
-    assert head is not None
-    outer = optax.chain(head(inner, settings, seed), optax.adam(settings.outer_learning_rate))
+    head = cleaning.METHODS[response].head(inner, settings, seed, None)
+    outer = optax.chain(head, optax.adam(settings.outer_learning_rate))
     # The weights matter through y alone.
     init, bilevel_step = jaxbo.bilevel_loop(
       lambda x, y, batch: jnp.mean(losses(y, batch)), inner, outer

@@ -42,7 +42,7 @@ class CleaningData(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """Sizes and rates of a hyper-cleaning problem; the defaults are for the digits."""
+  """Sizes and rates of a hyper-cleaning problem."""
 
   num_train: int = 1000
   num_val: int = 300
@@ -59,6 +59,7 @@ class Settings:
   neumann_learning_rate: float = 1.0  # The step of the Neumann series.
   num_samples: int = 64  # Directions of ESJ.
   smoothing: float = 1e-2  # The radius of ESJ.
+  retrain_steps: int = 1000  # Inner steps from scratch, on the examples that were kept.
 
 
 _MNIST = Settings(
@@ -70,22 +71,31 @@ _MNIST = Settings(
   inner_learning_rate=0.5,
   momentum=0.0,
   outer_steps=300,
+  retrain_steps=4000,
   damping=0.1,
   neumann_learning_rate=0.1,
 )
-DATASETS = {"digits": Settings(), "mnist": _MNIST, "fashion_mnist": _MNIST}
+_DIGITS = Settings(num_train=800, num_val=500, outer_steps=50, outer_learning_rate=0.3)
+DATASETS = {"digits": _DIGITS, "mnist": _MNIST, "fashion_mnist": _MNIST}
+
+
+NOISES = {"systematic": "the next class", "uniform": "any other class"}
 
 
 def corrupt(
-  labels: np.ndarray, rate: float, rng: np.random.Generator
+  labels: np.ndarray, rate: float, rng: np.random.Generator, noise: str = "uniform"
 ) -> tuple[np.ndarray, np.ndarray]:
   """Replaces ``round(rate * n)`` of ``n`` labels, drawn at random, by another class each.
 
-  Returns the new labels, and which of them are wrong, bool.
+  ``"uniform"`` draws that class, ``"systematic"`` takes the next one, as an annotator does who
+  confuses two. Returns the new labels, and which of them are wrong, bool.
   """
   corrupted = np.zeros(len(labels), bool)
   corrupted[rng.permutation(len(labels))[: round(rate * len(labels))]] = True
-  shift = rng.integers(1, NUM_CLASSES, len(labels), dtype=labels.dtype)  # Never the true class.
+  if noise == "systematic":
+    shift = np.ones_like(labels)
+  else:
+    shift = rng.integers(1, NUM_CLASSES, len(labels), dtype=labels.dtype)  # Never the true class.
   return np.where(corrupted, (labels + shift) % NUM_CLASSES, labels), corrupted
 
 
@@ -99,13 +109,15 @@ def read(dataset: str, data_dir: str | os.PathLike[str] | None = None) -> Read:
   return data.tfds_images(dataset, "train", data_dir), data.tfds_images(dataset, "test", data_dir)
 
 
-def split(read: Read, settings: Settings, corruption: float, seed: int) -> CleaningData:
+def split(
+  read: Read, settings: Settings, corruption: float, seed: int, noise: str = "uniform"
+) -> CleaningData:
   """Splits at random, and corrupts the training labels; what is left over is the test set."""
   examples, test = read
   rng = np.random.default_rng(seed)
   order = rng.permutation(len(examples.labels))
   train, val, rest = np.split(order, np.cumsum([settings.num_train, settings.num_val]))
-  labels, corrupted = corrupt(examples.labels[train], corruption, rng)
+  labels, corrupted = corrupt(examples.labels[train], corruption, rng, noise)
   return CleaningData(
     train=Examples(examples.images[train], labels),
     val=examples.take(val),
@@ -150,21 +162,29 @@ class Batch(NamedTuple):
   indices: jax.Array | None
 
 
-def make_losses(settings: Settings) -> tuple[Callable[..., jax.Array], Callable[..., jax.Array]]:
-  """The pair ``(inner_loss, outer_loss)``."""
+def example_losses(settings: Settings, y: Any, examples: Examples) -> jax.Array:
+  """The loss of each example, ``[n]``."""
+  return cross_entropies(logits(settings, y, examples.images), examples.labels)
 
-  def losses(y, examples):
-    return cross_entropies(logits(settings, y, examples.images), examples.labels)
+
+def penalty(settings: Settings, y: Any) -> jax.Array:
+  """The ridge."""
+  matrices = [leaf for leaf in jax.tree.leaves(y) if leaf.ndim == 2]
+  return settings.ridge * jnp.sum(jnp.stack([jnp.sum(matrix**2) for matrix in matrices]))
+
+
+def make_losses(settings: Settings) -> tuple[Callable[..., jax.Array], Callable[..., jax.Array]]:
+  """The pair ``(inner_loss, outer_loss)``; an example with the label -1 is none, for the latter."""
 
   def inner_loss(x, y, batch):
     weights = jax.nn.sigmoid(x if batch.indices is None else x[batch.indices])
-    matrices = [leaf for leaf in jax.tree.leaves(y) if leaf.ndim == 2]
-    ridge = sum(jnp.sum(matrix**2) for matrix in matrices)
-    return jnp.mean(weights * losses(y, batch.examples)) + settings.ridge * ridge
+    losses = example_losses(settings, y, batch.examples)
+    return jnp.mean(weights * losses) + penalty(settings, y)
 
   def outer_loss(x, y, batch):
     del x  # The weights matter through y alone.
-    return jnp.mean(losses(y, batch))
+    is_one = batch.labels >= 0
+    return jnp.sum(is_one * example_losses(settings, y, batch)) / jnp.sum(is_one)
 
   return inner_loss, outer_loss
 
@@ -173,48 +193,60 @@ def make_losses(settings: Settings) -> tuple[Callable[..., jax.Array], Callable[
 
 
 class Method(NamedTuple):
-  """A row of the table; ``head(inner, settings, key)`` is its response."""
+  """A row of the table; ``head(inner, settings, key, inner_params)`` is its response."""
 
   label: str
-  head: Callable[..., optax.GradientTransformationExtraArgs] | None  # None: weights are given.
+  head: Callable[..., optax.GradientTransformationExtraArgs]
+  single_loop: bool = False  # One inner step for one outer step, and so as many more of these.
 
 
 METHODS = {
-  "everything": Method("everything", None),
-  "validation": Method("validation set only", None),
-  "oracle": Method("clean subset (oracle)", None),
-  "first_order": Method("first order", lambda inner, s, key: jaxbo.drop_response()),
-  "itd": Method("ITD", lambda inner, s, key: jaxbo.add_unrolled_response(inner)),
+  "first_order": Method("first order", lambda inner, s, key, y: jaxbo.drop_response()),
+  "itd": Method("ITD", lambda inner, s, key, y: jaxbo.add_unrolled_response(inner)),
   "aid": Method(
     "AID-CG",
-    lambda inner, s, key: jaxbo.add_implicit_response(
+    lambda inner, s, key, y: jaxbo.add_implicit_response(
       inner, jaxbo.conjugate_gradient(s.linear_steps, damping=s.damping)
     ),
   ),
   "stocbio": Method(
     "stocBiO (Neumann)",
-    lambda inner, s, key: jaxbo.add_implicit_response(
+    lambda inner, s, key, y: jaxbo.add_implicit_response(
       inner, jaxbo.neumann(s.linear_steps, s.neumann_learning_rate)
     ),
   ),
+  "darts": Method(
+    "finite difference (DARTS)",
+    lambda inner, s, key, y: jaxbo.add_finite_difference_response(inner),
+  ),
+  "soba": Method(
+    "SOBA",
+    lambda inner, s, key, y: jaxbo.add_implicit_response(
+      inner, jaxbo.fixed_point(1, s.neumann_learning_rate, warm_start=True), inner_params=y
+    ),
+    single_loop=True,
+  ),
   "esj": Method(
     "ESJ",
-    lambda inner, s, key: jaxbo.add_es_response(inner, s.num_samples, s.smoothing, key=key),
+    lambda inner, s, key, y: jaxbo.add_es_response(inner, s.num_samples, s.smoothing, key=key),
   ),
 }
 
 
 def make_program(
   method: str, cleaning: CleaningData, settings: Settings, seed: int, steps_per_run: int
-) -> tuple[
-  jaxbo.bilevel.BilevelState, Callable[..., tuple[jaxbo.bilevel.BilevelState, jax.Array]], Examples
-]:
-  """Builds a method: where it starts, ``run``, and what ``run`` trains on.
+) -> tuple[jaxbo.bilevel.BilevelState, Callable[..., tuple[jaxbo.bilevel.BilevelState, jax.Array]]]:
+  """Builds a method: where it starts, and ``run``.
 
   ``run(state, key, train, val) -> (state, outer_losses)`` does some outer steps; it is the same
-  function, up to the data, for every seed.
+  function, up to the data, for every seed. A single loop has as many inner steps as the others, an
+  outer step after each, and a rate outside that moves weights as far.
   """
-  train = cleaning.val if method == "validation" else cleaning.train
+  head, label_shape, repeats = METHODS[method].head, cleaning.train.labels.shape, 1
+  if METHODS[method].single_loop:
+    repeats = settings.inner_steps
+    rate = settings.outer_learning_rate / repeats
+    settings = dataclasses.replace(settings, inner_steps=1, outer_learning_rate=rate)
   inner_loss, outer_loss = make_losses(settings)
   inner = jaxbo.inner_solver(
     inner_loss,
@@ -223,14 +255,9 @@ def make_program(
     per_step_batches=settings.batch_size is not None,
     warm_start="all",  # The momentum goes on.
   )
-  head = METHODS[method].head
-  if head is None:
-    outer = optax.chain(jaxbo.drop_response(), optax.set_to_zero())
-    given = ~cleaning.corrupted if method == "oracle" else np.ones(len(train.labels), bool)
-    x = jnp.where(given, 30.0, -30.0)  # Weights 1 and 0.
-  else:
-    outer = optax.chain(head(inner, settings, seed), optax.adam(settings.outer_learning_rate))
-    x = jnp.zeros(len(train.labels))
+  y0 = init_params(settings, cleaning.train.images.shape[1], jax.random.key(seed))
+  response = head(inner, settings, seed, y0)
+  outer = optax.chain(response, optax.adam(settings.outer_learning_rate))
   init, step = jaxbo.bilevel_loop(outer_loss, inner, outer)
 
   def one_step(state, key, train, val):
@@ -246,11 +273,10 @@ def make_program(
     return state, info.outer_loss
 
   def run(state, key, train, val):
-    keys = jax.random.split(key, steps_per_run)
+    keys = jax.random.split(key, repeats * steps_per_run)
     return jax.lax.scan(lambda state, key: one_step(state, key, train, val), state, keys)
 
-  y0 = init_params(settings, train.images.shape[1], jax.random.key(seed))
-  return init(x, y0), run, train
+  return init(jnp.zeros(label_shape), y0), run
 
 
 def accuracy(settings: Settings, y: Any, examples: Examples) -> jax.Array:

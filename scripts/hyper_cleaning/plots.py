@@ -1,64 +1,73 @@
-"""The picture of hyper-cleaning: accuracy against seconds, and histograms of the learnt weights."""
+"""The picture of hyper-cleaning: accuracy by the number of clean examples, and learnt weights."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from scripts.common import plots
+from scripts.common.plots import plt
+
+WITH_WEIGHTS = ("itd", "esj")
+# Colours that all eyes tell apart, and a marker each; what only frames the picture is grey.
+STYLES = {
+  "oracle": ("0.45", "", ":"),
+  "clean_only": ("0.45", "", "--"),
+  "everything": ("0.7", "", "-."),
+  "small_loss": ("#CC79A7", "v", "-"),
+  "small_loss_clean": ("#E69F00", "s", "-"),
+  "itd": ("#0072B2", "o", "-"),
+  "aid": ("#009E73", "^", "-"),
+  "esj": ("#D55E00", "D", "-"),
+}
 
 
 def draw(
-  lines: pd.DataFrame,
+  rows: pd.DataFrame,
   weights: Mapping[str, Sequence[tuple[np.ndarray, np.ndarray]]],
   labels: Mapping[str, str],
+  clean: int,
   path: Path,
 ) -> None:
-  """Draws means over seeds in a band; a method whose weights stay has a dashed line, and no panel.
+  """Means over seeds with their standard errors, a panel for each noise; and histograms.
 
-  ``weights`` has for each run of a method the weights of the training examples, and which of them
-  have a wrong label. A run that did not end has a curve of its own that ends in a cross.
+  ``weights`` has for each run of a method, on ``clean`` clean examples, the weights of the training
+  examples, and which of them have a wrong label.
   """
-  moved = [method for method, runs in weights.items() if np.ptp(runs[0][0]) > 0]
-  fig, left, panels = _one_wide_and_a_grid(len(moved))
-  last = lines["evaluation"].max()
-  for i, (method, mine) in enumerate(lines.groupby("method", sort=False)):
-    label, color = labels[str(method)], f"C{i}"
-    runs = [run for _, run in mine.groupby("seed")]
-    for run in runs:
-      if len(run) < last:
-        unfinished = f"{label}, unfinished"
-        style: Any = {"linestyle": ":", "marker": "x", "markevery": [len(run) - 1]}
-        left.plot(run["seconds"], run["accuracy"], color=color, label=unfinished, **style)
-    ended = [run for run in runs if len(run) == last]
-    if ended:
-      seconds = np.mean([run["seconds"] for run in ended], axis=0)
-      accuracy = [run["accuracy"] for run in ended]
-      plots.mean_and_range(left, seconds, accuracy, color=color, label=label, band=method in moved)
-  for method, panel in zip(moved, panels, strict=True):
-    values, wrong = map(np.concatenate, zip(*weights[method], strict=True))
-    for group, mine in (("clean", ~wrong), ("wrong label", wrong)):
-      panel.hist(values[mine], list(np.linspace(0, 1, 41)), alpha=0.6, label=group)
+  noises = rows["noise"].unique().tolist()
+  height = 4.2 + 2.8 * bool(weights)
+  fig = plt.figure(figsize=(1 + 5 * max(len(noises), len(weights)), height), layout="constrained")
+  ratios = [3, 2] if weights else [1]
+  parts = fig.subfigures(len(ratios), 1, height_ratios=ratios, squeeze=False)[:, 0]
+  above = parts[0].subplots(1, len(noises), squeeze=False)[0]
+  for noise, panel in zip(noises, above, strict=True):
+    _accuracies(panel, rows[rows["noise"] == noise], labels)
+    panel.set_title(f"{noise} noise", loc="left", fontsize="medium")
+  below = parts[1].subplots(1, len(weights), squeeze=False)[0] if weights else ()
+  for (method, runs), panel in zip(weights.items(), below, strict=True):
+    values, wrong = map(np.concatenate, zip(*runs, strict=True))
+    for group, mine, color in (("clean", ~wrong, "#56B4E9"), ("wrong label", wrong, "#D55E00")):
+      panel.hist(values[mine], list(np.linspace(0, 1, 41)), alpha=0.6, label=group, color=color)
     panel.legend(fontsize="small")
-    panel.set_title(labels[method], fontsize="medium")
+    title = f"{labels[method]}: weights, {noises[0]} noise, {clean} clean examples"
+    panel.set_title(title, loc="left", fontsize="medium")
     panel.set(xlabel="weight", ylabel="examples")
-  left.set(xscale="log", xlabel="training seconds (no compilation)", ylabel="test accuracy")
-  plots.save(fig, path, legend_of=left, ncols=8)
+  plots.save(fig, path, legend_of=above[0], ncols=4)
 
 
-def _one_wide_and_a_grid(num_panels: int) -> tuple[Figure, Axes, list[Axes]]:
-  """A figure with one large plot on the left and ``num_panels`` small ones, two in a row."""
-  fig = plt.figure(figsize=(13, 5.5), layout="constrained")
-  if not num_panels:
-    return fig, fig.subplots(), []
-  left, right = fig.subfigures(1, 2, squeeze=False)[0]
-  rows = -(-num_panels // 2)
-  panels = right.subplots(rows, min(num_panels, 2), squeeze=False, sharex=True, sharey=True).ravel()
-  for panel in panels[num_panels:]:
-    panel.set_visible(False)
-  return fig, left.subplots(), list(panels[:num_panels])
+def _accuracies(axes: Axes, rows: pd.DataFrame, labels: Mapping[str, str]) -> None:
+  for method, (color, marker, line) in STYLES.items():
+    accuracies = rows[rows["method"] == method].groupby("clean")["test_accuracy"]
+    if not len(accuracies):
+      continue
+    mean, error = accuracies.mean(), accuracies.sem().fillna(0)
+    style = {"color": color, "marker": marker, "linestyle": line, "capsize": 2, "ms": 5}
+    axes.errorbar(mean.index, mean, yerr=error, label=labels[method], **style)
+  sizes = sorted(rows["clean"].unique())
+  axes.set_xscale("log")
+  axes.set_xticks(sizes, [str(size) for size in sizes])
+  axes.minorticks_off()
+  axes.set(xlabel="clean examples", ylabel="test accuracy")
+  axes.grid(alpha=0.3)
