@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from scripts.common.config import FREE, Among, Count, Index, Positive, Several, Share
+from scripts.common.config import FREE, GROWS, Among, Count, Index, Positive, Several, Share
 from scripts.common.devices import DistributedConfig
 from scripts.common.tuning import TunedConfig
 from scripts.continual_lm import instructions
@@ -85,8 +85,9 @@ class Config(DistributedConfig, TunedConfig):
   """Tokens of a sequence, instead of 64 (256 for instruct, 512 for hf)."""
   pretrain_steps: Annotated[int, Field(ge=2)] = 500
   """Steps of the first phase, for scratch."""
-  steps: Count | None = None
-  """Steps of the continual phase, instead of 60 (30 for instruct)."""
+  steps: Annotated[Count | None, GROWS] = None
+  """Steps of the continual phase, instead of 60 (30 for instruct); a run that goes on may have
+  more."""
   eval_every: Count = 20
   """Steps between evaluations, with a checkpoint after each."""
   pretrain_learning_rate: Positive = 3e-3
@@ -158,6 +159,10 @@ class Config(DistributedConfig, TunedConfig):
     first = {"scratch": self.pretrain_steps, "hf": 0}[self.init]
     continual = self.steps or {"pretrain": 60, "instruct": 30}[self.task]
     return first if method == START else continual
+
+  def lengths(self) -> dict[str, Any]:
+    """The steps that a resumed run may have more of."""
+    return {"steps": self.steps_of("")}
 
   def continual_learning_rate(self) -> float:
     """The learning rate of the continual phase where none was chosen."""
