@@ -15,6 +15,7 @@ import numpy as np
 
 from scripts.common.files import UnusableError, read_json
 
+FILES = ("dataset_info.json", "features.json", "*.array_record*")  # Of a version.
 CURE = "delete the folder of this version and prepare the data set anew"
 
 
@@ -72,9 +73,9 @@ def tfds_source(
   of_version = lambda path: tuple(map(int, path.name.split(".")))
   there = [path for path in root.glob(f"{name}/*") if path.is_dir()]
   versions = [path for path in there if re.fullmatch(r"\d+\.\d+\.\d+", path.name)]
-  complete = [path for path in versions if any(path.glob("*.array_record*"))]
+  complete = [path for path in versions if all(any(path.glob(file)) for file in FILES)]
   if not complete:
-    # TFDS writes no second format into the folder of a version.
+    # TFDS writes nothing into the folder of a version that is there.
     target = root.absolute() / "array_record" if versions else root.absolute()
     preparation = preparation or (
       "To prepare them, where there is a network: python -m pip install tensorflow "
@@ -83,16 +84,14 @@ def tfds_source(
       f"file_format='array_record', data_dir='{target}').download_and_prepare()\""
     )
     found = f" but {', '.join(sorted(path.name for path in there))} without them" if there else ""
-    elsewhere = f"\nThen give --data-dir {target}: a version has one format." if versions else ""
+    elsewhere = f"\nThen give --data-dir {target}, or delete what is there." if versions else ""
     raise FileNotFoundError(
       f"no {name} in {root.absolute()} (--data-dir or TFDS_DATA_DIR names another folder){found}.\n"
       f"Expected: {name}/<version>/ with dataset_info.json, features.json and {name}-*.array_record"
       f"-*.\n{preparation}{elsewhere}"
     )
   folder = max(complete, key=of_version)
-  for file in ("dataset_info.json", "features.json"):
-    if not (folder / file).exists():
-      raise FileNotFoundError(f"there is no {folder / file}: {CURE}")
+  for file in FILES[:2]:
     read_json(folder / file, CURE)
   import tensorflow_datasets as tfds
 
@@ -107,8 +106,13 @@ class Source:
   """
 
   def __init__(self, builder: Any, split: str):
-    self.dataset_info, self._split = builder.info, split
-    self._source = builder.as_data_source(split=split)
+    self._source, self.dataset_info = builder.as_data_source(split=split), builder.info
+    self._files = self.dataset_info.splits[split].file_instructions
+    for file in self._files:  # A reader takes one that was cut for an empty one.
+      if (number := _num_records(file.filename)) != file.examples_in_shard:
+        raise UnusableError(
+          f"{file.filename} is damaged ({number} of {file.examples_in_shard} examples): {CURE}"
+        )
 
   def __len__(self) -> int:
     return len(self._source)
@@ -126,13 +130,18 @@ class Source:
     except RuntimeError as error:  # Of a checksum, above all.
       if len(indices) > 1:  # One of them says which file it is in.
         return [self[index] for index in indices]
-      raise UnusableError(f"{self._file(indices[0])} is damaged ({error}): {CURE}") from error
+      ends = np.cumsum([file.take for file in self._files])
+      file = self._files[int(np.searchsorted(ends, indices[0], side="right"))]
+      raise UnusableError(f"{file.filename} is damaged ({error}): {CURE}") from error
 
-  def _file(self, index: int) -> str:
-    """Where an example is."""
-    files = self.dataset_info.splits[self._split].file_instructions
-    ends = np.cumsum([file.take for file in files])
-    return files[int(np.searchsorted(ends, index, side="right"))].filename
+
+def _num_records(file: str) -> int:
+  from array_record.python.array_record_module import ArrayRecordReader
+
+  try:
+    return ArrayRecordReader(file).num_records()
+  except RuntimeError:
+    return 0
 
 
 def newsgroups(
