@@ -104,7 +104,9 @@ class Checkpoints:
           raise _LostError("it is not of the end")
         return _nested({key[1:]: array for key, array in arrays.items()})
       except _LostError as reason:
-        raise UnusableError(f"{path} cannot be used: {reason}") from None
+        raise UnusableError(
+          f"{path} cannot be used: {reason}; delete {self._folder} to go on without it"
+        ) from None
     raise FileNotFoundError(f"{self._folder} has no checkpoint")
 
   def last(self) -> Header | None:

@@ -32,20 +32,26 @@ def writing(path: Path) -> Generator[None, None, None]:
     ) from error
 
 
-def write(path: Path, *parts: str | bytes | memoryview) -> None:
-  """Replaces a file in one move: an interruption leaves the old one or the new one."""
+@contextlib.contextmanager
+def replacing(path: Path) -> Generator[Path, None, None]:
+  """A file to write, which takes the place of ``path`` in one move once it is on disk."""
   new = path.with_name(path.name + ".new")
   with writing(path):
     try:
-      with new.open("wb") as file:
-        file.writelines(part.encode() if isinstance(part, str) else part for part in parts)
-        file.flush()
+      yield new
+      with new.open("rb+") as file:
         os.fsync(file.fileno())
       new.replace(path)
     except OSError:
       with contextlib.suppress(OSError):  # Room for others.
         new.unlink()
       raise
+
+
+def write(path: Path, *parts: str | bytes) -> None:
+  """Replaces a file in one move."""
+  with replacing(path) as new, new.open("wb") as file:
+    file.writelines(part.encode() if isinstance(part, str) else part for part in parts)
 
 
 def read_json(path: Path, cure: str) -> dict[str, Any]:

@@ -3,8 +3,8 @@
   python -m tests.tools.kill_campaign --scripts few_shot hyper_cleaning --kills 10
 
 Every script runs with ``--smoke``: twice undisturbed, and then killed with ``kill -9`` and resumed,
-several times before it may end. Half of the kills come at any time, the others when a file of the
-folder has just changed. Rows and lines must be those of the undisturbed run, without times. A
+several times before it may end. Half of the kills come at any time, the others while a file of the
+folder is being written. Rows and lines must be those of the undisturbed run, without times. A
 process is a fork of one that has imported the script, and finds compiled programs in a cache; the
 first run of each script is of the plain command line. Counts are printed, and kept in
 ``--output-dir``.
@@ -122,19 +122,22 @@ def state(path: Path) -> dict[str, int]:
 
 
 def wait(pid: int, path: Path, seconds: float, changes: int) -> tuple[str, int]:
-  """Until a time or so many changes of the folder; says where the run is, and counts changes."""
+  """Until a time, or a file is being written after so many changes of the folder.
+
+  Returns where the run is, and how many changes there were.
+  """
   begun, seen, number = time.monotonic(), state(path), 0
-  while time.monotonic() - begun < seconds and number < changes:
-    time.sleep(0.001)
+  while time.monotonic() - begun < seconds:
+    if number >= changes and any(name.endswith(".new") for name in seen):
+      return "in a write", number
+    time.sleep(0.0002)
     if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
       return "ended", number
     if (now := state(path)) != seen:
       seen, number = now, number + 1
   if not (path / "config.json").exists():
     return "start-up", number
-  if any(path.rglob("*.new")):
-    return "in a write", number
-  return "running", number
+  return ("in a write" if any(path.rglob("*.new")) else "running"), number
 
 
 def campaign_of(name: str, told: Campaign) -> dict[str, int | float | str]:
