@@ -32,6 +32,11 @@ ROOMS = (
   "multiple_minima", "online_hyperopt", "online_meta",
 )  # fmt: skip
 TIMED = re.compile("second|ms_per|temporary_bytes")  # Columns that two runs do not share.
+CELL = (
+  "method", "seed", "toy", "stream", "window", "order", "model", "set", "corruption", "group",
+  "stay_probability",
+)  # fmt: skip
+POINTS = 5
 LIMIT = 600.0  # Seconds of a run.
 
 
@@ -53,14 +58,23 @@ class Campaign:
   """Where runs are; those that differ stay there."""
 
 
-def hashes(folder: Path) -> tuple[str, str]:
-  """Of the rows and of the lines of a run."""
+def hashes(folder: Path) -> list[str]:
+  """Of the rows, and of the lines of each cell one after the other, without times."""
   from scripts.common.folder import read
 
-  untimed = lambda entry: {k: v for k, v in entry.items() if not TIMED.search(k)}
-  texts = (json.dumps([*map(untimed, entries)]) for entries in read(folder)[:2])
-  lines, rows = (hashlib.sha256(text.encode()).hexdigest() for text in texts)
-  return rows, lines
+  def text(entry):
+    return json.dumps({k: v for k, v in entry.items() if not TIMED.search(k)})
+
+  lines, rows, _ = read(folder)
+  cells: dict[str, list[str]] = {}
+  for line in lines:
+    cell = json.dumps([line.get(name) for name in CELL])
+    cells.setdefault(cell, []).append(text(line))
+  # How many points fit into a budget of seconds was measured anew: those that all runs have.
+  if any("point" in line for line in lines):
+    cells = {cell: of_cell[:POINTS] for cell, of_cell in cells.items()}
+  parts = [[*map(text, rows)], *(value for _, value in sorted(cells.items()))]
+  return [hashlib.sha256("\n".join(part).encode()).hexdigest() for part in parts]
 
 
 class Script:
