@@ -80,7 +80,10 @@ class RunFolder:
     """What ``config.json`` has of the run, after comparing."""
     path, config = self.path / CONFIG, self._config
     if not config.resume:
-      if any((self.path / name).exists() for name in (CONFIG, METRICS, RESULTS, CHECKPOINTS)):
+      there = [
+        name for name in (CONFIG, METRICS, RESULTS, CHECKPOINTS) if (self.path / name).exists()
+      ]
+      if there and not config.overwrite:
         raise ValueError(
           f"output_dir {self.path} has an earlier run: continue it with --resume, delete it with "
           "--overwrite, or choose another folder"

@@ -11,12 +11,14 @@ import time
 from pathlib import Path
 from typing import Annotated
 
+import jax
 import numpy as np
 import pytest
 
 from scripts.common import folder, signals, study
 from scripts.common.checkpoints import Checkpoints
 from scripts.common.config import FREE, GROWS, Count, StudyConfig
+from scripts.common.folder import RunFolder
 from scripts.common.study import Study
 from scripts.common.table import Column, spread
 from scripts.common.task import Cell, Task
@@ -475,6 +477,15 @@ def test_a_run_that_becomes_longer_may_be_killed_where_it_begins(tmp_path, monke
   assert len(folder.read(tmp_path / "killed")[1]) == 2
   assert play(tmp_path / "killed", steps=12, resume=True) == 0
   assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
+
+
+def test_a_process_that_does_not_write_leaves_all_to_the_one_that_does(tmp_path, monkeypatch):
+  assert play(tmp_path) == 0
+  before = bytes_of(tmp_path)
+  monkeypatch.setattr(jax, "process_index", lambda: 1)
+  for options in ({"overwrite": True}, {"resume": True, "steps": 9}):
+    RunFolder(Config(output_dir=tmp_path, **options), "Sums", "sums").close()
+    assert bytes_of(tmp_path) == before
 
 
 def test_what_is_left_of_a_deleted_run_is_not_gone_on_with(tmp_path, capsys):
