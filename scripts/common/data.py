@@ -88,7 +88,7 @@ def tfds_source(
     raise FileNotFoundError(
       f"no {name} in {root.absolute()} (--data-dir or TFDS_DATA_DIR names another folder){found}.\n"
       f"Expected: {name}/<version>/ with dataset_info.json, features.json and {name}-*.array_record"
-      f"-*.\n{preparation}{elsewhere}"
+      f"-*, as TFDS writes with file_format='array_record'.\n{preparation}{elsewhere}"
     )
   folder = max(complete, key=of_version)
   for file in FILES[:2]:

@@ -63,6 +63,8 @@ def test_what_is_there_instead_is_said_with_a_command_that_works(tmp_path):
   with pytest.raises(FileNotFoundError, match=r"but 11\.0\.0\.incompleteXYZ without") as error:
     labels(tmp_path)
   assert f"data_dir='{tmp_path}')" in str(error.value)
+  with pytest.raises(FileNotFoundError, match="writes with file_format='array_record'"):
+    data.newsgroups(tmp_path)
   write_set(tmp_path / "mnist" / "3.0.1", 40, kind="tfrecord")
   with pytest.raises(
     FileNotFoundError, match=r"but 11\.0\.0\.incompleteXYZ, 3\.0\.1 without"
