@@ -141,14 +141,12 @@ class Checkpoints:
     columns = [np.stack([*map(_array, column)]) for column in rows]
     tree = {"state": state, "told": columns}
     arrays = {_key(path): _array(leaf) for path, leaf in jax.tree.leaves_with_path(tree)}
-    kinds = [(key, a.dtype.name, a.shape, zlib.crc32(a.tobytes())) for key, a in arrays.items()]
+    kinds = [(key, a.dtype.name, a.shape, zlib.crc32(_bytes(a))) for key, a in arrays.items()]
     text = json.dumps([header, kinds]).encode()
     first = f"{MAGIC} {len(text)} {zlib.crc32(text)}\n"
     with writing(self._folder):
       self._folder.mkdir(parents=True, exist_ok=True)
-      write(
-        self._folder / f"{header.done}.ckpt", first, text, *(a.tobytes() for a in arrays.values())
-      )
+      write(self._folder / f"{header.done}.ckpt", first, text, *map(_bytes, arrays.values()))
       files = self._files()
       until = [path for path in files if int(path.stem) <= header.done]
       for path in {*files} - {*until[:KEPT]}:  # Long past, or of a future that was given up.
@@ -216,6 +214,10 @@ def _is_key(leaf: Any) -> bool:
 
 def _array(leaf: Any) -> np.ndarray:
   return np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
+
+
+def _bytes(array: np.ndarray) -> memoryview:
+  return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def _like(array: np.ndarray, leaf: Any) -> Any:

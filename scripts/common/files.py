@@ -48,7 +48,7 @@ def replacing(path: Path) -> Generator[Path, None, None]:
       raise
 
 
-def write(path: Path, *parts: str | bytes) -> None:
+def write(path: Path, *parts: str | bytes | memoryview) -> None:
   """Replaces a file in one move."""
   with replacing(path) as new, new.open("wb") as file:
     file.writelines(part.encode() if isinstance(part, str) else part for part in parts)
