@@ -144,7 +144,7 @@ def wait(pid: int, path: Path, seconds: float, changes: int) -> tuple[str, int]:
   while time.monotonic() - begun < seconds:
     if number >= changes and any(name.endswith(".new") for name in seen):
       return "in a write", number
-    time.sleep(0.0002)
+    time.sleep(0.0002 if number >= changes else 0.004)
     if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
       return "ended", number
     if (now := state(path)) != seen:
