@@ -17,12 +17,14 @@ class Accumulated(NamedTuple):
   """The value of a metric that adds up.
 
   Attributes:
-    term: the amount that this round added.
-    total: the sum over all rounds so far.
+    term: the amount of this round; it may be NaN or infinite.
+    total: the sum of the finite terms of all rounds so far.
+    left_out: how many rounds had a term that is not finite, int32: they are not in ``total``.
   """
 
   term: jax.Array
   total: jax.Array
+  left_out: jax.Array
 
 
 def local_regret(
@@ -65,7 +67,8 @@ def local_regret(
 
   Returns:
     An :class:`OnlineMetric` whose values are :class:`Accumulated`: ``term`` is the squared norm,
-    ``total`` the regret.
+    ``total`` the regret. A hypergradient that is not finite spoils the terms of the ``window``
+    rounds that average it; ``total`` leaves them out and ``left_out`` counts them.
 
   Raises:
     ValueError: if an argument is outside its range, or only one of ``project`` and
@@ -104,7 +107,7 @@ def local_regret(
     shape = jax.eval_shape(hypergradient, x, batch)
     _check.same_structure("what hypergradient returns", shape, "x", x)
     kept = shape if at == "own" else batch._replace(extra=None)
-    return empty_window(kept, window), _scalar_zero(x)
+    return empty_window(kept, window), _nothing(x)
 
   def average_own(kept, round):
     kept = kept.push(hypergradient(round.x, round.batch))
@@ -119,15 +122,14 @@ def local_regret(
     return kept, kept._replace(values=gradients).average(decay, normalization)
 
   def update(state, round: OnlineRound):
-    kept, total = state
+    kept, sums = state
     kept, average = (average_own if at == "own" else average_current)(kept, round)
     if learning_rate is not None:
       point = _tree.at_least_float32(round.x)
       projected = project_tree("project", project, _tree.add_scaled(point, -learning_rate, average))
       average = optax.tree.scale(1 / learning_rate, optax.tree.sub(point, projected))
-    term = _tree.vdot(average, average).astype(total.dtype)
-    total = total + term
-    return (kept, total), Accumulated(term, total)
+    sums = _add(sums, _tree.vdot(average, average))
+    return (kept, sums), sums
 
   return OnlineMetric(init, update)
 
@@ -154,7 +156,8 @@ def path_length(
     power: :math:`p > 0`; 2 in :math:`H_{2,T}`.
 
   Returns:
-    An :class:`OnlineMetric` whose values are :class:`Accumulated`; the first round adds zero.
+    An :class:`OnlineMetric` whose values are :class:`Accumulated`; the first round adds zero. A
+    change that is not finite is left out of ``total`` and counted in ``left_out``.
 
   Raises:
     ValueError: if ``power`` is not positive.
@@ -177,19 +180,26 @@ def path_length(
 
   def init(x, y, batch):
     del y
-    return empty_window(batch._replace(extra=None), 1), _scalar_zero(x)
+    return empty_window(batch._replace(extra=None), 1), _nothing(x)
 
   def update(state, round: OnlineRound):
-    kept, total = state
+    kept, sums = state
     last, present = kept.get(0)
     batch = round.batch._replace(extra=None)
-    value = jnp.asarray(change(batch, last), total.dtype) ** power
-    term = jnp.where(present, value, 0)
-    total = total + term
-    return (kept.push(batch), total), Accumulated(term, total)
+    value = jnp.asarray(change(batch, last), sums.total.dtype) ** power
+    sums = _add(sums, jnp.where(present, value, 0))
+    return (kept.push(batch), sums), sums
 
   return OnlineMetric(init, update)
 
 
-def _scalar_zero(x: optax.Params) -> jax.Array:
-  return jnp.zeros((), jnp.result_type(jnp.float32, *jax.tree.leaves(x)))
+def _nothing(x: optax.Params) -> Accumulated:
+  zero = lambda: jnp.zeros((), jnp.result_type(jnp.float32, *jax.tree.leaves(x)))
+  return Accumulated(zero(), zero(), jnp.zeros((), jnp.int32))
+
+
+def _add(sums: Accumulated, term: jax.Array) -> Accumulated:
+  term = term.astype(sums.total.dtype)
+  finite = jnp.isfinite(term)
+  total, left_out = sums.total + jnp.where(finite, term, 0), sums.left_out + ~finite
+  return Accumulated(term, total, left_out)

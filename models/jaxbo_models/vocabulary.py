@@ -65,11 +65,12 @@ class Vocabulary:
       min_count: how often a word must occur to get an id, at least 1; 6 in most work on COCO.
 
     Raises:
+      TypeError: a caption is a string.
       ValueError: ``min_count`` is less than 1.
     """
     if min_count < 1:
       raise ValueError(f"min_count must be at least 1, got {min_count}")
-    counts = Counter(word for caption in captions for word in caption)
+    counts = Counter(word for caption in captions for word in _words(caption))
     frequent = [word for word, count in counts.items() if count >= min_count]
     frequent.sort(key=lambda word: (-counts[word], word))
     return cls([*cls.SPECIAL, *(word for word in frequent if word not in cls.SPECIAL)])
@@ -90,15 +91,17 @@ class Vocabulary:
     """Returns the ids of a caption between its beginning and end, ``[length]`` int32.
 
     Args:
-      words: the words of the caption, at least one.
+      words: the words of the caption, at least one. Padding, beginning and end are not words:
+        ``"<eos>"`` in a caption is unknown.
       length: length of the result, at least 3; None for the length of the caption plus 2. Shorter
         captions are padded. Longer captions lose their last words but keep the end token.
 
     Raises:
+      TypeError: the caption is a string.
       ValueError: the caption is empty, ``length`` is less than 3, or a word is unknown and the
         vocabulary lacks ``"<unk>"``.
     """
-    if not len(words):
+    if not len(_words(words)):
       raise ValueError("caption must have a word at least, got none")
     length = len(words) + 2 if length is None else length
     if length < 3:
@@ -125,7 +128,14 @@ class Vocabulary:
     return words
 
   def _id(self, word: str) -> int:
-    i = self._ids.get(word, self.unk)
+    i = self.unk if word in self.SPECIAL else self._ids.get(word, self.unk)
     if i is None:
       raise ValueError(f"caption must consist of known words, got {word!r}")
     return i
+
+
+def _words(caption: Sequence[str]) -> Sequence[str]:
+  """A caption that is a sequence of words."""
+  if isinstance(caption, str):
+    raise TypeError(f"caption must be a sequence of words, got the string {caption!r}")
+  return caption

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from scripts.adversarial_training.data import BALANCED, DATASETS, LONG_TAILED, SETS
 from scripts.adversarial_training.methods import METHODS, Part, Rates
-from scripts.common.config import FREE, Among, Count, NonNegative, Positive
+from scripts.common.config import FREE, GROWS, Among, Count, NonNegative, Positive
 from scripts.common.devices import DistributedConfig
 
 EPSILONS = {"mnist": 0.1, "fashion_mnist": 0.05, "cifar10": 8 / 255, "cifar10_subset": 8 / 255}
@@ -36,8 +36,8 @@ class Config(DistributedConfig):
   """Images of the most frequent class of the long-tailed set; other sets have as many in all."""
   ratio: Annotated[float, Field(ge=1)] = 20.0
   """How many times as many images the most frequent class has as the rarest one."""
-  epochs: Count = 10
-  """Passes over the training set."""
+  epochs: Annotated[Count, GROWS] = 10
+  """Passes over the training set; a run that goes on may have more."""
   batch_size: Count = 64
   """Images of a batch, over all devices."""
   learning_rate: Positive = 2e-3

@@ -51,6 +51,7 @@ from scripts.captioning.predict import VOCABULARY, predict
 from scripts.captioning.shapes import Shapes
 from scripts.captioning.train import Captioner, Training
 from scripts.common import devices, study, table
+from scripts.common.files import replacing
 from scripts.common.study import Results, Run, Study
 from scripts.common.table import Column, Table
 from scripts.common.task import Cell
@@ -107,11 +108,16 @@ class Captioning(Study[Config]):
         )
     return captioners
 
+  def begin(self, run: Run[Config]) -> None:
+    """Writes the words, the same for all captioners, for ``--predict``."""
+    captioner = next(iter(run.data.values()))
+    if not jax.process_index():
+      with replacing(run.path / VOCABULARY) as new:
+        captioner.source.vocabulary.save(new)
+
   def cells(self, run: Run[Config]) -> Iterable[Cell]:
     """Every captioner for every order, on every seed."""
     for (order, model), captioner in run.data.items():
-      if not jax.process_index():
-        captioner.source.vocabulary.save(run.path / VOCABULARY)  # For --predict.
       for seed in run.config.all_seeds():
         yield Cell(
           key={"order": order, "model": model, "seed": seed},

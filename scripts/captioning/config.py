@@ -9,7 +9,7 @@ from pydantic import model_validator
 
 import jaxbo
 from scripts.common import cleaning
-from scripts.common.config import FREE, Among, Count, Index, Positive, Share
+from scripts.common.config import FREE, GROWS, Among, Count, Index, Positive, Share
 from scripts.common.devices import DistributedConfig
 
 DATASETS = ("shapes", "nlvr_captions", "coco_captions_open", "coco_captions", "json")
@@ -165,8 +165,9 @@ class Config(DistributedConfig):
   """Reads only so many images of each set."""
   output_dir: Annotated[Path, FREE] = Path("runs/captioning")
   """Where results and checkpoints go."""
-  steps: Count | None = None
-  """Steps of training, instead of the data set's default (as for all below)."""
+  steps: Annotated[Count | None, GROWS] = None
+  """Steps of training, instead of the data set's default (as for all below); a run that goes on may
+  have more."""
   canonical_steps: Index | None = None
   """The first steps with captions of shapes in canonical order, where they have either."""
   batch_size: Count | None = None
@@ -210,6 +211,11 @@ class Config(DistributedConfig):
   def settings(self, of: str) -> Settings:
     """The settings of an order of shapes, or of another data set, with what was given instead."""
     return self.override(SETTINGS[of or self.dataset])
+
+  def lengths(self) -> dict[str, Any]:
+    """The steps that a resumed run may have more of."""
+    of = "reweighting" if self.noise else "either" if self.dataset == "shapes" else self.dataset
+    return {"steps": self.settings(of).steps}
 
   def all_models(self) -> tuple[str, ...]:
     """The captioners to run."""

@@ -2,10 +2,11 @@
 
 import itertools
 import json
-from collections.abc import Sequence
+import sys
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
+import jax
 import numpy as np
 from jaxbo_models.caption_metrics import tokenize
 from PIL import Image
@@ -53,6 +54,24 @@ class CaptionedImages(NamedTuple):
   captions: list[list[list[str]]]
   names: list[str]
 
+  @classmethod
+  def of(
+    cls, images: np.ndarray, captions: list[list[list[str]]], names: list[str]
+  ) -> "CaptionedImages":
+    """Leaves out captions without words, and images that have no others, and says how many."""
+    worded = [[words for words in of_image if words] for of_image in captions]
+    wordless, kept = sum(map(len, captions)) - sum(map(len, worded)), [*map(bool, worded)]
+    if not any(kept) and wordless:
+      raise ValueError(
+        f"captions must have a word at least in each set, got none, as of {names[0]}"
+      )
+    if not wordless:
+      return cls(images, captions, names)
+    if not jax.process_index():
+      without = f"{wordless} captions without words, and {kept.count(False)} images without others"
+      print(f"Left out: {without}.", file=sys.stderr)
+    return cls(images, worded, names).take(np.array(kept))
+
   def take(self, chosen: np.ndarray) -> "CaptionedImages":
     """The images that are ``chosen``, ``[n]`` bool."""
     of_chosen = lambda values: list(itertools.compress(values, chosen))
@@ -70,6 +89,8 @@ class CaptionData(NamedTuple):
 def resize(image: np.ndarray | Image.Image, size: Size) -> np.ndarray:
   """An image of any kind as ``[height, width, 3]`` uint8; its aspect ratio is not kept."""
   picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
+  if picture.mode.startswith("I"):  # Pillow would cut 16 bits off at 255.
+    picture = Image.fromarray((np.asarray(picture).clip(0, 2**16 - 1) // 256).astype(np.uint8))
   height, width = size
   return np.asarray(picture.convert("RGB").resize((width, height), Image.Resampling.BICUBIC))
 
@@ -161,8 +182,9 @@ def read_json(
     if not mine:
       raise ValueError(f"{path} must have images in the split {split}, got none")
     images = [read_image((image_dir or path.parent) / entry.images, size) for entry in mine]
-    captions = [_tokens(entry.images, entry.captions) for entry in mine]
-    sets.append(CaptionedImages(np.stack(images), captions, [entry.images for entry in mine]))
+    captions = [[*map(tokenize, entry.captions)] for entry in mine]
+    names = [entry.images for entry in mine]
+    sets.append(CaptionedImages.of(np.stack(images), captions, names))
   return CaptionData(*sets)
 
 
@@ -200,12 +222,5 @@ def _read(source: Any, size: Size, max_images: int | None) -> CaptionedImages:
     texts = example["captions"] if "captions" in example else [{"text": example["caption"]}]
     # A sequence is a dictionary of lists, or a list of dictionaries.
     texts = texts["text"] if isinstance(texts, dict) else [text["text"] for text in texts]
-    captions.append(_tokens(names[-1], [text.decode() for text in texts]))
-  return CaptionedImages(images, captions, names)
-
-
-def _tokens(name: str, texts: Sequence[str]) -> list[list[str]]:
-  tokens = [tokenize(text) for text in texts]
-  if not all(tokens):
-    raise ValueError(f"captions must have a word at least, got an empty one of {name}")
-  return tokens
+    captions.append([tokenize(text.decode()) for text in texts])
+  return CaptionedImages.of(images, captions, names)

@@ -1,8 +1,5 @@
 """Captions of a user's own images from a checkpoint."""
 
-import contextlib
-import json
-
 import numpy as np
 from jaxbo_models.vocabulary import Vocabulary
 
@@ -10,6 +7,7 @@ from scripts.captioning import data, model, plots
 from scripts.captioning.config import Config
 from scripts.common import devices, folder
 from scripts.common.checkpoints import Checkpoints, latest_step
+from scripts.common.files import read_json
 
 VOCABULARY, PICTURE = "vocabulary.json", "predictions.png"
 
@@ -26,7 +24,7 @@ def predict(config: Config) -> None:
   path = config.output_dir / folder.CONFIG
   if not path.exists():
     raise ValueError(f"predict needs a run in output_dir, none in {config.output_dir}")
-  saved = json.loads(path.read_text())
+  saved = read_json(path, folder.CURE)
   if saved.get("study") != "Captioning":
     raise ValueError(f"output_dir must have a run of captioning, got another one in {path}")
   trained = Config(**saved["identity"], orders=config.orders, methods=config.methods)
@@ -36,8 +34,7 @@ def predict(config: Config) -> None:
   if not latest_step(at):
     there = sorted(path.name for path in at.parent.glob("*")) or ["none"]
     raise ValueError(f"there is no checkpoint {at}, but {' '.join(there)}")
-  with contextlib.closing(Checkpoints(at)) as checkpoints:
-    params = checkpoints.raw()["params"]
+  params = Checkpoints(at).raw()["params"]
 
   settings, vocabulary = trained.settings(order), Vocabulary.load(config.output_dir / VOCABULARY)
   ask = model.Asked(name, settings, vocabulary, config.beam_size, devices.all_devices())

@@ -29,6 +29,7 @@ NonNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 FREE = "free"  # Marks a field that a resumed run may have otherwise.
+GROWS = "grows"  # Marks a field of which a resumed run may have more.
 
 
 def _each_once(values: Any) -> Any:
@@ -141,9 +142,19 @@ class StudyConfig(Checked):
     return dataclasses.replace(settings, **changes)  # type: ignore[type-var]
 
   def identity(self) -> dict[str, Any]:
-    """What a resumed run must have in common with the run that it continues, as JSON has it."""
-    free = {name for name, field in type(self).model_fields.items() if FREE in field.metadata}
-    return self.model_dump(mode="json", exclude=free | {"seeds", "first_seed"})
+    """What a resumed run must have in common with the run that it continues, as JSON has it.
+
+    Of :meth:`lengths` it may have more.
+    """
+    return self.model_dump(mode="json", exclude=self._marked(FREE) | {"seeds", "first_seed"})
+
+  def lengths(self) -> dict[str, Any]:
+    """The fields of which a resumed run may have more; those of a default have it here."""
+    return {name: getattr(self, name) for name in self._marked(GROWS)}
+
+  @classmethod
+  def _marked(cls, mark: str) -> set[str]:
+    return {name for name, field in cls.model_fields.items() if mark in field.metadata}
 
   def flags(self) -> str:
     """The flags that repeat the run, without what is only about this machine."""

@@ -2,15 +2,21 @@
 
 A ``data_dir`` holds ``name/version/`` as tensorflow-datasets prepares them in ``array_record``
 files; by default it is ``TFDS_DATA_DIR``, or ``~/tensorflow_datasets``. A data set that is not
-there raises ``FileNotFoundError``, whose message says how to prepare it.
+there raises ``FileNotFoundError``, whose message says how to prepare it. Nothing is downloaded.
 """
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from scripts.common.files import UnusableError, read_json
+
+FILES = ("dataset_info.json", "features.json", "*.array_record*")  # Of a version.
+CURE = "delete the folder of this version and prepare the data set anew"
 
 
 class Examples(NamedTuple):
@@ -52,34 +58,90 @@ def tfds_source(
   split: str,
   data_dir: str | os.PathLike[str] | None = None,
   preparation: str | None = None,
-) -> Any:
-  """A sequence of dictionaries; ``__getitems__(range(a, b))`` reads many at once.
+) -> "Source":
+  """A sequence of dictionaries, of the last version that is there; nothing is downloaded.
 
   ``preparation`` says how to get a data set that the catalogue of tensorflow-datasets lacks.
+
+  Raises:
+    FileNotFoundError: if it is not there.
+    UnusableError: if a file is damaged, when it is opened or when it is read.
   """
   root = Path(
     data_dir or os.environ.get("TFDS_DATA_DIR") or Path.home() / "tensorflow_datasets"
   ).expanduser()
-  if not any(root.glob(f"{name}/*/*.array_record*")):
+  of_version = lambda path: tuple(map(int, path.name.split(".")))
+  there = [path for path in root.glob(f"{name}/*") if path.is_dir()]
+  versions = [path for path in there if re.fullmatch(r"\d+\.\d+\.\d+", path.name)]
+  complete = [path for path in versions if all(any(path.glob(file)) for file in FILES)]
+  if not complete:
+    # TFDS writes nothing into the folder of a version that is there.
+    target = root.absolute() / "array_record" if versions else root.absolute()
     preparation = preparation or (
       "To prepare them, where there is a network: python -m pip install tensorflow "
       "tensorflow-datasets, then\n"
       f"  python -c \"import tensorflow_datasets as tfds; tfds.builder('{name}', "
-      f"file_format='array_record', data_dir='{root.absolute()}').download_and_prepare()\""
+      f"file_format='array_record', data_dir='{target}').download_and_prepare()\""
     )
+    found = f" but {', '.join(sorted(path.name for path in there))} without them" if there else ""
+    elsewhere = f"\nThen give --data-dir {target}, or delete what is there." if versions else ""
     raise FileNotFoundError(
-      f"no {name} in {root.absolute()} (--data-dir or TFDS_DATA_DIR names another folder).\n"
+      f"no {name} in {root.absolute()} (--data-dir or TFDS_DATA_DIR names another folder){found}.\n"
       f"Expected: {name}/<version>/ with dataset_info.json, features.json and {name}-*.array_record"
-      f"-*.\n{preparation}"
+      f"-*, as TFDS writes with file_format='array_record'.\n{preparation}{elsewhere}"
     )
+  folder = max(complete, key=of_version)
+  for file in FILES[:2]:
+    read_json(folder / file, CURE)
   import tensorflow_datasets as tfds
 
+  return Source(tfds.builder_from_directory(folder), split)
+
+
+class Source:
+  """A split on disk; ``__getitems__(range(a, b))`` reads many examples at once.
+
+  Attributes:
+    dataset_info: what tensorflow-datasets knows of it.
+  """
+
+  def __init__(self, builder: Any, split: str):
+    self._source, self.dataset_info = builder.as_data_source(split=split), builder.info
+    self._files = self.dataset_info.splits[split].file_instructions
+    for file in self._files:  # A reader takes one that was cut for an empty one.
+      if (number := _num_records(file.filename)) != file.examples_in_shard:
+        raise UnusableError(
+          f"{file.filename} is damaged ({number} of {file.examples_in_shard} examples): {CURE}"
+        )
+
+  def __len__(self) -> int:
+    return len(self._source)
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    [example] = self.__getitems__(range(index, index + 1))
+    return example
+
+  def __iter__(self) -> Iterator[dict[str, Any]]:
+    return map(self.__getitem__, range(len(self)))
+
+  def __getitems__(self, indices: range) -> list[dict[str, Any]]:
+    try:
+      return self._source.__getitems__(indices)
+    except RuntimeError as error:  # Of a checksum, above all.
+      if len(indices) > 1:  # One of them says which file it is in.
+        return [self[index] for index in indices]
+      ends = np.cumsum([file.take for file in self._files])
+      file = self._files[int(np.searchsorted(ends, indices[0], side="right"))]
+      raise UnusableError(f"{file.filename} is damaged ({error}): {CURE}") from error
+
+
+def _num_records(file: str) -> int:
+  from array_record.python.array_record_module import ArrayRecordReader
+
   try:
-    return tfds.data_source(name, split=split, data_dir=root)
-  except ModuleNotFoundError:  # The code that prepares it needs TensorFlow; its files do not.
-    version = max(path.parent for path in root.glob(f"{name}/*/dataset_info.json"))
-    builder: Any = tfds.builder_from_directory(version)
-    return builder.as_data_source(split=split)
+    return ArrayRecordReader(file).num_records()
+  except RuntimeError:
+    return 0
 
 
 def newsgroups(

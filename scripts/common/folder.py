@@ -27,12 +27,14 @@ import pandas as pd
 
 from scripts.common.config import StudyConfig
 from scripts.common.devices import together
+from scripts.common.files import UnusableError, read_json, write, writing
 from scripts.common.task import Row
 
 CONFIG, METRICS, RESULTS, NOTES, LOCK = (
   "config.json", "metrics.jsonl", "results.csv", "notes.json", "lock",
 )  # fmt: skip
 CHECKPOINTS = "checkpoints"
+CURE = "restore the file, or begin anew with --overwrite or in another folder"
 
 
 class RunFolder:
@@ -54,12 +56,19 @@ class RunFolder:
           self._lock = on_error.enter_context(_lock(self.path) if self._writes else io.StringIO())
           if config.overwrite and self._writes:
             self._clear()
-          saved = self._look(config.identity() | (depends_on or {}))
+          self.identity, lengths = config.identity() | (depends_on or {}), config.lengths()
+          saved = self._look(lengths)
           self.lines, self.rows, self.notes = read(self.path) if config.resume else ([], [], {})
+          longer = saved.get("lengths", lengths) != lengths
+          if longer:  # Rows are of the end; cells go on from there.
+            self.rows = []
         if self._writes:
-          saved |= {"study": study, "config": config.model_dump(mode="json")}
+          if longer:
+            (self.path / RESULTS).unlink(missing_ok=True)
+          saved |= {"study": study, "identity": self.identity, "lengths": lengths}
+          saved |= {"config": config.model_dump(mode="json")}
           saved["runs"].append(provenance(config, program))
-          _write(self.path / CONFIG, json.dumps(saved, indent=1) + "\n")
+          write(self.path / CONFIG, json.dumps(saved, indent=1) + "\n")
         self.keep_lines(self.lines)  # A kill may have left half of one.
         on_error.pop_all()
     except OSError as error:
@@ -67,38 +76,48 @@ class RunFolder:
         f"output_dir must be a folder to write to, got {self.path} ({error.strerror})"
       ) from error
 
-  def _look(self, identity: Row) -> dict[str, Any]:
+  def _look(self, lengths: Row) -> dict[str, Any]:
     """What ``config.json`` has of the run, after comparing."""
     path, config = self.path / CONFIG, self._config
     if not config.resume:
-      if path.exists() and not config.overwrite:
+      there = [
+        name for name in (CONFIG, METRICS, RESULTS, CHECKPOINTS) if (self.path / name).exists()
+      ]
+      if there and not config.overwrite:
         raise ValueError(
           f"output_dir {self.path} has an earlier run: continue it with --resume, delete it with "
           "--overwrite, or choose another folder"
         )
-      return {"identity": identity, "runs": []}
+      return {"runs": []}
     if not path.exists():
       raise ValueError(f"resume needs an earlier run in output_dir, none in {self.path}")
-    saved = json.loads(path.read_text())
-    for name, wanted in identity.items():
-      found = saved["identity"].get(name)
-      if found != wanted:
+    saved = read_json(path, CURE)
+    if missing := {"identity", "lengths", "runs"} - saved.keys():
+      raise UnusableError(
+        f"{path} has no {', '.join(sorted(missing))}: of an older version of this program? Go on "
+        "with that version, or begin anew with --overwrite or in another folder"
+      )
+    for name, wanted in (self.identity | lengths).items():
+      found = saved["lengths" if name in lengths else "identity"].get(name)
+      if name in lengths and wanted < found:
+        raise ValueError(f"{name} must be at least {found} to resume, got {wanted}")
+      if name not in lengths and found != wanted:
         raise ValueError(f"{name} must be {found!r} to resume, got {wanted!r}")
     return saved
 
   def _clear(self) -> None:
-    shutil.rmtree(self.path / CHECKPOINTS, ignore_errors=True)
+    for name in (CONFIG, METRICS, RESULTS, NOTES):  # Without the first nobody resumes the rest.
+      (self.path / name).unlink(missing_ok=True)
     for picture in self.path.glob("*.png"):
       picture.unlink()
-    for name in (METRICS, RESULTS, NOTES, CONFIG):  # While config.json is there, it is a run.
-      (self.path / name).unlink(missing_ok=True)
+    shutil.rmtree(self.path / CHECKPOINTS, ignore_errors=True)
 
   def add_lines(self, lines: Sequence[Row]) -> None:
     """Appends lines, on disk when this returns; what is not finite is NaN, and ``null`` there."""
     new = list(map(_json_line, lines))
     self.lines += map(_line, new)
     if self._writes:
-      with (self.path / METRICS).open("a") as file:
+      with writing(self.path / METRICS), (self.path / METRICS).open("a") as file:
         file.writelines(new)
         file.flush()
         os.fsync(file.fileno())
@@ -107,38 +126,38 @@ class RunFolder:
     """Replaces all lines by these: those that an interrupted run will not write again."""
     self.lines = list(lines)
     if self._writes:
-      _write(self.path / METRICS, "".join(map(_json_line, self.lines)))
+      write(self.path / METRICS, "".join(map(_json_line, self.lines)))
 
   def add_rows(self, rows: Sequence[Row]) -> None:
     """Adds rows to the table."""
     self.rows += rows
     if self._writes:
-      _write(self.path / RESULTS, _table(self.rows))
+      write(self.path / RESULTS, _table(self.rows))
 
   def note(self, name: str, compute: Callable[[], Any]) -> Any:
     """What ``compute`` gives, as JSON has it; computed once for a run and all that resume it."""
     if name not in self.notes:
       self.notes[name] = json.loads(json.dumps(compute()))
       if self._writes:
-        _write(self.path / NOTES, json.dumps(self.notes, indent=1) + "\n")
+        write(self.path / NOTES, json.dumps(self.notes, indent=1) + "\n")
     return self.notes[name]
 
   def save_results(self, path: Path, mine: Callable[[list[Row]], list[Row]]) -> None:
     """Keeps what the tables of this run need, without what is only about this machine."""
     path.mkdir(parents=True, exist_ok=True)
-    saved = json.loads((self.path / CONFIG).read_text())
-    del saved["config"]
+    saved = read_json(self.path / CONFIG, CURE)
+    del saved["config"], saved["lengths"]
     text = json.dumps(saved, indent=1) + "\n"
     for value in dict(self._config).values():
       if isinstance(value, Path) and value.is_absolute():
         text = text.replace(str(value), value.name)
-    _write(path / CONFIG, text)
-    _write(path / RESULTS, _table(mine(self.rows)))
+    write(path / CONFIG, text)
+    write(path / RESULTS, _table(mine(self.rows)))
     if self.notes:
-      shutil.copy(self.path / NOTES, path / NOTES)
+      write(path / NOTES, (self.path / NOTES).read_bytes())
     lines = "".join(map(_json_line, mine(self.lines)))
     if len(lines) < 2**18:  # For curves; tables are of rows.
-      _write(path / METRICS, lines)
+      write(path / METRICS, lines)
 
   def close(self) -> None:
     """Lets other runs in."""
@@ -154,17 +173,35 @@ def checkpoints(folder: Path, key: Mapping[str, Any]) -> Path:
 def read(folder: Path) -> tuple[list[Row], list[Row], dict[str, Any]]:
   """``(lines, rows, notes)`` of the files in a folder, as far as there are any.
 
-  Lines have NaN for ``null``, as they had when they were written.
+  Lines have NaN for ``null``, as they had when they were written. Half a line at the end, which an
+  interruption has left, is not read.
+
+  Raises:
+    UnusableError: if a file is damaged.
   """
   lines, rows, notes = list[Row](), list[Row](), dict[str, Any]()
   if (folder / METRICS).exists():
-    text = (folder / METRICS).read_text().splitlines()
-    lines = [_line(line) for line in text if line.endswith("}")]
+    *whole, last = (folder / METRICS).read_bytes().split(b"\n")
+    for number, text in enumerate([*whole, last] if last.endswith(b"}") else whole, 1):
+      try:
+        lines.append(_line(text))
+      except (ValueError, AttributeError) as error:
+        raise UnusableError(
+          f"{folder / METRICS}, line {number}, is damaged ({error}): delete the line; --resume "
+          "measures it again"
+        ) from error
   if (folder / RESULTS).exists():
-    with (folder / RESULTS).open(newline="") as file:
-      rows = [{k: _value(text) for k, text in row.items()} for row in csv.DictReader(file)]
+    with (folder / RESULTS).open(newline="", errors="replace") as file:
+      table = csv.DictReader(file)
+      rows = [{k: v if v is None else _value(v) for k, v in row.items()} for row in table]
+    for number, row in enumerate(rows, 2):
+      if None in row or None in row.values():
+        raise UnusableError(
+          f"{folder / RESULTS}, line {number}, has other columns than line 1: delete the line; "
+          "--resume measures it again"
+        )
   if (folder / NOTES).exists():
-    notes = json.loads((folder / NOTES).read_text())
+    notes = read_json(folder / NOTES, "delete it; --resume measures it again")
   return lines, rows, notes
 
 
@@ -229,15 +266,5 @@ def _json_line(line: Mapping[str, Any]) -> str:
   return json.dumps({k: None if null(value) else value for k, value in line.items()}) + "\n"
 
 
-def _line(text: str) -> Row:
+def _line(text: str | bytes) -> Row:
   return {k: math.nan if value is None else value for k, value in json.loads(text).items()}
-
-
-def _write(path: Path, text: str) -> None:
-  """Replaces a file in one move: an interruption leaves the old one or the new one."""
-  new = path.with_name(path.name + ".new")
-  with new.open("w") as file:
-    file.write(text)
-    file.flush()
-    os.fsync(file.fileno())
-  new.replace(path)

@@ -13,6 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
+from scripts.common.files import writing
+
 
 def mean_and_range(
   axes: Axes, x: np.ndarray, values: ArrayLike, *, label: str, color: str, band: bool = True
@@ -34,5 +36,6 @@ def save(fig: Figure, path: Path, legend_of: Axes | None = None, ncols: int = 6)
     legend = legend_of.get_legend_handles_labels()
     fig.legend(*legend, loc="outside lower center", ncols=ncols, fontsize="small")
   if not jax.process_index():
-    fig.savefig(path, dpi=120)
+    with writing(path):
+      fig.savefig(path, dpi=120)
   plt.close(fig)

@@ -28,6 +28,10 @@ class Bar(Progress):
     """Changes what rich's ``update`` knows: ``description``, ``total``, ``advance``."""
     self.update(self._all, **changes)
 
+  def say(self, sentence: str) -> None:
+    """Prints a sentence above the bar."""
+    self.console.print(sentence, markup=False, highlight=False)
+
   def tell(self, lines: Sequence[Row]) -> None:
     """Shows the numbers of the last line."""
     if lines:

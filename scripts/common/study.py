@@ -6,11 +6,10 @@ A *study* says which cells there are, and which tables and pictures come of them
 """
 
 import contextlib
+import functools
 import inspect
 import os
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Generator, Hashable, Iterable, Mapping
 from pathlib import Path
@@ -21,17 +20,17 @@ import pandas as pd
 import tyro
 from rich.console import Console
 
-from scripts.common import folder
-from scripts.common.checkpoints import Checkpoints
+from scripts.common import folder, signals
+from scripts.common.checkpoints import Checkpoints, Header, Saved
 from scripts.common.config import StudyConfig
 from scripts.common.devices import connect, together
+from scripts.common.files import UnusableError
 from scripts.common.folder import RunFolder
 from scripts.common.progress import Bar, console
 from scripts.common.table import Table
 from scripts.common.task import Cell, Row, Rows, Spent
 
 Config = TypeVar("Config", bound=StudyConfig)
-ASKED_TO_STOP = threading.Event()  # By Ctrl-C; Python drops an exception that meets a callback.
 
 
 class Results(Generic[Config]):
@@ -117,7 +116,7 @@ class Run(Generic[Config]):
     cells = list(self.study.cells(self))
     bar.show(total=sum(cell.steps for cell in cells))
     for cell in cells:
-      if self._finished(cell):
+      if self._finished(cell) and self._has_all_lines(cell):
         bar.show(advance=cell.steps)
       else:
         self._train(cell, bar)
@@ -131,9 +130,9 @@ class Run(Generic[Config]):
 
     Raises:
       FileNotFoundError: if its checkpoint was deleted.
+      UnusableError: if it is damaged.
     """
-    with self._checkpoints(cell) as checkpoints:
-      return checkpoints.raw()
+    return self._checkpoints(cell).raw(of_end=True)
 
   def state(self, cell: Cell) -> Any:
     """The final state of a finished cell; it may be given to several, which must not reuse it."""
@@ -141,48 +140,89 @@ class Run(Generic[Config]):
       self._train(cell, None)
     return self._last[1]
 
-  def _checkpoints(self, cell: Cell) -> contextlib.closing[Checkpoints]:
-    return contextlib.closing(Checkpoints(folder.checkpoints(self.path, cell.key)))
+  def _checkpoints(self, cell: Cell) -> Checkpoints:
+    same = {k: v for k, v in self._files.identity.items() if k not in self.config.lengths()}
+    return Checkpoints(folder.checkpoints(self.path, cell.key), {**same, **cell.key})
 
   def _finished(self, cell: Cell) -> bool:
     return any(map(cell.owns, self._files.rows))
 
+  def _has_all_lines(self, cell: Cell) -> bool:
+    header = self._checkpoints(cell).last()
+    return header is None or not self._unfit(cell, header)
+
+  def _lines(self, cell: Cell, done: int) -> list[Row]:
+    """The lines of a cell until a step."""
+    name = self.study.step_name
+    return [line for line in self._files.lines if cell.owns(line) and line[name] <= done]
+
+  def _unfit(self, cell: Cell, header: Header) -> str:
+    """Why a checkpoint cannot be gone on with, or nothing."""
+    if (there := len(self._lines(cell, header.done))) < header.lines:
+      return f"{folder.METRICS} has {there} of the {header.lines} lines that the part had then"
+    if header.done > cell.steps:
+      return "it is of a longer run"
+    if header.done == header.steps < cell.steps and header.done not in cell.stops(0):
+      return "it is of the end of a shorter run, between two evaluations"
+    return ""
+
   def _train(self, cell: Cell, bar: Bar | None) -> None:
     bar = bar or Bar(Console(quiet=True))
     bar.show(description=cell.label, told="compiling")
-    task = cell.make(*map(self.state, cell.needs))
-    name = self.study.step_name
-    with self._checkpoints(cell) as checkpoints:
-      state, seconds, done = checkpoints.restore(task.state)
-      bar.show(advance=done)
-      late = [line for line in self._files.lines if cell.owns(line) and line[name] > done]
-      if late:  # An interrupted run wrote them after its last checkpoint.
-        self._files.keep_lines([line for line in self._files.lines if line not in late])
-      if not cell.steps:  # Others may need its state all the same.
-        checkpoints.save(0, state, seconds)
+    task, checkpoints = cell.make(*map(self.state, cell.needs)), self._checkpoints(cell)
+    saved = checkpoints.restore(task.state, functools.partial(self._unfit, cell))
+    state, seconds, done = task.state, 0.0, 0
+    if saved is not None:
+      state, seconds, done = saved.state, saved.header.seconds, saved.header.done
+    self._begin(cell, done, saved, bar)
+
+    def save(at: int, told: list[Any] | None = None) -> None:
+      checkpoints.save(at, state, seconds, cell.steps, len(self._lines(cell, at)), told)
+
+    if not cell.steps:  # Others may need its state all the same.
+      save(0)
+    with signals.at_a_step() as asked_to_stop:
       for stop in cell.stops(done):
         told, start = list[Any](), time.perf_counter()
         for t in range(done, stop):
-          if ASKED_TO_STOP.is_set():
+          if asked_to_stop():
+            jax.block_until_ready((state, told))
+            seconds += time.perf_counter() - start
+            if told or saved is None:  # There is something new.
+              save(t, told)
             raise KeyboardInterrupt
           state, one = task.step(state, t)
           jax.block_until_ready(told[-1:])  # One step waits while another runs.
+          if saved is not None:
+            told, saved = saved.told_as(one), None
           told.append(one)
           bar.show(advance=1)
         jax.block_until_ready((state, told))
         done, seconds = stop, seconds + time.perf_counter() - start
         if cell.due(cell.every, done):
-          line = {**cell.key, name: done, "seconds": seconds}
+          line = {**cell.key, self.study.step_name: done, "seconds": seconds}
           values = _as_list(task.evaluate(state, told))
           self._files.add_lines([line | one for one in values])
           bar.tell(values)
         if cell.due(cell.checkpoint_every, done):
-          checkpoints.save(done, state, seconds)
-    if not self._finished(cell):
-      spent = Spent(seconds, list(filter(cell.owns, self._files.lines)))
-      if rows := _as_list(task.result(state, spent)):  # What only others need has none.
-        self._files.add_rows([{**cell.key, **row} for row in rows])
+          save(done)
+      if not self._finished(cell):
+        spent = Spent(seconds, self._lines(cell, done))
+        if rows := _as_list(task.result(state, spent)):  # What only others need has none.
+          self._files.add_rows([{**cell.key, **row} for row in rows])
     self._last = (cell.key, state)
+
+  def _begin(self, cell: Cell, done: int, saved: Saved | None, bar: Bar) -> None:
+    """Says where a cell begins, and forgets the lines that it will write again."""
+    bar.show(advance=done)
+    for reason in saved.lost if saved else ():
+      bar.say(f"{reason}; {cell.label} goes on from step {done}.")
+    mine, kept = self._lines(cell, cell.steps), self._lines(cell, done)
+    if mine and saved is None:
+      bar.say(f"{cell.label} has no checkpoint: it starts anew.")
+    if len(kept) < len(mine):
+      late = [line for line in mine if line not in kept]
+      self._files.keep_lines([line for line in self._files.lines if line not in late])
 
 
 def _as_list(rows: Rows) -> list[Row]:
@@ -192,7 +232,8 @@ def _as_list(rows: Rows) -> list[Row]:
 def run(study: Study[Config], config: Config) -> int:
   """Runs, prints and saves; returns the exit status.
 
-  It is 0, 2 after bad input, and 130 after Ctrl-C, with what was finished until then.
+  It is 0, 2 after bad input or a damaged file, 1 after one that could not be written, 130 after
+  Ctrl-C and 143 after SIGTERM, with what was finished until then.
   """
   try:
     connect(config)
@@ -205,7 +246,7 @@ def run(study: Study[Config], config: Config) -> int:
     return 2
   except KeyboardInterrupt:
     print("Interrupted.", file=sys.stderr)
-    return 130
+    return signals.status()
   with contextlib.closing(files):
     return _play(study, Run(study, config, data, files), files)
 
@@ -218,29 +259,33 @@ def _play(study: Study[Config], run: Run[Config], files: RunFolder) -> int:
       with _left_out(terminal):
         study.finish(run)
     except KeyboardInterrupt:
-      ASKED_TO_STOP.clear()
-      status = 130
+      status = signals.status()
+      signals.forget()
+    except UnusableError as error:
+      status = error.status
+      print(f"error: {error}", file=sys.stderr)
   if status:
-    terminal.print("Interrupted; --resume goes on. What was finished until then:")
+    stopped = "Interrupted; --resume goes on." if status > 2 else "Stopped."
+    terminal.print(f"{stopped} What was finished until then:")
   results = run.results()
   if len(results.rows):
     for table in study.tables(results):
       table.print(terminal)
     for remark in study.remarks(results):
       terminal.print(remark)
-    if not status or jax.process_count() == 1:  # Others may have stopped at another step.
+  try:
+    # Others may have stopped at another step, disks be full, and clusters wait.
+    if len(results.rows) and (not status or (status == 130 and jax.process_count() == 1)):
       with _left_out(terminal):
         study.draw(run)
-  if run.config.save_results and not status and not jax.process_index():
-    kept = study.room() / "results" / run.config.save_results
-    files.save_results(kept, run.mine)
+    if run.config.save_results and not status and not jax.process_index():
+      kept = study.room() / "results" / run.config.save_results
+      files.save_results(kept, run.mine)
+  except UnusableError as error:
+    print(f"error: {error}", file=sys.stderr)
+    return status or error.status
   terminal.print(f"{folder.METRICS}, {folder.RESULTS} and pictures are in {run.path}")
   return status
-
-
-def _stop(*_: Any) -> None:
-  ASKED_TO_STOP.set()
-  raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
@@ -260,13 +305,15 @@ def main(config: type[Config], run: Callable[[Config], int], doc: str | None) ->
     told = tyro.cli(config, default=small, description=doc)
     # Compilation is most of its time.
     jax.config.update("jax_disable_most_optimizations", True)
-  signal.signal(signal.SIGINT, _stop)
+  signals.listen()
   try:
     status = run(told)
   except KeyboardInterrupt:  # Again, while what was finished was shown.
-    status = 130
+    status = signals.status()
   sys.stdout.flush()
   sys.stderr.flush()
-  if status == 130:  # Not by way of the runtime's destructors: a compilation may still be going on.
+  if (
+    status > 2
+  ):  # Interrupted. Not by way of the runtime's destructors: a compilation may still be going on.
     os._exit(status)
   sys.exit(status)

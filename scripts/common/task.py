@@ -31,7 +31,7 @@ class Task:
   state: Any  # Where it starts, a pytree of arrays; a step may reuse its memory.
 
   def step(self, state: Any, t: int) -> tuple[Any, Any]:
-    """Does step ``t``; returns the new state, and what the step tells."""
+    """Does step ``t``; returns the new state, and what the step tells: a tree of one structure."""
     raise NotImplementedError
 
   def evaluate(self, state: Any, told: list[Any]) -> Rows:

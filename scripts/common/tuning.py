@@ -14,6 +14,7 @@ from typing import Annotated, Any, NamedTuple, TypeVar
 import pandas as pd
 
 from scripts.common.config import FREE, StudyConfig
+from scripts.common.files import read_json, write, writing
 from scripts.common.study import Results, Run, Study
 
 
@@ -83,9 +84,10 @@ class Tuning(Study[Config]):
         for group in groups:
           table = table.setdefault(group, {})
         table[last] = choice.rates
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(tables, indent=1, sort_keys=True) + "\n")
+    with writing(path):
+      path.parent.mkdir(parents=True, exist_ok=True)
+    write(path, json.dumps(tables, indent=1, sort_keys=True) + "\n")
 
 
 def _read(path: Path) -> dict[str, Any]:
-  return json.loads(path.read_text()) if path.exists() else {}
+  return read_json(path, "restore it, or write it anew with --tune") if path.exists() else {}

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from scripts.common.config import FREE, Among, Count, Index, Positive, Several, Share
+from scripts.common.config import FREE, GROWS, Among, Count, Index, Positive, Several, Share
 from scripts.common.devices import DistributedConfig
 from scripts.common.tuning import TunedConfig
 from scripts.continual_lm import instructions
@@ -88,8 +88,9 @@ class Config(DistributedConfig, TunedConfig):
   """Tokens of a sequence, instead of 64 (256 for instruct, 512 for hf)."""
   pretrain_steps: Annotated[int, Field(ge=2)] = 1000
   """Steps of the first phase, for scratch; there is one, for all seeds."""
-  steps: Count | None = None
-  """Steps of the continual phase, instead of 60 (30 for instruct)."""
+  steps: Annotated[Count | None, GROWS] = None
+  """Steps of the continual phase, instead of 60 (30 for instruct); a run that goes on may have
+  more."""
   eval_every: Count = 20
   """Steps between evaluations, with a checkpoint after each."""
   pretrain_learning_rate: Positive = 2e-3
@@ -169,6 +170,10 @@ class Config(DistributedConfig, TunedConfig):
     if method == START:
       return self.pretrain_steps if self.init == "scratch" and self.pretrained is None else 0
     return self.steps or {"pretrain": 60, "instruct": 30}[self.task]
+
+  def lengths(self) -> dict[str, Any]:
+    """The steps that a resumed run may have more of."""
+    return {"steps": self.steps_of("")}
 
   def continual_learning_rate(self) -> float:
     """The learning rate of the continual phase where none was chosen."""

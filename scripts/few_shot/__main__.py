@@ -40,7 +40,7 @@ from jaxbo_models import Conv4, ResNet12
 
 from jaxbo.tasks import Episode
 from scripts.common import devices, fewshot_data, study
-from scripts.common.config import FREE, Among, Count, Index, Positive
+from scripts.common.config import FREE, GROWS, Among, Count, Index, Positive
 from scripts.common.devices import DistributedConfig
 from scripts.common.fewshot_data import FewShotData, ImageClasses
 from scripts.common.study import Results, Run, Study
@@ -71,8 +71,8 @@ class Config(DistributedConfig):
   """Glyphs are drawn on the spot, the others are read by tensorflow-datasets."""
   methods: Annotated[tuple[str, ...], Among(LABELS), FREE] = tuple(LABELS)
   """Which methods to run."""
-  steps: Count = 300
-  """Meta-steps of each method."""
+  steps: Annotated[Count, GROWS] = 300
+  """Meta-steps of each method; a run that goes on may have more."""
   seeds: Count = 1
   """How many seeds, of initial parameters and training episodes; evaluation episodes are always the
   same."""

@@ -19,6 +19,7 @@ import pandas as pd
 
 from scripts.common import cleaning, study
 from scripts.common.config import FREE, Among, Count, Index, StudyConfig
+from scripts.common.files import write
 from scripts.common.study import Results, Run, Study
 from scripts.common.table import Column, Table
 from scripts.common.task import Cell, Row, Spent
@@ -112,7 +113,7 @@ class Tune(Study[Config]):
   def draw(self, run: Run[Config]) -> None:
     """Writes what was chosen."""
     chosen = {method: settings for method, (settings, _) in best(run.results().rows).items()}
-    (run.path / "chosen.json").write_text(json.dumps(chosen, indent=1) + "\n")
+    write(run.path / "chosen.json", json.dumps(chosen, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -105,7 +105,10 @@ class Player:
       start = t * (rounds // NUM_EVALUATIONS)
       put = lambda kept, new: jax.lax.dynamic_update_slice_in_dim(kept, new, start, axis=1)
       kept = put(state.loss, new["loss"]), put(state.breakdown, new["breakdown"])
-      return State(online, *kept), new["regret"].total[:, -1] if "regret" in new else None
+      return State(online, *kept), regret(new["regret"]) if "regret" in new else None
+
+    def regret(sums):  # Of a run without rounds that had none.
+      return jnp.where(sums.left_out == 0, sums.total, jnp.nan)[:, -1]
 
     def evaluate(online, stream):
       reference = stream.rounds()(jax.random.key(0), online.round_count).val.images

@@ -102,6 +102,23 @@ def test_rouge_takes_the_maxima_of_precision_and_recall_on_their_own():
   assert longer == sorted(longer)
 
 
+def test_rouge_takes_no_words_for_one_empty_word_as_the_published_program_does():
+  pairs = (([], [[]], 1), ([], [["a"], []], 1), (["a"], [[]], 0), ([], [["a"]], 0))
+  for candidate, references, expected in pairs:
+    assert caption_metrics.rouge_l([candidate], [references]) == [expected]
+
+
+def test_signs_handles_addresses_and_emoji_are_those_of_the_ptb_tokenizer():
+  for text, tokens in (
+    ("It costs \u20ac5, \u00a33.50 or 20\u00a2", "it costs $ 5 # 3.50 or 20 cents"),
+    ("@some_one likes #dogs, see www.dogs.org/a-b.", "@some_one likes #dogs see www.dogs.org/a-b"),
+    ("(from https://a.b/c?d=1)", "-lrb- from https://a.b/c?d=1 -rrb-"),
+    ("A dog \U0001f436\U0001f3fd!", "a dog"),
+    ("# 1 @ 5", "# 1 @ 5"),
+  ):
+    assert caption_metrics.tokenize(text) == tokens.split()
+
+
 def test_a_reward_scores_any_captions_of_any_images_with_given_frequencies():
   frequencies = caption_metrics.DocumentFrequencies.of(REFERENCES)
   reward = caption_metrics.CiderD(REFERENCES[:10], frequencies)
@@ -228,7 +245,8 @@ def test_java_programs_are_asked_and_answered(tmp_path, monkeypatch):
                "lib/stanford-corenlp-3.6.0-models.jar"):  # fmt: skip
     (tmp_path / file).touch()
   monkeypatch.setenv("PATH", str(tmp_path))
-  meteor = caption_metrics.meteor(CANDIDATES, REFERENCES, jar=tmp_path / "it.jar")
+  broken = [["a\n", "dog\r\n"], *CANDIDATES[1:]]  # Lines are captions to the program.
+  meteor = caption_metrics.meteor(broken, REFERENCES, jar=tmp_path / "it.jar")
   assert (meteor.value, meteor.reason) == (0.5, "")
   assert meteor.per_caption.tolist() == [0.25] * 40
   spice = caption_metrics.spice(CANDIDATES, REFERENCES, jar=tmp_path / "it.jar")
@@ -280,6 +298,23 @@ def test_a_vocabulary_has_frequent_words_and_ends(tmp_path):
 def test_bad_input_of_a_vocabulary_says_what_is_allowed(call, message):
   with pytest.raises(ValueError, match=message):
     call(Vocabulary(["<pad>", "<bos>", "<eos>", "a"]))
+
+
+def test_a_string_is_not_a_list_of_words(as_users_run):
+  with pytest.raises(TypeError, match="caption must be a sequence of words, got the string 'a re"):
+    Vocabulary.build(["a red dog"])
+  with pytest.raises(TypeError, match="caption must be a sequence of words, got the string 'a'"):
+    Vocabulary.build([["a"]]).encode("a")
+
+
+def test_padding_beginning_and_end_are_unknown_words_inside_captions():
+  vocabulary = Vocabulary.build([["a", "red", "<eos>"]])
+  for word in ("<pad>", "<bos>", "<eos>", "<unk>"):
+    ids = vocabulary.encode(["a", word, "red"])
+    assert ids.tolist() == [1, 4, 3, 5, 2]
+    assert vocabulary.decode(ids) == ["a", "<unk>", "red"]
+  with pytest.raises(ValueError, match="caption must consist of known words, got '<eos>'"):
+    Vocabulary(["<pad>", "<bos>", "<eos>", "a"]).encode(["a", "<eos>"])
 
 
 def test_words_as_frequent_are_in_alphabetical_order_and_no_negative_id_is_decoded():

@@ -459,6 +459,29 @@ def test_oagd_needs_a_memory():
     loop.step(loop.init(ZERO, ZERO, STREAM), STREAM(KEY, 0))
 
 
+def test_rounds_that_are_not_finite_are_left_out_of_totals_and_counted():
+  bad = jnp.float32([1, 2, jnp.nan, 3, jnp.inf, 5, 1, 2])  # Of 8 rounds.
+  metrics = {
+    "regret": jaxbo.online.local_regret(lambda x, batch: 0 * x + batch.extra),
+    "window": jaxbo.online.local_regret(lambda x, batch: 0 * x + batch.extra, window=2),
+    "path": jaxbo.online.path_length(lambda batch, last: batch.val[0] - last.val[0]),
+  }
+  loop = jaxbo.online_loop(
+    lambda x, y, batch: 0.0 * jnp.sum(y), INNER, jaxbo.ogd(0.1), metrics=metrics
+  )
+  stream = lambda key, t: jaxbo.online.OnlineBatch(None, bad[t][None], bad[t])
+  _, info = jax.jit(lambda state: loop.run(state, stream, 8))(loop.init(ZERO, ZERO, stream))
+  regret, window, path = (info.metrics[name] for name in ("regret", "window", "path"))
+  np.testing.assert_array_equal(jnp.isfinite(regret.term), jnp.isfinite(bad))
+  squares = np.where(np.isfinite(bad), 2 * np.square(bad), 0)
+  np.testing.assert_allclose(regret.total, squares.cumsum(), rtol=1e-6)
+  np.testing.assert_array_equal(regret.left_out, [0, 0, 1, 1, 2, 2, 2, 2])
+  np.testing.assert_array_equal(window.left_out, [0, 0, 1, 2, 3, 4, 4, 4])
+  np.testing.assert_allclose(window.total[-1], 2 * (0.5**2 + 1.5**2 + 3**2 + 1.5**2), rtol=1e-6)
+  np.testing.assert_array_equal(path.left_out, [0, 0, 1, 2, 3, 4, 4, 4])
+  np.testing.assert_array_equal(path.total, [0, 1, 1, 1, 1, 1, -3, -2])
+
+
 def test_bad_arguments_of_the_aliases_and_metrics():
   with pytest.raises(ValueError, match="inner_params must be given when linear_solver has warm_st"):
     jaxbo.sobow(0.1, INNER, window=2)

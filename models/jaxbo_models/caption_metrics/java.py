@@ -154,8 +154,8 @@ def _run(command: Sequence[str], folder: Path, lines: Sequence[str]) -> list[str
 
 
 def _text(tokens: Tokens) -> str:
-  """Joins tokens with spaces and removes ``|||``, which separates captions."""
-  return " ".join(map(str, tokens)).replace("|||", "")
+  """Joins tokens with spaces; ``|||`` separates captions and a line break ends them: both go."""
+  return " ".join(" ".join(map(str, tokens)).replace("|||", "").split())
 
 
 def _skipped(reason: str) -> JavaScore:

@@ -27,7 +27,8 @@ def rouge_l(candidates: Sequence[Tokens], references: References) -> np.ndarray:
     references: the tokens of one or more correct captions for each image.
 
   Returns:
-    The scores, ``[n]``, in [0, 1]; 0 for an empty caption.
+    The scores, ``[n]``, in [0, 1]. An empty caption counts as one empty word, as in the COCO
+    server's program: it scores 1 where a reference is empty, too, and else 0.
 
   Raises:
     TypeError: a caption is a string.
@@ -47,11 +48,12 @@ def rouge_l(candidates: Sequence[Tokens], references: References) -> np.ndarray:
 
 
 def _score(candidate: Tokens, references: Sequence[Tokens]) -> float:
+  candidate, references = candidate or [""], [reference or [""] for reference in references]
   lengths = [(_common(candidate, reference), len(reference)) for reference in references]
   if not any(common for common, _ in lengths):
     return 0.0
   precision = max(common for common, _ in lengths) / len(candidate)
-  recall = max(common / length for common, length in lengths if length)
+  recall = max(common / length for common, length in lengths)
   return (1 + _BETA**2) * precision * recall / (recall + _BETA**2 * precision)
 
 

@@ -5,7 +5,9 @@ import re
 # Each line is one alternative; the first that matches wins.
 _TOKEN = re.compile(
   r"""
-  \.\.+                                   # an ellipsis
+  (?:https?://|www\.)[^\s"<>|()]*[^\s"<>|.!?(){},-]   # addresses of pages
+| [@\#][a-z_]\w*                          # handles and hashtags
+| \.\.+                                   # an ellipsis
 | --+                                     # a dash
 | can(?=not\b) | gon(?=na\b) | wan(?=na\b) | got(?=ta\b) | gim(?=me\b) | lem(?=me\b)
 | \w+(?=n't\b)                            # do | n't
@@ -15,7 +17,7 @@ _TOKEN = re.compile(
 | [a-z]{1,2}'[a-z]{3,}                    # d'oeuvre
 | \d+(?:[.,:]\d+)+(?:-[^\W_]+)*           # 3.5  1,000  10:30  3.5-inch
 | [^\W_]+(?:[-_&@./][^\W_]+)*             # words, also red-haired, b&w and red/blue
-| [^\s]                                   # any other character alone
+| [^\s\ufe0f\u200d\U00010000-\U0010ffff]  # any other character alone, but emoji
 """,
   re.VERBOSE,
 )
@@ -23,7 +25,17 @@ _DROPPED = frozenset(("''", "'", "``", "`", '"', ".", "?", "!", ",", ":", "-", "
 # The published program tries to drop some of these, but lists them in upper case, so they stay.
 _BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
 _TYPOGRAPHY = str.maketrans(
-  {"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u2013": "--", "\u2014": "--"}
+  {
+    "\u00a2": " cents ",
+    "\u00a3": "#",
+    "\u20ac": "$",
+    "\u2018": "'",
+    "\u2019": "'",
+    "\u201c": '"',
+    "\u201d": '"',
+    "\u2013": "--",
+    "\u2014": "--",
+  }
 )
 
 
@@ -34,8 +46,11 @@ def tokenize(text: str) -> list[str]:
   ``-lowerCase`` and then drops quotes, periods, commas, colons, dashes and similar punctuation.
   Clitics are tokens (``do n't``, ``man 's``), and words with hyphens or slashes are single tokens.
   Numbers keep their decimal points and commas, round brackets become ``-lrb-`` and ``-rrb-``, and
-  ``$ % & # /`` are tokens. Of 25,014 COCO captions, 7 give other tokens than the server's, because
-  of rare abbreviations and fractions.
+  ``$ % & # /`` are tokens; a pound sign becomes ``#`` and a euro sign ``$``, as there. Handles,
+  hashtags and addresses of pages are single tokens, and emoji
+  beyond U+FFFF are dropped. Of 25,014 COCO captions,
+  7 give other tokens than the server's, because of rare abbreviations and fractions; other signs of
+  currencies and emoticons such as ``:-)`` may differ, too.
 
   >>> print(*tokenize("The dog doesn't like Bob's half-eaten hot dog (50% off)!"))
   the dog does n't like bob 's half-eaten hot dog -lrb- 50 % off -rrb-

@@ -183,7 +183,7 @@ def test_karpathys_files_are_read(folder):
     ({"captions": [[], ["a"], ["a"], ["a"]]}, r"captions .* at least 1 item .* got \[\].*'a.png'"),
     ({"captions": ["cat", ["a"], ["a"], ["a"]]}, "captions should be a valid list, got 'cat'"),
     ({"captions": [[7], ["a"], ["a"], ["a"]]}, "captions should be a valid string, got 7"),
-    ({"captions": [["?"], ["a"], ["a"], ["a"]]}, "captions must have a word at least"),
+    ({"captions": [["a"], ["a"], ["?"], ["a"]]}, "captions must have a word at least .* c.png"),
     ({"images": None}, "lists images, captions and split"),
   ],
 )
@@ -205,6 +205,25 @@ def test_files_that_are_not_there_or_no_images_are_named(folder, monkeypatch):
   (folder / "b.png").unlink()
   with pytest.raises(FileNotFoundError, match=r"there is no image .*b\.png"):
     caption_data.read_json(write(folder, CONTENT), SIZE)
+
+
+def test_captions_without_words_and_images_without_others_are_left_out_and_counted(folder, capsys):
+  captions = [["A dog.", " ?", ""], ["..."], ["a"], ["a"]]
+  data = caption_data.read_json(write(folder, CONTENT | {"captions": captions}), SIZE)
+  assert (data.train.names, data.train.captions) == (["a.png"], [[["a", "dog"]]])
+  assert len(data.train.images) == 1
+  said = "Left out: 3 captions without words, and 1 images without others.\n"
+  assert capsys.readouterr().err == said
+
+
+def test_sixteen_bits_are_scaled_and_not_cut_off(tmp_path):
+  values = np.linspace(0, 65535, 256).astype(np.uint16)
+  Image.fromarray(np.tile(values, (256, 1))).save(tmp_path / "ramp.png")
+  for image in (
+    caption_data.read_image(tmp_path / "ramp.png", (256, 256)),
+    caption_data.resize(np.tile(values.astype(np.int32), (256, 1)), (256, 256)),
+  ):
+    np.testing.assert_array_equal(image[0, :, 0], values >> 8)
 
 
 def test_images_of_any_kind_become_colours_of_one_size():

@@ -1,6 +1,5 @@
 """The captioning script: from data to tables and pictures, killed, resumed, on files of a user."""
 
-import contextlib
 import json
 import math
 from pathlib import Path
@@ -82,8 +81,7 @@ def test_a_captioner_says_only_words(whole):
   captioner = whole[2]["either", "sequential"]
   key = {"order": "either", "model": "sequential", "seed": 0}
   at = folder.checkpoints(whole[0], key)
-  with contextlib.closing(Checkpoints(at)) as checkpoints:
-    params = checkpoints.raw()["params"]
+  params = Checkpoints(at).raw()["params"]
   params["output_bias"] = np.where(np.arange(19) < 2, 100.0, 0.0)  # Padding and the beginning.
   images = captioner.source.shown()
   for said in captioner.ask.greedy(params, images), captioner.ask.beam(params, images).tokens:

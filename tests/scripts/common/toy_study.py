@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from scripts.common import study, table
-from scripts.common.config import FREE, Among, Count, Positive, StudyConfig
+from scripts.common.config import FREE, GROWS, Among, Count, Positive, StudyConfig
 from scripts.common.study import Results, Run, Study
 from scripts.common.table import Column, Table
 from scripts.common.task import Cell, Compiled, Program, Row, Spent
@@ -24,7 +24,7 @@ class Config(StudyConfig):
 
   methods: Annotated[tuple[str, ...], Among(METHODS), FREE] = tuple(METHODS)
   """Which methods."""
-  steps: Count = 7
+  steps: Annotated[Count, GROWS] = 7
   """Steps."""
   scale: Positive = 1.0
   """Of the numbers."""
