@@ -1,6 +1,21 @@
-"""Sphinx configuration: `uv run --extra docs sphinx-build -W docs docs/_build`."""
+"""Sphinx configuration: `uv run --extra docs sphinx-build -W docs docs/_build`.
+
+A build needs no network: MathJax comes from PyPI, and `inventories/` says where other projects
+document what we refer to.
+"""
+
+import pathlib
+import re
+import tomllib
+
+import jax
+import optax
+from sphinx.util.typing import stringify_annotation
 
 import jaxbo
+
+here = pathlib.Path(__file__).parent
+about = tomllib.loads((here.parent / "pyproject.toml").read_text())["project"]
 
 project = "jaxbo"
 author = "The jaxbo authors"
@@ -8,19 +23,86 @@ release = jaxbo.__version__
 
 extensions = [
   "myst_nb",
+  "sphinx-mathjax-offline",
   "sphinx.ext.autodoc",
+  "sphinx.ext.autosummary",
+  "sphinx.ext.intersphinx",
   "sphinx.ext.mathjax",
   "sphinx.ext.napoleon",
+  "sphinx.ext.viewcode",
+  "sphinx_copybutton",
+  "sphinx_design",
+  "sphinxext.opengraph",
 ]
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = "jaxbo"
+html_baseurl = about["urls"]["Documentation"]
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_favicon = "_static/favicon.svg"
+html_theme_options = {
+  "source_repository": about["urls"]["Source"],
+  "source_branch": "main",
+  "source_directory": "docs/",
+}
+ogp_site_url = html_baseurl
+ogp_image = html_baseurl + "_static/card.png"
+ogp_image_alt = "jaxbo: gradients go in, better gradients come out"
+ogp_social_cards = {"enable": False}
 
+intersphinx_mapping = {
+  name: (f"https://{site}/en/latest", str(here / f"inventories/{name}.inv"))
+  for name, site in {
+    "jax": "docs.jax.dev",
+    "optax": "optax.readthedocs.io",
+    "flax": "flax.readthedocs.io",
+  }.items()
+}
+
+autosummary_generate = False
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 napoleon_use_ivar = True
-myst_enable_extensions = ["dollarmath"]
+copybutton_exclude = ".linenos, .gp, .go"
+copybutton_prompt_text = r">>> |\.\.\. |\$ "
+copybutton_prompt_is_regexp = True
+myst_enable_extensions = ["attrs_inline", "colon_fence", "dollarmath"]
+myst_heading_anchors = 3
 nb_execution_mode = "cache"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 300  # seconds a cell; most of it is compilation
+nb_merge_streams = True
+
+# Types under the names by which users import them.
+for of, types in {
+  "jax": (jax.Array, jax.ShapeDtypeStruct),
+  "optax": (optax.GradientTransformation, optax.GradientTransformationExtraArgs),
+}.items():
+  for named in types:
+    named.__module__ = of
+_ARRAY_LIKE = stringify_annotation(jax.typing.ArrayLike, "smart")
+
+
+def name_unions(app, *_):
+  """Writes ``ArrayLike``, whose union is nine types long, by its name."""
+  for hints in app.env.current_document.autodoc_annotations.values():
+    for name, hint in hints.items():
+      hints[name] = hint.replace(_ARRAY_LIKE, "~jax.typing.ArrayLike")
+
+
+def add_summary(app, page, source):
+  """Opens each page of the reference with a table of its functions."""
+  if page.startswith("api/"):
+    functions = re.findall(r"^\.\. autofunction:: (\S+)$", source[0], flags=re.MULTILINE)
+    table = "\n".join(["```{eval-rst}", ".. autosummary::", "   :nosignatures:", "", ""])
+    table += "".join(f"   {name}\n" for name in functions) + "```\n\n"
+    if functions:
+      source[0] = re.sub(r"(?s)^(# .*?\n\n)", lambda match: match[0] + table, source[0], count=1)
+
+
+def setup(app):
+  """Connects what is above."""
+  app.connect("source-read", add_summary)
+  app.connect("object-description-transform", name_unions, priority=400)  # before types are written
