@@ -76,21 +76,35 @@ nb_execution_raise_on_error = True
 nb_execution_timeout = 300  # seconds a cell; most of it is compilation
 nb_merge_streams = True
 
-# Types under the names by which users import them.
-for of, types in {
-  "jax": (jax.Array, jax.ShapeDtypeStruct),
-  "optax": (optax.GradientTransformation, optax.GradientTransformationExtraArgs),
-}.items():
-  for named in types:
-    named.__module__ = of
-_ARRAY_LIKE = stringify_annotation(jax.typing.ArrayLike, "smart")
+# Types under the names by which users import them; unions by theirs.
+_NAMES = {
+  stringify_annotation(of, mode): mark + name
+  for mode, mark in (("smart", "~"), ("fully-qualified-except-typing", ""))
+  for name, of in {
+    "optax.Params": optax.Params,
+    "jax.typing.ArrayLike": jax.typing.ArrayLike,
+    "jax.typing.DTypeLike": jax.typing.DTypeLike,
+    "jax.Array": jax.Array,
+  }.items()
+} | {"optax._src.base.": "optax.", "jaxbo._types.": "", "collections.abc.": ""}
 
 
-def name_unions(app, *_):
-  """Writes ``ArrayLike``, whose union is nine types long, by its name."""
+def renamed(types):
+  """The text of a type annotation without the modules in which types happen to be defined."""
+  for internal, name in _NAMES.items():
+    types = types.replace(internal, name)
+  return types
+
+
+def rename_hints(app, *_):
+  """Renames the types of arguments."""
   for hints in app.env.current_document.autodoc_annotations.values():
-    for name, hint in hints.items():
-      hints[name] = hint.replace(_ARRAY_LIKE, "~jax.typing.ArrayLike")
+    hints.update({name: renamed(hint) for name, hint in hints.items()})
+
+
+def rename_attributes(app, what, name, obj, options, lines):
+  """Renames the types of attributes, which napoleon has written into the docstring."""
+  lines[:] = [renamed(line) if line.startswith((":type", ":vartype")) else line for line in lines]
 
 
 def add_summary(app, page, source):
@@ -106,4 +120,7 @@ def add_summary(app, page, source):
 def setup(app):
   """Connects what is above."""
   app.connect("source-read", add_summary)
-  app.connect("object-description-transform", name_unions, priority=400)  # before types are written
+  app.connect("autodoc-process-docstring", rename_attributes, priority=600)  # after napoleon
+  app.connect(
+    "object-description-transform", rename_hints, priority=400
+  )  # before types are written
