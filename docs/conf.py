@@ -62,6 +62,7 @@ intersphinx_mapping = {
 }
 
 autosummary_generate = False
+suppress_warnings = ["autosummary.import_cycle"]  # Tables show whole names.
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
@@ -86,14 +87,15 @@ _NAMES = {
     "jax.typing.DTypeLike": jax.typing.DTypeLike,
     "jax.Array": jax.Array,
   }.items()
-} | {"optax._src.base.": "optax.", "jaxbo._types.": "", "collections.abc.": ""}
+} | {"optax._src.base.": "optax."}
+_PRIVATE = re.compile(r"~?(?:jaxbo\._types|collections\.abc)\.")
 
 
 def renamed(types):
   """The text of a type annotation without the modules in which types happen to be defined."""
   for internal, name in _NAMES.items():
     types = types.replace(internal, name)
-  return types
+  return _PRIVATE.sub("", types)
 
 
 def rename_hints(app, *_):
@@ -108,19 +110,17 @@ def rename_attributes(app, what, name, obj, options, lines):
 
 
 def add_summary(app, page, source):
-  """Opens each page of the reference with a table of its functions."""
-  if page.startswith("api/"):
-    functions = re.findall(r"^\.\. autofunction:: (\S+)$", source[0], flags=re.MULTILINE)
-    table = "\n".join(["```{eval-rst}", ".. autosummary::", "   :nosignatures:", "", ""])
-    table += "".join(f"   {name}\n" for name in functions) + "```\n\n"
-    if functions:
-      source[0] = re.sub(r"(?s)^(# .*?\n\n)", lambda match: match[0] + table, source[0], count=1)
+  """Puts a table of its functions behind the introduction of each page of the reference."""
+  functions = re.findall(r"^\.\. autofunction:: (\S+)$", source[0], flags=re.MULTILINE)
+  if page.startswith("api/") and functions:
+    names = "".join(f"   {name}\n" for name in functions)
+    table = f"```{{eval-rst}}\n.. autosummary::\n   :nosignatures:\n\n{names}```\n\n"
+    start = re.search(r"^(## |```{eval-rst}\n\.\. auto)", source[0], flags=re.MULTILINE).start()
+    source[0] = source[0][:start] + table + source[0][start:]
 
 
 def setup(app):
   """Connects what is above."""
   app.connect("source-read", add_summary)
   app.connect("autodoc-process-docstring", rename_attributes, priority=600)  # after napoleon
-  app.connect(
-    "object-description-transform", rename_hints, priority=400
-  )  # before types are written
+  app.connect("object-description-transform", rename_hints, priority=400)  # before they are shown
