@@ -95,7 +95,7 @@ class Browser:
     if name == "Page.loadEventFired":
       self._loaded = True
     elif name == "Runtime.exceptionThrown":
-      self.errors.append(params["exceptionDetails"]["text"])
+      self.errors.append(str(params["exceptionDetails"].get("exception", {}).get("description")))
     elif name == "Runtime.consoleAPICalled" and params["type"] == "error":
       self.errors.append(str(params["args"]))
     elif name == "Log.entryAdded" and params["entry"]["level"] == "error":

@@ -7,7 +7,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-from tests.docs.browser import CHROMIUM, chromium
+from tests.docs.browser import CHROMIUM, Browser, chromium
 
 ROOT = Path(__file__).parents[2]
 SITE = Path(os.environ.get("JAXBO_SITE") or ROOT / "docs/_build")
@@ -16,13 +16,12 @@ PAGES = sorted(  # without those of source code, which Sphinx makes all alike
 )
 DESKTOP, PHONE = 1440, 390
 
-pytestmark = [
-  pytest.mark.skipif(not PAGES, reason=f"no site in {SITE}: build it, or set JAXBO_SITE"),
-  pytest.mark.xdist_group("site"),
-]
+built = pytest.mark.skipif(not PAGES, reason=f"no site in {SITE}: build it, or set JAXBO_SITE")
+browsing = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium")
 
 FAULTS = """(() => {
-  const wide = document.documentElement.scrollWidth - window.innerWidth;
+  const {scrollWidth, clientWidth} = document.documentElement;
+  const wide = scrollWidth - clientWidth;
   const faults = wide > 0 ? [`${wide} pixels wider than the window`] : [];
   for (const picture of document.images) {
     picture.loading = "eager";
@@ -38,24 +37,53 @@ SCROLLING = """[...document.querySelectorAll("pre")].filter(
 EQUATIONS = "window.MathJax?.startup ? MathJax.startup.promise.then(() => 0) : 0"
 
 
+def faults(browser: Browser, page: Path) -> list[str]:
+  """What a visitor would see at both widths, and what went wrong behind the page."""
+  browser.resize(DESKTOP)
+  browser.open(page)
+  browser.evaluate(EQUATIONS)
+  found = [f"desktop: {fault}" for fault in browser.evaluate(FAULTS)]
+  found += [f"desktop: {fault}" for fault in browser.evaluate(SCROLLING)]
+  browser.resize(PHONE)
+  found += [f"phone: {fault}" for fault in browser.evaluate(FAULTS)]
+  return found + browser.errors
+
+
+@browsing
+def test_the_faults_of_a_page_are_found(tmp_path: Path):
+  page = tmp_path / "page.html"
+  page.write_text(
+    '<meta name="viewport" content="width=device-width"><img src="none.png" alt="words">'
+    f"<pre style='overflow-x: auto'>{'code ' * 99}</pre><div style='width: 500px'>wide</div>"
+    "<script>console.error('said')</script><script>undefined.thing</script>"
+    '<script src="http://localhost:9/elsewhere.js"></script>'
+  )
+  with chromium(tmp_path / "profile") as browser:
+    found = "\n".join(faults(browser, page))
+  for fault in (
+    "phone: 118 pixels wider",
+    "no picture",
+    "code scrolls",
+    "said",
+    "TypeError",
+    "asks the network",
+  ):
+    assert fault in found, found
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium")
+@built
+@browsing
 def test_every_page_is_whole_at_desktop_and_phone_width(tmp_path: Path):
   """No console error, nothing asked of the network, no missing picture, no overflow."""
-  faults = []
   with chromium(tmp_path) as browser:
-    for page in PAGES:
-      browser.resize(DESKTOP)
-      browser.open(page)
-      browser.evaluate(EQUATIONS)
-      found = [f"desktop: {fault}" for fault in browser.evaluate(FAULTS)]
-      found += [f"desktop: {fault}" for fault in browser.evaluate(SCROLLING)]
-      browser.resize(PHONE)
-      found += [f"phone: {fault}" for fault in browser.evaluate(FAULTS)]
-      faults += [f"{page.relative_to(SITE)}: {fault}" for fault in found + browser.errors]
-  assert not faults, "\n".join(faults)
+    found = [
+      f"{page.relative_to(SITE)}: {fault}" for page in PAGES for fault in faults(browser, page)
+    ]
+  assert not found, "\n".join(found)
 
 
+@built
 def test_every_link_within_the_site_leads_somewhere():
   """Pages, files and places in pages; `sphinx-build -b linkcheck` asks the network of others."""
   texts = {page: page.read_text() for page in PAGES}
