@@ -58,6 +58,12 @@ def test_every_whole_method_and_weighting_is_among_the_choices():
   assert [name for name in named if f"{name}`" not in page] == []
 
 
+def test_links_of_the_front_page_lead_to_files():
+  links = re.findall(r"\]\((?!https:)([^)]+)\)", (DOCS.parent / "README.md").read_text())
+  assert len(links) > 30
+  assert [link for link in links if not (DOCS.parent / link).exists()] == []
+
+
 def test_notebooks_are_in_the_index_and_kept_without_outputs():
   """The docs build runs them; outputs in the repository would be older than the code."""
   notebooks = sorted((DOCS / "tutorials").glob("*.ipynb"))
