@@ -13,6 +13,10 @@ the hypergradient. Any optax chain can follow.
 >>> outer = optax.chain(jaxbo.add_implicit_response(inner, jaxbo.conjugate_gradient(5)),
 ...                     optax.adam(0.1))
 >>> init, step = jaxbo.bilevel_loop(outer_loss, inner, outer)
+>>> train, val = ({"a": (1 + i) * jnp.eye(3), "b": jnp.ones(3)} for i in range(2))
+>>> state, info = jax.jit(step)(init(jnp.float32(0.0), jnp.zeros(3)), train, val)
+>>> bool(state.x != 0)
+True
 
 This module has verbs, which say what happens to a gradient, and methods, under the names of their
 papers. The module of each family has the parts of its methods.

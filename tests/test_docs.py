@@ -5,6 +5,8 @@ import json
 import pathlib
 import re
 
+import jaxbo
+from jaxbo import adversarial
 from tests import catalogue
 
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
@@ -37,6 +39,29 @@ def what_is_missing(name: str) -> list[str]:
 def test_every_public_name_has_a_docstring_of_its_own():
   found = {name: what_is_missing(name) for name in catalogue.PUBLIC}
   assert not {name: missing for name, missing in found.items() if missing}
+
+
+def test_every_whole_method_and_weighting_is_among_the_choices():
+  """Methods that take a learning rate, weightings and attacks, by name."""
+  page = (DOCS / "choose.md").read_text()
+  named = [
+    name
+    for name, member in catalogue.PUBLIC.items()
+    if inspect.isfunction(member)
+    and (
+      "learning_rate" in next(iter(inspect.signature(member).parameters), "")
+      or inspect.signature(member).return_annotation in (jaxbo.dro.Weighting, adversarial.Attack)
+    )
+    and not name.startswith("jaxbo.meta.")
+  ]
+  assert len(named) > 30
+  assert [name for name in named if f"{name}`" not in page] == []
+
+
+def test_links_of_the_front_page_lead_to_files():
+  links = re.findall(r"\]\((?!https:)([^)]+)\)", (DOCS.parent / "README.md").read_text())
+  assert len(links) > 30
+  assert [link for link in links if not (DOCS.parent / link).exists()] == []
 
 
 def test_notebooks_are_in_the_index_and_kept_without_outputs():
