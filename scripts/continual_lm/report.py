@@ -146,6 +146,8 @@ def of_arm(rows: pd.DataFrame, corruption: float) -> pd.DataFrame:
 
 
 def in_pairs(arm: pd.DataFrame) -> pd.DataFrame:
-  """The rows of an arm with the checkpoint's once for each seed, since all begin there."""
+  """The rows of an arm with the checkpoint's once for each seed, if all began at one."""
   start, trained = arm[arm["method"] == START], arm[arm["method"] != START]
-  return pd.concat([*(start[:1].assign(seed=seed) for seed in trained["seed"].unique()), trained])
+  if len(start) > 1:
+    return arm
+  return pd.concat([*(start.assign(seed=seed) for seed in trained["seed"].unique()), trained])

@@ -235,7 +235,7 @@ class HyperCleaning(Study[Config]):
       accuracy = f"{title}; test accuracy after training on what is kept, by clean examples"
       yield table.spread(accuracy, wide, "method", LABELS, sizes)
       if BASELINE in set(rows["method"]):
-        minus = f"{title}; test accuracy minus that of the best simple choice, in pairs"
+        minus = f"{title}; test accuracy by clean examples, in pairs"
         yield table.paired(minus, wide, "method", BASELINE, LABELS, sizes)
       clean = shown(rows["clean"].unique().tolist())
       found = rows[(rows["clean"] == clean) & rows["method"].isin([*METHODS, *SCORED])]

@@ -63,7 +63,7 @@ def test_rows_tell_what_was_kept_and_what_came_of_it(small):
     assert itd["outer_steps"] == 6
     assert itd["temporary_bytes"] > 0
   assert of[20, 0, "clean_only"]["test_accuracy"] < of[60, 0, "clean_only"]["test_accuracy"]
-  for words in ("by clean examples", "minus that of the best simple choice", "who finds them"):
+  for words in ("by clean examples", "by clean examples, in pairs", "who finds them"):
     assert words in " ".join(output.split())
   with Image.open(path / "hyper_cleaning.png") as picture:
     assert picture.width > 500
