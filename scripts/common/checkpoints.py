@@ -102,7 +102,7 @@ class Checkpoints:
         header, arrays = self._read(path)
         if of_end and header.done < header.steps:
           raise _LostError("it is not of the end")
-        return _nested({key[1:]: array for key, array in arrays.items()})
+        return _nested({key[1:]: array for key, array in arrays.items() if key[0] == "state"})
       except _LostError as reason:
         raise UnusableError(
           f"{path} cannot be used: {reason}; delete {self._folder} to go on without it"

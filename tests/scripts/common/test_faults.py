@@ -412,6 +412,7 @@ def test_a_run_that_is_asked_to_stop_writes_a_checkpoint_at_the_step_and_goes_on
     monkeypatch.setattr(Sum, "step", asked)
     assert play(path) == status
     assert checkpoint(path, at + 1).exists()
+    assert Checkpoints(checkpoint(path, 0).parent).raw().keys() == {"sum"}
     begun.clear()
     assert play(path, resume=True) == 0
     assert begun == [(1, t) for t in range(at + 1, 7)]
