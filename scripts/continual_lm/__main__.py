@@ -7,7 +7,7 @@ beside uniform weights. Then the same with noise in a share of the sequences. `-
 on with the same text. `--task instruct` learns responses to prompts: several examples in a row that
 do not see each other, each with a weight of its own, and the loss is that of the response.
 
-Claim (pretrain, `--num-layers 2 --width 64 --seeds 3`; docs/experiments/continual_lm.md has the
+Claim (pretrain, an older model of 120,640 parameters; docs/experiments/continual_lm.md has the
 table): on clean data uniform weights have the best mean loss, and methods that prefer what is hard
 trade it for the worst domain or the hardest sequences. With 20 % of the sequences shuffled, IR-DRO
 gives noise 2.3 times its share and loses 0.11 nats to uniform weights; MidRanking's band 3 and
@@ -33,6 +33,7 @@ for uniform weights; "time" is that of a step beside one with uniform weights, i
   python -m scripts.continual_lm --dataset MINE.txt        or .jsonl; --instructions MINE.jsonl
   python -m scripts.continual_lm --tune --output-dir runs/rates   writes runs/rates/rates.json
   python -m scripts.continual_lm --rates-file runs/rates/rates.json          the report with these
+  ... --pretrained runs/rates/pretrained                   without a first phase: that of another run
   python -m scripts.continual_lm --init hf --model-dir DIR --dataset text_domains --batch-size 8
                                                            weights of the Hugging Face hub
   ... --resume                                             goes on bit for bit where it was stopped
