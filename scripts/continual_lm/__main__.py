@@ -33,7 +33,7 @@ for uniform weights; "time" is that of a step beside one with uniform weights, i
   python -m scripts.continual_lm --dataset MINE.txt        or .jsonl; --instructions MINE.jsonl
   python -m scripts.continual_lm --tune --output-dir runs/rates   writes runs/rates/rates.json
   python -m scripts.continual_lm --rates-file runs/rates/rates.json          the report with these
-  ... --pretrained runs/rates/pretrained                   without a first phase: that of another run
+  ... --pretrained runs/rates/pretrained                   goes on from the first phase of that run
   python -m scripts.continual_lm --init hf --model-dir DIR --dataset text_domains --batch-size 8
                                                            weights of the Hugging Face hub
   ... --resume                                             goes on bit for bit where it was stopped
