@@ -19,8 +19,8 @@ from scripts.continual_lm.runs import Given, Training
 from scripts.continual_lm.train import State
 
 SEEDS = (100,)  # No report has them.
-FACTORS = (0.3, 1.0, 3.0, 10.0)  # Of the learning rate that is not chosen.
-TEMPERATURES = (0.3, 1.0, 3.0)  # In nats per token.
+FACTORS = (0.1, 0.3, 1.0, 3.0)  # Of the learning rate that is not chosen.
+TEMPERATURES = (1.0, 3.0, 10.0)  # In nats per token.
 
 
 class Trial(Training):
