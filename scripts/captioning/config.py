@@ -212,6 +212,14 @@ class Config(DistributedConfig):
     """The settings of an order of shapes, or of another data set, with what was given instead."""
     return self.override(SETTINGS[of or self.dataset])
 
+  def in_full(self) -> dict[str, Any]:
+    """The settings of all orders of shapes, and of noise; or of another data set."""
+    if self.dataset != "shapes":
+      return self.settings_in_full(settings=self.settings(""))
+    of = ("canonical", "either", "reweighting", "before_cleaning")
+    every = {name: self.settings(name) for name in of}
+    return self.settings_in_full(**every, cleaning=self.override(CLEANING))
+
   def lengths(self) -> dict[str, Any]:
     """The steps that a resumed run may have more of."""
     of = "reweighting" if self.noise else "either" if self.dataset == "shapes" else self.dataset

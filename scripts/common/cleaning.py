@@ -280,9 +280,10 @@ def make_program(
 
 
 def accuracy(settings: Settings, y: Any, examples: Examples) -> jax.Array:
-  """The share of ``examples`` that the model ``y`` classifies correctly."""
-  predicted = jnp.argmax(logits(settings, y, examples.images), axis=0)
-  return jnp.mean(predicted == examples.labels)
+  """The share of ``examples`` that ``y`` classifies correctly; NaN if a logit is not finite."""
+  found = logits(settings, y, examples.images)
+  correct = jnp.argmax(found, axis=0) == examples.labels
+  return jnp.where(jnp.all(jnp.isfinite(found)), jnp.mean(correct), jnp.nan)
 
 
 def detection_scores(weights: np.ndarray, corrupted: np.ndarray) -> tuple[float, float]:

@@ -12,6 +12,7 @@ ValueError: learning_rate should be greater than 0, got -1
 
 import dataclasses
 import functools
+import json
 import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -146,7 +147,18 @@ class StudyConfig(Checked):
 
     Of :meth:`lengths` it may have more.
     """
-    return self.model_dump(mode="json", exclude=self._marked(FREE) | {"seeds", "first_seed"})
+    fields = self.model_dump(mode="json", exclude=self._marked(FREE) | {"seeds", "first_seed"})
+    return fields | json.loads(json.dumps(self.in_full()))
+
+  def in_full(self) -> dict[str, Any]:
+    """What the fields that were not given stand for, as JSON has it: defaults may change."""
+    return {}
+
+  def settings_in_full(self, **settings: Any) -> dict[str, Any]:
+    """All fields of dataclasses, which are :meth:`override`'s, but for :meth:`lengths`."""
+    lengths = self.lengths()
+    every = ((of, n, v) for of, one in settings.items() for n, v in vars(one).items())
+    return {f"{of}.{name}": value for of, name, value in every if name not in lengths}
 
   def lengths(self) -> dict[str, Any]:
     """The fields of which a resumed run may have more; those of a default have it here."""

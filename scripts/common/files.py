@@ -42,6 +42,10 @@ def replacing(path: Path) -> Generator[Path, None, None]:
       with new.open("rb+") as file:
         os.fsync(file.fileno())
       new.replace(path)
+      folder = os.open(path.parent, os.O_RDONLY)
+      with contextlib.suppress(OSError):  # The new name, too, where a folder can be synced.
+        os.fsync(folder)
+      os.close(folder)
     except OSError:
       with contextlib.suppress(OSError):  # Room for others.
         new.unlink()

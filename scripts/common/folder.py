@@ -33,7 +33,11 @@ from scripts.common.task import Row
 CONFIG, METRICS, RESULTS, NOTES, LOCK = (
   "config.json", "metrics.jsonl", "results.csv", "notes.json", "lock",
 )  # fmt: skip
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, MODEL = "checkpoints", "pretrained"
+OLDER = (
+  "is of an older version of this program: go on with that version, or begin anew with --overwrite "
+  "or in another folder"
+)
 CURE = "restore the file, or begin anew with --overwrite or in another folder"
 
 
@@ -93,10 +97,9 @@ class RunFolder:
       raise ValueError(f"resume needs an earlier run in output_dir, none in {self.path}")
     saved = read_json(path, CURE)
     if missing := {"identity", "lengths", "runs"} - saved.keys():
-      raise UnusableError(
-        f"{path} has no {', '.join(sorted(missing))}: of an older version of this program? Go on "
-        "with that version, or begin anew with --overwrite or in another folder"
-      )
+      raise UnusableError(f"{path} has no {', '.join(sorted(missing))}, and {OLDER}")
+    if self.identity.keys() | lengths.keys() != saved["identity"].keys() | saved["lengths"].keys():
+      raise UnusableError(f"{path} {OLDER}")
     for name, wanted in (self.identity | lengths).items():
       found = saved["lengths" if name in lengths else "identity"].get(name)
       if name in lengths and wanted < found:
@@ -110,7 +113,8 @@ class RunFolder:
       (self.path / name).unlink(missing_ok=True)
     for picture in self.path.glob("*.png"):
       picture.unlink()
-    shutil.rmtree(self.path / CHECKPOINTS, ignore_errors=True)
+    for name in (CHECKPOINTS, MODEL):
+      shutil.rmtree(self.path / name, ignore_errors=True)
 
   def add_lines(self, lines: Sequence[Row]) -> None:
     """Appends lines, on disk when this returns; what is not finite is NaN, and ``null`` there."""
@@ -188,7 +192,7 @@ def read(folder: Path) -> tuple[list[Row], list[Row], dict[str, Any]]:
       except (ValueError, AttributeError) as error:
         raise UnusableError(
           f"{folder / METRICS}, line {number}, is damaged ({error}): delete the line; --resume "
-          "measures it again"
+          "measures it again, or says which checkpoints to delete for that"
         ) from error
   if (folder / RESULTS).exists():
     with (folder / RESULTS).open(newline="", errors="replace") as file:

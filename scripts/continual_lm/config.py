@@ -142,6 +142,14 @@ class Config(DistributedConfig, TunedConfig):
       raise ValueError("tune chooses the learning rate: learning_rate should not be given with it")
     return self
 
+  def in_full(self) -> dict[str, Any]:
+    """What depends on the task and on the model."""
+    return {
+      "settings.batch_size": self.rows_of_batch(),
+      "settings.length": self.sequence_length(),
+      "settings.learning_rate": self.continual_learning_rate(),
+    }
+
   def data_name(self) -> str:
     """What the continual phase is on."""
     if self.task == "instruct":

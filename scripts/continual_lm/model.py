@@ -1,5 +1,6 @@
 """The language model: a small one of bytes, or one whose weights are read from a folder."""
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,8 @@ from jaxbo_models import tokenizers, transformer
 from scripts.continual_lm.config import Config
 from scripts.continual_lm.data import Tokenizer
 from scripts.continual_lm.train import LossFn
+
+TOKENS = "tokens.sha256"  # Beside a model: which tokens it is of.
 
 
 class Language(NamedTuple):
@@ -44,10 +47,11 @@ def make(config: Config) -> Language:
       like = jax.tree.map(jnp.shape, jax.eval_shape(init, jax.random.key(0)))
       options: dict[str, Any] = {"dtype": dtype, "max_length": length}
       model, params = transformer.from_safetensors(config.pretrained, **options)
-      if like != jax.tree.map(jnp.shape, params):
+      tokens = (config.pretrained / TOKENS).read_text()
+      if like != jax.tree.map(jnp.shape, params) or tokens != fingerprint(tokenizer):
         raise ValueError(
-          "architecture, num_layers, width and tokenizer must be those of the model in pretrained, "
-          f"{config.pretrained}"
+          "architecture, num_layers, width, num_heads and tokenizer must be those of the model in "
+          f"pretrained, {config.pretrained}"
         )
       init = lambda key: params
   if length > model.config.max_length:
@@ -55,6 +59,12 @@ def make(config: Config) -> Language:
       f"length must be at most {model.config.max_length}, that of the model; got {length}"
     )
   return Language(model, tokenizer, transformer.sequence_losses(model), init)
+
+
+def fingerprint(tokenizer: Tokenizer) -> str:
+  """A checksum of the texts of all tokens."""
+  texts = [tokenizer.decode([token]) for token in range(tokenizer.vocab_size)]
+  return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
 
 
 def settings(config: Config, vocab_size: int) -> transformer.TransformerConfig:

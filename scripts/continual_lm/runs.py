@@ -10,8 +10,9 @@ from jaxbo_models import transformer
 
 import jaxbo
 from benchmarks import measure
-from scripts.common import devices
+from scripts.common import devices, folder
 from scripts.common.devices import Devices
+from scripts.common.files import writing
 from scripts.common.study import Run
 from scripts.common.task import Cell, Program, Row, Spent, Task
 from scripts.continual_lm import data as lm_data
@@ -156,8 +157,11 @@ class Training(Task):
 
   def keep(self, params: Any) -> None:
     """Writes the model of the first phase, for other runs."""
+    path, language = self.run.path / folder.MODEL, self.given.language
     if self.run.config.steps_of(START) and not jax.process_index():
-      transformer.save_safetensors(self.run.path / "pretrained", self.given.language.model, params)
+      with writing(path):
+        transformer.save_safetensors(path, language.model, params)
+        (path / model.TOKENS).write_text(model.fingerprint(language.tokenizer))
 
   def held_out(self, state: State, part: HeldOut) -> Row:
     """Losses on sequences that are not trained on."""

@@ -113,6 +113,10 @@ class Config(DistributedConfig):
     """The data set's settings, with what was given instead."""
     return self.override(DATASETS[self.dataset])
 
+  def in_full(self) -> dict[str, Any]:
+    """The settings."""
+    return self.settings_in_full(settings=self.settings())
+
 
 def read(config: Config) -> FewShotData:
   """The classes for training, validation and test."""

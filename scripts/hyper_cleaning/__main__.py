@@ -19,8 +19,8 @@ ones, without compilation and evaluation; "temp. MiB" is the temporary memory th
 compiled loop of outer steps, beside its inputs and outputs.
 
   python -m scripts.hyper_cleaning                               1 minute on 2 CPU cores
-  python -m scripts.hyper_cleaning --noises systematic uniform --num-clean 20 50 100 200 500
-                                   --seeds 20                    the tables of the docs
+  python -m scripts.hyper_cleaning --noises systematic uniform --num-clean 20 50 100 500
+                                   --seeds 20                    20 minutes on one core
   python -m scripts.hyper_cleaning --dataset mnist --seeds 1 --num-clean 1000     a perceptron
 """
 
@@ -99,6 +99,10 @@ class Config(StudyConfig):
     """The data set's settings, with what was given instead."""
     return self.override(cleaning.DATASETS[self.dataset])
 
+  def in_full(self) -> dict[str, Any]:
+    """The settings."""
+    return self.settings_in_full(settings=self.settings())
+
   def steps_per_call(self) -> int:
     """The outer steps of a program, of which about ``NUM_CALLS`` run: a divisor of all."""
     steps = self.settings().outer_steps
@@ -141,8 +145,10 @@ class Kept:
   def row(self, weights: np.ndarray) -> Row:
     """What the weights say of the labels, and the accuracy after training on what is kept."""
     auc, f1 = cleaning.detection_scores(weights, self.data.corrupted)
-    model = self.retrain(weights >= 0.5)
-    return {"test_accuracy": self.accuracy(model), "auc": auc, "f1": f1}
+    accuracy = np.nan
+    if np.isfinite(weights).all():
+      accuracy = self.accuracy(self.retrain(weights >= 0.5))
+    return {"test_accuracy": accuracy, "auc": auc, "f1": f1}
 
 
 class Selection(Task):

@@ -288,7 +288,7 @@ def test_an_outer_that_does_not_begin_with_a_response_is_refused(name, as_users_
     step(init(jnp.ones(()), jnp.zeros(())), jnp.array(1.5), jnp.array(2.0))
 
 
-@pytest.mark.parametrize("name", [name for name in WRONG_ORDER if "no" not in name])
+@pytest.mark.parametrize("name", [name for name in WRONG_ORDER if not name.startswith("no ")])
 def test_a_direct_update_does_not_act_on_the_pair_either(name, as_users_run):
   """Before, a clip clipped both gradients and said nothing."""
   solver, outer_loss = small()

@@ -115,7 +115,7 @@ def test_what_an_older_version_has_left_is_refused(tmp_path, monkeypatch, capsys
   del saved["lengths"]
   (tmp_path / "config.json").write_text(json.dumps(saved))
   assert play(tmp_path, resume=True) == 2
-  assert "config.json has no lengths: of an older version" in capsys.readouterr().err
+  assert "config.json has no lengths, and is of an older version" in capsys.readouterr().err
 
 
 def test_checkpoints_of_other_arrays_are_refused(tmp_path):

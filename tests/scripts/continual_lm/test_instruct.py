@@ -149,7 +149,14 @@ def test_another_run_goes_on_from_the_model_that_one_has_trained_first(
   (_, known, _), (lines, found, _) = folder.read(config.output_dir), folder.read(tmp_path)
   assert [row["loss"] for row in found] == [row["loss"] for row in known[:2]]
   assert [line["method"] for line in lines] == ["uniform", "uniform"]  # No first phase.
-  for wrong in ({"width": 16}, {"num_layers": 2}, {"architecture": "gpt2"}):
+  tokens = tmp_path / "other"
+  tokens.mkdir()
+  letters = {chr(300 + i): i for i in range(256)} | {"<|endoftext|>": 256}
+  (tokens / "vocab.json").write_text(json.dumps(letters))
+  (tokens / "merges.txt").write_text("#version: 0.2\n")
+  assert model.make(config.but(tokenizer=tokens)).tokenizer.vocab_size == 257
+  others = {"width": 16}, {"num_layers": 2}, {"architecture": "gpt2"}, {"tokenizer": tokens}
+  for wrong in others:
     with pytest.raises(ValueError, match="must be those of the model in pretrained"):
       model.make(again.but(**wrong))
 

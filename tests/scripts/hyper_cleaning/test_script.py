@@ -1,6 +1,7 @@
 """The main job from end to end, small: rows, table, picture, and its bars at full size."""
 
 import contextlib
+import dataclasses
 import io
 import itertools
 import os
@@ -158,6 +159,21 @@ def test_the_picture_has_a_curve_for_each_method_and_tells_clean_from_wrong(tmp_
   counts = [[patch.get_height() for patch in group] for group in histogram.containers]
   assert [sum(heights) for heights in counts] == [3, 3]
   assert counts[1][4] == 3  # The wrong ones, at 0.1.
+
+
+@pytest.mark.slow
+def test_a_run_does_not_go_on_with_other_defaults(small, monkeypatch, capsys):
+  """They are not given, so the command line is the same."""
+  changed = dataclasses.replace(cleaning.DATASETS["digits"], ridge=1.0)
+  monkeypatch.setitem(cleaning.DATASETS, "digits", changed)
+  assert study.run(HyperCleaning(), config(small[0], resume=True)) == 2
+  assert "settings.ridge must be 0.001 to resume, got 1.0" in capsys.readouterr().err
+
+
+def test_a_model_that_diverged_has_no_accuracy():
+  y = {"w": jnp.full((10, 2), jnp.nan), "b": jnp.zeros(10)}
+  examples = Examples(jnp.ones((3, 2)), jnp.zeros(3, int))
+  assert np.isnan(cleaning.accuracy(Config().settings(), y, examples))
 
 
 def test_more_clean_examples_than_there_are_are_refused():
