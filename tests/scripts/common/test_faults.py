@@ -5,8 +5,8 @@ import itertools
 import json
 import os
 import re
-import stat
 import signal
+import stat
 import time
 from pathlib import Path
 
