@@ -61,8 +61,8 @@ class Tuning(tuning.Tuning[Config]):
           key = {"corruption": corruption, "method": method, "seed": seed}
           make = functools.partial(Trial, run, **key, chosen=one)
           label = f"{LABELS[method]}, learning rate {one.learning_rate:g}"
-          # With a column for every rate: a text, since not every method has a temperature.
-          key |= {"learning_rate": one.learning_rate, "temperature": _text(one.temperature)}
+          # With a column for every rate; 0 where a method has no temperature.
+          key |= {"learning_rate": one.learning_rate, "temperature": one.temperature or 0.0}
           yield Cell(key, make, config.steps_of(method), label, needs=(start,))
 
   def choices(self, rows: pd.DataFrame) -> Iterable[Choice]:
@@ -72,7 +72,7 @@ class Tuning(tuning.Tuning[Config]):
     means = tried.groupby(rates, sort=False)["validation_loss"].mean().reset_index()
     best = means.groupby(rates[:2], sort=False)["validation_loss"].idxmin()
     for row in means.loc[best].to_dict("records"):
-      temperature = None if row["temperature"] == "-" else float(row["temperature"])
+      temperature = row["temperature"] or None
       label = f"{LABELS[row['method']]}, {row['corruption']:.0%} noise"
       found = {"learning_rate": row["learning_rate"], "temperature": temperature}
       yield Choice(label, (row["method"], f"{row['corruption']:g}"), found, row["validation_loss"])

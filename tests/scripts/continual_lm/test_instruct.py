@@ -186,6 +186,9 @@ def test_rates_are_chosen_on_validation_and_then_used(
     assert study.run(KeptTuning(), tune) == 0
   assert "the learning rate 0.0003 is an end of the grid" in capsys.readouterr().out
   _, tried, _ = folder.read(tmp_path)
+  with programs_kept(programs):
+    assert study.run(KeptTuning(), tune.but(resume=True)) == 0
+  assert str(folder.read(tmp_path)[1]) == str(tried)  # Every row is found again.
   assert "loss" not in tried[1]  # Nothing of the test part.
   lines, _, _ = folder.read(config.output_dir)
   known = {(one["corruption"], one["method"]): one["validation_loss"] for one in lines}
@@ -212,9 +215,9 @@ def test_the_rates_are_those_of_the_least_mean_loss():
     "corruption": 0.2, "method": "ir_dro", "seed": seed, "learning_rate": lr,
     "temperature": temperature, "validation_loss": loss,
   }  # fmt: skip
-  rows = [rate(1e-3, "0.3", loss, seed) for seed, loss in enumerate((1.0, np.nan))]
-  rows += [rate(3e-4, "3", loss, seed) for seed, loss in enumerate((1.0, 3.0))]
-  rows += [rate(3e-4, "1", loss, seed) for seed, loss in enumerate((2.0, 1.9))]
+  rows = [rate(1e-3, 0.3, loss, seed) for seed, loss in enumerate((1.0, np.nan))]
+  rows += [rate(3e-4, 3.0, loss, seed) for seed, loss in enumerate((1.0, 3.0))]
+  rows += [rate(3e-4, 1.0, loss, seed) for seed, loss in enumerate((2.0, 1.9))]
   [choice] = Tuning().choices(pd.DataFrame(rows))
   assert choice.entry == ("ir_dro", "0.2")
   assert choice.rates == {"learning_rate": 3e-4, "temperature": 1.0}
