@@ -27,7 +27,7 @@ def predict(config: Config) -> None:
   saved = read_json(path, folder.CURE)
   if saved.get("study") != "Captioning":
     raise ValueError(f"output_dir must have a run of captioning, got another one in {path}")
-  trained = Config(**saved["identity"], orders=config.orders, methods=config.methods)
+  trained = Config.of(saved["identity"], orders=config.orders, methods=config.methods)
   order, name = trained.all_orders()[0], trained.all_models()[0]
   key = {"order": order, "model": name, "seed": config.first_seed}
   at = folder.checkpoints(config.output_dir, key)

@@ -150,6 +150,11 @@ class StudyConfig(Checked):
     fields = self.model_dump(mode="json", exclude=self._marked(FREE) | {"seeds", "first_seed"})
     return fields | json.loads(json.dumps(self.in_full()))
 
+  @classmethod
+  def of(cls, identity: Mapping[str, Any], **more: Any) -> Self:
+    """The configuration of a run that has this identity."""
+    return cls(**{name: v for name, v in identity.items() if name in cls.model_fields} | more)
+
   def in_full(self) -> dict[str, Any]:
     """What the fields that were not given stand for, as JSON has it: defaults may change."""
     return {}

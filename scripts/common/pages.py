@@ -30,8 +30,7 @@ def load(study: Study[Any], name: str) -> Results[Any]:
   path = study.room() / "results" / name
   saved = json.loads((path / folder.CONFIG).read_text())
   lines, rows, notes = folder.read(path)
-  values = saved["identity"] | saved["runs"][-1]["seeds"]
-  config = study.config(**{k: v for k, v in values.items() if k in study.config.model_fields})
+  config = study.config.of(saved["identity"], **saved["runs"][-1]["seeds"])
   return Results(config, lines, rows, notes)
 
 

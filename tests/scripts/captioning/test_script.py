@@ -249,3 +249,12 @@ def test_captioners_for_either_order_have_steps_of_their_own():
   assert given.settings("either") != Config().settings("either")
   assert list(Config(ablation=True).all_seeds()) == [0, 1, 2]
   assert Config(ablation=True).all_orders() == ("either",)
+
+
+def test_what_defaults_stand_for_is_in_the_identity():
+  """The data set's; the number of steps may grow, so it is not in it."""
+  identity = Config().identity()
+  assert identity["either.learning_rate"] == identity["canonical.learning_rate"] == 4e-3
+  assert identity["cleaning.damping"] == 10
+  assert "either.steps" not in identity
+  assert Config(learning_rate=0.5).identity()["either.learning_rate"] == 0.5

@@ -157,18 +157,3 @@ def test_smoke_cuts_what_was_not_given(monkeypatch):
   assert told == [small]
   assert tyro.cli(Config, args=["--smoke"], default=Config(smoke=True)).count == 9
   assert small.flags() == "--smoke --count 1"
-
-
-def test_what_defaults_stand_for_is_in_the_identity():
-  """Of rooms whose data sets have settings; lengths may grow, so they are not in it."""
-  from scripts.captioning.config import Config as Captioning
-  from scripts.continual_lm.config import Config as ContinualLM
-  from scripts.few_shot.__main__ import Config as FewShot
-
-  few_shot, captions = FewShot().identity(), Captioning().identity()
-  assert few_shot["settings.num_ways"] == 5
-  assert "settings.steps" not in few_shot
-  assert captions["either.learning_rate"] == captions["canonical.learning_rate"] == 4e-3
-  assert captions["cleaning.damping"] == 10
-  assert Captioning(learning_rate=0.5).identity()["either.learning_rate"] == 0.5
-  assert ContinualLM(task="instruct").identity()["settings.length"] == 256

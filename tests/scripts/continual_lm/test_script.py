@@ -309,7 +309,9 @@ def test_a_run_is_the_same_if_all_that_matters_is():
   identity = Config().identity()
   assert Config(**may_differ).identity() == identity
   mine = set(Config.model_fields) - set(study.StudyConfig.model_fields)
-  assert identity.keys() | may_differ == mine
+  full = {"settings.batch_size", "settings.length", "settings.learning_rate"}  # Of the task.
+  assert identity.keys() | may_differ == mine | full
+  assert Config(task="instruct").identity()["settings.length"] == 256
   assert Config(rates=Rates(level=0.5)).identity() != identity
 
 

@@ -354,3 +354,9 @@ def test_a_stopped_run_goes_on_bit_for_bit_and_two_processes_do_the_same(tmp_pat
   for whole, resumed in zip(*tables, strict=True):
     pd.testing.assert_frame_equal(resumed, whole, check_exact=True)
   check_two_do_what_one_does(small, config, tmp_path / "two")
+
+
+def test_what_defaults_stand_for_is_in_the_identity():
+  identity = Config().identity()
+  assert identity["settings.num_ways"] == 5
+  assert "settings.steps" not in identity  # It may grow.
