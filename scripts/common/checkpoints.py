@@ -69,7 +69,7 @@ class Checkpoints:
     self._folder, self._about = folder, json.loads(json.dumps(about or {}, default=str))
 
   def restore(self, state: Any, unfit: Callable[[Header], str] = lambda _: "") -> Saved | None:
-    """The last one that can be used, on the devices of ``state``; None if there is no file.
+    """The last one that can be used, on the devices of ``state``; None without a file.
 
     ``unfit`` says why one that is whole does not fit, or nothing.
 

@@ -174,7 +174,7 @@ def penalty(settings: Settings, y: Any) -> jax.Array:
 
 
 def make_losses(settings: Settings) -> tuple[Callable[..., jax.Array], Callable[..., jax.Array]]:
-  """The pair ``(inner_loss, outer_loss)``; an example with the label -1 is none, for the latter."""
+  """The pair ``(inner_loss, outer_loss)``; the latter leaves out examples with the label -1."""
 
   def inner_loss(x, y, batch):
     weights = jax.nn.sigmoid(x if batch.indices is None else x[batch.indices])

@@ -18,14 +18,6 @@ from tests.scripts.common.sums import (
 )
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-  """The files of a run that nothing disturbed."""
-  path = tmp_path_factory.mktemp("whole")
-  assert play(path) == 0
-  return files_of(path)
-
-
 def cut(path):
   os.truncate(path, path.stat().st_size // 2)
 

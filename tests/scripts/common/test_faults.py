@@ -29,14 +29,6 @@ from tests.scripts.common.sums import (
 )
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-  """The files of a run that nothing disturbed."""
-  path = tmp_path_factory.mktemp("whole")
-  assert play(path) == 0
-  return files_of(path)
-
-
 @pytest.mark.parametrize("torn", [False, True])
 def test_a_run_that_is_killed_at_any_write_goes_on_to_the_same_files(
   tmp_path, monkeypatch, whole, torn
