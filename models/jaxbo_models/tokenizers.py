@@ -56,7 +56,7 @@ class BPETokenizer:
   Args:
     path: a folder with ``tokenizer.json`` (Pythia, GPT-2, Llama, Qwen), with ``vocab.json`` and
       ``merges.txt`` (GPT-2, OPT), or with ``encoder.json`` and ``vocab.bpe`` (GPT-2, as OpenAI
-      published it).
+      published it). :meth:`save` writes the first of them.
     end_of_text: the special token that ends a text: ``"</s>"`` for OPT. None for the token that
       ``tokenizer_config.json`` in the folder calls ``eos_token``.
 
@@ -83,6 +83,10 @@ class BPETokenizer:
     self._tokenizer.encode_special_tokens = True
     self.vocab_size = self._tokenizer.get_vocab_size()
     self.end_of_text = end
+
+  def save(self, path: str | pathlib.Path) -> None:
+    """Writes ``tokenizer.json`` into a folder, for this class and for transformers."""
+    self._tokenizer.save(str(pathlib.Path(path) / "tokenizer.json"))
 
   def encode(self, text: str) -> list[int]:
     """Returns the ids of ``text``, without tokens for its beginning or end.

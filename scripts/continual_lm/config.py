@@ -67,8 +67,9 @@ class Config(DistributedConfig, TunedConfig):
   """A folder with config.json, *.safetensors and the tokenizer's files, for hf."""
   pretrained: Path | None = None
   """The folder "pretrained" that a run with scratch wrote, to go on from: no first phase."""
-  tokenizer: Path | None = None
-  """A folder with the files of a byte-pair encoding, such as GPT-2's, for scratch; else bytes."""
+  tokenizer: Annotated[int, Field(gt=256)] | Path | None = None
+  """For scratch: how many tokens of a byte-pair encoding are learnt from the text of the first
+  phase, or a folder with the files of one, such as GPT-2's; else bytes."""
   dtype: Annotated[str, Among(("float32", "bfloat16"))] = "float32"
   """What the model computes in; parameters and losses are float32."""
   methods: Annotated[tuple[str, ...], Among(METHODS), FREE] = tuple(METHODS)
@@ -160,9 +161,14 @@ class Config(DistributedConfig, TunedConfig):
     """The name of the table of rates: the task, its data, and the model."""
     if self.model_dir is not None:
       return f"{self.task}/{self.data_name()}/{self.model_dir.name}"
-    tokens = "bytes" if self.tokenizer is None else self.tokenizer.name
-    model = f"{self.architecture}-{self.num_layers}x{self.width}-{tokens}"
+    model = f"{self.architecture}-{self.num_layers}x{self.width}-{self.tokens()}"
     return f"{self.task}/{self.data_name()}/{model}"
+
+  def tokens(self) -> str:
+    """What kind of tokens a small model has."""
+    if isinstance(self.tokenizer, Path):
+      return self.tokenizer.name
+    return "bytes" if self.tokenizer is None else f"bpe{self.tokenizer}"
 
   def sequence_length(self) -> int:
     """Tokens of a sequence."""

@@ -1,7 +1,9 @@
 """The language model: a small one of bytes, or one whose weights are read from a folder."""
 
 import hashlib
+import itertools
 import json
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxbo_models import tokenizers, transformer
 
+from scripts.continual_lm import documents
 from scripts.continual_lm.config import Config
 from scripts.continual_lm.data import Tokenizer
 from scripts.continual_lm.train import LossFn
@@ -39,8 +42,7 @@ def make(config: Config) -> Language:
       )
     init = lambda key: params
   else:
-    folder = config.tokenizer
-    tokenizer = tokenizers.ByteTokenizer() if folder is None else tokenizers.BPETokenizer(folder)
+    tokenizer = tokenizer_of(config)
     model = transformer.Transformer(settings(config, tokenizer.vocab_size))
     init = jax.jit(lambda key: model.init(key, jnp.zeros((1, 2), jnp.int32))["params"])
     if config.pretrained is not None:
@@ -59,6 +61,25 @@ def make(config: Config) -> Language:
       f"length must be at most {model.config.max_length}, that of the model; got {length}"
     )
   return Language(model, tokenizer, transformer.sequence_losses(model), init)
+
+
+def tokenizer_of(config: Config) -> Tokenizer:
+  """What makes the tokens of a small model."""
+  if config.tokenizer is None:
+    return tokenizers.ByteTokenizer()
+  if isinstance(config.tokenizer, Path):
+    return tokenizers.BPETokenizer(config.tokenizer)
+  if config.pretrained is not None:
+    return tokenizers.BPETokenizer(config.pretrained)
+  from tokenizers import ByteLevelBPETokenizer
+
+  texts = documents.read(config.dataset, config.data_dir).train
+  learner, end = ByteLevelBPETokenizer(), "<|endoftext|>"
+  options: dict[str, Any] = {"vocab_size": config.tokenizer, "special_tokens": [end]}
+  learner.train_from_iterator(itertools.chain(*texts), **options, show_progress=False)
+  with tempfile.TemporaryDirectory() as folder:
+    learner.save_model(folder)
+    return tokenizers.BPETokenizer(folder)
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jaxbo_models import transformer
+from jaxbo_models.tokenizers import BPETokenizer
 
 import jaxbo
 from benchmarks import measure
@@ -162,6 +163,8 @@ class Training(Task):
       with writing(path):
         transformer.save_safetensors(path, language.model, params)
         (path / model.TOKENS).write_text(model.fingerprint(language.tokenizer))
+        if isinstance(language.tokenizer, BPETokenizer):
+          language.tokenizer.save(path)
 
   def held_out(self, state: State, part: HeldOut) -> Row:
     """Losses on sequences that are not trained on."""

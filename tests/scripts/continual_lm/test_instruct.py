@@ -267,6 +267,24 @@ def test_a_new_model_may_have_the_tokens_of_a_byte_pair_encoding(tmp_path):
   assert language.model.config.dtype == "bfloat16"
 
 
+def test_an_encoding_is_learnt_from_the_text_of_the_first_phase_and_kept_with_the_model(tmp_path):
+  texts = tmp_path / "texts.txt"
+  texts.write_text("\n\n".join(f"the theme of {i} is the theme" for i in range(12)))
+  config = Config(dataset=str(texts), tokenizer=270, num_layers=1, width=16)
+  language = model.make(config)
+  tokenizer = language.tokenizer
+  assert config.name().endswith("-bpe270")
+  assert tokenizer.vocab_size == language.model.config.vocab_size == 270
+  assert len(tokenizer.encode(" theme of")) < 5 < len(tokenizer.encode("of themes unknown"))
+  assert model.fingerprint(tokenizer) == model.fingerprint(model.tokenizer_of(config))
+  tokenizer.save(tmp_path)
+  texts.unlink()  # A later run takes the tokens of the model, whatever its texts are.
+  kept = model.tokenizer_of(config.but(pretrained=tmp_path))
+  assert model.fingerprint(kept) == model.fingerprint(tokenizer)
+  with pytest.raises(ValueError, match="greater than 256"):
+    Config(tokenizer=256)
+
+
 def test_sizes_are_those_of_the_task():
   of = lambda **given: (lambda c: (c.sequence_length(), c.rows_of_batch(), c.steps_of("cvar")))(
     Config(**given)
