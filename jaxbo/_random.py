@@ -36,6 +36,14 @@ def key_data(key: Key) -> jax.Array:
   return jnp.array(key, copy=True)
 
 
+def typed_key(key: Key) -> jax.Array:
+  """Turns an int, a raw key array or a typed key into a typed key."""
+  impl = key_impl("key", key)
+  if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+    return key
+  return jax.random.wrap_key_data(key_data(key), impl=impl)
+
+
 def default_key_data(key: Key) -> jax.Array:
   """:func:`key_data` of ``key``; raises ``ValueError`` if its generator is not the default."""
   impl, default = key_impl("key", key), jax.random.key_impl(jax.random.key(0))

@@ -1,7 +1,7 @@
 """What all attacks share: their type, their input, and the choice among their results."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -118,7 +118,7 @@ def make_attack(
     num_classes = check_logits(jax.eval_shape(of_model, params, images), images, min_classes)
     check_labels(labels, num_classes)
     labels = _tree.at_least_int32(labels)
-    return compiled(params, images, labels, typed_key(key) if needs_key else None)
+    return compiled(params, images, labels, _random.typed_key(key) if needs_key else None)
 
   return Attack(run, box)
 
@@ -224,11 +224,3 @@ def best(found: Found) -> Found:
   take = jax.vmap(lambda runs, i: jax.tree.map(lambda leaf: leaf[i], runs), in_axes=(1, 0))
   chosen = take(found, index)
   return chosen._replace(not_finite=jnp.any(found.not_finite, axis=0))
-
-
-def typed_key(key: Any) -> jax.Array:
-  """Turns an int, a raw key array or a typed key into a typed key."""
-  impl = _random.key_impl("key", key)
-  if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-    return key
-  return jax.random.wrap_key_data(_random.key_data(key), impl=impl)

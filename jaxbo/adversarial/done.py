@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxbo import _check, _tree
+from jaxbo import _check, _random, _tree
 from jaxbo._optimizer import LearningRate
 from jaxbo._types import Data, Key
 from jaxbo.adversarial import barrier as lower_level
-from jaxbo.adversarial.attack import check_batch, typed_key
+from jaxbo.adversarial.attack import check_batch
 from jaxbo.adversarial.box import Box, check_box, check_each
 from jaxbo.adversarial.implicit import (
   DoneInfo,
@@ -196,7 +196,7 @@ def done_grad(
 
   def gradients(params: optax.Params, batch: Data, key: Key | None = None) -> PerExampleGrads:
     images, labels = check_batch(batch, box)
-    q, info = attack(params, images, labels, None if key is None else typed_key(key))
+    q, info = attack(params, images, labels, None if key is None else _random.typed_key(key))
     grads = lazy(params, (info.perturbed, labels, q, info.not_finite))
     return grads.replace(aux=info._replace(aux=grads.aux))
 

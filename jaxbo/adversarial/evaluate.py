@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxbo import _check
+from jaxbo import _check, _random
 from jaxbo._types import Key, PyTree
 from jaxbo.adversarial import class_metrics, doubts
 from jaxbo.adversarial.attack import (
@@ -18,7 +18,6 @@ from jaxbo.adversarial.attack import (
   check_labels,
   check_pixels,
   is_wrong,
-  typed_key,
 )
 
 
@@ -149,7 +148,7 @@ def evaluate_robustness(
   _check_attacks(attacks)
   images, labels = map(np.asarray, check_batch(batch))
   batch_size = min(batch_size, len(labels))
-  key = typed_key(key)
+  key = _random.typed_key(key)
   seen, num_classes = [], 0
   for _, rows, count in _cut(np.arange(len(labels)), batch_size):
     for attack in attacks.values():

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxbo import _check, _tree
+from jaxbo import _check, _random, _tree
 from jaxbo._types import Data, Key
-from jaxbo.adversarial.attack import check_batch, typed_key
+from jaxbo.adversarial.attack import check_batch
 from jaxbo.adversarial.barrier import solve_active_set
 from jaxbo.adversarial.box import Box, along, check_box, check_each
 from jaxbo.adversarial.implicit import DoneInfo, PerturbedLoss, corrected_losses, image_gradient
@@ -123,7 +123,7 @@ def fast_bat_grad(
 
   def gradients(params: optax.Params, batch: Data, key: Key) -> PerExampleGrads:
     images, labels = check_batch(batch, box)
-    linearised, q, info = attack(params, images, labels, typed_key(key))
+    linearised, q, info = attack(params, images, labels, _random.typed_key(key))
     return lazy(params, (info.perturbed, linearised, labels, q)).replace(aux=info)
 
   return gradients

@@ -21,6 +21,8 @@ MAKE = {
   "kl_cvar": jaxbo.dro.kl_cvar,
   "chi_square": jaxbo.dro.chi_square,
   "chi_square_ball": jaxbo.dro.chi_square_ball,
+  "cressie_read_ball": jaxbo.dro.cressie_read_ball,
+  "total_variation_ball": jaxbo.dro.total_variation_ball,
   "tilted": jaxbo.dro.tilted,
 }
 
@@ -62,6 +64,11 @@ def chi_square_divergence(w, p):
   return 0.5 * np.sum(p * (w / p - 1) ** 2)
 
 
+def cressie_read_divergence(w, p, power):
+  t = w / p
+  return np.sum(p * (t**power - power * t + power - 1)) / (power * (power - 1))
+
+
 def optimum(name, losses, *parameters, prior=None):
   """The largest value of the objective on the simplex, by scipy's generic solvers."""
   losses = np.asarray(losses, float)
@@ -70,6 +77,30 @@ def optimum(name, losses, *parameters, prior=None):
   if name == "tilted":
     sign, name, parameters = np.sign(parameters[0]), "kl", (1 / abs(parameters[0]),)
     return sign * optimum("kl", sign * losses, *parameters, prior=prior)
+  if name == "total_variation_ball":  # w = p + up - down, in a linear program.
+    (radius,), ones, eye = parameters, np.ones(n), np.eye(n)
+    result = scipy.optimize.linprog(
+      -np.concatenate([losses, -losses]),
+      A_ub=np.block([[ones, 0 * ones], [-eye, eye]]),
+      b_ub=[radius, *p],
+      A_eq=np.concatenate([ones, -ones])[None],
+      b_eq=[0],
+    )
+    return p @ losses - result.fun
+  if name == "cressie_read_ball":  # The dual, convex in one variable.
+    (radius, k), conjugate = parameters, parameters[1] / (parameters[1] - 1)
+    factor, top = (1 + k * (k - 1) * radius) ** (1 / k), losses.max()
+
+    def dual(log_depth):
+      eta = top - np.exp(log_depth)
+      hinges = np.maximum(losses - eta, 0) / np.exp(log_depth)  # At most 1: powers are finite.
+      return eta + factor * np.exp(log_depth) * (p @ hinges**conjugate) ** (1 / conjugate)
+
+    bounds = {"bounds": (-40, 12), "options": {"xatol": 1e-10}}
+    starts = np.linspace(-40, 12, 400)
+    best = starts[np.argmin([dual(start) for start in starts])]
+    bounds["bounds"] = (best - 0.3, best + 0.3)
+    return min(top, scipy.optimize.minimize_scalar(dual, **bounds).fun)
   *level, scale = parameters
   cap = np.minimum(p / (level[0] if level else scale if name == "cvar" else 1e-9), 1.0)
   if name == "cvar":

@@ -21,6 +21,8 @@ ROBUST = {  # convex in the losses, so that raising one never lowers its weight
   "kl_cvar": jaxbo.dro.kl_cvar(0.4, 0.5),
   "chi_square": jaxbo.dro.chi_square(0.8),
   "chi_square_ball": jaxbo.dro.chi_square_ball(0.3),
+  "cressie_read_ball": jaxbo.dro.cressie_read_ball(0.3, 1.5),
+  "total_variation_ball": jaxbo.dro.total_variation_ball(0.3),
   "tilted": jaxbo.dro.tilted(1.5),
   "top_k": jaxbo.dro.top_k(3),
 }
@@ -176,7 +178,8 @@ def test_shifts_and_scales():
   for name in ALL:
     np.testing.assert_allclose(shifted[name][0], plain[name][0], atol=1e-5, err_msg=name)
   scale_free = (
-    "kl_target kl_ball cvar chi_square_ball top_k mid_rank lin_upper quadratic extremes uniform"
+    "kl_target kl_ball cvar chi_square_ball cressie_read_ball total_variation_ball top_k mid_rank "
+    "lin_upper quadratic extremes uniform"
   )
   for name in scale_free.split():
     np.testing.assert_allclose(doubled[name][0], plain[name][0], atol=1e-5, err_msg=name)

@@ -25,6 +25,8 @@ WEIGHTINGS = {
   "cvar": jaxbo.dro.cvar(0.3),
   "kl_cvar": jaxbo.dro.kl_cvar(0.3, 0.5),
   "chi_square_ball": jaxbo.dro.chi_square_ball(0.3),
+  "cressie_read_ball": jaxbo.dro.cressie_read_ball(0.3, 1.5),
+  "total_variation_ball": jaxbo.dro.total_variation_ball(0.3),
   "group": jaxbo.dro.group(3, 0.5),
   "doro": jaxbo.dro.doro(jaxbo.dro.top_k(4), 0.1),
   "lin_upper": jaxbo.dro.lin_upper(0.4, jaxbo.dro.quantile_range(0.1, 0.8)),

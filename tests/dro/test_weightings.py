@@ -42,6 +42,11 @@ LOSSES = [1.0, 2.0, 3.0, 4.0]
     ("chi_square_ball", [0.1], 3.0, [0.1, 0.2, 0.3, 0.4]),
     ("chi_square_ball", [0.5], 3.5773502692, [0, 0.0446582, 0.3333333, 0.6220085]),
     ("chi_square_ball", [1.0], 3.8535533906, None),
+    ("cressie_read_ball", [0.1, 2.0], 3.0, [0.1, 0.2, 0.3, 0.4]),
+    ("cressie_read_ball", [0.5, 2.0], 3.5773502692, [0, 0.0446582, 0.3333333, 0.6220085]),
+    ("total_variation_ball", [0.25], 3.25, [0, 0.25, 0.25, 0.5]),
+    ("total_variation_ball", [0.4], 3.55, [0, 0.1, 0.25, 0.65]),
+    ("total_variation_ball", [1.0], 4.0, [0, 0, 0, 1]),
   ],
 )
 def test_golden_numbers(name, parameters, value, weights):
@@ -71,7 +76,9 @@ def random_parameters(name, rng):
   level, scale = rng.uniform(0.05, 1.0), np.exp(rng.uniform(-1.5, 1.5))
   if name == "tilted":
     return [rng.choice([-1, 1]) * scale]
-  return {"cvar": [level], "kl_cvar": [level, scale]}.get(name, [scale])
+  others = {"cressie_read_ball": [scale, 1 + scale]}
+  others |= {"cvar": [level], "total_variation_ball": [level], "kl_cvar": [level, scale]}
+  return others.get(name, [scale])
 
 
 @pytest.mark.parametrize("name", families.MAKE)
@@ -98,6 +105,10 @@ def test_weights_are_those_of_a_generic_solver(name, n):
       assert families.kl_divergence(weights, p) <= parameters[0] + 1e-9
     elif name == "chi_square_ball":
       assert families.chi_square_divergence(weights, p) <= parameters[0] + 1e-9
+    elif name == "cressie_read_ball":
+      assert families.cressie_read_divergence(weights, p, parameters[1]) <= parameters[0] + 1e-9
+    elif name == "total_variation_ball":
+      assert 0.5 * np.abs(weights - p).sum() <= parameters[0] + 1e-12
     if "cvar" in name:
       assert np.all(weights <= p / parameters[0] + 1e-12)
     np.testing.assert_allclose(value, info.objective, rtol=1e-9, atol=1e-9)
@@ -113,6 +124,8 @@ def test_weights_are_those_of_a_generic_solver(name, n):
     ("cvar", [1e-3], [1.0]),
     ("chi_square", [1e-30], [1e9]),
     ("chi_square_ball", [20.0], [1e-15]),
+    ("cressie_read_ball", [20.0, 1.5], [1e-15, 3.0]),
+    ("total_variation_ball", [1.0], [1e-9]),
     ("tilted", [1e30], [0.0]),
   ],
 )

@@ -269,7 +269,8 @@ def test_a_new_model_may_have_the_tokens_of_a_byte_pair_encoding(tmp_path):
 
 def test_an_encoding_is_learnt_from_the_text_of_the_first_phase_and_kept_with_the_model(tmp_path):
   texts = tmp_path / "texts.txt"
-  texts.write_text("\n\n".join(f"the theme of {i} is another theme, or the last" for i in range(12)))
+  passages = [f"the theme of {i} is another theme, or the last" for i in range(12)]
+  texts.write_text("\n\n".join(passages))
   config = Config(dataset=str(texts), tokenizer=270, num_layers=1, width=16)
   language = model.make(config)
   tokenizer = language.tokenizer
