@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxbo import _tree
-from jaxbo._types import Data, PyTree
+from jaxbo._types import BatchLoss, Data, PyTree
+from jaxbo.dro.batch import check_losses
 
 
 def take_apart(
@@ -40,6 +41,14 @@ def take_apart(
     return jax.tree.unflatten(treedef, [new.get(i, leaf) for i, leaf in enumerate(leaves)])
 
   return [jax.lax.stop_gradient(_tree.at_least_float32(leaves[i])) for i in chosen], join
+
+
+def losses_of(loss_fn: BatchLoss, params: PyTree, batch: Data) -> jax.Array:
+  """The losses ``[batch]``, at least float32; raises if ``loss_fn`` returns something else."""
+  losses = loss_fn(params, batch)
+  if isinstance(losses, tuple):
+    raise TypeError("loss_fn must return losses alone, got a tuple")
+  return check_losses("the losses that loss_fn returns", losses)
 
 
 def squared_distances(a: list[jax.Array], b: list[jax.Array]) -> jax.Array:

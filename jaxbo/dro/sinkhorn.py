@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from jaxbo import _check, _random
 from jaxbo._types import BatchLoss, Data, Key, PyTree
-from jaxbo.dro.moving import take_apart
+from jaxbo.dro.moving import losses_of, take_apart
 
 
 def sinkhorn_loss(
@@ -74,7 +74,8 @@ def sinkhorn_loss(
     def draw(key):
       keys = jax.random.split(key, len(center))
       noise = [jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, center, strict=True)]
-      return loss_fn(params, join([x + scale * n for x, n in zip(center, noise, strict=True)]))
+      moved = [x + scale * n for x, n in zip(center, noise, strict=True)]
+      return losses_of(loss_fn, params, join(moved))
 
     losses = jax.vmap(draw)(jax.random.split(_random.typed_key(key), num_samples))
     mean = jnp.mean(losses, axis=0, keepdims=True)
@@ -83,6 +84,6 @@ def sinkhorn_loss(
     near = jnp.all(jnp.abs(scores) < 1, axis=0)
     small = jnp.log1p(jnp.mean(jnp.expm1(jnp.clip(scores, -1, 1)), axis=0))
     large = jax.nn.logsumexp(scores, axis=0) - jnp.log(num_samples)
-    return mean[0] + (temperature * jnp.where(near, small, large)).astype(losses.dtype)
+    return mean[0] + temperature * jnp.where(near, small, large)
 
   return robust

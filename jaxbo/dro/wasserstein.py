@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from jaxbo import _check
 from jaxbo._types import BatchLoss, Data, PyTree
-from jaxbo.dro.moving import squared_distances, take_apart
+from jaxbo.dro.moving import losses_of, squared_distances, take_apart
 from jaxbo.dro.per_example import example_mask
 
 
@@ -42,7 +42,7 @@ class WassersteinLoss:
   def _worst(self, params: PyTree, batch: Data) -> list[jax.Array]:
     start, join = take_apart(batch, self.moves)
     params, batch = jax.lax.stop_gradient((params, batch))
-    gradient = jax.grad(lambda moved: jnp.sum(self.loss_fn(params, join(moved))))
+    gradient = jax.grad(lambda moved: jnp.sum(losses_of(self.loss_fn, params, join(moved))))
 
     def step(_, moved):
       slopes = gradient(moved)
@@ -52,8 +52,8 @@ class WassersteinLoss:
 
   def _at(self, moved: list[jax.Array], params: PyTree, batch: Data) -> jax.Array:
     start, join = take_apart(batch, self.moves)
-    losses = self.loss_fn(params, join(moved))
-    return losses - self.penalty * squared_distances(moved, start).astype(losses.dtype)
+    losses = losses_of(self.loss_fn, params, join(moved))
+    return losses - self.penalty * squared_distances(moved, start)
 
 
 def wasserstein_loss(

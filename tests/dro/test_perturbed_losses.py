@@ -152,7 +152,10 @@ def test_what_moves_must_be_floats_of_the_batch(make):
     make(False)(PARAMS, BATCH)
 
 
-def test_bad_arguments():
+def test_bad_arguments(as_users_run):
+  pair = lambda params, batch: (squares(params, batch), None)
+  with pytest.raises(TypeError, match="loss_fn must return losses alone, got a tuple"):
+    wasserstein_loss(pair, penalty=1.0, num_steps=1)(PARAMS, BATCH)
   with pytest.raises(ValueError, match="penalty must be positive and finite, got 0"):
     wasserstein_loss(squares, penalty=0.0, num_steps=1)
   with pytest.raises(ValueError, match="num_steps must be at least 1, got 0"):
