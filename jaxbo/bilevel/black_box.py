@@ -39,10 +39,11 @@ def black_box(
       programs, through ``jax.pure_callback``, with pytrees of NumPy arrays; the response calls it
       for each sample. On an accelerator each call waits for the host.
     vmap_method: with ``host``: how to call ``path`` for several runs at once: the samples of
-      ``sample_batch_size``, the pairs of central differences, the tasks of :func:`jaxbo.over_tasks`.
-      ``"sequential"`` calls it for each run. ``"expand_dims"`` and ``"broadcast_all"`` call it once,
-      with one more leading axis for each of these three; ``y`` must have these axes in full. In
-      arrays that all runs share, the axes have size 1, or the full size with ``"broadcast_all"``.
+      ``sample_batch_size``, the pairs of central differences, and the tasks of
+      :func:`jaxbo.over_tasks`. ``"sequential"`` calls it for each run. ``"expand_dims"`` and
+      ``"broadcast_all"`` call it once, with one more leading axis for each of these three; ``y``
+      must have these axes in full. In arrays that all runs share, the axes have size 1, or the full
+      size with ``"broadcast_all"``.
 
   Returns:
     An :class:`InnerSolver` of ``num_steps=0``. ``init(y0)`` and the ``y0`` of
