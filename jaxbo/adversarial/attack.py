@@ -25,9 +25,9 @@ class AttackInfo(NamedTuple):
       :func:`jaxbo.adversarial.gairat`.
     not_finite: whether the attack found an objective or a gradient that is not finite. It did not
       move the example there.
-    clipped: whether the clean image was outside of the box, so that the attack began at another
-      image: the clean one clipped to ``[low, high]``. Anything but zero says that ``low`` and
-      ``high`` are not those of these images.
+    clipped: whether the clean image was outside the range ``[low, high]``, so that the attack
+      started at the clipped image instead. If any image was clipped, ``low`` and ``high`` do not
+      fit these images.
   """
 
   num_correct: jax.Array
@@ -41,7 +41,7 @@ class AttackInfo(NamedTuple):
 
   @property
   def num_clipped(self) -> jax.Array:
-    """The number of clean images that were outside of the box, int32."""
+    """The number of clean images that were outside the range of pixels, int32."""
     return jnp.sum(self.clipped, dtype=jnp.int32)
 
 
@@ -61,7 +61,8 @@ class Attack(NamedTuple):
       Under ``jit``, where values are not known, the attack clips images to the range and marks
       those as clipped; it leaves an example whose label is not a class at its start and marks it as
       not finite.
-    box: the :class:`Box` that the attack stays in; :func:`evaluate_robustness` checks images by it.
+    box: the :class:`Box` that the attack stays in; :func:`evaluate_robustness` checks that images
+      lie in its range.
   """
 
   run: Callable[..., tuple[jax.Array, AttackInfo]]
