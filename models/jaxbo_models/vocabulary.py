@@ -91,8 +91,8 @@ class Vocabulary:
     """Returns the ids of a caption between its beginning and end, ``[length]`` int32.
 
     Args:
-      words: the words of the caption, at least one. Padding, beginning and end are not words:
-        ``"<eos>"`` in a caption is unknown.
+      words: the words of the caption, at least one. Padding, beginning and end are not words, so
+        ``"<eos>"`` in a caption counts as an unknown word.
       length: length of the result, at least 3; None for the length of the caption plus 2. Shorter
         captions are padded. Longer captions lose their last words but keep the end token.
 
