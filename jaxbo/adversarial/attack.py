@@ -131,7 +131,7 @@ def check_batch(batch: Data, box: Box | None = None) -> tuple[jax.Array, jax.Arr
   images, labels = batch
   _check.floating("images", images)
   if jnp.ndim(images) < 2 or not jnp.shape(images)[0]:
-    raise ValueError(f"images must be [batch, ...], one at least, got shape {jnp.shape(images)}")
+    raise ValueError(f"images must be [batch, ...], at least one, got shape {jnp.shape(images)}")
   if not jnp.issubdtype(jnp.result_type(labels), jnp.integer):
     raise TypeError(f"labels must be integers, got dtype {jnp.result_type(labels)}")
   if jnp.shape(labels) != jnp.shape(images)[:1]:
@@ -157,7 +157,7 @@ def check_pixels(images: jax.Array, box: Box) -> None:
     smallest, largest = (float(f.reduce(values, axis=None)) for f in (np.fmin, np.fmax))
     raise ValueError(
       f"images must be from low={box.low} to high={box.high}, got values from {smallest:.6g} to "
-      f"{largest:.6g}; give their range, jaxbo.adversarial.Box(epsilon, low, high), or normalise "
+      f"{largest:.6g}; give their range, jaxbo.adversarial.Box(epsilon, low, high), or normalize "
       "inside the model, by jaxbo.adversarial.normalized"
     )
 

@@ -62,7 +62,7 @@ def differentiable_solve(
     for name, argument in (("y0", y0), ("batch", batch)):
       if any(leaf.perturbed for leaf in jax.tree.leaves(argument, is_leaf=_is_primal)):
         raise ValueError(
-          f"{name} must not be differentiated: the response is one to x, so make {name} a part of x"
+          f"{name} must not be differentiated: only x has a response, so make {name} a part of x"
         )
     of = lambda tree: jax.tree.map(lambda leaf: leaf.value, tree, is_leaf=_is_primal)
     x, y0, batch, solution = map(of, (x, y0, batch, solution))

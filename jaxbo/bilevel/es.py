@@ -196,7 +196,7 @@ def add_es_response(
       raise TypeError(f"mesh must be a jax.sharding.Mesh, got {mesh!r}")
     _check.one_of("axis_name", axis_name, mesh.axis_names)
   if axis_name is not None and not redraw:
-    raise ValueError("redraw must be True with axis_name: devices exchange no directions")
+    raise ValueError("redraw must be True with axis_name: devices do not exchange directions")
   impl = _random.key_impl("key", key)
 
   sampling = Sampling(
@@ -260,7 +260,7 @@ def add_es_response(
       try:
         _check.floating("the output of through", features)
       except TypeError as error:
-        raise TypeError(f"{error}; ES perturbs it: keys and integers belong into batch") from None
+        raise TypeError(f"{error}; ES perturbs it: keys and integers belong in batch") from None
       low_precision |= _tree.has_low_precision(features)
       _, with_zeros = part_of(optax.tree.zeros_like(x), chosen)
       pull_back = lambda response: with_zeros(vjp(_tree.cast_like(response, features))[0])

@@ -102,7 +102,7 @@ class Vocabulary:
         vocabulary lacks ``"<unk>"``.
     """
     if not len(_words(words)):
-      raise ValueError("caption must have a word at least, got none")
+      raise ValueError("caption must have at least one word, got none")
     length = len(words) + 2 if length is None else length
     if length < 3:
       raise ValueError(f"length must be at least 3: a word between two ends, got {length}")

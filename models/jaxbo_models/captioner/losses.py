@@ -43,9 +43,9 @@ def caption_losses(
   Sources: the training code of RFN (Jiang et al., https://arxiv.org/abs/1807.09986) sums over time,
   and has the discriminative term (PyTorch's ``MultiLabelMarginLoss``) and the score penalty, with
   weights 1 and 1e-3; RFN sums the score penalty over the batch even where the other terms are
-  means. The mean over time is the other
-  published convention (``LanguageModelCriterion``). The attention penalty, at :math:`\alpha_c = 1`,
-  is the doubly stochastic penalty of Xu et al. (https://arxiv.org/abs/1502.03044).
+  means. The mean over time is the other published convention (``LanguageModelCriterion``). The
+  attention penalty, at :math:`\alpha_c = 1`, is the doubly stochastic penalty of Xu et al.
+  (https://arxiv.org/abs/1502.03044).
 
   Args:
     model: a :class:`GuidedCaptioner`.

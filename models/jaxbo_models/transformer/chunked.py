@@ -19,8 +19,8 @@ def chunked_cross_entropy(
   Only the logits of ``chunk_length`` positions of all sequences exist at a time, in the forward
   pass and in the backward pass, which computes them again. This costs one more product with the
   head, and saves the memory of ``batch (length - chunk_length) vocab_size`` numbers. All sequences
-  are in each chunk, so a batch may be divided among devices. Sums are in float32 at least. The vocabulary
-  is padded to a multiple of 128, as matrix units want it.
+  are in each chunk, so a batch may be divided among devices. Sums are in float32 at least. The
+  vocabulary is padded to a multiple of 128, which suits matrix units.
 
   >>> hidden, head = jnp.ones((2, 5, 4)), jnp.zeros((4, 8))
   >>> chunked_cross_entropy(hidden, head, jnp.zeros((2, 5), int), 2)[0].round(4)  # log 8

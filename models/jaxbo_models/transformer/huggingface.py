@@ -68,7 +68,7 @@ def from_safetensors(
     raise ValueError(f"config.json must have {error.args[0]}, got none in {path}") from error
   for name, value in fields.items():
     if value is None and name not in _OPTIONAL:
-      raise ValueError(f"config.json must have what says {name}, got null in {path}")
+      raise ValueError(f"config.json must give a value for {name}, got null in {path}")
   stored = TransformerConfig(**(fields | overrides | {"max_length": fields["max_length"]}))
   tensors = _Tensors(path, family)
   if stored.tied_head and tensors.has_another_head():

@@ -84,7 +84,7 @@ def _describe(
         "architectures": [family.architecture],
       }
   raise ValueError(
-    f"model must be one that transformers' {model_type or list(able)} can be, got {config}"
+    f"model must be one that transformers' {model_type or list(able)} can represent, got {config}"
   )
 
 
