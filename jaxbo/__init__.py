@@ -5,7 +5,7 @@ lives in the state. A *response* turns the gradients of the outer loss at the in
 the hypergradient. Any optax chain can follow.
 
 >>> import jax, jax.numpy as jnp, jaxbo, optax
->>> def inner_loss(x, y, batch):                        # ridge regression, x = log regularisation
+>>> def inner_loss(x, y, batch):                        # ridge regression, x = log regularization
 ...   return jnp.mean((batch["a"] @ y - batch["b"]) ** 2) + jnp.exp(x) * jnp.sum(y**2)
 >>> def outer_loss(x, y, batch):
 ...   return jnp.mean((batch["a"] @ y - batch["b"]) ** 2)

@@ -4,7 +4,7 @@ r"""The captioner as the loss of other methods, where captions are wrong.
 captions. What prefers great losses prefers wrong captions.
 
 **Hyper-cleaning.** Some captions are those of other scenes. A captioner is trained on such
-scenes; then a weight for each of some captions is learnt so that a few more steps on weighted
+scenes; then a weight for each of some captions is learned so that a few more steps on weighted
 captions, from there, do well on a few clean ones:
 
 .. math::

@@ -49,7 +49,7 @@ class ShapesCaptions:
 
   Scenes are drawn on the device, one from each key: with a coin frozen in each of 20,000 fixed
   scenes captioners learn its flips by heart. Parts of scenes are ``"train"``, ``"validation"`` and
-  ``"test"``: a captioner has to put together what it has learnt of objects and relations.
+  ``"test"``: a captioner has to put together what it has learned of objects and relations.
 
   Attributes:
     order: ``"canonical"`` or ``"either"``.

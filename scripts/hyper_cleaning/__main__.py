@@ -1,4 +1,4 @@
-"""Data hyper-cleaning: which training labels are wrong, learnt from a small clean set.
+"""Data hyper-cleaning: which training labels are wrong, learned from a small clean set.
 
 Half of the labels are replaced: by the next class, as by an annotator who confuses two classes
 ("systematic"), or by any other class ("uniform"). Each training example gets a weight, learned so

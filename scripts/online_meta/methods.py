@@ -21,7 +21,7 @@ class Rates(NamedTuple):
 
   inner: Any  # the learning rate of the inner steps; of BGD, the first deviation
   outer: Any = math.nan  # that of the meta-updates
-  in_scale: Any = math.nan  # how much slower in-distribution tasks are learnt
+  in_scale: Any = math.nan  # how much slower in-distribution tasks are learned
   modulation: Any = math.nan  # lambda of the update modulation
   switch: Any = math.nan  # the threshold of the switch score
   shift: Any = math.nan  # the threshold of the shift score
