@@ -14,7 +14,7 @@ from jaxbo.online.window import check_window, empty_window
 
 
 class Accumulated(NamedTuple):
-  """The value of a metric that adds up.
+  """The value of a metric that is summed over rounds.
 
   Attributes:
     term: the amount of this round; it may be NaN or infinite.
