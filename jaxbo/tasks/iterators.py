@@ -73,7 +73,7 @@ class _Reader:
   def _read(self, t: int) -> PyTree:
     if t < self._position:
       if self._only_once:
-        raise ValueError(f"batches must be a function or begin anew to give round {t} again")
+        raise ValueError(f"batches must be a function or restart to give round {t} again")
       self._position, self._batches = -1, self._begin()
     while self._position < t:
       try:

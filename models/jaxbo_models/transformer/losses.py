@@ -168,7 +168,7 @@ def _choice(batch: Mapping[str, Any]) -> dict[str, Any]:
   """What chooses the targets of a batch."""
   for theirs, ours in _THEIR_NAMES.items():
     if theirs in batch:
-      raise ValueError(f"batch must have {ours!r} in the place of {theirs!r}, got {list(batch)}")
+      raise ValueError(f"batch must have {ours!r} instead of {theirs!r}, got {list(batch)}")
   return {name: batch.get(name) for name in ("loss_mask", "labels", "segment_ids")}
 
 
