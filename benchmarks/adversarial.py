@@ -4,35 +4,39 @@
   ... --save benchmarks/results/adversarial_cpu                       (writes .md and .json as well)
   ... --preset resnet18 --save benchmarks/results/adversarial_gpu      (for a GPU)
 
-A step attacks a batch of random images in K steps, takes the weighted gradient of the losses, and
-one of SGD with momentum. *By hand* is the limit: K gradients in the images and one in the
-parameters, K + 1 forward and backward passes, written without jaxbo. *ms* is the median over rounds
-in which all programs have a turn, *x AT* the median over rounds of the ratio to plain adversarial
-training in the same round, and *spread* half the distance of that ratio's quartiles. *GFLOP* are
-counted in the jaxpr, loops included, for batches without a bad loss. *Images/s* counts a batch once
-a step, whatever K is. *Compile s* is XLA's time for the step, tracing included.
+A training step attacks a batch of random images in K steps, computes the weighted gradient of the
+losses, and takes a step of SGD with momentum. *By hand* is the lower limit: K gradients in the
+images and one in the parameters, K + 1 forward and backward passes, written without jaxbo. *ms* is
+the median over rounds in which all programs have a turn, *x AT* the median over rounds of the ratio
+to plain adversarial training in the same round, and *spread* half the distance between the
+quartiles of that ratio. *GFLOP* are counted in the jaxpr, loops included, for batches without a bad
+loss. *Images/s* counts a batch once per step, for any K. *Compile s* is XLA's time for the step,
+tracing included.
 
 The preset *small* has the convolutional network of ``scripts.adversarial_training`` on 28 x 28 x 1,
 *resnet18* PreAct ResNet-18 on 32 x 32 x 3 in bfloat16, with the statistics of the batch.
 
-Two things in the table for 2 cores that operations do not explain (profiled in turns, jax 0.10.2):
+The number of operations does not explain two rows of the table for 2 cores (profiled in turns, jax
+0.10.2):
 
-*AT takes 1.11 of by hand* (spread 0.02), and 1.05 without the check that an image's gradient is
-finite. By patches that gradient is a sum of 16 padded arrays, which XLA fuses with the operation
-that reads it; with the check there are two such operations, so the arrays are written out and added
-up twice (2.80e8 bytes in XLA's count for 2.33e8 without, 2.20e8 by hand). Stopping single examples
-is in the same select as that check and reads no images. The rest we put down to small operations:
-a step starts 982 kernels for 728. With XLA's own convolutions the check costs 0.5 % of the bytes,
-and on a GPU AT takes 0.99 of by hand.
+*AT takes 1.11 times as long as by hand* (spread 0.02), and 1.05 times without the check that an
+image's gradient is finite. With convolutions by patches, that gradient is a sum of 16 padded
+arrays, which XLA fuses with the operation that reads it. With the check two operations read the
+gradient, so XLA writes the arrays out and adds them up twice (2.80e8 bytes in XLA's count; 2.33e8
+without the check, 2.20e8 by hand). Stopping single examples is in the same select as that check and
+reads no images. We attribute the rest to small operations: a step starts 982 kernels, by hand 728.
+With XLA's own convolutions the check costs 0.5 % of the bytes, and on a GPU AT takes 0.99 times as
+long as by hand.
 
-*Fast-BAT takes as long as AT*, for 0.64 of its operations and whatever K is. Its pass by the
-parameters, for losses and a second derivative, has 3.0 times the operations and 3.9 times the time
-of an ordinary one; without the second derivative the step takes 0.38 of AT (all with memory kept,
-see below). And its 37 MiB of temporary memory are more than the 32 MiB that glibc keeps, so every
-step takes them anew: 9,600 page faults, 9 for AT. In one session it took 1.22 of AT (spread 0.10),
-0.95 (0.16) with memory kept (MALLOC_MMAP_MAX_=0 and gigabytes for MALLOC_TRIM_THRESHOLD_ and
-MALLOC_MMAP_THRESHOLD_), and 0.86 (0.07) at half the batch, with 18 MiB. No forward pass is
-computed twice: XLA takes two of them from the attack.
+*Fast-BAT takes as long as AT*, although it needs 0.64 of the operations and does not depend on K.
+Its pass for the parameters, for losses and a second derivative, has 3.0 times the operations and
+3.9 times the time of an ordinary one; without the second derivative the step takes 0.38 of the time
+of AT (all with memory kept, see below). Also, its 37 MiB of temporary memory exceed the 32 MiB that
+glibc keeps, so every step allocates this memory again: 9,600 page faults, against 9 for AT. In one
+session a step took 1.22 times as long as AT (spread 0.10), 0.95 (0.16) with memory kept
+(MALLOC_MMAP_MAX_=0 and gigabytes for MALLOC_TRIM_THRESHOLD_ and MALLOC_MMAP_THRESHOLD_), and 0.86
+(0.07) at half the batch, with 18 MiB. No forward pass is computed twice: XLA reuses two forward
+passes of the attack.
 """
 
 import dataclasses

@@ -1,18 +1,18 @@
-"""Captioning: steps of training and captions of a beam search, beside plain loops in Python.
+"""Captioning: training steps and beam search, compared with plain Python loops.
 
   PYTHONPATH=.:models python3 -m benchmarks.captioning              (a smoke test, seconds on a CPU)
   ... --preset published --save benchmarks/results/captioning_gpu   (20.7M parameters, for a GPU)
 
 Both programs of a task have the same weights and do the same work. *Training* is the gradient of
-the captions' losses and Adam: "scan" is ``GuidedCaptioner`` as it is, "Python loop" calls its step
-for each word, in one compiled function, in which words and logits are multiplied one by one. *Beam
-search* is ``beam_search``, compiled, or a loop in Python around the compiled step that keeps its
-hypotheses on the host, as the reference code of captioning does. No caption may end early, so that
-both take all steps.
+the captions' losses and Adam: "scan" is ``GuidedCaptioner`` as it is; "Python loop" calls its step
+for each word, in one compiled function, and multiplies words and logits one by one. *Beam search*
+is the compiled ``beam_search``, or a Python loop around the compiled step that keeps its hypotheses
+on the host, as the reference code of captioning does. No caption may end early, so both take all
+steps.
 
 *ms* is the median over rounds in which both programs have a turn, *x loop* the median over rounds
-of the ratio to the loop in the same round, and *spread* half the distance of that ratio's
-quartiles. *captions/s* counts those trained on, or one for each image. *Tflop/s* counts the matrix
+of the ratio to the loop in the same round, and *spread* half the distance between the quartiles of
+that ratio. *captions/s* counts those trained on, or one for each image. *Tflop/s* counts the matrix
 products of the model (``product_flops``) and *MFU* is its share of the device's peak, as in
 ``benchmarks/language_model.py``. *compile s* is the time until a program can run.
 """

@@ -5,17 +5,17 @@
 
 A multilayer perceptron of 512, 512 and 10 units on 64 random inputs, softmax cross-entropy, Adam.
 
-*Steps*, of one batch of 1,024: the plain step is the gradient of the mean loss; the others weigh
-the examples. *ms* is the median over rounds in which all programs have a turn, *x plain* the median
-over rounds of the ratio to the plain step in the same round, and *spread* half the distance of that
-ratio's quartiles; stored per-example gradients are timed apart. Most of what reweighting adds is
-constant, some tens of microseconds, which is 1 % of a step of 4 ms. *Mflop* is counted in the
-jaxpr, for batches without a bad loss: the loop that repairs a gradient does not run then.
-Weightings that bisect have loops of a fixed number of short steps that are not counted: no number.
-*temp. KiB* is XLA's temporary memory.
+*Steps* use one batch of 1,024. The plain step takes the gradient of the mean loss; the others
+weight the examples. *ms* is the median over rounds in which all programs have a turn, *x plain* the
+median over rounds of the ratio to the plain step in the same round, and *spread* half the distance
+between the quartiles of that ratio; stored per-example gradients are timed separately. Most of what
+reweighting adds is constant, some tens of microseconds, which is 1 % of a step of 4 ms. *Mflop* is
+counted in the jaxpr, for batches without a bad loss, in which the loop that repairs a gradient does
+not run. Weightings that search have loops of a fixed number of short steps; these are not counted,
+so such weightings have no number. *temp. KiB* is XLA's temporary memory.
 
-*Streams*, of so many microbatches of 64: plain accumulation of the mean loss's gradient in float32;
-one-pass and two-pass streaming; and the whole batch at once.
+*Streams* are of several microbatches of 64: plain accumulation of the gradient of the mean loss in
+float32, one-pass and two-pass streaming, and the whole batch at once.
 """
 
 import functools

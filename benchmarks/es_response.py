@@ -3,14 +3,14 @@
   PYTHONPATH=.:models python3 -m benchmarks.es_response             (about 4 minutes on 2 cores)
   ... --save benchmarks/results/es_response_cpu                     (writes .md and .json as well)
 
-*Chunks*: a step of ESJ with 64 samples on the hyper-cleaning problem of scikit-learn's digits, in
-inner solves of the same rounds, for each number of samples that run at once, with directions drawn
-again for the sum or kept.
+*Chunks*: the time of a step of ESJ with 64 samples on the hyper-cleaning problem of scikit-learn's
+digits, in units of an inner solve in the same round. Rows differ in how many samples run at once,
+and in whether directions are drawn again for the sum or kept.
 
 *Features*: Conv4 with 64 channels under a linear head, 4 tasks of 5-way 5-shot on drawn glyphs, at
 the initial parameters. The cosine and the relative error are those of the estimated response
-against the exact one (ITD), the mean over keys. A response through the features has noise in 1,600
-features a task instead of 111,936 parameters, and its samples do not run the backbone.
+against the exact one (ITD), averaged over keys. A response through the features has noise in 1,600
+features per task instead of 111,936 parameters, and its samples do not run the backbone.
 """
 
 import functools

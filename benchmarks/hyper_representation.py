@@ -4,11 +4,11 @@
   ... --save benchmarks/results/hyper_representation                  (writes .md and .json as well)
 
 The problem of the authors' notebook: a linear embedding H (outer, 64 x 128) under a regression head
-w (inner, 128), 500 examples, 20 steps of gradient descent from one fixed start, Adam at 0.05
-outside. The direct gradient is large here, so dropping the response altogether works; what the
-published code computes is that, up to rounding: its directions have norm 1 without a factor of the
-8,192 dimensions. The loss cannot rank estimators; the column *response* can: it is the estimated
-response projected on the exact one, 1 if it is right on average.
+w (inner, 128), 500 examples, 20 steps of gradient descent from one fixed start, and an outer Adam
+with rate 0.05. The direct gradient is large here, so dropping the response altogether works. The
+published code nearly does that: its directions have norm 1, and it leaves out the factor of the
+8,192 dimensions. So the loss cannot rank estimators, but the column *response* can: it is the
+estimated response projected on the exact one, 1 if the estimate is right on average.
 """
 
 import functools

@@ -4,11 +4,11 @@
   ... --save benchmarks/results/hypergradient_cpu                    (writes .md and .json as well)
 
 Problems: random quadratics of two condition numbers, and hyper-cleaning of scikit-learn's digits.
-The outer variable drifts for 20 outer steps, so that whatever starts warm has a start; then comes
-the step that is measured.
+The outer variable first drifts for 20 outer steps, so that warm-started methods have a start; the
+next step is measured.
 
 * *error*: relative distance to the exact hypergradient, found in float64 by Newton's method and a
-  direct solver. It holds the error of the inner solution as well.
+  direct solver. It includes the error of the inner solution.
 * *ms*: a whole step, with the inner solve and the gradients of the outer loss: the median over
   rounds in which all programs have a turn. *x inner*: the median over rounds of the ratio to the
   inner solve in the same round.
@@ -17,9 +17,9 @@ the step that is measured.
 * *temp. KiB*: XLA's temporary memory of the compiled step.
 
 JAXopt (``uv sync --group bench``) gets the same losses, the same optimizer, the same warm start and
-as many steps of conjugate gradient, jitted. A step returns all there is: the losses of the inner
-steps and the state here, the last loss and gradient norm there. Where neither is wanted, XLA drops
-the work for them; the targets compare that as well.
+as many steps of conjugate gradient, jitted. A step returns all its results: for jaxbo the losses of
+the inner steps and the state, for JAXopt the last loss and the gradient norm. If a program does not
+use these results, XLA drops the work for them; the targets compare that as well.
 """
 
 import functools

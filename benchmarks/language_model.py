@@ -1,19 +1,21 @@
-"""Language models: tokens a second and model FLOPs utilization, plain and reweighted.
+"""Language models: tokens per second and model FLOPs utilization, plain and reweighted.
 
   PYTHONPATH=.:models python3 -m benchmarks.language_model          (a smoke test, seconds on a CPU)
   ... --preset gpt2 --save benchmarks/results/language_model_gpt2   (124M parameters, for a GPU)
   ... --preset gpt2 --batch 32 --sweep                              (what each option is worth)
 
-One step of training on random tokens: the gradient of the sequences' losses, their mean ("plain")
-or reweighted by IR-DRO ("reweighted"), and AdamW; parameters in float32. *ms* is the median over
-rounds in which both programs have a turn, *x plain* the median over rounds of the ratio to the
-plain step in the same round, and *spread* half the distance of that ratio's quartiles.
+One training step on random tokens: the gradient of the mean of the sequences' losses ("plain") or
+of the losses reweighted by IR-DRO ("reweighted"), and AdamW; parameters are in float32. *ms* is the
+median over rounds in which both programs have a turn, *x plain* the median over rounds of the ratio
+to the plain step in the same round, and *spread* half the distance between the quartiles of that
+ratio.
 
-*MFU* is the share of the device's peak that the operations of the model itself are (Chowdhery et
-al., PaLM, https://arxiv.org/abs/2204.02311, appendix B): for each token ``6 N + 12 L D T``, ``N``
-being the parameters that are multiplied by (no tables of embeddings, but the head), ``L`` the
-layers, ``D`` the width and ``T`` the length. What ``--remat`` computes again does not count, and
-attention counts as if it were not causal. Peaks are the vendors', in bfloat16 and without sparsity.
+*MFU* is the model's own operations per second as a share of the device's peak (Chowdhery et al.,
+PaLM, https://arxiv.org/abs/2204.02311, appendix B). A token counts ``6 N + 12 L D T`` operations,
+where ``N`` is the number of parameters in matrix products (the head, but no embedding tables),
+``L`` the number of layers, ``D`` the width and ``T`` the length. What ``--remat`` computes again
+does not count, and attention counts as if it were not causal. Peaks are the vendors', in bfloat16
+and without sparsity.
 """
 
 import dataclasses

@@ -1,19 +1,19 @@
-"""Online bilevel optimization: what a round costs, how fast rounds go, what the state weighs.
+"""Online bilevel optimization: the cost and speed of rounds, and the size of the state.
 
   PYTHONPATH=.:models python3 -m benchmarks.online                   (about 4 minutes on 2 cores)
   ... --save benchmarks/results/online_cpu                           (writes .md and .json as well)
 
-The problem is a drifting quadratic with matrices that can be told apart: the inner loss has a
-Hessian A and a coupling B, the outer loss a matrix C. A gradient of the inner loss is two products
-with A and one with B, a product with the Hessian two with A, a gradient of the outer loss two with
-C, a cross product one with B. So the products in the jaxpr of a round, loops included and dead code
-not, say what it is made of, when those of the round without response are taken off. (Where the
-inner loss is not quadratic, its linearisation at the new point costs another gradient.)
+The problem is a drifting quadratic with distinct matrices: the inner loss has a Hessian A and a
+coupling B, the outer loss a matrix C. A gradient of the inner loss takes two products with A and
+one with B; a product with the Hessian takes two with A; a gradient of the outer loss takes two with
+C; a cross product takes one with B. So the products in the jaxpr of a round (with loops, without
+dead code), minus those of a round without a response, show what the response computes. (If the
+inner loss is not quadratic, its linearization at the new point costs another gradient.)
 
-* *rounds/s*: the median over turns of runs of many rounds, all methods in turns in one process. A
-  run is one compiled scan; "Python loop" calls the jitted step of SOBOW in a loop, on batches that
-  lie on the device already, and blocks at the end only.
-* *state*: bytes of all arrays in the state that is carried from round to round, from shapes.
+* *rounds/s*: the median over runs of many rounds, with all methods in turns in one process. A run
+  is one compiled scan; "Python loop" calls the jitted step of SOBOW in a loop, on batches that are
+  already on the device, and blocks only at the end.
+* *state*: the bytes of all arrays in the state that a round passes to the next, from their shapes.
 """
 
 import functools

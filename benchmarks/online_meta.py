@@ -1,4 +1,4 @@
-"""Online meta-learning: how fast rounds go, compiled and in a Python loop, and what is kept.
+"""Online meta-learning: the speed of rounds, compiled and in a Python loop, and the state's size.
 
   PYTHONPATH=.:models python3 -m benchmarks.online_meta              (about 5 minutes on 2 cores)
   ... --save benchmarks/results/online_meta_cpu                      (writes .md and .json as well)
@@ -7,12 +7,12 @@ Every method of ``scripts.online_meta`` plays the same stream of random images: 
 16 pixels, Conv4 of 16 channels, 3 inner steps, thresholds at which the detectors do not fire after
 the first round; "told" methods know the switches (p = 0.9).
 
-* *rounds/s*: the median over turns of runs, all methods in turns in one process. A run is one
-  compiled scan over the rounds, the stream included.
+* *rounds/s*: the median over runs, with all methods in turns in one process. A run is one compiled
+  scan over the rounds, the stream included.
 * *Python loop*: the same rounds with two jitted functions, a round of the stream and a step of the
-  learner, dispatched one after the other; it blocks at the end only. Both give the same models.
-* *state*: bytes of all that is carried from round to round, from shapes: the meta-model, and beside
-  it the task's model, moments, buffers and detectors.
+  learner, called one after the other; the loop blocks only at the end. Both give the same models.
+* *state*: the bytes that a round passes to the next, from shapes: the meta-model, and beside it the
+  task's model, moments, buffers and detectors.
 
 A perceptron on the same images shows what dispatching costs where a round is short.
 """

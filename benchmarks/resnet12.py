@@ -4,8 +4,8 @@
   ... --save benchmarks/results/resnet12_cpu                    (writes .md and .json as well)
 
 12,424,320 parameters, one task of 5-way 5-shot with 5 queries a class, 30 steps of the head; MAML
-takes one step on all parameters. A row is a whole step, Adam included. *GFLOP* are
-counted in the jaxpr, loops included. On an accelerator the backbone computes in bfloat16.
+takes one step on all parameters. A row is a whole step, Adam included. *GFLOP* are counted in the
+jaxpr, loops included. On an accelerator the backbone computes in bfloat16.
 """
 
 import time

@@ -3,25 +3,29 @@
   PYTHONPATH=.:models python3 -m benchmarks.value_function           (about 5 minutes on 2 cores)
   ... --save benchmarks/results/value_function_cpu                   (writes .md and .json as well)
 
-Two problems, all losses quadratic in (x, y) with cross terms. In *unique* the eigenvalues of the
-inner Hessian go from 0.1 to 1; in *flat* every other one is zero, so that the inner minima are an
-affine space and the best of them for the outer loss is wanted. All methods start at zero, in
-float64 (a slack of 1e-6 is about what float32 resolves in a loss), and have settings from a grid of
-32 points: for each accuracy those that reach half of it fastest in the worst of three problems of
-other seeds, since a slack or a multiplier says how accurate a method can be. (Grids, this rule and
-"stay there" were revised twice after runs that reported seeds 0 to 4: settings at the edge of
-stability had been chosen for SOBA, a slack just too large for PDBO, and BOME had poor grids.)
+There are two problems; all losses are quadratic in (x, y) with cross terms. In *unique*, the
+eigenvalues of the inner Hessian go from 0.1 to 1. In *flat*, every other eigenvalue is zero, so the
+inner minima form an affine space, and the task is to find the minimum that is best for the outer
+loss. All methods start at zero, in float64 (float32 resolves a loss only to about 1e-6, the size of
+a small slack).
+
+A slack or a multiplier limits how accurate a method can be, so each accuracy has its own settings,
+from a grid of 32 points: those that reach half the error fastest in the worst of three problems of
+other seeds. (We revised grids, this rule and "stay there" twice after runs that reported seeds 0 to
+4: the rule had chosen settings at the edge of stability for SOBA and a slack just too large for
+PDBO, and BOME had poor grids.)
 
 * *gradients* of an update: evaluations of the gradients of the inner and the outer loss, counted in
-  the jaxpr; *products*: those with the inner Hessian and mixed ones.
+  the jaxpr; *products*: those with the inner Hessian and the mixed ones.
 * *cost* of an update: its operations, counted in the jaxpr, in units of one gradient of the inner
   loss in y.
-* *cost* and *ms* to reach an error in x of so much of the initial one, and to stay there until the
-  budget is spent: updates times the cost and the time of one; the median over problems. A dash: not
-  within the budget, on half of the problems or in the search for settings.
+* *cost* and *ms* to bring the error in x to this fraction of the initial error, and to keep it
+  there until the budget is spent: the number of updates times the cost and the time of one; the
+  median over problems. A dash: not within the budget, on half of the problems or in the search for
+  settings.
 
-SOBA's single loop is a step on y, one on the linear system and one on x, from the parts of the
-library; ``jaxbo.fixed_point`` takes a product more than needed, to see whether the residual grew.
+SOBA's single loop takes a step on y, one on the linear system and one on x, from the parts of the
+library; ``jaxbo.fixed_point`` takes one extra product, to see whether the residual grew.
 """
 
 import functools

@@ -5,7 +5,7 @@ lives in the state. A *response* turns the gradients of the outer loss at the in
 the hypergradient. Any optax chain can follow.
 
 >>> import jax, jax.numpy as jnp, jaxbo, optax
->>> def inner_loss(x, y, batch):                        # ridge regression, x = log regularisation
+>>> def inner_loss(x, y, batch):                        # ridge regression, x = log regularization
 ...   return jnp.mean((batch["a"] @ y - batch["b"]) ** 2) + jnp.exp(x) * jnp.sum(y**2)
 >>> def outer_loss(x, y, batch):
 ...   return jnp.mean((batch["a"] @ y - batch["b"]) ** 2)
@@ -18,8 +18,8 @@ the hypergradient. Any optax chain can follow.
 >>> bool(state.x != 0)
 True
 
-This module has verbs, which say what happens to a gradient, and methods, under the names of their
-papers. The module of each family has the parts of its methods.
+This module has verbs, which say what happens to a gradient, and whole methods, under the names of
+their papers. The parts of the methods are in one module for each family.
 
 **The inner problem**: :func:`inner_solver`, :func:`black_box` for any run, and :func:`over_tasks`
 for a meta-batch.

@@ -25,9 +25,9 @@ class AttackInfo(NamedTuple):
       :func:`jaxbo.adversarial.gairat`.
     not_finite: whether the attack found an objective or a gradient that is not finite. It did not
       move the example there.
-    clipped: whether the clean image was outside of the box, so that the attack began at another
-      image: the clean one clipped to ``[low, high]``. Anything but zero says that ``low`` and
-      ``high`` are not those of these images.
+    clipped: whether the clean image was outside the range ``[low, high]``, so that the attack
+      started at the clipped image instead. If any image was clipped, ``low`` and ``high`` do not
+      fit these images.
   """
 
   num_correct: jax.Array
@@ -41,7 +41,7 @@ class AttackInfo(NamedTuple):
 
   @property
   def num_clipped(self) -> jax.Array:
-    """The number of clean images that were outside of the box, int32."""
+    """The number of clean images that were outside the range of pixels, int32."""
     return jnp.sum(self.clipped, dtype=jnp.int32)
 
 
@@ -61,7 +61,8 @@ class Attack(NamedTuple):
       Under ``jit``, where values are not known, the attack clips images to the range and marks
       those as clipped; it leaves an example whose label is not a class at its start and marks it as
       not finite.
-    box: the :class:`Box` that the attack stays in; :func:`evaluate_robustness` checks images by it.
+    box: the :class:`Box` that the attack stays in; :func:`evaluate_robustness` checks that images
+      lie in its range.
   """
 
   run: Callable[..., tuple[jax.Array, AttackInfo]]
@@ -130,7 +131,7 @@ def check_batch(batch: Data, box: Box | None = None) -> tuple[jax.Array, jax.Arr
   images, labels = batch
   _check.floating("images", images)
   if jnp.ndim(images) < 2 or not jnp.shape(images)[0]:
-    raise ValueError(f"images must be [batch, ...], one at least, got shape {jnp.shape(images)}")
+    raise ValueError(f"images must be [batch, ...], at least one, got shape {jnp.shape(images)}")
   if not jnp.issubdtype(jnp.result_type(labels), jnp.integer):
     raise TypeError(f"labels must be integers, got dtype {jnp.result_type(labels)}")
   if jnp.shape(labels) != jnp.shape(images)[:1]:
@@ -156,7 +157,7 @@ def check_pixels(images: jax.Array, box: Box) -> None:
     smallest, largest = (float(f.reduce(values, axis=None)) for f in (np.fmin, np.fmax))
     raise ValueError(
       f"images must be from low={box.low} to high={box.high}, got values from {smallest:.6g} to "
-      f"{largest:.6g}; give their range, jaxbo.adversarial.Box(epsilon, low, high), or normalise "
+      f"{largest:.6g}; give their range, jaxbo.adversarial.Box(epsilon, low, high), or normalize "
       "inside the model, by jaxbo.adversarial.normalized"
     )
 

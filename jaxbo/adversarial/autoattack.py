@@ -24,12 +24,12 @@ def autoattack(
 ) -> dict[str, Attack]:
   """AutoAttack's standard ensemble, in its order and with its budgets.
 
-  Robust accuracy is the worst case over the four, for each image. Give them to
-  :func:`evaluate_robustness` with ``drop_broken=True``, as AutoAttack does: then each attack runs
-  only on the images that withstood all before it, and most fall to the first.
+  An image counts as robust only if it withstands all four attacks. Give them to
+  :func:`evaluate_robustness` with ``drop_broken=True``, as AutoAttack does: each attack then runs
+  only on the images that withstood the attacks before it, and most images fall to the first attack.
 
   One thing differs: the squares of :func:`square` shrink as in its paper, by shares of the queries;
-  AutoAttack's code shrinks them as if there were 10,000, whatever the budget.
+  AutoAttack's code shrinks the squares as if there were 10,000 queries, whatever the budget.
 
   Cost, in forward and backward passes for each image that is left: about ``num_steps`` for
   ``apgd_ce``, ``num_targets * num_steps`` for ``apgd_t``, one and a half times as many for
@@ -91,9 +91,9 @@ def standard_attacks(
   num_queries: int = 5000,
   num_classes: int | None = None,
 ) -> dict[str, Attack]:
-  """The attacks that papers on adversarial training report, each by itself.
+  """The attacks that papers on adversarial training report one by one.
 
-  For robust accuracy as it is quoted, see :func:`autoattack`.
+  For the robust accuracy that papers quote, use :func:`autoattack`.
 
   Args:
     model: ``model(params, images) -> logits``, ``[batch, num_classes]``; the logits of an example

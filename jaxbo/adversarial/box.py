@@ -12,21 +12,21 @@ from jaxbo import _check
 
 
 class Box(NamedTuple):
-  r"""The space of pixels, and how far an attack may move an image in it.
+  r"""The range of pixels, and how far an attack may move an image within it.
 
   .. math:: \{x' : \|x' - x\| \le \epsilon,\; low \le x' \le high\}
 
   Every number may be an array that broadcasts over one image: ``[channels]`` for images ``[batch,
-  height, width, channels]``. Images that were normalized by a mean and a standard deviation of each
-  channel are attacked in ``Box(epsilon / std, (0 - mean) / std, (1 - mean) / std)``; or
-  :func:`normalized` moves the normalization into the model, and the images stay in [0, 1].
+  height, width, channels]``. If images are normalized by the mean and standard deviation of each
+  channel, attack them in ``Box(epsilon / std, (0 - mean) / std, (1 - mean) / std)``. Or move the
+  normalization into the model with :func:`normalized`, and keep the images in [0, 1].
 
   Attributes:
     epsilon: the radius, at least 0, in units of the images; one number if ``norm`` is ``"l2"``.
     low: the smallest value of a pixel.
     high: the largest value of a pixel, above ``low``.
-    norm: ``"linf"``, the largest change of a pixel (in an array ``epsilon``, of that pixel), or
-      ``"l2"``, the Euclidean norm of the change of an image.
+    norm: ``"linf"``: ``epsilon`` bounds the change of each pixel (an array bounds each pixel
+      separately); ``"l2"``: it bounds the Euclidean norm of the change of an image.
 
   Example:
     >>> import jax.numpy as jnp, jaxbo
@@ -41,9 +41,9 @@ class Box(NamedTuple):
   norm: str = "linf"
 
   def outside(self, images: jax.Array) -> jax.Array:
-    """Whether an image has a pixel outside of ``[low, high]`` by more than rounding, ``[batch]``.
+    """Whether an image has a pixel outside ``[low, high]`` by more than rounding, ``[batch]``.
 
-    Rounding is that of the images' dtype. NaN is not outside.
+    Rounding is that of the images' dtype. NaN does not count as outside.
     """
     low, high = (as_image(name, getattr(self, name), images) for name in ("low", "high"))
     largest = jnp.maximum(jnp.abs(low), jnp.abs(high))
@@ -72,10 +72,11 @@ def normalized(
   Args:
     model: ``model(params, images)`` of normalized images.
     mean: the mean of the pixels: a number, or an array that broadcasts over one image.
-    std: their standard deviation, positive: a number, or such an array.
+    std: the standard deviation of the pixels, positive: a number, or such an array.
 
   Returns:
-    ``model(params, images)`` of images as they are: in [0, 1], if ``mean`` and ``std`` are of such.
+    ``model(params, images)`` of images that are not normalized, such as those in [0, 1] that
+    ``mean`` and ``std`` describe.
 
   Raises:
     ValueError: if ``std`` is not positive, or an array does not broadcast over one image.

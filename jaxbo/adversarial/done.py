@@ -45,7 +45,7 @@ def done_grad(
   microbatch_size: int | None = None,
   repair: bool = False,
 ) -> Callable[..., PerExampleGrads]:
-  r"""Lazy per-example gradients through the attack, as :func:`~jaxbo.reweight` takes them.
+  r"""Lazy per-example gradients through the attack, for :func:`~jaxbo.reweight` (DONE).
 
   An attack perturbs each example. A log-barrier smooths it and keeps the perturbation in the box
   :math:`[b^-, b^+] = [\max(-\epsilon, low - x), \min(\epsilon, high - x)]`:
@@ -97,8 +97,8 @@ def done_grad(
       :math:`\varphi`, which end within about ``step_size`` of the minimum.
     margin: how close to a wall a pixel may come, as a fraction of the width of its box, in
       (0, 0.5).
-    has_aux: whether ``loss_fn`` returns ``(losses, aux)``, where ``aux`` may be batch statistics
-      that move; it is ``aux.aux`` of the result, at the perturbed images.
+    has_aux: whether ``loss_fn`` returns ``(losses, aux)``, where ``aux`` may be new batch
+      statistics. The result has it as ``aux.aux``, at the perturbed images.
     microbatch_size: how many examples go at once through the pass for the parameters; it must
       divide the batch. ``None`` for all.
     repair: what to do if a loss is not finite. ``False`` gives the whole batch a zero gradient;
@@ -109,7 +109,7 @@ def done_grad(
     A function ``(params, (images, labels), key=None) -> PerExampleGrads``; call it inside a jitted
     function. Images are floats ``[batch, ...]`` in the box; labels are integers ``[batch]``;
     ``aux`` is a :class:`DoneInfo`. Images out of range raise ``ValueError``; under ``jit``, where
-    values are not known, they are clipped and counted, ``aux.num_clipped``.
+    values are not known, they are clipped and counted in ``aux.num_clipped``.
 
   Raises:
     ValueError: if an argument is outside its range, or losses are not ``[batch]``.
@@ -210,7 +210,7 @@ def done(
   rate: optax.ScalarOrSchedule = 0.1,
   axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
-  r"""DONE: :func:`~jaxbo.dro.kl` weights by a moving average of their normalizer, then SGD.
+  r"""DONE: :func:`~jaxbo.dro.kl` weights with a moving average of their normalizer, then SGD.
 
   .. math:: \min_\theta\; r \log \mathbb E_i\, e^{\ell_i(\theta, \hat\delta_i(\theta)) / r}
 

@@ -81,7 +81,7 @@ def about_model(
   if np.min(logits) >= 0 and np.all(np.abs(np.sum(logits, axis=1) - 1) < _ROUNDING):
     yield "the model gives probabilities; it must give logits, before the softmax"
   if _differ(logits, again, _SAME_PROGRAM):
-    yield "the model is random: two calls on the same images differ; attacks must average over it"
+    yield "the model is random: two calls on the same images differ; attacks must average over many"
   elif depends_on_company(model, params, *first, logits):
     yield (
       "the logits of an image depend on the other images of its batch, or on its place among them, "
@@ -118,8 +118,8 @@ def about_boxes(clipped: dict[str, int]) -> Iterator[str]:
   for name, count in clipped.items():
     if count:
       yield (
-        f"{name} clipped {count} clean images to its box, and so attacked other images; give it "
-        "their range, jaxbo.adversarial.Box(epsilon, low, high)"
+        f"{name} clipped {count} clean images to its range, and so attacked other images; give it "
+        "the range of your images, jaxbo.adversarial.Box(epsilon, low, high)"
       )
 
 

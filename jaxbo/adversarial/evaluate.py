@@ -32,9 +32,9 @@ class RobustnessReport(NamedTuple):
       booleans.
     num_not_finite: for each attack by name, how many images had an objective or gradient that was
       not finite.
-    num_clipped: for each attack by name, how many clean images were outside of its box, so that it
-      attacked others. Attacks of this module raise ``ValueError`` instead, unless a ``jit`` of
-      yours around their ``run`` hides the values from them.
+    num_clipped: for each attack by name, how many clean images were outside its range of pixels, so
+      that it attacked the clipped images. Attacks of this module raise ``ValueError`` instead,
+      unless you ``jit`` their ``run``, which hides the values.
     warnings: reasons to doubt the accuracies; see :func:`evaluate_robustness`.
     num_classes: the number of classes.
   """
@@ -78,17 +78,16 @@ def evaluate_robustness(
 ) -> RobustnessReport:
   """Measures accuracy on clean images, under every attack, and under the worst for each image.
 
-  Every attack runs on every image, so the report also has the accuracy under each attack alone. Or
-  an attack runs only on the images that withstood all attacks before it, ``drop_broken=True``:
-  faster by what falls early. Then the report has the accuracy under each attack and those before
-  it. The last batch repeats an image until it is full, so that no attack is compiled again for what
-  happens to be left.
+  By default every attack runs on every image, so the report has the accuracy under each attack
+  alone. With ``drop_broken=True`` an attack runs only on the images that withstood the attacks
+  before it, which saves time. The report then has the accuracy under each attack and those before
+  it. The last batch repeats an image until it is full, so that each attack compiles only once.
 
-  *Keys.* With ``drop_broken``, every image has a key of its own, ``fold_in(fold_in(key, i), j)``
-  for attack ``i`` and image ``j``. An image meets the same random numbers whatever else is left, so
-  the worst case is, image by image and up to rounding, that of all attacks on all images with these
-  keys, for any ``batch_size``. Without it, one key draws for a whole batch, so attacks that draw
-  begin elsewhere than with ``drop_broken``; both are fair draws.
+  *Keys.* With ``drop_broken``, every image has its own key, ``fold_in(fold_in(key, i), j)`` for
+  attack ``i`` and image ``j``. The random numbers of an image then do not depend on which other
+  images are left or on ``batch_size``. So the worst case is the same, image by image and up to
+  rounding, as if all attacks ran on all images with these keys. Without ``drop_broken``, one key
+  draws for a whole batch, so random attacks start at other points; both are fair draws.
 
   *Checks.* A model that hides its gradients looks robust but is not. The function issues a
   ``UserWarning``, and adds it to ``report.warnings``, if
@@ -101,11 +100,11 @@ def evaluate_robustness(
   * the attack named ``square``, which uses no gradients, breaks images that withstood all others;
   * the model runs a loop of unknown length (``while``), as optimization at inference does: gradient
     attacks may not see through the loop;
-  * an attack had to clip clean images to its box: their pixels are not from its ``low`` to its
-    ``high``.
+  * an attack had to clip clean images to its range: their pixels are not between its ``low`` and
+    its ``high``.
 
   Cost: the attacks and one forward pass after each; two forward passes and one backward pass for
-  the checks, and as much for one more batch.
+  the checks, and the same for one more batch.
 
   Args:
     model: ``model(params, images) -> logits``, ``[batch, num_classes]``; the logits of an example

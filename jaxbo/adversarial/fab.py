@@ -45,20 +45,20 @@ def fab(
     \alpha = \min\Big(\frac{\|d(x^k)\|}{\|d(x^k)\| + \|d(x)\|},\, \alpha_{max}\Big)
 
   :math:`d(u)` is the shortest change that takes :math:`u`, within the range of pixel values, onto
-  the hyperplane :math:`\{v : f(x^k) + \langle \nabla f(x^k), v - x^k \rangle = 0\}`, where
-  :math:`f = z_t - z_y` leads to the target :math:`t`; or as near to it as the range reaches. A
-  point that fools the model is kept if it is nearer to the image :math:`x` than
-  all before, and the search goes on at :math:`x + \beta (x^{k+1} - x)`. The targets are, in turn,
-  the classes that are likeliest on the clean image.
+  the hyperplane :math:`\{v : f(x^k) + \langle \nabla f(x^k), v - x^k \rangle = 0\}`, or as near to
+  it as the range allows; :math:`f = z_t - z_y` leads to the target :math:`t`. If a point fools the
+  model, the search continues at :math:`x + \beta (x^{k+1} - x)`, and the attack keeps the point if
+  it is nearer to the image :math:`x` than all earlier ones. The targets are, in turn, the classes
+  that are likeliest on the clean image.
 
-  The search does not depend on ``epsilon``, which only judges what is found: in a large box, the
-  attack returns the smallest change that it knows. It draws nothing, so it takes no key. It is the
-  version of AutoAttack, which begins at the image, and has neither random restarts nor a final
+  The search does not depend on ``epsilon``, which only decides whether the result counts: in a
+  large box, the attack returns the smallest change that it found. With an array ``epsilon``, the
+  search measures changes in units of ``epsilon``. The attack is not random, so it takes no key. It
+  is the version of AutoAttack: it starts at the image, without random restarts and without a final
   search on the line to the image.
 
-  Cost: ``num_steps`` times two forward passes, and a backward pass without gradients of the
-  parameters, for each target, one after another; with an array ``epsilon``, the search measures
-  changes in its units.
+  Cost, for each target, one after another: ``num_steps`` times two forward passes and one backward
+  pass without gradients of the parameters.
 
   Args:
     model: ``model(params, images) -> logits``, ``[batch, num_classes]``; the logits of an example
@@ -71,8 +71,8 @@ def fab(
     bias: :math:`\alpha_{max}`, the largest pull toward the clean image, in [0, 1].
 
   Returns:
-    An :class:`Attack`. An example that the model misclassifies stays as it is, and so does one for
-    which there is no misclassified point in the box. ``num_correct`` counts points of the search
+    An :class:`Attack`. It does not change an example that the model already misclassifies, or for
+    which it finds no misclassified point in the box. ``num_correct`` counts points of the search
     for the target that was reached.
 
   Raises:

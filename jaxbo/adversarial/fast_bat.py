@@ -66,7 +66,7 @@ def fast_bat_grad(
     ``[batch, ...]`` in the box; labels are integers ``[batch]``; ``aux`` is a
     :class:`DoneInfo`, whose ``last_step`` is the change from :math:`z` to :math:`\delta`. Images
     out of range raise ``ValueError``; under ``jit``, where values are not known, they are clipped
-    and counted, ``aux.num_clipped``.
+    and counted in ``aux.num_clipped``.
 
   Raises:
     ValueError: if an argument is outside its range, or losses are not ``[batch]``.

@@ -25,9 +25,9 @@ class DoneInfo(NamedTuple):
       perturbation then stays where it was. If the gradient of ``loss_fn`` was not finite, the
       example has no implicit term. If the gradient of ``attack_loss`` was not finite, the implicit
       term does not exist: the loss is NaN, and :func:`~jaxbo.reweight` excludes the example.
-    clipped: whether the clean image was outside of the box, ``[batch]``, so that the attack began
-      at another image: the clean one clipped to ``[low, high]``. Anything but zero says that
-      ``low`` and ``high`` are not those of these images.
+    clipped: whether the clean image was outside the range ``[low, high]``, ``[batch]``, so that the
+      attack started at the clipped image instead. If any image was clipped, ``low`` and ``high`` do
+      not fit these images.
     aux: the auxiliary output of ``loss_fn``, with ``has_aux``.
   """
 
@@ -45,7 +45,7 @@ class DoneInfo(NamedTuple):
 
   @property
   def num_clipped(self) -> jax.Array:
-    """The number of clean images that were outside of the box, int32."""
+    """The number of clean images that were outside the range of pixels, int32."""
     return jnp.sum(self.clipped, dtype=jnp.int32)
 
 

@@ -69,8 +69,8 @@ def pgd(
       :math:`\tau + 1` of its points (FAT's early stop). ``None`` never stops.
 
   Returns:
-    An :class:`Attack`. Under ``jit`` it clips images that are not in the box without an error:
-    ``attack.run`` also returns the info, whose ``clipped`` says so.
+    An :class:`Attack`. Under ``jit`` it clips images outside the range of pixels without an error;
+    ``attack.run`` also returns the info, which marks them in ``clipped``.
 
   Raises:
     ValueError: if an argument is outside its range; if ``"kl"`` would start at the image, where its
@@ -172,8 +172,8 @@ def fgsm(
       function ``(logits, labels, clean_logits) -> [batch]``.
 
   Returns:
-    An :class:`Attack`. Under ``jit`` it clips images that are not in the box without an error:
-    ``attack.run`` also returns the info, whose ``clipped`` says so.
+    An :class:`Attack`. Under ``jit`` it clips images outside the range of pixels without an error;
+    ``attack.run`` also returns the info, which marks them in ``clipped``.
 
   Raises:
     ValueError: if an argument is outside its range; if ``"kl"`` would start at the image, where its

@@ -33,13 +33,13 @@ def square(
   random square to :math:`\pm \epsilon`, with one sign for each channel, and keeps it if the
   objective grows.
 
-  For ``l2``, it starts with a grid of hills, whose sides are a fifth of the image's. Each query
-  empties one random square and adds a hill to another one, with a random sign for each channel. The
-  squared norm of that square becomes what both squares had, and an equal part for each channel of
-  what the image's change lacks to :math:`\epsilon`; then the whole change is scaled to
-  :math:`\epsilon`. A hill of side :math:`s` has one half up and one half down; each is
-  :math:`\sum_{k > m} k^{-2}` up to :math:`k = \lfloor s / 2 \rfloor + 1`, at the distance :math:`m`
-  (the larger of rows and columns) from its center.
+  For ``l2``, the attack starts with a grid of hills, whose sides are a fifth of the image's. Each
+  query empties one random square and adds a hill to another one, with a random sign for each
+  channel. The second square gets the squared norm that both squares had, plus an equal part for
+  each channel of the squared norm that the image's change lacks to :math:`\epsilon`; then the whole
+  change is scaled to :math:`\epsilon`. A hill of side :math:`s` has one half up and one half down;
+  each half is :math:`\sum_{k > m} k^{-2}` up to :math:`k = \lfloor s / 2 \rfloor + 1`, at the
+  distance :math:`m` (the larger of rows and columns) from its center.
 
   The squares shrink by the published schedule, stretched to ``num_queries``. An example stops once
   it is misclassified. Hidden gradients do not stop this attack: if it breaks images that withstand

@@ -18,30 +18,32 @@ VMAP_METHODS = ("sequential", "expand_dims", "broadcast_all")
 def black_box(
   path: Callable[[PyTree, Data], PyTree], *, host: bool = False, vmap_method: str = "sequential"
 ) -> InnerSolver:
-  r"""Makes an inner solver of any run: a quantised training, a simulator, scikit-learn.
+  r"""Turns any run into an inner solver: quantized training, a simulator, scikit-learn.
 
-  :math:`y = \text{path}(x, \xi)`; there is no inner loss, and nothing is differentiated. So
-  :func:`jaxbo.add_es_response` with forward or central differences is the response for it, and
-  follows the run smoothed by a Gaussian of width ``smoothing``:
+  The run is :math:`y = \text{path}(x, \xi)`. It has no inner loss and is not differentiated, so use
+  :func:`jaxbo.add_es_response` with forward or central differences. That response follows the run
+  smoothed by a Gaussian of width ``smoothing``:
 
   .. math:: F_\mu(x) = \mathbb E\, y(x + \mu u), \qquad
     \nabla F_\mu(x)^\top b = \tfrac1\mu\, \mathbb E\, \langle y(x + \mu u) - y(x), b \rangle\, u
 
-  If the run has jumps, choose ``smoothing`` of their distance: a smaller one has a larger variance.
-  :func:`jaxbo.add_implicit_response` works too, with ``condition=`` a function of your own that is
-  zero at :math:`y`. All other responses refuse it.
+  If the run has jumps, choose ``smoothing`` about as large as the distance between jumps; a smaller
+  value has a larger variance. :func:`jaxbo.add_implicit_response` works too, if you pass as
+  ``condition=`` a function that is zero at :math:`y`. All other responses refuse a black box.
 
   Args:
     path: ``path(x, batch) -> y``. It must give the same ``y`` for the same arguments: randomness
-      comes from a key or a seed in the batch. A run that fails may return NaN, and is left out.
+      comes from a key or a seed in the batch. A run that fails may return NaN; the response leaves
+      it out.
     host: ``False``: ``path`` is a JAX function. ``True``: it runs on the host, outside of compiled
       programs, through ``jax.pure_callback``, with pytrees of NumPy arrays; the response calls it
       for each sample. On an accelerator each call waits for the host.
-    vmap_method: with ``host``: what happens to the samples of ``sample_batch_size``, the pairs of
-      central differences and the tasks of :func:`jaxbo.over_tasks`. ``"sequential"``: one call for
-      each. ``"expand_dims"`` and ``"broadcast_all"``: one call for all, whose arrays have one more
-      leading axis for each of these three; ``y`` must have them in full. In arrays that do not
-      differ they have size 1, or with ``"broadcast_all"`` the full size.
+    vmap_method: with ``host``: how to call ``path`` for several runs at once: the samples of
+      ``sample_batch_size``, the pairs of central differences, and the tasks of
+      :func:`jaxbo.over_tasks`. ``"sequential"`` calls it for each run. ``"expand_dims"`` and
+      ``"broadcast_all"`` call it once, with one more leading axis for each of these three; ``y``
+      must have these axes in full. In arrays that all runs share, the axes have size 1, or the full
+      size with ``"broadcast_all"``.
 
   Returns:
     An :class:`InnerSolver` of ``num_steps=0``. ``init(y0)`` and the ``y0`` of

@@ -15,20 +15,20 @@ from jaxbo.bilevel.solution import InnerSolver
 def differentiable_solve(
   inner: InnerSolver, response: optax.GradientTransformation
 ) -> Callable[[PyTree, PyTree, Data], PyTree]:
-  r"""Makes :math:`y(x)` a function for ``jax.grad``, differentiated by a response.
+  r"""Makes the inner solution a function of ``x`` that ``jax.grad`` differentiates by a response.
 
   Use it where the hypergradient is part of a larger program: several inner problems in one loss, an
   outer loss inside another library's training step, a third level. :func:`jaxbo.bilevel_loop` needs
   no such function. Derivatives are in reverse mode; the second ones, ``jax.jacrev(jax.grad(F))``,
   are right with an implicit response.
 
-  Cost: one solve, and in the backward pass the response.
+  Cost: one solve, and the response in the backward pass.
 
   Args:
     inner: the inner solver.
-    response: a response for it, such as :func:`jaxbo.add_implicit_response`. It begins with a fresh
-      state in each backward pass: a linear solver does not warm-start, and samples of ES are those
-      of its key.
+    response: a response for ``inner``, such as :func:`jaxbo.add_implicit_response`. Each backward
+      pass starts with a fresh state of the response: a linear solver does not warm-start, and ES
+      draws the same samples each time.
 
   Returns:
     ``solve(x, y0, batch) -> y``, the inner parameters after a run from ``y0``, or ``y0`` if the
@@ -36,7 +36,7 @@ def differentiable_solve(
 
   Raises:
     TypeError: if ``response`` is not a transformation.
-    ValueError: when it is differentiated, if ``response`` is not a response alone, or if ``y0`` or
+    ValueError: in the backward pass, if ``response`` is not a response alone, or if ``y0`` or
       ``batch`` is differentiated.
 
   Example:
@@ -62,7 +62,7 @@ def differentiable_solve(
     for name, argument in (("y0", y0), ("batch", batch)):
       if any(leaf.perturbed for leaf in jax.tree.leaves(argument, is_leaf=_is_primal)):
         raise ValueError(
-          f"{name} must not be differentiated: the response is one to x, so make {name} a part of x"
+          f"{name} must not be differentiated: only x has a response, so make {name} a part of x"
         )
     of = lambda tree: jax.tree.map(lambda leaf: leaf.value, tree, is_leaf=_is_primal)
     x, y0, batch, solution = map(of, (x, y0, batch, solution))

@@ -114,9 +114,10 @@ def add_es_response(
       of their chunk: half the random numbers, but up to one more direction of memory for each
       sample that runs at once. With :math:`10^7` parameters, drawing may cost more than the runs.
     perturb: which leaves of ``x`` to perturb: Python bools in the structure of ``x`` or of its
-      upper levels, ``{"ridge": True, "backbone": False}``, or a function ``x -> bools``. The
-      response of the others is zero, and :math:`p` counts the perturbed ones alone: leaves that are
-      frozen bring no noise. Of features, those that the chosen leaves reach are perturbed.
+      upper levels, ``{"ridge": True, "backbone": False}``, or a function ``x -> bools``. Other
+      leaves get a response of zero, and :math:`p` counts only the perturbed leaves, so frozen
+      leaves add no noise. With ``through=``, the features that depend on the chosen leaves are
+      perturbed.
     perturb_features: for a solver with ``through=``. ``True`` perturbs the features and pulls the
       response back to ``x`` once; ``False`` perturbs ``x`` itself, as if there were no features.
     per_task: for a solver made by :func:`jaxbo.over_tasks`: whether each task gets its own
@@ -142,8 +143,9 @@ def add_es_response(
   Returns:
     A transformation from the pair ``(df/dx, df/dy)`` to the hypergradient. ``update`` must be
     given ``solution=`` and ``batch=``, the batch that ``inner.solve`` saw. The average leaves out
-    samples whose inner run is not finite, and ``info.num_finite`` counts the others. If the base
-    run of the solution is not finite, the response (of a task: its part) is zero.
+    samples whose inner run is not finite, and ``info.num_finite`` counts the others. If the run
+    that led to the solution was not finite, the response is zero (with tasks: the part of that
+    task).
 
   Note:
     With ``optax.inject_hyperparams``, put every argument except ``smoothing`` and
@@ -155,7 +157,8 @@ def add_es_response(
       ``response_scale <= 0``; if ``directions`` or ``difference`` is unknown; if ``num_samples``
       exceeds the number of perturbed parameters for orthogonal directions, or is not a multiple of
       the size of the axis; if ``axis_name`` is not such an axis, or comes with ``redraw=False``;
-      if what ``update`` is given varies over it, where ``shard_map`` checks that;
+      if an argument of ``update`` varies over that axis (with the replication check of
+      ``shard_map`` on);
       if ``per_task`` is set for a solver without tasks; if ``perturb`` has another structure than
       ``x``; if the inner run does not depend on ``x``, or on the leaves that ``perturb`` chooses;
       if ``difference="exact"`` meets a black box, or L-BFGS or a line search in the optimizer.
@@ -193,7 +196,7 @@ def add_es_response(
       raise TypeError(f"mesh must be a jax.sharding.Mesh, got {mesh!r}")
     _check.one_of("axis_name", axis_name, mesh.axis_names)
   if axis_name is not None and not redraw:
-    raise ValueError("redraw must be True with axis_name: devices exchange no directions")
+    raise ValueError("redraw must be True with axis_name: devices do not exchange directions")
   impl = _random.key_impl("key", key)
 
   sampling = Sampling(
@@ -257,7 +260,7 @@ def add_es_response(
       try:
         _check.floating("the output of through", features)
       except TypeError as error:
-        raise TypeError(f"{error}; ES perturbs it: keys and integers belong into batch") from None
+        raise TypeError(f"{error}; ES perturbs it: keys and integers belong in batch") from None
       low_precision |= _tree.has_low_precision(features)
       _, with_zeros = part_of(optax.tree.zeros_like(x), chosen)
       pull_back = lambda response: with_zeros(vjp(_tree.cast_like(response, features))[0])

@@ -54,18 +54,18 @@ def add_finite_difference_response(
   optimizer, :math:`-\xi v` is the product of :math:`v` with the derivative of its update in the
   gradient, at its present state; an optimizer that depends on ``x`` adds its own derivative.
 
-  A solver with ``num_steps=1`` took this step, from :math:`y` = ``solution.start``. A solver of
-  more steps did not store where its last step began, so the step is one more from the solution.
-  Responses of earlier steps are missing: they matter unless :math:`\xi \nabla^2_{yy} g` is near the
-  identity.
+  With ``num_steps=1`` the step is the one that the solver took, from :math:`y` =
+  ``solution.start``. A solver of more steps does not store where its last step began, so the
+  response is that of one more step from the solution. It lacks the responses of earlier steps,
+  which matter unless :math:`\xi \nabla^2_{yy} g` is near the identity.
 
   Cost: two gradients of ``g``, and one more if the update is not linear in the gradient (Adam).
   Memory: one gradient of ``g``.
 
   Args:
     inner: the inner solver that made the solution.
-    radius: the distance, above 0, that :math:`y` moves either way. In float32 rounding is an error
-      of about :math:`10^{-7} \|\nabla_x g\| \cdot \xi \|v\| / \text{radius}`.
+    radius: the distance, above 0, that :math:`y` moves in either direction. In float32, rounding
+      causes an error of about :math:`10^{-7} \|\nabla_x g\| \cdot \xi \|v\| / \text{radius}`.
 
   Returns:
     A transformation from the pair ``(df/dx, df/dy)`` to the hypergradient. ``update`` must be

@@ -19,9 +19,9 @@ def gmres(
 ) -> LinearSolver:
   r"""GMRES for :math:`(A + \text{damping}\, I)\, x = b`; :math:`A` need not be symmetric.
 
-  It minimizes :math:`\|b - A x\|` over the Krylov space of ``num_steps`` products, and is exact
-  after as many steps as :math:`A` has distinct eigenvalues (if it is diagonalizable). It does not
-  restart. (``jax.scipy.sparse.linalg.gmres`` does not run on explicit mesh axes, nor inside
+  GMRES minimizes :math:`\|b - A x\|` over the Krylov space of ``num_steps`` products. It is exact
+  after as many steps as :math:`A` has distinct eigenvalues, if :math:`A` is diagonalizable. It does
+  not restart. (``jax.scipy.sparse.linalg.gmres`` runs neither on explicit mesh axes nor inside
   ``shard_map`` with the replication check.)
 
   Cost: ``num_steps + 1`` products with :math:`A`, one more with a warm start. Memory: ``num_steps +

@@ -34,11 +34,12 @@ class ImplicitInfo(NamedTuple):
     linear_steps: number of steps of the linear solver, int32; -1 if the solver does not report it.
     linear_breakdown: whether the linear solver broke down: zero or negative curvature, a residual
       that grew, or numbers that are not finite.
-    stationarity: the norm of the condition (of the inner gradient, for ``"gradient"``) at the
-      solution, relative to that of its derivative times ``y``: about the relative distance of ``y``
-      to where the condition holds, in the steep directions above all. It is not small where the
-      inner run does not reach what the response assumes. 1 if it is not finite, and for a solver of
-      one step, which does not try to; elsewhere it costs one product.
+    stationarity: the norm of the condition (for ``"gradient"``, the inner gradient) at the
+      solution, relative to the norm of its derivative times ``y``. This is about the relative
+      distance of ``y`` to a point where the condition holds, mostly along steep directions. A large
+      value means that the solution does not meet what the response assumes. 1 if it is not finite,
+      and for a solver of one step, which does not run to the minimum; otherwise it costs one
+      product.
   """
 
   hypergradient_norm: jax.Array
@@ -80,17 +81,17 @@ def add_implicit_response(
   warm-start the inner solver. The inner loss must be twice differentiable, and locally strongly
   convex in ``y`` unless the linear solver is damped.
 
-  That is for an inner optimizer that descends and does nothing else. In general the solution meets
-  a condition :math:`F(x, y) = 0`, and
+  These formulas hold for an inner optimizer that only descends. In general the solution meets a
+  condition :math:`F(x, y) = 0`, and
 
   .. math::
     h = \nabla_x f - (\partial_x F)^\top \lambda, \qquad (\partial_y F)^\top \lambda = \nabla_y f .
 
   ``condition="gradient"`` is :math:`F = \nabla_y g`. ``condition="fixed_point"`` is :math:`F = y -
-  T(x, y)` with :math:`T` one step of the solver's own optimizer, so projections, proximal steps and
-  weight decay in the optimizer are differentiated as what they are. The step has its momentum at
-  rest and stands in the middle of its schedules. Leaves of ``y`` that the optimizer never moves are
-  constants in both.
+  T(x, y)` with :math:`T` one step of the solver's own optimizer, so the response differentiates
+  projections, proximal steps and weight decay in the optimizer too. :math:`T` is taken in the
+  middle of the optimizer's schedules, with its momentum at rest. Under both conditions, leaves of
+  ``y`` that the optimizer never moves are constants.
 
   Products with the Hessian are forward-over-reverse; all iterations share one linearization of
   :math:`\nabla_y g`. Cost: one linearization, the products of the linear solver (about two
@@ -104,27 +105,28 @@ def add_implicit_response(
       ``jax.scipy.sparse.linalg.cg``. A solver that does not return a
       :class:`~jaxbo.bilevel.LinearInfo` costs one more product, for the residual.
     condition: ``"gradient"``, ``"fixed_point"``, or a function ``F(x, y, batch)``, shaped like
-      ``y``, of your own optimality conditions (KKT, a root). ``None`` chooses for each leaf:
-      ``"fixed_point"`` where :func:`jaxbo.bilevel.project_params` or
-      ``optax.keep_params_nonnegative`` ends the step, after any optimizer, and where the optimizer
-      moves the leaf without a gradient and is SGD otherwise (weight decay, a proximal step, a
-      projection of your own); else ``"gradient"``. Adam and L-BFGS with weight decay or a proximal
-      step are not recognized: look at ``info.stationarity``. The fixed point is divided by the
-      optimizer's step length, so dampings and rates of linear solvers are those for the Hessian.
+      ``y``, with your own optimality conditions (KKT, a root). ``None`` chooses for each leaf. It
+      takes ``"fixed_point"`` in two cases: if :func:`jaxbo.bilevel.project_params` or
+      ``optax.keep_params_nonnegative`` ends the step, after any optimizer; or if the optimizer is
+      SGD that also moves the leaf without a gradient (weight decay, a proximal step, a projection
+      of your own). Otherwise it takes ``"gradient"``. It does not recognize Adam and L-BFGS with
+      weight decay or a proximal step: look at ``info.stationarity``. The fixed point is divided by
+      the optimizer's step length, so dampings and rates of linear solvers are those for the
+      Hessian.
     inner_params: the inner parameters, as arrays or ``jax.ShapeDtypeStruct``. Required by a linear
       solver with ``warm_start``, because the state keeps its solution; unused otherwise.
 
   Returns:
-    A transformation from the pair ``(df/dx, df/dy)`` to the hypergradient, for the beginning of a
-    chain: :func:`jaxbo.bilevel_loop` refuses a clip before it, ``update`` alone cannot see one.
-    ``update`` must be given ``solution=`` and ``batch=``, the batch that ``inner.solve`` saw. With
-    per-step batches
-    the system uses the batch of the last step. Pass ``linear_batch=``, one batch without a step
-    axis, to use that batch instead: an independent batch removes a bias of stochastic methods.
+    A transformation from the pair ``(df/dx, df/dy)`` to the hypergradient. Put it first in the
+    chain: :func:`jaxbo.bilevel_loop` refuses a transformation before it, but ``update`` alone
+    cannot see one. ``update`` must be given ``solution=`` and ``batch=``, the batch that
+    ``inner.solve`` saw. With per-step batches the system uses the batch of the last step. Pass
+    ``linear_batch=``, one batch without a step axis, to use that batch instead: an independent
+    batch removes a bias of stochastic methods.
 
   Raises:
     ValueError: if the linear solver warm-starts and ``inner_params`` is missing; if ``condition``
-      is neither value nor a function; if ``inner`` is a :func:`jaxbo.black_box` and ``condition``
+      is none of the above; if ``inner`` is a :func:`jaxbo.black_box` and ``condition``
       is not a function; if the condition does not depend on ``x``.
     TypeError: if ``linear_solver`` does not take ``(matvec, b, x0)``; if the dtypes of
       ``inner_params`` are not those of the solution (float32 at least).

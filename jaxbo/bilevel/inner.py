@@ -44,26 +44,27 @@ def inner_solver(
       differentiable: for Adam set ``eps_root > 0``, because the derivative of its square root is
       infinite at a gradient of exactly zero.
     num_steps: the number :math:`N \ge 1` of steps.
-    tolerance: stop before, once :math:`\|y^{n+1} - y^n\| \le \text{tolerance}\, \|y^{n+1}\|`. A
-      step that changes nothing does not count. The losses after that are the last one. Such a run
-      has no reverse mode: ITD refuses it.
+    tolerance: stop early, once :math:`\|y^{n+1} - y^n\| \le \text{tolerance}\, \|y^{n+1}\|`. A
+      step that changes nothing does not stop the run. ``info.losses`` repeats the last loss for the
+      steps that were not taken. Such a run has no reverse mode: ITD refuses it.
     per_step_batches: ``False``: every step sees the whole ``batch``. ``True``: every leaf of
       ``batch`` has a leading axis ``num_steps`` and step ``n`` sees slice ``n``. All runs of one
       update (base, perturbed, unrolled) see the same slices.
     has_aux: whether the loss returns ``(scalar, aux)``.
-    keep: ``keep(y, aux) -> y`` after each step, for what lives across steps, such as running batch
-      statistics: leaves of ``y`` that the optimizer does not move (``optax.partition`` with
-      ``optax.set_to_zero``) and that the loss hands on in ``aux``. Needs ``has_aux``. Random
-      numbers need no state: put a key for each step into the batch, with ``per_step_batches``.
-    warm_start: ``"params"``: a solve begins at the last solution, with a fresh optimizer state.
-      ``"all"``: it also keeps the optimizer's state, so schedules go on counting over all solves,
-      and curvature that L-BFGS remembers belongs to an earlier ``x``. ``False``: every solve begins
+    keep: ``keep(y, aux) -> y``, called after each step, for values that live across steps, such as
+      running batch statistics. They are leaves of ``y`` that the optimizer does not move
+      (``optax.partition`` with ``optax.set_to_zero``); the loss returns their new values in
+      ``aux``. Needs ``has_aux``. Random numbers need no state: put a key for each step into the
+      batch, with ``per_step_batches``.
+    warm_start: ``"params"``: a solve starts at the last solution, with a fresh optimizer state.
+      ``"all"``: a solve also keeps the optimizer's state, so schedules count over all solves, and
+      the curvature that L-BFGS remembers belongs to an earlier ``x``. ``False``: every solve starts
       at ``y0``. ``None``: ``"all"`` if ``num_steps`` is 1, where the solves together are one run
       (a single loop), ``"params"`` otherwise.
-    start: ``start(x) -> y``, where every solve begins (MAML: ``start=lambda x: x``). Responses that
-      run the problem again differentiate it; with ``y0`` it is ``None``.
-    remat: what ``path`` stores for reverse-mode differentiation. ``False``: every
-      step, memory :math:`O(N)`. ``True``: the start of each of about :math:`\sqrt N` segments; the
+    start: ``start(x) -> y``, where every solve starts (MAML: ``start=lambda x: x``); pass
+      ``y0=None`` to ``init`` then. Responses that run the problem again differentiate ``start``.
+    remat: what ``path`` stores for reverse-mode differentiation. ``False``: every step, memory
+      :math:`O(N)`. ``True``: the start of each of about :math:`\sqrt N` segments; the
       backward pass runs the segments again, so memory is :math:`O(\sqrt N)` for one more forward
       run. An int sets the length of a segment.
     through: ``features(x, batch) -> z``, for an inner loss that sees ``x`` only through ``z`` (a
@@ -78,8 +79,7 @@ def inner_solver(
     ValueError: if ``num_steps`` or ``remat`` is below 1; if the leading axis of a per-step batch is
       not ``num_steps``; if the loss is not a scalar; if ``warm_start`` is not one of the values
       above, or is given with ``start``; if ``keep`` is given without ``has_aux``, or ``remat`` with
-      ``tolerance``; if ``through`` is
-      given with a ``start`` or an optimizer that depends on ``x``.
+      ``tolerance``; if ``through`` is given with a ``start`` or an optimizer that depends on ``x``.
     TypeError: if ``inner_loss``, ``through`` or ``start`` does not take its arguments; if
       ``optimizer`` is neither an optimizer nor a function that returns one; if a parameter is not a
       float.

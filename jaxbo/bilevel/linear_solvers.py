@@ -51,8 +51,8 @@ def conjugate_gradient(
   The result is then finite but *not* a least-squares solution: use ``damping`` (start with 1e-3)
   or :func:`fixed_point`.
 
-  It needs a symmetric matrix. For a system that is not symmetric,
-  :func:`jaxbo.add_implicit_response` uses :func:`jaxbo.gmres` with the same arguments instead.
+  :math:`A` must be symmetric. If the system is not symmetric, :func:`jaxbo.add_implicit_response`
+  uses :func:`jaxbo.gmres` with the same arguments instead.
 
   Cost: ``num_steps`` products with :math:`A`, one more with a warm start. Memory: five vectors.
 

@@ -38,8 +38,8 @@ class BilevelInfo(NamedTuple):
     inner_losses: the inner loss before each inner step, ``[num_steps]``; ``None`` without an inner
       loss.
     inner_finite: whether the inner run was finite; if not, it returned to its start.
-    response_finite: whether the response was finite (of samples: whether one was); if not, it was
-      left out. True if ``outer`` does not report it.
+    response_finite: whether the response was finite (with samples: whether one of them was); if
+      not, it was left out. True if ``outer`` does not report it.
     linear_residual: relative residual of the linear system of :func:`jaxbo.add_implicit_response`;
       NaN for other responses.
     stationarity: how far the inner solution is from what :func:`jaxbo.add_implicit_response`
@@ -82,15 +82,15 @@ def bilevel_loop(
     ``init(x, y0, train)``. ``step(state, train, val, **extra_args) -> (BilevelState,
     BilevelInfo)``: wrap it in ``jax.jit`` or scan over it. The inner loss sees the batch ``train``
     and the outer loss sees ``val``. Extra arguments, such as ``linear_batch=``, go to the
-    ``update`` of ``outer``. It also gets ``value=``, the outer loss, and for line searches
-    ``value_fn=``, the outer loss at the end of the inner run from the same start, and ``grad=``,
-    the hypergradient; so ``optax.lbfgs`` may follow a response.
+    ``update`` of ``outer``. That ``update`` also gets ``value=``, the outer loss. For line searches
+    it gets ``value_fn=``, the outer loss at the end of the inner run from the same start, and
+    ``grad=``, the hypergradient; so ``optax.lbfgs`` may follow a response.
 
   Raises:
     TypeError: if ``outer_loss`` does not take ``(x, y, batch)``, or a parameter is not a float.
     ValueError: if the outer loss is not a scalar, or ``outer`` does not begin with a response; if
       the loss varies over an axis of ``shard_map`` over which ``x`` or ``y`` does not (with the
-      replication check on): return its mean over the axis.
+      replication check on); then return the mean of the loss over that axis.
 
   Example:
     >>> import jax, jax.numpy as jnp, jaxbo, optax

@@ -67,10 +67,11 @@ def loss_and_aux(
 def outer_grad(
   outer_loss: Callable[..., PyTree], *, has_aux: bool = False
 ) -> Callable[..., OuterGrads]:
-  r"""Gradients of the outer loss in both levels, as the responses take them.
+  r"""Gradients of the outer loss in both levels: the input of a response.
 
-  They are those of ``jax.value_and_grad(outer_loss, (0, 1))``. A response takes that tuple, too,
-  but then a transformation in front of the response acts on both gradients without an error.
+  These are the gradients of ``jax.value_and_grad(outer_loss, (0, 1))``. A response also takes the
+  plain tuple, but then a transformation in front of the response acts on both gradients without an
+  error.
 
   Args:
     outer_loss: the outer loss :math:`f`, ``outer_loss(x, y, *args) -> scalar``.
@@ -83,8 +84,8 @@ def outer_grad(
   Raises:
     ValueError: if the outer loss is not a scalar, or varies over an axis of ``shard_map`` over
       which ``x`` or ``y`` does not (with the replication check on).
-    TypeError: if it does not return a pair with ``has_aux``, or returns one without, or is not of
-      real floats.
+    TypeError: if the outer loss does not return a pair with ``has_aux``, or returns one without
+      it, or is not a real float.
 
   Example:
     >>> import jax.numpy as jnp, jaxbo, optax

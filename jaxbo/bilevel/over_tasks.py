@@ -47,7 +47,7 @@ def over_tasks(inner: InnerSolver, num_tasks: int, *, average_start: bool = Fals
   """
   num_tasks = _check.positive_int("num_tasks", num_tasks)
   if inner.task is not None:
-    raise ValueError(f"inner must be of one task, got one of {inner.num_tasks} tasks")
+    raise ValueError(f"inner must be a solver of one task, got one with {inner.num_tasks} tasks")
   axis = 1 if inner.per_step_batches else 0
   over_batches = functools.partial(jax.vmap, axis_size=num_tasks)
 

@@ -21,7 +21,7 @@ Projection = Callable[[PyTree], PyTree]
 def project(
   outer: Projection | None = None, inner: Projection | None = None
 ) -> optax.GradientTransformationExtraArgs:
-  r"""Makes the step of :class:`jaxbo.Bilevel` parameters end in :math:`X \times Y`.
+  r"""Projects :class:`jaxbo.Bilevel` parameters: each step ends in :math:`X \times Y`.
 
   .. math:: u \leftarrow P(z + u) - z, \qquad P = (P_X, P_Y), \quad z = (x, y)
 
@@ -154,7 +154,7 @@ def _is_masked(node: object) -> bool:
 
 
 def project_params(projection: Projection) -> optax.GradientTransformationExtraArgs:
-  r"""Makes the step of one level end in a convex set: :func:`~jaxbo.project` for plain parameters.
+  r"""Projects the parameters of one level: each step ends in a convex set.
 
   .. math:: u \leftarrow P_X(x + u) - x
 

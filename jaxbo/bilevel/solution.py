@@ -90,10 +90,11 @@ class InnerSolver(NamedTuple):
       the final inner parameters. Responses differentiate this map. With ``last=k`` the gradient
       flows through the last ``k`` steps only.
     loss: ``loss(x, y, batch) -> scalar``, the inner loss on the batch of *one* step.
-    descend: ``descend(x, y, grads, batch, *, opt_state=None, with_loss=True) -> updates``, what the
-      optimizer makes of gradients in one step on the batch of *one* step: from ``opt_state``, or
-      without one in the middle of a run of these gradients, with its momentum at rest.
-      Optimizers that need the loss see zero instead without ``with_loss``.
+    descend: ``descend(x, y, grads, batch, *, opt_state=None, with_loss=True) -> updates``, the
+      optimizer's update for given gradients in one step on the batch of *one* step. The step starts
+      from ``opt_state``; without ``opt_state``, the optimizer is in the middle of a run with these
+      gradients, with its momentum at rest. With ``with_loss=False``, optimizers that need the loss
+      see zero.
     num_steps: the number of steps of a run; 0 for a :func:`jaxbo.black_box`, which has no loss.
     per_step_batches: whether ``batch`` has a leading axis ``num_steps``.
     start: the function ``start=`` of the solver, else ``None``.
@@ -101,8 +102,8 @@ class InnerSolver(NamedTuple):
       ``None``.
     task: the solver of one task, if :func:`jaxbo.over_tasks` made this solver; else ``None``.
     num_tasks: the number of tasks, if :func:`jaxbo.over_tasks` made this solver; else ``None``.
-    after: ``after(x, y, updates, batch) -> updates``, what a step changes in all, with ``keep=``;
-      ``None`` without it.
+    after: ``after(x, y, updates, batch) -> updates``, the whole change of a step, including that of
+      ``keep=``; ``None`` without ``keep=``.
     stops_early: whether a run may end before ``num_steps``, by ``tolerance=``.
   """
 

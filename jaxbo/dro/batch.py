@@ -85,8 +85,8 @@ def is_checked(name: str) -> bool:
     index = jax.lax.axis_index(name)
   except NameError:
     raise ValueError(
-      f"axis_name must be an axis of the shard_map around, got {name!r}, which is not; under jit "
-      "with a sharded batch leave it out"
+      f"axis_name must be an axis of the enclosing shard_map, got {name!r}; under jit with a "
+      "sharded batch, leave axis_name out"
     ) from None
   return name in _tree.varying_axes(index)
 

@@ -19,8 +19,8 @@ def smallest(
 
   Floats of one sign have the same order as their bits. Dividing an interval of bits therefore finds
   the number exactly, at any scale and without a tolerance. A step divides the interval by 8, at 7
-  numbers that are tried at once: 11 steps for float32. A bisection takes 32 steps of a 7th of the
-  work each, but on accelerators and between devices it is the steps that cost.
+  numbers that are tried at once: 11 steps for float32. A bisection takes 32 steps with a seventh of
+  the work each, but on accelerators and between devices the number of steps sets the cost.
 
   Args:
     holds: a function of a scalar, false below some number and true from there on; ``high`` counts

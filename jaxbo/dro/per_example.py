@@ -18,11 +18,12 @@ from jaxbo.dro.batch import Over, check_losses
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PerExampleGrads(NotGradients):
-  """The losses of a batch and the pullback to the parameters: gradients that are not yet there.
+  """The losses of a batch, and the backward pass that turns weights into a gradient.
 
-  Make it and give it to :func:`~jaxbo.reweight` in the same function, inside one ``jax.jit``.
-  Whatever treats it as a tree of gradients raises ``TypeError``: a transformation in front of
-  ``reweight``, a wrapper around it, or a ``jit``, ``scan`` or branch that it would enter or leave.
+  Make this record and give it to :func:`~jaxbo.reweight` in the same function, inside one
+  ``jax.jit``. Whatever treats the record as a tree of gradients raises ``TypeError``: a
+  transformation in front of ``reweight``, a wrapper around ``reweight``, or passing the record into
+  or out of a ``jit``, ``scan`` or branch.
 
   Attributes:
     losses: ``[batch]``.
@@ -59,8 +60,8 @@ class PerExampleGrads(NotGradients):
   def aux_or(self, previous: PyTree) -> PyTree:
     """Returns ``aux`` if all floats in it are finite, and ``previous`` otherwise.
 
-    These are the batch statistics to carry on: one image that is not finite makes those of its
-    batch NaN, and with them every later prediction.
+    Carry these batch statistics to the next step: one image that is not finite turns the statistics
+    of its batch into NaN, and with them every later prediction.
     """
     _check.same_structure("previous", previous, "aux", self.aux)
     return _tree.where(_tree.all_finite(self.aux), self.aux, previous)
@@ -83,17 +84,18 @@ def per_example_grad(
   Args:
     loss_fn: ``loss_fn(params, batch) -> losses``, real floats ``[batch]``. Prefer float32: the
       backward pass rounds the weights to the dtype of the losses. With ``microbatch_size`` or
-      ``repair``, the loss of an example must not depend on other examples. If it has a function
-      ``loss_fn.example_mask(batch)``, booleans ``[batch]``, the others do not count: a sequence
-      without a target has no loss.
+      ``repair``, the loss of an example must not depend on other examples. ``loss_fn`` may have a
+      function ``loss_fn.example_mask(batch)``, which returns booleans ``[batch]``: false for
+      examples that do not count, such as a sequence without a target.
     has_aux: whether ``loss_fn`` returns ``(losses, aux)``; with ``microbatch_size``, every leaf of
-      ``aux`` must be ``[batch, ...]``. Carry batch statistics on by ``grads.aux_or(previous)``.
+      ``aux`` must be ``[batch, ...]``. Carry batch statistics to the next step by
+      ``grads.aux_or(previous)``.
     batch_axes: which axis of each leaf of the batch counts the examples: an integer, ``None`` for
       leaves that all examples share (a key, a scalar, a table, frozen parameters), or a tree of
-      these that is a prefix of the batch, as ``in_axes`` of ``jax.vmap``. The default 0 says that
-      every leaf is ``[batch, ...]``; a shared leaf with as many rows as examples is then cut
-      without an error, so say which leaves are shared. Only ``microbatch_size`` and ``repair`` cut
-      the batch; a shared leaf goes whole to every part.
+      these that is a prefix of the batch, like ``in_axes`` of ``jax.vmap``. The default 0 takes
+      every leaf as ``[batch, ...]``: a shared leaf with as many rows as examples is then cut
+      without an error. Only ``microbatch_size`` and ``repair`` cut the batch; a shared leaf goes
+      whole to every part.
     microbatch_size: how many examples go through the model at once; ``None`` for all. It must
       divide the batch. Activation memory falls to that of one microbatch. The losses are computed
       again for the backward pass, so the cost rises to 4/3.
@@ -102,9 +104,9 @@ def per_example_grad(
       bad rows, and those of weight zero, by a good one. With ``microbatch_size`` this adds no pass.
       Without it, a bad batch is run again example by example, about two more passes; ``loss_fn``
       must then accept a batch of one, the model is compiled twice, and :func:`reweight` cannot be
-      differentiated in reverse mode. An example that counts and whose loss is finite, but not its
-      gradient, gives the whole batch a zero gradient either way, and ``info.gradient_finite`` is
-      false.
+      differentiated in reverse mode. If an example counts and has a finite loss but a gradient that
+      is not finite, the whole batch gets a zero gradient either way, and ``info.gradient_finite``
+      is false.
 
   Returns:
     A function ``(params, batch) -> PerExampleGrads``.

@@ -56,16 +56,17 @@ def reweight(
   With the check on, JAX sums gradients of replicated parameters over devices. Parameters that vary
   over the axis (you shard them by hand) get the gradient of their own shard. Take stored
   per-example gradients at ``jax.lax.pcast(params, axis_name, to="varying")``, so that JAX does not
-  sum them.
+  sum these gradients.
 
   *Examples that do not count.* Losses that are not finite get weight zero and are counted in
   ``info.num_excluded``. A weight of zero does not silence them in the backward pass, so their whole
   batch gets a zero gradient, unless ``per_example_grad(..., repair=True)`` recomputes the gradient
-  without them. Masked losses get weight zero and are not counted, except those that are not finite
-  in a batch without ``repair``, since they make its gradient zero too. A finite loss may have a
-  gradient that is not finite: the gradient of the batch is then zero, and ``info.gradient_finite``
-  is false. Of stored gradients, rows that are not finite get weight zero and are counted. If no
-  example counts, the gradient is zero and the state does not change.
+  without them. Masked losses get weight zero and are not counted. The exception is a masked loss
+  that is not finite, in a batch without ``repair``: it makes the gradient zero too, so it is
+  counted. A finite loss may have a gradient that is not finite: the gradient of the batch is then
+  zero, and ``info.gradient_finite`` is false. Rows of stored gradients that are not finite get
+  weight zero and are counted. If no example counts, the gradient is zero and the state does not
+  change.
 
   Cost: one forward and one backward pass, as in ordinary training, and a few operations on
   ``[batch]`` numbers.
@@ -94,9 +95,10 @@ def reweight(
   Raises:
     ValueError: if ``scale`` is unknown; if losses are not one-dimensional, or another argument
       does not have their shape; if ``losses=`` is missing, or given along with
-      :class:`~jaxbo.dro.PerExampleGrads`; if ``axis_name`` is not an axis of the ``shard_map``
-      around, or forgets one over which the losses vary and the parameters do not (with the
-      replication check on; with it off, nothing can be seen: see the tutorial *Many devices*).
+      :class:`~jaxbo.dro.PerExampleGrads`; if ``axis_name`` is not an axis of the enclosing
+      ``shard_map``, or forgets an axis over which the losses vary and the parameters do not. The
+      last needs the replication check; without it, a forgotten axis goes unnoticed (see the
+      tutorial *Many devices*).
     TypeError: if ``weighting`` is not a :class:`~jaxbo.dro.Weighting`.
 
   Example:

@@ -43,9 +43,10 @@ def robust_value(
     groups: integer group ids, ``[batch]``.
     state: the state of the weighting; its initial state by default.
     axis_name: the axis, or axes, of the enclosing ``shard_map`` over which the batch is divided;
-      the value is then that of the global batch; without, that of the part on each device. To
-      differentiate inside ``shard_map``, use :func:`~jaxbo.reweight` instead: the derivative of a
-      sum over devices depends on the replication check (``check_vma``).
+      the value is then that of the global batch. Without ``axis_name``, the value is that of the
+      part on each device. To differentiate inside ``shard_map``, use :func:`~jaxbo.reweight`
+      instead: the derivative of a sum over devices depends on the replication check
+      (``check_vma``).
 
   Returns:
     A scalar, at least float32.

@@ -66,15 +66,15 @@ def streaming_grad(
   microbatches.
 
   Args:
-    loss_fn: ``loss_fn(params, batch) -> losses``, real floats ``[batch]``, at best float32. The
+    loss_fn: ``loss_fn(params, batch) -> losses``, real floats ``[batch]``, preferably float32. The
       loss of an example must not depend on other examples.
     weighting: a :class:`~jaxbo.dro.Weighting`, such as :func:`~jaxbo.dro.kl`.
     microbatch_size: how many examples go through the model at once; it must divide the batch.
     has_aux: whether ``loss_fn`` returns ``(losses, aux)``, with leaves ``[batch, ...]``.
     batch_axes: which axis of each leaf of the batch counts the examples: an integer, ``None`` for
       leaves that all examples share (a key, a scalar, a table), or a tree of these that is a prefix
-      of the batch, as ``in_axes`` of ``jax.vmap``. The default 0 says that every leaf is
-      ``[batch, ...]``; a shared leaf with as many rows as examples is then cut without an error.
+      of the batch, like ``in_axes`` of ``jax.vmap``. The default 0 takes every leaf as
+      ``[batch, ...]``: a shared leaf with as many rows as examples is then cut without an error.
     axis_name: the axis, or axes, of the enclosing ``shard_map`` over which the batch is divided.
     repair: what to do if a loss is not finite. ``False`` gives the whole batch a zero gradient;
       ``True`` leaves out the bad examples. In the one-pass case, ``True`` costs about two more

@@ -44,8 +44,8 @@ def target_ess(fraction: float | jax.Array) -> TargetEss:
   .. math:: \Big(n \sum_i w_i^2\Big)^{-1} \ge \text{fraction}
 
   (:math:`\big(\sum_i w_i^2 / p_i\big)^{-1}` under a prior :math:`p`). The left-hand side grows with
-  the temperature, from the fraction of examples that attain the maximum, up to 1. The weights then
-  do not depend on the scale of the losses.
+  the temperature: from the fraction of examples that attain the maximum, up to 1. With this target,
+  the weights do not depend on the scale of the losses.
 
   Cost: a search that computes 7 sets of weights in each of 11 steps (22 in double precision).
 

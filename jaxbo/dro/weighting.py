@@ -33,8 +33,8 @@ class Weighting(NamedTuple):
       at least float32; ``info`` is a :class:`WeightInfo`. With ``stop_gradient=False`` the weights
       are differentiable functions of the losses.
     log_ratio: ``log_ratio(losses, state)`` is the logarithm of ``weights / prior`` up to a constant
-      and lets :func:`jaxbo.streaming_grad` run in one pass. ``None`` if the weighting does not know
-      it from each loss alone.
+      and lets :func:`jaxbo.streaming_grad` run in one pass. ``None`` if this ratio does not follow
+      from each loss alone.
   """
 
   init: Callable[..., PyTree]

@@ -23,7 +23,7 @@ def fine_tuning(
   shift_score: str | Callable[[PyTree], jax.Array] = "energy",
   metric: Callable[[PyTree, Data], PyTree] | None = None,
 ) -> OnlineMetaLearner:
-  """One model that keeps learning across all tasks: online descent.
+  """A baseline: one model that keeps learning across all tasks, by online descent.
 
   The model starts at the meta-model and never restarts. A pre-trained ``x`` makes it fine-tuning, a
   random ``x`` online SGD. With :func:`jaxbo.meta.bayesian_gradient_descent` as the inner optimizer
@@ -69,7 +69,7 @@ def frozen_maml(
   shift_score: str | Callable[[PyTree], jax.Array] = "energy",
   metric: Callable[[PyTree, Data], PyTree] | None = None,
 ) -> OnlineMetaLearner:
-  """A meta-model that was trained before the stream and stays fixed: each round adapts it anew.
+  """A baseline: each round adapts a meta-model that was trained before the stream and stays fixed.
 
   If the inner parameters cover the whole model, this is the baseline MAML of OSAKA; for the head
   alone, it is ANIL.
@@ -124,7 +124,7 @@ def train_from_scratch(
   shift_score: str | Callable[[PyTree], jax.Array] = "energy",
   metric: Callable[[PyTree, Data], PyTree] | None = None,
 ) -> OnlineMetaLearner:
-  """Each task starts from the same untrained parameters and learns for as long as it lasts.
+  """A baseline without meta-learning: each task learns from the same untrained parameters.
 
   Args:
     outer_loss: :math:`L`, ``outer_loss(x, y, batch) -> (scalar, logits)``, the mean loss of a model

@@ -99,7 +99,7 @@ def c_maml(
   shift_score: str | Callable[[PyTree], jax.Array] = "energy",
   metric: Callable[[PyTree, Data], PyTree] | None = None,
 ) -> OnlineMetaLearner:
-  r"""C-MAML: the last round supports and this round judges, unless the task has changed.
+  r"""C-MAML: adapts to the last round, judges on this one; no meta-update if the task changed.
 
   .. math::
     \theta_{t+1} = \theta_t - \beta \nabla_\theta L\big(U(\theta_t; S_{t-1}); S_t\big)

@@ -96,10 +96,10 @@ def online_loop(
 
   A *stream* gives the batches, ``(train, val)`` or an :class:`~jaxbo.online.OnlineBatch`. It is a
   :class:`jaxbo.tasks.Stream`, or a pure function ``stream(key, t)`` of a constant key and the
-  number of the round, int32 from 0 (see :func:`jaxbo.tasks.function_stream`);
-  :func:`jaxbo.tasks.iterator_stream` makes one of a Python iterator. Pass a stream to a jitted
-  function as an argument: its data then travel with it, where a closure would copy the data into
-  the program. A function must be a ``jax.tree_util.Partial`` for that.
+  number of the round, int32 from 0 (see :func:`jaxbo.tasks.function_stream`).
+  :func:`jaxbo.tasks.iterator_stream` makes a stream of a Python iterator. Pass a stream to a jitted
+  function as an argument; a closure would copy its data into the program. Wrap a plain function in
+  ``jax.tree_util.Partial`` to pass it.
 
   A run of any number of rounds is one compiled scan and continues from any state. Two runs of 500
   rounds equal one run of 1,000, bit for bit, even with a save and restore in between.

@@ -25,8 +25,8 @@ class BatchAverageInfo(NamedTuple):
 
   Attributes:
     average_norm: norm of the output, float32 at least.
-    num_finite: how many batches in the window had a finite hypergradient, int32; the others do not
-      count.
+    num_finite: how many batches in the window had a finite hypergradient, int32; the average leaves
+      out the others.
   """
 
   average_norm: jax.Array
@@ -63,9 +63,9 @@ def average_over_batches(
   :func:`jaxbo.online_loop` stores the batches and passes them to ``update``.
 
   Cost: one run of the head for each batch in the window, and one gradient of the outer loss for
-  each batch except the newest, whose gradient comes in. Empty slots cost nothing. A linear solver
-  with a warm start goes through the batches from the oldest to the newest, and on to the next
-  round.
+  each batch except the newest, whose gradient the caller passes. Empty slots cost nothing. A linear
+  solver with a warm start starts each batch from the solution for the batch before it, from the
+  oldest to the newest, and then the next round from the newest.
 
   Args:
     head: a response, such as :func:`jaxbo.add_implicit_response`.

@@ -14,7 +14,7 @@ from jaxbo.online.window import check_window, empty_window
 
 
 class Accumulated(NamedTuple):
-  """The value of a metric that adds up.
+  """The value of a metric that is summed over rounds.
 
   Attributes:
     term: the amount of this round; it may be NaN or infinite.
@@ -56,7 +56,7 @@ def local_regret(
   Memory: ``window`` copies of ``x`` for ``"own"``, of a batch for ``"current"``.
 
   Args:
-    hypergradient: ``hypergradient(x, batch) -> dF/dx``, with the :class:`jaxbo.online.OnlineBatch`.
+    hypergradient: ``hypergradient(x, batch) -> dF/dx``, for a :class:`jaxbo.online.OnlineBatch`.
     window: :math:`K \ge 1`, the window of the regret; the method may use another.
     decay: :math:`\eta` in (0, 1].
     at: ``"own"`` or ``"current"``.
@@ -137,7 +137,7 @@ def local_regret(
 def path_length(
   change: Callable[[OnlineBatch, OnlineBatch], jax.Array], power: float | int = 1
 ) -> OnlineMetric:
-  r"""The total change of a problem that knows how much it changes in each round.
+  r"""The path length: the total change of a problem whose change in each round is known.
 
   .. math:: \sum_{t=2}^T \text{change}(\xi_t, \xi_{t-1})^p
 

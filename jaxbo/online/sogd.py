@@ -69,7 +69,7 @@ def add_corrected_response(
   correction: optax.ScalarOrSchedule,
   radius: float | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-  r"""Adds the response by one step for the linear system, with momentum corrections throughout.
+  r"""Adds the response from one step of the linear system, with momentum corrections (SOGD).
 
   .. math::
     D^y = \nabla_y g_t, \qquad D^v = \nabla^2_{yy} g_t\, v - \nabla_y f_t, \qquad

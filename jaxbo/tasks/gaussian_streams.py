@@ -82,7 +82,7 @@ def moving_gaussian_stream(
   task_variance: float | int = 1.0,
   data_variance: float | int = 0.1,
 ) -> Stream:
-  r"""Tasks are Gaussians around a domain mean, which moves with every change of the domain.
+  r"""A stream of Gaussian tasks around a domain mean, which moves when the domain changes.
 
   .. math::
     m_d = m_0 + d\, s \mathbf 1, \qquad \mu \sim N(m_d, \sigma_\mu^2 I), \qquad
@@ -151,7 +151,7 @@ def jumping_gaussian_stream(
   num_queries: int = 1,
   data_variance: float | int = 1.0,
 ) -> Stream:
-  r"""Task means jump by a given distance, so a detector's error rates are known exactly.
+  r"""A stream of Gaussian tasks whose means jump, so a detector's error rates are known exactly.
 
   The first task is a jump from the origin; every jump has a uniformly random direction. The loss of
   a model :math:`\phi` in a round is :math:`L = \frac{1}{2n} \sum_i \|\phi - u_i\|^2`, and

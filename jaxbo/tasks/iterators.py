@@ -19,18 +19,18 @@ def iterator_stream(batches: Iterable[Data] | Callable[[], Iterator[Data]]) -> S
   ``lax.scan`` plays any number of rounds. The device waits for a slow iterator: let it prefetch.
   Outside of jit, ``loop.step(state, batch)`` takes the iterator's batches directly.
 
-  Round ``t`` is the ``t``-th batch, counted from 0, whoever asks. After a restart from a checkpoint
-  the stream skips what was played, and to go back it begins anew; both need an iterator that yields
-  the same batches each time. A generator can only go forward.
+  Round ``t`` is always the ``t``-th batch, counted from 0. After a restart from a checkpoint, the
+  stream skips the batches that were played; to go back, it makes a new iterator. Both need the same
+  batches each time. A generator can only go forward.
 
   Args:
-    batches: an iterable whose ``iter()`` begins anew, or a function without arguments that returns
+    batches: an iterable whose ``iter()`` starts again, or a function without arguments that returns
       a new iterator. Each batch is a pytree of numeric arrays, with the structure, shapes and
       dtypes of the first. 64-bit numbers become 32-bit ones unless JAX has 64 bits enabled.
 
   Returns:
-    A :class:`Stream` with a :class:`RoundState`; it ignores its key. It keeps one batch on the
-    host. Two streams of one iterable are different programs to jit: make the stream once.
+    A :class:`Stream` with a :class:`RoundState`. The stream ignores its key and keeps one batch on
+    the host. To ``jit``, two streams of one iterable are different programs: make the stream once.
 
   Raises:
     TypeError: if ``batches`` is not an iterable or a function; if a leaf is not numeric.
@@ -73,7 +73,7 @@ class _Reader:
   def _read(self, t: int) -> PyTree:
     if t < self._position:
       if self._only_once:
-        raise ValueError(f"batches must be a function or begin anew to give round {t} again")
+        raise ValueError(f"batches must be a function or restart to give round {t} again")
       self._position, self._batches = -1, self._begin()
     while self._position < t:
       try:

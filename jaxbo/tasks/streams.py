@@ -16,13 +16,13 @@ class Stream(NamedTuple):
   """A stream of rounds, for :func:`jaxbo.online_loop` and :func:`jaxbo.meta.online_meta_learner`.
 
   The next round may depend on the rounds before it. Both functions are pure, and each is a
-  ``jax.tree_util.Partial``. Pass the stream to a jitted function as an argument: its data then
-  travel with it, where a closure would copy the data into the program. A batch is a pair ``(train,
-  val)``, a :class:`jaxbo.online.OnlineBatch`, or any pytree with the attributes ``train``, ``val``
-  and ``extra``, such as :class:`StreamBatch`.
+  ``jax.tree_util.Partial``. Pass the stream to a jitted function as an argument; a closure would
+  copy its data into the program. A batch is a pair ``(train, val)``, a
+  :class:`jaxbo.online.OnlineBatch`, or any pytree with the attributes ``train``, ``val`` and
+  ``extra``, such as :class:`StreamBatch`.
 
-  :func:`function_stream` and :func:`iterator_stream` make a stream of a function of the round and
-  of a Python iterator.
+  :func:`function_stream` makes a stream of a function of the round, and :func:`iterator_stream` of
+  a Python iterator.
 
   Attributes:
     init: ``init(key=0) -> state``; the key is an int, a raw key array or a typed key.
@@ -49,7 +49,7 @@ class Stream(NamedTuple):
 
 
 class RoundState(NamedTuple):
-  """State of a :func:`function_stream`: all that it depends on.
+  """State of a :func:`function_stream`: all that the next round depends on.
 
   Attributes:
     base_key: the key of the stream, as raw key data.
@@ -61,9 +61,9 @@ class RoundState(NamedTuple):
 
 
 def function_stream(function: Callable[[Any, Any], Data]) -> Stream:
-  """A stream of a pure function of a constant key and the number of the round.
+  """Makes a stream of a pure function of a constant key and the number of the round.
 
-  The loops do this by themselves to a function that they are given as a stream.
+  The loops call this themselves if you pass a function as the stream.
 
   Args:
     function: ``function(key, t) -> batch``, where ``key`` is the typed key of the stream and ``t``
@@ -71,8 +71,8 @@ def function_stream(function: Callable[[Any, Any], Data]) -> Stream:
       function with its own data should be a ``jax.tree_util.Partial(function, data)``.
 
   Returns:
-    A :class:`Stream` with a :class:`RoundState`. Any round can be made again: ``stream.step`` of
-    the state before it.
+    A :class:`Stream` with a :class:`RoundState`. To repeat a round, call ``stream.step`` on the
+    state before it.
 
   Raises:
     TypeError: if ``function`` does not take a key and a round.
@@ -183,12 +183,12 @@ def phase_stream(
 ) -> Stream:
   """A stream that goes through phases; each phase plays one stream.
 
-  For staged and gradual changes, give each phase some length. For a zigzag, use ``lengths=[1, 1]``
-  with ``repeat``. A stream stands still while other phases play, and goes on after them.
+  For staged changes, give each phase some rounds. For a zigzag, use ``lengths=[1, 1]`` with
+  ``repeat``. A stream pauses while other phases play, and continues after them.
 
   Args:
-    streams: one stream for each phase, or a function for :func:`function_stream`; all give batches
-      of the same structure, shapes and dtypes. Each has a key of its own.
+    streams: for each phase, a stream or a function for :func:`function_stream`. All batches have
+      the same structure, shapes and dtypes. Each stream gets its own key.
     lengths: the number of rounds of each phase, each at least 1.
     repeat: whether the first phase follows the last. Otherwise the last phase never ends.
 

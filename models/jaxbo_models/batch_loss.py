@@ -9,7 +9,7 @@ import jax
 
 @dataclasses.dataclass(frozen=True)
 class BatchLoss:
-  """A function ``(params, batch) -> losses [batch]``.
+  """A loss function ``(params, batch) -> losses [batch]`` that knows which examples count.
 
   >>> import jax.numpy as jnp
   >>> loss_fn = BatchLoss(lambda params, batch: params * batch["x"], lambda batch: batch["x"] > 0)
@@ -19,9 +19,9 @@ class BatchLoss:
 
   Attributes:
     losses: the function.
-    example_mask: ``example_mask(batch)`` is False for examples without a target, whose loss is 0,
-      bool ``[batch]``. ``jaxbo.per_example_grad`` and ``jaxbo.streaming_grad`` ask for it: these
-      examples do not count.
+    example_mask: ``example_mask(batch)`` returns bool ``[batch]``, False for examples without a
+      target, whose loss is 0. ``jaxbo.per_example_grad`` and ``jaxbo.streaming_grad`` use it to
+      leave these examples out.
   """
 
   losses: Callable[[Any, Mapping[str, Any]], jax.Array]

@@ -30,11 +30,11 @@ class Adapter(NamedTuple):
 
 
 class Axes(NamedTuple):
-  """What the axes of a kernel are; outputs are the last ones.
+  """How many axes of a kernel number layers, and how many are inputs; the rest are outputs.
 
   Attributes:
-    num_stacked: number of first axes that number layers.
-    num_inputs: number of axes of inputs, behind them.
+    num_stacked: the number of leading axes that number layers.
+    num_inputs: the number of input axes, after these.
   """
 
   num_stacked: int
@@ -49,8 +49,8 @@ def is_kernel(path: str) -> bool:
 def kernel_axes(path: str, kernel: jax.Array) -> Axes:
   """The axes of the kernels of :class:`Transformer`, and of Flax's ``Dense`` and ``Conv``.
 
-  In the transformer's ``blocks``, the first axis is the layer. Outside of the kernels of attention,
-  the last axis alone is that of outputs.
+  In the transformer's ``blocks``, the first axis is the layer. Except in attention, only the last
+  axis is an output.
   """
   modules = ["", *path.split("/")[:-1]]
   num_stacked = int("blocks" in modules)
@@ -68,7 +68,7 @@ def init(
   axes: Callable[[str, Any], Axes] = kernel_axes,
   dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> dict[str, Any]:
-  """Makes adapters that change nothing yet: ``up`` is 0, and ``down`` is random.
+  """Makes adapters that do not change the model yet: ``up`` is 0, and ``down`` is random.
 
   >>> from jaxbo_models import MLP
   >>> params = MLP((8, 3)).init(jax.random.key(0), jnp.ones((1, 5)))["params"]
@@ -83,14 +83,14 @@ def init(
     key: an int or a key.
     params: nested dictionaries of parameters, of any Flax model; arrays or their shapes.
     rank: the rank of the updates, at least 1.
-    where: ``where(path)`` chooses what is adapted; a path is ``"blocks/qkv/kernel"``. All kernels
-      by default.
+    where: ``where(path)`` chooses which parameters to adapt, by paths such as
+      ``"blocks/qkv/kernel"``. All kernels by default.
     axes: ``axes(path, kernel)`` says which axes of a kernel are inputs, for modules that
       :func:`kernel_axes` does not know.
-    dtype: dtype of the adapters, whatever that of ``params``.
+    dtype: dtype of the adapters, independent of that of ``params``.
 
   Returns:
-    Nested dictionaries that hold an :class:`Adapter` in the place of each chosen parameter.
+    Nested dictionaries with an :class:`Adapter` in place of each chosen parameter.
     ``down`` is normal with the standard deviation ``1 / sqrt(number of inputs)``.
 
   Raises:
@@ -129,9 +129,10 @@ def merge(
 ) -> dict[str, Any]:
   """Returns the parameters with the updates of the adapters.
 
-  What is adapted gets the wider dtype of both, float32 where bfloat16 weights have float32
-  adapters: rounded to bfloat16, small updates would be lost. The other parameters are handed on. In
-  a training step, merging costs one more copy of the adapted kernels, and so does its gradient.
+  An adapted kernel gets the wider dtype of kernel and adapter, such as float32 for bfloat16 weights
+  with float32 adapters: rounding to bfloat16 would lose small updates. The other parameters stay as
+  they are. In a training step, merging costs one more copy of the adapted kernels, and so does its
+  gradient.
 
   >>> params = {"kernel": jnp.ones((3, 2))}
   >>> adapters = {"kernel": Adapter(down=jnp.ones((3, 1)), up=jnp.array([[0.0, 0.5]]))}
@@ -144,7 +145,7 @@ def merge(
     alpha: updates are multiplied by ``alpha / rank``; None for ``rank``.
 
   Raises:
-    ValueError: an adapter is not that of a parameter.
+    ValueError: an adapter does not belong to a parameter.
   """
   flat = _flatten(params)
   for names, adapter in _flatten(adapters).items():
@@ -172,9 +173,9 @@ def adapted(
 ) -> Callable[[Any, Mapping[str, Any]], jax.Array]:
   """Makes the losses a function of the adapters, ``(adapters, batch) -> losses``.
 
-  Examples without a target do not count, as those of ``loss_fn``. Call it inside of the jitted
-  step, with ``params`` among the step's arguments: closed over, they would be constants of the
-  program.
+  Examples that do not count in ``loss_fn`` do not count here either. Call this function inside the
+  jitted step, with ``params`` among the step's arguments; a closure would make them constants of
+  the program.
 
   >>> from jaxbo_models import transformer
   >>> config = transformer.gpt2(vocab_size=9, max_length=8, num_layers=1, width=8, num_heads=2)

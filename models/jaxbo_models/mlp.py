@@ -43,7 +43,7 @@ class MLP(nn.Module):
       ValueError: ``features`` is empty, or a width is not positive.
     """
     if not self.features:
-      raise ValueError(f"features must be one width at least, got {self.features}")
+      raise ValueError(f"features must be at least one width, got {self.features}")
     check_sizes("features", *self.features)
     *hidden, num_outputs = self.features
     for width in hidden:

@@ -11,7 +11,7 @@ from jaxbo_models.layers import BatchNorm, check_images, check_sizes, convolutio
 
 
 class PreActResNet18(nn.Module):
-  """A convolution, eight residual blocks of two, the mean over the pixels and a dense layer.
+  """A convolution, eight residual blocks of two more, the mean over the pixels and a dense layer.
 
   The model maps images ``[n, height, width, channels]`` of any real dtype, at least 8 by 8, to
   logits ``[n, num_classes]`` in float32. Convolutions are 3 by 3 with padding 1 and without bias.

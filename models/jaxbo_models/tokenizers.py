@@ -7,7 +7,7 @@ from typing import Any
 
 
 class ByteTokenizer:
-  """Maps text to its UTF-8 bytes; one more id marks the end of a text.
+  """Maps a text to the ids of its UTF-8 bytes; one more id marks the end of a text.
 
   >>> tokenizer = ByteTokenizer()
   >>> tokenizer.encode("né")
@@ -56,9 +56,9 @@ class BPETokenizer:
   Args:
     path: a folder with ``tokenizer.json`` (Pythia, GPT-2, Llama, Qwen), with ``vocab.json`` and
       ``merges.txt`` (GPT-2, OPT), or with ``encoder.json`` and ``vocab.bpe`` (GPT-2, as OpenAI
-      published it). :meth:`save` writes the first of them.
-    end_of_text: the special token that ends a text: ``"</s>"`` for OPT. None for the token that
-      ``tokenizer_config.json`` in the folder calls ``eos_token``.
+      published it). :meth:`save` writes ``tokenizer.json``.
+    end_of_text: the special token that ends a text, such as ``"</s>"`` for OPT. None for the token
+      that ``tokenizer_config.json`` in the folder calls ``eos_token``.
 
   Attributes:
     vocab_size: the number of ids. A model may have more: Pythia pads its vocabulary.

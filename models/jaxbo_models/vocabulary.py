@@ -91,8 +91,8 @@ class Vocabulary:
     """Returns the ids of a caption between its beginning and end, ``[length]`` int32.
 
     Args:
-      words: the words of the caption, at least one. Padding, beginning and end are not words:
-        ``"<eos>"`` in a caption is unknown.
+      words: the words of the caption, at least one. Padding, beginning and end are not words, so
+        ``"<eos>"`` in a caption counts as an unknown word.
       length: length of the result, at least 3; None for the length of the caption plus 2. Shorter
         captions are padded. Longer captions lose their last words but keep the end token.
 
@@ -102,7 +102,7 @@ class Vocabulary:
         vocabulary lacks ``"<unk>"``.
     """
     if not len(_words(words)):
-      raise ValueError("caption must have a word at least, got none")
+      raise ValueError("caption must have at least one word, got none")
     length = len(words) + 2 if length is None else length
     if length < 3:
       raise ValueError(f"length must be at least 3: a word between two ends, got {length}")

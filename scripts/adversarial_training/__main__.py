@@ -1,22 +1,23 @@
 """Adversarial training: DONE beside nine other methods, on balanced and on long-tailed data.
 
-A small network is trained on images that an attack changes within a box: plain adversarial training
-(AT), TRADES, MART, friendly adversarial training (FAT), GAIRAT, MAIL, Fast-BAT, AT with KL weights,
-and DONE, whose lower level is smoothed by a barrier and answered by its implicit gradient, with
-gradient descent and with Adam as the attack. Model, images, batches, steps of the attack, steps of
-training and optimizer are the same for all methods.
+Each method trains a small network on images that an attack changes within a box: plain adversarial
+training (AT), TRADES, MART, friendly adversarial training (FAT), GAIRAT, MAIL, Fast-BAT, AT with KL
+weights, and DONE, which smooths the attack by a barrier and differentiates through it; its attack
+is gradient descent or Adam. Model, images, batches, steps of the attack, steps of training and
+optimizer are the same for all methods.
 
 Claim (long-tailed MNIST, epsilon 0.1, 3 seeds): DONE lowers the loss of the worst 10 % of the test
 images by 0.54 (0.06) nats against AT, but not the tail of the accuracy: RA-Tail-30 is 54.8 % (3.6)
 beside 56.1 % (4.0), 1.2 (0.3) points less in pairs of one seed, at the same clean accuracy.
 
-Accuracies are of test images, the same number of each class, in percent. "APGD worst case" counts
-an image only if it resists PGD-20, APGD on the cross-entropy and APGD on the targeted DLR loss.
-"RA-Tail-30" is its mean over the worst 30 % of the classes (three of ten), "worst class" the worst
-one; "loss of the worst 10 %" is the mean cross-entropy under PGD-20 of the tenth of the images
-where it is highest. Tables have the mean and the standard deviation over seeds; seconds of an epoch
-are those of training alone. Methods that reweight can look better under PGD than they are: that is
-what the worst case is for, and what the checks against masked gradients find is printed below.
+Accuracies are in percent, on test images with the same number in each class. "APGD worst case"
+counts an image only if it withstands PGD-20, APGD on the cross-entropy and APGD on the targeted DLR
+loss. "RA-Tail-30" is the mean of this accuracy over the worst 30 % of the classes (three of ten),
+"worst class" is that of the worst class. "loss of the worst 10 %" is the mean cross-entropy under
+PGD-20 of the tenth of the images with the highest loss. Tables have the mean and the standard
+deviation over seeds; seconds per epoch count training alone. Methods that reweight can look better
+under PGD than they are, so look at the worst case; warnings of the checks for masked gradients are
+printed below the tables.
 
   python -m scripts.adversarial_training                     20 minutes on 2 cores
   python -m scripts.adversarial_training --tune              one rate at a time, on validation data

@@ -1,4 +1,4 @@
-"""What adversarial training is of: its arguments, and what must hold for them."""
+"""The arguments of adversarial training, and what must hold for them."""
 
 from pathlib import Path
 from typing import Annotated, ClassVar, Self
@@ -27,34 +27,34 @@ class Config(DistributedConfig):
   }  # fmt: skip
 
   dataset: Annotated[str, Among(DATASETS)] = "mnist"
-  """As tensorflow-datasets has prepared it."""
+  """The data set, prepared by tensorflow-datasets."""
   sets: Annotated[tuple[str, ...], Among(SETS), FREE] = (BALANCED, LONG_TAILED)
-  """Training sets; in a step-imbalanced one half of the classes are rare."""
+  """Which training sets to run. In a step-imbalanced set, half of the classes are rare."""
   methods: Annotated[tuple[str, ...], Among(METHODS), FREE] = tuple(METHODS)
-  """Which methods."""
+  """Which methods to run."""
   largest: Count = 1200
-  """Images of the most frequent class of the long-tailed set; other sets have as many in all."""
+  """Images of the most frequent class of the long-tailed set, whose total the other sets share."""
   ratio: Annotated[float, Field(ge=1)] = 20.0
-  """How many times as many images the most frequent class has as the rarest one."""
+  """Images of the most frequent class divided by those of the rarest class."""
   epochs: Annotated[Count, GROWS] = 10
-  """Passes over the training set; a run that goes on may have more."""
+  """Passes over the training set; a resumed run may have more."""
   batch_size: Count = 64
-  """Images of a batch, over all devices."""
+  """Images in a batch, over all devices."""
   learning_rate: Positive = 2e-3
-  """The highest of a schedule that rises for a quarter of the steps and then falls to zero."""
+  """The peak learning rate: a schedule rises for a quarter of the steps, then falls to zero."""
   weight_decay: NonNegative = 1e-4
-  """Of the parameters, times the learning rate."""
+  """AdamW's weight decay; each step multiplies it by the learning rate."""
   widths: tuple[Count, Count] = (8, 16)
   """Channels of the network's convolutions."""
   num_hidden: Count = 64
-  """Width of its dense layer."""
+  """Width of the network's dense layer."""
   epsilon: Annotated[float, Field(gt=0, le=1)] | None = None
   """The largest change of a pixel; by default 0.1 (mnist), 0.05 (fashion_mnist) or 8/255."""
   epsilon_rise: Part = 0.2
-  """The share of training in which the largest change rises to epsilon. Without, one seed of three
-  learns nothing on the balanced MNIST set by AT, and two by MART."""
+  """The share of training in which the largest change rises to epsilon. Without this rise, on the
+  balanced MNIST set one seed of three learns nothing with AT, and two learn nothing with MART."""
   attack_steps: Count = 5
-  """Steps of the attack in training; K."""
+  """Steps of the attack in training (the papers' K)."""
   validation_per_class: Count = 100
   """Images of each class for curves and for --tune."""
   test_per_class: Count = 200
@@ -66,12 +66,12 @@ class Config(DistributedConfig):
   num_targets: Count = 3
   """How many classes the targeted APGD aims at, one after the other."""
   test_batch_size: Count = 500
-  """Images that are attacked at once for the report."""
+  """How many images are attacked at once for the report."""
   rates: Rates = Rates()
-  """What the methods take."""
+  """The hyperparameters of the methods."""
   tune: bool = False
-  """Instead of the report: varies one rate at a time and prints what validation images say. The run
-  is in output_dir/tune."""
+  """Instead of the report, varies one hyperparameter at a time and prints the accuracy on
+  validation images. The run is in output_dir/tune."""
   output_dir: Annotated[Path, FREE] = Path("runs/adversarial_training")
   """Where results and checkpoints go."""
 
@@ -86,7 +86,7 @@ class Config(DistributedConfig):
     return EPSILONS[self.dataset] if self.epsilon is None else self.epsilon
 
   def augment(self) -> bool:
-    """Whether images are moved and mirrored: those of things in colour."""
+    """Whether images are moved and mirrored: those in color."""
     return self.dataset in COLOUR
 
   def optimizer(self, num_steps: int) -> optax.GradientTransformation:

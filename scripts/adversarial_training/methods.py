@@ -20,41 +20,41 @@ Part = Annotated[float, Field(ge=0, le=1)]
 
 
 class Rates(Checked):
-  """What the methods take."""
+  """The hyperparameters of the methods."""
 
   trades_beta: NonNegative = 6.0
-  """Of the divergence in TRADES; 6 is published."""
+  """The weight of the divergence in TRADES; the published value is 6."""
   mart_beta: NonNegative = 5.0
-  """Of the divergence in MART; 5 is published."""
+  """The weight of the divergence in MART; the published value is 5."""
   fat_steps: tuple[Part, Part] = (0.42, 0.75)
-  """Shares of the training after which FAT goes on for one, and for two more steps behind the first
-  misclassification; 50 and 90 of 120 epochs are published."""
+  """The shares of training after which FAT takes one, then two more steps after the first
+  misclassification; published: after 50 and 90 of 120 epochs."""
   gairat_begin: Part = 0.5
-  """The share of the training with uniform weights; 60 of 120 epochs are published."""
+  """GAIRAT: the share of training with uniform weights; published: 60 of 120 epochs."""
   gairat_shift: float = -1.0
-  """Lambda of GAIRAT; -1 is published."""
+  """GAIRAT's lambda; the published value is -1."""
   mail_begin: Part = 0.63
-  """The share of the training with uniform weights; 76 of 120 epochs are published."""
+  """MAIL: the share of training with uniform weights; published: 76 of 120 epochs."""
   mail_slope: NonNegative = 10.0
-  """Of MAIL's sigmoid; 10 is published."""
+  """The slope of MAIL's sigmoid; the published value is 10."""
   mail_bias: float = -0.5
-  """Of MAIL's sigmoid; -0.5 is published."""
+  """The bias of MAIL's sigmoid; the published value is -0.5."""
   fast_bat_step_size: Positive = 5000 / 255
-  """Of Fast-BAT's attack; 5000 / 255 is published."""
+  """The step size of Fast-BAT's attack; the published value is 5000 / 255."""
   fast_bat_curvature: Positive = 10.0
-  """Lambda of Fast-BAT; 10 is published."""
+  """Fast-BAT's lambda; the published value is 10."""
   temperature: Positive = 3.0
-  """Of KL weights, in nats; the lower, the more weight on what is hard."""
+  """The temperature of KL weights, in nats; lower values put more weight on hard examples."""
   compositional_rate: Annotated[float, Field(gt=0, le=1)] = 0.1
-  """The share of a new batch in the moving average of their normaliser."""
+  """DONE: the share of a new batch in the moving average of the weights' normalizer."""
   barrier: Positive = 1e-5
-  """c of DONE's lower level."""
+  """DONE: the weight c of the barrier."""
   curvature: NonNegative = 10.0
-  """Lambda of its diagonal inverse, in place of the Hessian of the attack's loss."""
+  """DONE: the lambda that replaces the Hessian of the attack loss."""
   step_size: Positive = 5.0
-  """Of its gradient descent."""
+  """DONE: the step size of the attack by gradient descent."""
   adam_step_size: Positive = 0.25
-  """Of its Adam, in units of epsilon."""
+  """DONE: the step size of the attack by Adam, in units of epsilon."""
 
   @model_validator(mode="after")
   def _shares_do_not_fall(self) -> Self:
@@ -185,7 +185,7 @@ def _with_clean_logits(
 
 
 def trades(setting: Setting) -> Parts:
-  """TRADES; its attack starts at small Gaussian noise and maximises the divergence."""
+  """TRADES; its attack starts at small Gaussian noise and maximizes the divergence."""
   attack = sign_attack(setting, objective="kl", random_start=1e-3)
   return _with_clean_logits(
     setting, attack, jaxbo.adversarial.trades_loss, beta=setting.rates.trades_beta

@@ -1,20 +1,20 @@
 """Image captioning by a guided decoder with attention, where the best loss is known.
 
-Images show two coloured shapes; captions say what they are and how they stand, "a red cross below a
-magenta triangle". In canonical order the image determines the caption, and the least loss is 0; in
-either order a coin says which object comes first, and it is ln 2 = 0.693 nats. Scenes are drawn
-afresh at every step; the test has pairs of objects in directions that were never trained on.
+Images show two colored shapes; captions name them and their relation, "a red cross below a magenta
+triangle". In canonical order the image determines the caption, and the least possible loss is 0; in
+either order a coin decides which object comes first, and the least loss is ln 2 = 0.693 nats. Every
+step draws new scenes; the test has pairs of objects in directions that were never trained on.
 
 Claim (seed 0, 2,000 test scenes, standard error of the loss in brackets): in canonical order 100 %
 of greedy captions are right, the loss is 0.0016 (0.00002), and 96 % of the attention is on the
 object that a word is about. In either order 99.95 % are right, the loss is 0.711 (0.003), 0.017
 above the least, 85 % of the attention is on the object, and for 99.85 % of scenes a beam of two
-holds the two right captions and nothing else. There, attention at the first colour is divided
-evenly between both objects (0.499): it is not settled yet which one it will be.
+holds the two right captions and nothing else. In either order, attention at the first color is
+divided evenly between both objects (0.499), because no word has decided yet which one comes first.
 
-What it needs: captioners for either order spend their first 1,600 steps on captions in canonical
-order. Without, none of nine runs (a guide or none, several queries, 800 to 2,000 steps) learnt any
-relation on held-out pairs: they learn by heart which pairs stand in which direction.
+Captioners for either order need captions in canonical order for their first 1,600 steps. Without
+them, none of nine runs (a guide or none, several queries, 800 to 2,000 steps) learned any relation
+on held-out pairs: the captioners memorize which pairs stand in which direction.
 
   python -m scripts.captioning                                   no download; 4 minutes on 2 cores
   python -m scripts.captioning --ablation                        7 captioners, 3 seeds; an hour
@@ -26,10 +26,10 @@ relation on held-out pairs: they learn by heart which pairs stand in which direc
   ... --resume                                                   goes on where a run was stopped
   ... --predict IMAGE...                                         captions files from a checkpoint
 
-METEOR and SPICE are printed where Java and their programs are (with the package pycocoevalcap);
-otherwise it is said why not.
+METEOR and SPICE are printed if Java and their programs (from the package pycocoevalcap) are
+installed; otherwise the reason is printed.
 
-Batches are divided among all devices; hyper-cleaning does the same on each.
+Batches are divided among all devices; hyper-cleaning repeats the same work on each device.
 
 Several processes, on one machine or many that share output_dir, need --distributed, or where they
 cannot find each other:

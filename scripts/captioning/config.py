@@ -1,4 +1,4 @@
-"""What :mod:`scripts.captioning` can be told."""
+"""The arguments and settings of :mod:`scripts.captioning`."""
 
 import dataclasses
 from pathlib import Path
@@ -128,31 +128,31 @@ class Config(DistributedConfig):
   }  # fmt: skip
 
   dataset: Annotated[str, Among(DATASETS)] = "shapes"
-  """Shapes are drawn on the spot; tensorflow-datasets reads nlvr_captions, coco_captions_open and
-  coco_captions; json is your own."""
+  """The data set. Shapes are drawn on the spot; tensorflow-datasets reads nlvr_captions,
+  coco_captions_open and coco_captions; json reads your own data."""
   orders: Annotated[tuple[str, ...], Among(ORDERS), FREE] = ORDERS
-  """Of captions of shapes: canonical (the image determines the caption), either (a coin turns it
-  round)."""
+  """The order of objects in captions of shapes: canonical (the image determines the caption) or
+  either (a coin decides which object comes first)."""
   methods: Annotated[
     tuple[str, ...] | None,
     Among((*MODELS, *WEIGHTINGS, *RESPONSES)),
     FREE,
     tyro.conf.arg(aliases=("--models",)),
   ] = None
-  """Which captioners; by default sequential, for nlvr_captions with the baselines none_word and
-  no_attention. With --noise, which weightings (from uniform on) and responses (from first_order
-  on); by default all."""
+  """Which captioners to run; by default sequential, and for nlvr_captions also the baselines
+  none_word and no_attention. With --noise: which weightings (uniform and those after it) and
+  responses (first_order and those after it) to run; by default all."""
   ablation: bool = False
   """Runs all captioners on shapes, in either order, with three seeds."""
   noise: bool = False
-  """Runs captioners as the loss of reweighting and of hyper-cleaning, on shapes with noise; in the
-  folder noise of output_dir."""
+  """Uses captioners as the loss of reweighting and of hyper-cleaning, on shapes with noise. The run
+  is in output_dir/noise."""
   predict: Annotated[tuple[Path, ...], FREE] = ()
   """Captions these image files by the checkpoint in output_dir, instead of training."""
   seeds: Count = 1
-  """How many seeds. Settings were chosen on seeds from 100 on and on validation sets."""
+  """How many seeds. The settings were chosen on validation sets, with seeds from 100 on."""
   beam_size: Annotated[Count, FREE] = 5
-  """Captions that beam search keeps, where sentences are people's."""
+  """The number of captions that beam search keeps, for data sets with people's sentences."""
   test_examples: Count = 2000
   """Images of shapes to test on; half of them for validation."""
   checkpoint_every: Annotated[Count, FREE] = 200
@@ -160,38 +160,38 @@ class Config(DistributedConfig):
   json_file: Path | None = None
   """The file of the data set json: {"images": [...], "captions": [[...], ...], "split": [...]}."""
   image_dir: Annotated[Path | None, FREE] = None
-  """Where its images are; beside the file by default."""
+  """The folder of the images of json_file; by default that of the file."""
   max_images: Count | None = None
-  """Reads only so many images of each set."""
+  """The largest number of images to read from each set."""
   output_dir: Annotated[Path, FREE] = Path("runs/captioning")
   """Where results and checkpoints go."""
   steps: Annotated[Count | None, GROWS] = None
-  """Steps of training, instead of the data set's default (as for all below); a run that goes on may
-  have more."""
+  """Training steps, instead of the data set's default (as for all arguments below); a resumed run
+  may have more."""
   canonical_steps: Index | None = None
-  """The first steps with captions of shapes in canonical order, where they have either."""
+  """With the order either: how many of the first steps use captions in canonical order."""
   batch_size: Count | None = None
-  """Captions of a step."""
+  """Captions in a step."""
   learning_rate: Positive | None = None
   """Learning rate of Adam after a warm-up; a cosine takes it down to zero."""
   hidden_dim: Count | None = None
   """Units of the LSTMs."""
   embed_dim: Count | None = None
-  """Width of words."""
+  """Width of the word embeddings."""
   attention_dim: Count | None = None
-  """Width of keys."""
+  """Width of the attention keys."""
   dropout: Share | None = None
-  """The probability to drop an entry."""
+  """The probability of dropping an entry."""
   eval_every: Count | None = None
   """Steps between evaluations on the validation set."""
   outer_steps: Count | None = None
   """Outer steps of hyper-cleaning, with --noise."""
   num_train: Count | None = None
-  """Captions that get a weight there."""
+  """Captions with a learned weight, in hyper-cleaning."""
   num_val: Count | None = None
-  """Clean captions there."""
+  """Clean captions, in hyper-cleaning."""
   num_samples: Count | None = None
-  """Directions of ESJ there."""
+  """Directions of ESJ, in hyper-cleaning."""
 
   @model_validator(mode="after")
   def _together(self) -> Self:

@@ -63,7 +63,7 @@ class CaptionedImages(NamedTuple):
     wordless, kept = sum(map(len, captions)) - sum(map(len, worded)), [*map(bool, worded)]
     if not any(kept) and wordless:
       raise ValueError(
-        f"captions must have a word at least in each set, got none, as of {names[0]}"
+        f"captions must have at least one word in each set, got none, for example for {names[0]}"
       )
     if not wordless:
       return cls(images, captions, names)

@@ -14,7 +14,7 @@ PAD, EOS, FIRST_COLOR = VOCABULARY.pad, VOCABULARY.eos, VOCABULARY.words.index(C
 NAMES = [f"{color} {shape}" for color in COLORS for shape in SHAPES]  # Of kinds of objects.
 
 # Scenes up to places and pixels: ``KINDS [scenes, 2]``, two different objects in reading order
-# (colour * len(SHAPES) + shape), and whether they stand in a column and not in a row.
+# (color * len(SHAPES) + shape), and whether they stand in a column and not in a row.
 KINDS = np.array(2 * list(itertools.permutations(range(len(NAMES)), 2)), np.int32)
 VERTICAL = np.arange(len(KINDS)) >= len(KINDS) // 2
 

@@ -1,10 +1,10 @@
 r"""The captioner as the loss of other methods, where captions are wrong.
 
-**Reweighting.** Colour words are flipped in training; batches are weighted by the losses of their
+**Reweighting.** Color words are flipped in training; batches are weighted by the losses of their
 captions. What prefers great losses prefers wrong captions.
 
 **Hyper-cleaning.** Some captions are those of other scenes. A captioner is trained on such
-scenes; then a weight for each of some captions is learnt so that a few more steps on weighted
+scenes; then a weight for each of some captions is learned so that a few more steps on weighted
 captions, from there, do well on a few clean ones:
 
 .. math::
@@ -90,7 +90,7 @@ class Judged(Compiled):
 
 
 class Reweighting(Judged, Training):
-  """A captioner that is trained where colour words are flipped, with a weighting."""
+  """A captioner that is trained where color words are flipped, with a weighting."""
 
   def __init__(self, run: Run[Config], weighting: str, seed: int):
     super().__init__(run, FLIPPED, weighting, "reweighting", seed)
@@ -101,9 +101,9 @@ class Reweighting(Judged, Training):
 
     Returns:
       ``exact_match``: on held-out scenes; ``nll``: the mean loss of their clean captions.
-      ``wrong_weight``: the mean weight of captions with a flipped colour in batches of noisy
+      ``wrong_weight``: the mean weight of captions with a flipped color in batches of noisy
         captions that were not trained on; 1 for uniform weights.
-      ``auc``: of "a colour is flipped" by small weights; 0.5 where weights say nothing.
+      ``auc``: of "a color is flipped" by small weights; 0.5 where weights say nothing.
       ``loss_auc``: of the same by great losses.
     """
     params, weighting_state = state.params, state.opt_state[0].weighting_state
@@ -213,7 +213,7 @@ LABELS = {
   "response": {name: cleaning.METHODS[name].label for name in RESPONSES},
 }
 TITLES = {
-  "weighting": "Flipped colour words: clean test scenes; weight and detection of wrong captions",
+  "weighting": "Flipped color words: clean test scenes; weight and detection of wrong captions",
   "response": "Swapped captions: hyper-cleaning",
 }
 COLUMNS = {

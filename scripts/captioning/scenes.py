@@ -1,4 +1,4 @@
-"""Images of coloured shapes with captions whose entropy is known exactly."""
+"""Images of colored shapes with captions whose entropy is known exactly."""
 
 import dataclasses
 import functools
@@ -22,7 +22,7 @@ class CaptionedShapes(NamedTuple):
       ``tokens`` would be without noise.
     cells: where the objects stand, in the order of ``valid[:, 0]``, ``[n, 2]`` int32 in [0, 16),
       row by row.
-    flipped: which colour words are wrong, in the order of the caption, ``[n, 2]`` bool.
+    flipped: which color words are wrong, in the order of the caption, ``[n, 2]`` bool.
     swapped: which captions are another scene's, ``[n]`` bool.
   """
 
@@ -36,11 +36,11 @@ class CaptionedShapes(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ShapesCaptions:
-  r"""Two coloured shapes on a grid, with captions such as "a red square left of a blue cross".
+  r"""Two colored shapes on a grid, with captions such as "a red square left of a blue cross".
 
   An image has 4 x 4 cells of 8 pixels. Its objects stand in a row or in a column, in different
-  cells, and no two have the same colour and shape, so that each relation is unambiguous. A shape
-  fills 6 x 6 pixels, shifted by up to two; its colour, one of six, has a brightness in [0.7, 1];
+  cells, and no two have the same color and shape, so that each relation is unambiguous. A shape
+  fills 6 x 6 pixels, shifted by up to two; its color, one of six, has a brightness in [0.7, 1];
   Gaussian noise of 0.05 is added, and pixels are clipped.
 
   With ``order="canonical"`` the caption names the objects in reading order, so that the image
@@ -49,11 +49,11 @@ class ShapesCaptions:
 
   Scenes are drawn on the device, one from each key: with a coin frozen in each of 20,000 fixed
   scenes captioners learn its flips by heart. Parts of scenes are ``"train"``, ``"validation"`` and
-  ``"test"``: a captioner has to put together what it has learnt of objects and relations.
+  ``"test"``: a captioner has to put together what it has learned of objects and relations.
 
   Attributes:
     order: ``"canonical"`` or ``"either"``.
-    color_flips: probability in [0, 1] that a colour word is replaced by one of the others.
+    color_flips: probability in [0, 1] that a color word is replaced by one of the others.
     swaps: probability in [0, 1] that the caption is that of another scene.
 
   References:
@@ -119,7 +119,7 @@ class ShapesCaptions:
     return jnp.where(turned, captions[::-1], captions), turned
 
   def _flip(self, tokens: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Replaces some colour words by others; says which, in the order of the caption."""
+    """Replaces some color words by others; says which, in the order of the caption."""
     flip_key, color_key = jax.random.split(key)
     flipped = jax.random.bernoulli(flip_key, self.color_flips, (2,))
     shift = jax.random.randint(color_key, (2,), 1, len(language.COLORS)) * flipped

@@ -64,8 +64,8 @@ class Shapes:
       ``nll``, ``standard_error``: the mean loss of a caption, and its standard error.
       ``entropy``: the least ``nll`` that there can be; ``blind``: that without looking.
       ``mass_0``, ...: mean attention on the cell of the object that a word is about, when the word
-        is predicted: its colour and shape, for the object mentioned first and for the second.
-      ``mentioned``: the mean of these, without the first colour in either order: which object comes
+        is predicted: its color and shape, for the object mentioned first and for the second.
+      ``mentioned``: the mean of these, without the first color in either order: which object comes
         first is open until then.
       ``both_orders``: the share of images for which the beam holds the two right captions and no
         others; ``beam_gap``: the mean difference of their log-probabilities; ``beam_sum``: the mean
@@ -126,7 +126,7 @@ def held_out(data: ShapesCaptions, part: str, num: int) -> CaptionedShapes:
 
 
 def attention_mass(ask: Asked, params: Any, batch: CaptionedShapes) -> list[float]:
-  """Attention on the right cell when the colour and the shape of each object are predicted.
+  """Attention on the right cell when the color and the shape of each object are predicted.
 
   Without attention over the cells of the grid, NaN.
   """

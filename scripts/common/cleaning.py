@@ -1,4 +1,4 @@
-r"""Data hyper-cleaning: one weight per training example, learnt from a small clean set.
+r"""Data hyper-cleaning: one weight per training example, learned from a small clean set.
 
 Some training labels are wrong. The model is trained on weighted examples, the weights so that it
 does well on a clean validation set:

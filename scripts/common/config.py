@@ -102,17 +102,17 @@ class StudyConfig(Checked):
   seeds: Count = 3
   """How many seeds."""
   first_seed: Index = 0
-  """The first of them."""
+  """The first seed; others follow it."""
   resume: Annotated[bool, FREE] = False
-  """Goes on with the run in output_dir; what names that run must be equal."""
+  """Continues the run in output_dir; the settings that define that run must be the same."""
   overwrite: Annotated[bool, FREE] = False
   """Deletes the run in output_dir first."""
   smoke: Annotated[bool, FREE] = False
-  """The smallest run: what is not given is cut until the whole takes less than a minute."""
+  """The smallest run, less than a minute: cuts every setting that is not given."""
   save_results: Annotated[str | None, FREE] = None
   """Keeps the run's tables under this name in the experiment's results/, for the docs."""
   data_dir: Annotated[Path | None, FREE] = None
-  """Where tensorflow-datasets has its files, instead of TFDS_DATA_DIR or ~/tensorflow_datasets."""
+  """The folder of tensorflow-datasets, instead of TFDS_DATA_DIR or ~/tensorflow_datasets."""
   output_dir: Annotated[Path, FREE] = Path("runs")
   """Where results and checkpoints go."""
 

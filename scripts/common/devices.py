@@ -28,11 +28,11 @@ class DistributedConfig(StudyConfig):
   """Whether this is one of several processes that find each other (Slurm, TPU pods, ...). All must
   see output_dir."""
   coordinator_address: Annotated[str | None, FREE] = None
-  """Host and port of process 0, with the next two, where processes cannot find each other."""
+  """Host and port of process 0, if processes cannot find each other; needs the next two, too."""
   num_processes: Annotated[Count | None, FREE] = None
   """How many processes there are."""
   process_id: Annotated[Index | None, FREE] = None
-  """Which of them this is."""
+  """The number of this process, from 0."""
 
   @model_validator(mode="after")
   def _processes_together(self) -> Self:

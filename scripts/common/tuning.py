@@ -25,7 +25,7 @@ class TunedConfig(StudyConfig):
   """Chooses rates on seeds or streams that are not reported and writes them to rates.json in
   output_dir, or to rates_file if one is given; no report."""
   rates_file: Annotated[Path | None, FREE] = None
-  """Where the chosen rates are, instead of the ones in the sources."""
+  """The file of chosen rates, instead of the one in the sources."""
 
   def name(self) -> str:
     """The name of the setting, and so of the table of its rates."""

@@ -1,1 +1,1 @@
-"""Which labels are wrong, learnt from a small clean set."""
+"""Which labels are wrong, learned from a small clean set."""

@@ -1,22 +1,23 @@
-"""Data hyper-cleaning: which training labels are wrong, learnt from a small clean set.
+"""Data hyper-cleaning: which training labels are wrong, learned from a small clean set.
 
-Half of the labels are replaced by others: by the next class, as an annotator does who confuses two
-("systematic"), or by any other class ("uniform"). Each training example gets a weight, learnt so
-that the model trained on the weighted examples does well on the clean examples. Then every row of
-the table, the simple choices too, trains the same model from scratch: on the examples that it kept
-(a weight of at least one half) and on the clean ones.
+Half of the labels are replaced: by the next class, as by an annotator who confuses two classes
+("systematic"), or by any other class ("uniform"). Each training example gets a weight, learned so
+that a model trained on the weighted examples does well on the clean examples. Then every row of the
+table, including the simple choices, trains the same model from scratch: on the examples that it
+keeps (a weight of at least one half) and on the clean ones.
 
-The simple choices: the clean examples only; everything; the examples with the smallest losses under
-a model of everything, or of the clean examples, as many as are right (they are told the share of
-noise; the responses are not); confident learning by cleanlab; and an oracle, which knows.
+The simple choices are: the clean examples only; everything; the examples with the smallest losses
+under a model of everything, or of the clean examples (they are told how many labels are right, and
+keep that many; the responses are not told); confident learning by cleanlab; and an oracle, which
+knows the wrong labels.
 
-Docs: docs/experiments/hyper_cleaning.md has the tables, and says what bilevel optimization buys
-here and where it stops paying. First order learns nothing, since the outer loss does not depend on
-the weights directly: it keeps everything.
+docs/experiments/hyper_cleaning.md has the tables, and says where bilevel optimization pays here and
+where it does not. First order learns nothing and keeps everything, because the outer loss does not
+depend on the weights directly.
 
-AUC and F1 are of "this label is wrong". "ms/step" is training time for one outer step of 20 inner
-ones, without compilation and evaluation; "temp. MiB" is the temporary memory that XLA plans for the
-compiled loop of outer steps, beside its inputs and outputs.
+AUC and F1 score the detection of wrong labels. "ms/step" is the training time of one outer step of
+20 inner steps, without compilation and evaluation; "temp. MiB" is the temporary memory that XLA
+plans for the compiled loop of outer steps, beside its inputs and outputs.
 
   python -m scripts.hyper_cleaning                               1 minute on 2 CPU cores
   python -m scripts.hyper_cleaning --noises systematic uniform --num-clean 20 50 100 500
@@ -59,14 +60,13 @@ class Config(StudyConfig):
   smallest: ClassVar = {"seeds": 1, "outer_steps": 10, "num_clean": (50,), "num_samples": 8}
 
   dataset: Annotated[str, Among(cleaning.DATASETS)] = "digits"
-  """Digits are in scikit-learn's wheel; the others are prepared by tensorflow-datasets."""
+  """The data set. Digits come with scikit-learn; tensorflow-datasets prepares the others."""
   methods: Annotated[tuple[str, ...], Among(LABELS), FREE] = tuple(LABELS)
   """Which rows the tables have."""
   num_clean: Annotated[Several[Count], FREE] = (20, 100, 500)
-  """How many clean examples there are. As noises and seeds, they may be others in a run that goes
-  on."""
+  """How many clean examples there are. A resumed run may change these numbers, noises and seeds."""
   noises: Annotated[Several[str], Among(cleaning.NOISES), FREE] = ("systematic",)
-  """What wrong labels are: systematic, the next class; uniform, any other class."""
+  """How labels are wrong: systematic (the next class) or uniform (any other class)."""
   seeds: Count = 3
   """How many seeds; each draws the split, the wrong labels and the initial parameters. The settings
   were chosen on seeds from 100 on."""
@@ -77,11 +77,11 @@ class Config(StudyConfig):
   outer_steps: Count | None = None
   """Outer steps, instead of the data set's default (as for all below)."""
   inner_steps: Count | None = None
-  """Inner steps for one outer step."""
+  """Inner steps in one outer step."""
   inner_learning_rate: Positive | None = None
-  """Learning rate of SGD, inside."""
+  """Learning rate of the inner SGD."""
   outer_learning_rate: Positive | None = None
-  """Learning rate of Adam, outside, on the logits of the weights."""
+  """Learning rate of the outer Adam, on the logits of the weights."""
   num_samples: Count | None = None
   """Directions of ESJ."""
   smoothing: Positive | None = None

@@ -1,4 +1,4 @@
-"""The picture of hyper-cleaning: accuracy by the number of clean examples, and learnt weights."""
+"""The picture of hyper-cleaning: accuracy by the number of clean examples, and learned weights."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,28 +1,29 @@
 """Online meta-learning without task boundaries: LEEDS, C-MAML and others on OSAKA's streams.
 
 A stream brings 10-way 5-shot rounds of Omniglot's characters, MNIST's digits and Fashion-MNIST's
-clothes. A task stays with probability p; nobody says when it ends, nor from which domain the next
-one is. Conv4 was trained before on other characters, by MAML (ANIL for ANIL) with early stopping.
-Every method then plays the same rounds, with the same number of inner steps:
+clothes. In each round the task stays with probability p; the learner is told neither when a task
+ends nor the domain of the next one. Conv4 was pre-trained on other characters by MAML (by ANIL for
+ANIL), with early stopping. Every method then plays the same rounds, with the same number of inner
+steps:
 
-* "acc. before" is the accuracy on the images of a round *before* their labels are used (in percent,
-  as the next ones), then by domain, in all rounds out of distribution, and after adaptation, on the
-  images that were adapted to (on others with `--query given`). With 10 ways, chance is 10 %; the
-  round of a switch is chance for everybody, since labels are drawn anew.
+* "acc. before" is the accuracy in percent on the images of a round *before* their labels are used.
+  The next columns have it by domain and for all rounds out of distribution. "after" is the accuracy
+  after adaptation, on the same images (on others with `--query given`). With 10 ways, chance is
+  10 %; in the round of a switch every method is at chance, because labels are drawn anew.
 * "regret" is the task-averaged regret against the best fixed model of each task, a copy of the
-  pre-trained one that saw all rounds of the task many times; "meta-upd." counts meta-updates, "KiB"
-  is what is kept beside the meta-model (the task's model, buffers, moments, detectors).
-* Detectors are judged by `jaxbo.meta.detection_quality`: precision, recall, delay in rounds, false
-  alarms; of switches, and of shifts, the switches that lead out of the pre-training's domain.
+  pre-trained one that saw all rounds of the task many times. "meta-upd." counts meta-updates. "KiB"
+  is the memory beside the meta-model (the task's model, buffers, moments, detectors).
+* `jaxbo.meta.detection_quality` judges detectors: precision, recall, delay in rounds, false alarms;
+  of switches, and of shifts, which are switches that leave the domain of the pre-training.
 
 Claim (default size, 3 seeds, percent before adaptation): LEEDS reaches 78.0 (3.3) at p = 0.9 and
-90.6 (1.4) at p = 0.98, as a version that is told all switches does; C-MAML 69.4 (4.5) and 83.8
-(1.6), MetaOGD 65.8 (2.4) and 78.8 (1.8), fine-tuning 76.2 (2.7) and 90.4 (1.5).
+90.6 (1.4) at p = 0.98, and so does a version that is told all switches. C-MAML reaches 69.4 (4.5)
+and 83.8 (1.6), MetaOGD 65.8 (2.4) and 78.8 (1.8), fine-tuning 76.2 (2.7) and 90.4 (1.5).
 
-"told" methods know the switches. Rates are from scripts/online_meta/rates.json: they were chosen
-with `--tune` on streams of other characters and other images. On such streams the thresholds of
-LEEDS are calibrated first, after the pre-training. Scores of every round are kept with the traces
-in checkpoints/, for sweeps of thresholds after the fact.
+"Told" methods know the switches. The rates in scripts/online_meta/rates.json were chosen with
+`--tune` on streams of other characters and other images. After the pre-training, each run
+calibrates the thresholds of LEEDS on such streams. The traces in checkpoints/ keep the scores of
+every round, for later sweeps over thresholds.
 
   python -m scripts.online_meta                         11 minutes on 2 cores
   python -m scripts.online_meta --tune --output-dir runs/rates

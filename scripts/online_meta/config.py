@@ -1,4 +1,4 @@
-"""What the online meta-learning experiments are of: arguments, sizes, streams, model, rates."""
+"""The arguments, sizes, streams, model and rates of the online meta-learning experiments."""
 
 import math
 from pathlib import Path
@@ -30,43 +30,46 @@ class Config(Choices):
   methods: Annotated[tuple[str, ...], Among(METHODS), FREE] = tuple(METHODS)
   """Which methods to run."""
   stay_probabilities: Several[float] = (0.9, 0.98)
-  """The probability p that a task stays, one stream for each; thresholds are calibrated on all."""
+  """The probabilities p that a task stays; each gives one stream. LEEDS's thresholds are calibrated
+  on all of them."""
   rounds: Annotated[int, Field(ge=2)] = 200
   """Rounds of a stream; the published protocol has 10,000."""
   seeds: Count = 3
-  """How many seeds; each draws a stream, and the parameters of what was not trained before."""
+  """How many seeds; each draws a stream, and the parameters of models that were not pre-trained."""
   seeds_at_once: Count = 1
-  """Seeds side by side (vmap): faster on a GPU. Then meta-gradients are computed in all rounds."""
+  """How many seeds run side by side (vmap). More is faster on a GPU, but every round then computes
+  meta-gradients."""
   domain_probabilities: tuple[float, ...] = (0.5, 0.25, 0.25)
-  """Of the three domains."""
+  """The probabilities of the three domains."""
   domain_switch_probability: NonNegative | None = None
-  """How often a task switch draws the domain anew (the rule of DynamicCML); always by default."""
+  """The probability that a task switch draws the domain anew (the rule of DynamicCML); by default
+  every switch does."""
   size: Annotated[int, Field(ge=16, le=28)] = 16
   """Height and width of the images; 28 in the published protocol."""
   network: Annotated[str, Among(("conv4", "stripes"))] = "conv4"
-  """What is trained; stripes says little, but compiles in no time."""
+  """The network to train. Stripes is a toy model that compiles fast; its accuracy means little."""
   width: Count = 16
   """Channels of Conv4; 64 in the published protocol."""
   images_per_class: Count = 800
-  """Digits and clothes of each class."""
+  """Images of each class of MNIST and of Fashion-MNIST."""
   pretrain_tasks: Count = 2
-  """Tasks of a meta-step before the stream."""
+  """Pre-training: tasks in a meta-step."""
   pretrain_epochs: Count = 12
-  """Epochs of 50 meta-steps before the stream, at most."""
+  """Pre-training: the largest number of epochs, of 50 meta-steps each."""
   pretrain_patience: Count = 4
-  """Epochs without a better accuracy on validation classes after which that ends."""
+  """Pre-training: stops after so many epochs without a better accuracy on validation classes."""
   pretrain_inner_rate: Positive = 0.2
-  """Learning rate of the inner steps in it."""
+  """Pre-training: the learning rate of the inner steps."""
   pretrain_rate: Positive = 3e-3
-  """Learning rate of Adam in it."""
+  """Pre-training: the learning rate of Adam."""
   in_distribution_scale: NonNegative | None = None
-  """LEEDS: the scale after a switch in distribution, instead of the chosen one."""
+  """LEEDS: the scale after a switch in distribution, instead of the one that --tune chose."""
   sweep: Annotated[bool, FREE] = True
   """Whether to run LEEDS with other thresholds too, on the first seed."""
   validation: bool = False
-  """Plays streams of the validation images instead of those that are reported, to try choices."""
+  """Plays streams of validation images instead of test images, to try choices."""
   tune_rounds: Count = 150
-  """Rounds of the validation streams that rates are chosen on."""
+  """Rounds of the validation streams on which rates are chosen."""
   output_dir: Annotated[Path, FREE] = Path("runs/online_meta")
   """Where results go."""
 

@@ -21,37 +21,37 @@ class Rates(NamedTuple):
 
   inner: Any  # the learning rate of the inner steps; of BGD, the first deviation
   outer: Any = math.nan  # that of the meta-updates
-  in_scale: Any = math.nan  # how much slower in-distribution tasks are learnt
+  in_scale: Any = math.nan  # how much slower in-distribution tasks are learned
   modulation: Any = math.nan  # lambda of the update modulation
   switch: Any = math.nan  # the threshold of the switch score
   shift: Any = math.nan  # the threshold of the shift score
 
 
 class Choices(TunedConfig):
-  """What is the same for all methods, or open in LEEDS (Q1 to Q7 of the specification)."""
+  """Settings that all methods share, and choices that are open in LEEDS."""
 
   num_ways: Count = 10
-  """Classes of a task."""
+  """Classes in a task."""
   num_shots: Count = 5
-  """Images of a class in a round."""
+  """Images of each class in a round."""
   inner_steps: Count = 3
-  """Inner steps of a round, of all methods."""
+  """Inner steps in a round, for all methods."""
   query: Annotated[str, Among(("same", "given", "next"))] = "same"
-  """What judges the adapted model in a meta-update: same, the images that it was adapted to, so
-  that all methods see the same; given, as many other ones; next, those of the next round (C-MAML
-  always does that)."""
+  """The images that judge the adapted model in a meta-update: same (the images of its adaptation,
+  so that all methods see the same data), given (as many other images) or next (those of the next
+  round, as C-MAML always does)."""
   first_order: bool = False
   """Drops the response in all methods."""
   bgd_samples: Count = 2
   """Draws of BGD; 5 in the published code."""
   buffer_size: Count = 101
-  """Rounds that C-MAML's prolonged adaptation collects."""
+  """The largest number of rounds that C-MAML's prolonged adaptation collects."""
   switch_score: Annotated[str, Among(("loss", "drop"))] = "loss"
-  """LEEDS: what switches are told by."""
+  """LEEDS: the score that detects switches."""
   shift_score: Annotated[str, Among(("energy", "entropy", "max_softmax"))] = "energy"
-  """LEEDS: what shifts are told by."""
+  """LEEDS: the score that detects shifts."""
   shift_model: Annotated[str, Among(("adapted", "meta", "initial"))] = "adapted"
-  """LEEDS: whose logits that is of."""
+  """LEEDS: the model whose logits give the shift score."""
   no_switch_scale: NonNegative = 0.0
   """LEEDS: the scale of meta-updates in rounds without a switch."""
 

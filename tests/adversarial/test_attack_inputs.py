@@ -78,8 +78,8 @@ def test_errors_name_what_is_wrong_with_the_batch():
   for images, message in [
     (IMAGES * 255, "images must be from low=0.0 to high=1.0, got values from 0 to 255"),
     (IMAGES - 0.5, "images must be from low=0.0 to high=1.0, got values from -0.5 to"),
-    (IMAGES[:, 0, 0, 0], r"images must be \[batch, ...\], one at least, got shape \(8,\)"),
-    (IMAGES[:0], r"images must be \[batch, ...\], one at least, got shape \(0, 4, 4, 1\)"),
+    (IMAGES[:, 0, 0, 0], r"images must be \[batch, ...\], at least one, got shape \(8,\)"),
+    (IMAGES[:0], r"images must be \[batch, ...\], at least one, got shape \(0, 4, 4, 1\)"),
   ]:
     with pytest.raises(ValueError, match=message):
       PGD(PARAMS, (images, LABELS))

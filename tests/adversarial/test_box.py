@@ -92,7 +92,7 @@ def test_images_of_another_range_are_counted_under_jit(images):
     info = jax.jit(lambda x, grad=grad: grad(PARAMS, (x, LABELS), 0).aux)(images)
     assert np.flatnonzero(info.clipped).tolist() == expected
     assert info.num_clipped == BATCH - 3
-    with pytest.raises(ValueError, match=r"Box\(epsilon, low, high\), or normalise inside"):
+    with pytest.raises(ValueError, match=r"Box\(epsilon, low, high\), or normalize inside"):
       grad(PARAMS, (images, LABELS), 0)
 
 

@@ -146,7 +146,9 @@ def test_images_that_an_attack_clips_under_a_jit_are_reported():
   attack = jaxbo.adversarial.pgd(model, Box(0.1), step_size=0.1, num_steps=1)
   hidden = jaxbo.adversarial.Attack(jax.jit(attack.run))
   batch = jnp.where(jnp.arange(8)[:, None, None, None] > 4, 2 * IMAGES + 0.1, IMAGES), LABELS
-  with pytest.warns(UserWarning, match=r"pgd clipped 3 clean images to its box.*Box\(epsilon, low"):
+  with pytest.warns(
+    UserWarning, match=r"pgd clipped 3 clean images to its range.*Box\(epsilon, low"
+  ):
     ours = jaxbo.adversarial.evaluate_robustness(
       model, PARAMS, batch, 0, {"pgd": hidden}, batch_size=3
     )

@@ -207,7 +207,7 @@ def test_bad_meta_batches_are_refused():
   with pytest.raises(ValueError, match="num_tasks must be at least 1, got 0"):
     jaxbo.over_tasks(single(), 0)
   solver = jaxbo.over_tasks(single(), 3)
-  with pytest.raises(ValueError, match="inner must be of one task, got one of 3 tasks"):
+  with pytest.raises(ValueError, match="inner must be a solver of one task, got one with 3 tasks"):
     jaxbo.over_tasks(solver, 2)
   x, y = jnp.ones(P), solver.init(jnp.zeros(D))
   with pytest.raises(

@@ -235,7 +235,9 @@ def methods(axis_name):
 def test_an_unknown_axis_is_refused():
   grads = jaxbo.per_example_grad(problem.loss_fn)(PARAMS, BATCH)
   for tx in methods("devices"):
-    with pytest.raises(ValueError, match="axis_name must be an axis of the shard_map around, got"):
+    with pytest.raises(
+      ValueError, match="axis_name must be an axis of the enclosing shard_map, got"
+    ):
       tx.update(grads, tx.init(PARAMS), PARAMS, groups=GROUPS)
 
 

@@ -207,7 +207,7 @@ def test_sizes_and_epsilon_that_make_no_layer_are_refused():
     (PreActResNet18(widths=(4, 4, 4, -4)), "widths must be at least 1, an integer, got -4"),
     (ResNet12(widths=(4, 4, 4, 0)), "widths must be at least 1"),
     (MLP((4, 0)), "features must be at least 1"),
-    (MLP(()), r"features must be one width at least, got \(\)"),
+    (MLP(()), r"features must be at least one width, got \(\)"),
   ):
     with pytest.raises(ValueError, match=message):
       jax.eval_shape(model.init, key, images)

@@ -148,11 +148,11 @@ def test_tokens_are_those_of_the_ptb_tokenizer(text, tokens):
 @cases("name", ["bleu", "rouge_l", "cider_d", "exact_match", "meteor", "spice"])
 def test_bad_input_says_what_is_wrong(name):
   score = getattr(caption_metrics, name)
-  with pytest.raises(ValueError, match="candidates must hold a caption at least"):
+  with pytest.raises(ValueError, match="candidates must hold at least one caption"):
     score([], [])
   with pytest.raises(ValueError, match="must be of the same images, got 1 and 2"):
     score([["a"]], [[["a"]], [["b"]]])
-  with pytest.raises(ValueError, match=r"references\[0\] must hold a caption at least"):
+  with pytest.raises(ValueError, match=r"references\[0\] must hold at least one caption"):
     score([["a"]], [[]])
 
 
@@ -282,7 +282,7 @@ def test_a_vocabulary_has_frequent_words_and_ends(tmp_path):
 @cases(
   "call, message",
   [
-    (lambda v: v.encode([]), "caption must have a word at least, got none"),
+    (lambda v: v.encode([]), "caption must have at least one word, got none"),
     (lambda v: v.encode(["dog"]), "caption must consist of known words, got 'dog'"),
     (lambda v: v.encode(["a"], length=2), "length must be at least 3"),
     (lambda v: v.decode([1, 4]), r"ids must be in \[0, 3\], got 4"),

@@ -420,13 +420,16 @@ def test_flags_out_of_range_are_refused(flags, message):
   [
     ({"tokens": jnp.zeros(6, jnp.int32)}, r"tokens must be integers \[batch, length\], got int32"),
     ({"tokens": jnp.zeros((3, 6))}, r"tokens must be integers \[batch, length\], got float32"),
-    ({"tokens": jnp.zeros((3, 0), jnp.int32)}, r"a first token each, got the shape \(3, 0\)"),
+    (
+      {"tokens": jnp.zeros((3, 0), jnp.int32)},
+      r"a first token in each caption, got the shape \(3, 0\)",
+    ),
     ({"mask": jnp.ones((3, 6))}, r"mask must be bool, .*\(3, 6\), got float32"),
     ({"mask": jnp.ones((3, 5), bool)}, r"mask must be bool, .*\(3, 6\), got bool .*\(3, 5\)"),
     ({"features": jnp.zeros((3, 7))}, r"features must be floats \[batch, num_cells, 7\], got"),
     ({"features": jnp.zeros((3, 4, 7), jnp.int32)}, "features must be floats .* got int32"),
     ({"features": jnp.zeros((3, 8, 8, 3))}, "images need an encoder"),
-    ({"features": jnp.zeros((3, 0, 7))}, "with a cell at least"),
+    ({"features": jnp.zeros((3, 0, 7))}, "with at least one cell"),
     ({"features": jnp.zeros((3, 4, 8))}, r"num_cells, 7\] as the parameters were made for, got"),
     ({"cell_mask": jnp.ones((3, 4))}, r"cell_mask must be bool, .*\(3, 4\), got float32"),
     ({"cell_mask": jnp.ones((3, 5), bool)}, r"cell_mask must be bool, .*got bool .*\(3, 5\)"),

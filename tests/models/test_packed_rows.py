@@ -174,7 +174,7 @@ ONES = jnp.ones((2, 12), jnp.int32)
     ({"labels": ONES[:, 1:]}, r"labels must be integers .* \(2, 12\), got int32 .*\(2, 11\)"),
     ({"segment_ids": ONES == 1}, r"segment_ids must be integers .* \(2, 12\), got bool"),
     ({"positions": ONES[0]}, r"positions must be integers .* \(2, 12\), got int32 .*\(12,\)"),
-    ({"attention_mask": ONES}, "batch must have 'mask' in the place of 'attention_mask'"),
+    ({"attention_mask": ONES}, "batch must have 'mask' instead of 'attention_mask'"),
   ],
 )
 def test_what_a_batch_cannot_have_is_refused(batch, message):

@@ -68,7 +68,7 @@ def test_a_generator_goes_forward_only(capfd):
   state, (_, val) = play(stream, stream.init(), 5)
   np.testing.assert_array_equal(val["round"], np.arange(5))
   np.testing.assert_array_equal(play(stream, state, 5)[1][1]["round"], np.arange(5, 10))
-  with pytest.raises(Exception, match="batches must be a function or begin anew to give round 0"):
+  with pytest.raises(Exception, match="batches must be a function or restart to give round 0"):
     jax.block_until_ready(play(stream, stream.init(), 5))
   capfd.readouterr()  # JAX prints the traceback of a callback.
 

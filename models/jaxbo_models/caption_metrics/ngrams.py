@@ -21,7 +21,7 @@ def check(candidates: Sequence[Tokens], references: References) -> None:
       has no reference.
   """
   if not len(candidates):
-    raise ValueError("candidates must hold a caption at least, got none")
+    raise ValueError("candidates must hold at least one caption, got none")
   if len(candidates) != len(references):
     raise ValueError(
       "candidates and references must be of the same images, got "
@@ -40,4 +40,4 @@ def check_references(image: int, references: Sequence[Tokens]) -> None:
       f"references[{image}] must be a list of sequences of tokens, got {references!r}"
     )
   if not len(references):
-    raise ValueError(f"references[{image}] must hold a caption at least, got none")
+    raise ValueError(f"references[{image}] must hold at least one caption, got none")

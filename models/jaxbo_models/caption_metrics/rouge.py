@@ -27,8 +27,8 @@ def rouge_l(candidates: Sequence[Tokens], references: References) -> np.ndarray:
     references: the tokens of one or more correct captions for each image.
 
   Returns:
-    The scores, ``[n]``, in [0, 1]. An empty caption counts as one empty word, as in the COCO
-    server's program: it scores 1 where a reference is empty, too, and else 0.
+    The scores, ``[n]``, in [0, 1]. As in the COCO server's program, an empty caption counts as one
+    empty word: it scores 1 if a reference is empty too, and 0 otherwise.
 
   Raises:
     TypeError: a caption is a string.

@@ -46,11 +46,10 @@ def tokenize(text: str) -> list[str]:
   ``-lowerCase`` and then drops quotes, periods, commas, colons, dashes and similar punctuation.
   Clitics are tokens (``do n't``, ``man 's``), and words with hyphens or slashes are single tokens.
   Numbers keep their decimal points and commas, round brackets become ``-lrb-`` and ``-rrb-``, and
-  ``$ % & # /`` are tokens; a pound sign becomes ``#`` and a euro sign ``$``, as there. Handles,
-  hashtags and addresses of pages are single tokens, and emoji
-  beyond U+FFFF are dropped. Of 25,014 COCO captions,
-  7 give other tokens than the server's, because of rare abbreviations and fractions; other signs of
-  currencies and emoticons such as ``:-)`` may differ, too.
+  ``$ % & # /`` are tokens. As on the server, a pound sign becomes ``#`` and a euro sign ``$``.
+  Handles, hashtags and web addresses are single tokens, and emoji beyond U+FFFF are dropped. Of
+  25,014 COCO captions, 7 give other tokens than on the server, because of rare abbreviations and
+  fractions; other currency signs and emoticons such as ``:-)`` may also differ.
 
   >>> print(*tokenize("The dog doesn't like Bob's half-eaten hot dog (50% off)!"))
   the dog does n't like bob 's half-eaten hot dog -lrb- 50 % off -rrb-

@@ -50,7 +50,9 @@ def check_tokens(tokens: jax.Array, mask: jax.Array | None) -> None:
       f"tokens must be integers [batch, length], got {tokens.dtype} of shape {tokens.shape}"
     )
   if tokens.shape[1] < 1:
-    raise ValueError(f"tokens must have a first token each, got the shape {tokens.shape}")
+    raise ValueError(
+      f"tokens must have a first token in each caption, got the shape {tokens.shape}"
+    )
   _check_mask("mask", mask, "tokens", tokens.shape)
 
 
@@ -62,7 +64,7 @@ def check_features(features: jax.Array, cell_mask: jax.Array | None, made_for: i
   if features.ndim != 3 or not jnp.issubdtype(features.dtype, jnp.floating):
     raise ValueError(f"{expected}, {got}; images need an encoder")
   if features.shape[1] < 1:
-    raise ValueError(f"{expected} with a cell at least, {got}")
+    raise ValueError(f"{expected} with at least one cell, {got}")
   if made_for is not None and features.shape[2] != made_for:
     raise ValueError(f"{expected} as the parameters were made for, {got}")
   _check_mask("cell_mask", cell_mask, "features", features.shape[:2])

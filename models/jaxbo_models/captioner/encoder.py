@@ -18,9 +18,9 @@ class PatchEncoder(nn.Module):
   .. math:: y_i = \mathrm{relu}(W_1 x_i + b_1), \quad
     y_i \leftarrow \mathrm{relu}(W_l y_i + b_l), \quad a_i = y_i + p_i
 
-  Each cell sees only its own patch. So attention on a cell is attention on what the patch shows;
-  with ordinary convolutions it need not be. A patch does not carry its place in the image, so the
-  encoder adds a learned position :math:`p_i`.
+  Each cell sees only its own patch, so attention on a cell is attention on what the patch shows;
+  with ordinary convolutions that need not hold. A patch does not know its place in the image, so
+  the encoder adds a learned position :math:`p_i`.
 
   >>> encoder = PatchEncoder(image_shape=(32, 32, 3), patch_size=8, features=64)
   >>> images = jax.ShapeDtypeStruct((5, 32, 32, 3), jnp.uint8)

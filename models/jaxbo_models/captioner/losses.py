@@ -40,11 +40,12 @@ def caption_losses(
   >>> jax.eval_shape(caption_losses(model), params, batch).shape
   (2,)
 
-  Sources: RFN's training code sums over time, and has the discriminative term (PyTorch's
-  ``MultiLabelMarginLoss``) and the score penalty, with weights 1 and 1e-3; RFN sums the score
-  penalty over the batch even where the other terms are means. The mean over time is the other
-  published convention (``LanguageModelCriterion``). The attention penalty, at :math:`\alpha_c = 1`,
-  is the doubly stochastic penalty of Xu et al. (https://arxiv.org/abs/1502.03044).
+  Sources: the training code of RFN (Jiang et al., https://arxiv.org/abs/1807.09986) sums over time,
+  and has the discriminative term (PyTorch's ``MultiLabelMarginLoss``) and the score penalty, with
+  weights 1 and 1e-3; RFN sums the score penalty over the batch even where the other terms are
+  means. The mean over time is the other published convention (``LanguageModelCriterion``). The
+  attention penalty, at :math:`\alpha_c = 1`, is the doubly stochastic penalty of Xu et al.
+  (https://arxiv.org/abs/1502.03044).
 
   Args:
     model: a :class:`GuidedCaptioner`.
@@ -62,9 +63,9 @@ def caption_losses(
     ``"cell_mask" [batch, num_cells]`` and ``"key"``, which turns on dropout.
 
     Each loss depends only on its own caption and image, except that one key draws the dropout masks
-    of the whole batch, and that an encoder with batch statistics mixes images. The loss is 0 if the
-    caption has no token after the first, and the caption does not count where losses are reweighted
-    (``loss_fn.example_mask``); it is NaN if the caption has an unknown token. Find such captions
+    of the whole batch, and that an encoder with batch statistics mixes images. A caption without a
+    token after the first has loss 0, and does not count where losses are reweighted
+    (``loss_fn.example_mask``). A caption with an unknown token has loss NaN. Find such captions
     with :func:`check_captions`.
 
   Raises:

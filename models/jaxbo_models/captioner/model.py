@@ -79,8 +79,8 @@ class GuidedCaptioner(nn.Module):
     attention_dim: width of keys.
     guide: ``"sequential"``, ``"static"`` or ``"none"``.
     attention_query: the query :math:`q_t`: ``"guide"`` for :math:`v_t`, ``"hidden"`` for
-      :math:`h_{t-1}`, or ``"hidden_word"`` for :math:`[h_{t-1}; e_t]`. A query that had not read
-      the last word did not learn to find the object that the word names.
+      :math:`h_{t-1}`, or ``"hidden_word"`` for :math:`[h_{t-1}; e_t]`. In our experiments, queries
+      that do not read the last word did not learn to find the object that the word names.
     guide_pooled: whether the sequential guide reads :math:`f`.
     guide_scale: factor on the guiding vector; 0 mutes the guide.
     decoder_word: whether the decoder reads :math:`e_t`; with False only the sequential guide reads

@@ -12,15 +12,15 @@ from jaxbo_models.mesh import explicit_sharding, zeros_like
 def chunked_cross_entropy(
   hidden: jax.Array, head: jax.Array, targets: jax.Array, chunk_length: int
 ) -> jax.Array:
-  r"""The cross-entropies of the logits ``hidden @ head``, some positions at a time.
+  r"""The cross-entropies of the logits ``hidden @ head``, a few positions at a time.
 
   .. math:: -\log \mathrm{softmax}(h_t W)_{u_t}
 
-  The logits of ``chunk_length`` positions of all sequences exist at a time, in the forward and in
-  the backward pass, which computes them again: one more product with the head for
-  ``batch (length - chunk_length) vocab_size`` numbers that are not stored. All sequences are in
-  each chunk, so a batch may be divided among devices. Sums are in float32 at least. The vocabulary
-  is padded to a multiple of 128, as matrix units want it.
+  Only the logits of ``chunk_length`` positions of all sequences exist at a time, in the forward
+  pass and in the backward pass, which computes them again. This costs one more product with the
+  head, and saves the memory of ``batch (length - chunk_length) vocab_size`` numbers. All sequences
+  are in each chunk, so a batch may be divided among devices. Sums are in float32 at least. The
+  vocabulary is padded to a multiple of 128, which suits matrix units.
 
   >>> hidden, head = jnp.ones((2, 5, 4)), jnp.zeros((4, 8))
   >>> chunked_cross_entropy(hidden, head, jnp.zeros((2, 5), int), 2)[0].round(4)  # log 8

@@ -77,7 +77,7 @@ class TransformerConfig:
     norm: ``"layer"`` (layer normalization) or ``"rms"`` (RMSNorm: neither mean nor bias).
     qk_norm: normalize each head's queries and keys before they are rotated.
     qkv_bias: whether queries, keys and values have a bias.
-    attention_out_bias: whether the output of attention has one.
+    attention_out_bias: whether the output of attention has a bias.
     ffn_bias: whether the feed-forward layer has biases.
     parallel_residual: True computes ``x + attention(norm(x)) + ffn(norm'(x))``; False applies
       attention first and the feed-forward layer to its result.
@@ -87,16 +87,16 @@ class TransformerConfig:
     rotary_scaling: None, or how frequencies are scaled for longer texts: a :class:`LinearScaling`,
       :class:`Llama3Scaling`, :class:`YarnScaling` or :class:`DynamicScaling`.
     unrotated_layers: the layers whose queries and keys are not rotated.
-    window: a token sees itself and the ``window - 1`` places before it; None for all.
-    full_attention_layers: the layers that have no window.
+    window: a token sees itself and the ``window - 1`` places before it; None for all places.
+    full_attention_layers: the layers without a window.
     position_offset: number of unused rows at the top of the learned table: 2 for OPT.
     tied_head: True uses the embedding as the kernel of the head; False gives the head its own
       kernel.
     epsilon: the constant that normalization adds to the variance.
     remat: recompute each block in the backward pass. Memory then holds one block's activations and
       the residual stream of every block; the cost is 4/3 of the operations. With
-      ``unroll=num_layers`` the loop is gone, and XLA's CPU backend undoes the recomputation. Or the
-      name of a policy of :data:`jax.checkpoint_policies`, which says what is kept:
+      ``unroll=num_layers`` the loop is gone, and XLA's CPU backend undoes the recomputation. The
+      name of a policy of :data:`jax.checkpoint_policies` instead says what to keep:
       ``"everything_saveable"``, ``"nothing_saveable"`` (the same as True), ``"dots_saveable"`` or
       ``"dots_with_no_batch_dims_saveable"``.
     unroll: number of blocks in one step of the scan over blocks, in [1, num_layers]; more blocks

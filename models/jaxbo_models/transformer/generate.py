@@ -15,7 +15,7 @@ class Generated(NamedTuple):
 
   Attributes:
     tokens: ``[batch, num_tokens]``, int32: the continuations, padded with ``pad_id``.
-    mask: ``[batch, num_tokens]``, bool: True up to the token that ends a text, and for it.
+    mask: ``[batch, num_tokens]``, bool: True up to and including the token that ends a text.
   """
 
   tokens: jax.Array
@@ -37,8 +37,8 @@ def generate(
 ) -> Generated:
   """Continues each prompt by up to ``num_tokens`` tokens, and stops when all texts have ended.
 
-  Keys and values of the tokens so far are kept, so a token costs one forward pass of one token. The
-  program is compiled once for each model, shape of prompts and ``num_tokens``.
+  A cache keeps the keys and values of the tokens so far, so each new token costs one forward pass
+  of one token. The program is compiled once for each model, shape of prompts and ``num_tokens``.
 
   >>> from jaxbo_models import transformer
   >>> config = transformer.llama(
@@ -56,15 +56,15 @@ def generate(
     params: its parameters.
     prompts: ``[batch, length]``, integers.
     mask: ``[batch, length]``, bool: True for the tokens of a prompt, and False for padding, on
-      either side; None if all are real. A row without a token of a prompt gets none.
-    num_tokens: the largest number of tokens to add, at least 1; with ``length``, at most the
-      model's ``max_length``.
+      either side; None if all are real. A row without prompt tokens gets no tokens.
+    num_tokens: the largest number of tokens to add, at least 1; ``length + num_tokens`` is at most
+      the model's ``max_length``.
     key: None for the likeliest token at each step; an int or a key to sample.
     temperature: positive: tokens are drawn from ``softmax(logits / temperature)``. Needs ``key``.
-    top_p: in (0, 1]: only of the likeliest tokens, as few as have this probability together (and
-      those as likely as the last of them). Needs ``key``.
+    top_p: in (0, 1]: draws only from the smallest set of likeliest tokens whose probabilities sum
+      to this (and from tokens as likely as the last of them). Needs ``key``.
     eos_id: the token that ends a text; None if no token does.
-    pad_id: what stands behind the end.
+    pad_id: the token after the end of a text.
 
   Raises:
     ValueError: an argument is out of its range, or has another shape or dtype.

@@ -35,15 +35,15 @@ def from_safetensors(
 
   >>> model, params = from_safetensors("pythia-70m", dtype=jnp.bfloat16)  # doctest: +SKIP
 
-  Weights of any dtype become float32. Loading needs memory for one copy of the model and a second
-  copy of one stack of layers. If ``config.json`` says that the head is the embedding, and the
-  folder has another head, then the model has that head, as in transformers.
+  By default weights of any dtype become float32. Loading needs memory for one copy of the model and
+  a second copy of one stack of layers. If ``config.json`` ties the head to the embedding but the
+  folder has another head, the model uses that head, as in transformers.
 
   Args:
     path: the folder.
     param_dtype: dtype of the parameters, such as bfloat16 for weights that are not trained.
-    ignore: settings of ``config.json`` that you know to be of no effect. Settings that this
-      function does not know are refused.
+    ignore: settings of ``config.json`` that you know to have no effect. The function refuses other
+      settings that it does not know.
     **overrides: fields of :class:`TransformerConfig` that change how the model computes: ``dtype``,
       ``remat``, ``unroll``, ``attention``; and ``max_length``, which crops learned positions.
 
@@ -52,9 +52,9 @@ def from_safetensors(
 
   Raises:
     FileNotFoundError: the folder has no configuration or no safetensors.
-    ValueError: :class:`Transformer` does not support the model (for example OPT-350M) or a setting
-      of it, a file is broken, or a tensor is missing, is unknown, or does not have the shape that
-      the configuration implies.
+    ValueError: :class:`Transformer` does not support the model (for example OPT-350M) or one of its
+      settings, a file is broken, or a tensor is missing, is unknown, or does not have the shape
+      that the configuration implies.
   """
   path = pathlib.Path(path)
   settings = _read_json(path / "config.json")
@@ -68,7 +68,7 @@ def from_safetensors(
     raise ValueError(f"config.json must have {error.args[0]}, got none in {path}") from error
   for name, value in fields.items():
     if value is None and name not in _OPTIONAL:
-      raise ValueError(f"config.json must have what says {name}, got null in {path}")
+      raise ValueError(f"config.json must give a value for {name}, got null in {path}")
   stored = TransformerConfig(**(fields | overrides | {"max_length": fields["max_length"]}))
   tensors = _Tensors(path, family)
   if stored.tied_head and tensors.has_another_head():

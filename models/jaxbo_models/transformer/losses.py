@@ -37,9 +37,9 @@ def token_losses(
 
   .. math:: \ell_t = -\log \mathrm{softmax}(z_t)_{u_{t + 1}}, \qquad t = 0, \dots, T - 2
 
-  A target counts if it is a real token and the token before it is real, too. So the first real
-  token never counts, with or without padding on the left. In a packed row a target counts if the
-  token before it is of the same segment, too. ``loss_mask`` and ``labels`` choose among them.
+  A target counts if both it and the token before it are real. So the first real token never counts,
+  with or without padding on the left. In a packed row, the token before it must also be of the same
+  segment. ``loss_mask`` or ``labels`` choose among these targets.
 
   >>> logits, tokens = jnp.zeros((1, 4, 8)), jnp.array([[3, 1, 4, 0]])
   >>> losses, weights = token_losses(logits, tokens, jnp.array([[True, True, True, False]]))
@@ -59,9 +59,9 @@ def token_losses(
     tokens: ``[batch, length]``, integers.
     mask: ``[batch, length]``, bool: True for real tokens, False for padding; None if all are real.
     loss_mask: ``[batch, length]``, bool: True for tokens that are targets. None if all are.
-    labels: ``[batch, length]``, integers, as transformers has them, in the place of ``loss_mask``:
-      the target in each place, or -100 for none. The labels are not shifted: ``labels[:, t]`` is
-      what ``tokens[:, t]`` should be. A label outside the vocabulary makes a loss NaN.
+    labels: ``[batch, length]``, integers as in transformers, instead of ``loss_mask``: the target
+      in each place, or -100 for no target. The labels are not shifted: ``labels[:, t]`` is what
+      ``tokens[:, t]`` should be. A label outside the vocabulary makes a loss NaN.
     segment_ids: ``[batch, length]``, integers: the document of each token in a packed row. None if
       each row is one document.
 
@@ -113,24 +113,24 @@ def sequence_losses(
       ``positions`` and ``segment_ids`` by name, if the batch has them).
     reduction: ``"mean"`` or ``"sum"`` over the targets that count. With the mean, long sequences do
       not get large losses because of their length.
-    chunk_length: at how many positions of all sequences logits exist at a time; None for all. A
-      few hundred save most of the memory of a step with a large vocabulary, for one more product
-      with the head. Needs a :class:`Transformer`; such losses have no forward-mode derivatives.
+    chunk_length: the number of positions, in all sequences, whose logits exist at a time; None for
+      all. With a large vocabulary, a few hundred save most of the memory of a step, at the cost of
+      one more product with the head. Needs a :class:`Transformer`; such losses have no forward-mode
+      derivatives.
 
   Returns:
     A function ``(params, batch) -> losses``, ``[batch]`` in float32 at least. The batch holds
-    ``"tokens" [batch, length]`` and, all of the same shape, what it needs of: ``"mask"``, False at
+    ``"tokens" [batch, length]``. These optional entries have the same shape: ``"mask"``, False at
     padding; ``"loss_mask"`` or ``"labels"``, the targets (see :func:`token_losses`);
     ``"segment_ids"`` and ``"positions"`` of packed rows (see :class:`Transformer`). Other keys are
-    ignored. A sequence
-    without a target has loss 0, and does not count where losses are reweighted
+    ignored. A sequence without a target has loss 0, and does not count where losses are reweighted
     (``loss_fn.example_mask``).
 
   Raises:
-    TypeError: ``chunk_length`` is given for another model than a :class:`Transformer`.
-    ValueError: ``reduction`` is unknown, or ``chunk_length`` is below 1. The function raises it for
-      a batch with both
-      ``"loss_mask"`` and ``"labels"``, or with transformers' names of the keys.
+    TypeError: ``chunk_length`` is given, but the model is not a :class:`Transformer`.
+    ValueError: ``reduction`` is unknown, or ``chunk_length`` is below 1. The returned function
+      raises it for a batch with both ``"loss_mask"`` and ``"labels"``, or with the key names of
+      transformers.
   """
   if reduction not in ("mean", "sum"):
     raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
@@ -168,7 +168,7 @@ def _choice(batch: Mapping[str, Any]) -> dict[str, Any]:
   """What chooses the targets of a batch."""
   for theirs, ours in _THEIR_NAMES.items():
     if theirs in batch:
-      raise ValueError(f"batch must have {ours!r} in the place of {theirs!r}, got {list(batch)}")
+      raise ValueError(f"batch must have {ours!r} instead of {theirs!r}, got {list(batch)}")
   return {name: batch.get(name) for name in ("loss_mask", "labels", "segment_ids")}
 
 

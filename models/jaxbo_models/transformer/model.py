@@ -107,10 +107,10 @@ class Transformer(nn.Module):
         their sequence NaN.
       segment_ids: ``[batch, length]``, integers, for rows in which documents are packed: tokens
         attend only to tokens with the same id. None if each row is one document, and with a cache.
-      cache: a cache from :func:`empty_cache`. The first call gives it the prompts, which end in
-        the last place; each later call one token in each row, with its position.
-      return_hidden: whether to return, in the place of the logits, what the head is multiplied by
-        (:func:`head_of`): ``[batch, length, width]`` in ``dtype``.
+      cache: a cache from :func:`empty_cache`. The first call adds the prompts, which must end in
+        the last place; each later call adds one token to each row, with its position.
+      return_hidden: whether to return, instead of the logits, the hidden states that the head
+        (:func:`head_of`) multiplies: ``[batch, length, width]`` in ``dtype``.
 
     Returns:
       The logits; with a cache, those of the last token alone, ``[batch, vocab_size]``, and the

@@ -170,7 +170,7 @@ def llama(size: str = "3.2-1b", **overrides: Any) -> TransformerConfig:
 
 
 def mistral(size: str = "7b-v0.3", **overrides: Any) -> TransformerConfig:
-  """Mistral: Llama with a head of its own and, in version 0.1, a sliding window.
+  """Mistral: Llama with an untied head and, in version 0.1, a sliding window.
 
   >>> mistral("7b-v0.1").window
   4096
@@ -224,7 +224,7 @@ def qwen3(size: str = "0.6b", **overrides: Any) -> TransformerConfig:
 
 
 def smollm(size: str = "135m", **overrides: Any) -> TransformerConfig:
-  """SmolLM, which is Llama in small.
+  """SmolLM: small models with the architecture of Llama.
 
   >>> smollm().width
   576

@@ -51,7 +51,7 @@ class LinearScaling:
 class DynamicScaling:
   """Scales nothing in texts of up to ``length`` tokens; longer ones are refused.
 
-  In transformers, this scaling depends on the longest text of a batch from there on.
+  For longer texts, the scaling of transformers depends on the longest text of a batch.
 
   Attributes:
     factor: how steeply the scaling begins; not used here.

@@ -29,25 +29,25 @@ def save_safetensors(
 ) -> None:
   """Writes ``config.json`` and ``model.safetensors``, the inverse of :func:`from_safetensors`.
 
-  Transformers reads the folder, too. Install ``jaxbo-models[huggingface]`` for the package
-  safetensors. Saving needs memory for two copies of the model on the host. Tokenizers are not
-  saved: copy their files.
+  The transformers library reads the folder, too. Install ``jaxbo-models[huggingface]`` for the
+  package safetensors. Saving needs memory for two copies of the model on the host. It does not save
+  tokenizers: copy their files.
 
   >>> save_safetensors("tuned", model, params)  # doctest: +SKIP
 
   Args:
-    path: the folder; it is made if it is not there, and a model in it is overwritten.
+    path: the folder; it is created if needed, and a model in it is overwritten.
     model: the model.
     params: its parameters; merge adapters first.
     model_type: the family: ``"gpt2"``, ``"opt"``, ``"gpt_neox"``, ``"llama"``, ``"mistral"``,
-      ``"qwen2"``, ``"qwen3"`` or ``"smollm3"``. None for that of ``settings``, else for the first
-      of them that can be the model.
+      ``"qwen2"``, ``"qwen3"`` or ``"smollm3"``. None takes the family of ``settings``, or else the
+      first of these families that can represent the model.
     settings: settings of another ``config.json`` to keep, such as that of the model that was tuned,
-      or ``{"eos_token_id": 2}``. Those that say what the model computes come from ``model``.
-    dtype: dtype of the file; None for those of the parameters.
+      or ``{"eos_token_id": 2}``. Settings that say what the model computes come from ``model``.
+    dtype: dtype of the file; None for the dtypes of the parameters.
 
   Raises:
-    ValueError: no family, or not the one that is asked for, can be the model; or ``params`` are not
+    ValueError: no family, or not the requested one, can represent the model; or ``params`` are not
       the parameters of the model.
   """
   family_name, written = _describe(model.config, model_type, settings or {})
@@ -84,7 +84,7 @@ def _describe(
         "architectures": [family.architecture],
       }
   raise ValueError(
-    f"model must be one that transformers' {model_type or list(able)} can be, got {config}"
+    f"model must be one that transformers' {model_type or list(able)} can represent, got {config}"
   )
 
 

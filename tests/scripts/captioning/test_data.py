@@ -183,7 +183,7 @@ def test_karpathys_files_are_read(folder):
     ({"captions": [[], ["a"], ["a"], ["a"]]}, r"captions .* at least 1 item .* got \[\].*'a.png'"),
     ({"captions": ["cat", ["a"], ["a"], ["a"]]}, "captions should be a valid list, got 'cat'"),
     ({"captions": [[7], ["a"], ["a"], ["a"]]}, "captions should be a valid string, got 7"),
-    ({"captions": [["a"], ["a"], ["?"], ["a"]]}, "captions must have a word at least .* c.png"),
+    ({"captions": [["a"], ["a"], ["?"], ["a"]]}, "captions must have at least one word .* c.png"),
     ({"images": None}, "lists images, captions and split"),
   ],
 )
