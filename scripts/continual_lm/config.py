@@ -68,7 +68,7 @@ class Config(DistributedConfig, TunedConfig):
   pretrained: Path | None = None
   """The folder "pretrained" that a run with scratch wrote, to go on from: no first phase."""
   tokenizer: Annotated[int, Field(gt=256)] | Path | None = None
-  """For scratch: how many tokens of a byte-pair encoding are learnt from the text of the first
+  """For scratch: how many tokens of a byte-pair encoding are learned from the text of the first
   phase, or a folder with the files of one, such as GPT-2's; else bytes."""
   dtype: Annotated[str, Among(("float32", "bfloat16"))] = "float32"
   """What the model computes in; parameters and losses are float32."""
