@@ -1,8 +1,8 @@
 """What a user waits for first: seconds from the start of Python to the first result.
 
-Each program runs in a process of its own, as a user would start it: without a persistent compilation
-cache, with an empty one, and with the one that the run before has filled
-(``JAX_COMPILATION_CACHE_DIR``). ``import optax`` beside ``import jaxbo`` says what of it is jaxbo's.
+Each program runs in a process of its own, as a user would start it: without a persistent
+compilation cache, with an empty one, and with the one that the run before has filled
+(``JAX_COMPILATION_CACHE_DIR``). ``import optax`` stands beside ``import jaxbo``, which needs it.
 
   uv run python -m benchmarks.first_result
 """
@@ -36,7 +36,8 @@ from jaxbo_models import SmallCNN
 images, labels = jax.random.uniform(jax.random.key(0), (8, 28, 28, 1)), jnp.arange(8)
 network = SmallCNN(10)
 params = network.init(jax.random.key(1), images)
-attack = jaxbo.adversarial.pgd(network.apply, jaxbo.adversarial.Box(0.1), step_size=0.02, num_steps=10)
+box = jaxbo.adversarial.Box(0.1)
+attack = jaxbo.adversarial.pgd(network.apply, box, step_size=0.02, num_steps=10)
 print(float(attack(params, (images, labels), 0).sum()))
 """
 PROGRAMS = {
@@ -73,14 +74,8 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
       command = [sys.executable, "-c", PROGRAMS.get(name, "")]
       if name == CLEANING:
-        smoke = [
-          "scripts.hyper_cleaning",
-          "--smoke",
-          "--overwrite",
-          "--output-dir",
-          f"{folder}/run",
-        ]
-        command = [sys.executable, "-m", *smoke]
+        options = ["--smoke", "--overwrite", "--output-dir", f"{folder}/run"]
+        command = [sys.executable, "-m", "scripts.hyper_cleaning", *options]
       found["no cache"].append(seconds(command, None))
       found["empty cache"].append(seconds(command, f"{folder}/cache"))
       found["full cache"].append(seconds(command, f"{folder}/cache"))
