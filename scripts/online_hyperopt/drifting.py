@@ -128,7 +128,7 @@ def make_loop(
   outer = {
     "ogd": lambda: jaxbo.ogd(rate),
     "sobow": lambda: jaxbo.sobow(rate, inner, window=window, **options),
-    "oagd": lambda: jaxbo.oagd(rate, inner, outer_loss, normalization="full", **options),
+    "oagd": lambda: jaxbo.oagd(rate, inner, outer_loss, **options),
   }[method]()
   memory = window if method == "oagd" else None
   told = metrics(hypergradient)

@@ -8,7 +8,7 @@ sine. SOBOW and OAGD have a window of 1, of 10, or of sqrt(T) with a decay of 1 
 wants it. Two yardsticks, the same for all methods: the sum of the squared true hypergradients
 ("plain", a window of 1) and that of their averages over the last sqrt(T) rounds ("windowed").
 
-For each method, window, drift, T and yardstick the outer rate is the best of ten on four other
+For each method, window, drift, T and yardstick the outer rate is the best of twelve on four other
 seeds (100 to 103). Slopes are fitted for each seed on a log-log scale; ± is half of the 95 %
 interval of their mean. "bound" is the slope of T/W + V_T + H_T.
 
@@ -37,7 +37,7 @@ from scripts.online_hyperopt.drifting import DESCRIPTIONS, DRIFTS
 from scripts.online_hyperopt.slopes import ratio_cell, slope_cell, slopes
 
 TUNING_SEEDS = range(100, 104)
-RATES = 0.002 * 2.0 ** np.arange(10)
+RATES = 0.002 * 2.0 ** np.arange(12)
 YARDSTICKS = {"plain": "squared hypergradients", "windowed": "squared averages of √T of them"}
 ROWS = {  # A window of 0 is the square root of T.
   ("ogd", 1): "OGD",
@@ -57,7 +57,7 @@ class Config(StudyConfig):
 
   horizons: Several[Count] = (512, 1024, 2048, 4096, 8192)
   """The numbers of rounds T."""
-  seeds: Count = 20
+  seeds: Count = 24
   """How many seeds; each draws the matrices and the directions of the drift."""
   output_dir: Annotated[Path, FREE] = Path("runs/online_regret")
   """Where results go."""
