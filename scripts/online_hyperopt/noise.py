@@ -204,7 +204,9 @@ class Noise(Study[Config]):
     for method, label in METHODS.items():
       for window in run.config.windows:
         make = functools.partial(Window, method, window, run.config.rounds, run.config.all_seeds())
-        yield Cell({"method": method, "window": window}, make, 2, f"{label}, K={window}")
+        yield Cell(
+          {"method": method, "window": window}, make, 2, f"{label}, K={window}", checkpoint_every=1
+        )
 
   def tables(self, results: Results[Config]) -> Iterable[Table]:
     """Measured and predicted regrets by the window, one for each kind of noise."""

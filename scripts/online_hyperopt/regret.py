@@ -169,8 +169,8 @@ class Regret(Study[Config]):
       for rounds in run.config.horizons:
         seeds, window = run.config.all_seeds(), window_of(rule, rounds)
         make = functools.partial(Horizon, method, window, rounds, seeds)
-        key = {"method": method, "rule": rule, "rounds": rounds}
-        yield Cell(key, make, 2, f"{label}, T={rounds}")
+        key = key_of(method, rule, rounds)
+        yield Cell(key, make, 2, f"{label}, T={rounds}", checkpoint_every=1)
 
   def tables(self, results: Results[Config]) -> Iterable[Table]:
     """Slopes by both yardsticks beside the bound, and regrets at the end beside the baseline's."""
@@ -213,6 +213,11 @@ class Regret(Study[Config]):
     bounds = {drift: bound(results, 0, drift) for drift in DRIFTS}
     horizons, path = run.config.horizons, run.path / "online_regret.png"
     regret_plots.draw_regret(curves, bounds, horizons, ROWS, path)
+
+
+def key_of(method: str, rule: int, rounds: int) -> Row:
+  """What names a cell."""
+  return {"method": method, "rule": rule, "rounds": rounds}
 
 
 def of_row(rows: pd.DataFrame, row: tuple[str, int]) -> pd.DataFrame:
