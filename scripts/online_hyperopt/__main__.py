@@ -47,6 +47,7 @@ from scripts.online_hyperopt.methods import Variant
 from scripts.online_hyperopt.noise import Noise
 from scripts.online_hyperopt.regret import Regret
 from scripts.online_hyperopt.runs import Play
+from scripts.online_hyperopt.slopes import mean_cell
 from scripts.online_hyperopt.tuning import Tuning
 
 __all__ = ["Noise", "OnlineHyperopt", "Regret"]  # The studies whose results are kept.
@@ -67,6 +68,10 @@ COLUMNS = {
 }
 
 
+BASELINE = "ogd"
+PAIRED = ("cumulative_loss", "scaled_loss", "played_accuracy", "mean_accuracy", "final_accuracy")
+
+
 def table_of(title: str, rows: pd.DataFrame) -> Table:
   """Means over the seeds that did not diverge; how many did stands beside the method.
 
@@ -85,6 +90,22 @@ def table_of(title: str, rows: pd.DataFrame) -> Table:
 
   kept = rows[rows["finite"] | ~rows.groupby(by)["finite"].transform("any")]
   return table.spread(title, kept, by, label, COLUMNS).without_dashes()
+
+
+def paired_table(title: str, rows: pd.DataFrame) -> Table | None:
+  """Differences to OGD on the same seed, of what loss and accuracy are, if there is OGD."""
+  columns = {name: COLUMNS[name] for name in PAIRED}
+  of_seed = lambda mine: mine.set_index("seed")[list(columns)]
+  baseline = of_seed(rows[rows["method"] == BASELINE])
+  if not len(baseline):
+    return None
+  body = []
+  for (method, window), mine in rows.groupby(["method", "window"], sort=False):
+    if method != BASELINE:
+      gains = of_seed(mine) - baseline
+      cells = [mean_cell(gains[name], column.digits) for name, column in columns.items()]
+      body.append([Variant(str(method), int(str(window))).label, *cells])
+  return Table(title, ["minus OGD", *(column.title for column in columns.values())], body)
 
 
 class OnlineHyperopt(Study[Config]):
@@ -112,15 +133,15 @@ class OnlineHyperopt(Study[Config]):
         yield Cell(key, make, NUM_EVALUATIONS, label, every=1, checkpoint_every=5)
 
   def tables(self, results: Results[Config]) -> Iterable[Table]:
-    """One for each stream."""
-    config = results.config
+    """Two for each stream: all that was measured, and differences to OGD in pairs."""
+    config, pairs = results.config, list[Table]()
     for stream, rows in results.rows.groupby("stream", sort=False):
-      title = (
-        f"{config.problem} of {config.model_name()} on {config.dataset}, stream {stream}: "
-        f"{config.rounds} rounds of {config.batch_size} examples; mean ± standard deviation of "
-        f"{config.seeds} seeds"
-      )
-      yield table_of(title, rows)
+      what = f"{config.problem} of {config.model_name()} on {config.dataset}, stream {stream}"
+      size = f"{config.rounds} rounds of {config.batch_size} examples"
+      yield table_of(f"{what}: {size}; mean ± standard deviation of {config.seeds} seeds", rows)
+      paired = paired_table(f"{what}: in pairs of one seed, mean ± half of the 95 % interval", rows)
+      pairs += [paired] if paired else []
+    yield from pairs
 
   def draw(self, run: Run[Config]) -> None:
     """Loss over seconds and over hypergradients; accuracy beside loss."""

@@ -37,7 +37,7 @@ from scripts.common.study import Results, Run, Study
 from scripts.common.table import Table
 from scripts.common.task import Cell, Row, Spent, Task
 from scripts.online_hyperopt import drifting, regret_plots
-from scripts.online_hyperopt.slopes import half_width
+from scripts.online_hyperopt.slopes import mean_cell
 
 PERIOD = 500  # of the sine, of amplitude 1
 BATCHES = 10  # of a pass
@@ -247,7 +247,7 @@ def cell(values: Any) -> str:
     return "-"
   if not np.isfinite(values).all() or values.max() > 100:
     return "diverged"
-  return f"{values.mean():.4f} ± {half_width(values):.4f}"
+  return mean_cell(values, 4)
 
 
 def number(value: float) -> str:

@@ -1,4 +1,4 @@
-"""Power laws: slopes on a log-log scale, and intervals over seeds."""
+"""Intervals over seeds, of means, of ratios, and of slopes on a log-log scale."""
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -19,11 +19,18 @@ def half_width(values: ArrayLike) -> float:
   return float(stats.t.ppf(0.975, len(array) - 1) * array.std(ddof=1) / np.sqrt(len(array)))
 
 
+def mean_cell(values: ArrayLike, digits: int) -> str:
+  """``mean ± half`` of the finite values; a dash if there is none."""
+  array = np.asarray(values, float)
+  array, half = array[np.isfinite(array)], half_width(array[np.isfinite(array)])
+  if not len(array):
+    return "-"
+  return f"{array.mean():.{digits}f}" + ("" if np.isnan(half) else f" ± {half:.{digits}f}")
+
+
 def slope_cell(x: ArrayLike, values: ArrayLike) -> str:
   """``mean ± half`` of the slopes of the rows."""
-  fitted = slopes(x, values)
-  half = half_width(fitted)
-  return f"{fitted.mean():.2f}" + ("" if np.isnan(half) else f" ± {half:.2f}")
+  return mean_cell(slopes(x, values), 2)
 
 
 def ratio_cell(values: ArrayLike, baseline: ArrayLike) -> str:

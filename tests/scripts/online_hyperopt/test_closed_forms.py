@@ -11,7 +11,7 @@ import pytest
 from scripts.common import folder
 from scripts.common.checkpoints import latest_step
 from scripts.online_hyperopt import drifting, noise, regret
-from scripts.online_hyperopt.slopes import half_width, ratio_cell, slope_cell, slopes
+from scripts.online_hyperopt.slopes import half_width, mean_cell, ratio_cell, slope_cell, slopes
 from tests.scripts.common.stopped import StoppedError
 
 pytestmark = pytest.mark.slow  # All together, not each.
@@ -94,6 +94,8 @@ def test_slopes_are_the_exponents_of_power_laws_and_intervals_those_of_student()
   assert slope_cell(x, [x**0.5, x**0.7]) == "0.60 ± 1.27"  # 12.706 times 0.1
   assert slope_cell(x, [3 * x]) == "1.00"
   assert half_width([1.0, 2.0, 3.0]) == pytest.approx(4.3027 / 3**0.5, rel=1e-4)
+  assert mean_cell([1.0, 2.0, 3.0, np.nan], 1) == "2.0 ± 2.5"
+  assert mean_cell([np.inf], 1) == "-"
   assert ratio_cell([2.0, 8.0, 4.0], [1.0, 2.0, 1.0]) == "3.17 (1.17 to 8.58)"
 
 

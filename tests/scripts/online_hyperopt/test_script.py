@@ -416,6 +416,15 @@ def test_seeds_that_diverged_are_counted_and_left_out_of_the_means():
   assert row[0] == "SOBOW, K=5, regret without 3 rounds"
 
 
+def test_differences_are_those_of_one_seed():
+  rows = pd.DataFrame(0.5, index=range(6), columns=list(script.COLUMNS))
+  rows = rows.assign(method=["ogd"] * 3 + ["sobow"] * 3, window=1, seed=[0, 1, 2, 2, 1, 0])
+  rows["cumulative_loss"] = [10.0, 20, 30, 29, 18, 7]
+  table = script.paired_table("", rows)
+  assert table.rows == [["SOBOW, K=1", "-2.0 ± 2.5", "0.0 ± 0.0", *["0.000 ± 0.000"] * 3]]
+  assert script.paired_table("", rows[rows["method"] == "sobow"]) is None
+
+
 def test_tuning_writes_rates_that_a_run_uses(tmp_path, capsys, monkeypatch):
   grids = {"loss_tuning/digits": Rates((0.3, 1.0), (0.5,), (0.1,))}
   monkeypatch.setattr(tuning, "GRIDS", grids)
