@@ -53,7 +53,8 @@ def draw_costs(
       else:
         below.axhline(curves[-1].mean(), color=color, linestyle=line)
     leave_out_diverged(above, curves)
-    above.set(title=name, xscale="log", xlabel="seconds of one seed")
+    above.set_title(f"{name}: {', '.join(kinds[name].names)}", fontsize="medium")
+    above.set(xscale="log", xlabel="seconds of one seed")
     below.set(xscale="log", xlabel="hypergradients evaluated")
     for axes in (above, below):
       axes.grid(alpha=0.3)
