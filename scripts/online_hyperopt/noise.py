@@ -2,8 +2,8 @@ r"""When SOBOW's window pays: noisy hypergradients, windows of 1 to 100, beside 
 
 The target of :math:`F_t(x) = (x - c_t)^2 / 2` is a sine, and each round shows it with noise. With
 an exact inner solution SOBOW and OAGD are linear filters of what they see: with
-:math:`z = e^{i \omega}`, the rate :math:`\beta` and :math:`W(z) = \frac1K \sum_{i<K} z^{-i}`, their
-:math:`x` is
+:math:`z = e^{i \omega}`, the rate :math:`\beta`, and :math:`W(z) = \sum_{i<K} w_i z^{-i}` for the
+weights of the window, their :math:`x` is
 
 .. math::
   H_{\text{SOBOW}}(z) = \frac{\beta W(z)}{z - 1 + \beta W(z)}, \qquad
@@ -45,7 +45,8 @@ SETTLING = 1000  # rounds that do not count
 TUNING_SEEDS = range(100, 104)
 RATES = 2.0 ** np.arange(-8, 0, 0.5)
 FIXED = 0.2
-METHODS = {"sobow": "SOBOW", "oagd": "OAGD"}
+DECAY = 0.9
+METHODS = {"sobow": "SOBOW", "sobow_decay": f"SOBOW, decay {DECAY:g}", "oagd": "OAGD"}
 RATE_KINDS = {"fixed": f"rate {FIXED:g}", "tuned": "best rate"}
 
 
@@ -75,7 +76,7 @@ class Config(StudyConfig):
   smallest: ClassVar = {"windows": (1, 2), "rounds": 1020, "seeds": 2}
 
   windows: Several[Count] = (1, 2, 5, 10, 20, 50, 100)
-  """Windows K, without decay."""
+  """Windows K."""
   rounds: Annotated[int, Field(gt=SETTLING)] = 4000
   """Rounds of a run, of which the first 1,000 do not count."""
   seeds: Count = 32
@@ -105,16 +106,33 @@ def spectrum(noise: str) -> tuple[np.ndarray, np.ndarray]:
   return frequencies, power / 4096
 
 
+def weights_of(method: str, window: int) -> np.ndarray:
+  """The weights of the window by age; they sum to 1."""
+  weights = decay_of(method) ** np.arange(window, dtype=float)
+  return weights / weights.sum()
+
+
+def decay_of(method: str) -> float:
+  """The decay of the window."""
+  return DECAY if method == "sobow_decay" else 1.0
+
+
 def transfer(method: str, window: int, rate: float, frequencies: Any) -> np.ndarray:
   """What a method makes of what it sees, at each frequency."""
   z = np.exp(1j * np.asarray(frequencies))
-  average = np.mean([z ** -float(age) for age in range(window)], axis=0)
-  return rate * average / (z - 1 + rate * (average if method == "sobow" else 1))
+  aged = [weight * z ** -float(age) for age, weight in enumerate(weights_of(method, window))]
+  average = np.sum(aged, axis=0)
+  return rate * average / (z - 1 + rate * (1 if method == "oagd" else average))
 
 
 def is_stable(method: str, window: int, rate: float) -> bool:
-  """Whether the poles lie inside the unit circle: for SOBOW, rate < K (1 - cos(π / K))."""
-  return rate < (2 if method == "oagd" or window == 1 else window * (1 - np.cos(np.pi / window)))
+  """Whether the poles lie inside the unit circle: without decay, rate < K (1 - cos(π / K))."""
+  if method == "oagd":
+    return rate < 2
+  poles = np.zeros(window + 1)  # z^(K-1) (z - 1) + rate (w_0 z^(K-1) + ... + w_(K-1))
+  poles[:2] = 1, -1
+  poles[1:] += rate * weights_of(method, window)
+  return bool(np.abs(np.roots(poles)).max() < 1)
 
 
 def law(method: str, window: int, rate: float, noise: str) -> float:
@@ -147,7 +165,8 @@ def draw(noise: str, seed: int, rounds: int) -> drifting.Drifting:
 @functools.partial(jax.vmap, in_axes=(0, 0, None, None, None))
 def _regret(stream, rate, method, window, rounds):
   told = drifting.play(
-    method, stream, rate, rounds=rounds, window=window, decay=1.0, step=1.0, loss=drifting.SQUARE,
+    method.removesuffix("_decay"), stream, rate, rounds=rounds, window=window,
+    decay=decay_of(method), step=1.0, loss=drifting.SQUARE,
     metrics=lambda hypergradient: {"regret": jaxbo.online.local_regret(hypergradient)},
   )  # fmt: skip
   return jnp.mean(told["regret"].term[SETTLING:])

@@ -21,6 +21,7 @@ STYLES = {
 OF_NOISE = {
   ("sobow", "fixed"): ("#56B4E9", "s"),
   ("sobow", "tuned"): ("#0072B2", "o"),
+  ("sobow_decay", "tuned"): ("#CC79A7", "D"),
   ("oagd", "fixed"): ("#E69F00", "v"),
   ("oagd", "tuned"): ("#009E73", "^"),
 }
@@ -83,8 +84,8 @@ def draw_noise(
   )  # fmt: skip
   for (noise, mine), axes in zip(curves.items(), panels[0], strict=True):
     windows = [1]
-    for (method, kind), (measured, expected) in mine.items():
-      color, marker = OF_NOISE[method, kind]
+    for (method, kind), (color, marker) in OF_NOISE.items():
+      measured, expected = mine[method, kind]
       windows, finite = list(measured.index), np.isfinite(expected)
       line = "-" if kind == "tuned" else "--"
       axes.plot(np.array(windows)[finite], expected[finite], color=color, linestyle=line, lw=1.2)
@@ -96,4 +97,4 @@ def draw_noise(
     axes.minorticks_off()
     axes.grid(alpha=0.3)
   panels[0, 0].set_ylabel("plain regret of a round")
-  plots.save(fig, path, legend_of=panels[0, 0], ncols=4)
+  plots.save(fig, path, legend_of=panels[0, 0], ncols=3)

@@ -108,12 +108,15 @@ def simulated(method, window, rate, seen):
   for t in range(len(seen)):
     played.append(x)
     ages = [i for i in range(window) if t >= i]
-    old = sum(played[t - i] if method == "sobow" else x for i in ages)
-    x = x - rate * (old - sum(seen[t - i] for i in ages)) / window
+    weights = np.array([1, 0.9, 0.81][:window]) if method == "sobow_decay" else np.ones(window)
+    old = sum(weights[i] * (x if method == "oagd" else played[t - i]) for i in ages)
+    x = x - rate * (old - sum(weights[i] * seen[t - i] for i in ages)) / weights.sum()
   return np.array(played)
 
 
-@pytest.mark.parametrize("method, window, rate", [("sobow", 3, 0.4), ("oagd", 4, 0.7)])
+@pytest.mark.parametrize(
+  "method, window, rate", [("sobow", 3, 0.4), ("sobow_decay", 3, 0.8), ("oagd", 4, 0.7)]
+)
 def test_the_law_is_that_of_the_recursion(method, window, rate):
   rounds = 4000
   impulse = simulated(method, window, rate, np.eye(1, 400, 10)[0])
@@ -150,11 +153,14 @@ def test_the_spectrum_is_that_of_what_is_drawn():
 @pytest.mark.parametrize("window", [1, 2, 3, 10, 100])
 def test_sobow_is_stable_up_to_its_limit(window):
   limit = 2 if window == 1 else window * (1 - np.cos(np.pi / window))
-  for rate in (0.99 * limit, 1.01 * limit):
-    poles = np.zeros(window + 1)  # z^(K-1) (z - 1) + rate (z^(K-1) + ... + 1) / K
-    poles[:2] = 1, -1
-    poles[1:] += rate / window
-    assert noise.is_stable("sobow", window, rate) == (np.abs(np.roots(poles)).max() < 1)
+  assert noise.is_stable("sobow", window, 0.99 * limit)
+  assert not noise.is_stable("sobow", window, 1.01 * limit)
+
+
+def test_decay_widens_what_is_stable_as_far_as_the_reference_says():
+  for window, limit in ((2, 2.111111), (3, 1.678343), (5, 1.199179), (10, 0.888658)):
+    assert noise.is_stable("sobow_decay", window, limit - 1e-5)
+    assert not noise.is_stable("sobow_decay", window, limit + 1e-5)
 
 
 # -- The studies.
@@ -199,7 +205,7 @@ def test_noise_is_measured_beside_its_law(tmp_path, capsys):
   assert noise.study.run(noise.Noise(), config) == 0
   assert "SOBOW, best rate: law" in capsys.readouterr().out
   rows = pd.read_csv(tmp_path / "results.csv")
-  assert len(rows) == 2 * 3 * 2
+  assert len(rows) == 3 * 3 * 2
   drawn = noise.draw("shuffled", 1, 1010)
   played = simulated("sobow", 2, 0.2, (drawn.c + drawn.noise)[:, 0])
   one = rows.query("method == 'sobow' and noise == 'shuffled' and seed == 1")
