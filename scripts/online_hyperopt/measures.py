@@ -7,7 +7,7 @@ import numpy as np
 from scripts.online_hyperopt.problems import weighted_cross_entropy
 from scripts.online_hyperopt.streams import Batch, Level
 
-TEMPERATURES = 2.0 ** np.arange(-4, 4.01, 0.125)
+TEMPERATURES = 2.0 ** np.arange(-10, 4.01, 0.125)
 
 
 def balanced_accuracy(predicted: jax.Array, labels: jax.Array, num_classes: int) -> jax.Array:

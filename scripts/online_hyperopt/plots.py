@@ -16,7 +16,7 @@ from scripts.online_hyperopt.streams import StreamKind
 # Colours that all eyes tell apart, with a marker and a line each; a method that is not here is in
 # the tables alone.
 STYLES = {
-  "ogd": ("0.5", "x", ":"),
+  "ogd": ("0.5", "X", ":"),
   "sobow": ("#0072B2", "o", "-"),
   "sobow_steps": ("#56B4E9", "s", "-"),
   "sogd": ("#CC79A7", "v", "-."),
@@ -54,7 +54,7 @@ def draw_costs(
         below.axhline(curves[-1].mean(), color=color, linestyle=line)
     leave_out_diverged(above, curves)
     above.set_title(f"{name}: {', '.join(kinds[name].names)}", fontsize="medium")
-    above.set(xscale="log", xlabel="seconds of one seed")
+    above.set(xscale="log", yscale="log", xlabel="seconds of one seed")
     below.set(xscale="log", xlabel="hypergradients evaluated")
     for axes in (above, below):
       axes.grid(alpha=0.3)
@@ -99,10 +99,9 @@ def by_seed(rows: pd.DataFrame, x: str, y: str) -> tuple[np.ndarray, np.ndarray]
 
 
 def leave_out_diverged(axes: Axes, curves: Sequence[np.ndarray]) -> None:
-  """Limits ``y`` to curves no more than ten times as large as the median one, if one is larger."""
-  sizes = np.array([np.abs(curve).max() for curve in curves])
+  """Ends ``y`` above curves no more than ten times as large as the median, if one is larger."""
+  sizes = np.array([curve.max() for curve in curves])
   sizes[np.isnan(sizes)] = np.inf  # Lines have no infinite numbers.
-  shown = [c for c, small in zip(curves, sizes <= 10 * np.median(sizes), strict=True) if small]
+  shown = sizes[sizes <= 10 * np.median(sizes)]
   if 0 < len(shown) < len(curves):
-    low, high = min(curve.min() for curve in shown), max(curve.max() for curve in shown)
-    axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+    axes.set_ylim(top=1.1 * shown.max())

@@ -25,6 +25,7 @@ OF_NOISE = {
   ("oagd", "fixed"): ("#E69F00", "v"),
   ("oagd", "tuned"): ("#009E73", "^"),
 }
+SHOWN = ("static", "slowing", "sine")  # The other drifts are in the tables.
 TITLES = {"plain": "plain regret", "windowed": "regret of averages of √T"}
 
 
@@ -40,8 +41,9 @@ def draw_regret(
   ``curves[yardstick, drift][method]`` is ``[seeds, horizons]``; ``bounds[drift]`` is of a window of
   √T, drawn through the first point of its method.
   """
+  bounds = {drift: bounds[drift] for drift in SHOWN}
   fig, grid = plt.subplots(
-    len(TITLES), len(bounds), figsize=(3.1 * len(bounds), 6.4), sharex=True, sharey="row",
+    len(TITLES), len(bounds), figsize=(1 + 3.2 * len(bounds), 6.8), sharex=True, sharey="row",
     squeeze=False, layout="constrained",
   )  # fmt: skip
   for (yardstick, what), panels in zip(TITLES.items(), grid, strict=True):
@@ -68,7 +70,7 @@ def draw_regret(
     axes.set_xlabel("rounds T")
     axes.set_xticks(horizons, [str(t) for t in horizons], rotation=45)
     axes.minorticks_off()
-  plots.save(fig, path, legend_of=grid[0, 0], ncols=5)
+  plots.save(fig, path, legend_of=grid[0, 0], ncols=3)
 
 
 def draw_noise(

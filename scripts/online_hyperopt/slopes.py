@@ -34,10 +34,8 @@ def slope_cell(x: ArrayLike, values: ArrayLike) -> str:
 
 
 def ratio_cell(values: ArrayLike, baseline: ArrayLike) -> str:
-  """The geometric mean of ratios of paired values, with the factor that their interval has."""
+  """The geometric mean of ratios of paired values, with its interval."""
   logs = np.log(np.asarray(values, float) / np.asarray(baseline, float))
-  half, mean = half_width(logs), float(np.exp(logs.mean()))
-  if np.isnan(half):
-    return f"{mean:.3g}"
-  low, high = np.exp(logs.mean() - half), np.exp(logs.mean() + half)
-  return f"{mean:.3g} ({low:.3g} to {high:.3g})"
+  half, mean = half_width(logs), logs.mean()
+  show = lambda log: np.format_float_positional(np.exp(log), 3, fractional=False, trim="-")
+  return show(mean) + ("" if np.isnan(half) else f" ({show(mean - half)} to {show(mean + half)})")

@@ -523,10 +523,12 @@ def test_newsgroups_are_rows_of_unit_norm_with_the_training_posts_first():
 @pytest.mark.parametrize("diverged", [1e9, np.nan])
 def test_a_method_that_diverged_does_not_flatten_the_picture(diverged):
   fig, (few, many) = online_plots.plt.subplots(1, 2)
-  curves = [np.full((3, 2), value) for value in (0.0, -1.0, 4.0)]
-  for axes, mine in ((few, curves), (many, [*curves, np.full((3, 2), diverged)])):
+  curves = [np.full(3, value) for value in (0.5, 1.0, 4.0)]
+  for axes, mine in ((few, curves), (many, [*curves, np.full(3, diverged)])):
     for curve in mine:
-      axes.plot(curve)
+      axes.semilogy(curve)
+    untouched = axes.get_ylim()
     online_plots.leave_out_diverged(axes, mine)
-  np.testing.assert_allclose(many.get_ylim(), few.get_ylim())
+    assert (axes.get_ylim() == untouched) == (axes is few)
+  assert many.get_ylim()[1] == pytest.approx(4.4)
   online_plots.plt.close(fig)
