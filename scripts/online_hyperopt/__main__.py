@@ -80,31 +80,38 @@ def table_of(title: str, rows: pd.DataFrame) -> Table:
   """
   by = ["method", "window"]
   rows = rows.assign(finite=np.isfinite(rows["cumulative_loss"]))
-  diverged, seeds = rows[~rows["finite"]].groupby(by).size().to_dict(), rows["seed"].nunique()
   left_out = rows.groupby(by)["left_out"].sum().to_dict()
 
   def label(group: tuple[str, int]) -> str:
-    lost = f", {diverged[group]} of {seeds} diverged" if group in diverged else ""
     rounds = f", regret without {left_out[group]} rounds" if left_out[group] else ""
-    return Variant(*group).label + lost + rounds
+    return label_of(rows, *group) + rounds
 
   kept = rows[rows["finite"] | ~rows.groupby(by)["finite"].transform("any")]
   return table.spread(title, kept, by, label, COLUMNS).without_dashes()
 
 
+def label_of(rows: pd.DataFrame, method: str, window: int) -> str:
+  """The name of a method, with how many of its seeds diverged."""
+  losses = rows[(rows["method"] == method) & (rows["window"] == window)]["cumulative_loss"]
+  diverged = (~np.isfinite(losses)).sum()
+  lost = f", {diverged} of {len(losses)} diverged" if diverged else ""
+  return Variant(method, window).label + lost
+
+
 def paired_table(title: str, rows: pd.DataFrame) -> Table | None:
-  """Differences to OGD on the same seed, of what loss and accuracy are, if there is OGD."""
+  """Differences to OGD on the same seed, if there is OGD; seeds that diverged are left out."""
   columns = {name: COLUMNS[name] for name in PAIRED}
+  finite = rows[np.isfinite(rows["cumulative_loss"])]
   of_seed = lambda mine: mine.set_index("seed")[list(columns)]
-  baseline = of_seed(rows[rows["method"] == BASELINE])
+  baseline = of_seed(finite[finite["method"] == BASELINE])
   if not len(baseline):
     return None
   body = []
-  for (method, window), mine in rows.groupby(["method", "window"], sort=False):
+  for (method, window), mine in finite.groupby(["method", "window"], sort=False):
     if method != BASELINE:
-      gains = of_seed(mine) - baseline
+      gains = (of_seed(mine) - baseline).dropna()
       cells = [mean_cell(gains[name], column.digits) for name, column in columns.items()]
-      body.append([Variant(str(method), int(str(window))).label, *cells])
+      body.append([label_of(rows, str(method), int(str(window))), *cells])
   return Table(title, ["minus OGD", *(column.title for column in columns.values())], body)
 
 

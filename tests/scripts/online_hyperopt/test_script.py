@@ -423,6 +423,9 @@ def test_differences_are_those_of_one_seed():
   table = script.paired_table("", rows)
   assert table.rows == [["SOBOW, K=1", "-2.0 ± 2.5", "0.0 ± 0.0", *["0.000 ± 0.000"] * 3]]
   assert script.paired_table("", rows[rows["method"] == "sobow"]) is None
+  rows.loc[3, ["cumulative_loss", "scaled_loss"]] = np.nan, 1e30
+  [row] = script.paired_table("", rows).rows
+  assert row[:3] == ["SOBOW, K=1, 1 of 3 diverged", "-2.5 ± 6.4", "0.0 ± 0.0"]
 
 
 def test_tuning_writes_rates_that_a_run_uses(tmp_path, capsys, monkeypatch):
