@@ -56,6 +56,10 @@ def draw_costs(
     above.set_title(f"{name}: {', '.join(kinds[name].names)}", fontsize="medium")
     above.set(xscale="log", yscale="log", xlabel="seconds of one seed")
     below.set(xscale="log", xlabel="hypergradients evaluated")
+    low, high = above.get_ylim()
+    ticks = [tick for tick in (0.1, 0.2, 0.3, 0.5, 1, 2, 3, 5) if low < tick < high]
+    above.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    above.yaxis.minorticks_off()
     for axes in (above, below):
       axes.grid(alpha=0.3)
   for axes in grid[:, 0]:
