@@ -16,7 +16,7 @@ drawn anew for each pass ("shuffled"), as minibatches are. The law says which wi
 the runs measure it, at the rate 0.2 for all windows and at the best of 16 rates on seeds 100 to
 103, for all alike.
 
-  python -m scripts.online_hyperopt.noise                            3 minutes on one core
+  python -m scripts.online_hyperopt.noise                            1 minute on one core
 """
 
 import functools

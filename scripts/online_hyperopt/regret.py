@@ -12,7 +12,7 @@ For each method, window, drift, T and yardstick the outer rate is the best of tw
 seeds (100 to 103). Slopes are fitted for each seed on a log-log scale; ± is half of the 95 %
 interval of their mean. "bound" is the slope of T/W + V_T + H_T.
 
-  python -m scripts.online_hyperopt.regret                           8 minutes on one core
+  python -m scripts.online_hyperopt.regret                           3 minutes on one core
 """
 
 import functools
