@@ -35,6 +35,7 @@ def played(scale):
 def losses(logits, level, seed, temperature):
   """The losses of all rounds in float64."""
   z = np.asarray(logits[seed], np.float64) / temperature
+  z = z - z.max(axis=-1, keepdims=True)
   picked = np.take_along_axis(z, np.asarray(level.labels[seed])[..., None], -1)[..., 0]
   weights = np.asarray(level.weights[seed], np.float64)
   return (weights * (np.log(np.exp(z).sum(-1)) - picked)).sum(-1) / weights.sum(-1)
