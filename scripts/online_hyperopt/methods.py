@@ -52,6 +52,10 @@ class Method(NamedTuple):
   responds: bool = False  # It moves x by more than df/dx.
   damped: bool = False  # It has a linear solver to damp.
   published: bool = False  # It has the published settings, and so no rates of its own.
+  hypergradients: int = (
+    0  # Evaluations in a round, for each batch in the window if ``re_evaluates``.
+  )
+  re_evaluates: bool = False
 
 
 class Variant(NamedTuple):
@@ -65,6 +69,12 @@ class Variant(NamedTuple):
     """Its name in tables."""
     method = METHODS[self.method]
     return method.label if method.window == 1 else f"{method.label}, K={self.window}"
+
+  @property
+  def hypergradients(self) -> int:
+    """How many it evaluates in a round, once its window is full."""
+    method = METHODS[self.method]
+    return method.hypergradients * (self.window if method.re_evaluates else 1)
 
 
 def _inner(of: Setting, num_steps: int = 1) -> jaxbo.InnerSolver:
@@ -200,18 +210,22 @@ def _oagd_published(of: Setting) -> dict[str, Any]:
 
 METHODS = {
   "ogd": Method("OGD", _ogd, window=1),
-  "sobow": Method("SOBOW", _sobow, responds=True, damped=True),
+  "sobow": Method("SOBOW", _sobow, responds=True, damped=True, hypergradients=1),
   "sobow_steps": Method(
-    "SOBOW, K steps", _sobow_steps, inner_per_window=True, responds=True, damped=True
+    "SOBOW, K steps", _sobow_steps, inner_per_window=True, responds=True, damped=True,
+    hypergradients=1,
   ),
-  "sogd": Method("SOGD", _sogd, window=1, responds=True),
+  "sogd": Method("SOGD", _sogd, window=1, responds=True, hypergradients=2),
   "ogd_replay": Method("OGD, replay", _ogd_replay, inner_per_window=True),
-  "oagd": Method("OAGD", _oagd, responds=True, damped=True),
+  "oagd": Method(
+    "OAGD", _oagd, responds=True, damped=True, hypergradients=1, re_evaluates=True
+  ),
   "ogd_published": Method("OGD, published", _ogd_published, window=1, published=True),
   "ogd_replay_published": Method(
     "OGD, published, replay", _ogd_replay_published, window=5, published=True
   ),
   "oagd_published": Method(
-    "OAGD, published", _oagd_published, window=5, responds=True, published=True
+    "OAGD, published", _oagd_published, window=5, responds=True, published=True,
+    hypergradients=1, re_evaluates=True,
   ),
-}
+}  # fmt: skip

@@ -1,6 +1,6 @@
-"""Pictures of online runs: metrics over rounds with the phases marked, and against the window."""
+"""Pictures of online runs: loss against what it cost, and accuracy beside loss."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,54 +10,90 @@ from matplotlib.axes import Axes
 
 from scripts.common import plots
 from scripts.common.plots import plt
-from scripts.online_hyperopt.methods import METHODS, Variant
+from scripts.online_hyperopt.methods import Variant
 from scripts.online_hyperopt.streams import StreamKind
 
-COLORS = {
-  "ogd": "0.45", "ogd_replay": "0.7", "sobow": "C0", "sobow_steps": "C9", "sogd": "C2",
-  "oagd": "C1", "ogd_published": "C5", "ogd_replay_published": "C4", "oagd_published": "C3",
-}  # fmt: skip
+# Colours that all eyes tell apart, with a marker and a line each; a method that is not here is in
+# the tables alone.
+STYLES = {
+  "ogd": ("0.5", "X", ":"),
+  "sobow": ("#0072B2", "o", "-"),
+  "sobow_steps": ("#56B4E9", "s", "-"),
+  "sogd": ("#CC79A7", "v", "-."),
+  "oagd": ("#D55E00", "^", "--"),
+}
 
 
-def draw_runs(
+def draw_costs(
   lines: pd.DataFrame, rows: pd.DataFrame, kinds: Mapping[str, StreamKind], path: Path
 ) -> None:
-  """A column for each stream: balanced accuracy, and cumulative loss less that of the first method.
+  """A column for each stream: the loss of a round over seconds, and over hypergradients.
 
-  Lines are means over seeds; the largest window is in a band from least to greatest, the others are
-  dashed. Of runs that are in ``rows``, the others did not end.
+  A point is the mean of the rounds since the point before, over seeds, of the largest window of a
+  method. A method without hypergradients is a line at its mean.
   """
-  lines = lines.merge(rows[["stream", "method", "window", "seed"]])
+  lines = lines.merge(rows[["stream", "method", "window", "seed"]])  # The others did not end.
   names = [name for name in kinds if (lines["stream"] == name).any()]
   fig, grid = plt.subplots(
-    2, len(names), figsize=(4.6 * len(names) + 1, 7.5), sharex=True, squeeze=False,
+    2, len(names), figsize=(1 + 4 * len(names), 7), sharex="row", sharey="col", squeeze=False,
     layout="constrained",
   )  # fmt: skip
   for (above, below), name in zip(grid.T, names, strict=True):
-    mine = lines[lines["stream"] == name]
-    largest = mine.groupby("method")["window"].max()
-    gains, baseline = list[np.ndarray](), None
-    for (method, window), run in mine.groupby(["method", "window"], sort=False):
-      variant = Variant(str(method), int(str(window)))
-      style: Any = {"label": variant.label, "color": COLORS[variant.method]}
-      style["band"] = variant.window == largest[variant.method]
-      x, accuracy = by_seed(run, "round", "balanced_accuracy")
-      plots.mean_and_range(above, x, accuracy, **style)
-      _, loss = by_seed(run, "round", "cumulative_loss")
-      if baseline is None:
-        baseline = loss
-        grid[1, 0].set_ylabel(f"cumulative loss, less that of {variant.label}")
-      gains.append(loss - baseline)
-      plots.mean_and_range(below, x, gains[-1], **style)
-    leave_out_diverged(below, gains)
-    above.set_title(name)
-    # The first evaluation is of what knows nothing.
-    above.set_ylim(bottom=mine["balanced_accuracy"][mine["round"] > 0].min() - 0.02)
+    curves = list[np.ndarray]()
+    for variant, run in of_variants(lines[lines["stream"] == name]):
+      color, marker, line = STYLES[variant.method]
+      style: Any = {"color": color, "linestyle": line, "marker": marker, "ms": 4}
+      rounds, total = by_seed(run, "round", "cumulative_loss")
+      _, seconds = by_seed(run[run["round"] > 0], "round", "seconds")
+      curves.append((np.diff(total, axis=1) / np.diff(rounds)).mean(axis=0))
+      above.plot(seconds.mean(axis=0) / len(total), curves[-1], label=variant.label, **style)
+      evaluated = variant.hypergradients * rounds[1:]
+      if evaluated.any():
+        below.plot(evaluated, curves[-1], **style)
+      else:
+        below.axhline(curves[-1].mean(), color=color, linestyle=line)
+    leave_out_diverged(above, curves)
+    above.set_title(f"{name}: {', '.join(kinds[name].names)}", fontsize="medium")
+    above.set(xscale="log", yscale="log", xlabel="seconds of one seed")
+    below.set(xscale="log", xlabel="hypergradients evaluated")
+    low, high = above.get_ylim()
+    ticks = [tick for tick in (0.1, 0.2, 0.3, 0.5, 1, 2, 3, 5) if low < tick < high]
+    above.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    above.yaxis.minorticks_off()
     for axes in (above, below):
-      mark_phases(axes, kinds[name].phases(lines["round"].max()))
-    below.set_xlabel("round")
-  grid[0, 0].set_ylabel("balanced accuracy on fresh data")
+      axes.grid(alpha=0.3)
+  for axes in grid[:, 0]:
+    axes.set_ylabel("loss of a round")
   plots.save(fig, path, legend_of=grid[0, 0], ncols=5)
+
+
+def draw_calibration(rows: pd.DataFrame, kinds: Mapping[str, StreamKind], path: Path) -> None:
+  """Accuracy beside loss, as played (filled) and at one temperature (open), for each stream."""
+  names = [name for name in kinds if (rows["stream"] == name).any()]
+  fig, panels = plt.subplots(
+    1, len(names), figsize=(1 + 4 * len(names), 4.2), squeeze=False, layout="constrained"
+  )
+  for axes, name in zip(panels[0], names, strict=True):
+    for variant, run in of_variants(rows[rows["stream"] == name]):
+      color, marker, _ = STYLES[variant.method]
+      mean = run[["cumulative_loss", "scaled_loss", "played_accuracy"]].mean()
+      accuracy = [mean["played_accuracy"]] * 2
+      axes.plot(mean.iloc[:2], accuracy, color=color, lw=1)
+      axes.plot(mean.iloc[1:2], accuracy[:1], marker, color=color, mfc="white", ms=8)
+      axes.plot(mean.iloc[:1], accuracy[:1], marker, color=color, ms=8, label=variant.label)
+    axes.set(title=name, xlabel="cumulative loss; open: at one temperature")
+    axes.grid(alpha=0.3)
+  panels[0, 0].set_ylabel("accuracy of what was played")
+  plots.save(fig, path, legend_of=panels[0, 0], ncols=5)
+
+
+def of_variants(rows: pd.DataFrame) -> Iterator[tuple[Variant, pd.DataFrame]]:
+  """The methods that have a style, each with its largest window, and their rows."""
+  for method in STYLES:
+    mine = rows[rows["method"] == method]
+    if len(mine):
+      window = int(mine["window"].max())
+      yield Variant(method, window), mine[mine["window"] == window]
 
 
 def by_seed(rows: pd.DataFrame, x: str, y: str) -> tuple[np.ndarray, np.ndarray]:
@@ -67,52 +103,9 @@ def by_seed(rows: pd.DataFrame, x: str, y: str) -> tuple[np.ndarray, np.ndarray]
 
 
 def leave_out_diverged(axes: Axes, curves: Sequence[np.ndarray]) -> None:
-  """Limits ``y`` to curves no more than ten times as large as the median one, if one is larger."""
-  sizes = np.array([np.abs(curve).max() for curve in curves])
+  """Ends ``y`` above curves no more than ten times as large as the median, if one is larger."""
+  sizes = np.array([curve.max() for curve in curves])
   sizes[np.isnan(sizes)] = np.inf  # Lines have no infinite numbers.
-  shown = [c for c, small in zip(curves, sizes <= 10 * np.median(sizes), strict=True) if small]
+  shown = sizes[sizes <= 10 * np.median(sizes)]
   if 0 < len(shown) < len(curves):
-    low, high = min(curve.min() for curve in shown), max(curve.max() for curve in shown)
-    axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
-
-
-def mark_phases(axes: Axes, phases: list[tuple[int, str]]) -> None:
-  """A vertical line where a phase begins, with its name at the top."""
-  for begin, name in phases:
-    if begin:
-      axes.axvline(begin, color="0.8", lw=0.8, zorder=0)
-    axes.annotate(
-      name, (begin, 1), xycoords=("data", "axes fraction"), xytext=(3, -3),
-      textcoords="offset points", va="top", fontsize="x-small", color="0.4",
-    )  # fmt: skip
-
-
-def draw_sweep(rows: pd.DataFrame, path: Path) -> None:
-  """Cumulative loss against the window for each stream, and what a method keeps.
-
-  A method without a window is a dashed line.
-  """
-  names = list(dict.fromkeys(rows["stream"]))
-  fig, panels = plt.subplots(
-    1, len(names) + 1, figsize=(4 * (len(names) + 1), 4.4), squeeze=False, layout="constrained"
-  )
-  *of_streams, memory = panels[0]
-  for (name, of_method), mine in rows.groupby(["stream", "method"], sort=False):
-    axes, method = of_streams[names.index(str(name))], METHODS[str(of_method)]
-    style: Any = {"color": COLORS[str(of_method)], "label": method.label}
-    if method.window == 1:
-      axes.axhline(mine["cumulative_loss"].mean(), linestyle="--", **style)
-    elif mine["window"].nunique() > 1:
-      plots.mean_and_range(axes, *by_seed(mine, "window", "cumulative_loss"), **style)
-      if name == names[0]:
-        kept = mine.groupby("window")["state_bytes"].first() / 2**10
-        memory.plot(kept.index, kept, color=style["color"], marker="o")
-  for axes, name in zip(of_streams, names, strict=True):
-    axes.set(title=name, ylabel="cumulative loss")
-  memory.set(title="memory", yscale="log", ylabel="kept beside both levels, KiB a seed")
-  windows = sorted(rows["window"].unique())
-  for axes in panels[0]:
-    axes.set(xscale="log", xlabel="window K")
-    axes.set_xticks(windows, map(str, windows))
-    axes.minorticks_off()
-  plots.save(fig, path, legend_of=of_streams[0])
+    axes.set_ylim(top=1.1 * shown.max())

@@ -156,7 +156,7 @@ def feature_ridge(num_inputs: int, num_classes: int, log_ridge: float, *, exact:
     init,
     inner_loss,
     outer_loss,
-    lambda x, y, images, reference: images @ y,
+    lambda x, y, images, reference=None: images @ y,
     project=lambda x: optax.projections.projection_box(x, *RIDGE_BOX),
     hypergradient=hypergradient if exact else None,
   )

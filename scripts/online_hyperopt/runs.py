@@ -14,7 +14,7 @@ import jaxbo
 from scripts.common.study import Run
 from scripts.common.task import Compiled, Program, Row, Spent
 from scripts.online_hyperopt import config as settings
-from scripts.online_hyperopt import streams
+from scripts.online_hyperopt import measures, streams
 from scripts.online_hyperopt.config import NUM_EVALUATIONS, STREAMS, Config
 from scripts.online_hyperopt.methods import METHODS, Rates, Setting, Variant
 from scripts.online_hyperopt.problems import Problem
@@ -62,7 +62,7 @@ def draw(config: Config, data: settings.Data, name: str, seeds: Sequence[int]) -
 
 
 class State(NamedTuple):
-  """All seeds of a run so far; ``[seeds, rounds]`` are zero in rounds that are to come.
+  """All seeds of a run so far; ``[seeds, rounds, ...]`` are zero in rounds that are to come.
 
   A breakdown is 1 where the linear solver met curvature that was not positive, NaN without one.
   """
@@ -70,6 +70,15 @@ class State(NamedTuple):
   online: jaxbo.online.OnlineState  # of the method, with an axis of seeds
   loss: jax.Array  # the outer loss of what was played, on the batch of the round
   breakdown: jax.Array
+  logits: jax.Array  # of what was played, on the same batch
+
+
+def first_state(
+  online: jaxbo.online.OnlineState, seeds: int, rounds: int, batch_size: int, num_classes: int
+) -> State:
+  """The state before the first round."""
+  nothing = lambda *shape: jnp.zeros((seeds, rounds, *shape))
+  return State(online, nothing(), nothing(), nothing(batch_size, num_classes))
 
 
 class Player:
@@ -79,6 +88,7 @@ class Player:
     shapes = jax.eval_shape(problem.init, jax.random.key(0))
     metrics: dict[str, Any] = {
       "loss": lambda round: problem.outer_loss(round.x, round.y, round.batch.val),
+      "logits": lambda round: problem.predict(round.x, round.y, round.batch.val.images),
       "breakdown": lambda round: jnp.float32(
         optax.tree.get(round.after.outer_state, "linear_breakdown", jnp.nan)
       ),
@@ -104,11 +114,13 @@ class Player:
       online, new = jax.vmap(play, in_axes=(0, None, EACH))(state.online, rates, stream)
       start = t * (rounds // NUM_EVALUATIONS)
       put = lambda kept, new: jax.lax.dynamic_update_slice_in_dim(kept, new, start, axis=1)
-      kept = put(state.loss, new["loss"]), put(state.breakdown, new["breakdown"])
-      return State(online, *kept), regret(new["regret"]) if "regret" in new else None
-
-    def regret(sums):  # Of a run without rounds that had none.
-      return jnp.where(sums.left_out == 0, sums.total, jnp.nan)[:, -1]
+      _, *kept = state
+      kept = [put(of, new[name]) for of, name in zip(kept, State._fields[1:], strict=True)]
+      told = None
+      if "regret" in new:
+        sums = new["regret"]
+        told = {"regret": sums.total[:, -1], "left_out": sums.left_out[:, -1]}
+      return State(online, *kept), told
 
     def evaluate(online, stream):
       reference = stream.rounds()(jax.random.key(0), online.round_count).val.images
@@ -118,7 +130,7 @@ class Player:
         return jnp.argmax(problem.predict(online.x, online.y, rows, reference), axis=-1)[0]
 
       predicted = jax.lax.map(classify, stream.test_rows, batch_size=TEST_BATCH)
-      return balanced_accuracy(predicted, stream.labels[stream.test_rows], num_classes)
+      return measures.balanced_accuracy(predicted, stream.labels[stream.test_rows], num_classes)
 
     def loss(rates, stream):
       to_tune = loop(rates, ("loss",))
@@ -127,8 +139,8 @@ class Player:
 
     # The first state for (rates, stream).
     self.init = jax.jit(jax.vmap(init, in_axes=(None, EACH)))
-    # The rounds between two evaluations, on (rates, stream). It tells the local regret of window 1,
-    # [seeds], where the true hypergradient is known.
+    # The rounds between two evaluations, on (rates, stream). It tells the local regret of window 1
+    # so far and how many rounds it leaves out, [seeds], where the true hypergradient is known.
     self.program = Program(step)
     # Balanced accuracy on fresh data for (state, stream), [seeds].
     self.evaluate = jax.jit(jax.vmap(evaluate, in_axes=(0, EACH)))
@@ -142,15 +154,6 @@ def player_of(run: Run[Config], variant: Variant) -> Player:
   num_classes = int(run.data.examples.labels.max()) + 1
   make = lambda: Player(variant, run.data.problem, run.config.rounds, num_classes)
   return run.shared(variant, make)
-
-
-def balanced_accuracy(predicted: jax.Array, labels: jax.Array, num_classes: int) -> jax.Array:
-  """The mean over classes of the share of their examples that are classified correctly."""
-  members = jax.nn.one_hot(labels, num_classes, axis=0)
-  counts = members.sum(axis=1)
-  correct = members @ (predicted == labels)
-  # A class without examples does not count.
-  return jnp.sum(correct / jnp.maximum(counts, 1)) / jnp.sum(counts > 0)
 
 
 @jax.jit
@@ -167,42 +170,51 @@ class Play(Compiled):
     self.seeds, self.rounds = list(run.config.all_seeds()), run.config.rounds
     draw_it = lambda: draw(run.config, run.data, name, self.seeds)
     stream = run.shared(("stream", name), draw_it)
+    self.variant = variant
     self.rates, player = run.config.rates_of(variant), player_of(run, variant)
     rates = Rates(*map(jnp.float32, self.rates))  # Other rates do not compile again.
     online = player.init(rates, stream)
-    nothing = lambda: jnp.zeros((len(self.seeds), self.rounds))
     self.start = jax.tree.map(jnp.copy, online.x)
     self.accuracy = lambda online: player.evaluate(online, stream)
     self.accuracy_at_start = self.accuracy(online)
-    super().__init__(player.program, State(online, nothing(), nothing()), rates, stream)
+    num_classes = int(run.data.examples.labels.max()) + 1
+    sizes = len(self.seeds), self.rounds, run.config.batch_size, num_classes
+    start, self.batches = first_state(online, *sizes), stream.schedule.val
+    super().__init__(player.program, start, rates, stream)
 
   def evaluate(self, state: State, told: list[Any]) -> list[Row]:
     """A line for each seed, two the first time: there is one before the first round too."""
     done = int(state.online.round_count[0])
     loss = np.cumsum(np.asarray(state.loss)[:, :done], axis=1)[:, -1]
-    regret = math.nan if told[-1] is None else told[-1]
-    lines = self._lines(done, self.accuracy(state.online), loss, regret)
+    unknown = {"regret": math.nan, "left_out": 0}
+    lines = self._lines(done, self.accuracy(state.online), loss, told[-1] or unknown)
     if done > self.rounds // NUM_EVALUATIONS:
       return lines
-    return self._lines(0, self.accuracy_at_start, 0.0, 0.0) + lines
+    return self._lines(0, self.accuracy_at_start, 0.0, {"regret": 0.0, "left_out": 0}) + lines
 
-  def _lines(self, done: int, accuracy: Any, loss: Any, regret: Any) -> list[Row]:
+  def _lines(self, done: int, accuracy: Any, loss: Any, regret: Row) -> list[Row]:
     line = {"round": done, "balanced_accuracy": accuracy, "cumulative_loss": loss}
-    return self._each({**line, "regret": regret})
+    return self._each({**line, **regret})
 
   def result(self, state: State, spent: Spent) -> list[Row]:
     """A row for each seed."""
     loss, lines = np.asarray(state.loss), pd.DataFrame(spent.lines)
     of_seed = lambda name: lines.pivot(index="seed", columns="round", values=name).to_numpy()
     accuracy = of_seed("balanced_accuracy").astype(np.float32)
+    scaled, temperature = measures.held_out(state.logits, self.batches)
     return self._each(
       {
         "cumulative_loss": loss.sum(axis=1),
+        "scaled_loss": scaled,
+        "temperature": temperature,
+        "played_accuracy": measures.played_accuracy(state.logits, self.batches),
         "mean_accuracy": np.ascontiguousarray(accuracy).mean(axis=1),
         "final_accuracy": accuracy[:, -1],
         "distance": distance(state.online.x, self.start),
         "regret": of_seed("regret")[:, -1],
+        "left_out": of_seed("left_out")[:, -1],
         "breakdown_share": np.asarray(state.breakdown).mean(axis=1),
+        "hypergradients": self.variant.hypergradients,
         "seconds_per_round": spent.seconds / loss.size,
         "state_bytes": kept_bytes(state.online) // len(loss),
         "inner_learning_rate": self.rates.inner,

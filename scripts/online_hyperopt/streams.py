@@ -65,11 +65,6 @@ class StreamKind(NamedTuple):
   draw: Callable[[np.random.Generator, Pools, np.ndarray, int, int], Schedule]
   names: Sequence[str]  # one or NUM_PHASES
 
-  def phases(self, rounds: int) -> list[tuple[int, str]]:
-    """The pairs of first round and name of each phase."""
-    begins = [int(np.argmax(quarters(rounds) == phase)) for phase in range(len(self.names))]
-    return list(zip(begins, self.names, strict=True))
-
 
 def stream_of(
   features: Any, schedule: Schedule

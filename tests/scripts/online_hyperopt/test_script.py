@@ -11,7 +11,6 @@ import optax
 import pandas as pd
 import pytest
 from PIL import Image
-from sklearn.metrics import balanced_accuracy_score
 
 import jaxbo
 from scripts.common import data, folder
@@ -271,11 +270,11 @@ def test_hyper_representation_has_a_strongly_convex_inner_loss():
 RATES = Rates(*map(jnp.float32, (0.3, 0.5, 0.1)))
 
 
-def played_by(variant, seeds, examples=EXAMPLES, kind="static", problem="loss_tuning"):
+def played_by(variant, seeds, examples=EXAMPLES, kind="static", problem="loss_tuning", of=TUNING):
   """The player, the stream and the final state of a method, with the regret of every step."""
-  of = problems.feature_ridge(FEATURES, CLASSES, -4.0, exact=True) if problem == "ridge" else TUNING
+  of = problems.feature_ridge(FEATURES, CLASSES, -4.0, exact=True) if problem == "ridge" else of
   player, on = runs.Player(variant, of, ROUNDS, CLASSES), stream(seeds, examples, kind, problem)
-  state = runs.State(player.init(RATES, on), *jnp.zeros((2, len(seeds), ROUNDS)))
+  state = runs.first_state(player.init(RATES, on), len(seeds), ROUNDS, BATCH, CLASSES)
   step, regrets = player.program.compile(state, RATES, on), []
   for t in range(20):
     state, regret = step(state, jnp.int32(t), RATES, on)
@@ -310,16 +309,6 @@ def test_a_window_keeps_gradients_in_sobow_and_batches_in_oagd():
   assert kept("oagd", 3) - kept("oagd", 1) == 2 * (of_batch + flags)
 
 
-def test_balanced_accuracy_is_that_of_scikit_learn():
-  labels, predicted = RNG.integers(0, 3, 50), RNG.integers(0, 4, 50)
-  got = runs.balanced_accuracy(jnp.asarray(predicted), jnp.asarray(labels), 4)
-  recalls = [np.mean(predicted[labels == label] == label) for label in range(3)]
-  assert got == pytest.approx(np.mean(recalls))
-  labels[:4], predicted[:4] = np.arange(4), 0
-  got = runs.balanced_accuracy(jnp.asarray(predicted), jnp.asarray(labels), 4)
-  assert got == pytest.approx(balanced_accuracy_score(labels, predicted))
-
-
 def test_the_regret_of_a_run_is_the_sum_of_squared_true_hypergradients():
   rows = EXAMPLES.images / np.linalg.norm(EXAMPLES.images, axis=1, keepdims=True)
   unit = EXAMPLES._replace(images=rows)
@@ -328,8 +317,24 @@ def test_the_regret_of_a_run_is_the_sum_of_squared_true_hypergradients():
   problem = problems.feature_ridge(FEATURES, CLASSES, -4.0, exact=True)
   true = jax.jit(problem.hypergradient)  # OGD leaves x where it is.
   terms = [np.sum(true(jnp.full(FEATURES, -4.0), one(None, t)) ** 2) for t in range(ROUNDS)]
-  np.testing.assert_allclose(np.ravel(regrets), np.cumsum(terms), rtol=1e-3)
+  told = np.ravel([step["regret"] for step in regrets])
+  np.testing.assert_allclose(told, np.cumsum(terms), rtol=1e-3)
+  assert not np.any([step["left_out"] for step in regrets])
   assert (state.online.x == -4.0).all()
+
+
+def test_the_regret_leaves_out_rounds_that_are_not_finite_and_counts_them():
+  def hypergradient(x, batch):
+    bad = batch.val.labels[0] == 0
+    return jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.where(bad, jnp.nan, 1)), x)
+
+  told = TUNING._replace(hypergradient=hypergradient)
+  *_, regrets = played_by(Variant("ogd", 1), (0,), of=told)
+  bad = np.cumsum([batch.val.labels[0] == 0 for batch in batches()])
+  assert 0 < bad[-1] < ROUNDS
+  assert np.ravel([step["left_out"] for step in regrets]).tolist() == bad.tolist()
+  good = np.arange(1, ROUNDS + 1) - bad
+  np.testing.assert_array_equal(np.ravel([step["regret"] for step in regrets]), 2 * CLASSES * good)
 
 
 # -- The choice of rates.
@@ -376,10 +381,10 @@ def config(path, **kwargs):
 
 
 def test_a_run_prints_tables_and_writes_its_files(tmp_path, capsys):
-  given = {"streams": ("gradual", "zigzag"), "windows": (1, 2, 3), "methods": ("ogd_replay",)}
+  given = {"streams": ("gradual", "zigzag"), "windows": (2, 3), "methods": ("sobow_steps",)}
   assert script.run(config(tmp_path, **given)) == 0
   output = capsys.readouterr().out
-  for word in ("stream gradual", "stream zigzag", "OGD, replay, K=3", "20 rounds of 8"):
+  for word in ("stream gradual", "stream zigzag", "SOBOW, K steps, K=3", "20 rounds of 8"):
     assert word in output
   rows = pd.read_csv(tmp_path / "results.csv")
   cells = [(stream, k, seed) for k in (2, 3) for stream in given["streams"] for seed in (0, 1)]
@@ -393,20 +398,34 @@ def test_a_run_prints_tables_and_writes_its_files(tmp_path, capsys):
   assert mine["cumulative_loss"].iloc[-1] == pytest.approx(rows["cumulative_loss"][0], rel=1e-6)
   assert mine["balanced_accuracy"].iloc[-1] == pytest.approx(rows["final_accuracy"][0], rel=1e-6)
   assert mine["balanced_accuracy"].mean() == pytest.approx(rows["mean_accuracy"][0], rel=1e-6)
-  for name in ("online_hyperopt.png", "online_sweep.png"):
+  for name in ("online_hyperopt.png", "online_calibration.png"):
     with Image.open(tmp_path / name) as picture:
       assert picture.width > 800
 
 
 def test_seeds_that_diverged_are_counted_and_left_out_of_the_means():
   rows = pd.DataFrame(0.5, index=range(3), columns=list(script.COLUMNS))
-  rows = rows.assign(method="sobow", window=5, seed=range(3), regret=np.nan)
+  rows = rows.assign(method="sobow", window=5, seed=range(3), regret=np.nan, left_out=0)
   rows["cumulative_loss"] = [2.0, np.nan, 4.0]
   table = script.table_of("", rows)
   assert table.rows[0][:3] == ["SOBOW, K=5, 1 of 3 diverged", "2", "3.0 ± 1.4"]
   assert "regret" not in table.columns
   [row] = script.table_of("", rows.assign(cumulative_loss=np.inf)).rows
   assert row[0] == "SOBOW, K=5, 3 of 3 diverged"
+  [row] = script.table_of("", rows.assign(cumulative_loss=1.0, left_out=[0, 2, 1])).rows
+  assert row[0] == "SOBOW, K=5, regret without 3 rounds"
+
+
+def test_differences_are_those_of_one_seed():
+  rows = pd.DataFrame(0.5, index=range(6), columns=list(script.COLUMNS))
+  rows = rows.assign(method=["ogd"] * 3 + ["sobow"] * 3, window=1, seed=[0, 1, 2, 2, 1, 0])
+  rows["cumulative_loss"] = [10.0, 20, 30, 29, 18, 7]
+  table = script.paired_table("", rows)
+  assert table.rows == [["SOBOW, K=1", "-2.0 ± 2.5", "0.0 ± 0.0", *["0.000 ± 0.000"] * 3]]
+  assert script.paired_table("", rows[rows["method"] == "sobow"]) is None
+  rows.loc[3, ["cumulative_loss", "scaled_loss"]] = np.nan, 1e30
+  [row] = script.paired_table("", rows).rows
+  assert row[:3] == ["SOBOW, K=1, 1 of 3 diverged", "-2.5 ± 6.4", "0.0 ± 0.0"]
 
 
 def test_tuning_writes_rates_that_a_run_uses(tmp_path, capsys, monkeypatch):
@@ -507,10 +526,12 @@ def test_newsgroups_are_rows_of_unit_norm_with_the_training_posts_first():
 @pytest.mark.parametrize("diverged", [1e9, np.nan])
 def test_a_method_that_diverged_does_not_flatten_the_picture(diverged):
   fig, (few, many) = online_plots.plt.subplots(1, 2)
-  curves = [np.full((3, 2), value) for value in (0.0, -1.0, 4.0)]
-  for axes, mine in ((few, curves), (many, [*curves, np.full((3, 2), diverged)])):
+  curves = [np.full(3, value) for value in (0.5, 1.0, 4.0)]
+  for axes, mine in ((few, curves), (many, [*curves, np.full(3, diverged)])):
     for curve in mine:
-      axes.plot(curve)
+      axes.semilogy(curve)
+    untouched = axes.get_ylim()
     online_plots.leave_out_diverged(axes, mine)
-  np.testing.assert_allclose(many.get_ylim(), few.get_ylim())
+    assert (axes.get_ylim() == untouched) == (axes is few)
+  assert many.get_ylim()[1] == pytest.approx(4.4)
   online_plots.plt.close(fig)

@@ -80,9 +80,6 @@ def test_gradual_phases_draw_from_exactly_their_class_counts():
     error = np.sqrt(shares * (1 - shares) / len(rows))
     assert (abs(counts_of(EXAMPLES.labels[rows]) / len(rows) - shares) < 4 * error).all()
   assert set(val.rows.ravel().tolist()) == set(np.concatenate(POOLS.val).tolist())
-  assert streams.IMBALANCED["gradual"].phases(ROUNDS) == [
-    (0, "μ = 0.4"), (20, "μ = 0.6"), (40, "μ = 0.8"), (60, "μ = 1")
-  ]  # fmt: skip
   assert (train.weights == 1).all()
   assert (val.weights == 1).all()
 
@@ -156,8 +153,7 @@ def test_a_seed_is_a_stream_and_another_seed_is_another(kind):
     assert a.shape == c.shape
   assert (first.train.rows != other.train.rows).mean() > 0.5
   assert (first.val.rows != other.val.rows).mean() > 0.5
-  begins = [begin for begin, _ in kind.phases(ROUNDS)]
-  assert begins in ([0], [0, 20, 40, 60])
+  assert len(kind.names) in (1, streams.NUM_PHASES)
 
 
 def test_the_stream_reads_the_schedule_under_jit():
