@@ -26,7 +26,7 @@ class Config(TunedConfig):
   """Which methods to run; hyper-cleaning has its baselines too."""
   toys: Annotated[tuple[str, ...], Among(TOYS, least=0), FREE] = tuple(TOYS)
   """Which toys to run; none if nothing follows."""
-  slacks: Annotated[tuple[Positive, ...], FREE] = ()
+  slacks: tuple[Positive, ...] = ()
   """Runs PDBO with each of these on hyper-cleaning, instead of all methods."""
   seeds: Index = 5
   """Seeds of hyper-cleaning: split, wrong labels and initial model; 0 leaves it out."""

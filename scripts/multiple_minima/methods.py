@@ -94,9 +94,9 @@ _SHORT = {"outer": (0.1, 0.3), "num_steps": (1, 5)}
 METHODS = {
   "everything": Method("everything", _train),
   "stopped": Method("everything, stopped early", _stop),
-  "validation": Method("validation only", _train),
-  "oracle": Method("clean (oracle)", _train),
-  "oracle_validation": Method("clean + validation", _train),
+  "validation": Method("clean examples only", _train),
+  "oracle": Method("right labels (oracle)", _train),
+  "oracle_validation": Method("right and clean (oracle)", _train),
   "pdbo": Method(
     "PDBO",
     _value_function(jaxbo.add_primal_dual_penalty),

@@ -33,7 +33,7 @@ FAMILIES = (  # Of rows in pairs: whose, a colour, a marker
   ("a value function", "#0072B2", "o"),
   ("neither", "0.45", "^"),
 )
-MOST = 10.0  # Percentage points to each side; what is further is written.
+MOST = 12.0  # Percentage points to the left; what is further is written.
 
 
 def draw_toys(trajectories: Mapping[tuple[str, str], Trajectory], path: Path) -> None:
@@ -66,9 +66,9 @@ def _landscape(ax: Any, name: str) -> None:
   ax.contourf(x, v, np.sqrt(f - f.min()), levels=12, cmap="Greys", alpha=0.5)
   ax.set(xlim=window[0], ylim=window[1], xlabel="$x$", ylabel="$y_2$" if flat else "$y$")
   lines = {"T3": [0.0], "T4": [1.5 * np.pi + 2 + 2 * np.pi * k for k in (-1, 0, 1)]}
-  for level in lines.get(name, ()):
-    edge = np.array([left, right])
-    ax.plot(edge, level - edge, color="k", lw=4, alpha=0.3, label="inner minima")
+  for number, level in enumerate(lines.get(name, ())):
+    edge, label = np.array([left, right]), None if number else "inner minima"
+    ax.plot(edge, level - edge, color="k", lw=4, alpha=0.3, label=label)
   style: Any = {"zorder": 5, "mec": "k", "ls": "none"}
   (x, y), (x0, y0) = toy.optimum, toy.start
   ax.plot(x, y[1] if flat else y, "*", ms=17, mfc="gold", label="solution", **style)
@@ -87,7 +87,7 @@ def draw_cleaning(rows: pd.DataFrame, path: Path) -> None:
   """Draws differences to PDBO in pairs of runs of one seed, with 95 % intervals."""
   gains = table.differences(rows, "method", "pdbo")
   names = [name for name in LABELS if name in set(gains["method"]) and name != "pdbo"]
-  size: Any = {"figsize": (7, 1.6 + 0.34 * len(names)), "layout": "constrained", "sharey": True}
+  size: Any = {"figsize": (6.6, 1.6 + 0.34 * len(names)), "layout": "constrained", "sharey": True}
   fig, axes = plt.subplots(1, 2, **size)
   titles = {"retrained": "a model retrained\nwith the weights", "accuracy": "the model itself"}
   for ax, (column, title) in zip(axes, titles.items(), strict=True):
@@ -95,16 +95,15 @@ def draw_cleaning(rows: pd.DataFrame, path: Path) -> None:
     for height, name in enumerate(reversed(names)):
       values = 100 * gains.loc[gains["method"] == name, column].dropna()
       label, color, marker = FAMILIES[0 if name in RESPONSES else 2 if name in BASELINES else 1]
-      if len(values) and abs(mean := values.mean()) > MOST:
-        side = np.sign(mean)
-        text, align = f"{mean:+.0f}", "left" if side < 0 else "right"
-        ax.plot(side * MOST, height, marker=9 if side > 0 else 8, color=color, ms=8)
-        ax.text(side * (MOST - 1), height, text, va="center", ha=align, color=color)
+      mean = values.mean()
+      if mean < -MOST:
+        ax.plot(-MOST, height, marker=8, color=color, ms=8)
+        ax.text(1 - MOST, height, f"{mean:.0f}", va="center", color=color)
       elif len(values):
         error = table.half_width(values.tolist()) if len(values) > 1 else 0
         style: Any = {"color": color, "marker": marker, "ms": 7, "capsize": 3, "ls": "none"}
         ax.errorbar(mean, height, xerr=error, label=label, **style)
-    ax.set(title=title, xlim=(-MOST - 0.8, MOST + 0.8), xlabel="points minus PDBO")
+    ax.set(title=title, xlim=(-MOST - 0.8, MOST / 2), xlabel="points minus PDBO")
     ax.grid(axis="x", alpha=0.3)
   axes[0].set_yticks(range(len(names)), [LABELS[name] for name in reversed(names)])
   handles = {}

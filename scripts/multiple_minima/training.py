@@ -55,8 +55,8 @@ def make_problem(method: str, data: CleaningData, settings: Settings, seed: int)
     train = Examples(*(np.concatenate(pair) for pair in zip(data.train, data.val, strict=True)))
     x = np.concatenate([x, np.full(settings.num_val, 30.0)])
   y = cleaning.init_params(settings, train.images.shape[1], jax.random.key(seed))
-  x = jnp.asarray(x, jnp.float32)
-  return jax.device_put(Problem(train, data.val, data.test, data.train, data.corrupted, x, y))
+  x, corrupted = jnp.asarray(x, jnp.float32), jnp.asarray(data.corrupted)
+  return jax.device_put(Problem(train, data.val, data.test, data.train, corrupted, x, y))
 
 
 def make_run(loop: Loop, settings: Settings, num_steps: int) -> Callable[..., Any]:
