@@ -72,7 +72,8 @@ class MultipleMinima(Study[Config]):
 
   def prepare(self, config: Config) -> cleaning.Read | None:
     """The examples of hyper-cleaning; every method must have settings."""
-    config.variants()
+    if config.seeds:
+      config.variants()
     return read(config)
 
   def cells(self, run: Run[Config]) -> Iterable[Cell]:
@@ -80,11 +81,10 @@ class MultipleMinima(Study[Config]):
     config = run.config
     for toy, method in itertools.product(config.toys, config.methods):
       yield toys.cell(toy, method)
-    for seed, (name, (method, chosen)) in itertools.product(
-      config.all_seeds(), config.variants().items()
-    ):
-      make = functools.partial(Training, run, method, chosen, seed)
-      yield Cell({"method": name, "seed": seed}, make, 1, f"seed {seed}, {LABELS.get(name, name)}")
+    for seed in config.all_seeds():
+      for name, (method, chosen) in config.variants().items():
+        make, label = functools.partial(Training, run, method, chosen, seed), LABELS.get(name, name)
+        yield Cell({"method": name, "seed": seed}, make, 1, f"seed {seed}, {label}")
 
   def tables(self, results: Results[Config]) -> Iterable[Table]:
     """The ends on the toys; means over seeds of hyper-cleaning, and differences to PDBO."""
