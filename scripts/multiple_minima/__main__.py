@@ -45,8 +45,8 @@ TARGETS = {"retrained": Column("retrained"), "accuracy": Column("by gradients")}
 COLUMNS = TARGETS | {
   "auc": Column("AUC"),
   "wrong_learnt": Column("learnt", 2, mean_only=True),
+  "steps": Column("steps", 0, mean_only=True),
   "gradients_per_step": Column("grad./step", 1, mean_only=True),
-  "seconds_per_step": Column("ms/step", 1, 1e3, mean_only=True),
 }
 OF_SLACK = TARGETS | {
   "auc": COLUMNS["auc"],
