@@ -103,7 +103,7 @@ def draw_cleaning(rows: pd.DataFrame, path: Path) -> None:
         error = table.half_width(values.tolist()) if len(values) > 1 else 0
         style: Any = {"color": color, "marker": marker, "ms": 7, "capsize": 3, "ls": "none"}
         ax.errorbar(mean, height, xerr=error, label=label, **style)
-    ax.set(title=title, xlim=(-MOST - 0.8, MOST / 2), xlabel="points minus PDBO")
+    ax.set(title=title, xlim=(-MOST - 0.8, 7), xlabel="points minus PDBO")
     ax.grid(axis="x", alpha=0.3)
   axes[0].set_yticks(range(len(names)), [LABELS[name] for name in reversed(names)])
   handles = {}
