@@ -52,7 +52,7 @@ OF_SLACK = TARGETS | {
   "auc": COLUMNS["auc"],
   "wrong_learnt": COLUMNS["wrong_learnt"],
   "gap": Column("violation", 4),
-  "dual": Column("multiplier", 1),
+  "dual": Column("multiplier", 3),
 }
 
 
