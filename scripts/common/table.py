@@ -41,6 +41,14 @@ class Table:
     return Table(self.title, pick(self.columns), [pick(row) for row in self.rows])
 
 
+def half_width(values: Sequence[float]) -> float:
+  """Half of the 95 % interval of the mean of two values or more, by Student's t."""
+  from scipy import stats
+
+  quantile: Any = stats.t.ppf(0.975, len(values) - 1)
+  return float(quantile * np.std(values, ddof=1) / math.sqrt(len(values)))
+
+
 @dataclass(frozen=True)
 class Column:
   """A column of a table."""
@@ -49,6 +57,7 @@ class Column:
   digits: int = 3  # Behind the point.
   factor: float = 1.0  # Of the unit that it is shown in.
   mean_only: bool = False  # Its spread says nothing.
+  interval: bool = False  # The spread is half of a 95 % interval of the mean, by Student's t.
 
   def cell(self, values: Iterable[Any]) -> str:
     """``mean ± sample standard deviation`` of the finite values; a dash if there is none."""
@@ -58,7 +67,8 @@ class Column:
     mean = f"{np.mean(finite):.{self.digits}f}"
     if len(finite) == 1 or self.mean_only:
       return mean
-    return f"{mean} ± {np.std(finite, ddof=1):.{self.digits}f}"
+    spread = half_width(finite) if self.interval else np.std(finite, ddof=1)
+    return f"{mean} ± {spread:.{self.digits}f}"
 
 
 def spread(

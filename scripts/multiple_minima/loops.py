@@ -69,6 +69,23 @@ def training_loop(inner_loss: Callable[..., jax.Array], tx: optax.GradientTransf
   return Loop(lambda x, y: (jaxbo.Bilevel(x, y), tx.init(y)), step, lambda state: state[0])
 
 
+def best_of(loop: Loop, outer_loss: Callable[..., jax.Array]) -> Loop:
+  """The same, but its parameters are those of the least outer loss so far: early stopping."""
+
+  def init(x, y):
+    state = loop.init(x, y)
+    return state, loop.params(state), jnp.inf
+
+  def step(state, train, val):
+    inside, best, least = state
+    inside = loop.step(inside, train, val)
+    loss = outer_loss(*loop.params(inside), val)
+    choose = lambda new, old: jnp.where(loss < least, new, old)
+    return inside, jax.tree.map(choose, loop.params(inside), best), choose(loss, least)
+
+  return Loop(init, step, lambda state: state[1])
+
+
 def levels(
   outer: optax.GradientTransformation,
   inner: optax.GradientTransformation,

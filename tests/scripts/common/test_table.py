@@ -24,6 +24,7 @@ def test_a_cell_has_the_mean_and_the_sample_standard_deviation_of_finite_values(
   assert Column("").cell([1.0, 3.0]) == "2.000 ± 1.414"
   assert Column("", digits=1, factor=1e3).cell([0.001, 0.003]) == "2.0 ± 1.4"
   assert Column("", digits=1, mean_only=True).cell([1.0, 3.0]) == "2.0"
+  assert Column("", interval=True).cell([1.0, 3.0]) == "2.000 ± 12.706"  # t of one degree times 1.
   assert Column("", digits=1).cell([1.0, math.nan, None]) == "1.0"
   assert Column("").cell([math.nan]) == "-"
 

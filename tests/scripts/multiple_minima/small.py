@@ -1,36 +1,34 @@
-"""Small problems, and times that are not measured."""
+"""Small problems, and settings that are not those of rates.json."""
 
 import dataclasses
-from types import SimpleNamespace
+import json
 
 import jax.numpy as jnp
 
-from scripts.multiple_minima import __main__ as script
+from scripts.multiple_minima import config as config_module
 from scripts.multiple_minima import methods, toys, training
+from scripts.multiple_minima.config import Config
 
 SETTINGS = dataclasses.replace(methods.DATASETS["digits"], num_train=40, num_val=20, hidden=(8,))
 BUDGET = 40
+CHOSEN = {
+  "pdbo": {"outer": 0.1, "num_steps": 1, "slack": 0.01, "dual_learning_rate": 1.0},
+  "itd": {"outer": 0.1, "inner": 0.03, "num_steps": 5},
+}
 
 
 def config(folder, **more):
   """Two methods on hyper-cleaning, and on one toy."""
-  names = {"methods": ("pdbo", "itd"), "toys": ("T1",)}
-  return script.Config(output_dir=folder, seeds=1, budget=BUDGET, **names | more)
+  rates = folder.parent / "rates.json"
+  rates.write_text(json.dumps({"digits": CHOSEN}))
+  names = {"methods": tuple(CHOSEN), "toys": ("T1",), "seeds": 1, "budget": BUDGET}
+  return Config(output_dir=folder, rates_file=rates, **names | more)
 
 
 def patch(setattr, setitem):
-  """Two baselines; "retrained" is the spread of the logits of the weights, zero at the start."""
+  """Four baselines; "retrained" is the spread of the logits of the weights, zero at the start."""
   setitem(methods.DATASETS, "digits", SETTINGS)
-  setattr(script, "BASELINES", ("everything", "validation"))
-  setattr(training, "retrained_accuracy", lambda settings, x, key, problem: jnp.std(x))
+  setattr(config_module, "BASELINES", ("everything", "stopped", "validation", "oracle"))
+  setattr(training, "retrained_accuracy", lambda settings, key, problem: jnp.std(problem.x))
   for name, toy in toys.TOYS.items():
     setitem(toys.TOYS, name, toy._replace(num_updates=20))
-
-  def seconds(call):
-    parts = call.args[0].parts
-    return parts.steps * parts.gradients * (2.0 if parts.gradients > 1.5 else 1.0)
-
-  def time_together(programs, **options):
-    return {name: SimpleNamespace(seconds=seconds(call)) for name, call in programs.items()}
-
-  setattr(script.measure, "time_together", time_together)
