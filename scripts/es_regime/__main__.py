@@ -7,8 +7,8 @@ or by scikit-learn. ESJ, full ES (of the outer loss) and ESJ with the published 
 ITD, ITD with remat, AID-CG (of runs that do not converge), random search and TPE.
 
 Each method may spend the time of 160 inner runs. Each has a rate (Adam's, or the width of the box
-that is searched), chosen among three for each kind of run by the outer loss with 16 sources, on two
-seeds that are not reported. The report is of the test accuracy of the best x so far, by the outer
+that is searched), chosen among three for each kind of run by the outer loss with 16 sources, on one
+seed that is not reported. The report is of the test accuracy of the best x so far, by the outer
 loss.
 
 Docs: docs/experiments/es_scaling.md has the tables and says where ES stops paying.
@@ -40,7 +40,7 @@ from scripts.es_regime.tasks import Descent, Reference, Search
 
 LABELS = {name: method.label for name, method in METHODS.items()}
 LINES = 8  # Of a cell.
-TUNING_SEEDS = range(100, 102)
+TUNING_SEEDS = range(100, 101)
 
 
 def cell_of(run: Run[Config], cell: Cellmate, rate: float | None, **more: Any) -> Cell:

@@ -50,7 +50,7 @@ class Config(TunedConfig):
   """How many sources of labels there are, and so outer variables: divisors of 192."""
   seeds: Count = 5
   """How many seeds; each draws the split, the bad sources and the wrong labels. The rates were
-  chosen on two others."""
+  chosen on another one, 100."""
   budget: Count = 160
   """What a method may spend, in times of one inner run."""
   inner_steps: Count | None = None
