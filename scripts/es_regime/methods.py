@@ -42,7 +42,7 @@ class Method:
 
 
 of_es = lambda p: min(p, NUM_SAMPLES) + 1
-BOX = (1.0, 2.0, 4.0)
+BOX = (2.0, 4.0, 8.0)
 METHODS = {
   "alike": Method("all sources alike (first order)", lambda p: 1, grid=()),
   "oracle": Method("oracle", lambda p: 1, grid=()),
