@@ -13,7 +13,9 @@ quarter turns as classes of their own, evaluation episodes have none.
   python -m scripts.few_shot --dataset caltech101_fewshot     84 x 84 x 3; ResNet-12, for GPUs
   ... --resume                                                goes on where a run was stopped
 
-RESNET_COMMANDS
+ResNet-12 (12,424,320 parameters) on one core, at most half an hour for a method, of 1 shot less:
+  ... --dataset omniglot --backbone resnet12 --steps 300 --eval-every 300 --num-shots 5
+  ... --dataset caltech101_fewshot --image-size 42 --num-tasks 1 --steps 180 --eval-every 180
 
 Accuracies are of 600 test episodes of classes that were never trained on, with a 95 % confidence
 interval over episodes; of several seeds, with their standard deviation. Batch statistics are those
@@ -308,7 +310,8 @@ class FewShotStudy(Study[Config]):
 
   def draw(self, run: Run[Config]) -> None:
     """Curves, and for each method the first test episode as it sees it on the first seed."""
-    plots.draw_curves(run.results().lines, run.path / "few_shot.png")
+    results = run.results()
+    plots.draw_curves(results.lines, results.rows, run.path / "few_shot.png")
     for cell in run.finished():
       method, seed = cell.key["method"], cell.key["seed"]
       if seed == run.config.first_seed:

@@ -121,7 +121,7 @@ def _on_parameters(inner, s, key, over):
 
 
 def _official(inner, s, key, over):
-  """The authors' code: one direction for all tasks, whose norm is 1 in each tensor of the backbone."""
+  """The authors' code: one direction for all tasks, of norm 1 in each tensor of the backbone."""
   del over  # One sample cannot be divided.
   law = {"directions": "official", "perturb_features": False}
   return jaxbo.add_es_response(inner, 1, s.smoothing_official, **law, key=key)

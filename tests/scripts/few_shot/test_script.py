@@ -374,7 +374,7 @@ def test_what_defaults_stand_for_is_in_the_identity():
 
 def test_settings_are_those_of_the_backbone_and_the_size_of_images():
   """The shrunk ESJ has the scale of the least error: directions over features of a support set."""
-  for options, features in (
+  for options, size in (
     ({}, 64),
     ({"image_size": 32, "width": 8}, 8 * 4),
     ({"backbone": "resnet12"}, 640),
@@ -385,10 +385,10 @@ def test_settings_are_those_of_the_backbone_and_the_size_of_images():
     images = jax.ShapeDtypeStruct((2, config.pixels(), config.pixels(), 1), jnp.float32)
     backbone = script.make_backbone(config)
     x = jax.eval_shape(backbone.init, jax.random.key(0), images)
-    assert jax.eval_shape(backbone.features, x, images).shape == (2, features), options
+    assert jax.eval_shape(backbone.features, x, images).shape == (2, size), options
     settings = config.settings()
-    assert settings.response_scale == min(1, 256 / (25 * features))
-    assert settings.smoothing_plain == (1e-3 if features == 640 else 1e-2)
+    assert settings.response_scale == min(1, 256 / (25 * size))
+    assert settings.smoothing_plain == (1e-3 if size == 640 else 1e-2)
   assert Config(response_scale=0.5).settings().response_scale == 0.5
 
 
