@@ -46,8 +46,8 @@ BOX = (2.0, 4.0, 8.0)
 METHODS = {
   "alike": Method("all sources alike (first order)", lambda p: 1, grid=()),
   "oracle": Method("oracle", lambda p: 1, grid=()),
-  "itd": Method("ITD", lambda p: 4, SMOOTH),
-  "itd_remat": Method("ITD, remat", lambda p: 5, SMOOTH, rate_of="itd"),
+  "itd": Method("ITD", lambda p: 3, SMOOTH),
+  "itd_remat": Method("ITD, remat", lambda p: 4, SMOOTH, rate_of="itd"),
   "itd_through": Method("ITD, straight-through", lambda p: 4, ("quantised",)),
   "aid": Method("AID-CG, not converged", lambda p: 1, IN_JAX),
   "esj": Method("ESJ", of_es),
