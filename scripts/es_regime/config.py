@@ -10,7 +10,7 @@ from scripts.common.tuning import TunedConfig
 from scripts.es_regime.methods import IN_JAX, METHODS, REFERENCES, RUNS, SEARCHES
 from scripts.es_regime.problem import Settings
 
-PARALLEL = 8  # Trials that random search runs at once in JAX; TPE learns from each.
+PARALLEL = 8  # Trials of a search that run at once in JAX; TPE found less one after the other.
 
 
 class Cellmate(NamedTuple):
@@ -23,7 +23,7 @@ class Cellmate(NamedTuple):
 
   def parallel(self) -> int:
     """How many trials a search runs at once."""
-    return PARALLEL if self.method == "random" and self.run in IN_JAX else 1
+    return PARALLEL if self.run in IN_JAX else 1
 
   def steps(self, budget: int) -> int:
     """The steps for a budget of inner runs."""
