@@ -103,7 +103,7 @@ class EsRegime(Study[Config]):
       yield table.spread(costs, wide, "method", LABELS, seconds).without_dashes()
 
   def draw(self, run: Run[Config]) -> None:
-    """Accuracy against seconds, and against bytes."""
+    """Accuracy against seconds and against bytes."""
     results = run.results()
     plots.draw(results.lines, results.rows, LABELS, run.path / "es_regime.png")
 

@@ -1,10 +1,11 @@
-"""The picture: accuracy against seconds for each run and number of sources."""
+"""The picture: accuracy against seconds for each run and number of sources, and against bytes."""
 
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 
 from scripts.common import plots
 from scripts.common.plots import plt
@@ -12,53 +13,68 @@ from scripts.common.plots import plt
 # Colours that all eyes tell apart, and a marker each; what only frames the picture is grey.
 STYLES = {
   "itd_remat": ("#0072B2", "o", "-"),
-  "itd_through": ("#56B4E9", "P", "--"),
-  "aid": ("#009E73", "^", "-"),
+  "itd_through": ("#0072B2", "o", "-"),
   "esj": ("#D55E00", "D", "-"),
-  "full_es": ("#CC79A7", "v", "-."),
-  "tpe": ("#E69F00", "s", "-"),
-  "random": ("0.55", "", "--"),
+  "official": ("#CC79A7", "v", "-."),
+  "tpe": ("#E69F00", "s", "--"),
+  "random": ("#009E73", "^", ":"),
+  "aid": ("0.55", "x", "-"),
 }
 
 
 def draw(lines: pd.DataFrame, rows: pd.DataFrame, labels: Mapping[str, str], path: Path) -> None:
-  """Means over seeds, with the oracle above and all sources alike below."""
-  runs, sizes = lines["run"].unique().tolist(), sorted(lines["sources"].unique())
-  size = (1 + 3.2 * len(sizes), 1 + 2.7 * len(runs))
+  """Means over seeds with their standard errors; the last column has the most sources."""
+  runs, sizes = rows["run"].unique().tolist(), sorted(rows["sources"].unique())
+  size = (1 + 2.9 * (len(sizes) + 1), 1 + 2.6 * len(runs))
   fig, grid = plt.subplots(
-    len(runs), len(sizes), figsize=size, sharey=True, squeeze=False, layout="constrained"
+    len(runs), len(sizes) + 1, figsize=size, sharey=True, squeeze=False, layout="constrained"
   )
   for run, panels in zip(runs, grid, strict=True):
-    for number, axes in zip(sizes, panels, strict=True):
-      here = lambda of, run=run, number=number: of[(of["run"] == run) & (of["sources"] == number)]
-      for method, line in (("oracle", ":"), ("alike", "-.")):
-        values = here(rows)[here(rows)["method"] == method]["test_accuracy"]
-        if len(values):
-          axes.axhline(values.mean(), color="0.3", linestyle=line, label=labels[method], lw=1)
-      for method, (color, marker, line) in STYLES.items():
-        mine = here(lines)[here(lines)["method"] == method]
-        if len(mine):
-          of = mine.groupby("step")[["cpu_seconds", "test_accuracy"]]
-          mean, error = of.mean(), of.sem().fillna(0)["test_accuracy"]
-          style = {
-            "color": color,
-            "marker": marker,
-            "linestyle": line,
-            "ms": 4,
-            "lw": 1.3,
-            "capsize": 1.5,
-          }
-          axes.errorbar(
-            mean["cpu_seconds"],
-            mean["test_accuracy"],
-            yerr=error,
-            label=labels[method],
-            **style,
-          )
+    of_run = lambda of, run=run: of[of["run"] == run]
+    for number, axes in zip(sizes, panels, strict=False):
+      here = lambda of, number=number, of_run=of_run: of_run(of)[of_run(of)["sources"] == number]
+      _against_seconds(axes, here(lines), here(rows), labels)
       axes.set_title(f"{run}, {number} sources", loc="left", fontsize="medium")
-      axes.set_xscale("log")
-      axes.grid(alpha=0.3)
-  plt.setp(grid[-1], xlabel="CPU seconds")
+    most = of_run(rows)[of_run(rows)["sources"] == sizes[-1]]
+    _against_bytes(panels[-1], most[most["temporary_bytes"] > 0], labels)
   plt.setp(np.ravel(grid[:, 0]), ylabel="test accuracy")
-  fullest = max(np.ravel(grid), key=lambda axes: len(axes.get_legend_handles_labels()[0]))
-  plots.save(fig, path, legend_of=fullest, ncols=3)
+  handles: dict[str, object] = {}
+  for axes in np.ravel(grid):
+    handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+  fig.legend(handles.values(), handles, loc="outside lower center", ncols=3, fontsize="small")
+  plots.save(fig, path)
+
+
+def _against_seconds(
+  axes: Axes, lines: pd.DataFrame, rows: pd.DataFrame, labels: Mapping[str, str]
+) -> None:
+  for method, line in (("oracle", "--"), ("alike", ":")):
+    values = rows[rows["method"] == method]["test_accuracy"]
+    if len(values):
+      axes.axhline(values.mean(), color="0.4", linestyle=line, label=labels[method], lw=1)
+  for method, (color, marker, line) in STYLES.items():
+    mine = lines[lines["method"] == method]
+    if len(mine):
+      of = mine.groupby("step")[["cpu_seconds", "test_accuracy"]]
+      mean, error = of.mean(), of.sem().fillna(0)["test_accuracy"]
+      style = {"color": color, "marker": marker, "linestyle": line, "ms": 4, "capsize": 1.5}
+      x, y = mean["cpu_seconds"], mean["test_accuracy"]
+      axes.errorbar(x, y, yerr=error, label=labels[method], lw=1.3, **style)
+  axes.set(xlim=(0, None), xlabel="CPU seconds")
+  axes.grid(alpha=0.3)
+
+
+def _against_bytes(axes: Axes, rows: pd.DataFrame, labels: Mapping[str, str]) -> None:
+  if not len(rows):
+    axes.set_axis_off()
+    return
+  for method, (color, marker, _) in ({"itd": ("0.2", "o", "")} | STYLES).items():
+    mine = rows[rows["method"] == method]
+    if len(mine):
+      of = mine["test_accuracy"]
+      x, error = mine["temporary_bytes"].mean() / 2**20, of.sem() if len(of) > 1 else 0.0
+      style = {"color": color, "marker": marker, "ms": 6, "capsize": 1.5, "linestyle": ""}
+      axes.errorbar(x, of.mean(), yerr=error, label=labels[method], **style)
+  axes.set(xscale="log", xlabel="MiB")
+  axes.set_title(f"{rows['sources'].max()} sources, bytes", loc="left", fontsize="medium")
+  axes.grid(alpha=0.3)

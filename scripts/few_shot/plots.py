@@ -1,6 +1,7 @@
 """Pictures of few-shot learning: curves of all methods, and an episode with its predictions."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -37,11 +38,11 @@ def draw_curves(lines: pd.DataFrame, rows: pd.DataFrame, path: Path) -> None:
     style = {"color": color, "marker": marker, "ms": 5}
     if len(mine) and line:
       means = mine.groupby("step")[["validation_accuracy", "seconds"]].mean()
-      errors = 100 - 100 * means["validation_accuracy"]
+      errors = _wrong(means["validation_accuracy"])
       left.plot(means["seconds"], errors, linestyle=line, label=LABELS[method], **style)
     if len(end):
       half = 1.96 * end["test_accuracy"].sem() if len(end) > 1 else end["confidence"].item()
-      x, y = 1e3 * end["seconds_per_step"].mean(), 100 - 100 * end["test_accuracy"].mean()
+      x, y = 1e3 * end["seconds_per_step"].mean(), _wrong(end["test_accuracy"].mean())
       label = LABELS[method]
       right.errorbar(x, y, yerr=100 * half, linestyle="", capsize=3, label=label, **style)
   for axes, title in ((left, "validation classes"), (right, "test classes, 95 % intervals")):
@@ -49,11 +50,16 @@ def draw_curves(lines: pd.DataFrame, rows: pd.DataFrame, path: Path) -> None:
     axes.set(xscale="log", yscale="log", ylabel="wrong, %")
     for axis in (axes.xaxis, axes.yaxis):
       axis.set_major_formatter("{x:g}")
-  right.xaxis.set_minor_formatter("{x:g}")
     axes.grid(alpha=0.3, which="both")
+  right.xaxis.set_minor_formatter("{x:g}")
   left.set_xlabel("training seconds (no compilation)")
   right.set_xlabel("ms for a meta-step")
   plots.save(fig, path, legend_of=right, ncols=3)
+
+
+def _wrong(accuracy: Any) -> Any:
+  """In percent; none at all is drawn at 0.01, since the scale is logarithmic."""
+  return np.maximum(100 - 100 * accuracy, 0.01)
 
 
 def draw_episode(
