@@ -126,10 +126,11 @@ class Tuning(tuning.Tuning[Config]):
 
   def choices(self, rows: pd.DataFrame) -> Iterable[Choice]:
     """The rate of the least outer loss."""
-    means = rows.groupby(["run", "method", "tried"], sort=False)["outer_loss"].mean()
-    for (run, method), mine in means.fillna(math.inf).groupby(level=[0, 1], sort=False):
-      label = f"{LABELS[str(method)]} on {run}"
-      yield Choice(label, (str(run), str(method)), mine.idxmin()[-1], float(mine.min()))
+    rows = rows.fillna({"outer_loss": math.inf})
+    best = rows.loc[rows.groupby(["run", "method"], sort=False)["outer_loss"].idxmin()]
+    for row in best.to_dict("records"):
+      label = f"{LABELS[row['method']]} on {row['run']}"
+      yield Choice(label, (row["run"], row["method"]), row["tried"], row["outer_loss"])
 
   def tables(self, results: Results[Config]) -> Iterable[Table]:
     """What was chosen."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -38,7 +39,7 @@ def draw(lines: pd.DataFrame, rows: pd.DataFrame, labels: Mapping[str, str], pat
     most = of_run(rows)[of_run(rows)["sources"] == sizes[-1]]
     _against_bytes(panels[-1], most[most["temporary_bytes"] > 0], labels)
   plt.setp(np.ravel(grid[:, 0]), ylabel="test accuracy")
-  handles: dict[str, object] = {}
+  handles: dict[str, Any] = {}
   for axes in np.ravel(grid):
     handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
   fig.legend(handles.values(), handles, loc="outside lower center", ncols=3, fontsize="small")
@@ -72,7 +73,10 @@ def _against_bytes(axes: Axes, rows: pd.DataFrame, labels: Mapping[str, str]) ->
     mine = rows[rows["method"] == method]
     if len(mine):
       of = mine["test_accuracy"]
-      x, error = mine["temporary_bytes"].mean() / 2**20, of.sem() if len(of) > 1 else 0.0
+      x, error = (
+        mine["temporary_bytes"].mean() / 2**20,
+        np.asarray(of.sem() if len(of) > 1 else 0.0),
+      )
       style = {"color": color, "marker": marker, "ms": 6, "capsize": 1.5, "linestyle": ""}
       axes.errorbar(x, of.mean(), yerr=error, label=labels[method], **style)
   axes.set(xscale="log", xlabel="MiB")

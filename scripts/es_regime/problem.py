@@ -112,13 +112,13 @@ def stochastic_rounding(
     del params
     return jnp.int32(0)
 
-  def update(updates, count, params=None):
+  def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
     moved = optax.apply_updates(params, updates)
-    shift = optax.tree.random_like(jax.random.key(count), params, jax.random.uniform)
+    shift = optax.tree.random_like(jax.random.key(state), params, jax.random.uniform)
     rounded = jax.tree.map(lambda v, s: jnp.floor(v / grid + s) * grid, moved, shift)
     if straight_through:
       rounded = jax.tree.map(lambda r, v: v + jax.lax.stop_gradient(r - v), rounded, moved)
-    return optax.tree.sub(rounded, params), count + 1
+    return optax.tree.sub(rounded, params), state + 1
 
   return optax.GradientTransformation(init, update)
 

@@ -41,7 +41,9 @@ def draw_curves(lines: pd.DataFrame, rows: pd.DataFrame, path: Path) -> None:
       errors = _wrong(means["validation_accuracy"])
       left.plot(means["seconds"], errors, linestyle=line, label=LABELS[method], **style)
     if len(end):
-      half = 1.96 * end["test_accuracy"].sem() if len(end) > 1 else end["confidence"].item()
+      half = (
+        1.96 * np.asarray(end["test_accuracy"].sem()) if len(end) > 1 else end["confidence"].item()
+      )
       x, y = 1e3 * end["seconds_per_step"].mean(), _wrong(end["test_accuracy"].mean())
       label = LABELS[method]
       right.errorbar(x, y, yerr=100 * half, linestyle="", capsize=3, label=label, **style)
