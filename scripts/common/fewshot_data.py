@@ -57,8 +57,12 @@ def omniglot(
   return FewShotData(*(_by_class(images, labels, part, 20) for part in parts))
 
 
-def caltech101_fewshot(data_dir: str | os.PathLike[str] | None = None) -> FewShotData:
+def caltech101_fewshot(
+  data_dir: str | os.PathLike[str] | None = None, *, size: int = 84
+) -> FewShotData:
   """Caltech-101 for few-shot learning: 64, 16 and 20 classes of 30 natural images, 84 x 84 x 3.
+
+  They are reduced to ``size`` by exact averages over areas.
 
   Stands in for miniImageNet, whose images may not be passed on. Pixels depend a little on who
   decodes the JPEG files (OpenCV, or Pillow where there is no OpenCV).
@@ -73,6 +77,8 @@ def caltech101_fewshot(data_dir: str | os.PathLike[str] | None = None) -> FewSho
   def read(split):
     source = tfds_source("caltech101_fewshot", split, data_dir, preparation)
     images, labels = map(np.concatenate, zip(*in_chunks(source), strict=True))
+    if size != images.shape[1]:
+      images = np.moveaxis(shrink(np.moveaxis(images, -1, 1), size), 1, -1)
     return _by_class(images, labels, np.unique(labels), 30)
 
   return FewShotData(read("train"), read("validation"), read("test"))
@@ -98,7 +104,7 @@ def white_on_black(images: np.ndarray) -> np.ndarray:
 
 
 def shrink(images: np.ndarray, size: int) -> np.ndarray:
-  """Reduces square uint8 images ``[n, old, old]`` to ``[n, size, size]``, averaging over areas.
+  """Reduces square uint8 images ``[..., old, old]`` to ``[..., size, size]``, averaging over areas.
 
   The same as OpenCV's ``INTER_AREA``, which is not always there; Pillow's ``BOX`` takes whole
   pixels only, and 105 is no multiple of 28.

@@ -1,1 +1,1 @@
-"""Few-shot meta-learning: one backbone, eight methods."""
+"""Few-shot meta-learning: one backbone, nine methods."""

@@ -1,6 +1,7 @@
 """Pictures of few-shot learning: curves of all methods, and an episode with its predictions."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -11,19 +12,56 @@ from scripts.common.plots import plt
 from scripts.few_shot.problem import LABELS
 from scripts.few_shot.setting import Settings
 
+# Colours that all eyes tell apart, and a marker and a line each; references are grey.
+STYLES = {
+  "esj_through": ("#D55E00", "D", "-"),
+  "esj_shrunk": ("#E69F00", "s", "-."),
+  "esj": ("#CC79A7", "v", "--"),
+  "official": ("#56B4E9", "P", ":"),
+  "itd": ("#0072B2", "o", "-"),
+  "first_order": ("#009E73", "^", "--"),
+  "aid": ("0.55", "x", ""),
+  "maml": ("0.55", "<", ""),
+  "protonet": ("0.55", "*", ""),
+}
 
-def draw_curves(lines: pd.DataFrame, path: Path) -> None:
-  """Validation accuracy, the mean over seeds, against meta-steps and against seconds."""
-  fig, (left, right) = plt.subplots(1, 2, figsize=(12, 5), sharey=True, layout="constrained")
-  for i, (method, label) in enumerate(LABELS.items()):
-    mine = lines[lines["method"] == method]
-    if len(mine):
+
+def draw_curves(lines: pd.DataFrame, rows: pd.DataFrame, path: Path) -> None:
+  """Validation errors against seconds, and test errors with intervals against the time of a step.
+
+  Of several seeds the means, with the standard error over seeds for the interval. Methods without a
+  line are on the right alone.
+  """
+  fig, (left, right) = plt.subplots(1, 2, figsize=(9, 4.2), layout="constrained")
+  for method, (color, marker, line) in STYLES.items():
+    mine, end = lines[lines["method"] == method], rows[rows["method"] == method]
+    style = {"color": color, "marker": marker, "ms": 5}
+    if len(mine) and line:
       means = mine.groupby("step")[["validation_accuracy", "seconds"]].mean()
-      for axes, x in ((left, means.index), (right, means["seconds"])):
-        axes.plot(x, means["validation_accuracy"], color=f"C{i}", label=label)
-  left.set(xlabel="meta-steps", ylabel="validation accuracy")
-  right.set(xlabel="training seconds (no compilation)", xscale="log")
-  plots.save(fig, path, legend_of=left, ncols=len(LABELS))
+      errors = _wrong(means["validation_accuracy"])
+      left.plot(means["seconds"], errors, linestyle=line, label=LABELS[method], **style)
+    if len(end):
+      half = (
+        1.96 * np.asarray(end["test_accuracy"].sem()) if len(end) > 1 else end["confidence"].item()
+      )
+      x, y = 1e3 * end["seconds_per_step"].mean(), _wrong(end["test_accuracy"].mean())
+      label = LABELS[method]
+      right.errorbar(x, y, yerr=100 * half, linestyle="", capsize=3, label=label, **style)
+  for axes, title in ((left, "validation classes"), (right, "test classes, 95 % intervals")):
+    axes.set_title(title, loc="left", fontsize="medium")
+    axes.set(xscale="log", yscale="log", ylabel="wrong, %")
+    for axis in (axes.xaxis, axes.yaxis):
+      axis.set_major_formatter("{x:g}")
+    axes.grid(alpha=0.3, which="both")
+  right.xaxis.set_minor_formatter("{x:g}")
+  left.set_xlabel("training seconds (no compilation)")
+  right.set_xlabel("ms for a meta-step")
+  plots.save(fig, path, legend_of=right, ncols=3)
+
+
+def _wrong(accuracy: Any) -> Any:
+  """In percent; none at all is drawn at 0.01, since the scale is logarithmic."""
+  return np.maximum(100 - 100 * accuracy, 0.01)
 
 
 def draw_episode(

@@ -31,6 +31,7 @@ LABELS = {
   "esj_through": "ESJ on features",
   "esj_shrunk": "ESJ on features, shrunk",
   "esj": "ESJ on parameters",
+  "official": "ESJ, published scaling",
   "itd": "ITD (ANIL)",
   "aid": "AID-CG",
   "first_order": "first order",
@@ -119,10 +120,19 @@ def _on_parameters(inner, s, key, over):
   return jaxbo.add_es_response(inner, s.num_samples_plain, s.smoothing_plain, **law, key=key)
 
 
+def _official(inner, s, key, over):
+  """The authors' code: one direction for all tasks, of norm 1 in each tensor of the backbone."""
+  del over  # One sample cannot be divided.
+  law = {"directions": "official", "perturb_features": False}
+  return jaxbo.add_es_response(inner, 1, s.smoothing_official, **law, key=key)
+
+
+ON_PARAMETERS = ("esj", "official")  # Their runs see a backbone each.
 RESPONSES: dict[str, Callable[[jaxbo.InnerSolver, Settings, Any, Mapping[str, Any]], Any]] = {
   "esj_through": _on_features,
   "esj_shrunk": lambda inner, s, key, over: _on_features(inner, s, key, over, s.response_scale),
   "esj": _on_parameters,
+  "official": _official,
   "itd": lambda inner, s, key, over: jaxbo.add_unrolled_response(inner),
   "aid": lambda inner, s, key, over: jaxbo.add_implicit_response(
     inner, jaxbo.conjugate_gradient(s.linear_steps)
@@ -155,7 +165,7 @@ def make_method(
   if name == "maml":
     one = maml_learner(backbone, settings)
   else:
-    one = head_learner(backbone, settings, shared=name != "esj")
+    one = head_learner(backbone, settings, shared=name not in ON_PARAMETERS)
   inner = jaxbo.over_tasks(one.inner, settings.num_tasks, average_start=one.average_start)
   response = RESPONSES[name](inner, settings, draw_key(Draw.DIRECTIONS, seed), over)
 

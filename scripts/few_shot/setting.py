@@ -43,6 +43,7 @@ class Settings:
   num_samples_plain: int = 8  # Directions of ESJ on all parameters.
   smoothing: float = 1e-2  # Radius of ESJ on features.
   smoothing_plain: float = 1e-2  # Radius of ESJ on all parameters.
+  smoothing_official: float = 0.1  # Radius of the published code, for each tensor.
   # Of the shrunk ESJ; the best is about num_samples over the features of a support set.
   response_scale: float = 0.16
   linear_steps: int = 10  # Of conjugate gradient.

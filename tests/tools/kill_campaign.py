@@ -29,12 +29,12 @@ import tyro
 
 ROOMS = (
   "hyper_cleaning", "few_shot", "captioning", "continual_lm", "adversarial_training",
-  "multiple_minima", "online_hyperopt", "online_meta",
+  "multiple_minima", "online_hyperopt", "online_meta", "es_regime",
 )  # fmt: skip
 TIMED = re.compile("second|ms_per|temporary_bytes")  # Columns that two runs do not share.
 CELL = (
   "method", "seed", "toy", "stream", "window", "order", "model", "set", "corruption", "group",
-  "stay_probability",
+  "stay_probability", "run", "sources",
 )  # fmt: skip
 POINTS = 5
 LIMIT = 600.0  # Seconds of a run.

@@ -33,7 +33,7 @@ def make_small(setattr):
   images = np.random.default_rng(0).integers(256, size=(12, 4, 16, 16, 1), dtype=np.uint8)
   part = fewshot_data.ImageClasses(images, np.full(12, 4, np.int32), np.arange(12))
   setattr(script, "read", lambda config: fewshot_data.FewShotData(*[part] * 3))
-  setattr(script, "make_backbone", lambda config, images: BACKBONE)
+  setattr(script, "make_backbone", lambda config: BACKBONE)
   for name in ("draw_curves", "draw_episode"):
     setattr(plots, name, lambda *_: None)
 

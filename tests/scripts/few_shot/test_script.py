@@ -127,10 +127,14 @@ def test_esj_on_parameters_is_the_response_of_perturbed_parameters():
   assert np.linalg.norm(result["w"] - exact) < 2 * response * np.sqrt(25 / 4000)
 
 
-def test_esj_on_parameters_moves_along_directions_of_the_parameters():
-  """With one sample the response is a multiple of its direction, which the keys' law gives."""
-  settings = dataclasses.replace(SETTINGS, num_samples_plain=1)
-  result, *_ = hypergradient("esj", settings, seed=3)
+@pytest.mark.parametrize("name", few_shot.ON_PARAMETERS)
+def test_esj_on_parameters_moves_along_directions_of_the_parameters(name):
+  """With one sample the response is a multiple of its direction, which the keys' law gives.
+
+  The published direction has norm 1, so that its response is no more than a part of the exact one.
+  """
+  settings = dataclasses.replace(SETTINGS, num_samples_plain=1, smoothing_official=1e-2)
+  result, state, *_ = hypergradient(name, settings, seed=3)
   first_order, *_ = hypergradient("first_order")
   response = np.ravel(result["w"] - first_order["w"])
   key = few_shot_setting.draw_key(few_shot_setting.Draw.DIRECTIONS, 3)
@@ -138,6 +142,12 @@ def test_esj_on_parameters_moves_along_directions_of_the_parameters():
   direction = np.ravel(jax.random.normal(jax.random.split(sample_key, 1)[0], (8, 3)))
   cosine = response @ direction / np.linalg.norm(response) / np.linalg.norm(direction)
   np.testing.assert_allclose(abs(cosine), 1, atol=1e-3)
+  exact = np.ravel(mean_over_tasks(anil_loss)(state.x)[1]["w"] - first_order["w"])
+  if name == "official":
+    direction = direction / np.linalg.norm(direction)
+  np.testing.assert_allclose(
+    response @ direction, (exact @ direction) * (direction @ direction), rtol=0.05
+  )
 
 
 def test_maml_steps_along_the_gradient_through_all_parameters():
@@ -360,3 +370,32 @@ def test_what_defaults_stand_for_is_in_the_identity():
   identity = Config().identity()
   assert identity["settings.num_ways"] == 5
   assert "settings.steps" not in identity  # It may grow.
+
+
+def test_settings_are_those_of_the_backbone_and_the_size_of_images():
+  """The shrunk ESJ has the scale of the least error: directions over features of a support set."""
+  for options, size in (
+    ({}, 64),
+    ({"image_size": 32, "width": 8}, 8 * 4),
+    ({"backbone": "resnet12"}, 640),
+    ({"dataset": "caltech101_fewshot", "image_size": 42}, 640),
+    ({"dataset": "caltech101_fewshot", "backbone": "conv4"}, 64 * 25),
+  ):
+    config = Config(**options)
+    images = jax.ShapeDtypeStruct((2, config.pixels(), config.pixels(), 1), jnp.float32)
+    backbone = script.make_backbone(config)
+    x = jax.eval_shape(backbone.init, jax.random.key(0), images)
+    assert jax.eval_shape(backbone.features, x, images).shape == (2, size), options
+    settings = config.settings()
+    assert settings.response_scale == min(1, 256 / (25 * size))
+    assert settings.smoothing_plain == (1e-3 if size == 640 else 1e-2)
+  assert Config(response_scale=0.5).settings().response_scale == 0.5
+
+
+def test_smaller_images_of_caltech_are_means_over_areas(monkeypatch):
+  images = np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3)
+  monkeypatch.setattr(fewshot_data, "tfds_source", lambda *_: None)
+  monkeypatch.setattr(fewshot_data, "in_chunks", lambda _: iter([(images, np.array([0, 0]))]))
+  small = fewshot_data.caltech101_fewshot(size=2).train.images[0, :2]
+  blocks = images.reshape(2, 2, 2, 2, 2, 3).mean(axis=(2, 4))
+  assert np.abs(small - blocks).max() <= 0.5
