@@ -114,7 +114,7 @@ def make_attack(
     found = find(forward, box.clip(images), labels, key)
     return found.perturbed, AttackInfo(found.num_correct, found.not_finite, clipped)
 
-  def run(params, batch, key=None):
+  def run(params: PyTree, batch: Data, key: Any = None):
     images, labels = check_batch(batch, box)
     num_classes = check_logits(jax.eval_shape(of_model, params, images), images, min_classes)
     check_labels(labels, num_classes)
