@@ -1,7 +1,7 @@
 """What all attacks share: their type, their input, and the choice among their results."""
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
