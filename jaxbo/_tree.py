@@ -132,8 +132,9 @@ def put_slot(slots: PyTree, value: PyTree, index: jax.Array) -> PyTree:
 
   def put(slots, leaf):
     leaf, sharding = jnp.asarray(leaf, slots.dtype), explicit_sharding(slots)
-    if sharding is None and explicit_sharding(leaf) is not None:  # Parameters from outside a mesh.
-      sharding = explicit_sharding(leaf).update(spec=(None, *jax.typeof(leaf).sharding.spec))
+    on_mesh = explicit_sharding(leaf)
+    if sharding is None and on_mesh is not None:  # The slots are of parameters outside a mesh.
+      sharding = on_mesh.update(spec=(None, *on_mesh.spec))
       slots = jax.sharding.reshard(slots, sharding)
     if sharding is not None:
       leaf = jax.sharding.reshard(leaf, sharding.update(spec=sharding.spec[1:]))

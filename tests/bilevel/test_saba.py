@@ -142,9 +142,9 @@ def test_with_one_batch_it_is_soba(x64):
 
 
 def test_constant_rates_reach_the_solution_where_soba_stalls(x64):
-  """At the floor of float64, linearly: each third of the run gains as many digits."""
+  """At the floor of float64, linearly: the first and the second 300 updates gain equally."""
   problem = sums()
-  order = random_order(6000)
+  order = random_order(3000)
   x = problem.solution()[0]
   errors = {}
   for name, tx in (("saba", saba()), ("soba", soba())):
@@ -152,7 +152,7 @@ def test_constant_rates_reach_the_solution_where_soba_stalls(x64):
     errors[name] = np.linalg.norm(np.asarray(params.outer) - x, axis=1)
   assert errors["saba"][-1] < 1e-14
   assert errors["soba"][-1000:].min() > 1e-3
-  early, late = errors["saba"][1000], errors["saba"][2000]
+  early, late = errors["saba"][300], errors["saba"][600]
   assert 0.3 < np.log(errors["saba"][0] / early) / np.log(early / late) < 3
 
 
