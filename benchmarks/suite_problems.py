@@ -177,7 +177,7 @@ def cleaning(seed: int, wrong: float = 0.5) -> FiniteSum:
 
   def inner_loss(x, y, batch):
     features, labels, number = batch
-    weights = jax.nn.sigmoid(x[number])
+    weights = jax.nn.sigmoid(jnp.asarray(x)[number])
     return jnp.mean(weights * losses(y, features, labels)) + 0.2 * jnp.sum(y**2)
 
   def outer_loss(x, y, batch):
