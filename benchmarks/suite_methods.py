@@ -177,8 +177,8 @@ def quasi_newton(problem: FiniteSum, rates: Rates):
   """AID with CG on all examples, L-BFGS at both levels, without line searches."""
   inner_optimizer = optax.chain(optax.scale_by_lbfgs(), optax.scale_by_learning_rate(1.0))
   inner = jaxbo.inner_solver(problem.inner_loss, inner_optimizer, 5, warm_start="all")
-  tail = optax.chain(optax.scale_by_lbfgs(), optax.scale_by_learning_rate(rates.relative))
-  return inner, optax.chain(implicit(problem, inner), tail)
+  step = optax.clip_by_global_norm(5.0), optax.scale_by_learning_rate(rates.relative)
+  return inner, optax.chain(implicit(problem, inner), optax.scale_by_lbfgs(), *step)
 
 
 FULL = (5 + 1 + CG_STEPS + 1 + 1, 1)

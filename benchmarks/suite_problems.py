@@ -198,8 +198,8 @@ PROBLEMS = {
 }
 
 
-def exact(problem: FiniteSum) -> Callable[..., tuple[jax.Array, jax.Array]]:
-  """``hypergradient(x, y) -> (gradient of F, inner solution)`` in float64, by Newton's method.
+def exact(problem: FiniteSum) -> Callable[..., tuple[Any, Any, Any]]:
+  """``at(x, y) -> (gradient of F, inner solution, F)`` in float64, by Newton's method.
 
   ``y`` is where Newton's method begins.
   """
@@ -226,11 +226,11 @@ def exact(problem: FiniteSum) -> Callable[..., tuple[jax.Array, jax.Array]]:
 
     goes_on = lambda carry: (norm(carry[1]) > 1e-10 * scale) & (carry[2] < 30)
     y = jax.lax.while_loop(goes_on, newton, (y, gradient(y), 0))[0]
-    of_x, of_y = jax.grad(problem.outer_loss, (0, 1))(x, y, val)
+    value, (of_x, of_y) = jax.value_and_grad(problem.outer_loss, (0, 1))(x, y, val)
     product = jax.linearize(gradient, y)[1]
     v, _ = solve(product, of_y, jax.tree.map(jnp.zeros_like, y))
     cross = jax.vjp(lambda x: jax.grad(problem.inner_loss, 1)(x, y, train), x)[1](v)[0]
-    return jax.tree.map(jnp.subtract, of_x, cross), y
+    return jax.tree.map(jnp.subtract, of_x, cross), y, value
 
   def in_float64(x, y):
     with jax.enable_x64(True):
@@ -256,7 +256,7 @@ def curvature(problem: FiniteSum, at: Callable[..., Any]) -> tuple[float, float]
   for _ in range(30):
     v = np.asarray(product(v / np.linalg.norm(v), problem.train))
   inner = float(np.linalg.norm(v))
-  base, y = at(x, y)
+  base, y, _ = at(x, y)
   v = rng.normal(size=x.shape)
   for _ in range(5):
     v = v / np.linalg.norm(v)
