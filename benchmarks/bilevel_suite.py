@@ -204,6 +204,7 @@ def measure_method(
 ) -> dict[str, Any]:
   """Compiles, chooses rates on the seed for tuning, and runs on the others."""
   program = compile_method(method, tuning)
+  structure = jax.tree.structure(tuning.stream)
   point = choose(program, tuning, seconds / 4)
   rows: dict[str, Any] = {
     "method": method.name,
@@ -213,6 +214,8 @@ def measure_method(
     "runs": [],
   }
   for seed, setup in enumerate(setups):
+    # A stream of the same sizes is another type, and the program is compiled for one.
+    setup = setup._replace(stream=structure.unflatten(jax.tree.leaves(setup.stream)))
     program = program._replace(init=init_of(method, setup))
     run, series = reach(program, setup, point, seconds, seed)
     hits = [first_below(series, accuracy) for accuracy in ACCURACIES]

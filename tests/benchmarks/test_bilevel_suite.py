@@ -70,6 +70,22 @@ def test_exact_hypergradients_of_logistic_regression_are_differences_of_the_valu
     np.testing.assert_allclose(slope[k], difference, rtol=1e-5)
 
 
+def test_rates_are_chosen_on_one_seed_and_run_on_others(monkeypatch):
+  small_one = lambda seed: quadratic(seed, n=12, d=4, p=3, batch_size=2)
+  monkeypatch.setitem(bilevel_suite.PROBLEMS, "small", small_one)
+  monkeypatch.setattr(bilevel_suite, "GRID", [(0.001, 0.001), (0.2, 0.1)])
+  tuning, *setups = (bilevel_suite.set_up("small", seed) for seed in (100, 0, 1))
+  row = bilevel_suite.measure_method(BY_NAME["plain SABA"], tuning, setups, 0.2)
+  assert row["rates"] == (0.2, 0.1)
+  assert [run["end"] < 1e-8 for run in row["runs"]] == [True, True]
+  for run in row["runs"]:
+    seconds, steps, values = map(np.array, run["trace"])
+    assert np.all(np.diff(seconds) > 0)
+    assert values[0] == pytest.approx(1)
+    assert run["steps"] == [steps[np.argmax(values <= goal)] for goal in (1e-4, 1e-6)]
+  assert row["runs"][0]["trace"][2] != row["runs"][1]["trace"][2]
+
+
 def test_the_table_is_of_the_worse_seed_and_counts_passes():
   run = lambda *seconds: {"seconds": seconds, "steps": (10, 30), "end": 1e-9, "microseconds": 5.0}
   row = {"method": "m", "rates": (0.2, 0.1), "compile": 1.0, "passes": 0.5}
