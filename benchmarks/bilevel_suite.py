@@ -3,6 +3,8 @@
   PYTHONPATH=.:models python3 -m benchmarks.bilevel_suite   (10 minutes of CPU; --problems for some)
   ... --save benchmarks/results/bilevel_suite_cpu           (writes .md and .json as well)
 
+A run that was stopped goes on with the methods that its files lack.
+
 The problems have the classes and shapes of the standard bilevel benchmark (benchopt), and none of
 its code or data: random quadratics; regularisation selection on data shaped like ijcnn1 and like
 covtype, which are principal components of MNIST; data cleaning on MNIST. MNIST is read from
@@ -24,6 +26,7 @@ their papers write them, in plain JAX (``benchmarks/suite_plain.py``). Rates are
 
 import argparse
 import functools
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -34,12 +37,12 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxbo
-from benchmarks.report import hardware, markdown, number, save
+from benchmarks.report import save
 from benchmarks.suite_methods import METHODS, Method
 from benchmarks.suite_plain import Rates
 from benchmarks.suite_problems import PROBLEMS, FiniteSum, curvature, exact
+from benchmarks.suite_table import ACCURACIES, cells, page
 
-ACCURACIES = (1e-4, 1e-6)
 GRID = [(rho, gamma) for rho in (0.05, 0.2, 0.5) for gamma in (0.03, 0.1, 0.3, 0.9)]
 
 
@@ -232,69 +235,37 @@ def measure_method(
   return rows
 
 
-def cells(row: dict[str, Any]) -> list[str]:
-  """A row of the table: the worse of the runs."""
-
-  def worst(name, i, times=1.0):
-    found = [run[name][i] for run in row["runs"]]
-    return "-" if None in found else number(times * max(found))
-
-  ends = [run["end"] for run in row["runs"]]
-  return [
-    row["method"],
-    f"{row['rates'][0]:g}, {row['rates'][1]:g}",
-    number(float(np.mean([run["microseconds"] for run in row["runs"]]))),
-    *(worst("seconds", i) for i in range(len(ACCURACIES))),
-    *(worst("steps", i, row["passes"]) for i in range(len(ACCURACIES))),
-    f"{max(ends):.1e}" if np.all(np.isfinite(ends)) else "diverged",
-    number(row["compile"]),
-  ]
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-  """One line for each method, the fastest to the last accuracy first."""
-  columns = ["method", "rates", "us a step"]
-  columns += [f"s to {accuracy:g}" for accuracy in ACCURACIES]
-  columns += [f"passes to {accuracy:g}" for accuracy in ACCURACIES]
-
-  def order(row):
-    found = [max((run["seconds"][i] or np.inf) for run in row["runs"]) for i in (1, 0)]
-    return *found, max(run["end"] for run in row["runs"])
-
-  lines = [cells(row) for row in sorted(rows, key=order)]
-  return markdown([*columns, "end", "compile s"], lines)
-
-
 def main() -> None:
-  """Runs the benchmark."""
+  """Runs the benchmark, or goes on with one that was stopped."""
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument("--problems", choices=PROBLEMS, nargs="+", default=list(PROBLEMS))
   parser.add_argument("--seeds", type=int, default=2, help="problems of the table")
-  parser.add_argument("--seconds", type=float, default=1.5, help="of a run")
+  parser.add_argument("--seconds", type=float, default=1.0, help="of a run")
   parser.add_argument("--save", type=Path, help="path without suffix, for .md and .json")
   args = parser.parse_args()
-  command = "PYTHONPATH=.:models python3 -m benchmarks.bilevel_suite"
-  text = f"""# Bilevel problems on finite sums
-
-Made by `{command} --seeds {args.seeds} --seconds {args.seconds:g}`, which explains the columns.
-
-Hardware: {hardware()}, one of them used.
-"""
-  results: dict[str, Any] = {}
+  given = {"seeds": args.seeds, "seconds": args.seconds}
+  results: dict[str, Any] = {"given": given, "problems": {}}
+  if args.save and (kept := args.save.with_suffix(".json")).exists():
+    before = json.loads(kept.read_text())
+    if before["given"] != given:
+      parser.error(f"{kept} is of {before['given']}, not of {given}: remove it first")
+    results = before
   for name in args.problems:
+    rows = results["problems"].get(name, {}).get("rows", [])
+    missing = [method for method in METHODS if method.name not in {row["method"] for row in rows}]
+    if not missing:
+      continue
     tuning, *setups = (set_up(name, seed) for seed in (100, *range(args.seeds)))
-    rows = results[name] = []
-    for method in METHODS:
+    doc = " ".join((PROBLEMS[name].__doc__ or "").split())
+    begins = [setup.begin[0] for setup in setups]
+    results["problems"][name] = {"about": doc, "begins": begins, "rows": rows}
+    for method in missing:
       rows.append(measure_method(method, tuning, setups, args.seconds))
       print(cells(rows[-1]), flush=True)
-    begins = ", ".join(f"{setup.begin[0]:.2g}" for setup in setups)
-    doc = " ".join((PROBLEMS[name].__doc__ or "").split())
-    start = f"Squared norm of the hypergradient at the start: {begins}."
-    text += f"\n## {name}\n\n{doc} {start}\n\n{table(rows)}\n"
-    save(args.save, text, results)
-  print(text)
+      save(args.save, page(results), results)
+  print(page(results))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import jaxbo
-from benchmarks import bilevel_suite, suite_plain
+from benchmarks import bilevel_suite, suite_plain, suite_table
 from benchmarks.suite_methods import METHODS
 from benchmarks.suite_problems import exact, quadratic, selection
 
@@ -89,9 +89,9 @@ def test_rates_are_chosen_on_one_seed_and_run_on_others(monkeypatch):
 def test_the_table_is_of_the_worse_seed_and_counts_passes():
   run = lambda *seconds: {"seconds": seconds, "steps": (10, 30), "end": 1e-9, "microseconds": 5.0}
   row = {"method": "m", "rates": (0.2, 0.1), "compile": 1.0, "passes": 0.5}
-  cells = bilevel_suite.cells({**row, "runs": [run(1.0, 2.0), run(3.0, 1.0)]})
+  cells = suite_table.cells({**row, "runs": [run(1.0, 2.0), run(3.0, 1.0)]})
   assert cells[3:7] == ["3", "2", "5", "15"]
-  assert bilevel_suite.cells({**row, "runs": [run(1.0, None), run(3.0, 1.0)]})[4] == "-"
+  assert suite_table.cells({**row, "runs": [run(1.0, None), run(3.0, 1.0)]})[4] == "-"
   series = np.array([1.0, np.nan, 1e-5, 1e-3])
   assert bilevel_suite.first_below(series, 1e-4) == 2
   assert bilevel_suite.first_below(series, 1e-6) is None
