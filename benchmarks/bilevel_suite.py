@@ -252,6 +252,7 @@ def main() -> None:
     if before["given"] != given:
       parser.error(f"{kept} is of {before['given']}, not of {given}: remove it first")
     results = before
+  text = lambda: page(results, PROBLEMS, [method.name for method in METHODS])
   for name in args.problems:
     rows = results["problems"].get(name, {}).get("rows", [])
     missing = [method for method in METHODS if method.name not in {row["method"] for row in rows}]
@@ -264,8 +265,8 @@ def main() -> None:
     for method in missing:
       rows.append(measure_method(method, tuning, setups, args.seconds))
       print(cells(rows[-1]), flush=True)
-      save(args.save, page(results), results)
-  print(page(results))
+      save(args.save, text(), results)
+  print(text())
 
 
 if __name__ == "__main__":

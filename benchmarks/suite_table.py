@@ -1,5 +1,6 @@
 """The tables of :mod:`benchmarks.bilevel_suite`."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -42,8 +43,9 @@ def table(rows: list[dict[str, Any]]) -> str:
   return markdown([*columns, "end", "compile s"], lines)
 
 
-def page(results: dict[str, Any]) -> str:
-  """The page of all problems."""
+def page(results: dict[str, Any], problems: Iterable[str], methods: Iterable[str]) -> str:
+  """The page of all problems; it says which of the given ones it lacks."""
+  methods, lacking = list(methods), [name for name in problems if name not in results["problems"]]
   given = results["given"]
   command = "PYTHONPATH=.:models python3 -m benchmarks.bilevel_suite"
   options = f"--seeds {given['seeds']} --seconds {given['seconds']:g}"
@@ -57,4 +59,9 @@ Hardware: {hardware()}, one of them used and shared with other programs.
     begins = ", ".join(f"{begin:.2g}" for begin in result["begins"])
     start = f"Squared norm of the hypergradient at the start: {begins}."
     text += f"\n## {name}\n\n{result['about']} {start}\n\n{table(result['rows'])}\n"
+    missing = [name for name in methods if name not in {row["method"] for row in result["rows"]}]
+    if missing:
+      text += f"\nNot measured yet: {', '.join(missing)}.\n"
+  if lacking:
+    text += f"\nProblems that are not measured yet: {', '.join(lacking)}.\n"
   return text

@@ -92,6 +92,11 @@ def test_the_table_is_of_the_worse_seed_and_counts_passes():
   cells = suite_table.cells({**row, "runs": [run(1.0, 2.0), run(3.0, 1.0)]})
   assert cells[3:7] == ["3", "2", "5", "15"]
   assert suite_table.cells({**row, "runs": [run(1.0, None), run(3.0, 1.0)]})[4] == "-"
+  kept = {"rows": [{**row, "runs": [run(1.0, 2.0)]}], "about": "A.", "begins": [0.5]}
+  results = {"given": {"seeds": 1, "seconds": 1.0}, "problems": {"p": kept}}
+  text = suite_table.page(results, ["p", "q"], ["m", "n"])
+  assert "Not measured yet: n." in text
+  assert "Problems that are not measured yet: q." in text
   series = np.array([1.0, np.nan, 1e-5, 1e-3])
   assert bilevel_suite.first_below(series, 1e-4) == 2
   assert bilevel_suite.first_below(series, 1e-6) is None
