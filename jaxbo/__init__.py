@@ -31,6 +31,10 @@ methods :func:`itd`, :func:`aid`, :func:`stocbio`, :func:`soba`, :func:`amigo`, 
 :func:`esj`; the input :func:`outer_grad` and the loop :func:`bilevel_loop`. The records are in
 :mod:`jaxbo.bilevel`.
 
+**Finite sums**, where minibatches come from a fixed set, on :class:`Bilevel` parameters, with
+constant rates and without noise at the end: :func:`add_averaged_response` (:func:`saba`),
+:func:`srba`; the stream is :func:`jaxbo.tasks.finite_sum_stream`.
+
 **Value functions**, for inner problems with many minima, on :class:`Bilevel` parameters:
 :func:`add_primal_dual_penalty` (:func:`pdbo`, :func:`proximal_pdbo` with
 :func:`add_proximal_terms`), :func:`add_dynamic_barrier` (:func:`bome`),
@@ -77,6 +81,7 @@ from jaxbo.bilevel.primal_dual import add_primal_dual_penalty, pdbo
 from jaxbo.bilevel.projection import project
 from jaxbo.bilevel.proximal import add_proximal_terms, proximal_pdbo
 from jaxbo.bilevel.response import drop_response
+from jaxbo.bilevel.saba import add_averaged_response, saba
 from jaxbo.bilevel.solution import InnerSolution, InnerSolver
 from jaxbo.bilevel.unrolled import add_unrolled_response, itd
 from jaxbo.dro.aliases import chi2_dro, cvar_dro, group_dro, ir_dro, term
@@ -90,12 +95,14 @@ from jaxbo.online.loop import online_loop
 from jaxbo.online.oagd import average_over_batches, oagd
 from jaxbo.online.sobow import ogd, sobow
 from jaxbo.online.sogd import add_corrected_response, sogd
+from jaxbo.online.srba import srba
 from jaxbo.online.window import window_average
 
 __all__ = [
   "Bilevel",
   "InnerSolution",
   "InnerSolver",
+  "add_averaged_response",
   "add_corrected_response",
   "add_dynamic_barrier",
   "add_es_response",
@@ -144,10 +151,12 @@ __all__ = [
   "project",
   "proximal_pdbo",
   "reweight",
+  "saba",
   "scale_by_lagrangian_smoothness",
   "soba",
   "sobow",
   "sogd",
+  "srba",
   "stocbio",
   "streaming_grad",
   "tasks",

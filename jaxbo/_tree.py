@@ -132,6 +132,10 @@ def put_slot(slots: PyTree, value: PyTree, index: jax.Array) -> PyTree:
 
   def put(slots, leaf):
     leaf, sharding = jnp.asarray(leaf, slots.dtype), explicit_sharding(slots)
+    on_mesh = explicit_sharding(leaf)
+    if sharding is None and on_mesh is not None:  # The slots are of parameters outside a mesh.
+      sharding = on_mesh.update(spec=(None, *on_mesh.spec))
+      slots = jax.sharding.reshard(slots, sharding)
     if sharding is not None:
       leaf = jax.sharding.reshard(leaf, sharding.update(spec=sharding.spec[1:]))
     return jax.lax.dynamic_update_index_in_dim(slots, leaf, index, axis=0)

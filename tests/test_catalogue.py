@@ -277,11 +277,17 @@ def sogd_of(outer_loss, inner_loss):
   return jaxbo.add_corrected_response(inner_loss, outer_loss, **rates)
 
 
+def saba_of(outer_loss, inner_loss):
+  del outer_loss
+  return online.indexed(jaxbo.add_averaged_response(inner_loss, **online.AVERAGED))
+
+
 LOSSES = {
   "bilevel_loop": loop_of,
   "pdbo": moves_both(lambda outer, inner: jaxbo.add_primal_dual_penalty(inner, **bilevel.DUAL)),
   "sogd": moves_both(sogd_of),
   "sogd_inner": moves_both(lambda outer, inner: sogd_of(inner, inner)),
+  "saba": moves_both(saba_of),
   "bgd": bgd_of,
 }
 

@@ -23,7 +23,7 @@ from tests.catalogue import (
   robust,
   value_function,
 )
-from tests.online.catalogue import detected
+from tests.online.catalogue import AVERAGED, detected, indexed
 
 SOLVER = plain_solver()
 PROXIMAL = {"outer_weight": 0.3, "constraint_weight": 0.2, "period": 2}
@@ -41,6 +41,8 @@ METHODS = [
   (response, jaxbo.leeds, (SOLVER,), {}),
   (online, jaxbo.oagd, (SOLVER, outer_loss), {}),
   (online, jaxbo.sogd, (0.2, inner_loss, outer_loss), CORRECTED),
+  (online, jaxbo.srba, (0.2, inner_loss, outer_loss), {"linear_learning_rate": 0.1}),
+  (online, jaxbo.saba, (0.2, inner_loss), AVERAGED | {"linear_learning_rate": 0.1}),
   (value_function, jaxbo.pdbo, (inner_loss,), DUAL),
   (value_function, jaxbo.proximal_pdbo, (inner_loss,), DUAL | PROXIMAL),
   (value_function, jaxbo.bome, (inner_loss,), LOWER),
@@ -61,7 +63,8 @@ ALL = pytest.mark.parametrize(
 
 def harness_of(kind, method, tx):
   """The catalogue's way to use the method."""
-  made = detected(tx) if method is jaxbo.leeds else tx
+  wrap = {jaxbo.leeds: detected, jaxbo.saba: indexed}.get(method, lambda tx: tx)
+  made = wrap(tx)
   window = {"solver": plain_solver, "window": 2} if method is jaxbo.oagd else {}
   return kind(method.__name__, made, **window).make(0, catalogue.INNER)
 

@@ -16,11 +16,16 @@ from jaxbo.bilevel.primal_dual import PrimalDualInfo, PrimalDualState
 from jaxbo.bilevel.projection import project_params
 from jaxbo.bilevel.proximal import ProximalInfo, ProximalState
 from jaxbo.bilevel.response import DropInfo, DropResponseState
+from jaxbo.bilevel.saba import AveragedResponseInfo, AveragedResponseState, AverageTable
+from jaxbo.bilevel.single_loop import InnerTerms
 from jaxbo.bilevel.solution import FeatureProblem, InnerInfo
 from jaxbo.bilevel.unrolled import UnrolledInfo, UnrolledResponseState
 from jaxbo.bilevel.value_function import ConstraintTerm
 
 __all__ = [
+  "AverageTable",
+  "AveragedResponseInfo",
+  "AveragedResponseState",
   "BilevelInfo",
   "BilevelState",
   "ConstraintTerm",
@@ -36,6 +41,7 @@ __all__ = [
   "ImplicitInfo",
   "ImplicitResponseState",
   "InnerInfo",
+  "InnerTerms",
   "LinearInfo",
   "LinearSolver",
   "OuterGrads",

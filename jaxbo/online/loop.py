@@ -15,6 +15,7 @@ from jaxbo.online.joint import joint
 from jaxbo.online.oagd import replay as solve_on_window
 from jaxbo.online.rounds import OnlineMetric, OnlineRound, as_batch, first_round, make_run
 from jaxbo.online.window import empty_window
+from jaxbo.tasks.finite_sum import BatchIndex
 from jaxbo.tasks.streams import StreamLike
 
 
@@ -68,7 +69,8 @@ class Online(NamedTuple):
     init: ``init(x, y0, stream=None, *, batch=None, key=0) -> OnlineState``. Pass either a stream or
       a batch; the batch may hold shapes only.
     step: ``step(state, batch, **extra_args) -> (OnlineState, OnlineInfo)``, one round. Extra
-      arguments go to ``outer.update``.
+      arguments go to ``outer.update``, and so do the fields of ``batch.extra`` if it is a
+      :class:`jaxbo.tasks.BatchIndex`.
     run: ``run(state, stream, num_rounds) -> (OnlineState, OnlineInfo)``, one ``lax.scan``. The
       state must come from ``init`` with a stream.
   """
@@ -110,8 +112,9 @@ def online_loop(
       the transformation moves both levels.
     outer: an optax chain that begins with a response, or an alias: :func:`jaxbo.sobow`,
       :func:`jaxbo.oagd`, :func:`jaxbo.ogd`, :func:`jaxbo.aid`. Without an inner solver, use a
-      method on :class:`jaxbo.Bilevel` parameters: :func:`jaxbo.sogd`, or a value-function method
-      such as :func:`jaxbo.f2sa`, which needs no second derivative.
+      method on :class:`jaxbo.Bilevel` parameters: :func:`jaxbo.sogd`, :func:`jaxbo.saba`,
+      :func:`jaxbo.srba`, or a value-function method such as :func:`jaxbo.f2sa`, which needs no
+      second derivative.
     hyper_at: where to take the hypergradient. ``"after"``: at :math:`(x_t, y_{t+1})`, after this
       round's inner solve. ``"before"``: at :math:`(x_t, y_t)`, so both levels step at once; this
       works only with responses that depend on nothing but the inner parameters (implicit or
@@ -190,6 +193,8 @@ def online_loop(
 
   def step(state, batch, **extra_args):
     batch = as_batch(batch)
+    if isinstance(batch.extra, BatchIndex):
+      extra_args = {**vars(batch.extra), **extra_args}
     before, batches = state.loop, ()
     if window is not None:
       batches = state.window.push(batch._replace(extra=None))

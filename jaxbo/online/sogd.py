@@ -13,6 +13,7 @@ from jaxbo.bilevel.loop import checked_loss
 from jaxbo.bilevel.parameters import Bilevel, check_params, scalar_dtype
 from jaxbo.bilevel.projection import Projection, descend
 from jaxbo.bilevel.response import MISSING
+from jaxbo.bilevel.single_loop import inner_terms
 from jaxbo.bilevel.value_function import check_update
 
 
@@ -101,7 +102,8 @@ def add_corrected_response(
     A transformation from :class:`jaxbo.Bilevel` gradients of :math:`f` at :math:`(x, y)` to the
     directions :math:`(d^x, d^y)`, the first in the chain. Its ``update`` requires ``params``,
     ``batch=`` and ``outer_batch=``; :func:`jaxbo.online_loop` without an inner solver passes all
-    three.
+    three. With ``restart=True`` the round has nothing to correct, as the first one; a Python bool
+    also saves the gradients at the last iterates.
 
   Raises:
     ValueError: if a number is outside its range.
@@ -144,6 +146,7 @@ def add_corrected_response(
     *,
     batch: Any = MISSING,
     outer_batch: Any = MISSING,
+    restart: bool | jax.Array = False,
     **extra_args,
   ):
     del extra_args
@@ -156,22 +159,24 @@ def add_corrected_response(
     outer_grad = jax.grad(lambda p: outer_loss(p.outer, p.inner, outer_batch))
 
     def directions(z, grads):
-      grad_y = lambda x, y: jax.grad(inner_loss, argnums=1)(x, y, batch)
-      value, pull_back = jax.vjp(grad_y, z.outer, z.inner)
-      cross, hessian = pull_back(z.linear)  # The Hessian is symmetric.
+      terms = inner_terms(inner_loss, z.outer, z.inner, z.linear, batch)
       grads = _tree.cast_like(grads, Bilevel(z.outer, z.inner))
       return SogdVariables(
-        optax.tree.sub(grads.outer, cross), value, optax.tree.sub(hessian, grads.inner)
+        optax.tree.sub(grads.outer, terms.cross),
+        terms.gradient,
+        optax.tree.sub(terms.hessian, grads.inner),
       )
 
     dtype, count = state.info.direction_norm.dtype, state.correction_count
     last = state.last_iterates
-    keep = jnp.where(count > 0, 1 - _schedule.value_at(correction, count, dtype), 0)
-    now = directions(here, grads)
-    then = directions(last, outer_grad(Bilevel(last.outer, last.inner)))
-    # The first round has nothing to correct; the losses at zero must not matter, even if NaN.
-    offset = optax.tree.sub(state.last_directions, then)
-    corrected = _tree.where(keep > 0, _tree.add_scaled(now, keep, offset), now)
+    now = corrected = directions(here, grads)
+    if restart is not True:
+      keep = 1 - _schedule.value_at(correction, count, dtype)
+      keep = jnp.where((count > 0) & ~jnp.asarray(restart, bool), keep, 0)
+      then = directions(last, outer_grad(Bilevel(last.outer, last.inner)))
+      # The first round has nothing to correct; the losses at zero must not matter, even if NaN.
+      offset = optax.tree.sub(state.last_directions, then)
+      corrected = _tree.where(keep > 0, _tree.add_scaled(now, keep, offset), now)
     step = _schedule.value_at(linear_learning_rate, count, dtype)
     linear = _tree.add_scaled(here.linear, -step, corrected.linear)
     if radius is not None:

@@ -4,7 +4,7 @@
 
 **Streams** of rounds for :func:`jaxbo.online_loop` and :func:`jaxbo.meta.online_meta_learner`:
 :class:`Stream`, the protocol; :func:`function_stream` and :func:`iterator_stream`, which make one;
-:func:`minibatch_stream`, :func:`phase_stream`.
+:func:`minibatch_stream`, :func:`finite_sum_stream`, :func:`phase_stream`.
 
 **Streams of tasks**: :func:`osaka_stream`, few-shot tasks that change without notice;
 :func:`moving_gaussian_stream` and :func:`jumping_gaussian_stream`, whose best answers are known
@@ -12,6 +12,12 @@ exactly.
 """
 
 from jaxbo.tasks.episodes import Episode, sample_episode
+from jaxbo.tasks.finite_sum import (
+  BatchIndex,
+  FiniteSumBatch,
+  FiniteSumState,
+  finite_sum_stream,
+)
 from jaxbo.tasks.gaussian_streams import (
   GaussianBatch,
   GaussianState,
@@ -37,7 +43,10 @@ from jaxbo.tasks.task_streams import (
 )
 
 __all__ = [
+  "BatchIndex",
   "Episode",
+  "FiniteSumBatch",
+  "FiniteSumState",
   "GaussianBatch",
   "GaussianState",
   "GaussianTruth",
@@ -47,6 +56,7 @@ __all__ = [
   "Stream",
   "StreamBatch",
   "StreamTruth",
+  "finite_sum_stream",
   "function_stream",
   "gaussian_posterior_mean",
   "iterator_stream",

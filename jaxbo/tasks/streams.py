@@ -141,20 +141,25 @@ def minibatch_stream(train: Data, val: Data, batch_size: int) -> Stream:
   """
   batch_size = _check.positive_int("batch_size", batch_size)
   for name, data in (("train", train), ("val", val)):
-    sizes = {jnp.shape(leaf)[0] if jnp.ndim(leaf) else 0 for leaf in jax.tree.leaves(data)}
-    if len(sizes) != 1 or 0 in sizes:
-      shapes = jax.tree.map(jnp.shape, data)
-      raise ValueError(f"{name} must have leaves with one axis [num_examples, ...], got {shapes}")
+    num_examples(name, data)
   # A traced index cannot take rows of a NumPy array.
   train, val = jax.tree.map(jnp.asarray, (train, val))
   draw = functools.partial(_minibatches, batch_size=batch_size)
   return function_stream(jax.tree_util.Partial(draw, train, val))
 
 
+def num_examples(name: str, data: Data) -> int:
+  """The length of the leading axis that all leaves share; raises ``ValueError`` without one."""
+  sizes = {jnp.shape(leaf)[0] if jnp.ndim(leaf) else 0 for leaf in jax.tree.leaves(data)}
+  if len(sizes) != 1 or 0 in sizes:
+    shapes = jax.tree.map(jnp.shape, data)
+    raise ValueError(f"{name} must have leaves with one axis [num_examples, ...], got {shapes}")
+  return sizes.pop()
+
+
 def _minibatches(train, val, key, t, *, batch_size):
   def draw(key, data):
-    num_examples = jax.tree.leaves(data)[0].shape[0]
-    rows = jax.random.randint(key, batch_size, 0, num_examples)
+    rows = jax.random.randint(key, batch_size, 0, num_examples("data", data))
     # On an explicit mesh, the batch is divided as the data are.
     take = lambda leaf: leaf.at[rows].get(out_sharding=_tree.explicit_sharding(leaf))
     return jax.tree.map(take, data)

@@ -45,6 +45,21 @@ def detected(*parts: optax.GradientTransformation) -> optax.GradientTransformati
   return optax.GradientTransformationExtraArgs(lambda x: (jnp.int32(0), tx.init(x)), update)
 
 
+AVERAGED = {"linear_learning_rate": FALLING, "num_batches": 3, "num_outer_batches": 2}
+
+
+def indexed(tx):
+  """``tx`` with the indices of batches, which come in turns."""
+
+  def update(updates, state, params=None, **extra):
+    count, state = state
+    extra |= {"index": count % 3, "outer_index": count % 2}
+    updates, state = tx.update(updates, state, params, **extra)
+    return updates, (count + 1, state)
+
+  return optax.GradientTransformationExtraArgs(lambda p: (jnp.int32(0), tx.init(p)), update)
+
+
 ENTRIES = [
   response(
     "window_average",
@@ -66,6 +81,10 @@ ENTRIES = [
   online(
     "corrected_response",
     optax.chain(corrected(radius=1.0), optax.adam(0.1), jaxbo.project(*BOX.values())),
+  ),
+  online(
+    "averaged_response",
+    indexed(optax.chain(jaxbo.add_averaged_response(inner_loss, **AVERAGED), optax.scale(-0.1))),
   ),
   response(
     "gate_by_detection",
@@ -184,6 +203,36 @@ ALIASES = [
     ),
   ),
   alias(
+    online,
+    "srba",
+    jaxbo.srba(0.1, FALLING, inner_loss, outer_loss, linear_learning_rate=0.2, radius=2.0, **BOX),
+    jaxbo.sogd(
+      0.1,
+      FALLING,
+      inner_loss,
+      outer_loss,
+      linear_learning_rate=0.2,
+      correction=0.0,
+      radius=2.0,
+      **BOX,
+    ),
+  ),
+  alias(
+    online,
+    "saba",
+    indexed(jaxbo.saba(0.1, FALLING, inner_loss, **AVERAGED, **BOX)),
+    indexed(
+      optax.chain(
+        jaxbo.add_averaged_response(inner_loss, **AVERAGED),
+        optax.partition(
+          {"outer": _down, "inner": optax.scale_by_learning_rate(FALLING)},
+          jaxbo.Bilevel("outer", "inner"),
+        ),
+        jaxbo.project(*BOX.values()),
+      )
+    ),
+  ),
+  alias(
     response,
     "leeds",
     lambda solver: detected(jaxbo.leeds(0.1, solver, **SCALES)),
@@ -236,17 +285,25 @@ def _pap():
   return jaxbo.meta.c_maml_pap(_miss, _steps, optax.sgd(0.1), **options)
 
 
-def played(make, *y0):
+def played(make, *y0, stream=jaxbo.tasks.minibatch_stream):
   """Three rounds of minibatches of data that are divided among devices."""
+  make_stream = stream
 
   def run(x, *data):
-    stream = jaxbo.tasks.minibatch_stream(data, data, 8)
+    stream = make_stream(data, data, 8)
     loop = make()
     return loop.run(loop.init(x, *y0, stream), stream, 3)
 
   rng = np.random.default_rng(0)
   arguments = jnp.ones(4), *(jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((16, 4), 16))
   return lambda: (run, arguments, (PartitionSpec(), PartitionSpec("d"), PartitionSpec("d")))
+
+
+def _saba():
+  """Fixed batches of data that are divided, and the table of a pair of parameters."""
+  table = {"linear_learning_rate": 0.1, "num_batches": 2, "num_outer_batches": 2}
+  plain = lambda x, y, batch: _miss(x, y, batch)[0]
+  return jaxbo.online_loop(plain, None, jaxbo.saba(0.1, 0.1, _squares, **table))
 
 
 def _osaka():
@@ -267,5 +324,6 @@ PROGRAMS = [
   Program("oagd_run", played(_oagd, jnp.zeros(4))),
   Program("leeds_next", played(lambda: _learner(query="next", switch_score="drop"))),
   Program("c_maml_pap", played(_pap)),
+  Program("saba_run", played(_saba, jnp.zeros(4), stream=jaxbo.tasks.finite_sum_stream)),
   Program("osaka", _osaka),
 ]
