@@ -147,7 +147,7 @@ def measure(problem: Problem, x: np.ndarray, y: np.ndarray) -> dict[str, Any]:
 def main() -> None:
   """Measures, prints, and saves if asked to."""
   read = importlib.import_module("dro.data.dataloader_regression").regression_DN20_1
-  args = arguments(__doc__, small=(500, "examples"), large=(5000, "examples"))
+  args = arguments(__doc__, small=(500, "examples"), large=(2000, "examples"))
   jax.config.update("jax_enable_x64", True)
   rows = []
   for size in (args.small, args.large):

@@ -1,5 +1,6 @@
 """The parts of a batch that a worst case may move: what Wasserstein and Sinkhorn losses share."""
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -8,6 +9,28 @@ import jax.numpy as jnp
 from jaxbo import _tree
 from jaxbo._types import BatchLoss, Data, PyTree
 from jaxbo.dro.batch import check_losses
+from jaxbo.dro.per_example import example_mask
+
+
+@dataclasses.dataclass(frozen=True)
+class RobustLoss:
+  """Other losses of the examples of ``loss_fn``, of which the same ones count.
+
+  Attributes:
+    losses: ``losses(params, batch) -> [batch]``.
+    loss_fn: the loss that they are made of.
+  """
+
+  losses: Callable[[PyTree, Data], jax.Array]
+  loss_fn: BatchLoss
+
+  def __call__(self, params: PyTree, batch: Data, /) -> jax.Array:
+    """The losses of a batch."""
+    return self.losses(params, batch)
+
+  def example_mask(self, batch: Data) -> jax.Array | None:
+    """Which examples have a loss at all, if ``loss_fn`` says so."""
+    return example_mask(self.loss_fn, batch)
 
 
 def take_apart(

@@ -1,13 +1,11 @@
 """The robust loss over a Sinkhorn ball: the entropic relative of Wasserstein's."""
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 
 from jaxbo import _check, _random
 from jaxbo._types import BatchLoss, Data, Key, PyTree
-from jaxbo.dro.moving import losses_of, take_apart
+from jaxbo.dro.moving import RobustLoss, losses_of, take_apart
 
 
 def sinkhorn_loss(
@@ -16,8 +14,9 @@ def sinkhorn_loss(
   temperature: float | jax.Array,
   scale: float | jax.Array,
   num_samples: int,
+  key: Key,
   moves: PyTree = True,
-) -> Callable[[PyTree, Data, Key], jax.Array]:
+) -> RobustLoss:
   r"""Losses of examples that are smeared out, with more weight where the loss is high.
 
   .. math::
@@ -40,23 +39,25 @@ def sinkhorn_loss(
     temperature: :math:`\tau > 0`, in units of the loss.
     scale: :math:`\sigma > 0`, in units of the input.
     num_samples: draws for each example, at least 1.
+    key: an int, a raw key array or a typed key: a new one for each step. Microbatches, and devices
+      of ``shard_map``, draw the same noise; on devices fold in the index of the device.
     moves: which leaves of the batch move, as in :func:`wasserstein_loss`: booleans, a prefix of the
       batch; leaves of integers never do.
 
   Returns:
-    A function ``(params, batch, key) -> losses``, ``[batch]``; ``key`` is an int, a raw key array
-    or a typed key. For :func:`~jaxbo.per_example_grad`, close over the key of the step.
+    A function ``(params, batch) -> losses``, ``[batch]``, for :func:`~jaxbo.per_example_grad`. Make
+    it inside the step, with the key of the step.
 
   Raises:
     ValueError: if an argument is outside its range, or ``moves`` does not fit the batch.
-    TypeError: if ``loss_fn`` does not take ``(params, batch)``.
+    TypeError: if ``loss_fn`` does not take ``(params, batch)``, or ``key`` is not a key.
 
   Example:
     >>> import jax.numpy as jnp, jaxbo
     >>> robust = jaxbo.dro.sinkhorn_loss(
-    ...   lambda params, x: x @ params, temperature=1.0, scale=1.0, num_samples=10_000)
+    ...   lambda params, x: x @ params, temperature=1.0, scale=1.0, num_samples=10_000, key=0)
     >>> params, x = jnp.array([1.0, 0.0]), jnp.zeros((1, 2))
-    >>> print(robust(params, x, 0).round(1))                # scale^2 |params|^2 / 2 temperature
+    >>> print(robust(params, x).round(1))                   # scale^2 |params|^2 / 2 temperature
     [0.5]
 
   References:
@@ -68,7 +69,9 @@ def sinkhorn_loss(
   _check.positive("scale", scale)
   num_samples = _check.positive_int("num_samples", num_samples)
 
-  def robust(params: PyTree, batch: Data, key: Key) -> jax.Array:
+  key = _random.typed_key(key)
+
+  def robust(params: PyTree, batch: Data) -> jax.Array:
     center, join = take_apart(batch, moves)
 
     def draw(key):
@@ -77,7 +80,7 @@ def sinkhorn_loss(
       moved = [x + scale * n for x, n in zip(center, noise, strict=True)]
       return losses_of(loss_fn, params, join(moved))
 
-    losses = jax.vmap(draw)(jax.random.split(_random.typed_key(key), num_samples))
+    losses = jax.vmap(draw)(jax.random.split(key, num_samples))
     mean = jnp.mean(losses, axis=0, keepdims=True)
     scores = (losses - mean) / temperature
     # At high temperatures the logarithm cancels; log1p does not.
@@ -86,4 +89,4 @@ def sinkhorn_loss(
     large = jax.nn.logsumexp(scores, axis=0) - jnp.log(num_samples)
     return mean[0] + temperature * jnp.where(near, small, large)
 
-  return robust
+  return RobustLoss(robust, loss_fn)

@@ -74,9 +74,10 @@ def wasserstein_loss(
   Wasserstein ball, whose radius belongs to the penalty: it is the root of the mean squared distance
   that the examples move. The search is the fixed-point iteration :math:`z' \leftarrow z + \nabla_z
   \ell(\theta; z') / 2 \gamma`. It finds the maximum where :math:`\gamma` is above half of the
-  largest curvature of the loss in :math:`z`; below, the maximum may be infinite, and a loss that is
-  not finite does not count in :func:`~jaxbo.reweight`. The gradient by the parameters is that at
-  the points found, by Danskin's theorem: no second derivatives.
+  largest curvature of the loss in :math:`z`, of either sign. Below, the search may diverge, and the
+  maximum may be infinite; a loss that is not finite does not count in :func:`~jaxbo.reweight`. The
+  gradient by the parameters is that at the points found, by Danskin's theorem: no second
+  derivatives.
 
   Compose it with a weighting for robustness in both, the input and the share of examples:
   ``per_example_grad(wasserstein_loss(...))`` in front of ``reweight(kl(...))``.

@@ -70,7 +70,13 @@ def tokenizer_of(config: Config) -> Tokenizer:
   if isinstance(config.tokenizer, Path):
     return tokenizers.BPETokenizer(config.tokenizer)
   if config.pretrained is not None:
-    return tokenizers.BPETokenizer(config.pretrained)
+    tokens = _learned(config.pretrained)
+    if tokens is None or tokens.vocab_size != config.tokenizer:
+      raise ValueError(
+        f"tokenizer must be that of the model in pretrained, {config.pretrained}; got "
+        f"{config.tokenizer}"
+      )
+    return tokens
   from tokenizers import ByteLevelBPETokenizer
 
   texts = documents.read(config.dataset, config.data_dir).train
@@ -79,7 +85,17 @@ def tokenizer_of(config: Config) -> Tokenizer:
   learner.train_from_iterator(itertools.chain(*texts), **options, show_progress=False)
   with tempfile.TemporaryDirectory() as folder:
     learner.save_model(folder)
-    return tokenizers.BPETokenizer(folder)
+    tokens = tokenizers.BPETokenizer(folder)
+  if tokens.vocab_size < config.tokenizer:
+    raise ValueError(
+      f"tokenizer must be at most {tokens.vocab_size}, what the text of {config.dataset} gives; "
+      f"got {config.tokenizer}"
+    )
+  return tokens
+
+
+def _learned(folder: Path) -> tokenizers.BPETokenizer | None:
+  return tokenizers.BPETokenizer(folder) if (folder / "tokenizer.json").exists() else None
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:

@@ -99,25 +99,29 @@ def test_narrow_floats_move_in_single_precision():
 
 def test_the_sinkhorn_loss_of_a_linear_function_is_its_closed_form():
   temperature, scale, n = 0.6, 0.5, 40_000
-  robust = sinkhorn_loss(linear, temperature=temperature, scale=scale, num_samples=n, moves=MOVES)
+
+  @jax.jit
+  def losses(params, key):
+    options = {"temperature": temperature, "scale": scale, "num_samples": n, "key": key}
+    return sinkhorn_loss(linear, **options, moves=MOVES)(params, BATCH)
+
   spread = scale**2 * jnp.sum(PARAMS**2)  # The variance of the loss over the noise.
   expected = linear(PARAMS, BATCH) + spread / (2 * temperature)
   error = temperature * np.sqrt(np.expm1(spread / temperature**2) / n)
-  found = jax.jit(robust)(PARAMS, BATCH, 0)
+  found = losses(PARAMS, 0)
   assert np.all(np.abs(found - expected) < 4 * error)
   assert len(np.unique(np.round(found - expected, 7))) == 4  # Each has noise of its own.
-  gradient = jax.grad(lambda params: jnp.mean(robust(params, BATCH, 1)))(PARAMS)
+  assert not np.array_equal(losses(PARAMS, 1), found)
+  gradient = jax.grad(lambda params: jnp.mean(losses(params, 1)))(PARAMS)
   exact = jnp.mean(BATCH["x"], axis=0) + scale**2 * PARAMS / temperature
   np.testing.assert_allclose(gradient, exact, atol=0.02)
 
 
 def test_the_temperature_goes_from_the_mean_of_the_draws_to_the_largest():
-  at = lambda temperature: sinkhorn_loss(
-    squares, temperature=temperature, scale=0.3, num_samples=50, moves=MOVES
-  )(PARAMS, BATCH, jax.random.key(3))
-  key = jax.random.key(3)
+  options = {"scale": 0.3, "num_samples": 50, "key": 3, "moves": MOVES}
+  at = lambda temperature: sinkhorn_loss(squares, temperature=temperature, **options)(PARAMS, BATCH)
   noise = jax.vmap(lambda k: jax.random.normal(jax.random.split(k, 1)[0], (4, 3)))(
-    jax.random.split(key, 50)
+    jax.random.split(jax.random.key(3), 50)
   )
   draws = jax.vmap(lambda n: squares(PARAMS, BATCH | {"x": BATCH["x"] + 0.3 * n}))(noise)
   np.testing.assert_allclose(at(1e5), draws.mean(0), rtol=1e-2)
@@ -125,23 +129,30 @@ def test_the_temperature_goes_from_the_mean_of_the_draws_to_the_largest():
 
 
 def test_the_estimate_is_too_low_by_what_the_docstring_says():
-  temperature, scale, n = 1.0, 1.0, 8
-  robust = sinkhorn_loss(
-    lambda w, x: x[:, 0] * w, temperature=temperature, scale=scale, num_samples=n
-  )
-  found = robust(0.5, jnp.zeros((200_000, 1)), 0)
-  bias = temperature * np.expm1(0.25) / (2 * n)
-  np.testing.assert_allclose(np.mean(found) - 0.125, -bias, rtol=0.1)
+  options = {"temperature": 1.0, "scale": 1.0, "num_samples": 8, "key": 0}
+  found = sinkhorn_loss(lambda w, x: x[:, 0] * w, **options)(0.5, jnp.zeros((200_000, 1)))
+  np.testing.assert_allclose(np.mean(found) - 0.125, -np.expm1(0.25) / 16, rtol=0.1)
+
+
+def test_an_example_without_a_loss_does_not_count_in_a_sinkhorn_loss():
+  class Masked:
+    def __call__(self, params, batch):
+      return squares(params, batch)
+
+    def example_mask(self, batch):
+      return batch["y"] > 0
+
+  options = {"temperature": 1.0, "scale": 1e-3, "num_samples": 1, "key": 0, "moves": MOVES}
+  grads = jaxbo.per_example_grad(sinkhorn_loss(Masked(), **options))(PARAMS, BATCH)
+  np.testing.assert_array_equal(grads.mask, BATCH["y"] > 0)
 
 
 @pytest.mark.parametrize(
   "make",
   [
     lambda moves: wasserstein_loss(squares, penalty=1.0, num_steps=1, moves=moves),
-    lambda moves: (
-      lambda p, b: sinkhorn_loss(squares, temperature=1.0, scale=1.0, num_samples=1, moves=moves)(
-        p, b, 0
-      )
+    lambda moves: sinkhorn_loss(
+      squares, temperature=1.0, scale=1.0, num_samples=1, key=0, moves=moves
     ),
   ],
 )
@@ -161,6 +172,6 @@ def test_bad_arguments(as_users_run):
   with pytest.raises(ValueError, match="num_steps must be at least 1, got 0"):
     wasserstein_loss(squares, penalty=1.0, num_steps=0)
   for name in ("temperature", "scale"):
-    options = {"temperature": 1.0, "scale": 1.0, "num_samples": 1, name: -1.0}
+    options = {"temperature": 1.0, "scale": 1.0, "num_samples": 1, "key": 0, name: -1.0}
     with pytest.raises(ValueError, match=f"{name} must be positive and finite, got -1.0"):
       sinkhorn_loss(squares, **options)

@@ -357,7 +357,7 @@ class TestErrors:
       (lambda: jaxbo.dro.cvar(float("nan")), ValueError, r"level must be in \(0, 1\], got nan"),
       (lambda: jaxbo.dro.kl_ball(0.0), ValueError, "radius must be positive and finite, got 0.0"),
       (lambda: jaxbo.dro.chi_square_ball(-1.0), ValueError, "radius must be positive"),
-      (lambda: jaxbo.dro.cressie_read_ball(0.1, 1.0), ValueError, r"power must be in \[1.01, 100"),
+      (lambda: jaxbo.dro.cressie_read_ball(0.1, 1.0), ValueError, r"power must be in \[1.01, 3\]"),
       (lambda: jaxbo.dro.total_variation_ball(0), ValueError, r"radius must be in \(0, 1\]"),
       (
         lambda: jaxbo.dro.chi_square(0.0),

@@ -56,6 +56,17 @@ def test_golden_numbers(name, parameters, value, weights):
     np.testing.assert_allclose(result, weights, atol=1e-6)
 
 
+@pytest.mark.parametrize("power", [1.01, 2.0, 3.0])
+def test_single_precision_resolves_the_edge_of_a_cressie_read_ball(power):
+  losses = np.random.default_rng(0).normal(size=8).astype(np.float32)
+  for radius in (0.01, 0.3, 1.0):
+    weighting = jaxbo.dro.cressie_read_ball(radius, power)
+    weights, _, info = weighting.weigh(jnp.asarray(losses), ())
+    expected, exact = weigh("cressie_read_ball", losses, radius, power)
+    np.testing.assert_allclose(weights, expected, atol=1e-3)
+    np.testing.assert_allclose(info.objective, exact.objective, atol=1e-3)
+
+
 def test_golden_diagnostics():
   _, info = weigh("kl", LOSSES, 1.0)
   np.testing.assert_allclose(info.effective_sample_size, 2.08611, atol=1e-5)
@@ -76,7 +87,7 @@ def random_parameters(name, rng):
   level, scale = rng.uniform(0.05, 1.0), np.exp(rng.uniform(-1.5, 1.5))
   if name == "tilted":
     return [rng.choice([-1, 1]) * scale]
-  others = {"cressie_read_ball": [scale, 1 + scale]}
+  others = {"cressie_read_ball": [scale, 1 + min(scale, 2.0)]}
   others |= {"cvar": [level], "total_variation_ball": [level], "kl_cvar": [level, scale]}
   return others.get(name, [scale])
 

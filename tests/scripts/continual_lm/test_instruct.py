@@ -267,7 +267,7 @@ def test_a_new_model_may_have_the_tokens_of_a_byte_pair_encoding(tmp_path):
   assert language.model.config.dtype == "bfloat16"
 
 
-def test_an_encoding_is_learnt_from_the_text_of_the_first_phase_and_kept_with_the_model(tmp_path):
+def test_an_encoding_is_learned_from_the_text_of_the_first_phase_and_kept_with_the_model(tmp_path):
   texts = tmp_path / "texts.txt"
   passages = [f"the theme of {i} is another theme, or the last" for i in range(12)]
   texts.write_text("\n\n".join(passages))
@@ -279,9 +279,15 @@ def test_an_encoding_is_learnt_from_the_text_of_the_first_phase_and_kept_with_th
   assert len(tokenizer.encode(" theme of")) < 5 < len(tokenizer.encode("of themes unknown"))
   assert model.fingerprint(tokenizer) == model.fingerprint(model.tokenizer_of(config))
   tokenizer.save(tmp_path)
+  with pytest.raises(ValueError, match=r"tokenizer must be at most 2\d\d, .* gives; got 9999"):
+    model.tokenizer_of(config.but(tokenizer=9999))
   texts.unlink()  # A later run takes the tokens of the model, whatever its texts are.
   kept = model.tokenizer_of(config.but(pretrained=tmp_path))
   assert model.fingerprint(kept) == model.fingerprint(tokenizer)
+  with pytest.raises(ValueError, match=r"tokenizer must be that of the model in .*; got 271"):
+    model.tokenizer_of(config.but(pretrained=tmp_path, tokenizer=271))
+  with pytest.raises(ValueError, match=r"tokenizer must be that of the model in .*; got 270"):
+    model.tokenizer_of(config.but(pretrained=tmp_path / "of_bytes"))
   with pytest.raises(ValueError, match="greater than 256"):
     Config(tokenizer=256)
 
