@@ -36,7 +36,7 @@ def key_data(key: Key) -> jax.Array:
   return jnp.array(key, copy=True)
 
 
-def typed_key(key: Key) -> jax.Array:
+def typed_key(key: Any) -> jax.Array:
   """Turns an int, a raw key array or a typed key into a typed key."""
   impl = key_impl("key", key)
   if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):

@@ -51,7 +51,7 @@ def test_what_transformers_cannot_read_is_not_saved(tmp_path):
   refused(r"model_type must be one of \['gpt2', .*\], got 'bloom'", model_type="bloom")
   refused("model must be one that transformers' llama can represent, got", model_type="llama")
   odd = transformer.Transformer(dataclasses.replace(model.config, norm="layer"))
-  refused(r"model must be one that transformers' \['gpt2', .*\] can be", model=odd)
+  refused(r"model must be one that transformers' \['gpt2', .*\] can represent", model=odd)
   refused(
     r"params must be those of the model, got \['lora'\]", params=params | {"lora": jnp.ones(2)}
   )
