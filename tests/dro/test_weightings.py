@@ -67,6 +67,14 @@ def test_single_precision_resolves_the_edge_of_a_cressie_read_ball(power):
     np.testing.assert_allclose(info.objective, exact.objective, atol=1e-3)
 
 
+@pytest.mark.parametrize("power", [1.01, 1.5, 3.0])
+def test_a_small_cressie_read_ball_is_used_up(power):
+  """Where densities are so near 1 that their divergence is found by its series."""
+  weights, _ = weigh("cressie_read_ball", [0.0, 0.1, 0.2, 5.0], 5e-7, power)
+  divergence = families.cressie_read_divergence(weights, np.full(4, 0.25), power)
+  np.testing.assert_allclose(divergence, 5e-7, rtol=1e-6)
+
+
 def test_golden_diagnostics():
   _, info = weigh("kl", LOSSES, 1.0)
   np.testing.assert_allclose(info.effective_sample_size, 2.08611, atol=1e-5)
