@@ -202,3 +202,18 @@ def test_bad_arguments():
       call(index=wrong, outer_index=0)
   with pytest.raises(ValueError, match="num_batches must be 7, as the stream has it, got 6"):
     call(index=0, outer_index=0, num_batches=7)
+
+
+def test_directions_are_in_the_dtype_of_the_parameters_and_the_table_is_wider():
+  tx = jaxbo.add_averaged_response(
+    lambda x, y, batch: 0.5 * (y - batch * x) ** 2,
+    linear_learning_rate=0.5,
+    num_batches=2,
+    num_outer_batches=1,
+  )
+  params = jaxbo.Bilevel(jnp.bfloat16(1.0), jnp.bfloat16(0.0))
+  grads = jaxbo.Bilevel(jnp.bfloat16(0.0), jnp.bfloat16(-3.0))
+  given = {"batch": jnp.bfloat16(2.0), "index": 0, "outer_index": 0}
+  direction, state = tx.update(grads, tx.init(params), params, **given)
+  assert {leaf.dtype for leaf in direction} == {jnp.dtype(jnp.bfloat16)}
+  assert state.inner_table.rows.gradient.dtype == jnp.float32
