@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.ticker import LogLocator
 
 from jaxbo.tasks import Episode
 from scripts.common import plots
@@ -53,6 +54,7 @@ def draw_curves(lines: pd.DataFrame, rows: pd.DataFrame, path: Path) -> None:
     for axis in (axes.xaxis, axes.yaxis):
       axis.set_major_formatter("{x:g}")
     axes.grid(alpha=0.3, which="both")
+  right.xaxis.set_minor_locator(LogLocator(subs=(2, 4, 8)))  # More would overlap.
   right.xaxis.set_minor_formatter("{x:g}")
   left.set_xlabel("training seconds (no compilation)")
   right.set_xlabel("ms for a meta-step")
