@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxbo import _check, _random, _schedule, _tree
 from jaxbo._types import Data, Key, PyTree
-from jaxbo.tasks.streams import Stream, num_examples
+from jaxbo.tasks.streams import Stream, bound, num_examples
 
 
 @functools.partial(
@@ -114,10 +114,8 @@ def finite_sum_stream(
       )
     sizes.append((rows // size, size))
   train, val = jax.tree.map(jnp.asarray, (train, val))
-  partial = jax.tree_util.Partial
-  init = functools.partial(_first_round, sizes=tuple(sizes))
-  step = functools.partial(_next_round, sizes=tuple(sizes))
-  return Stream(partial(init), partial(step, (train, val)))
+  init, step = (bound(function, sizes=tuple(sizes)) for function in (_first_round, _next_round))
+  return Stream(jax.tree_util.Partial(init), jax.tree_util.Partial(step, (train, val)))
 
 
 def _first_round(key: Key = 0, *, sizes):

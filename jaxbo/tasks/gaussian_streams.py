@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from jaxbo import _check, _random
 from jaxbo._types import Key
-from jaxbo.tasks.streams import Stream
+from jaxbo.tasks.streams import Stream, bound
 
 
 class GaussianTruth(NamedTuple):
@@ -132,14 +132,11 @@ def moving_gaussian_stream(
   _check.finite("domain_step", domain_step)
   _check.non_negative("task_variance", task_variance)
 
-  def move(key, state, first, domain_switch):
-    domain_mean = jnp.where(first, state.domain_mean + first_mean, state.domain_mean)
-    domain_mean = domain_mean + jnp.where(domain_switch, domain_step, 0.0)
-    noise = jax.random.normal(key, domain_mean.shape)
-    return domain_mean + jnp.sqrt(jnp.float32(task_variance)) * noise, domain_mean
-
-  probabilities = (stay_probability, domain_switch_probability)
-  return _make(move, dim, num_shots, num_queries, probabilities, data_variance)
+  numbers = {
+    "first_mean": first_mean, "domain_step": domain_step, "task_variance": task_variance,
+    "stay": stay_probability, "domain_switch": domain_switch_probability, "variance": data_variance,
+  }  # fmt: skip
+  return _make(_move, numbers, dim, num_shots, num_queries)
 
 
 def jumping_gaussian_stream(
@@ -188,12 +185,10 @@ def jumping_gaussian_stream(
   """
   _check.non_negative("distance", distance)
 
-  def move(key, state, first, domain_switch):
-    del first, domain_switch
-    direction = jax.random.normal(key, state.task_mean.shape)
-    return state.task_mean + distance * direction / jnp.linalg.norm(direction), state.domain_mean
-
-  return _make(move, dim, num_shots, num_queries, (stay_probability, 0.0), data_variance)
+  numbers = {
+    "distance": distance, "stay": stay_probability, "domain_switch": 0.0, "variance": data_variance
+  }  # fmt: skip
+  return _make(_jump, numbers, dim, num_shots, num_queries)
 
 
 def gaussian_posterior_mean(
@@ -234,35 +229,53 @@ def gaussian_posterior_mean(
   return (data * jnp.mean(samples, axis=0) + prior * prior_mean) / (data + prior)
 
 
-def _make(move, dim, num_shots, num_queries, probabilities, data_variance) -> Stream:
+def _make(move, numbers, dim, num_shots, num_queries) -> Stream:
   dim = _check.positive_int("dim", dim)
   num_shots = _check.positive_int("num_shots", num_shots)
   num_queries = _check.positive_int("num_queries", num_queries)
-  names = ("stay_probability", "domain_switch_probability")
-  for name, probability in zip(names, probabilities, strict=True):
-    _check.within(name, probability, 0, 1)
-  _check.non_negative("data_variance", data_variance)
-  stay, move_domain = probabilities
+  _check.within("stay_probability", numbers["stay"], 0, 1)
+  _check.within("domain_switch_probability", numbers["domain_switch"], 0, 1)
+  _check.non_negative("data_variance", numbers["variance"])
+  numbers = {name: jnp.float32(number) for name, number in numbers.items()}
+  init = bound(_first_round, dim=dim)
+  step = bound(_next_round, move=move, dim=dim, num_shots=num_shots, num_queries=num_queries)
+  return Stream(jax.tree_util.Partial(init), jax.tree_util.Partial(step, numbers))
 
-  def init(key: Key = 0):
-    data = _random.default_key_data(key)
-    return GaussianState(data, jnp.int32(0), jnp.zeros(dim), jnp.zeros(dim), jnp.int32(0))
 
-  def step(state):
-    key = jax.random.fold_in(jax.random.wrap_key_data(state.base_key), state.num_rounds)
-    keys = jax.random.split(key, 4)
-    first = state.num_rounds == 0
-    task_switch = first | (jax.random.uniform(keys[0]) >= stay)
-    domain_switch = task_switch & ~first & (jax.random.uniform(keys[1]) < move_domain)
-    new_mean, domain_mean = move(keys[2], state, first, domain_switch)
-    task_mean = jnp.where(task_switch, new_mean, state.task_mean)
-    domain = state.domain + domain_switch.astype(jnp.int32)
-    noise = jax.random.normal(keys[3], (num_shots + num_queries, dim))
-    samples = task_mean[None] + jnp.sqrt(jnp.float32(data_variance)) * noise
-    truth = GaussianTruth(task_mean, domain_mean, domain, task_switch, domain_switch)
-    batch = GaussianBatch(samples[:num_shots], samples[num_shots:], truth)
-    return GaussianState(
-      state.base_key, state.num_rounds + 1, task_mean, domain_mean, domain
-    ), batch
+def _first_round(key: Key = 0, *, dim):
+  data = _random.default_key_data(key)
+  return GaussianState(data, jnp.int32(0), jnp.zeros(dim), jnp.zeros(dim), jnp.int32(0))
 
-  return Stream(jax.tree_util.Partial(init), jax.tree_util.Partial(step))
+
+def _next_round(numbers, state, *, move, dim, num_shots, num_queries):
+  key = jax.random.fold_in(jax.random.wrap_key_data(state.base_key), state.num_rounds)
+  keys = jax.random.split(key, 4)
+  first = state.num_rounds == 0
+  task_switch = first | (jax.random.uniform(keys[0]) >= numbers["stay"])
+  redrawn = jax.random.uniform(keys[1]) < numbers["domain_switch"]
+  domain_switch = task_switch & ~first & redrawn
+  new_mean, domain_mean = move(numbers, keys[2], state, first, domain_switch)
+  task_mean = jnp.where(task_switch, new_mean, state.task_mean)
+  domain = state.domain + domain_switch.astype(jnp.int32)
+  noise = jax.random.normal(keys[3], (num_shots + num_queries, dim))
+  samples = task_mean[None] + jnp.sqrt(numbers["variance"]) * noise
+  truth = GaussianTruth(task_mean, domain_mean, domain, task_switch, domain_switch)
+  batch = GaussianBatch(samples[:num_shots], samples[num_shots:], truth)
+  num_rounds = state.num_rounds + 1
+  return GaussianState(state.base_key, num_rounds, task_mean, domain_mean, domain), batch
+
+
+def _move(numbers, key, state, first, domain_switch):
+  """A task around the domain mean, which moves when the domain changes."""
+  domain_mean = state.domain_mean + jnp.where(first, numbers["first_mean"], 0.0)
+  domain_mean = domain_mean + jnp.where(domain_switch, numbers["domain_step"], 0.0)
+  noise = jax.random.normal(key, domain_mean.shape)
+  return domain_mean + jnp.sqrt(numbers["task_variance"]) * noise, domain_mean
+
+
+def _jump(numbers, key, state, first, domain_switch):
+  """A jump of the task, in any direction."""
+  del first, domain_switch
+  direction = jax.random.normal(key, state.task_mean.shape)
+  jump = numbers["distance"] * direction / jnp.linalg.norm(direction)
+  return state.task_mean + jump, state.domain_mean

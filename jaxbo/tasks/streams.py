@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -100,6 +100,15 @@ def _next_round(function, state):
   return state._replace(num_rounds=_schedule.after(state.num_rounds)), batch
 
 
+@functools.cache
+def bound(function: Callable[..., Any], **settings: Hashable) -> Callable[..., Any]:
+  """The function with these settings, the same object for the same ones.
+
+  jit compares functions by identity, so streams with equal settings share one program.
+  """
+  return functools.partial(function, **settings)
+
+
 StreamLike = Stream | Callable[[Any, Any], Data]
 
 
@@ -144,7 +153,7 @@ def minibatch_stream(train: Data, val: Data, batch_size: int) -> Stream:
     num_examples(name, data)
   # A traced index cannot take rows of a NumPy array.
   train, val = jax.tree.map(jnp.asarray, (train, val))
-  draw = functools.partial(_minibatches, batch_size=batch_size)
+  draw = bound(_minibatches, batch_size=batch_size)
   return function_stream(jax.tree_util.Partial(draw, train, val))
 
 
@@ -219,7 +228,7 @@ def phase_stream(
       f"lengths must have one number for each of the streams, got {len(lengths)} for {len(streams)}"
     )
   streams = tuple(as_stream(stream) for stream in streams)
-  step = functools.partial(_next_phase, lengths=lengths, repeat=repeat)
+  step = bound(_next_phase, lengths=lengths, repeat=repeat)
   return Stream(jax.tree_util.Partial(_first_phase, streams), jax.tree_util.Partial(step, streams))
 
 

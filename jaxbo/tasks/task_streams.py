@@ -1,6 +1,5 @@
 """Streams of few-shot tasks that change without notice: OSAKA, and with separate shifts."""
 
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -11,7 +10,7 @@ import numpy as np
 from jaxbo import _check, _random
 from jaxbo._types import Data, Key
 from jaxbo.tasks.episodes import images_of
-from jaxbo.tasks.streams import Stream
+from jaxbo.tasks.streams import Stream, bound
 
 
 class StreamTruth(NamedTuple):
@@ -191,14 +190,8 @@ def osaka_stream(
     )
   numbers = (stay_probability, domain_switch_probability, probabilities)
   numbers = tuple(jnp.asarray(number, jnp.float32) for number in numbers)
-  init, step = _functions(num_ways, num_shots, num_queries, shuffle, label_order)
-  return Stream(jax.tree_util.Partial(init), jax.tree_util.Partial(step, arrays, numbers))
-
-
-@functools.cache
-def _functions(num_ways: int, num_shots: int, num_queries: int, shuffle: bool, label_order: str):
-  """Returns cached functions: jit compares by identity, so equal streams share one program."""
-  step = functools.partial(
+  init = bound(_init, num_ways=num_ways)
+  step = bound(
     _step,
     num_ways=num_ways,
     num_shots=num_shots,
@@ -206,7 +199,7 @@ def _functions(num_ways: int, num_shots: int, num_queries: int, shuffle: bool, l
     shuffle=shuffle,
     label_order=label_order,
   )
-  return functools.partial(_init, num_ways=num_ways), step
+  return Stream(jax.tree_util.Partial(init), jax.tree_util.Partial(step, arrays, numbers))
 
 
 def _init(key: Key = 0, *, num_ways: int) -> OsakaState:

@@ -114,3 +114,38 @@ def test_bad_arguments(as_users_run):
     jaxbo.tasks.phase_stream([phase, 3], [1, 1])
   with pytest.raises(TypeError, match=re.escape("stream must be a function stream(key, t), got")):
     jaxbo.tasks.function_stream(lambda t: t)
+
+
+DATA = jnp.arange(8)
+MAKERS = {
+  "minibatch": lambda n: jaxbo.tasks.minibatch_stream(DATA + n, DATA, 2),
+  "finite sum": lambda n: jaxbo.tasks.finite_sum_stream(DATA + n, DATA, 2),
+  "phases": lambda n: jaxbo.tasks.phase_stream([MAKERS["minibatch"](n)] * 2, [2, 1], repeat=True),
+  "osaka": lambda n: jaxbo.tasks.osaka_stream(
+    [jnp.zeros((5, 4, 2)) + n],
+    num_ways=2,
+    num_shots=1,
+    stay_probability=n / 4,
+    domain_probabilities=[1.0],
+  ),
+  "moving": lambda n: jaxbo.tasks.moving_gaussian_stream(
+    2, 3, stay_probability=0.5, data_variance=n
+  ),
+  "jumping": lambda n: jaxbo.tasks.jumping_gaussian_stream(
+    2, 3, stay_probability=0.5, distance=n, data_variance=n
+  ),
+}
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_streams_of_other_data_and_numbers_share_one_program(kind):
+  traces = []
+
+  @jax.jit
+  def first_round(stream):
+    traces.append(kind)
+    return stream.step(stream.init(0))[1]
+
+  first, second = (first_round(MAKERS[kind](n)) for n in (1, 2))
+  assert len(traces) == 1
+  assert not jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), first, second))
