@@ -20,10 +20,10 @@ CHOSEN = {
   "1_responses": (1, 0, 0.5),
   "2_hyper_cleaning": (1, 0, 0.5),
   "3_many_minima": (0, 0, 1),
-  "4_online": (1, 0.5, 1),
-  "5_robust": (1, 0.65, 1),
+  "4_online": (1, 0.52, 1),
+  "5_robust": (1, 0.68, 1),
   "6_few_shot": (0, 0, 1),
-  "7_language_models": (0, 0.64, 1),
+  "7_language_models": (0, 0.67, 1),
   "8_many_devices": (0, 0, 1),
 }
 
