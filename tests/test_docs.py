@@ -67,8 +67,13 @@ def test_links_of_the_front_page_lead_to_files():
 def test_notebooks_are_in_the_index_and_kept_without_outputs():
   """The docs build runs them; outputs in the repository would be older than the code."""
   notebooks = sorted((DOCS / "tutorials").glob("*.ipynb"))
-  listed = re.findall(r"^tutorials/(\w+)$", (DOCS / "index.md").read_text(), flags=re.MULTILINE)
-  assert [notebook.stem for notebook in notebooks] == listed
+  names = [notebook.stem for notebook in notebooks]
+  listed = re.findall(r"^tutorials/(\d\w+)$", (DOCS / "index.md").read_text(), flags=re.MULTILINE)
+  gallery = (DOCS / "tutorials/index.md").read_text()
+  assert names == listed == re.findall(r"^:link: (\w+)$", gallery, flags=re.MULTILINE)
+  assert [f"../images/tutorials/{name}.png" for name in names] == re.findall(
+    r":img-top: (.+)", gallery
+  )
   for notebook in notebooks:
     for cell in json.loads(notebook.read_text())["cells"]:
       assert not cell.get("outputs"), f"{notebook.name}: run `jupyter nbconvert --clear-output`"
