@@ -130,12 +130,7 @@ def add_links(app, page, source):
   title, *text = notebook["cells"][0]["source"]
   links = f"""
 {{download}}`Download this notebook <{file}>`, or
-[open it in Colab]({colab}/blob/main/docs/{page}.ipynb), and run this there first:
-
-```
-%pip install git+{repository}
-%pip install "git+{repository}#subdirectory=models"
-```
+[open it in Colab]({colab}/blob/main/docs/{page}.ipynb).
 """
   notebook["cells"][0]["source"] = [title, links, *text]
   source[0] = json.dumps(notebook)

@@ -4,6 +4,7 @@ import inspect
 import json
 import pathlib
 import re
+import tomllib
 
 import jaxbo
 from jaxbo import adversarial
@@ -78,3 +79,24 @@ def test_notebooks_are_in_the_index_and_kept_without_outputs():
     for cell in json.loads(notebook.read_text())["cells"]:
       assert not cell.get("outputs"), f"{notebook.name}: run `jupyter nbconvert --clear-output`"
       assert cell.get("execution_count") is None
+
+
+def test_notebooks_say_how_to_install_what_they_import():
+  """A notebook in Colab has nothing but itself."""
+  source = tomllib.loads((DOCS.parent / "pyproject.toml").read_text())["project"]["urls"]["Source"]
+  packages = {
+    "jaxbo": f"git+{source}\n",
+    "jaxbo_models": f'"git+{source}#subdirectory=models"\n',
+    "matplotlib": " matplotlib",
+    "sklearn": " scikit-learn",
+  }
+  for notebook in sorted((DOCS / "tutorials").glob("*.ipynb")):
+    cells = json.loads(notebook.read_text())["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    imports = set(re.findall(r"^(?:import|from) (\w+)", "\n".join(code), flags=re.MULTILINE))
+    installs = {
+      name
+      for name, package in packages.items()
+      if re.search(rf"# %pip install.*{re.escape(package)}", code[0])
+    }
+    assert imports & set(packages) == installs, notebook.name
