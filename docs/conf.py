@@ -35,7 +35,7 @@ extensions = [
   "sphinx_design",
   "sphinxext.opengraph",
 ]
-exclude_patterns = ["_build", "jupyter_execute"]
+exclude_patterns = ["_build", "jupyter_execute", ".jupyter_cache"]
 html_theme = "furo"
 html_title = "jaxbo"
 html_show_copyright = False
