@@ -4,6 +4,7 @@ A build needs no network: MathJax comes from PyPI, and `inventories/` says where
 document what we refer to.
 """
 
+import json
 import pathlib
 import re
 import tomllib
@@ -34,7 +35,7 @@ extensions = [
   "sphinx_design",
   "sphinxext.opengraph",
 ]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "jupyter_execute", ".jupyter_cache"]
 html_theme = "furo"
 html_title = "jaxbo"
 html_show_copyright = False
@@ -119,8 +120,25 @@ def add_summary(app, page, source):
     source[0] = source[0][:start] + table + source[0][start:]
 
 
+def add_links(app, page, source):
+  """Puts a download and a link to Colab below the title of each notebook."""
+  if not page.startswith("tutorials/") or page == "tutorials/index":
+    return
+  file, repository = f"{pathlib.Path(page).name}.ipynb", about["urls"]["Source"]
+  colab = repository.replace("https://github.com", "https://colab.research.google.com/github")
+  notebook = json.loads(source[0])
+  title, *text = notebook["cells"][0]["source"]
+  links = f"""
+{{download}}`Download this notebook <{file}>`, or
+[open it in Colab]({colab}/blob/main/docs/{page}.ipynb).
+"""
+  notebook["cells"][0]["source"] = [title, links, *text]
+  source[0] = json.dumps(notebook)
+
+
 def setup(app):
   """Connects what is above."""
   app.connect("source-read", add_summary)
+  app.connect("source-read", add_links)
   app.connect("autodoc-process-docstring", rename_attributes, priority=600)  # after napoleon
   app.connect("object-description-transform", rename_hints, priority=400)  # before they are shown

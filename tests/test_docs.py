@@ -4,6 +4,7 @@ import inspect
 import json
 import pathlib
 import re
+import tomllib
 
 import jaxbo
 from jaxbo import adversarial
@@ -67,9 +68,35 @@ def test_links_of_the_front_page_lead_to_files():
 def test_notebooks_are_in_the_index_and_kept_without_outputs():
   """The docs build runs them; outputs in the repository would be older than the code."""
   notebooks = sorted((DOCS / "tutorials").glob("*.ipynb"))
-  listed = re.findall(r"^tutorials/(\w+)$", (DOCS / "index.md").read_text(), flags=re.MULTILINE)
-  assert [notebook.stem for notebook in notebooks] == listed
+  names = [notebook.stem for notebook in notebooks]
+  listed = re.findall(r"^tutorials/(\d\w+)$", (DOCS / "index.md").read_text(), flags=re.MULTILINE)
+  gallery = (DOCS / "tutorials/index.md").read_text()
+  assert names == listed == re.findall(r"^:link: (\w+)$", gallery, flags=re.MULTILINE)
+  assert [f"../images/tutorials/{name}.png" for name in names] == re.findall(
+    r":img-top: (.+)", gallery
+  )
   for notebook in notebooks:
     for cell in json.loads(notebook.read_text())["cells"]:
       assert not cell.get("outputs"), f"{notebook.name}: run `jupyter nbconvert --clear-output`"
       assert cell.get("execution_count") is None
+
+
+def test_notebooks_say_how_to_install_what_they_import():
+  """A notebook in Colab has nothing but itself."""
+  source = tomllib.loads((DOCS.parent / "pyproject.toml").read_text())["project"]["urls"]["Source"]
+  packages = {
+    "jaxbo": f"git+{source}\n",
+    "jaxbo_models": f'"git+{source}#subdirectory=models"\n',
+    "matplotlib": " matplotlib",
+    "sklearn": " scikit-learn",
+  }
+  for notebook in sorted((DOCS / "tutorials").glob("*.ipynb")):
+    cells = json.loads(notebook.read_text())["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    imports = set(re.findall(r"^(?:import|from) (\w+)", "\n".join(code), flags=re.MULTILINE))
+    installs = {
+      name
+      for name, package in packages.items()
+      if re.search(rf"# %pip install.*{re.escape(package)}", code[0])
+    }
+    assert imports & set(packages) == installs, notebook.name

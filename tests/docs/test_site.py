@@ -99,3 +99,14 @@ def test_every_link_within_the_site_leads_somewhere():
       if not target.exists() or (place and place not in places.get(target, {place})):
         broken.append(f"{page.relative_to(SITE)}: {link}")
   assert not broken, "\n".join(broken)
+
+
+@built
+def test_every_tutorial_can_be_downloaded_and_opened_in_colab():
+  notebooks = sorted((ROOT / "docs/tutorials").glob("*.ipynb"))
+  colab = "colab.research.google.com/github/jaxbo/jaxbo/blob/main/docs/tutorials"
+  assert len(notebooks) > 5
+  for notebook in notebooks:
+    page = (SITE / "tutorials" / notebook.name).with_suffix(".html").read_text()
+    assert re.search(rf'href="[^"]*_downloads/[^"]*{notebook.name}"', page), notebook.name
+    assert f"{colab}/{notebook.name}" in page, notebook.name
