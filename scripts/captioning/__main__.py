@@ -21,6 +21,8 @@ on held-out pairs: the captioners memorize which pairs stand in which direction.
   python -m scripts.captioning --noise                           wrong captions: who finds them;
                                                                  in the folder noise of output_dir
   python -m scripts.captioning --dataset nlvr_captions           people's sentences on drawings
+  ... --tune --output-dir runs/rates                             writes runs/rates/rates.json
+  ... --rates-file runs/rates/rates.json                         the report with these
   python -m scripts.captioning --dataset coco_captions           113,287 photographs; for GPUs
   python -m scripts.captioning --dataset json --json-file F      your own images and captions
   ... --resume                                                   goes on where a run was stopped
@@ -50,11 +52,12 @@ from scripts.captioning.noise import Noise
 from scripts.captioning.predict import VOCABULARY, predict
 from scripts.captioning.shapes import Shapes
 from scripts.captioning.train import Captioner, Training
+from scripts.captioning.tuning import Tuning
 from scripts.common import devices, study, table
 from scripts.common.files import replacing
 from scripts.common.study import Results, Run, Study
 from scripts.common.table import Column, Table
-from scripts.common.task import Cell
+from scripts.common.task import Cell, Row
 
 SHAPES_COLUMNS = {
   "exact_match": Column("exact match", 4),
@@ -89,6 +92,10 @@ class Captioning(Study[Config]):
 
   config = Config
 
+  def depends_on(self, config: Config) -> Row:
+    """The rates that were chosen."""
+    return {"rates_chosen": config.rates_tables().get(config.name(), {})}
+
   def prepare(self, config: Config) -> dict[tuple[str, str], Captioner]:
     """All captioners by their orders and names, so that what cannot run is refused at once."""
     captioners, where = dict[tuple[str, str], Captioner](), devices.all_devices()
@@ -100,7 +107,8 @@ class Captioning(Study[Config]):
         images = data.read(config, settings.image_size)
         source = Files(images, settings, config.beam_size, where)
       for model in config.all_models():
-        captioners[order, model] = Captioner(model, source, settings, where)
+        of_model = config.settings_of(order, model)
+        captioners[order, model] = Captioner(model, source, of_model, where)
       path = config.output_dir / VOCABULARY
       if config.resume and path.exists() and Vocabulary.load(path).words != source.vocabulary.words:
         raise ValueError(
@@ -158,6 +166,8 @@ class Captioning(Study[Config]):
 
 def run(config: Config) -> int:
   """Runs what was asked for; returns the exit status."""
+  if config.tune:
+    return study.run(Tuning(), config)
   if config.noise:
     return study.run(Noise(), config.but(output_dir=config.output_dir / "noise"))
   if not config.predict:

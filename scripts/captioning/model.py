@@ -43,6 +43,7 @@ def make_model(name: str, settings: Settings, vocab_size: int) -> GuidedCaptione
     attention_query=spec.query,
     dropout=settings.dropout,
     encoder=encoder if spec.attention else MeanEncoder(encoder),
+    **spec.options,
   )
 
 

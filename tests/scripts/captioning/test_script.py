@@ -16,6 +16,7 @@ from scripts.captioning import files as caption_files
 from scripts.captioning import noise as caption_noise
 from scripts.captioning import plots as caption_plots
 from scripts.captioning import shapes as caption_shapes
+from scripts.captioning import tuning
 from scripts.captioning.config import Config
 from scripts.captioning.scenes import ShapesCaptions
 from scripts.common import folder
@@ -110,6 +111,31 @@ def test_a_stopped_run_goes_on_bit_for_bit(whole, tmp_path, monkeypatch):
   assert script.run(config.but(resume=True)) == 0
   assert metrics(config.output_dir) == metrics(whole[0])
   assert results(config.output_dir) == results(whole[0])
+
+
+def test_rates_are_chosen_on_the_validation_set_and_reported_with(whole, tmp_path, monkeypatch):
+  made = []
+
+  def captioner(name, source, settings, where):
+    made.append(settings.learning_rate)
+    return whole[2]["either", "sequential"]
+
+  monkeypatch.setattr(tuning, "Captioner", captioner)
+  monkeypatch.setattr(tuning, "FACTORS", (0.5, 1.0))
+  monkeypatch.setattr(tuning.Trial, "result", lambda self, *_: {"validation_nll": 3.0 - made[-1]})
+  config = Config(output_dir=tmp_path, **SMALL, tune=True)
+  assert script.run(config) == 0
+  assert made == [0.002, 0.004]
+  tables = json.loads((tmp_path / "rates.json").read_text())
+  assert tables == {"shapes": {"either": {"sequential": {"learning_rate": 0.004}}}}
+  chosen = Config(rates_file=tmp_path / "rates.json")
+  assert chosen.settings_of("either", "sequential").learning_rate == 0.004
+  tables["shapes"]["either"]["sequential"]["learning_rate"] = 0.5
+  (tmp_path / "rates.json").write_text(json.dumps(tables))
+  assert chosen.settings_of("either", "sequential").learning_rate == 0.5
+  assert chosen.settings_of("canonical", "sequential") == chosen.settings("canonical")
+  given = chosen.but(learning_rate=0.1)
+  assert given.settings_of("either", "sequential").learning_rate == 0.1
 
 
 def test_two_processes_do_what_one_does_and_go_on_where_they_were_stopped(whole, tmp_path):
