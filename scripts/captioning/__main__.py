@@ -38,6 +38,7 @@ cannot find each other:
   ... --coordinator-address HOST:PORT --num-processes 2 --process-id 0      and the same with 1
 """
 
+import dataclasses
 import functools
 import sys
 from collections.abc import Iterable
@@ -78,7 +79,13 @@ FILES_COLUMNS = {
   "meteor": Column("METEOR", 3),
   "spice": Column("SPICE", 3),
   "token_nll": Column("NLL a token", 3),
+  "image_gain": Column("image's gain", 3),
+  "distinct": Column("captions", 0),
   "ms_per_step": Column("ms/step", 0),
+}
+PAIRS = {
+  name: dataclasses.replace(FILES_COLUMNS[name], interval=True)
+  for name in ("bleu_4", "cider_d", "token_nll", "image_gain")
 }
 
 
@@ -137,11 +144,16 @@ class Captioning(Study[Config]):
         )
 
   def tables(self, results: Results[Config]) -> Iterable[Table]:
-    """Means over seeds."""
+    """Means over seeds; of people's sentences, also differences to the guided captioner."""
     title = f"{results.config.dataset}: test set; mean ± standard deviation over seeds"
     columns = SHAPES_COLUMNS if results.config.dataset == "shapes" else FILES_COLUMNS
     label, by = lambda group: label_of(*group), ["order", "model"]
     yield table.spread(title, results.rows, by, label, columns, "captioner").without_dashes()
+    models = set(results.rows["model"])
+    if results.config.dataset != "shapes" and len(models) > 1 and "sequential" in models:
+      title = f"{results.config.dataset}: test set, in pairs; mean ± half of a 95 % interval"
+      labels = {model: MODELS[model].label for model in models}
+      yield table.paired(title, results.rows, "model", "sequential", labels, PAIRS)
 
   def remarks(self, results: Results[Config]) -> Iterable[str]:
     """Why scores are missing, or where a captioner must have seen what it is to predict."""

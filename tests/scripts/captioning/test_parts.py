@@ -60,6 +60,30 @@ def test_losses_of_files_are_those_of_a_token_of_the_set_that_was_asked_for():
   assert files.validation(asked, None) == 5 + 4 / 10
 
 
+def test_scores_of_files_say_what_the_image_is_for_and_whether_captions_differ():
+  """The loss of a caption is its image's number, and images of others have the other number."""
+  captions = [[["a", "dog"], ["the", "dog"]], [["a", "very", "big", "cat"]]]
+  images = np.arange(2, dtype=np.uint8)[:, None, None, None]
+  part = caption_data.CaptionedImages(images, captions, ["a", "b"])
+  files = Files(
+    caption_data.CaptionData(part, part, part), Settings(max_words=4, batch_size=1), 1, ONE
+  )
+  a, the, dog = (files.vocabulary.encode([word], length=3)[1] for word in ("a", "the", "dog"))
+  eos = files.vocabulary.eos
+  said = np.array([[a, dog, eos], [the, dog, eos]])
+
+  def asked(said):
+    search = lambda params, images: Captions(np.resize(said, (len(images), 1, 3)), None, None)
+    losses = lambda params, images, tokens: images[:, 0, 0, 0] * (tokens[:, 1:] > 0).sum(axis=1)
+    return types.SimpleNamespace(devices=ONE, beam=search, losses=losses)
+
+  scores = files.test(asked(said), None)
+  assert scores["token_nll"] == 5 / 11
+  assert scores["image_gain"] == pytest.approx(6 / 11 - 5 / 11)
+  assert scores["distinct"] == 2
+  assert files.test(asked(said[:1]), None)["distinct"] == 1
+
+
 def test_images_are_no_constant_of_the_compiled_step():
   """A photograph data set would be written into the program: beyond 2 GiB that fails."""
   images, captions = np.zeros((50, 8, 8, 3), np.uint8), [[["a", "dog"]]] * 50
@@ -99,7 +123,7 @@ def test_only_what_is_trained_with_dropout_gets_a_key(monkeypatch):
   for dropout, loss in ((0.0, 1.0), (0.3, 2.0)):
     step = caption_model.make_step(types.SimpleNamespace(dropout=dropout), tx)
     state, found = step(caption_model.State(1.0, tx.init(1.0)), {}, jax.random.key(0))
-    assert found == loss
+    assert found == (loss, loss)  # The gradient is the loss: it is linear.
     assert state.params == 1 - loss
 
 

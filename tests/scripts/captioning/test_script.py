@@ -91,7 +91,9 @@ def test_a_captioner_says_only_words(whole):
 
 def test_a_run_leaves_metrics_results_and_pictures(whole):
   path = whole[0]
-  assert [(line["step"], line["order"]) for line in metrics(path)] == [(3, "either"), (4, "either")]
+  lines = metrics(path)
+  assert [(line["step"], line["order"]) for line in lines] == [(3, "either"), (4, "either")]
+  assert all(0 < line["grad_norm"] < 100 for line in lines)
   [row] = results(path)
   assert row["model"] == "sequential"
   assert row["entropy"] == pytest.approx(math.log(2))
