@@ -163,7 +163,7 @@ class Captioning(Study[Config]):
     return [f"[red]Below the optimum by more than 3 standard errors: {row}" for row in wrong]
 
   def draw(self, run: Run[Config]) -> None:
-    """Where captioners of the first seed look, and losses over steps."""
+    """Where captioners of the first seed look, losses over steps, and scores of sentences."""
     config, first = run.config, {}
     for cell in run.finished():
       first.setdefault((cell.key["order"], cell.key["model"]), cell)
@@ -174,6 +174,8 @@ class Captioning(Study[Config]):
       plots.draw_attention(examples, captioner.settings.patch_size, path)
     canonical_steps = config.settings("either").canonical_steps
     plots.draw_curves(run.results().lines, canonical_steps, run.path / "curves.png")
+    if config.dataset != "shapes":
+      plots.draw_scores(run.results().rows, run.path / "scores.png")
 
 
 def run(config: Config) -> int:

@@ -18,8 +18,9 @@ from scripts.common.table import Table
 from scripts.common.task import Cell, Row, Spent
 from scripts.common.tuning import Choice
 
-SEEDS = (100, 101, 102)  # No report has them.
-FACTORS = (1.0, 3.0, 10.0)  # Of the data set's learning rate.
+# Of the data set's learning rate, each with the seeds that it is tried on; no report has them. After
+# the first seed the small ones were at least 0.25 nats behind for every captioner of sentences.
+FACTORS = {0.3: (100,), 1.0: (100,), 3.0: (100, 101, 102), 10.0: (100, 101, 102)}
 Source = Shapes | Files
 
 
@@ -53,11 +54,11 @@ class Tuning(tuning.Tuning[Config]):
     for order, source in run.data.items():
       settings = run.config.settings(order)
       for model in run.config.all_models():
-        for factor in FACTORS:
+        for factor, seeds in FACTORS.items():
           rate = float(f"{factor * settings.learning_rate:.3g}")
           with_rate = dataclasses.replace(settings, learning_rate=rate)
           make = functools.partial(self.captioner, run, model, order, source, with_rate)
-          for seed in SEEDS:
+          for seed in seeds:
             key = {"order": order, "model": model, "learning_rate": rate, "seed": seed}
             label = f"{MODELS[model].label}, learning rate {rate:g}, seed {seed}"
             task = lambda make=make, seed=seed: Trial(make(), seed)
@@ -69,7 +70,7 @@ class Tuning(tuning.Tuning[Config]):
     return run.shared((order, model, settings.learning_rate), make)
 
   def choices(self, rows: pd.DataFrame) -> Iterable[Choice]:
-    """For each captioner the rate with the least mean loss."""
+    """For each captioner the rate with the least mean loss; one that is not finite is infinite."""
     names = ["order", "model", "learning_rate"]
     rows = rows.fillna({"order": "", "validation_nll": math.inf})
     means = rows.groupby(names, sort=False)["validation_nll"].mean().reset_index()

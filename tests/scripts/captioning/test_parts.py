@@ -14,6 +14,7 @@ from jaxbo_models.captioner import Captions
 from jaxbo_models.vocabulary import Vocabulary
 from PIL import Image
 
+from scripts.captioning import __main__ as script
 from scripts.captioning import data as caption_data
 from scripts.captioning import language
 from scripts.captioning import model as caption_model
@@ -213,6 +214,26 @@ def test_curves_are_drawn_of_a_run_whose_loss_was_not_finite(tmp_path):
   lines = pd.DataFrame([run | {"step": t, "validation_nll": loss} for t, loss in points])
   caption_plots.draw_curves(lines, 0, tmp_path / "curves.png")
   assert (tmp_path / "curves.png").exists()
+
+
+def test_scores_are_drawn_and_compared_in_pairs_with_the_guided_captioner(tmp_path):
+  rows = pd.DataFrame(
+    [
+      {"order": "", "model": model, "seed": seed, "image_gain": gain, "distinct": 1 + seed}
+      | {"cider_d": 0.9, "bleu_4": 0.1, "token_nll": 1.5}
+      for seed in (0, 1)
+      for model, gain in (("sequential", 0.1), ("none_hidden", 0.3))
+    ]
+  )
+  caption_plots.draw_scores(rows, tmp_path / "scores.png")
+  assert (tmp_path / "scores.png").exists()
+  rows = rows.assign(**dict.fromkeys(set(script.FILES_COLUMNS) - {*rows}, math.nan))
+  made = script.Results(script.Config(dataset="nlvr_captions"), [], rows.to_dict("records"), {})
+  _, pairs = script.Captioning().tables(made)
+  column = pairs.columns.index("image's gain")
+  assert [(row[0], row[column]) for row in pairs.rows] == [
+    ("no guide, query: hidden", "0.200 ± 0.000")
+  ]
 
 
 def test_the_best_caption_is_drawn_with_its_end_and_its_attention():

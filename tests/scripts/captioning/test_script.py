@@ -123,7 +123,7 @@ def test_rates_are_chosen_on_the_validation_set_and_reported_with(whole, tmp_pat
     return whole[2]["either", "sequential"]
 
   monkeypatch.setattr(tuning, "Captioner", captioner)
-  monkeypatch.setattr(tuning, "FACTORS", (0.5, 1.0))
+  monkeypatch.setattr(tuning, "FACTORS", {0.5: (100,), 1.0: (100,)})
   monkeypatch.setattr(tuning.Trial, "result", lambda self, *_: {"validation_nll": 3.0 - made[-1]})
   config = Config(output_dir=tmp_path, **SMALL, tune=True)
   assert script.run(config) == 0
