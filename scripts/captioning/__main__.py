@@ -23,6 +23,8 @@ on held-out pairs: the captioners memorize which pairs stand in which direction.
   python -m scripts.captioning --dataset nlvr_captions           people's sentences on drawings
   ... --tune --output-dir runs/rates                             writes runs/rates/rates.json
   ... --rates-file runs/rates/rates.json                         the report with these
+  python -m scripts.captioning --dataset coco_captions_open --smoke      51 photographs, too few to
+                                                                 learn from: that everything runs
   python -m scripts.captioning --dataset coco_captions           113,287 photographs; for GPUs
   python -m scripts.captioning --dataset json --json-file F      your own images and captions
   ... --resume                                                   goes on where a run was stopped
@@ -81,6 +83,7 @@ FILES_COLUMNS = {
   "token_nll": Column("NLL a token", 3),
   "image_gain": Column("image's gain", 3),
   "distinct": Column("captions", 0),
+  "words": Column("words", 1),
   "ms_per_step": Column("ms/step", 0),
 }
 PAIRS = {

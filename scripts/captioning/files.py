@@ -65,9 +65,9 @@ class Files:
 
     Returns:
       ``token_nll``; ``image_gain``, by how much it is greater with images of other captions;
-      ``distinct``, how many different captions there are; the scores of
-      :func:`jaxbo_models.caption_metrics.summary`; ``meteor`` and ``spice``, NaN where they were
-      skipped, with the reason in ``skipped``.
+      ``distinct``, how many different captions there are; ``words``, how many a caption has; the
+      scores of :func:`jaxbo_models.caption_metrics.summary`; ``meteor`` and ``spice``, NaN where
+      they were skipped, with the reason in ``skipped``.
     """
     images = self._data.test
     captions = in_batches(ask.devices, ask.beam, params, images.images, size=100)
@@ -80,6 +80,7 @@ class Files:
       "token_nll": token_nll,
       "image_gain": self.token_nll(ask, params, others) - token_nll,
       "distinct": len({*map(tuple, said)}),
+      "words": sum(map(len, said)) / len(said),
       **caption_metrics.summary(said, images.captions),
       "meteor": meteor.value,
       "spice": spice.value,
