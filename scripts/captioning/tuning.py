@@ -18,8 +18,8 @@ from scripts.common.table import Table
 from scripts.common.task import Cell, Row, Spent
 from scripts.common.tuning import Choice
 
-# Of the data set's learning rate, each with the seeds that it is tried on; no report has these seeds.
-# After the first, small rates were at least 0.25 nats behind for every captioner of sentences.
+# Of the data set's learning rate, each with its seeds, which no report has. After the first seed,
+# small rates were at least 0.25 nats behind for every captioner of sentences.
 FACTORS = {0.3: (100,), 1.0: (100,), 3.0: (100, 101, 102), 10.0: (100, 101, 102)}
 Source = Shapes | Files
 
