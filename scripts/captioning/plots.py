@@ -152,7 +152,7 @@ def draw_scores(rows: pd.DataFrame, path: Path) -> None:
   left.axvline(0, color="0.5", linewidth=1)
   left.set(xlabel="loss with another image - loss with its own, nats a token")
   right.set(xscale="log", xlabel="different captions of the test images", ylabel="CIDEr-D")
-  right.set_xticks(ticks := [1, 3, 10, 30, 100], [str(tick) for tick in ticks])
+  right.set_xticks(ticks := [1, 2, 4, 8, 16, 32], [str(tick) for tick in ticks])
   right.minorticks_off()
   for axes in (left, right):
     axes.grid(alpha=0.3)
