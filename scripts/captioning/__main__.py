@@ -12,6 +12,10 @@ above the least, 85 % of the attention is on the object, and for 99.85 % of scen
 holds the two right captions and nothing else. In either order, attention at the first color is
 divided evenly between both objects (0.499), because no word has decided yet which one comes first.
 
+Sentences that people wrote about drawings (8 seeds, 30 minutes on one core): a captioner without
+guide and attention, which ignores the image, is 0.014 ± 0.020 nats a token behind the guided one
+(95 % interval), and most captioners say one sentence of all drawings.
+
 Captioners for either order need captions in canonical order for their first 1,600 steps. Without
 them, none of nine runs (a guide or none, several queries, 800 to 2,000 steps) learned any relation
 on held-out pairs: the captioners memorize which pairs stand in which direction.
