@@ -12,6 +12,10 @@ above the least, 85 % of the attention is on the object, and for 99.85 % of scen
 holds the two right captions and nothing else. In either order, attention at the first color is
 divided evenly between both objects (0.499), because no word has decided yet which one comes first.
 
+Sentences that people wrote about drawings (8 seeds, 30 minutes on one core): a captioner without
+guide and attention, which ignores the image, is 0.014 ± 0.020 nats a token behind the guided one
+(95 % interval), and most captioners say one sentence of all drawings.
+
 Captioners for either order need captions in canonical order for their first 1,600 steps. Without
 them, none of nine runs (a guide or none, several queries, 800 to 2,000 steps) learned any relation
 on held-out pairs: the captioners memorize which pairs stand in which direction.
@@ -21,6 +25,10 @@ on held-out pairs: the captioners memorize which pairs stand in which direction.
   python -m scripts.captioning --noise                           wrong captions: who finds them;
                                                                  in the folder noise of output_dir
   python -m scripts.captioning --dataset nlvr_captions           people's sentences on drawings
+  ... --tune --output-dir runs/rates                             writes runs/rates/rates.json
+  ... --rates-file runs/rates/rates.json                         the report with these
+  python -m scripts.captioning --dataset coco_captions_open --smoke      51 photographs, too few to
+                                                                 learn from: that everything runs
   python -m scripts.captioning --dataset coco_captions           113,287 photographs; for GPUs
   python -m scripts.captioning --dataset json --json-file F      your own images and captions
   ... --resume                                                   goes on where a run was stopped
@@ -36,6 +44,7 @@ cannot find each other:
   ... --coordinator-address HOST:PORT --num-processes 2 --process-id 0      and the same with 1
 """
 
+import dataclasses
 import functools
 import sys
 from collections.abc import Iterable
@@ -50,11 +59,12 @@ from scripts.captioning.noise import Noise
 from scripts.captioning.predict import VOCABULARY, predict
 from scripts.captioning.shapes import Shapes
 from scripts.captioning.train import Captioner, Training
+from scripts.captioning.tuning import Tuning
 from scripts.common import devices, study, table
 from scripts.common.files import replacing
 from scripts.common.study import Results, Run, Study
 from scripts.common.table import Column, Table
-from scripts.common.task import Cell
+from scripts.common.task import Cell, Row
 
 SHAPES_COLUMNS = {
   "exact_match": Column("exact match", 4),
@@ -75,7 +85,14 @@ FILES_COLUMNS = {
   "meteor": Column("METEOR", 3),
   "spice": Column("SPICE", 3),
   "token_nll": Column("NLL a token", 3),
+  "image_gain": Column("image's gain", 3),
+  "distinct": Column("captions", 0),
+  "words": Column("words", 1),
   "ms_per_step": Column("ms/step", 0),
+}
+PAIRS = {
+  name: dataclasses.replace(FILES_COLUMNS[name], interval=True)
+  for name in ("bleu_4", "cider_d", "token_nll", "image_gain")
 }
 
 
@@ -89,6 +106,10 @@ class Captioning(Study[Config]):
 
   config = Config
 
+  def depends_on(self, config: Config) -> Row:
+    """The rates that were chosen."""
+    return {"rates_chosen": config.rates_tables().get(config.name(), {})}
+
   def prepare(self, config: Config) -> dict[tuple[str, str], Captioner]:
     """All captioners by their orders and names, so that what cannot run is refused at once."""
     captioners, where = dict[tuple[str, str], Captioner](), devices.all_devices()
@@ -100,7 +121,8 @@ class Captioning(Study[Config]):
         images = data.read(config, settings.image_size)
         source = Files(images, settings, config.beam_size, where)
       for model in config.all_models():
-        captioners[order, model] = Captioner(model, source, settings, where)
+        of_model = config.settings_of(order, model)
+        captioners[order, model] = Captioner(model, source, of_model, where)
       path = config.output_dir / VOCABULARY
       if config.resume and path.exists() and Vocabulary.load(path).words != source.vocabulary.words:
         raise ValueError(
@@ -129,11 +151,16 @@ class Captioning(Study[Config]):
         )
 
   def tables(self, results: Results[Config]) -> Iterable[Table]:
-    """Means over seeds."""
+    """Means over seeds; of people's sentences, also differences to the guided captioner."""
     title = f"{results.config.dataset}: test set; mean ± standard deviation over seeds"
     columns = SHAPES_COLUMNS if results.config.dataset == "shapes" else FILES_COLUMNS
     label, by = lambda group: label_of(*group), ["order", "model"]
     yield table.spread(title, results.rows, by, label, columns, "captioner").without_dashes()
+    models = set(results.rows["model"])
+    if results.config.dataset != "shapes" and len(models) > 1 and "sequential" in models:
+      title = f"{results.config.dataset}: test set, in pairs; mean ± half of a 95 % interval"
+      labels = {model: MODELS[model].label for model in models}
+      yield table.paired(title, results.rows, "model", "sequential", labels, PAIRS)
 
   def remarks(self, results: Results[Config]) -> Iterable[str]:
     """Why scores are missing, or where a captioner must have seen what it is to predict."""
@@ -143,7 +170,7 @@ class Captioning(Study[Config]):
     return [f"[red]Below the optimum by more than 3 standard errors: {row}" for row in wrong]
 
   def draw(self, run: Run[Config]) -> None:
-    """Where captioners of the first seed look, and losses over steps."""
+    """Where captioners of the first seed look, losses over steps, and scores of sentences."""
     config, first = run.config, {}
     for cell in run.finished():
       first.setdefault((cell.key["order"], cell.key["model"]), cell)
@@ -154,10 +181,14 @@ class Captioning(Study[Config]):
       plots.draw_attention(examples, captioner.settings.patch_size, path)
     canonical_steps = config.settings("either").canonical_steps
     plots.draw_curves(run.results().lines, canonical_steps, run.path / "curves.png")
+    if config.dataset != "shapes":
+      plots.draw_scores(run.results().rows, run.path / "scores.png")
 
 
 def run(config: Config) -> int:
   """Runs what was asked for; returns the exit status."""
+  if config.tune:
+    return study.run(Tuning(), config)
   if config.noise:
     return study.run(Noise(), config.but(output_dir=config.output_dir / "noise"))
   if not config.predict:

@@ -1,6 +1,7 @@
 """The arguments and settings of :mod:`scripts.captioning`."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, NamedTuple, Self
 
@@ -11,6 +12,7 @@ import jaxbo
 from scripts.common import cleaning
 from scripts.common.config import FREE, GROWS, Among, Count, Index, Positive, Share
 from scripts.common.devices import DistributedConfig
+from scripts.common.tuning import TunedConfig
 
 DATASETS = ("shapes", "nlvr_captions", "coco_captions_open", "coco_captions", "json")
 ORDERS = ("canonical", "either")
@@ -26,6 +28,7 @@ class Model(NamedTuple):
   guide: str
   query: str
   attention: bool = True
+  options: Mapping[str, Any] = {}  # Further attributes.
 
 
 MODELS = {
@@ -37,7 +40,13 @@ MODELS = {
   "none_hidden": Model("no guide, query: hidden", "none", "hidden"),
   "none_word": Model("no guide, query: hidden, word", "none", "hidden_word"),
   "no_attention": Model("no guide, no attention", "none", "hidden_word", attention=False),
+  "att2in": Model(
+    "Att2in", "none", "hidden", options={"candidate": "maxout", "context_gates": "candidate"}
+  ),
+  "up_down": Model("Up-Down", "sequential", "guide", options={"decoder_word": False}),
 }
+PUBLISHED = ("att2in", "up_down")
+SENTENCES = ("sequential", "static_word", "none_word", "no_attention", *PUBLISHED)
 WEIGHTINGS = {
   "uniform": ("uniform", jaxbo.dro.uniform),
   "ir_dro": ("IR-DRO, temperature 4", lambda: jaxbo.dro.kl(4.0)),
@@ -120,7 +129,7 @@ CLEANING = cleaning.Settings(
 )
 
 
-class Config(DistributedConfig):
+class Config(DistributedConfig, TunedConfig):
   """Trains captioners, scores them and shows where they look."""
 
   smallest: ClassVar = {
@@ -139,9 +148,9 @@ class Config(DistributedConfig):
     FREE,
     tyro.conf.arg(aliases=("--models",)),
   ] = None
-  """Which captioners to run; by default sequential, and for nlvr_captions also the baselines
-  none_word and no_attention. With --noise: which weightings (uniform and those after it) and
-  responses (first_order and those after it) to run; by default all."""
+  """Which captioners to run; by default sequential, and for nlvr_captions also five baselines. With
+  --noise: which weightings (uniform and those after it) and responses (first_order and those after
+  it) to run; by default all."""
   ablation: bool = False
   """Runs all captioners on shapes, in either order, with three seeds."""
   noise: bool = False
@@ -173,7 +182,8 @@ class Config(DistributedConfig):
   batch_size: Count | None = None
   """Captions in a step."""
   learning_rate: Positive | None = None
-  """Learning rate of Adam after a warm-up; a cosine takes it down to zero."""
+  """Learning rate of Adam after a warm-up, for all captioners; else those that --tune has chosen,
+  or the data set's default. A cosine takes it down to zero."""
   hidden_dim: Count | None = None
   """Units of the LSTMs."""
   embed_dim: Count | None = None
@@ -199,6 +209,11 @@ class Config(DistributedConfig):
       raise ValueError(f"ablation and noise are for the dataset shapes, got {self.dataset}")
     if self.dataset == "json" and self.json_file is None and not self.predict:
       raise ValueError("json_file must be given for the dataset json")
+    if self.tune and (self.ablation or self.noise or self.predict or self.learning_rate):
+      raise ValueError(
+        "tune chooses the learning rate of captioners: ablation, noise, predict and learning_rate "
+        "should not be given with it"
+      )
     if self.predict and self.is_one_of_several():
       raise ValueError("predict is for one process, got it with distributed or coordinator_address")
     there = (*WEIGHTINGS, *RESPONSES) if self.noise else tuple(MODELS)
@@ -211,6 +226,17 @@ class Config(DistributedConfig):
   def settings(self, of: str) -> Settings:
     """The settings of an order of shapes, or of another data set, with what was given instead."""
     return self.override(SETTINGS[of or self.dataset])
+
+  def name(self) -> str:
+    """The name of the table of rates."""
+    return self.dataset
+
+  def settings_of(self, order: str, model: str) -> Settings:
+    """The settings of a captioner, with the learning rate that was chosen for it."""
+    chosen = self.rates_tables().get(self.name(), {}).get(order or "-", {}).get(model)
+    if chosen is None or self.learning_rate is not None:
+      return self.settings(order)
+    return dataclasses.replace(self.settings(order), **chosen)
 
   def in_full(self) -> dict[str, Any]:
     """The settings of all orders of shapes, and of noise; or of another data set."""
@@ -230,9 +256,8 @@ class Config(DistributedConfig):
     if self.methods or self.smoke:
       return self.methods or ("none_word",)
     if self.ablation:
-      return tuple(name for name in MODELS if name != "no_attention")
-    baselines = ("none_word", "no_attention") if self.dataset == "nlvr_captions" else ()
-    return ("sequential", *baselines)
+      return tuple(name for name in MODELS if name not in ("no_attention", *PUBLISHED))
+    return SENTENCES if self.dataset == "nlvr_captions" else ("sequential",)
 
   def all_orders(self) -> tuple[str, ...]:
     """The orders of captions to run; for people's sentences there is none."""

@@ -64,16 +64,23 @@ class Files:
     """Captions images by beam search and compares with what people wrote.
 
     Returns:
-      ``token_nll``, the scores of :func:`jaxbo_models.caption_metrics.summary`, and ``meteor`` and
-      ``spice``: NaN where they were skipped, with the reason in ``skipped``.
+      ``token_nll``; ``image_gain``, by how much it is greater with images of other captions;
+      ``distinct``, how many different captions there are; ``words``, how many a caption has; the
+      scores of :func:`jaxbo_models.caption_metrics.summary`; ``meteor`` and ``spice``, NaN where
+      they were skipped, with the reason in ``skipped``.
     """
     images = self._data.test
     captions = in_batches(ask.devices, ask.beam, params, images.images, size=100)
     said = [self.vocabulary.decode(of_image[0]) for of_image in captions.tokens]
     meteor = caption_metrics.meteor(said, images.captions)
     spice = caption_metrics.spice(said, images.captions)
+    token_nll = self.token_nll(ask, params, images)
+    others = images._replace(images=np.roll(images.images, len(images.images) // 2, axis=0))
     return {
-      "token_nll": self.token_nll(ask, params, images),
+      "token_nll": token_nll,
+      "image_gain": self.token_nll(ask, params, others) - token_nll,
+      "distinct": len({*map(tuple, said)}),
+      "words": sum(map(len, said)) / len(said),
       **caption_metrics.summary(said, images.captions),
       "meteor": meteor.value,
       "spice": spice.value,

@@ -43,6 +43,7 @@ def make_model(name: str, settings: Settings, vocab_size: int) -> GuidedCaptione
     attention_query=spec.query,
     dropout=settings.dropout,
     encoder=encoder if spec.attention else MeanEncoder(encoder),
+    **spec.options,
   )
 
 
@@ -71,6 +72,13 @@ class State(NamedTuple):
   opt_state: Any
 
 
+class Told(NamedTuple):
+  """What a step tells: the mean loss of a caption, and its gradient's norm before it is clipped."""
+
+  loss: jax.Array
+  grad_norm: jax.Array
+
+
 def init_state(
   model: GuidedCaptioner, tx: optax.GradientTransformation, settings: Settings, key: jax.Array
 ) -> State:
@@ -82,15 +90,16 @@ def init_state(
 
 def make_step(
   model: GuidedCaptioner, tx: optax.GradientTransformation
-) -> Callable[..., tuple[State, jax.Array]]:
-  """``step(state, batch, key) -> (state, mean loss of a caption)``."""
+) -> Callable[..., tuple[State, Told]]:
+  """``step(state, batch, key) -> (state, told)``."""
   losses = captioner.caption_losses(model)
 
   def step(state, batch, key):
     batch = batch | ({"key": key} if model.dropout else {})
     loss, grads = jax.value_and_grad(lambda params: jnp.mean(losses(params, batch)))(state.params)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    return State(optax.apply_updates(state.params, updates), opt_state), loss
+    told = Told(loss, optax.tree.norm(grads))
+    return State(optax.apply_updates(state.params, updates), opt_state), told
 
   return step
 

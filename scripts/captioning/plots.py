@@ -1,4 +1,4 @@
-"""Pictures of captioning: images with one attention map a word, and training curves."""
+"""Pictures of captioning: images with one attention map a word, training curves, and scores."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,11 +10,20 @@ from matplotlib.axes import Axes
 
 from scripts.captioning.config import MODELS
 from scripts.captioning.scenes import ShapesCaptions
-from scripts.common import plots
+from scripts.common import plots, table
 from scripts.common.plots import plt
 
 NUM_EXAMPLES = 6  # Images of a picture of attention.
 _WIDTH = 15  # Of such a picture, in inches.
+# Colors that all eyes tell apart, and a marker each; grey is without attention.
+STYLES = {
+  "sequential": ("#0072B2", "o"),
+  "static_word": ("#E69F00", "s"),
+  "none_word": ("#D55E00", "D"),
+  "no_attention": ("0.45", "X"),
+  "att2in": ("#009E73", "^"),
+  "up_down": ("#CC79A7", "v"),
+}
 
 
 class Captioned(NamedTuple):
@@ -97,7 +106,8 @@ def draw_curves(lines: pd.DataFrame, canonical_steps: int, path: Path) -> None:
     for model, mine in meant[meant["order"] == order].groupby("model", sort=False):
       runs = [run for _, run in mine.groupby("seed")]
       ended = [run for run in runs if len(run) == max(map(len, runs))]
-      color, values = f"C{models.index(model)}", [run["validation_nll"] for run in ended]
+      color = STYLES.get(model, (f"C{models.index(model)}",))[0]
+      values = [run["validation_nll"] for run in ended]
       plots.mean_and_range(axes, ended[0]["step"], values, label=MODELS[model].label, color=color)
     if order == "either" and canonical_steps:
       axes.axvspan(0, canonical_steps, color="0.93", label="trained in canonical order")
@@ -114,3 +124,36 @@ def draw_curves(lines: pd.DataFrame, canonical_steps: int, path: Path) -> None:
       axes.set_ylim(bottom=0 if order == "canonical" else 0.5)
     axes.legend(fontsize="small")
   plots.save(fig, path)
+
+
+def draw_scores(rows: pd.DataFrame, path: Path) -> None:
+  """What captioners of people's sentences gain by the image, and whether CIDEr-D shows it.
+
+  On the left each captioner's gain in nats, a light marker for each seed and the mean with a 95 %
+  interval; on the right CIDEr-D of each seed against how many different captions it says.
+  """
+  fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
+  models = [model for model in MODELS if model in set(rows["model"])]
+  for i, model in enumerate(models):
+    color, marker = STYLES.get(model, (f"C{i}", "P"))
+    mine, style = rows[rows["model"] == model], {"color": color, "marker": marker}
+    gains = mine["image_gain"]
+    left.plot(gains, [i] * len(mine), linestyle="", ms=5, alpha=0.35, **style)
+    width = table.half_width(gains.tolist()) if len(mine) > 1 else 0.0
+    left.errorbar([gains.mean()], [i], xerr=[width], capsize=4, ms=9, **style)
+    label = MODELS[model].label
+    right.plot(
+      mine["distinct"], mine["cider_d"], linestyle="", ms=8, alpha=0.8, label=label, **style
+    )
+  left.set_yticks(
+    range(len(models)), [MODELS[model].label.replace(", ", ",\n", 1) for model in models]
+  )
+  left.invert_yaxis()
+  left.axvline(0, color="0.5", linewidth=1)
+  left.set(xlabel="loss with another image - loss with its own, nats a token")
+  right.set(xscale="log", xlabel="different captions of the test images", ylabel="CIDEr-D")
+  right.set_xticks(ticks := [1, 2, 4, 8, 16, 32], [str(tick) for tick in ticks])
+  right.minorticks_off()
+  for axes in (left, right):
+    axes.grid(alpha=0.3)
+  plots.save(fig, path, legend_of=right, ncols=3)

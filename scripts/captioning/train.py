@@ -10,6 +10,7 @@ from scripts.captioning.files import Files
 from scripts.captioning.model import (
   Asked,
   State,
+  Told,
   as_batch,
   init_state,
   make_optimizer,
@@ -64,15 +65,16 @@ class Training(Task):
     for batch in one_of_each_shape:
       captioner.program.compile(self.state, self._key, *batch)
 
-  def step(self, state: State, t: int) -> tuple[State, jax.Array]:
-    """Trains on the captions whose turn it is; tells their mean loss."""
+  def step(self, state: State, t: int) -> tuple[State, Told]:
+    """Trains on the captions whose turn it is."""
     arguments = self._key, *self._batch(t)
     return self._captioner.program.compile(state, *arguments)(state, jnp.int32(t), *arguments)
 
   def evaluate(self, state: State, told: list[Any]) -> Row:
-    """Losses so far."""
+    """The last loss, and the largest norm of a gradient since the line before."""
     validation = self._source.validation(self._captioner.ask, state.params)
-    return {"train_loss": float(told[-1]), "validation_nll": validation}
+    norm = max(float(one.grad_norm) for one in told)
+    return {"train_loss": float(told[-1].loss), "grad_norm": norm, "validation_nll": validation}
 
   def result(self, state: State, spent: Spent) -> Row:
     """The scores on the test set."""

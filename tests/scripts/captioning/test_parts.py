@@ -14,6 +14,7 @@ from jaxbo_models.captioner import Captions
 from jaxbo_models.vocabulary import Vocabulary
 from PIL import Image
 
+from scripts.captioning import __main__ as script
 from scripts.captioning import data as caption_data
 from scripts.captioning import language
 from scripts.captioning import model as caption_model
@@ -60,6 +61,30 @@ def test_losses_of_files_are_those_of_a_token_of_the_set_that_was_asked_for():
   assert files.validation(asked, None) == 5 + 4 / 10
 
 
+def test_scores_of_files_say_what_the_image_is_for_and_whether_captions_differ():
+  """The loss of a caption is its image's number, and images of others have the other number."""
+  captions = [[["a", "dog"], ["the", "dog"]], [["a", "very", "big", "cat"]]]
+  images = np.arange(2, dtype=np.uint8)[:, None, None, None]
+  part = caption_data.CaptionedImages(images, captions, ["a", "b"])
+  files = Files(
+    caption_data.CaptionData(part, part, part), Settings(max_words=4, batch_size=1), 1, ONE
+  )
+  a, the, dog = (files.vocabulary.encode([word], length=3)[1] for word in ("a", "the", "dog"))
+  eos = files.vocabulary.eos
+  said = np.array([[a, dog, eos], [the, dog, eos]])
+
+  def asked(said):
+    search = lambda params, images: Captions(np.resize(said, (len(images), 1, 3)), None, None)
+    losses = lambda params, images, tokens: images[:, 0, 0, 0] * (tokens[:, 1:] > 0).sum(axis=1)
+    return types.SimpleNamespace(devices=ONE, beam=search, losses=losses)
+
+  scores = files.test(asked(said), None)
+  assert scores["token_nll"] == 5 / 11
+  assert scores["image_gain"] == pytest.approx(6 / 11 - 5 / 11)
+  assert scores["distinct"] == scores["words"] == 2
+  assert files.test(asked(said[:1]), None)["distinct"] == 1
+
+
 def test_images_are_no_constant_of_the_compiled_step():
   """A photograph data set would be written into the program: beyond 2 GiB that fails."""
   images, captions = np.zeros((50, 8, 8, 3), np.uint8), [[["a", "dog"]]] * 50
@@ -99,7 +124,7 @@ def test_only_what_is_trained_with_dropout_gets_a_key(monkeypatch):
   for dropout, loss in ((0.0, 1.0), (0.3, 2.0)):
     step = caption_model.make_step(types.SimpleNamespace(dropout=dropout), tx)
     state, found = step(caption_model.State(1.0, tx.init(1.0)), {}, jax.random.key(0))
-    assert found == loss
+    assert found == (loss, loss)  # The gradient is the loss: it is linear.
     assert state.params == 1 - loss
 
 
@@ -189,6 +214,26 @@ def test_curves_are_drawn_of_a_run_whose_loss_was_not_finite(tmp_path):
   lines = pd.DataFrame([run | {"step": t, "validation_nll": loss} for t, loss in points])
   caption_plots.draw_curves(lines, 0, tmp_path / "curves.png")
   assert (tmp_path / "curves.png").exists()
+
+
+def test_scores_are_drawn_and_compared_in_pairs_with_the_guided_captioner(tmp_path):
+  rows = pd.DataFrame(
+    [
+      {"order": "", "model": model, "seed": seed, "image_gain": gain, "distinct": 1 + seed}
+      | {"cider_d": 0.9, "bleu_4": 0.1, "token_nll": 1.5}
+      for seed in (0, 1)
+      for model, gain in (("sequential", 0.1), ("none_hidden", 0.3))
+    ]
+  )
+  caption_plots.draw_scores(rows, tmp_path / "scores.png")
+  assert (tmp_path / "scores.png").exists()
+  rows = rows.assign(**dict.fromkeys(set(script.FILES_COLUMNS) - {*rows}, math.nan))
+  made = script.Results(script.Config(dataset="nlvr_captions"), [], rows.to_dict("records"), {})
+  _, pairs = script.Captioning().tables(made)
+  column = pairs.columns.index("image's gain")
+  assert [(row[0], row[column]) for row in pairs.rows] == [
+    ("no guide, query: hidden", "0.200 ± 0.000")
+  ]
 
 
 def test_the_best_caption_is_drawn_with_its_end_and_its_attention():

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pandas as pd
 import pytest
 from jaxbo_models.vocabulary import Vocabulary
 from PIL import Image
@@ -16,12 +17,14 @@ from scripts.captioning import files as caption_files
 from scripts.captioning import noise as caption_noise
 from scripts.captioning import plots as caption_plots
 from scripts.captioning import shapes as caption_shapes
+from scripts.captioning import tuning
 from scripts.captioning.config import Config
 from scripts.captioning.scenes import ShapesCaptions
 from scripts.common import folder
 from scripts.common.checkpoints import Checkpoints
 from tests.scripts.captioning import small
 from tests.scripts.captioning.small import SMALL, TINY
+from tests.scripts.captioning.test_data import needs
 from tests.scripts.common.processes import check_two_do_what_one_does, some_devices
 from tests.scripts.common.stopped import stopped_after
 
@@ -90,7 +93,9 @@ def test_a_captioner_says_only_words(whole):
 
 def test_a_run_leaves_metrics_results_and_pictures(whole):
   path = whole[0]
-  assert [(line["step"], line["order"]) for line in metrics(path)] == [(3, "either"), (4, "either")]
+  lines = metrics(path)
+  assert [(line["step"], line["order"]) for line in lines] == [(3, "either"), (4, "either")]
+  assert all(0 < line["grad_norm"] < 100 for line in lines)
   [row] = results(path)
   assert row["model"] == "sequential"
   assert row["entropy"] == pytest.approx(math.log(2))
@@ -110,6 +115,46 @@ def test_a_stopped_run_goes_on_bit_for_bit(whole, tmp_path, monkeypatch):
   assert script.run(config.but(resume=True)) == 0
   assert metrics(config.output_dir) == metrics(whole[0])
   assert results(config.output_dir) == results(whole[0])
+
+
+def test_rates_are_chosen_on_the_validation_set_and_reported_with(whole, tmp_path, monkeypatch):
+  made = []
+
+  def captioner(name, source, settings, where):
+    made.append(settings.learning_rate)
+    return whole[2]["either", "sequential"]
+
+  monkeypatch.setattr(tuning, "Captioner", captioner)
+  monkeypatch.setattr(tuning, "FACTORS", {0.5: (100,), 1.0: (100,)})
+  monkeypatch.setattr(tuning.Trial, "result", lambda self, *_: {"validation_nll": 3.0 - made[-1]})
+  config = Config(output_dir=tmp_path, **SMALL, tune=True)
+  assert script.run(config) == 0
+  assert made == [0.002, 0.004]
+  tables = json.loads((tmp_path / "rates.json").read_text())
+  assert tables == {"shapes": {"either": {"sequential": {"learning_rate": 0.004}}}}
+  chosen = Config(rates_file=tmp_path / "rates.json")
+  assert chosen.settings_of("either", "sequential").learning_rate == 0.004
+  tables["shapes"]["either"]["sequential"]["learning_rate"] = 0.5
+  (tmp_path / "rates.json").write_text(json.dumps(tables))
+  assert chosen.settings_of("either", "sequential").learning_rate == 0.5
+  assert chosen.settings_of("canonical", "sequential") == chosen.settings("canonical")
+  given = chosen.but(learning_rate=0.1)
+  assert given.settings_of("either", "sequential").learning_rate == 0.1
+
+
+def test_a_rate_at_which_one_seed_diverges_is_not_chosen():
+  """Its mean counts, although its other seeds are the best; a loss may also not be finite."""
+  losses = {0.1: (1.5, 1.5), 0.3: (1.2, 3.6), 1.0: (1.1, math.nan)}
+  row = {"order": "", "model": "none_word"}
+  rows = [
+    row | {"learning_rate": rate, "seed": seed, "validation_nll": loss}
+    for rate, of_rate in losses.items()
+    for seed, loss in enumerate(of_rate)
+  ]
+  [choice] = tuning.Tuning().choices(pd.DataFrame(rows))
+  assert choice.entry == ("-", "none_word")
+  assert choice.rates == {"learning_rate": 0.1}
+  assert choice.score == 1.5
 
 
 def test_two_processes_do_what_one_does_and_go_on_where_they_were_stopped(whole, tmp_path):
@@ -178,6 +223,19 @@ def test_a_users_own_images_are_trained_on_and_scored(tmp_path, monkeypatch, cap
   (tmp_path / "captions.json").write_text(json.dumps(content))
   assert script.run(config.but(resume=True)) == 2
   assert "captions must be those of the run to resume" in capsys.readouterr().err
+
+
+@needs("coco_captions_open")
+def test_photographs_are_captioned_from_end_to_end(tmp_path, monkeypatch):
+  monkeypatch.setattr(caption_files, "NUM_LENGTHS", 1)
+  sizes = SMALL | {"steps": 2, "methods": ("sequential",), "beam_size": 2}
+  config = Config(dataset="coco_captions_open", output_dir=tmp_path, max_images=20, **sizes)
+  assert script.run(config) == 0
+  [row] = results(tmp_path)
+  assert 1 <= row["distinct"] <= 20
+  assert row["token_nll"] > 1
+  for name in ("curves.png", "attention_sequential.png", "scores.png"):
+    assert (tmp_path / name).exists()
 
 
 def test_captioners_are_the_loss_of_reweighting_and_of_hyper_cleaning(
