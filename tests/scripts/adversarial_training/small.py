@@ -20,7 +20,8 @@ NAMES = ("round", "square", "flat", "long")
 SETTINGS = {
   "sets": ("long_tailed",), "seeds": 1, "largest": 20, "ratio": 4.0, "epochs": 2, "batch_size": 8,
   "widths": (2, 3), "num_hidden": 4, "attack_steps": 2, "validation_per_class": 4,
-  "test_per_class": 4, "test_steps": 2, "worst_steps": 2, "num_targets": 1, "test_batch_size": 16,
+  "test_per_class": 4, "test_steps": 2, "worst_steps": 2, "num_targets": 1, "num_queries": 2,
+  "test_batch_size": 16,
 }  # fmt: skip
 
 
@@ -66,7 +67,7 @@ def patch(setattr, cheap=True):
 
   def of_test(self, params, part, names):
     seen.append(part)
-    names = ["clean", "pgd", "worst", "tail", "worst_class", "tail_loss"]
+    names = ["clean", "pgd", "worst", "tail", "worst_class"]
     names += [f"robust/{name}" for name in NAMES]
     return dict.fromkeys(names, self.accuracy(params, part)) | {"doubts": ""}
 
@@ -74,5 +75,6 @@ def patch(setattr, cheap=True):
   setattr(common_devices, "all_devices", lambda: some_devices(1))
   if cheap:
     setattr(Evaluator, "of_test", of_test)
+    setattr(Evaluator, "of_losses", lambda *_: {"tail_loss": 1.0, "tail_loss_calibrated": 1.0})
     setattr(script.AdversarialTraining, "draw", lambda self, run: None)
   return seen
