@@ -21,7 +21,7 @@ under PGD than they are, so look at the worst case; warnings of the checks for m
 printed below the tables.
 
   python -m scripts.adversarial_training                     20 minutes on one core
-  python -m scripts.adversarial_training --tune --output-dir runs/rates   writes runs/rates/rates.json
+  python -m scripts.adversarial_training --tune --output-dir runs/rates   writes rates.json there
   python -m scripts.adversarial_training --dataset cifar10   after a download by TFDS
   ... --smoke                                                the smallest run, of two methods
   ... --resume                                               goes on bit for bit
