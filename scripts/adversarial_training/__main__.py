@@ -16,9 +16,9 @@ published. "RA-Tail-30" is the mean of this accuracy over the worst 30 % of the 
 ten), "worst class" is that of the worst class. "loss of the worst 10 %" is the mean cross-entropy
 under PGD-20 of the tenth of the images with the highest loss; "calibrated" is the same with the one
 temperature of the softmax that is best on validation images. Tables have the mean and the standard
-deviation over seeds; seconds per epoch count training alone. Methods that reweight can look better
-under PGD than they are, so look at the worst case; warnings of the checks for masked gradients are
-printed below the tables.
+deviation over seeds, and gains the mean and its 95 % interval; seconds per epoch count training
+alone. Methods that reweight can look better under PGD than they are, so look at the worst case;
+warnings of the checks for masked gradients are printed below the tables.
 
   python -m scripts.adversarial_training                     20 minutes on one core
   python -m scripts.adversarial_training --tune --output-dir runs/rates   writes rates.json there
@@ -36,6 +36,7 @@ cannot find each other:
 import functools
 import itertools
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from scripts.adversarial_training import plots
@@ -58,7 +59,10 @@ COLUMNS = {
   "tail_loss": Column("loss of the worst 10 %", 2),
   "tail_loss_calibrated": Column("calibrated", 2),
 }
-SECONDS = {"seconds_per_epoch": Column("s / epoch", 2)}
+ALONE = {  # No gains of these.
+  "softmax_temperature": Column("best temperature", 2),
+  "seconds_per_epoch": Column("s / epoch", 2),
+}
 
 
 class AdversarialTraining(Study[Config]):
@@ -92,10 +96,11 @@ class AdversarialTraining(Study[Config]):
         f"{results.config.dataset}, {SETS[str(kind)]} ({counts.max()} to {counts.min()} images of "
         f"a class), epsilon {results.config.largest_change():.3g}, {results.config.epochs} epochs"
       )
-      yield table.spread(title, rows, "method", LABELS, COLUMNS | SECONDS)
+      yield table.spread(title, rows, "method", LABELS, COLUMNS | ALONE)
       if {BASELINE} < set(rows["method"]):
-        title += f"; gain over {LABELS[BASELINE]}"
-        yield table.paired(title, rows, "method", BASELINE, LABELS, COLUMNS)
+        title += f"; gain over {LABELS[BASELINE]}, with 95 % intervals"
+        columns = {name: replace(column, interval=True) for name, column in COLUMNS.items()}
+        yield table.paired(title, rows, "method", BASELINE, LABELS, columns)
 
   def remarks(self, results: Results[Config]) -> Iterable[str]:
     """What each run's robust accuracies are doubted for."""
@@ -105,12 +110,12 @@ class AdversarialTraining(Study[Config]):
         yield f"[red]Doubtful: {of_run}: {row['doubts']}[/red]"
 
   def draw(self, run: Run[Config]) -> None:
-    """Accuracy of each class; weights and attacked images of the first seed on the last set."""
+    """Gains of each class; weights and attacked images of the first seed on the last set."""
     config, names, path = run.config, run.data.images.names, run.path
     compared = [name for name in (BASELINE, DONE) if name in config.methods] or config.methods[:2]
     results = run.results()
     counts = {kind: class_counts(results, kind) for kind in config.sets}
-    plots.draw_per_class(results.rows, compared, counts, names, path / plots.PER_CLASS)
+    plots.draw_gains(results.rows, counts, names, path / plots.GAINS)
     last = {"set": config.sets[-1], "seed": config.first_seed}
     params = {
       cell.key["method"]: run.saved(cell)["params"]

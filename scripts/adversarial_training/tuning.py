@@ -53,10 +53,13 @@ class Tuning(tuning.Tuning[Config]):
       yield Choice(label, (row["set"], row["method"]), found, row[CRITERION])
 
   def tables(self, results: Results[Config]) -> Iterable[Table]:
-    """What was chosen."""
-    lines = [
-      [one.label, *(f"{rate} {value:g}" for rate, value in one.rates.items()), f"{one.score:.1f}"]
-      for one in self.choices(results.rows)
-    ]
-    columns = ("set, method", "rate", "RA-Tail-30 of validation images")
-    yield Table(f"Rates for {results.config.name()}", columns, lines)
+    """What was chosen, of what."""
+    means = results.rows.groupby(["set", "method", "value"])[CRITERION].mean()
+    lines = []
+    for one in self.choices(results.rows):
+      [(rate, value)] = one.rates.items()
+      tried = [f"{tried:g}: {score:.1f}" for tried, score in means[one.entry].items()]
+      lines.append([one.label, rate, f"{value:g}", ", ".join(tried)])
+    columns = ("set, method", "rate", "chosen", "RA-Tail-30 of validation images, by value")
+    seeds = " and ".join(map(str, sorted(set(results.rows["seed"]))))
+    yield Table(f"Rates for {results.config.name()}, on seeds {seeds}", columns, lines)

@@ -17,6 +17,7 @@ __all__ = ["run"]
 NUM_LINES = 2  # The checkpoint is of epoch 1.
 RNG = np.random.default_rng(0)
 NAMES = ("round", "square", "flat", "long")
+LOSSES = {"tail_loss": 1.0, "tail_loss_calibrated": 1.0, "softmax_temperature": 1.0}
 SETTINGS = {
   "sets": ("long_tailed",), "seeds": 1, "largest": 20, "ratio": 4.0, "epochs": 2, "batch_size": 8,
   "widths": (2, 3), "num_hidden": 4, "attack_steps": 2, "validation_per_class": 4,
@@ -49,7 +50,7 @@ def make_small(setattr):
   """The small images, and no pictures, which take seconds."""
   setattr(adv_data, "read", lambda *arguments: make_data())
   for name in (
-    "draw_per_class",
+    "draw_gains",
     "draw_weights",
     "draw_examples",
     "weights_and_margins",
@@ -75,6 +76,6 @@ def patch(setattr, cheap=True):
   setattr(common_devices, "all_devices", lambda: some_devices(1))
   if cheap:
     setattr(Evaluator, "of_test", of_test)
-    setattr(Evaluator, "of_losses", lambda *_: {"tail_loss": 1.0, "tail_loss_calibrated": 1.0})
+    setattr(Evaluator, "of_losses", lambda *_: LOSSES)
     setattr(script.AdversarialTraining, "draw", lambda self, run: None)
   return seen
