@@ -24,7 +24,7 @@ def test_the_highest_mean_is_chosen_for_each_set_and_the_table_has_what_was_trie
     (("long_tailed", "at_kl"), {"temperature": 1.0}, 51.0),
   ]
   [table] = study.tables(results)
-  assert table.title == "Rates for mnist, on seeds 100 and 101"
+  assert table.title == "Rates for mnist, by seed 100 and 101"
   assert table.rows == [
     ["balanced, AT + KL weights", "temperature", "3", "1: 75.0, 3: 75.5"],
     ["long-tailed, AT + KL weights", "temperature", "1", "1: 51.0, 3: 45.5"],
