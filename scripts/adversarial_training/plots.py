@@ -26,6 +26,7 @@ LOSSES = {"tail_loss": "as trained", "tail_loss_calibrated": "at the best temper
 STYLES = {
   "trades": ("#009E73", "^", "--"),
   "mart": ("#E69F00", "s", "-."),
+  "mail": ("#D55E00", "D", (0, (5, 1, 1, 1, 1, 1))),
   "at_kl": ("#CC79A7", "v", ":"),
   DONE: ("#0072B2", "o", "-"),
 }
@@ -133,8 +134,9 @@ def draw_weights(weights: Mapping[str, np.ndarray], margins: np.ndarray, path: P
   lines = -(-len(weights) // columns)
   shared: Any = {"layout": "constrained", "squeeze": False, "sharex": True, "sharey": True}
   fig, grid = plt.subplots(lines, columns, figsize=(4 * columns, 3.2 * lines), **shared)
-  for axes in grid.ravel()[len(weights) :]:
-    axes.set_visible(False)
+  for i in range(len(weights), grid.size):
+    grid.flat[i].set_visible(False)
+    grid.flat[i - columns].tick_params(labelbottom=True)
   largest = max(float(of_method.max()) for of_method in weights.values())
   smallest = 1e-3  # Weights below are drawn there.
   for i, (axes, (label, of_method)) in enumerate(zip(grid.flat, weights.items(), strict=False)):
