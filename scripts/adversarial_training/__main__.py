@@ -20,7 +20,7 @@ deviation over seeds, and gains the mean and its 95 % interval; seconds per epoc
 alone. Methods that reweight can look better under PGD than they are, so look at the worst case;
 warnings of the checks for masked gradients are printed below the tables.
 
-  python -m scripts.adversarial_training                     20 minutes on one core
+  python -m scripts.adversarial_training                     45 minutes on one core
   python -m scripts.adversarial_training --tune --output-dir runs/rates   writes rates.json there
   python -m scripts.adversarial_training --dataset cifar10   after a download by TFDS
   ... --smoke                                                the smallest run, of two methods
