@@ -8,14 +8,15 @@ from pydantic import Field, model_validator
 
 from scripts.adversarial_training.data import BALANCED, DATASETS, LONG_TAILED, SETS
 from scripts.adversarial_training.methods import METHODS, Part, Rates
-from scripts.common.config import FREE, GROWS, Among, Count, NonNegative, Positive
+from scripts.common.config import FREE, GROWS, Among, Count, Index, NonNegative, Positive
 from scripts.common.devices import DistributedConfig
+from scripts.common.tuning import TunedConfig
 
 EPSILONS = {"mnist": 0.1, "fashion_mnist": 0.05, "cifar10": 8 / 255, "cifar10_subset": 8 / 255}
 COLOUR = ("cifar10", "cifar10_subset")
 
 
-class Config(DistributedConfig):
+class Config(DistributedConfig, TunedConfig):
   """Adversarial training: ten methods, balanced and imbalanced, at the same budget.
 
   A seed draws images, parameters, batches and attacks, the same for all methods.
@@ -62,16 +63,15 @@ class Config(DistributedConfig):
   test_steps: Count = 20
   """Steps of PGD for the report."""
   worst_steps: Count = 10
-  """Steps of each APGD for the report."""
+  """Steps of each APGD and of FAB-T for the report."""
   num_targets: Count = 3
-  """How many classes the targeted APGD aims at, one after the other."""
+  """How many classes the targeted attacks aim at, one after the other."""
+  num_queries: Index = 200
+  """Queries of the Square attack for the report; 0 leaves this attack out."""
   test_batch_size: Count = 500
   """How many images are attacked at once for the report."""
   rates: Rates = Rates()
-  """The hyperparameters of the methods."""
-  tune: bool = False
-  """Instead of the report, varies one hyperparameter at a time and prints the accuracy on
-  validation images. The run is in output_dir/tune."""
+  """The hyperparameters of the methods, but for the rate of each that --tune has chosen."""
   output_dir: Annotated[Path, FREE] = Path("runs/adversarial_training")
   """Where results and checkpoints go."""
 
@@ -80,6 +80,14 @@ class Config(DistributedConfig):
     if self.ratio > self.largest:
       raise ValueError(f"ratio must be in [1, {self.largest}], got {self.ratio}")
     return self
+
+  def name(self) -> str:
+    """The name of the table of rates."""
+    return self.dataset
+
+  def chosen(self, kind: str, method: str) -> Rates:
+    """What a method takes on a training set."""
+    return self.rates.but(**self.rates_tables().get(self.name(), {}).get(kind, {}).get(method, {}))
 
   def largest_change(self) -> float:
     """Epsilon."""

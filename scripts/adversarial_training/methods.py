@@ -1,10 +1,10 @@
 """The methods of adversarial training: their gradients, their weights, and their rates.
 
-What a paper or its code says was taken, with its epochs as shares of the training; what DONE's
-paper does not say was chosen on images for validation (``--tune``).
+What a paper or its code says was taken, with its epochs as shares of the training. One rate of each
+method that has any is chosen on images for validation, among four values (``--tune``).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple, Self
 
 import jax
@@ -89,11 +89,12 @@ class Parts(NamedTuple):
 
 
 class Method(NamedTuple):
-  """The name of a method in tables, what makes it, and what ``--tune`` varies, one at a time."""
+  """The name of a method in tables, what makes it, and the rate that ``--tune`` chooses."""
 
   label: str
   make: Callable[[Setting], Parts]
-  grid: Mapping[str, tuple[float, ...]] = {}
+  rate: str | None = None
+  values: tuple[float, ...] = ()
 
 
 def sign_attack(setting: Setting, **options: Any) -> jaxbo.adversarial.Attack:
@@ -245,32 +246,26 @@ def done(setting: Setting, direction: str) -> Parts:
   return _implicit(of_batch, kl_weights(rates))
 
 
+TEMPERATURES = (1.0, 3.0, 10.0, 30.0)
 METHODS = {
   "at": Method("AT", lambda setting: _plain(setting, jaxbo.dro.uniform())),
-  "trades": Method("TRADES", trades, {"trades_beta": (1.0, 3.0, 6.0)}),
-  "mart": Method("MART", mart, {"mart_beta": (1.0, 5.0)}),
+  "trades": Method("TRADES", trades, "trades_beta", (1.0, 3.0, 6.0, 10.0)),
+  "mart": Method("MART", mart, "mart_beta", (1.0, 2.5, 5.0, 10.0)),
   "fat": Method("FAT", fat),
-  "gairat": Method("GAIRAT", gairat, {"gairat_shift": (-1.0, 0.0, 2.0)}),
-  "mail": Method("MAIL", mail, {"mail_bias": (-0.5, 0.0)}),
-  "fast_bat": Method("Fast-BAT", fast_bat, {"fast_bat_step_size": (1.0, 5.0, 20.0)}),
+  "gairat": Method("GAIRAT", gairat, "gairat_shift", (-1.0, 0.0, 1.0, 2.0)),
+  "mail": Method("MAIL", mail, "mail_bias", (-0.5, -0.25, 0.0, 0.25)),
+  "fast_bat": Method("Fast-BAT", fast_bat, "fast_bat_step_size", (1.0, 5.0, 5000 / 255, 80.0)),
   "at_kl": Method(
     "AT + KL weights",
     lambda setting: _plain(setting, kl_weights(setting.rates)),
-    {"temperature": (1.0, 3.0, 10.0)},
+    "temperature",
+    TEMPERATURES,
   ),
   "done": Method(
-    "DONE, GD",
-    lambda setting: done(setting, "gradient"),
-    {
-      "temperature": (1.0, 3.0, 10.0),
-      "compositional_rate": (0.02, 0.1, 1.0),
-      "barrier": (1e-5, 1e-4, 1e-3),
-      "step_size": (1.0, 5.0, 20.0),
-      "curvature": (1.0, 10.0, 1e6),
-    },
+    "DONE, GD", lambda setting: done(setting, "gradient"), "temperature", TEMPERATURES
   ),
   "done_adam": Method(
-    "DONE, Adam", lambda setting: done(setting, "adam"), {"adam_step_size": (0.1, 0.25, 0.5)}
+    "DONE, Adam", lambda setting: done(setting, "adam"), "temperature", TEMPERATURES
   ),
 }
 LABELS = {name: method.label for name, method in METHODS.items()}

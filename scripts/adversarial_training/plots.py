@@ -1,4 +1,4 @@
-"""Pictures of adversarial training: accuracy of each class, weights, and attacked images."""
+"""Pictures of adversarial training: gains by class, weights, and attacked images."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -9,17 +9,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 
 import jaxbo
 from scripts.adversarial_training.data import SETS, as_floats
 from scripts.adversarial_training.methods import BASELINE, DONE, LABELS, METHODS, sign_attack
 from scripts.adversarial_training.train import Workplace
-from scripts.common import plots
+from scripts.common import plots, table
 from scripts.common.plots import plt
 
-PER_CLASS, WEIGHTS, EXAMPLES = "per_class.png", "weights.png", "examples.png"
+GAINS, WEIGHTS, EXAMPLES = "gains.png", "weights.png", "examples.png"
 NUM_WEIGHTS, NUM_EXAMPLES = 512, 8
 REWEIGHTED = (BASELINE, "gairat", "mail", "at_kl", DONE, "done_adam")
+LOSSES = {"tail_loss": "as trained", "tail_loss_calibrated": "at the best temperature"}
+# Colours that all eyes tell apart, a marker and a line each.
+STYLES = {
+  "trades": ("#009E73", "^", "--"),
+  "mart": ("#E69F00", "s", "-."),
+  "mail": ("#D55E00", "D", (0, (5, 1, 1, 1, 1, 1))),
+  "at_kl": ("#CC79A7", "v", ":"),
+  DONE: ("#0072B2", "o", "-"),
+}
 
 
 class Attacked(NamedTuple):
@@ -35,20 +45,20 @@ def weights_and_margins(place: Workplace, params: Any) -> tuple[dict[str, np.nda
 
   Margins are those of probabilities under PGD: positive if the image is still named correctly.
   """
-  config, setting = place.config, place.setting(place.config.rates)
-  rows = place.rows(config.sets[-1], config.first_seed)
+  config, kind = place.config, place.config.sets[-1]
+  rows = place.rows(kind, config.first_seed)
   images, labels = place.images.pool.take(np.random.default_rng(0).permutation(rows)[:NUM_WEIGHTS])
   batch = as_floats(jnp.asarray(images)), jnp.asarray(labels)
   make_key = lambda: jax.random.key(config.first_seed)
 
   @jax.jit
   def margins(params, batch):
-    attacked = sign_attack(setting)(params, batch, make_key())
+    attacked = sign_attack(place.setting(config.rates))(params, batch, make_key())
     return -jaxbo.adversarial.probabilistic_margin(place.model(params, attacked), batch[1])
 
   @functools.partial(jax.jit, static_argnums=0)
   def relative_weights(name, params, batch):
-    gradients, weighting = METHODS[name].make(setting)
+    gradients, weighting = METHODS[name].make(place.setting(config.chosen(kind, name)))
     grads, extra = gradients(params, batch, make_key(), jnp.float32(1.0))
     scores = extra.get("scores", grads.losses)
     return len(scores) * weighting.weigh(scores, weighting.init())[0]
@@ -78,39 +88,44 @@ def examples(
   return np.asarray(batch[0]), np.asarray(batch[1]), attacked
 
 
-def draw_per_class(
-  rows: pd.DataFrame,
-  methods: Sequence[str],
-  counts: Mapping[str, np.ndarray],
-  names: Sequence[str],
-  path: Path,
+def draw_gains(
+  rows: pd.DataFrame, counts: Mapping[str, np.ndarray], names: Sequence[str], path: Path
 ) -> None:
-  """Robust accuracy of each class, mean and standard deviation over seeds, for each training set.
+  """What methods gain over the baseline in pairs of one seed: means with their standard errors.
 
-  ``counts`` has the training images of each class by training set.
+  For each training set the worst-case accuracy of each class, and the loss of the worst tenth as
+  trained and at the best temperature. ``counts`` has the training images of each class by set.
   """
-  rows = rows[rows["method"].isin(methods)]
-  kinds = [kind for kind in counts if kind in set(rows["set"])]
-  if not kinds:
+  kinds = [kind for kind, mine in rows.groupby("set", sort=False) if {*STYLES} & {*mine["method"]}]
+  if BASELINE not in set(rows["method"]) or not kinds:
     return
-  size = 10, 3.6 * len(kinds)
   fig, panels = plt.subplots(
-    len(kinds), 1, figsize=size, layout="constrained", squeeze=False, sharey=True
+    2, len(kinds), figsize=(7 * len(kinds), 6.4), layout="constrained", squeeze=False, sharey="row"
   )
-  for kind, axes in zip(kinds, panels[:, 0], strict=True):
-    of_class = rows[rows["set"] == kind].groupby("method")[[f"robust/{name}" for name in names]]
-    means, spreads = (table.reindex(list(methods)).T for table in (of_class.mean(), of_class.std()))
-    means.columns = [LABELS[method] for method in methods]
-    bars: Any = {"width": 0.8, "error_kw": {"lw": 1}, "rot": 0, "legend": False}
-    means.plot.bar(ax=axes, yerr=spreads.to_numpy().T, **bars)
-    ticks = [f"{name}\n{count}" for name, count in zip(names, counts[kind], strict=True)]
-    axes.set_xticks(range(len(names)), ticks, fontsize="small")
-    axes.set_ylabel("robust accuracy, %")
-    axes.set_title(f"{SETS[kind]} (with the training images of each class)", loc="left")
-    axes.grid(axis="y", alpha=0.3)
-    axes.set_axisbelow(True)
-  panels[0, 0].legend(fontsize="small", ncols=len(methods))
-  plots.save(fig, path)
+  for kind, (above, below) in zip(kinds, panels.T, strict=True):
+    gains = table.differences(rows[rows["set"] == kind], "method", BASELINE)
+    _gains(above, gains, [f"robust/{name}" for name in names])
+    ticks = [f"{name}\n{count}" for name, count in zip(names, counts[str(kind)], strict=True)]
+    above.set_xticks(range(len(names)), ticks, fontsize="small")
+    above.set_title(f"{SETS[str(kind)]}: class, and its training images", loc="left")
+    _gains(below, gains, list(LOSSES))
+    below.set_xticks(range(len(LOSSES)), list(LOSSES.values()))
+  panels[0, 0].set_ylabel(f"worst-case accuracy\nminus {LABELS[BASELINE]}, points")
+  panels[1, 0].set_ylabel(f"loss of the worst 10 %\nminus {LABELS[BASELINE]}, nats")
+  plots.save(fig, path, legend_of=panels[0, 0], ncols=len(STYLES))
+
+
+def _gains(axes: Axes, gains: pd.DataFrame, columns: list[str]) -> None:
+  """A line for each method through its means of the columns."""
+  axes.axhline(0, color="0.45", lw=1)
+  for i, (method, (color, marker, line)) in enumerate(STYLES.items()):
+    mine = gains.loc[gains["method"] == method, columns]
+    if len(mine):
+      where = np.arange(len(columns)) + 0.08 * (i - (len(STYLES) - 1) / 2)
+      style = {"color": color, "marker": marker, "linestyle": line, "capsize": 2, "ms": 6}
+      axes.errorbar(where, mine.mean(), yerr=mine.sem().fillna(0), label=LABELS[method], **style)
+  axes.margins(x=0.08)
+  axes.grid(alpha=0.3)
 
 
 def draw_weights(weights: Mapping[str, np.ndarray], margins: np.ndarray, path: Path) -> None:
@@ -119,8 +134,9 @@ def draw_weights(weights: Mapping[str, np.ndarray], margins: np.ndarray, path: P
   lines = -(-len(weights) // columns)
   shared: Any = {"layout": "constrained", "squeeze": False, "sharex": True, "sharey": True}
   fig, grid = plt.subplots(lines, columns, figsize=(4 * columns, 3.2 * lines), **shared)
-  for axes in grid.ravel()[len(weights) :]:
-    axes.set_visible(False)
+  for i in range(len(weights), grid.size):
+    grid.flat[i].set_visible(False)
+    grid.flat[i - columns].tick_params(labelbottom=True)
   largest = max(float(of_method.max()) for of_method in weights.values())
   smallest = 1e-3  # Weights below are drawn there.
   for i, (axes, (label, of_method)) in enumerate(zip(grid.flat, weights.items(), strict=False)):

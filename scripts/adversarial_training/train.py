@@ -139,8 +139,17 @@ class Training(Compiled):
     return {"train_loss": loss, "ess": ess, "clipped": clipped, "validation_clean": clean}
 
   def result(self, state: State, spent: Spent) -> Row:
-    """What the network withstands; rates are chosen without a look at the test set."""
-    images = self.place.images
-    part = images.validation if self.config.tune else images.test
-    row = self.place.evaluator.of_test(state.params, part, images.names)
+    """What the network withstands."""
+    images, evaluator = self.place.images, self.place.evaluator
+    row = evaluator.of_test(state.params, images.test, images.names)
+    row |= evaluator.of_losses(state.params, images.test, images.validation)
     return row | {"seconds_per_epoch": spent.seconds / self.config.epochs}
+
+
+class Trial(Training):
+  """A candidate; nothing is seen of the test set."""
+
+  def result(self, state: State, spent: Spent) -> Row:
+    """What it is chosen by."""
+    images = self.place.images
+    return self.place.evaluator.of_test(state.params, images.validation, images.names)

@@ -17,10 +17,12 @@ __all__ = ["run"]
 NUM_LINES = 2  # The checkpoint is of epoch 1.
 RNG = np.random.default_rng(0)
 NAMES = ("round", "square", "flat", "long")
+LOSSES = {"tail_loss": 1.0, "tail_loss_calibrated": 1.0, "softmax_temperature": 1.0}
 SETTINGS = {
   "sets": ("long_tailed",), "seeds": 1, "largest": 20, "ratio": 4.0, "epochs": 2, "batch_size": 8,
   "widths": (2, 3), "num_hidden": 4, "attack_steps": 2, "validation_per_class": 4,
-  "test_per_class": 4, "test_steps": 2, "worst_steps": 2, "num_targets": 1, "test_batch_size": 16,
+  "test_per_class": 4, "test_steps": 2, "worst_steps": 2, "num_targets": 1, "num_queries": 2,
+  "test_batch_size": 16,
 }  # fmt: skip
 
 
@@ -48,7 +50,7 @@ def make_small(setattr):
   """The small images, and no pictures, which take seconds."""
   setattr(adv_data, "read", lambda *arguments: make_data())
   for name in (
-    "draw_per_class",
+    "draw_gains",
     "draw_weights",
     "draw_examples",
     "weights_and_margins",
@@ -66,7 +68,7 @@ def patch(setattr, cheap=True):
 
   def of_test(self, params, part, names):
     seen.append(part)
-    names = ["clean", "pgd", "worst", "tail", "worst_class", "tail_loss"]
+    names = ["clean", "pgd", "worst", "tail", "worst_class"]
     names += [f"robust/{name}" for name in NAMES]
     return dict.fromkeys(names, self.accuracy(params, part)) | {"doubts": ""}
 
@@ -74,5 +76,6 @@ def patch(setattr, cheap=True):
   setattr(common_devices, "all_devices", lambda: some_devices(1))
   if cheap:
     setattr(Evaluator, "of_test", of_test)
+    setattr(Evaluator, "of_losses", lambda *_: LOSSES)
     setattr(script.AdversarialTraining, "draw", lambda self, run: None)
   return seen

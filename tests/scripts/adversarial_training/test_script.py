@@ -17,9 +17,9 @@ from PIL import Image
 import jaxbo
 from scripts.adversarial_training import __main__ as script
 from scripts.adversarial_training import data as adv_data
-from scripts.adversarial_training import plots
+from scripts.adversarial_training import plots, tuning
 from scripts.adversarial_training.config import Config
-from scripts.adversarial_training.evaluate import Evaluator
+from scripts.adversarial_training.evaluate import TEMPERATURES, Evaluator
 from scripts.adversarial_training.methods import METHODS, Method, Parts, Rates, Setting, lazy
 from scripts.adversarial_training.train import State, make_program
 from scripts.common.study import Results
@@ -163,8 +163,14 @@ def test_done_and_fast_bat_have_the_implicit_term_of_the_library(gradients):
     close(gradients[name, 1.0], of_library(PARAMS, BATCH))
 
 
-def test_what_is_varied_are_rates_that_methods_have():
-  assert all(set(method.grid) <= set(Rates.model_fields) for method in METHODS.values())
+def test_methods_have_a_rate_with_four_values_or_none():
+  for name, (_, _, rate, values) in METHODS.items():
+    if rate is None:
+      assert name in ("at", "fat")
+      assert values == ()
+    else:
+      assert len(values) == 4
+      assert getattr(Rates(), rate) in values
 
 
 # -- Training.
@@ -237,6 +243,7 @@ def test_steps_know_how_far_training_is_and_have_keys_of_their_own():
 
 def row(method, seed, clean, tail):
   same = dict.fromkeys(["pgd", "worst", "worst_class", *(f"robust/{name}" for name in NAMES)], 50.0)
+  same |= {"tail_loss_calibrated": 1.5, "softmax_temperature": 1.25}
   doubts = "gradients are zero" if (method, seed) == ("at", 1) else ""
   return {"set": "long_tailed", "method": method, "seed": seed, "clean": clean, "tail": tail,
           **same, "tail_loss": 2.0, "doubts": doubts, "seconds_per_epoch": 1.0}  # fmt: skip
@@ -250,47 +257,75 @@ def test_tables_have_means_and_spreads_and_gains_are_of_pairs():
   assert means.title == "mnist, long-tailed (1200 to 60 images of a class), epsilon 0.1, 10 epochs"
   assert means.columns[:3] == ["method", "seeds", "clean"]
   same = ["50.0 ± 0.0"]
-  expected = ["81.0 ± 1.4", *2 * same, "25.0 ± 7.1", *same, "2.00 ± 0.00", "1.00 ± 0.00"]
+  expected = [
+    "81.0 ± 1.4",
+    *2 * same,
+    "25.0 ± 7.1",
+    *same,
+    "2.00 ± 0.00",
+    "1.50 ± 0.00",
+    "1.25 ± 0.00",
+    "1.00 ± 0.00",
+  ]
   assert means.rows[0] == ["AT", "2", *expected]
   assert gains.columns[0] == "minus AT"
-  expected = ["-1.0 ± 0.0", "0.0 ± 0.0", "0.0 ± 0.0", "3.0 ± 1.4", "0.0 ± 0.0", "0.00 ± 0.00"]
+  expected = [
+    "-1.0 ± 0.0",
+    "0.0 ± 0.0",
+    "0.0 ± 0.0",
+    "3.0 ± 12.7",  # Student's t of one degree of freedom.
+    "0.0 ± 0.0",
+    "0.00 ± 0.00",
+    "0.00 ± 0.00",
+  ]
   assert gains.rows == [["DONE, GD", "2", *expected]]
   [doubt] = study.remarks(results)
   assert "Doubtful: long-tailed, AT, seed 1: gradients are zero" in doubt
 
 
-def test_the_loss_of_the_tail_is_the_mean_of_the_highest_tenth():
+def test_the_loss_of_the_tail_is_the_mean_of_the_highest_tenth_also_at_the_best_temperature():
   model = lambda params, images: images.reshape(len(images), -1) @ params
-  images = np.random.default_rng(0).uniform(size=(25, 1, 1, 2)).astype(np.float32)
-  labels = np.arange(25) % 3
+  rng = np.random.default_rng(0)
+  parts = [
+    adv_data.Images(rng.integers(0, 256, (n, 1, 1, 2)).astype(np.uint8), np.arange(n) % 3)
+    for n in (25, 40)
+  ]
   params = jnp.array([[2.0, -1.0, 0.5], [0.0, 3.0, -2.0]])
-  logits = images.reshape(25, 2) @ np.asarray(params)
-  losses = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(25), labels]
+
+  def losses(part, temperature):
+    logits = part.images.reshape(-1, 2) / 255 @ np.asarray(params) / temperature
+    return np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(len(logits)), part.labels]
+
+  tail = lambda temperature: np.sort(losses(parts[0], temperature))[-2:].mean()
   found = []
   for epsilon in (1e-6, 0.1):
     config = Config(epsilon=epsilon, test_batch_size=10, test_steps=3)
     evaluator = Evaluator(model, config, some_devices(1))
-    found.append(evaluator.tail_loss(params, images, labels))
-  assert found[0] == pytest.approx(np.sort(losses)[-2:].mean(), rel=1e-4)  # Hardly an attack.
-  assert found[1] > found[0] + 0.1
+    found.append(evaluator.of_losses(params, *parts))
+  hardly = found[0]  # Hardly an attack.
+  assert hardly["tail_loss"] == pytest.approx(tail(1.0), rel=1e-4)
+  best = min(TEMPERATURES, key=lambda temperature: losses(parts[1], temperature).mean())
+  assert hardly["softmax_temperature"] == best > 1
+  assert hardly["tail_loss_calibrated"] == pytest.approx(tail(best), rel=1e-4)
+  assert found[1]["tail_loss"] > hardly["tail_loss"] + 0.1
 
 
 def test_the_attacks_of_the_report_are_those_that_are_asked_for(monkeypatch):
   asked = []
-  for name in ("pgd", "apgd"):
+  for name in ("pgd", "autoattack"):
 
-    def make(model, box, **options):
+    def make(model, box, name=name, **options):
       asked.append({"box": box} | options)
-      return jaxbo.adversarial.Attack(None, box)
+      attack = jaxbo.adversarial.Attack(None, box)
+      return attack if name == "pgd" else {}
 
     monkeypatch.setattr(jaxbo.adversarial, name, make)
-  config = Config(epsilon=0.2, test_steps=7, worst_steps=5, num_targets=2)
+  config = Config(epsilon=0.2, test_steps=7, worst_steps=5, num_targets=2, num_queries=9)
   Evaluator(model, config, some_devices(1))
-  pgd, apgd, targeted = asked
+  pgd, others = asked
   box = jaxbo.adversarial.Box(0.2)
   assert pgd == {"box": box, "step_size": 0.05, "num_steps": 7}
-  assert apgd == {"box": box, "num_steps": 5}
-  assert targeted == apgd | {"objective": "targeted_dlr", "num_targets": 2}
+  assert others == {"box": box, "num_steps": 5, "num_targets": 2, "num_queries": 9}
 
 
 # -- Whole runs.
@@ -324,7 +359,7 @@ def test_a_run_prints_tables_and_draws(whole):
   runs = [("at", 1), ("at", 2), ("done", 1), ("done", 2)]
   assert [(line["method"], line["epoch"]) for line in lines] == runs
   assert all(line["clipped"] == 0 for line in lines)
-  pictures = [tmp_path / name for name in (plots.PER_CLASS, plots.WEIGHTS, plots.EXAMPLES)]
+  pictures = [tmp_path / name for name in (plots.GAINS, plots.WEIGHTS, plots.EXAMPLES)]
   for path in pictures:
     with Image.open(path) as picture:
       assert picture.width > 100
@@ -335,6 +370,7 @@ def test_a_run_prints_tables_and_draws(whole):
     assert of_run["worst"] == pytest.approx(np.mean(classes))  # As many images of each.
     assert of_run["worst_class"] == classes[0]
     assert of_run["tail_loss"] > 0
+    assert of_run["tail_loss_calibrated"] > 0
     assert of_run["tail"] == pytest.approx(np.mean(classes[:2]))  # 30 % of four
 
 
@@ -356,18 +392,25 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
   pd.testing.assert_frame_equal(*tables, check_exact=True)
 
 
-def test_rates_are_varied_one_at_a_time_on_validation_images(tmp_path, capsys, monkeypatch):
+def test_rates_are_chosen_on_validation_images_and_reported_with(tmp_path, monkeypatch):
   seen = small.patch(monkeypatch.setattr)
-  method = METHODS["at_kl"]._replace(grid={"temperature": (1.0, 3.0)})
+  method = METHODS["at_kl"]._replace(values=(1.0, 3.0))
   monkeypatch.setitem(METHODS, "at_kl", method)
-  assert script.run(small.config(tmp_path).but(tune=True, seeds=1)) == 0
-  table = capsys.readouterr().out
-  assert "AT + KL weights, as given" in table
-  assert "AT + KL weights, temperature 1" in table
+  monkeypatch.setattr(tuning, "SEEDS", (100,))
+  config = small.config(tmp_path / "tune").but(methods=("at", "at_kl"), tune=True)
+  assert script.run(config) == 0
   assert [part is DATA.validation for part in seen] == [True, True]
   rows = table_of(tmp_path / "tune")
-  assert rows["changed"].tolist() == ["as given", "temperature 1"]
-  assert [path.name for path in tmp_path.iterdir()] == ["tune"]
+  assert rows[["method", "rate", "value"]].values.tolist() == [
+    ["at_kl", "temperature", 1.0], ["at_kl", "temperature", 3.0]
+  ]  # fmt: skip
+  best = rows["value"][rows["tail"].idxmax()]
+  file = tmp_path / "tune" / "rates.json"
+  tables = json.loads(file.read_text())
+  assert tables == {"mnist": {"long_tailed": {"at_kl": {"temperature": best}}}}
+  found = Config(rates_file=file)
+  assert found.chosen("long_tailed", "at_kl").temperature == best
+  assert found.chosen("balanced", "at_kl") == found.chosen("long_tailed", "at") == Rates()
 
 
 def test_bad_input_says_what_is_allowed(tmp_path, capsys, monkeypatch):
