@@ -1,17 +1,15 @@
-"""Draws the gallery's pictures from those of the executed notebooks.
+"""Draws the gallery's pictures from those of the notebooks that a docs build has run.
 
-    python docs/tutorials/draw_thumbnails.py docs/jupyter_execute/tutorials
+    uv run --extra docs python docs/tutorials/draw_thumbnails.py
 
-The folder is what a docs build into `docs/_build` leaves of the notebooks that it ran. The pictures
-go to `docs/images/tutorials`.
+The build keeps them in `docs/.jupyter_cache`. The pictures go to `docs/images/tutorials`.
 """
 
 import base64
 import io
-import json
 import pathlib
-import sys
 
+import jupyter_cache
 from PIL import Image, ImageOps
 
 SIZE = 480, 320
@@ -27,9 +25,12 @@ CHOSEN = {
   "8_many_devices": (0, 0, 1),
 }
 
-here = pathlib.Path(__file__).parent
+docs = pathlib.Path(__file__).parent.parent
+cache = jupyter_cache.get_cache(docs / ".jupyter_cache")
+records = sorted(cache.list_cache_records(), key=lambda record: record.pk)
+newest = {pathlib.Path(record.uri).stem: record.pk for record in records}
 for name, (number, left, right) in CHOSEN.items():
-  cells = json.loads((pathlib.Path(sys.argv[1]) / f"{name}.ipynb").read_text())["cells"]
+  cells = cache.get_cache_bundle(newest[name]).nb.cells
   outputs = [output for cell in cells for output in cell.get("outputs", [])]
   pictures = [
     output["data"]["image/png"] for output in outputs if "image/png" in output.get("data", {})
@@ -37,4 +38,4 @@ for name, (number, left, right) in CHOSEN.items():
   picture = Image.open(io.BytesIO(base64.b64decode(pictures[number]))).convert("RGB")
   part = picture.crop((int(left * picture.width), 0, int(right * picture.width), picture.height))
   thumbnail = ImageOps.pad(part, SIZE, Image.Resampling.LANCZOS, color="white")
-  thumbnail.quantize(256).save(here.parent / f"images/tutorials/{name}.png", optimize=True)
+  thumbnail.quantize(256).save(docs / f"images/tutorials/{name}.png", optimize=True)
