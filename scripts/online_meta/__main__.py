@@ -44,6 +44,7 @@ import functools
 import itertools
 from collections.abc import Iterable
 
+import numpy as np
 import pandas as pd
 
 from scripts.common import study, table
@@ -53,7 +54,7 @@ from scripts.common.task import Cell, Row
 from scripts.online_meta import plots, pretraining, runs, sweep, tuning
 from scripts.online_meta.config import Config, read
 from scripts.online_meta.data import NAMES, Domains
-from scripts.online_meta.methods import METHODS
+from scripts.online_meta.methods import METHODS, Rates
 from scripts.online_meta.report import Trace
 from scripts.online_meta.runs import Streams
 from scripts.online_meta.tuning import Tuning
@@ -124,7 +125,9 @@ class OnlineMeta(Study[Config]):
     """Pre-training, then every method on every stream, in groups of seeds."""
     config = run.config
     begins = dict.fromkeys(["maml", *(METHODS[name].begins for name in config.methods)])
-    yield from (pretraining.cell(run, kind) for kind in begins if kind != "random")
+    for kind, seed in itertools.product(begins, config.all_seeds()):
+      if kind != "random":
+        yield pretraining.cell(run, kind, seed)
     for p, seeds in itertools.product(config.stay_probabilities, config.groups()):
       where = f"p = {p:g}, seed {seeds[0]}"
       key = {"stay_probability": p, "method": "best", "group": int(seeds[0])}
@@ -133,7 +136,7 @@ class OnlineMeta(Study[Config]):
       best = Cell(key, make, 1, f"best fixed models, {where}")
       yield best
       for name in config.methods:
-        rates = functools.partial(tuning.rates_of, run, name)
+        rates = functools.partial(tuning.rates_of, run, name, seeds)
         make = functools.partial(runs.Play, run, name, rates, streams)
         yield Cell(key | {"method": name}, make, 1, f"{LABELS[name]}, {where}", needs=(best,))
 
@@ -144,7 +147,8 @@ class OnlineMeta(Study[Config]):
     p = config.stay_probabilities[0]
     if not config.sweep or (p, "leeds") not in traces:
       return
-    rates, streams = tuning.rates_of(run, "leeds"), Streams(p, config.groups()[0])
+    streams = Streams(p, config.groups()[0])
+    rates = Rates(*(np.ravel(rate)[0] for rate in tuning.rates_of(run, "leeds", streams.seeds)))
     play = lambda rates: runs.play(run, "leeds", rates, streams).of(0)
     rows = pd.DataFrame(sweep.measure(run, rates, traces[p, "leeds"], play))
     told = traces[p, "leeds_told"].before.mean() if (p, "leeds_told") in traces else None
@@ -168,8 +172,9 @@ class OnlineMeta(Study[Config]):
 
   def remarks(self, results: Results[Config]) -> Iterable[str]:
     """The thresholds that this run has found."""
-    if "thresholds" in results.notes:
-      yield f"LEEDS, calibrated on validation streams: {results.notes['thresholds']}"
+    for name, found in results.notes.items():
+      if name.startswith("thresholds"):
+        yield f"{name}: {found}"
 
   def draw(self, run: Run[Config]) -> None:
     """Accuracy over rounds."""

@@ -1,6 +1,7 @@
 """Rates of online meta-learners: chosen on validation streams, kept in a file."""
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -23,7 +24,7 @@ from scripts.online_meta.methods import METHODS, Rates
 from scripts.online_meta.report import Trace
 from scripts.online_meta.runs import Streams
 
-FIRST_SEED = 1000
+FIRST_SEED = 1000  # A model, and streams, that no report has.
 GRIDS: dict[str, tuple[float, ...]] = {  # The second number is where a search begins.
   "inner": (0.1, 0.2, 0.4, 0.8),
   "outer": (3e-4, 1e-3, 3e-3, 1e-2),
@@ -52,24 +53,29 @@ def score(traces: Sequence[Trace]) -> float:
   return float(np.mean([np.mean(trace.before) for trace in traces])) if finite else -math.inf
 
 
-def search(name: str, play: Player) -> tuple[Rates, float]:
-  """One rate after the other, from the middle of the grids; thresholds at the end.
+def told(name: str) -> str:
+  """The version of a method that is told the switches, if each run calibrates its thresholds."""
+  return f"{name}_told" if METHODS[name].calibrates else name
 
-  The thresholds of LEEDS are those that its version that is told the switches would like: the same
-  rates, so that what separates the two is the detectors. The accuracy is minus infinity if every
-  rate diverged.
+
+def search(name: str, play: Player) -> tuple[Rates, float]:
+  """One rate after the other, from the middle of the grids; C-MAML's threshold at the end.
+
+  LEEDS and the restart are played as their versions that are told the switches: the same rates, so
+  that what separates the two is the detectors. The accuracy is minus infinity if every rate
+  diverged.
   """
   method = METHODS[name]
   grids = {field: grid_of(name, field) for field in ("inner", *method.moves)}
   rates = Rates(**{field: grid[1] for field, grid in grids.items()})
-  if method.thresholds:
+  if method.thresholds and not method.calibrates:
     rates = rates._replace(switch=math.inf)
   tried: dict[str, Sequence[Trace]] = {}
 
   def traces_of(rates: Rates) -> Sequence[Trace]:
     key = repr(rates)  # NaN does not equal itself.
     if key not in tried:
-      tried[key] = play("leeds_told" if name == "leeds" else name, rates)
+      tried[key] = play(told(name), rates)
     return tried[key]
 
   def try_out(rates: Rates) -> float:
@@ -78,12 +84,9 @@ def search(name: str, play: Player) -> tuple[Rates, float]:
   for field, grid in grids.items():
     rates = max((rates._replace(**{field: value}) for value in grid), key=try_out)
   best = try_out(rates)
-  if not method.thresholds or not math.isfinite(best):
+  if not method.thresholds or method.calibrates or not math.isfinite(best):
     return rates, best
-  found = thresholds(traces_of(rates))
-  calibrated = rates._replace(switch=found.switch)
-  if "shift" in method.thresholds:
-    return calibrated._replace(shift=found.shift), best
+  calibrated = rates._replace(switch=thresholds(traces_of(rates)).switch)
   better = try_out(calibrated) > best  # C-MAML: no meta-updates where the task seems to change.
   return (calibrated, try_out(calibrated)) if better else (rates, best)
 
@@ -101,21 +104,38 @@ def thresholds(traces: Sequence[Trace]) -> jaxbo.meta.Thresholds:
   return jaxbo.meta.calibrate(jaxbo.meta.Scores(*map(jnp.asarray, scores)), *truth, rule="roc")
 
 
-def rates_of(run: Run[Config], method: str) -> Rates:
-  """The rates of a method; where LEEDS has no thresholds, those of the model of this run.
+def rates_of(run: Run[Config], method: str, seeds: np.ndarray) -> Rates:
+  """The rates of a method; thresholds that it has none of are ``[seeds]``, one for each model.
 
-  Another machine rounds otherwise, and pre-training then ends at another model, with other scores.
+  They come from streams of characters alone, since the domains that a detector should notice are
+  not known before. Neither pre-training nor a report has seen these characters. The threshold of
+  switches separates scores with a switch from those without; the threshold of shifts is the 95 %
+  quantile of the scores at switches.
   """
   rates, wanted = run.config.rates_of(method), METHODS[method].thresholds
   own = [name for name in wanted if math.isnan(getattr(rates, name))]
   if not own:
     return rates
 
-  def find() -> dict[str, float]:
-    found = thresholds(player(run)("leeds_told", rates))
+  @functools.cache
+  def played() -> list[Trace]:
+    streams = [Streams(p, seeds, False, True) for p in run.config.stay_probabilities]
+    return [runs.play(run, told(method), rates, of) for of in streams]
+
+  def find(i: int) -> dict[str, float]:
+    found = thresholds([jax.tree.map(lambda leaf: leaf[i : i + 1], one) for one in played()])
     return {name: float(getattr(found, name)) for name in own}
 
-  return rates._replace(**run.note("thresholds", find))
+  notes = [
+    run.note(note_of(method, seed), functools.partial(find, i))
+    for i, seed in enumerate(seeds.tolist())
+  ]
+  return rates._replace(**{name: np.array([note[name] for note in notes]) for name in own})
+
+
+def note_of(method: str, seed: int) -> str:
+  """The name of the note that has the thresholds of a model."""
+  return f"thresholds of {method}, seed {seed}"
 
 
 class Search(Task):
@@ -132,13 +152,10 @@ class Search(Task):
     return jnp.array([*rates, accuracy]), None
 
   def result(self, state: jax.Array, spent: Spent) -> Row:
-    """The rates; thresholds of LEEDS are of one pre-trained model, so no other run gets them."""
+    """The rates."""
     del spent
     *numbers, accuracy = np.asarray(state).tolist()
     row = Rates(*(float(f"{value:.4g}") for value in numbers))._asdict() | {"accuracy": accuracy}
-    if self.name == "leeds":
-      row |= {"accuracy_with_detectors": score(self.play("leeds", Rates(*numbers)))}
-      row |= dict.fromkeys(METHODS["leeds"].thresholds, math.nan)
     return row
 
 
@@ -152,11 +169,12 @@ class Tuning(tuning.Tuning[Config]):
     return read(config)
 
   def cells(self, run: Run[Config]) -> Iterable[Cell]:
-    """Every method; LEEDS that is told has the rates of LEEDS."""
-    names = [name for name in run.config.methods if name != "leeds_told"]
-    for begins in dict.fromkeys(METHODS[name].begins for name in names):
+    """Every method; one that is told has the rates of the one that is not."""
+    names = [name for name in run.config.methods if not name.endswith("_told")]
+    seeds = range(FIRST_SEED, FIRST_SEED + run.config.seeds_at_once)
+    for begins, seed in itertools.product({METHODS[n].begins: None for n in names}, seeds):
       if begins != "random":
-        yield pretraining.cell(run, begins)
+        yield pretraining.cell(run, begins, seed)
     for name in names:
       yield Cell({"method": name}, functools.partial(Search, run, name), 1, METHODS[name].label)
 
