@@ -43,6 +43,7 @@ rounds instead of 10,000, 2 draws of BGD instead of 5, one pre-training for all 
 import functools
 import itertools
 from collections.abc import Iterable
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -77,6 +78,12 @@ def columns(dataset: str) -> dict[str, Column]:
     "seconds_per_round": Column("ms/round", 1, 1e3, mean_only=True),
     "state_bytes": Column("KiB", 0, 2**-10, mean_only=True),
   }
+
+
+def paired_columns(dataset: str) -> dict[str, Column]:
+  """Accuracies before adaptation, with 95 % intervals of the mean."""
+  shown = [name for name in columns(dataset) if name.startswith("accuracy")]
+  return {name: replace(columns(dataset)[name], interval=True) for name in shown}
 
 
 DETECTION = {
@@ -156,7 +163,7 @@ class OnlineMeta(Study[Config]):
     plots.draw_sweep(rows, chosen, told, run.path / "online_meta_sweep.png")
 
   def tables(self, results: Results[Config]) -> Iterable[Table]:
-    """Two for each stream."""
+    """Three for each stream."""
     config = results.config
     for p, rows in results.rows.groupby("stay_probability", sort=False):
       network = f"Conv4 of width {config.width}" if config.network == "conv4" else config.network
@@ -166,6 +173,9 @@ class OnlineMeta(Study[Config]):
         f"{config.inner_steps} inner steps; mean ± standard deviation of {config.seeds} seeds"
       )
       yield table.spread(title, rows, "method", LABELS, columns(config.dataset))
+      if results.config.seeds > 1 and {"leeds"} < set(rows["method"]):
+        title = f"p = {p:g}, in pairs; mean and 95 % interval by Student's t"
+        yield table.paired(title, rows, "method", "leeds", LABELS, paired_columns(config.dataset))
       detection = detection_table(f"Detection, p = {p:g}", rows)
       if detection.rows:
         yield detection

@@ -374,7 +374,8 @@ kept_in = functools.partial(programs_kept, without={("trained", "maml", seed) fo
 
 def test_a_run_writes_traces_tables_and_pictures_and_goes_on(whole, capsys):
   mine, output, _ = whole
-  assert output.count("│     2 │") == 3 + 4  # Of LEEDS and its detectors; then of both methods.
+  # Of LEEDS and its detectors; then of both methods, and of their difference.
+  assert output.count("│     2 │") == 3 + 5
   for word in ("glyphs, p = 0.7: 12 rounds, 3-way 2-shot", "LEEDS", "negatives", "Detection"):
     assert word in output
   rows = pd.read_csv(mine.output_dir / "results.csv")
