@@ -187,9 +187,12 @@ class OnlineMeta(Study[Config]):
         yield f"{name}: {found}"
 
   def draw(self, run: Run[Config]) -> None:
-    """Accuracy over rounds."""
+    """Accuracy over rounds, and how far behind LEEDS the others are."""
     names = NAMES[run.config.dataset]
-    plots.draw_rounds(traces_of(run), names, run.path / "online_meta.png")
+    plots.draw_rounds(traces_of(run), names, run.path / "online_meta_rounds.png")
+    rows = run.results().rows
+    if {"leeds"} < set(rows["method"]):
+      plots.draw_pairs(rows, run.path / "online_meta.png")
 
 
 def run(config: Config) -> int:
