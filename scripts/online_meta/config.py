@@ -124,7 +124,8 @@ class Config(Choices):
     if (source := method.removesuffix("_told")) not in table:
       raise ValueError(f"no rates were chosen for {source} on {name}: choose them with --tune")
     rates = Rates(**{field: float(value) for field, value in table[source].items()})
-    needed = () if METHODS[method].calibrates else METHODS[method].thresholds
+    found_later = METHODS[method].calibrates or not math.isnan(rates.level)
+    needed = () if found_later else METHODS[method].thresholds
     for field in [*table[source], *needed]:
       if math.isnan(getattr(rates, field)):
         raise ValueError(f"{method}: {field} must be a number or an infinity, got nan")

@@ -25,6 +25,7 @@ class Rates(NamedTuple):
   modulation: Any = math.nan  # lambda of the update modulation
   switch: Any = math.nan  # the threshold of the switch score
   shift: Any = math.nan  # the threshold of the shift score
+  level: Any = math.nan  # C-MAML: the quantile of each model's switch scores that is its threshold
 
 
 class Choices(TunedConfig):

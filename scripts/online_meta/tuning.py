@@ -31,7 +31,9 @@ GRIDS: dict[str, tuple[float, ...]] = {  # The second number is where a search b
   "in_scale": (0.1, 0.3, 1.0),
   "modulation": (0.5, 2.0, 5.0),
 }
+LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # of C-MAML's thresholds
 DEVIATIONS = (0.003, 0.01, 0.03)  # of BGD, instead of inner rates
+GRID = np.linspace(0, 1, 101)
 Player = Callable[[str, Rates], Sequence[Trace]]
 
 
@@ -39,7 +41,13 @@ def player(run: Run[Config]) -> Player:
   """What plays a method on the validation streams."""
   seeds = np.arange(run.config.seeds_at_once) + FIRST_SEED
   streams = [Streams(p, seeds, reported=False) for p in run.config.stay_probabilities]
-  return lambda name, rates: [runs.play(run, name, rates, of) for of in streams]
+
+  def play(name: str, rates: Rates) -> list[Trace]:
+    if not math.isnan(rates.level):
+      rates = with_thresholds(rates, found(run, name, rates, seeds))
+    return [runs.play(run, name, rates, of) for of in streams]
+
+  return play
 
 
 def grid_of(name: str, field: str) -> tuple[float, ...]:
@@ -62,8 +70,8 @@ def search(name: str, play: Player) -> tuple[Rates, float]:
   """One rate after the other, from the middle of the grids; C-MAML's threshold at the end.
 
   LEEDS and the restart are played as their versions that are told the switches: the same rates, so
-  that what separates the two is the detectors. The accuracy is minus infinity if every rate
-  diverged.
+  that what separates the two is the detectors. C-MAML has its detector off until the end. The
+  accuracy is minus infinity if every rate diverged.
   """
   method = METHODS[name]
   grids = {field: grid_of(name, field) for field in ("inner", *method.moves)}
@@ -86,9 +94,8 @@ def search(name: str, play: Player) -> tuple[Rates, float]:
   best = try_out(rates)
   if not method.thresholds or method.calibrates or not math.isfinite(best):
     return rates, best
-  calibrated = rates._replace(switch=thresholds(traces_of(rates)).switch)
-  better = try_out(calibrated) > best  # C-MAML: no meta-updates where the task seems to change.
-  return (calibrated, try_out(calibrated)) if better else (rates, best)
+  rates = max((rates._replace(switch=math.nan, level=level) for level in LEVELS), key=try_out)
+  return rates, try_out(rates)
 
 
 def thresholds(traces: Sequence[Trace]) -> jaxbo.meta.Thresholds:
@@ -104,33 +111,56 @@ def thresholds(traces: Sequence[Trace]) -> jaxbo.meta.Thresholds:
   return jaxbo.meta.calibrate(jaxbo.meta.Scores(*map(jnp.asarray, scores)), *truth, rule="roc")
 
 
+def at_level(traces: Sequence[Trace], level: float) -> float:
+  """A quantile of the switch scores, in which those with and without a switch have equal weight.
+
+  One half is between the two kinds, if they can be told apart.
+  """
+  scores, truth = (
+    np.concatenate([getattr(trace, name)[:, 1:].ravel() for trace in traces])
+    for name in ("switch_score", "task_switch")
+  )
+  kinds = [np.quantile(scores[mask & np.isfinite(scores)], GRID) for mask in (truth, ~truth)]
+  return float(np.quantile(np.concatenate(kinds), level))
+
+
+def found(run: Run[Config], method: str, rates: Rates, seeds: np.ndarray) -> list[dict[str, float]]:
+  """The thresholds of each model, from streams of characters alone."""
+  streams = [Streams(p, seeds, False, True) for p in run.config.stay_probabilities]
+  played = [runs.play(run, told(method), rates._replace(switch=math.inf), of) for of in streams]
+
+  def of_model(i: int) -> dict[str, float]:
+    mine = [jax.tree.map(lambda leaf: leaf[i : i + 1], one) for one in played]
+    if not math.isnan(rates.level):
+      return {"switch": at_level(mine, rates.level)}
+    both = thresholds(mine)._asdict()
+    return {name: float(both[name]) for name in METHODS[method].thresholds}
+
+  return [of_model(i) for i in range(len(seeds))]
+
+
+def with_thresholds(rates: Rates, each: Sequence[dict[str, float]]) -> Rates:
+  """The rates with the thresholds of each model, ``[seeds]``, where they have none."""
+  own = [name for name in each[0] if math.isnan(getattr(rates, name))]
+  return rates._replace(**{name: np.array([one[name] for one in each]) for name in own})
+
+
 def rates_of(run: Run[Config], method: str, seeds: np.ndarray) -> Rates:
   """The rates of a method; thresholds that it has none of are ``[seeds]``, one for each model.
 
   They come from streams of characters alone, since the domains that a detector should notice are
   not known before. Neither pre-training nor a report has seen these characters. The threshold of
-  switches separates scores with a switch from those without; the threshold of shifts is the 95 %
-  quantile of the scores at switches.
+  switches separates scores with a switch from those without, or is the chosen quantile of both; the
+  threshold of shifts is the 95 % quantile of the scores at switches.
   """
   rates, wanted = run.config.rates_of(method), METHODS[method].thresholds
-  own = [name for name in wanted if math.isnan(getattr(rates, name))]
-  if not own:
+  if not any(math.isnan(getattr(rates, name)) for name in wanted):
     return rates
-
-  @functools.cache
-  def played() -> list[Trace]:
-    streams = [Streams(p, seeds, False, True) for p in run.config.stay_probabilities]
-    return [runs.play(run, told(method), rates, of) for of in streams]
-
-  def find(i: int) -> dict[str, float]:
-    found = thresholds([jax.tree.map(lambda leaf: leaf[i : i + 1], one) for one in played()])
-    return {name: float(getattr(found, name)) for name in own}
-
-  notes = [
-    run.note(note_of(method, seed), functools.partial(find, i))
-    for i, seed in enumerate(seeds.tolist())
+  each = functools.cache(lambda: found(run, method, rates, seeds))
+  noted = [
+    run.note(note_of(method, seed), lambda i=i: each()[i]) for i, seed in enumerate(seeds.tolist())
   ]
-  return rates._replace(**{name: np.array([note[name] for note in notes]) for name in own})
+  return with_thresholds(rates, noted)
 
 
 def note_of(method: str, seed: int) -> str:

@@ -299,19 +299,42 @@ def test_rates_are_searched_one_after_the_other():
   assert tuning.search("maml", diverged)[1] == -math.inf
 
 
-@pytest.mark.parametrize("with_detector", [0.6, 0.4])
-def test_c_maml_leaves_updates_out_where_that_is_better(with_detector):
-  """Without a detector the accuracy is 0.5; scores are 3 at switches and 1 elsewhere."""
-  switch = np.arange(6)[None] % 2 == 0
+def test_c_maml_has_the_best_level_of_its_threshold():
+  """The accuracy is best at 0.7, and 0.9 with the detector off, as it is for the other rates."""
 
   def play(name, rates):
-    accuracy = 0.5 if math.isinf(rates.switch) else with_detector
-    before = np.full((1, 6), accuracy)
-    mine = trace()._replace(before=before, switch_score=1.0 + 2 * switch, task_switch=switch)
-    return [mine]
+    accuracy = 0.9 if math.isinf(rates.switch) else 0.5 - abs(rates.level - 0.7)
+    return [trace()._replace(before=np.full((1, 6), accuracy))]
 
   rates, value = tuning.search("c_maml", play)
-  assert (rates.switch, value) == ((2.0, 0.6) if with_detector > 0.5 else (math.inf, 0.5))
+  assert (rates.level, value) == (0.7, 0.5)
+  assert math.isnan(rates.switch)
+
+
+def test_a_level_is_a_quantile_of_scores_with_and_without_a_switch():
+  """Both kinds have equal weight, and the first round none."""
+  switch = np.arange(41)[None] % 4 == 0
+  mine = trace()._replace(switch_score=np.where(switch, 3.0, 1.0), task_switch=switch)
+  mine.switch_score[0, 0] = 99
+  found = [tuning.at_level([mine], level) for level in (0.0, 0.4, 0.5, 0.6, 1.0)]
+  np.testing.assert_allclose(found, [1, 1, 2, 3, 3])
+
+
+def test_tuning_and_a_report_turn_levels_into_thresholds_of_each_model(tmp_path, monkeypatch):
+  given, switch = [], np.tile([True, False], (1, 10))
+
+  def play(run, name, rates, streams):
+    given.append((streams.in_distribution, np.ravel(rates.switch).tolist()))
+    return trace()._replace(switch_score=1.0 + 2 * switch, task_switch=switch)
+
+  monkeypatch.setattr(runs, "play", play)
+  mine = config(tmp_path)
+  run = a_run(mine)
+  tuning.player(run)("c_maml", Rates(0.1, 0.2, level=0.5))
+  assert given == [(True, [math.inf]), (False, [2.0])]
+  entry = {"inner": 0.1, "outer": 0.2, "level": 0.5}
+  mine.rates_file.write_text(json.dumps({mine.name(): {"c_maml": entry}}))
+  assert tuning.rates_of(run, "c_maml", np.array([0])).switch.tolist() == [2.0]
 
 
 def test_thresholds_leave_out_the_first_round_of_every_stream():
