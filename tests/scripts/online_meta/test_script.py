@@ -615,7 +615,7 @@ def test_thresholds_that_are_not_given_are_calibrated_on_characters_alone(tmp_pa
 
 
 def test_tuning_and_choices_are_on_validation_images_and_a_report_on_its_own(tmp_path, monkeypatch):
-  monkeypatch.setattr(Config, "stream", lambda self, images, p, inside: images[0])
+  monkeypatch.setattr(Config, "stream", lambda self, images, p, inside: (images[0], inside))
   monkeypatch.setattr(runs, "Program", lambda *arguments: arguments)
   domains = glyphs(16, 6)
   for validation, reported, rounds, images in (
@@ -624,10 +624,11 @@ def test_tuning_and_choices_are_on_validation_images_and_a_report_on_its_own(tmp
     (True, True, 9, domains.validation),
   ):
     mine = config(tmp_path, rounds=9, tune_rounds=4, validation=validation)
-    streams = Streams(0.5, np.array([0]), reported)
+    streams = Streams(0.5, np.array([0]), reported, in_distribution=not reported)
     program, _ = runs.prepared(a_run(mine), "online_sgd", streams)
     assert program[2] == rounds
-    np.testing.assert_array_equal(program[4], images[0])
+    np.testing.assert_array_equal(program[4][0], images[0])
+    assert program[4][1] is not reported
     key = jax.random.key(0 if reported else runs.VALIDATION_KEYS)
     assert program[5][0] == key
 
