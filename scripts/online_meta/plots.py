@@ -16,7 +16,7 @@ from scripts.online_meta.report import Trace
 COLORS = {
   "online_sgd": "0.6", "fine_tuning": "C5", "bgd": "C8", "scratch": "0.3", "maml": "C2",
   "anil": "C6", "meta_ogd": "C1", "c_maml": "C4", "c_maml_um": "C9", "c_maml_pap": "C3",
-  "leeds": "C0", "leeds_told": "k",
+  "restart": "C7", "restart_told": "0.45", "leeds": "C0", "leeds_told": "k",
 }  # fmt: skip
 DOMAIN_COLORS = ("#ffffff", "#fdebd0", "#d6eaf8")
 

@@ -24,7 +24,7 @@ from scripts.online_meta import __main__ as script
 from scripts.online_meta import data as meta_data
 from scripts.online_meta import methods as meta_methods
 from scripts.online_meta import model as meta_model
-from scripts.online_meta import pretraining, report, runs, sweep, tuning
+from scripts.online_meta import plots, pretraining, report, runs, sweep, tuning
 from scripts.online_meta.config import Config
 from scripts.online_meta.methods import METHODS, Rates
 from scripts.online_meta.report import Trace
@@ -372,8 +372,9 @@ def test_rates_are_kept_by_setting_and_method(tmp_path):
       mine.rates_of(name)
 
 
-def test_the_rates_file_has_all_that_the_default_run_needs():
+def test_the_rates_file_and_the_picture_have_all_that_the_default_run_needs():
   assert all(Config().rates_of(name) for name in METHODS)
+  assert plots.COLORS.keys() == METHODS.keys()
 
 
 # -- The script.
