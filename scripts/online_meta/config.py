@@ -30,12 +30,12 @@ class Config(Choices):
   methods: Annotated[tuple[str, ...], Among(METHODS), FREE] = tuple(METHODS)
   """Which methods to run."""
   stay_probabilities: Several[float] = (0.9, 0.98)
-  """The probabilities p that a task stays; each gives one stream. LEEDS's thresholds are calibrated
-  on all of them."""
+  """The probabilities p that a task stays; each gives one stream. Thresholds are calibrated on
+  streams with all of them."""
   rounds: Annotated[int, Field(ge=2)] = 200
   """Rounds of a stream; the published protocol has 10,000."""
   seeds: Count = 3
-  """How many seeds; each draws a stream, and the parameters of models that were not pre-trained."""
+  """How many seeds; each pre-trains a model and draws a stream."""
   seeds_at_once: Count = 1
   """How many seeds run side by side (vmap). More is faster on a GPU, but every round then computes
   meta-gradients."""
@@ -97,20 +97,22 @@ class Config(Choices):
       return conv4(self.width, self.size, self.num_ways, adapt)
     return stripes(self.size, self.num_ways, adapt)
 
-  def stream(self, domains: tuple[Any, ...], stay_probability: float) -> jaxbo.tasks.Stream:
-    """The stream on arrays of images."""
+  def stream(
+    self, domains: tuple[Any, ...], stay_probability: float, in_distribution: bool = False
+  ) -> jaxbo.tasks.Stream:
+    """The stream on arrays of images; ``in_distribution`` keeps it in the first domain."""
     return jaxbo.tasks.osaka_stream(
       domains,
       num_ways=self.num_ways,
       num_shots=self.num_shots,
       num_queries=self.num_shots if self.query == "given" else 0,
       stay_probability=stay_probability,
-      domain_probabilities=self.domain_probabilities,
+      domain_probabilities=(1.0, 0.0, 0.0) if in_distribution else self.domain_probabilities,
       domain_switch_probability=self.domain_switch_probability,
     )
 
   def rates_of(self, method: str) -> Rates:
-    """The rates of a method; thresholds of LEEDS are NaN where each run calibrates its own.
+    """The rates of a method; thresholds are NaN where each run calibrates its own.
 
     Raises:
       ValueError: if none were chosen, or one is NaN.
@@ -122,7 +124,9 @@ class Config(Choices):
     if (source := method.removesuffix("_told")) not in table:
       raise ValueError(f"no rates were chosen for {source} on {name}: choose them with --tune")
     rates = Rates(**{field: float(value) for field, value in table[source].items()})
-    for field in [*table[source], *(METHODS[method].thresholds if method != "leeds" else ())]:
+    found_later = METHODS[method].calibrates or not math.isnan(rates.level)
+    needed = () if found_later else METHODS[method].thresholds
+    for field in [*table[source], *needed]:
       if math.isnan(getattr(rates, field)):
         raise ValueError(f"{method}: {field} must be a number or an infinity, got nan")
     if source == "leeds" and self.in_distribution_scale is not None:

@@ -19,12 +19,12 @@ NAMES = {  # of the three domains; the first is that of the pre-training
 class Domains(NamedTuple):
   """What an experiment is played on; images are ``[classes, per_class, size, size, 1]`` uint8.
 
-  Streams of validation and test share no character; their digits and clothes are other images of
-  the same classes.
+  No character is in two of the parts. The digits and clothes of test are other images of the same
+  classes as those of validation.
   """
 
   train: ImageClasses  # the characters to pre-train on
-  early: ImageClasses  # the characters that say when to stop, and what is chosen
+  early: ImageClasses  # the characters that say when to stop
   validation: tuple[np.ndarray, ...]  # the domains of streams that rates are chosen on
   test: tuple[np.ndarray, ...]  # those of the streams that are reported
 
@@ -44,12 +44,19 @@ def omniglot_mnist_fashion(data_dir: Path | None, size: int, per_class: int) -> 
     for name in ("mnist", "fashion_mnist")
   ]
   characters = fewshot_data.omniglot(data_dir, size=size)
+  early, chosen = halves(characters.validation)
   return Domains(
     characters.train,
-    characters.validation,
-    (characters.validation.images, *sources[:2]),
+    early,
+    (chosen.images, *sources[:2]),
     (characters.test.images, *sources[2:]),
   )
+
+
+def halves(classes: ImageClasses) -> tuple[ImageClasses, ImageClasses]:
+  """The first half of the classes, and the second."""
+  half = len(classes.images) // 2
+  return ImageClasses(*(x[:half] for x in classes)), ImageClasses(*(x[half:] for x in classes))
 
 
 def by_label(name: str, split: str, data_dir: Path | None, size: int, per_class: int) -> np.ndarray:
@@ -77,10 +84,10 @@ def glyphs(size: int, per_class: int) -> Domains:
   others = [draw(NUM_CLASSES, per_class, seed).images for seed in (3, 4, 5, 6)]
   negative = lambda x: 255 - x
   smeared = lambda x: np.repeat(x[:, :, ::4], 4, axis=2)[:, :, :size]
-  validation, test = draw(24, 20, 1), draw(40, 20, 2)
+  (early, validation), test = halves(draw(24, 20, 1)), draw(40, 20, 2)
   return Domains(
     draw(60, 20, 0),
-    validation,
+    early,
     (validation.images, negative(others[0]), smeared(others[1])),
     (test.images, negative(others[2]), smeared(others[3])),
   )

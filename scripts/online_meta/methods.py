@@ -25,6 +25,7 @@ class Rates(NamedTuple):
   modulation: Any = math.nan  # lambda of the update modulation
   switch: Any = math.nan  # the threshold of the switch score
   shift: Any = math.nan  # the threshold of the shift score
+  level: Any = math.nan  # C-MAML: the quantile of each model's switch scores that is its threshold
 
 
 class Choices(TunedConfig):
@@ -64,6 +65,7 @@ class Method(NamedTuple):
   begins: str = "maml"  # what it starts from: that, "anil" or "random"
   moves: tuple[str, ...] = ()  # the rates that it has, beside ``inner``
   thresholds: tuple[str, ...] = ()  # those that are calibrated on its own validation run
+  calibrates: bool = False  # whether every run does that anew, for each of its models
   detects: bool = False  # whether there is something to judge
 
 
@@ -115,10 +117,15 @@ def _c_maml(model: Model, rates: Rates, choices: Choices, pap=False, modulated=F
   )
 
 
-def _leeds(model: Model, rates: Rates, choices: Choices, told=False) -> Learner:
-  inner, adam = _sgd(model, rates, choices), optax.adam(rates.outer)
-  gate = jaxbo.gate_by_detection(adam, rates.in_scale, 1.0, choices.no_switch_scale)
-  thresholds = (rates.switch, rates.shift)
+def _leeds(model: Model, rates: Rates, choices: Choices, told=False, learns=True) -> Learner:
+  inner = _sgd(model, rates, choices)
+  if learns:
+    scales = (rates.in_scale, 1.0, choices.no_switch_scale)
+    gate = jaxbo.gate_by_detection(optax.adam(rates.outer), *scales)
+    thresholds = (rates.switch, rates.shift)
+  else:
+    gate = jaxbo.gate_by_detection(optax.identity(), 0.0, 0.0)
+    thresholds = (rates.switch, math.inf)
   return jaxbo.meta.online_meta_learner(
     model.loss,
     inner,
@@ -158,8 +165,17 @@ METHODS = {
   "c_maml_pap": _drop_detector(
     "C-MAML, mod., prolonged", partial(_c_maml, pap=True, modulated=True), "modulation"
   ),
+  "restart": Method(
+    "restart", partial(_leeds, learns=False), thresholds=("switch",), calibrates=True, detects=True
+  ),
+  "restart_told": Method("restart, told", partial(_leeds, told=True, learns=False), detects=True),
   "leeds": Method(
-    "LEEDS", _leeds, moves=("outer", "in_scale"), thresholds=("switch", "shift"), detects=True
+    "LEEDS",
+    _leeds,
+    moves=("outer", "in_scale"),
+    thresholds=("switch", "shift"),
+    calibrates=True,
+    detects=True,
   ),
   "leeds_told": Method(
     "LEEDS, told", partial(_leeds, told=True), moves=("outer", "in_scale"), detects=True

@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
-from scripts.common import plots
+from scripts.common import plots, table
 from scripts.common.plots import plt
 from scripts.online_meta.methods import METHODS
 from scripts.online_meta.report import Trace
@@ -16,7 +16,7 @@ from scripts.online_meta.report import Trace
 COLORS = {
   "online_sgd": "0.6", "fine_tuning": "C5", "bgd": "C8", "scratch": "0.3", "maml": "C2",
   "anil": "C6", "meta_ogd": "C1", "c_maml": "C4", "c_maml_um": "C9", "c_maml_pap": "C3",
-  "leeds": "C0", "leeds_told": "k",
+  "restart": "C7", "restart_told": "0.45", "leeds": "C0", "leeds_told": "k",
 }  # fmt: skip
 DOMAIN_COLORS = ("#ffffff", "#fdebd0", "#d6eaf8")
 
@@ -55,6 +55,37 @@ def draw_rounds(
     [*handles, *patches], [*labels, *names], loc="outside lower center", ncols=6, fontsize="small"
   )
   plots.save(fig, path)
+
+
+def draw_pairs(rows: pd.DataFrame, path: Path) -> None:
+  """What each method has less or more than LEEDS, in pairs of runs of one seed; a panel a stream.
+
+  Points are means in percentage points, lines 95 % intervals by Student's t.
+  """
+  streams = rows["stay_probability"].unique().tolist()
+  names = [name for name in METHODS if name in set(rows["method"]) - {"leeds"}]
+  size = (1.5 + 4 * len(streams), 1.6 + 0.32 * len(names))
+  fig, panels = plt.subplots(
+    1, len(streams), figsize=size, squeeze=False, sharey=True, layout="constrained"
+  )
+  for axes, stream in zip(panels[0], streams, strict=True):
+    gains = table.differences(rows[rows["stay_probability"] == stream], "method", "leeds")
+    for column, label, color, marker, shift in (
+      ("accuracy", "all rounds", "#0072B2", "o", -0.15),
+      ("accuracy_out", "out of distribution", "#D55E00", "s", 0.15),
+    ):
+      values = [100 * gains.loc[gains["method"] == name, column].dropna() for name in names]
+      means = [mine.mean() for mine in values]
+      widths = [table.half_width(mine.tolist()) if len(mine) > 1 else 0 for mine in values]
+      style = {"fmt": marker, "color": color, "label": label, "capsize": 2, "ms": 5}
+      axes.errorbar(means, np.arange(len(names)) + shift, xerr=widths, **style)
+    axes.axvline(0, color="0.4", lw=1, zorder=0)
+    axes.set_title(f"a task stays with probability {stream:g}", fontsize="medium")
+    axes.set(xlabel="points more accurate than LEEDS")
+    axes.set_yticks(range(len(names)), [METHODS[name].label for name in names])
+    axes.grid(axis="x", alpha=0.3)
+  panels[0, 0].invert_yaxis()
+  plots.save(fig, path, legend_of=panels[0, 0])
 
 
 def shade_domains(axes: Axes, domains: np.ndarray) -> None:

@@ -1,7 +1,9 @@
 """Pre-training by MAML or ANIL, until the accuracy on other classes no longer rises."""
 
+import copy
 import functools
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +34,7 @@ class Pretraining(Task):
   """Second-order MAML; a step is an epoch, and none does anything once there is no more gain."""
 
   def __init__(self, config: Config, model: Model, train: ImageClasses, early: ImageClasses):
-    self.patience = config.pretrain_patience
+    self.patience, self.key = config.pretrain_patience, jax.random.key(0)
     inner_sgd = optax.sgd(config.pretrain_inner_rate)
     one = model.inner(inner_sgd, config.inner_steps)
     inner = jaxbo.over_tasks(one, config.pretrain_tasks)
@@ -73,21 +75,26 @@ class Pretraining(Task):
 
       return jnp.mean(jax.lax.map(one_task, jax.random.split(jax.random.key(7), EVAL_TASKS)))
 
-    init_key, train_key = jax.random.split(jax.random.key(0))
     images = jax.device_put((train.images, early.images))
-    self.train = lambda x, state, t: train_epoch(
-      x, state, jax.random.fold_in(train_key, t), images[0]
-    )
+    self.train = lambda x, state, key: train_epoch(x, state, key, images[0])
     self.judge = lambda x: judge(x, images[1])
-    x, nothing = model.init(init_key), jnp.full(config.pretrain_epochs, jnp.nan)
-    self.state = State(x, outer.init(x), x, nothing)
+    nothing = jnp.full(config.pretrain_epochs, jnp.nan)
+    self.begin = lambda x: State(x, outer.init(x), x, nothing)
+    self.init = model.init
+
+  def of(self, seed: int) -> Self:
+    """The pre-training of a seed; seeds share what is compiled."""
+    mine = copy.copy(self)
+    init_key, mine.key = jax.random.split(jax.random.key(seed))
+    mine.state = self.begin(self.init(init_key))
+    return mine
 
   def step(self, state: State, t: int) -> tuple[State, float | None]:
     """Does an epoch, or nothing."""
     history = [float(value) for value in np.asarray(state.history)[:t]]
     if history and t - 1 - history.index(max(history)) >= self.patience:
       return state, None
-    x, outer = self.train(state.x, state.outer, t)
+    x, outer = self.train(state.x, state.outer, jax.random.fold_in(self.key, t))
     history.append(float(self.judge(x)))
     best = x if history[-1] == max(history) else state.best
     return State(x, outer, best, state.history.at[t].set(history[-1])), history[-1]
@@ -98,14 +105,19 @@ class Pretraining(Task):
     return [{"accuracy": value} for value in told if value is not None]
 
 
-def cell(run: Run[Config], begins: str) -> Cell:
+def cell(run: Run[Config], begins: str, seed: int) -> Cell:
   """The pre-training of a kind, ``"maml"`` or ``"anil"``."""
   config, data = run.config, run.data
-  make = lambda: Pretraining(config, config.model(begins), data.train, data.early)
-  key, label = {"method": f"{begins}_pretraining"}, f"pre-training, {begins.upper()}"
+  once = lambda: Pretraining(config, config.model(begins), data.train, data.early)
+  make = lambda: run.shared(("pretraining", begins), once).of(seed)
+  key = {"method": f"{begins}_pretraining", "seed": seed}
+  label = f"pre-training, {begins.upper()}, seed {seed}"
   return Cell(key, make, config.pretrain_epochs, label, every=1, checkpoint_every=1)
 
 
-def trained(run: Run[Config], begins: str) -> Params:
-  """The pre-trained parameters of a kind."""
-  return run.shared(("trained", begins), lambda: run.state(cell(run, begins)).best)
+def trained(run: Run[Config], begins: str, seeds: Iterable[int]) -> Params:
+  """The pre-trained parameters of a kind, leaves ``[seeds, ...]``."""
+  of = lambda seed: run.shared(
+    ("trained", begins, seed), lambda: run.state(cell(run, begins, seed)).best
+  )
+  return jax.tree.map(lambda *leaves: jnp.stack(leaves), *(of(int(seed)) for seed in seeds))

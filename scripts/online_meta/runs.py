@@ -40,8 +40,8 @@ def over_seeds(one: Callable[..., Any]) -> Callable[..., Any]:
 
   def run(rates, xs, stream, keys):
     if len(keys) > 1:
-      return jax.vmap(one, in_axes=(None, 0, None, 0))(rates, xs, stream, keys)
-    result = one(rates, jax.tree.map(lambda leaf: leaf[0], xs), stream, keys[0])
+      return jax.vmap(one, in_axes=(0, 0, None, 0))(rates, xs, stream, keys)
+    result = one(*jax.tree.map(lambda leaf: leaf[0], (rates, xs)), stream, keys[0])
     return jax.tree.map(lambda leaf: leaf[None], result)
 
   return run
@@ -52,31 +52,39 @@ def keys_of(seeds: Any) -> jax.Array:
   return jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
 
 
-def repeat(x: Any, keys: jax.Array) -> Any:
-  """The same parameters for every key."""
-  return jax.tree.map(lambda leaf: jnp.repeat(leaf[None], len(keys), axis=0), x)
+VALIDATION_KEYS = 1000  # The first of the keys that no report uses.
 
 
 class Streams(NamedTuple):
-  """A stream for each of the seeds, of the images that are reported or of those that are not."""
+  """A model and a stream for each of the seeds; of images that are reported, or that are not."""
 
   stay_probability: float
   seeds: np.ndarray
   reported: bool = True
+  in_distribution: bool = False  # Whether the streams stay in the domain of the pre-training.
+
+  def keys(self) -> jax.Array:
+    """The keys of the streams."""
+    return keys_of(self.seeds + (0 if self.reported else VALIDATION_KEYS))
 
   def of(self, run: Run[Config]) -> Any:
-    """The stream that keys of seeds make."""
+    """The stream that keys make."""
     domains, config = run.data, run.config
     parts = domains.validation, domains.validation if config.validation else domains.test
     arrays = run.shared("images", lambda: jax.device_put(parts))[self.reported]
-    return config.stream(arrays, self.stay_probability)
+    return config.stream(arrays, self.stay_probability, self.in_distribution)
+
+
+def of_seeds(rates: Rates, keys: jax.Array) -> Rates:
+  """Rates ``[seeds]``, of numbers that all seeds share or that each has its own of."""
+  return Rates(*(jnp.broadcast_to(jnp.float32(rate), keys.shape) for rate in rates))
 
 
 class Program:
   """A method; rates, parameters and streams are arguments, so that one program serves all.
 
-  ``play(rates, xs, stream, keys)`` gives a trace of ``shapes``; ``xs`` and ``keys`` have an axis of
-  seeds, and one seed keeps ``state_bytes`` beside the meta-model.
+  ``play(rates, xs, stream, keys)`` gives a trace of ``shapes``; ``rates``, ``xs`` and ``keys`` have
+  an axis of seeds, and one seed keeps ``state_bytes`` beside the meta-model.
   """
 
   def __init__(self, config: Config, name: str, rounds: int, xs: Any, stream: Any, keys: Any):
@@ -88,7 +96,7 @@ class Program:
       return trace_of(learner.run(learner.init(x, stream=stream, key=key), stream, rounds)[1])
 
     numbers = Rates(*jnp.ones(len(Rates._fields)))
-    lowered = jax.jit(over_seeds(one)).lower(numbers, xs, stream, keys)
+    lowered = jax.jit(over_seeds(one)).lower(of_seeds(numbers, keys), xs, stream, keys)
     self.play, self.shapes = lowered.compile(), lowered.out_info
     learner, x = method.make(model, numbers, config), jax.tree.map(lambda leaf: leaf[0], xs)
     init = lambda x: learner.init(x, stream=stream, key=0)
@@ -99,16 +107,16 @@ def prepared(
   run: Run[Config], name: str, streams: Streams
 ) -> tuple[Program, Callable[[Rates], Trace]]:
   """The program of a method, and what plays streams with it."""
-  config, begins, keys = run.config, METHODS[name].begins, keys_of(streams.seeds)
+  config, begins, keys = run.config, METHODS[name].begins, streams.keys()
   if begins == "random":
     model = config.model()
     xs = jax.vmap(lambda key: model.init(jax.random.fold_in(key, 1)))(keys)
   else:
-    xs = repeat(pretraining.trained(run, begins), keys)
+    xs = pretraining.trained(run, begins, streams.seeds)
   stream, rounds = streams.of(run), config.rounds if streams.reported else config.tune_rounds
   make = lambda: Program(config, name, rounds, xs, stream, keys)
   program = run.shared(("program", name, streams.reported), make)
-  return program, lambda rates: program.play(Rates(*map(jnp.float32, rates)), xs, stream, keys)
+  return program, lambda rates: program.play(of_seeds(rates, keys), xs, stream, keys)
 
 
 def play(run: Run[Config], name: str, rates: Rates, streams: Streams) -> Trace:
@@ -164,19 +172,20 @@ class Best(Task):
   def step(self, state: jax.Array, t: int) -> tuple[jax.Array, None]:
     """Finds them."""
     del state, t
-    run, keys = self.run, keys_of(self.streams.seeds)
+    run, streams = self.run, self.streams
     find = functools.partial(best_losses, run.config.model(), rounds=run.config.rounds)
     find = run.shared("best", lambda: jax.jit(find))
-    return find(pretraining.trained(run, "maml"), self.streams.of(run), keys), None
+    xs = pretraining.trained(run, "maml", streams.seeds)
+    return find(xs, streams.of(run), streams.keys()), None
 
 
 def best_losses(
-  model: Model, x: Any, stream: Any, keys: jax.Array, rounds: int, passes=4, rate=0.01
+  model: Model, xs: Any, stream: Any, keys: jax.Array, rounds: int, passes=4, rate=0.01
 ) -> jax.Array:
   """The losses of the best fixed model of each task, ``[seeds, rounds]``.
 
-  For each task a copy of ``x`` is trained by Adam on the task's rounds, ``passes`` times each and
-  40 steps at least, then judged on them. That is an upper bound of the minimum.
+  For each task a copy of the seed's ``x`` is trained by Adam on the task's rounds, ``passes`` times
+  each and 40 steps at least, then judged on them. That is an upper bound of the minimum.
   """
 
   def one(rates, x, stream, key):
@@ -209,4 +218,4 @@ def best_losses(
 
     return jax.lax.scan(judge, zeros, jnp.arange(rounds))[1]
 
-  return over_seeds(one)(None, repeat(x, keys), stream, keys)
+  return over_seeds(one)(jnp.zeros(keys.shape), xs, stream, keys)

@@ -19,11 +19,12 @@ from PIL import Image
 
 import jaxbo
 from scripts.common import folder
+from scripts.common.fewshot_data import FewShotData, ImageClasses
 from scripts.online_meta import __main__ as script
 from scripts.online_meta import data as meta_data
 from scripts.online_meta import methods as meta_methods
 from scripts.online_meta import model as meta_model
-from scripts.online_meta import pretraining, report, runs, sweep, tuning
+from scripts.online_meta import plots, pretraining, report, runs, sweep, tuning
 from scripts.online_meta.config import Config
 from scripts.online_meta.methods import METHODS, Rates
 from scripts.online_meta.report import Trace
@@ -83,7 +84,7 @@ def a_run(config, domains=None):
 
 def test_the_domains_share_no_character_and_have_one_form():
   domains = glyphs(16, 6)
-  parts = (domains.train.images, domains.validation[0], domains.test[0])
+  parts = (domains.train.images, domains.early.images, domains.validation[0], domains.test[0])
   drawings = [image.tobytes() for images in parts for image in images[:, 0]]
   assert len(set(drawings)) == len(drawings)
   for arrays in (domains.validation, domains.test):
@@ -116,14 +117,17 @@ def test_images_by_label_are_the_first_of_each(monkeypatch):
 
 
 def test_no_image_is_in_a_validation_stream_and_in_a_reported_one(monkeypatch):
+  """Nor in pre-training, which the first half of the validation characters stops."""
   monkeypatch.setattr(meta_data, "by_label", lambda name, split, *sizes: f"{name}/{split}")
-  classes = [types.SimpleNamespace(images=name) for name in ("train", "validation", "test")]
-  characters = types.SimpleNamespace(train=classes[0], validation=classes[1], test=classes[2])
+  parts = [np.arange(4) + 10 * i for i in range(3)]
+  characters = FewShotData(*(ImageClasses(part, part, part) for part in parts))
   monkeypatch.setattr(meta_data.fewshot_data, "omniglot", lambda *args, **options: characters)
   domains = meta_data.omniglot_mnist_fashion(None, 16, 5)
-  assert (domains.train, domains.early) == (characters.train, characters.validation)
-  assert domains.validation == ("validation", "mnist/test", "fashion_mnist/test")
-  assert domains.test == ("test", "mnist/train", "fashion_mnist/train")
+  assert domains.train is characters.train
+  assert [leaf.tolist() for leaf in domains.early] == [[10, 11]] * 3
+  assert domains.validation[0].tolist() == [12, 13]
+  assert domains.validation[1:] == ("mnist/test", "fashion_mnist/test")
+  assert domains.test == (characters.test.images, "mnist/train", "fashion_mnist/train")
 
 
 def test_conv4_adapts_all_or_the_head():
@@ -146,8 +150,11 @@ def test_conv4_adapts_all_or_the_head():
 
 def test_pre_training_stops_early_and_keeps_the_best(tmp_path):
   mine, domains = config(tmp_path, pretrain_epochs=6, pretrain_patience=2), glyphs(16, 6)
-  task = pretraining.Pretraining(mine, mine.model(), domains.train, domains.early)
-  untrained = task.state.x
+  every = pretraining.Pretraining(mine, mine.model(), domains.train, domains.early)
+  task, untrained = every.of(3), every.of(3).state.x
+  other = every.of(4)
+  assert np.any(other.state.x.backbone != untrained.backbone)
+  assert other.key != task.key
   values = iter([0.2, 0.5, 0.4, 0.3, 0.9])
   task.judge = lambda x: next(values)
   states, told = [task.state], []
@@ -184,7 +191,7 @@ def test_pre_training_and_its_end_are_decided_by_the_queries(tmp_path, monkeypat
     return jnp.where(jnp.any(batch[0]), value, 0.0), logits
 
   blinded = model._replace(loss=loss)
-  task = pretraining.Pretraining(mine, blinded, domains.train, domains.early)
+  task = pretraining.Pretraining(mine, blinded, domains.train, domains.early).of(0)
   untrained = jax.tree.map(np.asarray, task.state.x)
   state, accuracy = task.step(task.state, 0)
   assert accuracy == 0.0
@@ -252,8 +259,8 @@ def test_the_best_fixed_models_are_trained_on_all_rounds_of_their_task(tmp_path)
   model = meta_model.Model(lambda key: jnp.zeros(2), loss, jnp.zeros_like)
   stream = jaxbo.tasks.moving_gaussian_stream(2, 5, stay_probability=0.8, domain_step=0.0)
   keys = runs.keys_of([3])
-  find = jax.jit(lambda x: runs.best_losses(model, x, stream, keys, 30, passes=100, rate=0.05))
-  found = np.asarray(find(jnp.full(2, -6.0)))[0]
+  find = jax.jit(lambda xs: runs.best_losses(model, xs, stream, keys, 30, passes=100, rate=0.05))
+  found = np.asarray(find(jnp.full((1, 2), -6.0)))[0]
   state, points, switches = stream.init(keys[0]), [], []
   step = jax.jit(stream.step)
   for _ in range(30):
@@ -271,51 +278,63 @@ def test_the_best_fixed_models_are_trained_on_all_rounds_of_their_task(tmp_path)
 # -- The choice of rates.
 
 
-def test_rates_are_searched_one_after_the_other_and_thresholds_are_calibrated():
+def test_rates_are_searched_one_after_the_other():
   """The accuracy is a known function of the rates; LEEDS is played as its version that is told."""
   played = []
-  rng = np.random.default_rng(0)
-  switches = rng.random((1, 400)) < 0.3
-  domain = np.where(np.cumsum(switches) % 2, 0, 1)[None]
-  scores = np.where(switches, 3.0, 1.0) + rng.random((1, 400))
-  shift_scores = domain + 0.1 * rng.random((1, 400))
 
   def play(name, rates):
     played.append(name)
     value = 1 - abs(math.log(rates.inner / 0.4)) - abs(math.log(rates.outer / 3e-4)) / 10
-    loss = np.full((1, 400), np.nan if rates.in_scale == 1.0 else 1.0)
-    mine = trace()._replace(
-      before=np.full((1, 400), value), loss=loss, switch_score=scores,
-      shift_score=shift_scores + 50 * (rates.inner != 0.4),  # Of the best rates, not of others.
-      task_switch=switches, domain=domain,
-    )  # fmt: skip
-    return [mine]
+    loss = np.full((1, 6), np.nan if rates.in_scale == 1.0 else 1.0)
+    return [trace()._replace(before=np.full((1, 6), value), loss=loss)]
 
   rates, value = tuning.search("leeds", play)
   assert (rates.inner, rates.outer) == (0.4, 3e-4)
   assert rates.in_scale < 1  # What diverged is never chosen.
   assert value == pytest.approx(1.0)
-  assert 2.0 <= rates.switch <= 3.01
-  assert 0 < rates.shift <= 0.1
+  assert math.isnan(rates.switch)  # No other model has the same scores.
   assert set(played) == {"leeds_told"}
   assert len(played) == 9  # 4 + 3 + 2: nothing twice.
   diverged = lambda name, rates: [trace(loss=np.float32([np.nan] * 6))]
   assert tuning.search("maml", diverged)[1] == -math.inf
 
 
-@pytest.mark.parametrize("with_detector", [0.6, 0.4])
-def test_c_maml_leaves_updates_out_where_that_is_better(with_detector):
-  """Without a detector the accuracy is 0.5; scores are 3 at switches and 1 elsewhere."""
-  switch = np.arange(6)[None] % 2 == 0
+def test_c_maml_has_the_best_level_of_its_threshold():
+  """The accuracy is best at 0.7, and 0.9 with the detector off, as it is for the other rates."""
 
   def play(name, rates):
-    accuracy = 0.5 if math.isinf(rates.switch) else with_detector
-    before = np.full((1, 6), accuracy)
-    mine = trace()._replace(before=before, switch_score=1.0 + 2 * switch, task_switch=switch)
-    return [mine]
+    accuracy = 0.9 if math.isinf(rates.switch) else 0.5 - abs(rates.level - 0.7)
+    return [trace()._replace(before=np.full((1, 6), accuracy))]
 
   rates, value = tuning.search("c_maml", play)
-  assert (rates.switch, value) == ((2.0, 0.6) if with_detector > 0.5 else (math.inf, 0.5))
+  assert (rates.level, value) == (0.7, 0.5)
+  assert math.isnan(rates.switch)
+
+
+def test_a_level_is_a_quantile_of_scores_with_and_without_a_switch():
+  """Both kinds have equal weight, and the first round none."""
+  switch = np.arange(41)[None] % 4 == 0
+  mine = trace()._replace(switch_score=np.where(switch, 3.0, 1.0), task_switch=switch)
+  mine.switch_score[0, 0] = 99
+  found = [tuning.at_level([mine], level) for level in (0.0, 0.4, 0.5, 0.6, 1.0)]
+  np.testing.assert_allclose(found, [1, 1, 2, 3, 3])
+
+
+def test_tuning_and_a_report_turn_levels_into_thresholds_of_each_model(tmp_path, monkeypatch):
+  given, switch = [], np.tile([True, False], (1, 10))
+
+  def play(run, name, rates, streams):
+    given.append((streams.in_distribution, np.ravel(rates.switch).tolist()))
+    return trace()._replace(switch_score=1.0 + 2 * switch, task_switch=switch)
+
+  monkeypatch.setattr(runs, "play", play)
+  mine = config(tmp_path)
+  run = a_run(mine)
+  tuning.player(run)("c_maml", Rates(0.1, 0.2, level=0.5))
+  assert given == [(True, [math.inf]), (False, [2.0])]
+  entry = {"inner": 0.1, "outer": 0.2, "level": 0.5}
+  mine.rates_file.write_text(json.dumps({mine.name(): {"c_maml": entry}}))
+  assert tuning.rates_of(run, "c_maml", np.array([0])).switch.tolist() == [2.0]
 
 
 def test_thresholds_leave_out_the_first_round_of_every_stream():
@@ -353,8 +372,9 @@ def test_rates_are_kept_by_setting_and_method(tmp_path):
       mine.rates_of(name)
 
 
-def test_the_rates_file_has_all_that_the_default_run_needs():
+def test_the_rates_file_and_the_picture_have_all_that_the_default_run_needs():
   assert all(Config().rates_of(name) for name in METHODS)
+  assert plots.COLORS.keys() == METHODS.keys()
 
 
 # -- The script.
@@ -373,23 +393,26 @@ def whole(tmp_path_factory):
   return mine, printed.getvalue(), programs
 
 
-kept_in = functools.partial(programs_kept, without={("trained", "maml")})
+kept_in = functools.partial(programs_kept, without={("trained", "maml", seed) for seed in (0, 1)})
 
 
 def test_a_run_writes_traces_tables_and_pictures_and_goes_on(whole, capsys):
   mine, output, _ = whole
-  assert output.count("│     2 │") == 3 + 4  # Of LEEDS and its detectors; then of both methods.
+  # Of LEEDS and its detectors; then of both methods, and of their difference.
+  assert output.count("│     2 │") == 3 + 5
   for word in ("glyphs, p = 0.7: 12 rounds, 3-way 2-shot", "LEEDS", "negatives", "Detection"):
     assert word in output
   rows = pd.read_csv(mine.output_dir / "results.csv")
   cells = [(method, 0, seed) for method in ("leeds", "maml") for seed in (0, 1)]
   assert list(rows[["method", "group", "seed"]].itertuples(index=False, name=None)) == cells
   assert np.isfinite(rows["regret"]).all()
-  for name in ("online_meta.png", "online_meta_sweep.png"):
+  for name in ("online_meta_rounds.png", "online_meta_sweep.png", "online_meta.png"):
     with Image.open(mine.output_dir / name) as picture:
-      assert picture.width > 800
+      assert picture.width > 600
   notes = json.loads((mine.output_dir / "notes.json").read_text())
-  assert notes["thresholds"].keys() == {"switch", "shift"}
+  first, second = (notes[tuning.note_of("leeds", seed)] for seed in (0, 1))
+  assert first.keys() == {"switch", "shift"}
+  assert first != second
   assert notes["sweep of p=0.7, seed 0, switch 6"]["recall"] == 0  # Of four times the chosen one.
   bad = mine.but(resume=True, pretrain_tasks=3)
   assert script.run(bad) == 2
@@ -415,7 +438,7 @@ def test_the_trace_of_leeds_follows_its_thresholds(tmp_path):
 def played(mine, name, seeds, rates):
   """The trace of a method on the tiny model."""
   run = a_run(mine)
-  run.made["trained", "maml"] = mine.model().init(jax.random.key(0))
+  run.made |= {("trained", "maml", seed): mine.model().init(jax.random.key(seed)) for seed in seeds}
   return runs.play(run, name, rates, Streams(0.7, np.array(seeds)))
 
 
@@ -432,10 +455,10 @@ def test_seeds_side_by_side_are_as_one_after_the_other(tmp_path):
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(whole, tmp_path, monkeypatch):
   mine = whole[0].but(output_dir=tmp_path)
   monkeypatch.setattr(script, "plots", mock.Mock())  # They take seconds.
-  with jax.debug_key_reuse(False), kept_in(whole[2]), stopped_after(3):
+  with jax.debug_key_reuse(False), kept_in(whole[2]), stopped_after(4):
     script.run(mine)
   lines, rows, _ = folder.read(tmp_path)
-  assert (len(lines), len(rows)) == (3, 0)  # LEEDS has its lines, but was not saved.
+  assert (len(lines), len(rows)) == (4, 0)  # LEEDS has its lines, but was not saved.
   with jax.debug_key_reuse(False), kept_in(whole[2]):
     assert script.run(mine.but(resume=True)) == 0
   expected, found = (folder.read(path) for path in (whole[0].output_dir, tmp_path))
@@ -474,14 +497,16 @@ def test_what_methods_are_made_of(tmp_path):
   first = lambda name, choices: (
     METHODS[name].make(mine.model(), rates, choices).init(x, batch=(batch, batch))
   )
-  for name in ("maml", "c_maml", "c_maml_um", "c_maml_pap", "leeds", "leeds_told"):
+  for name in ("maml", "c_maml", "c_maml_um", "c_maml_pap", "restart", "leeds", "leeds_told"):
     states[name] = first(name, mine)
   scales = {name: optax.tree.get(state, "gate_scales") for name, state in states.items()}
   assert scales["leeds"] == scales["leeds_told"] == (0.125, 0.25, 1.0)
   assert scales["c_maml"] == (1.0, 0.0, 0.0)
+  assert scales["restart"] == (0.0, 0.0, 0.0)  # No meta-update, whatever is detected.
   rules = {name: tuple(state.detector_state[1:]) for name, state in states.items()}
   assert rules["leeds"] == ((1.5,), (-2.0,))
   assert rules["leeds_told"] == ((), ())
+  assert rules["restart"] == ((1.5,), (math.inf,))
   assert rules["c_maml"][0] == (1.5,)
   modulated = {name: optax.tree.get(states[name], "modulation") for name in states}
   kinds = [name for name, value in modulated.items() if value is not None]
@@ -498,6 +523,13 @@ def test_what_methods_are_made_of(tmp_path):
   assert meta_methods.state_bytes(streaming, x) == 2 * 31 * 4 + 2 * 4 + 2
   begins = {name: method.begins for name, method in METHODS.items() if method.begins != "maml"}
   assert begins == {"online_sgd": "random", "scratch": "random", "anil": "anil"}
+
+
+def test_a_stream_in_distribution_never_leaves_the_first_domain(tmp_path):
+  stream = config(tmp_path).stream(glyphs(16, 6).test, 0.0, in_distribution=True)
+  step = lambda state, _: stream.step(state)
+  _, batches = jax.jit(lambda: jax.lax.scan(step, stream.init(0), length=30))()
+  assert not np.any(batches.extra.domain)
 
 
 def test_a_round_has_as_many_queries_as_images_where_they_are_given(tmp_path):
@@ -554,34 +586,37 @@ def test_thresholds_are_judged_by_the_scores_that_were_logged():
   np.testing.assert_allclose(found, [[1, 1], [1, 0.5]], rtol=1e-6)
 
 
-def test_thresholds_that_are_not_given_are_calibrated_on_validation_streams(tmp_path, monkeypatch):
-  """Scores are 3 at switches and 1 elsewhere, and by domain."""
-  calls = []
-  switch, domain = np.tile([True, False], 10)[None], np.repeat([0, 1], 10)[None]
+def test_thresholds_that_are_not_given_are_calibrated_on_characters_alone(tmp_path, monkeypatch):
+  """For each model: scores of seed 0 are 3 at switches and 1 elsewhere, of seed 1 one more."""
+  calls, of_seed = [], np.array([[0], [1]])
+  switch = np.tile([True, False], (2, 10))
 
   def play(run, name, rates, streams):
-    calls.append((name, streams.stay_probability, streams.seeds.tolist(), streams.reported))
-    return trace()._replace(
-      switch_score=1.0 + 2 * switch, shift_score=-5.0 + domain, task_switch=switch, domain=domain
-    )
+    calls.append((name, *streams._replace(seeds=streams.seeds.tolist())))
+    scores = {"switch_score": 1.0 + 2 * switch + of_seed, "shift_score": of_seed - 5.0 - switch}
+    return trace()._replace(**scores, task_switch=switch, domain=0 * switch)
 
   monkeypatch.setattr(runs, "play", play)
 
-  def own(*given):
+  def own(method, *given):
     mine = config(tmp_path, stay_probabilities=(0.5, 0.75))
     write_rates(mine, *given)
-    return tuning.rates_of(a_run(mine), "leeds")[4:]
+    found = tuning.rates_of(a_run(mine), method, np.array([0, 1]))
+    return np.asarray(found.switch).tolist(), np.asarray(found.shift).tolist()
 
-  assert own(9.0, "inf") == (9.0, math.inf)
+  assert own("leeds", 9.0, "inf") == (9.0, math.inf)
   assert not calls
-  assert own(9.0) == (9.0, -5.0)
+  assert own("leeds", 9.0) == (9.0, [-6.0, -5.0])
   calls.clear()
-  assert own() == (2.0, -5.0)
-  assert calls == [("leeds_told", p, [tuning.FIRST_SEED], False) for p in (0.5, 0.75)]
+  assert own("leeds") == ([2.0, 3.0], [-6.0, -5.0])
+  assert own("restart")[0] == [2.0, 3.0]
+  assert calls == [
+    (f"{name}_told", p, [0, 1], False, True) for name in ("leeds", "restart") for p in (0.5, 0.75)
+  ]
 
 
 def test_tuning_and_choices_are_on_validation_images_and_a_report_on_its_own(tmp_path, monkeypatch):
-  monkeypatch.setattr(Config, "stream", lambda self, images, p: images[0])
+  monkeypatch.setattr(Config, "stream", lambda self, images, p, inside: (images[0], inside))
   monkeypatch.setattr(runs, "Program", lambda *arguments: arguments)
   domains = glyphs(16, 6)
   for validation, reported, rounds, images in (
@@ -590,10 +625,13 @@ def test_tuning_and_choices_are_on_validation_images_and_a_report_on_its_own(tmp
     (True, True, 9, domains.validation),
   ):
     mine = config(tmp_path, rounds=9, tune_rounds=4, validation=validation)
-    streams = Streams(0.5, np.array([0]), reported)
+    streams = Streams(0.5, np.array([0]), reported, in_distribution=not reported)
     program, _ = runs.prepared(a_run(mine), "online_sgd", streams)
     assert program[2] == rounds
-    np.testing.assert_array_equal(program[4], images[0])
+    np.testing.assert_array_equal(program[4][0], images[0])
+    assert program[4][1] is not reported
+    key = jax.random.key(0 if reported else runs.VALIDATION_KEYS)
+    assert program[5][0] == key
 
 
 def test_tuning_writes_rates_that_a_run_uses(tmp_path, capsys, monkeypatch):
@@ -609,22 +647,6 @@ def test_tuning_writes_rates_that_a_run_uses(tmp_path, capsys, monkeypatch):
   assert set(table["meta_ogd"]) == {"inner", "outer"}
   rates = mine.but(rates_file=file).rates_of("meta_ogd")
   assert (rates.inner, rates.outer) == (table["meta_ogd"]["inner"], table["meta_ogd"]["outer"])
-
-
-def test_tuning_keeps_no_thresholds_of_leeds(tmp_path, monkeypatch):
-  """They are those of one pre-trained model."""
-  found = Rates(0.1, 0.2, 0.3, switch=1.0, shift=2.0), 0.5
-  monkeypatch.setattr(tuning, "search", lambda name, play: found)
-  monkeypatch.setattr(runs, "play", lambda *arguments, **options: trace())
-  rows = {}
-  for name in ("leeds", "c_maml"):
-    task = tuning.Search(a_run(config(tmp_path)), name)
-    state, _ = task.step(task.state, 0)
-    rows[name] = task.result(state, None)
-  assert rows["c_maml"]["switch"] == 1.0
-  assert math.isnan(rows["leeds"]["switch"])
-  assert [rows["leeds"][name] for name in ("inner", "outer", "in_scale")] == [0.1, 0.2, 0.3]
-  assert rows["leeds"]["accuracy_with_detectors"] == 0
 
 
 @pytest.mark.parametrize(
