@@ -7,7 +7,8 @@ means and standard deviations over seeds. All methods see the same batches; the 
 steps falls to zero in a line, from the tutorial's 3e-3 or from the one of ``RATES`` that is best on
 seeds that are not reported. The loop of gradhpo makes this rate, and the number of the step,
 constants of its programs, so that each step is compiled anew: "its loop" is how long an episode of
-20 inner steps takes so. The other times are of programs that are compiled once.
+20 inner steps takes so. The other times are of programs that are compiled once. Greedy sees another
+number of batches: it takes five steps on each.
 
   uv run --isolated --group bench --with gradhpo python -m benchmarks.gradhpo_package
 """
