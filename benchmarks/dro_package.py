@@ -23,7 +23,7 @@ import numpy as np
 import optax
 
 import jaxbo
-from benchmarks.report import arguments, hardware, markdown, number, save
+from benchmarks.report import arguments, number, show
 
 RADIUS, LEVEL = 0.2, 0.3  # of balls; of CVaR
 STEPS = 100  # of L-BFGS
@@ -163,9 +163,7 @@ def main() -> None:
     ]
     for row in rows
   ]
-  text = f"{hardware()}\n\n{markdown(columns, lines)}\n"
-  print(text)
-  save(args.save, text, rows)
+  show(args.save, columns, lines, rows)
 
 
 if __name__ == "__main__":

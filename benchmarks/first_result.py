@@ -15,7 +15,7 @@ import tempfile
 import time
 from typing import Any
 
-from benchmarks.report import arguments, hardware, markdown, number, save
+from benchmarks.report import arguments, number, show
 
 RIDGE = """
 import jax, jax.numpy as jnp, jaxbo, optax
@@ -88,9 +88,7 @@ def main() -> None:
   rows = [measure(name, args.rounds) for name in (*PROGRAMS, CLEANING)]
   columns = ["seconds to the first result", *list(rows[0])[1:]]
   lines = [[row["program"], *(number(row[name]) for name in columns[1:])] for row in rows]
-  text = f"{hardware()}\n\n{markdown(columns, lines)}\n"
-  print(text)
-  save(args.save, text, rows)
+  show(args.save, columns, lines, rows)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import numpy as np
 import optax
 
 import jaxbo
-from benchmarks.report import arguments, hardware, markdown, number, save
+from benchmarks.report import arguments, number, show
 from jaxbo._types import PyTree
 
 PUBLISHED = 3e-3
@@ -281,9 +281,7 @@ def main() -> None:
     ]
     for row in rows
   ]
-  text = f"{hardware()}\n\n{markdown(columns, lines)}\n"
-  print(text)
-  save(args.save, text, rows)
+  show(args.save, columns, lines, rows)
 
 
 if __name__ == "__main__":

@@ -51,6 +51,13 @@ def save(path: Path | None, text: str, data: Any) -> None:
     path.with_suffix(".json").write_text(json.dumps(data, indent=1) + "\n")
 
 
+def show(path: Path | None, columns: list[str], rows: list[list[str]], data: Any) -> None:
+  """Prints a table under the hardware, and saves it with ``data``."""
+  text = f"{hardware()}\n\n{markdown(columns, rows)}\n"
+  print(text)
+  save(path, text, data)
+
+
 def arguments(description: str | None, **counts: tuple[int, str]) -> argparse.Namespace:
   """The command line of a benchmark: numbers of at least 1, with defaults and help, and --save."""
   parser = argparse.ArgumentParser(
