@@ -29,9 +29,9 @@ are out of distribution. The program is more careful now:
 * C-MAML's detector is always on; its threshold is a quantile of the scores of each model.
 
 "Told" methods know the switches. The rates in scripts/online_meta/rates.json were chosen with
-`--tune` on streams of other characters and other images (those of C-MAML by an older version, with
-its detector off; that of the restart is LEEDS's). The traces in checkpoints/ keep the scores of
-every round, for later sweeps over thresholds.
+`--tune` on streams of other characters and other images (those of C-MAML and of the restart by this
+version, the others by an older one). The traces in checkpoints/ keep the scores of every round, for
+later sweeps over thresholds.
 
   python -m scripts.online_meta                         about 20 minutes on one core
   python -m scripts.online_meta --tune --output-dir runs/rates
