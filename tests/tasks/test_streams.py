@@ -121,20 +121,26 @@ MAKERS = {
   "minibatch": lambda n: jaxbo.tasks.minibatch_stream(DATA + n, DATA, 2),
   "finite sum": lambda n: jaxbo.tasks.finite_sum_stream(DATA + n, DATA, 2),
   "phases": lambda n: jaxbo.tasks.phase_stream([MAKERS["minibatch"](n)] * 2, [2, 1], repeat=True),
-  "osaka": lambda n: jaxbo.tasks.osaka_stream(
-    [jnp.zeros((5, 4, 2)) + n],
-    num_ways=2,
-    num_shots=1,
-    stay_probability=n / 4,
-    domain_probabilities=[1.0],
-  ),
-  "moving": lambda n: jaxbo.tasks.moving_gaussian_stream(
+  "images of osaka": lambda n: osaka(n, 0.5),
+  "stay of osaka": lambda n: osaka(0, n / 3),
+  "stay of moving": lambda n: jaxbo.tasks.moving_gaussian_stream(2, 3, stay_probability=n / 3),
+  "variance of moving": lambda n: jaxbo.tasks.moving_gaussian_stream(
     2, 3, stay_probability=0.5, data_variance=n
   ),
-  "jumping": lambda n: jaxbo.tasks.jumping_gaussian_stream(
-    2, 3, stay_probability=0.5, distance=n, data_variance=n
+  "distance of jumping": lambda n: jaxbo.tasks.jumping_gaussian_stream(
+    2, 3, stay_probability=0.5, distance=n
   ),
 }
+
+
+def osaka(pixel, stay_probability):
+  return jaxbo.tasks.osaka_stream(
+    [jnp.arange(40.0).reshape(5, 4, 2) + pixel],
+    num_ways=2,
+    num_shots=1,
+    stay_probability=stay_probability,
+    domain_probabilities=[1.0],
+  )
 
 
 @pytest.mark.parametrize("kind", MAKERS)
@@ -142,10 +148,10 @@ def test_streams_of_other_data_and_numbers_share_one_program(kind):
   traces = []
 
   @jax.jit
-  def first_round(stream):
+  def rounds(stream):
     traces.append(kind)
-    return stream.step(stream.init(0))[1]
+    return jax.lax.scan(lambda s, _: stream.step(s), stream.init(0), length=20)[1]
 
-  first, second = (first_round(MAKERS[kind](n)) for n in (1, 2))
+  first, second = (rounds(MAKERS[kind](n)) for n in (1, 2))
   assert len(traces) == 1
   assert not jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), first, second))

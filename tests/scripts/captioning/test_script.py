@@ -2,6 +2,7 @@
 
 import json
 import math
+import types
 from pathlib import Path
 
 import jax
@@ -140,6 +141,16 @@ def test_rates_are_chosen_on_the_validation_set_and_reported_with(whole, tmp_pat
   assert chosen.settings_of("canonical", "sequential") == chosen.settings("canonical")
   given = chosen.but(learning_rate=0.1)
   assert given.settings_of("either", "sequential").learning_rate == 0.1
+
+
+def test_a_candidate_is_judged_by_the_validation_set_alone():
+  """The source has no other."""
+  trial = object.__new__(tuning.Trial)
+  trial._source = types.SimpleNamespace(validation=lambda ask, params: (ask, params))
+  trial._captioner = types.SimpleNamespace(ask="asked")
+  assert trial.result(types.SimpleNamespace(params="params"), None) == {
+    "validation_nll": ("asked", "params")
+  }
 
 
 def test_a_rate_at_which_one_seed_diverges_is_not_chosen():
